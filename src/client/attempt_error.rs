@@ -1,32 +1,34 @@
-//! TODO
+//! Errors of one attempt, by their effect on the request and on the run.
+
+use std::time::Duration;
 
 use crate::client::secrets::Secrets;
 use crate::terminal::sanitise;
-use std::time::Duration;
 
-/// An attempt that brought no answer.
+/// Failure of one attempt.
 #[derive(Debug)]
 pub(crate) enum AttemptError {
-    /// The reply says that no request can succeed.
+    /// The reply indicates that no request can succeed.
     Claim(RefusalClaim),
-    /// This request cannot succeed; others can.
+    /// This request cannot succeed; other requests can.
     Refused(RowFailure),
-    /// A filter refuses what this request asks about; others can succeed.
+    /// A content filter refused this request; other requests can succeed.
     Filtered(RowFailure),
-    /// The endpoint asks everybody to wait, for `wait` if it says how long. Costs no attempt.
+    /// Rate limit: all requests must wait, for `wait` if the endpoint reports it. Not counted as an attempt.
     Throttled {
         wait: Option<Duration>,
         message: String,
     },
-    /// May pass. `wait` is the least time to leave before the next attempt.
+    /// Temporary failure. `wait` is the minimum pause before the next attempt.
     Transient { failure: RowFailure, wait: Duration },
-    /// An answer that was paid for, and that cannot be read.
+    /// An answer that was paid for but cannot be parsed.
     Unreadable { problem: String, body: bytes::Bytes },
-    /// The key had expired, and there is a new one.
+    /// The key had expired and was renewed.
     KeyRenewed,
 }
 
 impl AttemptError {
+    /// Returns the error message.
     pub(crate) fn message(&self) -> &str {
         match self {
             AttemptError::Claim(RefusalClaim { failure, .. })
@@ -39,7 +41,7 @@ impl AttemptError {
         }
     }
 
-    /// Takes keys out of its message, which may have been put together from pieces.
+    /// Removes keys from the message. A message that was joined from parts may contain a key that no part contains.
     pub(crate) fn clean(&mut self, secrets: &Secrets) {
         let message = match self {
             AttemptError::Claim(RefusalClaim { failure, .. })
@@ -54,53 +56,56 @@ impl AttemptError {
     }
 }
 
-/// Why no request can succeed, as one reply has it.
+/// One reply's indication that no request can succeed.
 #[derive(Debug)]
 pub(crate) struct RefusalClaim {
     pub reason: RefusalReason,
-    /// Of the row, should it be the row after all.
+    /// Failure of the request, if only this request is affected after all.
     pub failure: RowFailure,
 }
 
+/// Why an endpoint refuses every request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RefusalReason {
     Key,
     Forbidden,
     Credit,
     Model,
-    /// Nothing is served under this path.
+    /// The path of the URL does not exist.
     Address,
     Redirect,
 }
 
+/// Failure of one request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RowFailure {
-    /// Counted and shown under this name: `http 500`, `timeout`, `malformed`, ...
+    /// Name under which failures are counted and shown: `http 500`, `timeout`, `malformed`, ...
     pub class: String,
     pub message: String,
-    /// Nothing accepted the connection.
+    /// The connection could not be opened.
     pub unreachable: bool,
-    /// The endpoint may have done the work and sent the bill.
+    /// The endpoint may bill the request although no answer arrived.
     pub may_be_billed: bool,
-    /// A refusal without a body, as a gateway sends it when it is out of order.
+    /// Refused with an empty body, as broken gateways do.
     pub is_bodyless: bool,
 }
 
 impl RowFailure {
-    /// The server's limit can never let the request in: which limit, and how large the request is.
-    pub fn over_limit(which: &str, amount: f64, message: &str) -> Self {
+    /// Failure of a request of `tokens` tokens, which is larger than the server's limit `limit`.
+    pub fn over_limit(limit: &str, tokens: f64, message: &str) -> Self {
         let message =
-            format!("a request of about {amount} tokens never fits into {which} ({message})");
+            format!("a request of about {tokens} tokens never fits into {limit} ({message})");
         Self::new("over the limit", &message)
     }
 
-    /// Returns true if the request may be the reason, and not only that something is missing or overloaded
-    /// on the way.
+    /// Returns true if the request itself may have caused the failure, and not only an unreachable or
+    /// overloaded server.
     pub fn may_be_row_specific(&self) -> bool {
-        let is_of_the_way = ["http 502", "http 503", "http 529"].contains(&self.class.as_str());
-        !self.unreachable && !is_of_the_way
+        let is_server_down = ["http 502", "http 503", "http 529"].contains(&self.class.as_str());
+        !self.unreachable && !is_server_down
     }
 
+    /// Failure of this class, with the message shortened to one line.
     pub fn new(class: impl Into<String>, message: &str) -> Self {
         Self {
             class: class.into(),
@@ -112,7 +117,7 @@ impl RowFailure {
     }
 }
 
-/// An endpoint's message in one short and harmless line.
+/// Shortens an endpoint's message to one sanitised line of at most [`MESSAGE_LENGTH`] characters.
 pub(crate) fn shorten(message: &str) -> String {
     let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
     let mut short: String = sanitise(&line).chars().take(MESSAGE_LENGTH).collect();
@@ -122,10 +127,10 @@ pub(crate) fn shorten(message: &str) -> String {
     short
 }
 
-/// Characters of an endpoint's message that are shown and kept.
+/// Maximum length of a message that is shown and stored, in characters.
 const MESSAGE_LENGTH: usize = 300;
 
-/// A failure that may have cost an answer on its way.
+/// Temporary failure of a request that may have been answered and billed.
 pub(crate) fn connection_lost(class: &str, message: &str) -> AttemptError {
     AttemptError::Transient {
         failure: RowFailure {

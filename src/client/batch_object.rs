@@ -1,4 +1,4 @@
-//! Files and batches as an endpoint tells of them, read leniently, and the way to them.
+//! Batch objects, pages of batches and lines of result files, parsed leniently.
 
 use std::time::SystemTime;
 
@@ -13,18 +13,18 @@ use crate::client::response::error::ApiError;
 use crate::client::response::json;
 use crate::client::transport::{HttpReply, TransportError};
 
-/// What each row of a batch asks for.
+/// API path of each row of a batch.
 pub(crate) const ENDPOINT: &str = "/v1/chat/completions";
 
-/// A longer line is no answer that anybody wants to keep.
-pub(crate) const LONGEST_LINE: usize = 64 << 20;
+/// Maximum length of a line in bytes; no useful answer is longer.
+pub(crate) const MAX_LINE_LENGTH: usize = 64 << 20;
 
-/// As [`outcome::check`]: what is "not found" here is a file or a batch, and not the endpoint.
+/// As [`outcome::check`], but "not found" refers to a file or batch here, not to the endpoint.
 pub(crate) fn check(
     reply: Result<HttpReply, TransportError>,
     now: SystemTime,
 ) -> Result<HttpReply, AttemptError> {
-    outcome::check(reply, now).map_err(|trouble| match trouble {
+    outcome::check(reply, now).map_err(|attempt_error| match attempt_error {
         AttemptError::Claim(RefusalClaim {
             reason: RefusalReason::Address | RefusalReason::Model,
             failure,
@@ -34,35 +34,34 @@ pub(crate) fn check(
     })
 }
 
-/// A batch, as far as the endpoint tells.
+/// A batch, as the endpoint reports it.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct BatchObject {
     pub id: String,
-    /// Known ones and others.
+    /// Status in OpenAI's spelling if it is a known one, else as reported.
     pub status: String,
     pub nonce: String,
-    /// Each may be missing.
     pub output_file: Option<String>,
     pub error_file: Option<String>,
-    pub mistakes: Vec<BatchFileError>,
-    /// Number of rows in its files, and of those with an answer, if the endpoint reports it.
+    pub errors: Vec<BatchFileError>,
+    /// Number of rows that have ended, and of rows with an answer, if reported.
     pub rows: Option<u64>,
     pub answered: Option<u64>,
-    /// Unix time.
+    /// Unix time in seconds.
     pub created_at: Option<i64>,
     pub ended_at: Option<i64>,
 }
 
-/// Why a batch failed.
+/// An error of a batch or of one line of its input file.
 #[derive(Debug, PartialEq)]
 pub(crate) struct BatchFileError {
     pub error: ApiError,
-    /// Of the input file, from 1; None where it is the whole file.
+    /// Line of the input file, from 1; None if the error concerns the whole file.
     pub line: Option<u64>,
 }
 
 impl BatchFileError {
-    /// A line of an error file that is not about one row.
+    /// Parses a line of an error file that concerns no single row.
     pub(crate) fn from_line(line: &[u8]) -> Option<BatchFileError> {
         let value = json::value(line).ok()?;
         let error = ApiError::from_value(if value["error"].is_null() {
@@ -78,13 +77,13 @@ impl BatchFileError {
 }
 
 impl BatchObject {
-    /// None where there is no batch in the body.
+    /// Parses a batch object. Returns None if the body contains none.
     pub(crate) fn parse(body: &[u8]) -> Option<BatchObject> {
         BatchObject::from_value(&json::value(body).ok()?)
     }
 
-    /// Returns true if rows were answered, or may have been. An error file alone shows no answer: it may
-    /// say why the input file was refused.
+    /// Returns true if rows were, or may have been, answered. An error file alone is no sign of answers: it may
+    /// only report why the input file was rejected.
     pub(crate) fn has_answers(&self) -> bool {
         let is_completed = self.status == "completed";
         self.output_file.is_some() || self.answered.map_or(is_completed, |answered| answered > 0)
@@ -92,15 +91,15 @@ impl BatchObject {
 
     fn from_value(value: &Value) -> Option<BatchObject> {
         let text = |name: &str| value[name].as_str().map(String::from);
-        // Others than OpenAI have names of their own.
+        // Other providers use the second name.
         let file = |names: [&str; 2]| {
             let found = names.iter().filter_map(|name| text(name));
             found.into_iter().find(|id| !id.is_empty())
         };
         let at = |name: &&str| value[*name].as_f64().map(|seconds| seconds as i64);
         let ends = ["completed_at", "expired_at", "cancelled_at", "failed_at"];
-        let mistakes = value["errors"]["data"].as_array();
-        let mistake = |value: &Value| BatchFileError {
+        let errors = value["errors"]["data"].as_array();
+        let file_error = |value: &Value| BatchFileError {
             error: ApiError::from_value(value),
             line: value["line"].as_u64(),
         };
@@ -113,7 +112,7 @@ impl BatchObject {
                 .into(),
             output_file: file(["output_file_id", "output_file"]),
             error_file: file(["error_file_id", "error_file"]),
-            mistakes: mistakes.into_iter().flatten().map(mistake).collect(),
+            errors: errors.into_iter().flatten().map(file_error).collect(),
             rows: rows(&value["request_counts"]),
             answered: count(&value["request_counts"]["completed"]),
             created_at: at(&"created_at"),
@@ -132,9 +131,9 @@ fn count(value: &Value) -> Option<u64> {
     value.as_u64().or_else(in_text)
 }
 
-/// A status as OpenAI spells it; one that is unknown as it came.
-fn status(told: &str) -> String {
-    let known = match told.to_ascii_lowercase().as_str() {
+/// Converts a status to OpenAI's spelling; unknown ones are returned unchanged.
+fn status(reported: &str) -> String {
+    let known = match reported.to_ascii_lowercase().as_str() {
         "completed" | "complete" | "succeeded" | "success" | "ended" | "done" => "completed",
         "expired" | "timeout_exceeded" => "expired",
         "cancelled" | "canceled" => "cancelled",
@@ -143,52 +142,52 @@ fn status(told: &str) -> String {
         "in_progress" | "running" | "processing" => "in_progress",
         "validating" => "validating",
         "finalizing" => "finalizing",
-        _ => told,
+        _ => reported,
     };
     known.into()
 }
 
-/// The batches of a page, and whether there are more.
+/// Parses a page of batches. Returns them, and whether more pages follow.
 pub(crate) fn parse_page(body: &[u8]) -> Option<(Vec<BatchObject>, bool)> {
     let page = json::value(body).ok()?;
-    let cards = page["data"].as_array()?.iter();
-    let cards = cards.filter_map(BatchObject::from_value).collect();
-    Some((cards, page["has_more"].as_bool().unwrap_or(false)))
+    let batches = page["data"].as_array()?.iter();
+    let batches = batches.filter_map(BatchObject::from_value).collect();
+    Some((batches, page["has_more"].as_bool().unwrap_or(false)))
 }
 
-/// The id of a file that was uploaded.
+/// Parses the id of an uploaded file.
 pub(crate) fn parse_file(body: &[u8]) -> Option<String> {
     let file = json::value(body).ok()?;
     Some(file["id"].as_str()?.to_owned()).filter(|id| !id.is_empty())
 }
 
-/// A file that comes in pieces, as lines. They end at the byte `\n` alone: JSON may hold U+2028 and
-/// its like.
+/// Splits a streamed file into lines. Only the byte `\n` ends a line, since JSON may contain U+2028 and other
+/// Unicode line separators.
 pub(crate) struct FileLines {
-    pieces: BoxStream<'static, Result<Bytes, TransportError>>,
+    chunks: BoxStream<'static, Result<Bytes, TransportError>>,
     buffer: BytesMut,
-    /// Bytes of the buffer that are known to hold no line's end.
+    /// Number of leading bytes of the buffer that contain no `\n`.
     searched: usize,
-    is_over: bool,
-    /// The line is too long, and the rest of it is not kept.
-    skips: bool,
+    is_at_end: bool,
+    /// The current line is too long; its rest is discarded.
+    is_skipping: bool,
     /// Number of lines that were too long.
     pub skipped: u64,
 }
 
 impl FileLines {
-    pub(crate) fn new(pieces: BoxStream<'static, Result<Bytes, TransportError>>) -> FileLines {
+    pub(crate) fn new(chunks: BoxStream<'static, Result<Bytes, TransportError>>) -> FileLines {
         FileLines {
-            pieces,
+            chunks,
             buffer: BytesMut::new(),
             searched: 0,
-            is_over: false,
-            skips: false,
+            is_at_end: false,
+            is_skipping: false,
             skipped: 0,
         }
     }
 
-    /// The next line, without its end; one that is too long is empty. None after the last one.
+    /// Returns the next line without its `\n`, or None after the last one. A line that is too long is empty.
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, TransportError> {
         loop {
             let rest = &self.buffer[self.searched..];
@@ -196,28 +195,28 @@ impl FileLines {
                 let line = self.buffer.split_to(self.searched + length);
                 self.buffer.advance(1);
                 self.searched = 0;
-                return Ok(Some(self.whole(line)));
+                return Ok(Some(self.finish_line(line)));
             }
             self.searched = self.buffer.len();
-            if self.searched > LONGEST_LINE {
+            if self.searched > MAX_LINE_LENGTH {
                 self.buffer.clear();
                 self.searched = 0;
-                self.skips = true;
+                self.is_skipping = true;
             }
-            if self.is_over {
+            if self.is_at_end {
                 let line = std::mem::take(&mut self.buffer);
                 self.searched = 0;
-                return Ok((!line.is_empty()).then(|| self.whole(line)));
+                return Ok((!line.is_empty()).then(|| self.finish_line(line)));
             }
-            match self.pieces.next().await {
-                Some(piece) => self.buffer.extend_from_slice(&piece?),
-                None => self.is_over = true,
+            match self.chunks.next().await {
+                Some(chunk) => self.buffer.extend_from_slice(&chunk?),
+                None => self.is_at_end = true,
             }
         }
     }
 
-    fn whole(&mut self, line: BytesMut) -> Bytes {
-        if std::mem::take(&mut self.skips) {
+    fn finish_line(&mut self, line: BytesMut) -> Bytes {
+        if std::mem::take(&mut self.is_skipping) {
             self.skipped += 1;
             Bytes::new()
         } else {
@@ -232,19 +231,19 @@ mod tests {
     use futures_util::stream;
     use proptest::prelude::*;
 
-    fn lines(pieces: Vec<Result<Bytes, TransportError>>) -> Vec<Result<Bytes, String>> {
+    fn lines(chunks: Vec<Result<Bytes, TransportError>>) -> Vec<Result<Bytes, String>> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()
             .unwrap();
         runtime.block_on(async {
-            let mut lines = FileLines::new(stream::iter(pieces).boxed());
+            let mut lines = FileLines::new(stream::iter(chunks).boxed());
             let mut all = Vec::new();
             loop {
                 match lines.next().await {
                     Ok(Some(line)) => all.push(Ok(line)),
                     Ok(None) => return all,
-                    Err(fault) => {
-                        all.push(Err(fault.to_string()));
+                    Err(error) => {
+                        all.push(Err(error.to_string()));
                         return all;
                     }
                 }
@@ -254,7 +253,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn lines_come_out_as_they_went_in_however_they_were_cut(
+        fn file_lines_do_not_depend_on_chunk_boundaries(
             text in proptest::collection::vec("[a-c\u{2028}\r]{0,6}", 0..20),
             cuts in proptest::collection::vec(1usize..9, 1..40),
             ends in any::<bool>(),
@@ -267,29 +266,30 @@ mod tests {
             if expected.last() == Some(&"") {
                 expected.pop();
             }
-            let (mut pieces, mut rest) = (Vec::new(), content.as_bytes());
+            let mut chunks = Vec::new();
+            let mut rest = content.as_bytes();
             for cut in cuts.iter().cycle() {
                 if rest.is_empty() {
                     break;
                 }
-                let (piece, after) = rest.split_at((*cut).min(rest.len()));
-                pieces.push(Ok(Bytes::copy_from_slice(piece)));
+                let (chunk, after) = rest.split_at((*cut).min(rest.len()));
+                chunks.push(Ok(Bytes::copy_from_slice(chunk)));
                 rest = after;
             }
-            let found: Vec<_> = lines(pieces).into_iter().map(Result::unwrap).collect();
+            let found: Vec<_> = lines(chunks).into_iter().map(Result::unwrap).collect();
             prop_assert_eq!(found, expected);
         }
     }
 
     #[test]
-    fn a_line_that_is_too_long_costs_itself_alone_and_a_break_is_told() {
-        let long = Bytes::from(vec![b'x'; LONGEST_LINE / 2 + 1]);
-        let piece = |text: &'static str| Ok(Bytes::from(text));
+    fn overlong_line_is_skipped_and_transport_error_is_returned() {
+        let long = Bytes::from(vec![b'x'; MAX_LINE_LENGTH / 2 + 1]);
+        let chunk = |text: &'static str| Ok(Bytes::from(text));
         let found = lines(vec![
-            piece("a\nb"),
+            chunk("a\nb"),
             Ok(long.clone()),
             Ok(long),
-            piece("c\nd\ne"),
+            chunk("c\nd\ne"),
             Err(TransportError::Timeout),
         ]);
         assert_eq!(
@@ -304,39 +304,39 @@ mod tests {
     }
 
     #[test]
-    fn a_card_needs_an_id_and_nothing_else() {
+    fn batch_object_requires_only_an_id() {
         assert_eq!(BatchObject::parse(b"{}"), None);
-        let card = BatchObject::parse(br#"{"id": "b", "status": "new", "errors": null}"#).unwrap();
-        assert_eq!((card.status.as_str(), card.mistakes.len()), ("new", 0));
-        for (told, expected) in [
+        let batch = BatchObject::parse(br#"{"id": "b", "status": "new", "errors": null}"#).unwrap();
+        assert_eq!((batch.status.as_str(), batch.errors.len()), ("new", 0));
+        for (reported, expected) in [
             ("SUCCEEDED", "completed"),
             ("Canceled", "cancelled"),
             ("odd", "odd"),
         ] {
-            let card = format!("{{\"id\": \"b\", \"status\": \"{told}\"}}");
+            let batch = format!("{{\"id\": \"b\", \"status\": \"{reported}\"}}");
             assert_eq!(
-                BatchObject::parse(card.as_bytes()).unwrap().status,
+                BatchObject::parse(batch.as_bytes()).unwrap().status,
                 expected
             );
         }
-        let card = BatchObject::parse(
+        let batch = BatchObject::parse(
             br#"{"id": "b", "metadata": {"nonce": "n"}, "output_file_id": null, "expired_at": 9,
                 "errors": {"data": [{"code": "x", "line": 3, "message": "m"}]}}"#,
         );
-        let card = card.unwrap();
-        assert_eq!((card.nonce.as_str(), card.ended_at), ("n", Some(9)));
-        assert_eq!((card.output_file, card.mistakes[0].line), (None, Some(3)));
+        let batch = batch.unwrap();
+        assert_eq!((batch.nonce.as_str(), batch.ended_at), ("n", Some(9)));
+        assert_eq!((batch.output_file, batch.errors[0].line), (None, Some(3)));
     }
 
     #[test]
-    fn an_error_file_alone_is_no_answer() {
-        let card = |text: &str| BatchObject::parse(text.as_bytes()).unwrap();
+    fn error_file_alone_is_no_answer() {
+        let batch = |text: &str| BatchObject::parse(text.as_bytes()).unwrap();
         let failed = r#"{"id":"b","status":"failed","error_file_id":"f","request_counts":{"completed":0,"failed":0}}"#;
-        assert!(!card(failed).has_answers());
-        assert!(card(r#"{"id":"b","status":"failed","output_file_id":"f"}"#).has_answers());
+        assert!(!batch(failed).has_answers());
+        assert!(batch(r#"{"id":"b","status":"failed","output_file_id":"f"}"#).has_answers());
         assert!(
-            card(r#"{"id":"b","status":"failed","request_counts":{"completed":2}}"#).has_answers()
+            batch(r#"{"id":"b","status":"failed","request_counts":{"completed":2}}"#).has_answers()
         );
-        assert!(card(r#"{"id":"b","status":"completed"}"#).has_answers());
+        assert!(batch(r#"{"id":"b","status":"completed"}"#).has_answers());
     }
 }

@@ -1,4 +1,4 @@
-//! The connection to an endpoint: its address, and how its machine is known.
+//! Connection settings of an endpoint: base URL, TLS certificates, timeouts, proxy.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -8,24 +8,23 @@ use anyhow::{Context as _, Result};
 use reqwest::{Certificate, Identity, Url};
 
 use crate::client::credentials::expand;
-use crate::config;
-use crate::config::{AllowHttp, KeySource};
+use crate::config::{self, AllowHttp, KeySource};
 use crate::exit::Exit;
 
 /// Validated address of an endpoint.
 #[derive(Debug)]
 pub(crate) struct EndpointAddress {
-    /// Without a slash at the end, its variables filled in.
+    /// The base URL without a trailing slash, its `${NAME}` variables expanded.
     pub text: String,
     pub query: Vec<(String, String)>,
     url: Url,
 }
 
 impl EndpointAddress {
-    /// Checks `base_url`: https, or http where that is allowed; no credentials, path of completions or query.
+    /// Checks `base_url`: https, or http if allowed; without credentials, query or the path of an API method.
     ///
     /// # Errors
-    /// [`Exit::Usage`] with what to write instead.
+    /// [`Exit::Usage`] with the value to set instead.
     pub(crate) fn from_config(settings: &config::TeacherConfig) -> Result<EndpointAddress> {
         let shown = &settings.base_url;
         let text = expand("teacher.base_url", shown)?.text;
@@ -38,10 +37,10 @@ impl EndpointAddress {
             )));
         }
         let url = Url::parse(&text)
-            .map_err(|error| usage(format!("`teacher.base_url` is no URL: {error}")))?;
+            .map_err(|error| usage(format!("`teacher.base_url` is not a valid URL: {error}")))?;
         if !url.username().is_empty() || url.password().is_some() {
             return Err(usage(
-                "`teacher.base_url` must hold no user name and no password: set \
+                "`teacher.base_url` must not contain a user name or password: set \
                  `teacher.api_key_env` to the name of the variable that holds the key"
                     .into(),
             ));
@@ -49,8 +48,8 @@ impl EndpointAddress {
         if url.query().is_some() || url.fragment().is_some() {
             let (address, _) = shown.split_once(['?', '#']).unwrap_or((shown, ""));
             return Err(usage(format!(
-                "`teacher.base_url` must end before the query: set it to \"{address}\", and write what \
-                 follows the ? as `teacher.query = {{ api-version = \"...\" }}`"
+                "`teacher.base_url` must not contain a query: set it to \"{address}\", and move the \
+                 parameters after the ? to `teacher.query = {{ api-version = \"...\" }}`"
             )));
         }
         for path in [
@@ -61,15 +60,15 @@ impl EndpointAddress {
         ] {
             if let Some(address) = shown.trim().trim_end_matches('/').strip_suffix(path) {
                 return Err(usage(format!(
-                    "`teacher.base_url` must end before \"{path}\", which is added to it: set it to \
-                     \"{address}\""
+                    "`teacher.base_url` must not end with \"{path}\", which is appended to each request: \
+                     set it to \"{address}\""
                 )));
             }
         }
         check_scheme(settings, &url)?;
         let pair = |(name, value): (&String, &String)| {
-            let place = format!("teacher.query.{name}");
-            Ok((name.clone(), expand(&place, value)?.text))
+            let setting = format!("teacher.query.{name}");
+            Ok((name.clone(), expand(&setting, value)?.text))
         };
         Ok(EndpointAddress {
             text,
@@ -92,17 +91,17 @@ fn check_scheme(settings: &config::TeacherConfig, url: &Url) -> Result<()> {
         ("http", AllowHttp::WithoutKey) if !has_key => return Ok(()),
         ("http", AllowHttp::WithoutKey) => format!(
             "`teacher.base_url` = \"{shown}\" would send the key unencrypted: use https; or, where the \
-             endpoint needs no key, set `teacher.api_key_env = \"\"`; or insist upon it with \
+             endpoint needs no key, set `teacher.api_key_env = \"\"`; or allow it with \
              `teacher.allow_http = \"with_key\"`"
         ),
         ("http", AllowHttp::No) if has_key => format!(
             "`teacher.base_url` = \"{shown}\" would send the key and the prompts unencrypted: use https; or \
-             set `teacher.api_key_env = \"\"` and `teacher.allow_http = true` for an endpoint without a key in \
-             a network of your own, or `teacher.allow_http = \"with_key\"` to insist"
+             set `teacher.api_key_env = \"\"` and `teacher.allow_http = true` for an endpoint without a key on \
+             your own network, or `teacher.allow_http = \"with_key\"` to send the key as well"
         ),
         ("http", AllowHttp::No) => format!(
             "`teacher.base_url` = \"{shown}\" would send the prompts unencrypted: use https, or \
-             set `teacher.allow_http = true` for an endpoint in a network of your own"
+             set `teacher.allow_http = true` for an endpoint on your own network"
         ),
         _ => format!("`teacher.base_url` = \"{shown}\" must begin with https://"),
     };
@@ -118,24 +117,24 @@ fn is_loopback(url: &Url) -> bool {
             .is_ok_and(|address: IpAddr| address.is_loopback())
 }
 
-/// Prepares the connection pool.
+/// Builds the HTTP client with its connection pool.
 ///
 /// # Errors
-/// [`Exit::Usage`] where a certificate cannot be read.
+/// [`Exit::Usage`] if a certificate cannot be read.
 pub(crate) fn client(
     settings: &config::TeacherConfig,
     address: &EndpointAddress,
 ) -> Result<reqwest::Client> {
-    // An error means that a provider is installed already, which is what we want.
+    // An error means that a provider is already installed.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut builder = reqwest::Client::builder()
         .user_agent(concat!("distill/", env!("CARGO_PKG_VERSION")))
-        // A redirect could carry the key and the prompts to another host.
+        // A redirect could send the key and the prompts to another host.
         .redirect(reqwest::redirect::Policy::none())
-        // Retries are the dispatcher's, under the rate limit.
+        // The dispatcher retries, under the rate limit.
         .retry(reqwest::retry::never())
-        // An answer is paid for, whatever headers a gateway puts before it, up to hyper's 100 (more room
-        // costs every reply 2 % of its CPU time).
+        // Invalid headers from a gateway must not cost a paid answer. hyper's limit of 100 headers stays: a
+        // higher one costs every reply 2 % of its CPU time.
         .http1_ignore_invalid_headers_in_responses(true)
         .connect_timeout(seconds("connect_timeout_s", settings.connect_timeout_s)?)
         .timeout(seconds("timeout_s", settings.timeout_s)?);
@@ -146,7 +145,7 @@ pub(crate) fn client(
         let identity = Identity::from_pem(&read(path)?);
         builder = builder.identity(identity.map_err(|error| {
             Exit::Usage(format!(
-                "`teacher.client_certificate` {} holds no certificate with its key in PEM: {error}",
+                "`teacher.client_certificate` {} is not a PEM file with a certificate and its key: {error}",
                 path.display()
             ))
         })?);
@@ -154,7 +153,7 @@ pub(crate) fn client(
     if let Some(path) = &settings.ca_file {
         let no_certificate = |why: &str| {
             Exit::Usage(format!(
-                "`teacher.ca_file` {} holds no certificate in PEM{why}",
+                "`teacher.ca_file` {} contains no PEM certificate{why}",
                 path.display()
             ))
         };
@@ -165,12 +164,12 @@ pub(crate) fn client(
         }
         builder = builder.tls_certs_merge(certificates);
     } else if address.url.scheme() == "http" {
-        // No certificate is ever checked, so a machine that has none installed can go on.
+        // Plain HTTP checks no certificate, so the machine needs none installed.
         builder = builder.tls_certs_only([]);
     }
     builder.build().context(
-        "cannot set up the HTTP client (the proxy of HTTPS_PROXY or ALL_PROXY, and the certificates of \
-         SSL_CERT_FILE, are read for it)",
+        "cannot set up the HTTP client (check the proxy in HTTPS_PROXY or ALL_PROXY, and the certificates in \
+         SSL_CERT_FILE)",
     )
 }
 
@@ -178,15 +177,20 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     crate::fs::read(path).map_err(|error| Exit::Usage(format!("{error:#}")).into())
 }
 
-/// A setting that is a time to wait.
+/// Converts a setting in seconds.
 ///
 /// # Errors
-/// [`Exit::Usage`] where it is none.
+/// [`Exit::Usage`] unless the value is finite and greater than 0.
 pub(crate) fn seconds(name: &str, value: f64) -> Result<Duration> {
     Duration::try_from_secs_f64(value)
         .ok()
         .filter(|duration| !duration.is_zero())
-        .ok_or_else(|| Exit::Usage(format!("`teacher.{name}` = {value} is no time to wait")).into())
+        .ok_or_else(|| {
+            Exit::Usage(format!(
+                "`teacher.{name}` = {value} must be greater than 0 seconds"
+            ))
+            .into()
+        })
 }
 
 #[cfg(test)]
@@ -203,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn only_this_machine_is_spoken_to_without_encryption() {
+    fn plain_http_is_accepted_for_loopback_addresses_only() {
         for url in [
             "https://api.example.com/v1",
             "http://localhost:8000/v1",
@@ -222,7 +226,10 @@ mod tests {
                 "localhost:8080/v1",
                 "\"http://localhost:8080/v1\" for a server",
             ),
-            ("https://user:pw@example.com", "no user name"),
+            (
+                "https://user:pw@example.com",
+                "must not contain a user name",
+            ),
             (
                 "https://example.com/v1/chat/completions/",
                 "set it to \"https://example.com/v1\"",
@@ -237,8 +244,8 @@ mod tests {
     }
 
     #[test]
-    fn another_machine_is_spoken_to_in_the_clear_only_where_that_is_asked_for() {
-        let at = |allow_http: AllowHttp, command: Option<&str>| {
+    fn allow_http_permits_plain_http_to_remote_hosts() {
+        let load_error = |allow_http: AllowHttp, command: Option<&str>| {
             let settings = config::TeacherConfig {
                 allow_http,
                 api_key_command: command.map(str::to_owned),
@@ -250,17 +257,21 @@ mod tests {
         };
         let key = Some("echo a-key");
         assert!(
-            at(AllowHttp::No, None)
+            load_error(AllowHttp::No, None)
                 .unwrap()
                 .contains("allow_http = true")
         );
-        assert_eq!(at(AllowHttp::WithoutKey, None), None);
-        assert!(at(AllowHttp::WithoutKey, key).unwrap().contains("with_key"));
-        assert_eq!(at(AllowHttp::WithKey, key), None);
+        assert_eq!(load_error(AllowHttp::WithoutKey, None), None);
+        assert!(
+            load_error(AllowHttp::WithoutKey, key)
+                .unwrap()
+                .contains("with_key")
+        );
+        assert_eq!(load_error(AllowHttp::WithKey, key), None);
     }
 
     #[test]
-    fn a_missing_key_is_named_by_its_variable() {
+    fn missing_key_error_names_the_environment_variable() {
         let settings = config::TeacherConfig {
             api_key_env: "DISTILL_TEST_NO_SUCH_VARIABLE".into(),
             ..settings("https://example.com")

@@ -1,7 +1,7 @@
 //! API key and extra headers of requests, and the renewal of keys that expire.
 //!
-//! A key from a file or a command may expire in the night. When the endpoint refuses it, it is read again,
-//! once for all requests that were on their way, and only a new one is tried.
+//! A key from a file or a command may expire during a run. When the endpoint rejects it, the key is read again
+//! once for all requests in flight, and used only if it has changed.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
@@ -15,25 +15,26 @@ use secrecy::{ExposeSecret, SecretString};
 
 use crate::client::response;
 use crate::client::secrets::Secrets;
-use crate::config;
-use crate::config::KeySource;
+use crate::config::{self, KeySource};
 use crate::exit::Exit;
 
-/// For a command that prints a key.
-const LONGEST_COMMAND: Duration = Duration::from_secs(60);
+/// Timeout of a command that prints a key.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// For a key that has been taken before and is refused now: whoever renews it may be a little late.
-const PATIENCE: Duration = Duration::from_secs(30);
-const PAUSE: Duration = Duration::from_secs(2);
+/// Time to wait for a new key after a key that used to be accepted is rejected: the renewal may be late.
+const RENEWAL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Longest output of a command that is read, in bytes.
-const LONGEST_OUTPUT: u64 = 1 << 16;
+/// Pause between two attempts to read a new key.
+const RENEWAL_PAUSE: Duration = Duration::from_secs(2);
 
-/// Wait for the rest of the output after the command has ended.
-const REST_OF_OUTPUT: Duration = Duration::from_millis(500);
+/// Maximum output of a command that is read, in bytes.
+const MAX_OUTPUT: u64 = 1 << 16;
 
-/// Headers that say how a request is sent.
-const FRAMING: [&str; 10] = [
+/// Time to wait for remaining output after the command has ended.
+const OUTPUT_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Headers that the HTTP client controls.
+const CONNECTION_HEADERS: [&str; 10] = [
     "Host",
     "Connection",
     "Content-Length",
@@ -46,36 +47,36 @@ const FRAMING: [&str; 10] = [
     "Expect",
 ];
 
-/// New keys that are refused, one after the other, before the endpoint is believed.
-const REFUSED_KEYS: u32 = 2;
+/// Maximum number of consecutive new keys that the endpoint rejects before renewal stops.
+const MAX_REJECTED_KEYS: u32 = 2;
 
-/// Snapshot of the headers that are sent with a request, and their secrets.
+/// Snapshot of the headers of a request, and the secrets in them.
 #[derive(Debug, Clone)]
 pub(crate) struct RequestHeaders {
     pub headers: HeaderMap,
     pub secrets: Arc<Secrets>,
-    /// Counts the keys.
-    number: u64,
+    /// Version of the key, incremented by each renewal.
+    key_version: u64,
 }
 
-/// The key and the headers of one endpoint.
+/// API key and headers of one endpoint.
 pub(crate) struct Credentials {
     settings: config::TeacherConfig,
     header: HeaderName,
     current: Mutex<Arc<RequestHeaders>>,
-    /// Keys in a row that were refused.
-    refused: AtomicU32,
-    /// A key has been taken.
-    is_known: AtomicBool,
-    /// Held while a new key is read; the last failed attempt, by the number of the rejected key.
-    fetching: tokio::sync::Mutex<Option<(u64, Instant)>>,
+    /// Number of consecutive keys that the endpoint rejected.
+    rejected_keys: AtomicU32,
+    /// The endpoint has accepted a key.
+    was_accepted: AtomicBool,
+    /// Locked while a new key is read. Holds the rejected key's version and the time of the last failed renewal.
+    failed_renewal: tokio::sync::Mutex<Option<(u64, Instant)>>,
 }
 
 impl Credentials {
-    /// Reads the key, and the variables that headers and query name.
+    /// Reads the key and expands the variables in headers and query.
     ///
     /// # Errors
-    /// [`Exit::Usage`] where one is missing or cannot be sent.
+    /// [`Exit::Usage`] if one is missing or is not valid in a header.
     pub(crate) fn load(settings: &config::TeacherConfig) -> Result<Credentials> {
         let header = header_name("teacher.api_key_header", &settings.api_key_header)?;
         let mut headers = HeaderMap::new();
@@ -89,12 +90,12 @@ impl Credentials {
         let own = own.into_iter().filter(|(_, value)| !value.is_empty());
         let others = settings.headers.iter();
         for (name, value) in own.chain(others.map(|(name, value)| (name.as_str(), value))) {
-            if FRAMING
+            if CONNECTION_HEADERS
                 .iter()
-                .any(|framing| name.eq_ignore_ascii_case(framing))
+                .any(|header| name.eq_ignore_ascii_case(header))
             {
                 let message = format!(
-                    "`teacher.headers.{name}` cannot be set: that header belongs to the connection"
+                    "`teacher.headers.{name}` cannot be set: the HTTP client controls this header"
                 );
                 return Err(Exit::Usage(message).into());
             }
@@ -102,16 +103,16 @@ impl Credentials {
                 && settings.key_source() != KeySource::None
             {
                 let message = format!(
-                    "`teacher.headers.{name}` carries the key already: leave it out, or set \
+                    "`teacher.headers.{name}` is already the header of the key: remove it, or set \
                      `teacher.api_key_env = \"\"`"
                 );
                 return Err(Exit::Usage(message).into());
             }
-            let place = format!("teacher.headers.{name}");
-            let expanded = expand(&place, value)?;
+            let setting = format!("teacher.headers.{name}");
+            let expanded = expand(&setting, value)?;
             headers.insert(
-                header_name(&place, name)?,
-                header_value(&place, &expanded.text)?,
+                header_name(&setting, name)?,
+                header_value(&setting, &expanded.text)?,
             );
             secrets.extend(expanded.secrets);
         }
@@ -122,15 +123,15 @@ impl Credentials {
         let sent = RequestHeaders {
             headers,
             secrets: Arc::new(Secrets::new(secrets)?),
-            number: 0,
+            key_version: 0,
         };
         let credentials = Credentials {
             settings: settings.clone(),
             header,
             current: Mutex::new(Arc::new(sent)),
-            refused: AtomicU32::new(0),
-            is_known: AtomicBool::new(false),
-            fetching: tokio::sync::Mutex::default(),
+            rejected_keys: AtomicU32::new(0),
+            was_accepted: AtomicBool::new(false),
+            failed_renewal: tokio::sync::Mutex::default(),
         };
         if let Some(key) = read_key(settings)? {
             credentials.set(&key)?;
@@ -138,18 +139,18 @@ impl Credentials {
         Ok(credentials)
     }
 
-    /// Current snapshot.
+    /// Returns the current snapshot.
     pub(crate) fn current(&self) -> Arc<RequestHeaders> {
         Arc::clone(&self.current.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The endpoint takes what was sent.
+    /// Records that the endpoint accepted the key.
     pub(crate) fn mark_accepted(&self) {
-        self.refused.store(0, Ordering::Relaxed);
-        self.is_known.store(true, Ordering::Relaxed);
+        self.rejected_keys.store(0, Ordering::Relaxed);
+        self.was_accepted.store(true, Ordering::Relaxed);
     }
 
-    /// The endpoint refuses what was `sent`. True where there is something else to send by now.
+    /// Renews the key after the endpoint rejected the headers `sent`. Returns true if a different key is in place.
     pub(crate) async fn renew(self: &Arc<Self>, sent: &RequestHeaders) -> bool {
         if matches!(
             self.settings.key_source(),
@@ -158,15 +159,15 @@ impl Credentials {
             return false;
         }
         let rejected_at = Instant::now();
-        let mut failed = self.fetching.lock().await;
-        if self.current().number != sent.number {
+        let mut failed = self.failed_renewal.lock().await;
+        if self.current().key_version != sent.key_version {
             return true;
         }
-        if self.refused.load(Ordering::Relaxed) >= REFUSED_KEYS {
+        if self.rejected_keys.load(Ordering::Relaxed) >= MAX_REJECTED_KEYS {
             return false;
         }
-        // The requests that waited for the same attempt share its outcome.
-        if failed.is_some_and(|(number, at)| number == sent.number && rejected_at < at) {
+        // Requests that waited for the same renewal share its outcome.
+        if failed.is_some_and(|(version, at)| version == sent.key_version && rejected_at < at) {
             return false;
         }
         let started = Instant::now();
@@ -174,31 +175,34 @@ impl Credentials {
             let this = Arc::clone(self);
             let fetched = tokio::task::spawn_blocking(move || this.fetch()).await;
             let fetched = fetched.map_err(anyhow::Error::from).flatten();
-            let waits = self.is_known.load(Ordering::Relaxed) && started.elapsed() < PATIENCE;
-            if !waits || matches!(fetched, Ok(true)) {
+            let may_retry =
+                self.was_accepted.load(Ordering::Relaxed) && started.elapsed() < RENEWAL_TIMEOUT;
+            if !may_retry || matches!(fetched, Ok(true)) {
                 break fetched;
             }
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(RENEWAL_PAUSE).await;
         };
         if !matches!(fetched, Ok(true)) {
-            *failed = Some((sent.number, Instant::now()));
+            *failed = Some((sent.key_version, Instant::now()));
         }
         match fetched {
             Ok(is_new) => {
-                self.refused.fetch_add(1, Ordering::Relaxed);
+                self.rejected_keys.fetch_add(1, Ordering::Relaxed);
                 if is_new {
-                    tracing::info!("the endpoint refused the key, and there is a new one");
+                    tracing::info!("the endpoint rejected the key: continuing with a new key");
                 }
                 is_new
             }
             Err(error) => {
-                tracing::warn!("the endpoint refuses the key, and there is no new one: {error:#}");
+                tracing::warn!(
+                    "the endpoint rejected the key, and no new key could be read: {error:#}"
+                );
                 false
             }
         }
     }
 
-    /// Reads the key again; true if it is another one.
+    /// Reads the key again. Returns true if it has changed.
     fn fetch(&self) -> Result<bool> {
         let before = self.current();
         let Some(key) = read_key(&self.settings)? else {
@@ -209,6 +213,7 @@ impl Credentials {
         Ok(now.headers.get(&self.header) != before.headers.get(&self.header))
     }
 
+    /// Replaces the key; a key that has not changed keeps its version.
     fn set(&self, key: &SecretString) -> Result<()> {
         let key = key.expose_secret();
         let text = if self.header == AUTHORIZATION {
@@ -223,24 +228,24 @@ impl Credentials {
         }
         let mut sent = RequestHeaders::clone(&current);
         sent.headers.insert(self.header.clone(), value);
-        sent.secrets = Arc::new(sent.secrets.and([key.to_owned()])?);
-        sent.number += 1;
+        sent.secrets = Arc::new(sent.secrets.with([key.to_owned()])?);
+        sent.key_version += 1;
         *current = Arc::new(sent);
         Ok(())
     }
 }
 
-/// A text of the config with its variables filled in.
+/// Config text with its variables expanded.
 pub(crate) struct Expanded {
     pub text: String,
     secrets: Vec<String>,
 }
 
-/// Fills in `${NAME}` in the value of the setting `place`.
+/// Expands `${NAME}` in the value of `setting`.
 ///
 /// # Errors
-/// [`Exit::Usage`] where a variable is not set.
-pub(crate) fn expand(place: &str, text: &str) -> Result<Expanded> {
+/// [`Exit::Usage`] if a variable is not set.
+pub(crate) fn expand(setting: &str, text: &str) -> Result<Expanded> {
     let mut expanded = Expanded {
         text: String::new(),
         secrets: Vec::new(),
@@ -252,8 +257,8 @@ pub(crate) fn expand(place: &str, text: &str) -> Result<Expanded> {
         };
         let value = variable(name).ok_or_else(|| {
             Exit::Usage(format!(
-                "the variable `{name}`, which `{place}` names, is not set: run `export {name}=...`, or change \
-                 `{place}`"
+                "the environment variable `{name}` of `{setting}` is not set: run `export {name}=...`, or \
+                 change `{setting}`"
             ))
         })?;
         expanded.text.push_str(before);
@@ -265,58 +270,56 @@ pub(crate) fn expand(place: &str, text: &str) -> Result<Expanded> {
     Ok(expanded)
 }
 
+/// Reads the key from its variable, file or command. Returns None if the endpoint needs no key.
 fn read_key(settings: &config::TeacherConfig) -> Result<Option<SecretString>> {
     let key = match settings.key_source() {
         KeySource::None => return Ok(None),
         KeySource::Variable(name) => {
             let key = variable(name).ok_or_else(|| {
                 Exit::Usage(format!(
-                    "the variable `{name}`, which `teacher.api_key_env` names, is not set: run `export \
-                     {name}=...` with the key of the endpoint, or set `teacher.api_key_env = \"\"` for an \
-                     endpoint that needs none"
+                    "the environment variable `{name}` of `teacher.api_key_env` is not set: run `export \
+                     {name}=...` with the API key, or set `teacher.api_key_env = \"\"` for an endpoint that \
+                     needs no key"
                 ))
             })?;
             return Ok(Some(key.into()));
         }
         KeySource::File(path) => crate::fs::read_to_string(path).map_err(|error| {
-            Exit::Usage(format!("{error:#}: `teacher.api_key_file` holds the key"))
+            Exit::Usage(format!("cannot read `teacher.api_key_file`: {error:#}"))
         })?,
-        KeySource::Command(command) => output_of(command).map_err(|error| {
-            Exit::Usage(format!(
-                "`teacher.api_key_command` printed no key: {error:#}"
-            ))
-        })?,
+        KeySource::Command(command) => command_output(command)
+            .map_err(|error| Exit::Usage(format!("`teacher.api_key_command` failed: {error:#}")))?,
     };
     let key = key.trim_start_matches('\u{feff}');
     let key = key.lines().map(str::trim).find(|line| !line.is_empty());
     let key = key.ok_or_else(|| {
-        let place = match settings.key_source() {
+        let source = match settings.key_source() {
             KeySource::File(path) => path.display().to_string(),
             _ => "`teacher.api_key_command`".to_owned(),
         };
         Exit::Usage(format!(
-            "{place} gives no key: its first line that is not empty is the key"
+            "{source} contains no key: the key must be its first non-empty line"
         ))
     })?;
     Ok(Some(key.into()))
 }
 
-/// Standard output of a shell command.
-fn output_of(command: &str) -> Result<String> {
+/// Runs a shell command and returns its standard output.
+fn command_output(command: &str) -> Result<String> {
     let child = Command::new("sh")
         .args(["-c", command])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn();
-    let mut child = child.context("could not start it")?;
-    let stdout = child.stdout.take().context("it has no output")?;
-    // In a thread, since a process that the command leaves behind may hold the pipe open for ever.
-    let (sender, pieces) = mpsc::channel();
+    let mut child = child.context("cannot start the command")?;
+    let stdout = child.stdout.take().context("the command has no output")?;
+    // In a thread, since a background process of the command may keep the pipe open forever.
+    let (sender, chunks) = mpsc::channel();
     std::thread::spawn(move || {
-        let mut stdout = stdout.take(LONGEST_OUTPUT);
-        let mut piece = vec![0; 1 << 12];
-        while let Ok(read @ 1..) = stdout.read(&mut piece) {
-            if sender.send(piece[..read].to_vec()).is_err() {
+        let mut stdout = stdout.take(MAX_OUTPUT);
+        let mut chunk = vec![0; 1 << 12];
+        while let Ok(read @ 1..) = stdout.read(&mut chunk) {
+            if sender.send(chunk[..read].to_vec()).is_err() {
                 return;
             }
         }
@@ -326,10 +329,10 @@ fn output_of(command: &str) -> Result<String> {
         if let Some(status) = child.try_wait()? {
             break status;
         }
-        if started.elapsed() > LONGEST_COMMAND {
+        if started.elapsed() > COMMAND_TIMEOUT {
             let _ = child.kill();
             let _ = child.wait();
-            bail!("it took longer than {} s", LONGEST_COMMAND.as_secs());
+            bail!("it took longer than {} s", COMMAND_TIMEOUT.as_secs());
         }
         std::thread::sleep(Duration::from_millis(20));
     };
@@ -337,28 +340,29 @@ fn output_of(command: &str) -> Result<String> {
         bail!("it ended with {status}");
     }
     let mut output = Vec::new();
-    while let Ok(piece) = pieces.recv_timeout(REST_OF_OUTPUT) {
-        output.extend(piece);
+    while let Ok(chunk) = chunks.recv_timeout(OUTPUT_TIMEOUT) {
+        output.extend(chunk);
     }
     String::from_utf8(output).context("its output is not UTF-8")
 }
 
-/// Value of an environment variable that is set and not blank.
+/// Returns the trimmed value of an environment variable, unless it is blank.
 fn variable(name: &str) -> Option<String> {
     let value = std::env::var(name).ok()?;
     let value = value.trim();
     (!value.is_empty()).then(|| value.to_owned())
 }
 
-fn header_name(place: &str, name: &str) -> Result<HeaderName> {
-    HeaderName::try_from(name)
-        .map_err(|_| Exit::Usage(format!("`{place}`: {name:?} is no name of a header")).into())
+fn header_name(setting: &str, name: &str) -> Result<HeaderName> {
+    HeaderName::try_from(name).map_err(|_| {
+        Exit::Usage(format!("`{setting}`: {name:?} is not a valid header name")).into()
+    })
 }
 
-fn header_value(place: &str, value: &str) -> Result<HeaderValue> {
+fn header_value(setting: &str, value: &str) -> Result<HeaderValue> {
     let mut value = HeaderValue::try_from(value).map_err(|_| {
         Exit::Usage(format!(
-            "{place} has characters that no header may have: set it again, without line ends"
+            "{setting} contains characters that are not allowed in a header: set it without line breaks"
         ))
     })?;
     value.set_sensitive(true);
@@ -377,7 +381,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_key_is_renewed_once_for_all_that_were_refused() {
+    async fn key_is_renewed_once_for_all_rejected_requests() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("key");
         std::fs::write(&file, "\n first-key-0123456789 \n").unwrap();
@@ -394,12 +398,12 @@ mod tests {
         let second = credentials.current();
         assert!(
             credentials.renew(&first).await,
-            "another one is there by now"
+            "the key was renewed already"
         );
-        assert_eq!(credentials.current().number, second.number);
-        let said = bytes::Bytes::from_static(b"first-key-0123456789 second-key-0123456789");
-        assert_eq!(second.secrets.clean(said), "[key] [key]");
-        // New keys that are refused, one after the other, come to an end, until one is taken.
+        assert_eq!(credentials.current().key_version, second.key_version);
+        let reply = bytes::Bytes::from_static(b"first-key-0123456789 second-key-0123456789");
+        assert_eq!(second.secrets.clean(reply), "[key] [key]");
+        // After two rejected keys in a row, renewal stops until a key is accepted.
         std::fs::write(&file, "third-key-0123456789").unwrap();
         assert!(!credentials.renew(&second).await);
         credentials.mark_accepted();
@@ -407,56 +411,58 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_failed_renewal_is_shared_by_the_requests_that_wait_for_it() {
+    async fn failed_renewal_is_shared_by_waiting_requests() {
         let dir = tempfile::tempdir().unwrap();
-        let (file, count) = (dir.path().join("key"), dir.path().join("count"));
+        let file = dir.path().join("key");
+        let count = dir.path().join("count");
         std::fs::write(&file, "a-key").unwrap();
         let command = format!("echo x >> {}; cat {}", count.display(), file.display());
         let credentials = Arc::new(Credentials::load(&with_command(&command)).unwrap());
         let sent = credentials.current();
         std::fs::remove_file(&file).unwrap();
         let waiting = (0..50).map(|_| {
-            let (credentials, sent) = (Arc::clone(&credentials), Arc::clone(&sent));
+            let credentials = Arc::clone(&credentials);
+            let sent = Arc::clone(&sent);
             tokio::spawn(async move { credentials.renew(&sent).await })
         });
         for renewed in waiting.collect::<Vec<_>>() {
             assert!(!renewed.await.unwrap());
         }
         let runs = std::fs::read_to_string(&count).unwrap().lines().count();
-        assert_eq!(runs, 2, "once at the start, once for all");
+        assert_eq!(runs, 2, "one run at the start, one for all requests");
     }
 
     #[test]
-    fn a_command_that_leaves_a_process_behind_does_not_hold_up_its_key() {
+    fn key_command_with_a_background_process_returns_at_once() {
         let started = Instant::now();
-        assert_eq!(output_of("sleep 20 & echo a-key").unwrap(), "a-key\n");
+        assert_eq!(command_output("sleep 20 & echo a-key").unwrap(), "a-key\n");
         assert!(started.elapsed() < Duration::from_secs(5));
     }
 
     #[test]
-    fn commands_and_variables_that_give_no_key_are_named() {
+    fn missing_key_errors_name_the_command_or_variable() {
         let cases = [
             ("exit 3", "exit status: 3"),
-            ("echo", "gives no key"),
-            ("printf 'a\\001b'", "no header may have"),
+            ("echo", "contains no key"),
+            ("printf 'a\\001b'", "not allowed in a header"),
         ];
         for (command, part) in cases {
             let error = Credentials::load(&with_command(command)).err().unwrap();
             assert_eq!(Exit::code_of(&error), 2);
             assert!(error.to_string().contains(part), "{error}");
         }
-        let place = "teacher.headers.X-Team";
-        let error = expand(place, "a ${DISTILL_TEST_NO_SUCH_VARIABLE} b");
+        let setting = "teacher.headers.X-Team";
+        let error = expand(setting, "a ${DISTILL_TEST_NO_SUCH_VARIABLE} b");
         let error = error.err().unwrap().to_string();
-        for part in ["export DISTILL_TEST_NO_SUCH_VARIABLE", place] {
+        for part in ["export DISTILL_TEST_NO_SUCH_VARIABLE", setting] {
             assert!(error.contains(part), "{part} is not in: {error}");
         }
         assert!(!error.contains("api_key_env"), "{error}");
-        assert_eq!(expand(place, "a ${").unwrap().text, "a ${");
+        assert_eq!(expand(setting, "a ${").unwrap().text, "a ${");
     }
 
     #[test]
-    fn the_key_goes_where_the_endpoint_wants_it() {
+    fn api_key_header_replaces_the_authorization_header() {
         let settings = config::TeacherConfig {
             api_key_header: "api-key".into(),
             headers: [("X-Title".to_string(), "distill".to_string())].into(),

@@ -1,8 +1,5 @@
-//! The endpoint: one HTTP request a call, and everything that came back.
+//! Teacher over HTTP: each call sends one request and returns the whole reply.
 
-use crate::client::transport::HttpReply;
-use crate::client::transport::Transport;
-use crate::client::transport::TransportError;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,29 +16,28 @@ use crate::client::connection::EndpointAddress;
 use crate::client::credentials::Credentials;
 use crate::client::one_attempt::{HttpSender, OneAttempt};
 use crate::client::secrets::Secrets;
-use crate::client::transport::BatchApi;
+use crate::client::transport::{BatchApi, HttpReply, Transport, TransportError};
 use crate::config;
 
-/// The teacher, ready to be asked.
+/// Connection to a teacher.
 pub(crate) struct HttpTeacher {
-    /// For files and batches.
+    /// Client for files and batches.
     pub(crate) client: Client<OpenAiSettings>,
-    /// For completions, and for the one thing that async-openai does not do: reading a file
-    /// while it comes.
+    /// Sends completions, and file downloads, which async-openai cannot stream.
     pub(crate) http: HttpSender,
     completions: Url,
-    /// Between two pieces of such a file.
+    /// Maximum time between two chunks of a file download.
     pub(crate) timeout: Duration,
 }
 
 impl HttpTeacher {
     /// Reads the key and prepares the connection pool; sends nothing.
     pub(crate) fn new(settings: &config::TeacherConfig) -> Result<HttpTeacher> {
-        Self::at(settings, "chat/completions")
+        Self::with_path(settings, "chat/completions")
     }
 
-    /// As [`Teacher::new`], to be asked at another path than that of chat completions.
-    pub(crate) fn at(settings: &config::TeacherConfig, path: &str) -> Result<HttpTeacher> {
+    /// As [`HttpTeacher::new`], for another path than that of chat completions.
+    pub(crate) fn with_path(settings: &config::TeacherConfig, path: &str) -> Result<HttpTeacher> {
         let credentials = Arc::new(Credentials::load(settings)?);
         let address = EndpointAddress::from_config(settings)?;
         let http = HttpSender {
@@ -56,7 +52,7 @@ impl HttpTeacher {
         let once = OneAttempt { http: http.clone() };
         let mut completions = format!("{}/{path}", endpoint.base_url)
             .parse::<Url>()
-            .context("`teacher.base_url` is no URL")?;
+            .context("`teacher.base_url` is not a valid URL")?;
         if !endpoint.query.is_empty() {
             completions
                 .query_pairs_mut()
@@ -70,9 +66,9 @@ impl HttpTeacher {
         })
     }
 
-    /// By reqwest alone: async-openai's way to the same request costs a tenth of the time that a
-    /// small answer takes in all.
-    async fn ask_once(&self, body: &Value) -> Result<HttpReply, TransportError> {
+    /// Sends one completion request by reqwest: async-openai's own path to the same request adds 10 % to the
+    /// time of a small answer.
+    async fn send_completion(&self, body: &Value) -> Result<HttpReply, TransportError> {
         let body =
             serde_json::to_vec(body).map_err(|error| TransportError::Broken(error.to_string()))?;
         let mut request = Request::new(Method::POST, self.completions.clone());
@@ -85,7 +81,7 @@ impl HttpTeacher {
 
 impl Transport for HttpTeacher {
     fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
-        Box::pin(self.ask_once(body))
+        Box::pin(self.send_completion(body))
     }
 
     fn secrets(&self) -> Arc<Secrets> {
@@ -97,19 +93,19 @@ impl Transport for HttpTeacher {
     }
 }
 
-/// What async-openai asks for with each request. Its own configuration would fall back to
-/// environment variables that the user of this program has not named.
+/// Settings of async-openai. Its own configuration type falls back to environment variables that the user did
+/// not name.
 #[derive(Clone)]
 pub(crate) struct OpenAiSettings {
     base_url: Arc<str>,
     query: Arc<[(String, String)]>,
-    /// The key is in the headers.
+    /// Empty: [`HttpSender`] adds the key as a header.
     no_key: SecretString,
 }
 
 impl async_openai::config::Config for OpenAiSettings {
     fn headers(&self) -> HeaderMap {
-        // They are set when the request leaves.
+        // `HttpSender` adds them when it sends the request.
         HeaderMap::new()
     }
 

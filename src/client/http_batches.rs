@@ -1,5 +1,5 @@
-//! Files and batches over HTTP: async-openai makes the requests, but for the one thing that it cannot
-//! do, which is to hand out a file while it comes (it reads gigabytes into memory first).
+//! Files and batches over HTTP. async-openai builds the requests, except for file downloads: it would read
+//! gigabytes into memory instead of streaming them.
 
 use std::path::Path;
 use std::time::Duration;
@@ -20,13 +20,12 @@ use crate::client::http::HttpTeacher;
 use crate::client::one_attempt;
 use crate::client::one_attempt::unpack;
 use crate::client::response::encoding::Decoder;
-use crate::client::transport::{BatchApi, FileDownload};
-use crate::client::transport::{HttpReply, TransportError};
+use crate::client::transport::{BatchApi, FileDownload, HttpReply, TransportError};
 
-/// Batches to a page, the most that is given.
+/// Batches per page; 100 is the maximum of the API.
 const PAGE: &str = "100";
 
-/// For a file of answers, as long as something comes.
+/// Maximum duration of a download that keeps receiving data.
 const LONGEST_DOWNLOAD: Duration = Duration::from_secs(24 * 3_600);
 
 type Ignored = Result<IgnoredAny, OpenAIError>;
@@ -91,12 +90,13 @@ impl BatchApi for HttpTeacher {
 }
 
 impl HttpTeacher {
+    /// Starts the download of a file and returns its decoded chunks as a stream.
     async fn download(&self, file: &str) -> Result<FileDownload, TransportError> {
         let endpoint = self.client.config();
         let url = endpoint.url(&format!("/files/{file}/content"));
         let mut url: Url = url
             .parse()
-            .map_err(|_| TransportError::Broken("no URL".into()))?;
+            .map_err(|_| TransportError::Broken("the file id gives an invalid URL".into()))?;
         if !endpoint.query().is_empty() {
             url.query_pairs_mut().extend_pairs(endpoint.query());
         }
@@ -116,26 +116,26 @@ impl HttpTeacher {
             return Ok(FileDownload::Refused(reply));
         }
         let decoder = Decoder::new(response.headers());
-        let pieces = stream::unfold(Some((response, decoder)), move |state| async move {
+        let chunks = stream::unfold(Some((response, decoder)), move |state| async move {
             let (mut response, mut decoder) = state?;
-            let piece = match tokio::time::timeout(timeout, response.chunk()).await {
+            let chunk = match tokio::time::timeout(timeout, response.chunk()).await {
                 Err(_) => Err(TransportError::Timeout),
-                Ok(Err(error)) => Err(one_attempt::fault(error)),
+                Ok(Err(error)) => Err(one_attempt::transport_error(error)),
                 Ok(Ok(None)) => {
                     let last = decoder.finish().map_err(undecodable);
                     return Some((last.map(Bytes::from), None));
                 }
-                Ok(Ok(Some(piece))) => decoder.feed(&piece).map_err(undecodable),
+                Ok(Ok(Some(chunk))) => decoder.feed(&chunk).map_err(undecodable),
             };
-            match piece {
+            match chunk {
                 Ok(decoded) => Some((Ok(decoded.into()), Some((response, decoder)))),
-                Err(fault) => Some((Err(fault), None)),
+                Err(error) => Some((Err(error), None)),
             }
         });
-        Ok(FileDownload::Content(pieces.boxed()))
+        Ok(FileDownload::Content(chunks.boxed()))
     }
 }
 
 fn undecodable(error: std::io::Error) -> TransportError {
-    TransportError::Broken(format!("the file's content encoding is broken: {error}"))
+    TransportError::Broken(format!("the file's content encoding is invalid: {error}"))
 }

@@ -1,4 +1,4 @@
-//! One HTTP exchange: a request out, the whole reply back, exactly once.
+//! One HTTP exchange: sends a request exactly once and reads the whole reply.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -19,19 +19,18 @@ use crate::client::response::json;
 use crate::client::transport::{BodyEnd, HttpReply, LargeBodyPermit, TransportError};
 use crate::ops::process;
 
-/// A longer body is no chat completion that anybody wants to keep.
+/// Maximum size of a body in bytes; no useful chat completion is larger.
 const LARGEST_BODY: usize = 64 << 20;
 
-/// For a file, up or down, as long as something comes.
+/// Maximum duration of a file upload.
 pub(crate) const LONGEST_TRANSFER: Duration = Duration::from_secs(6 * 3_600);
 
-/// Our transport below async-openai: exactly one attempt, its reply handed out whole.
+/// HTTP service for async-openai that makes one attempt and returns the raw reply.
 ///
-/// The crate's own executor retries under any rate limit, and what it makes of a response loses the
-/// headers, the body of an error and every answer that its types do not foresee (and logs bodies).
-/// So this service reads the response itself and carries it out as its *error*, the one thing that
-/// the crate passes on untouched; [`unpack`] takes it out again. What remains with the crate is the
-/// request: path, headers, JSON.
+/// async-openai's own executor retries outside our rate limit, logs bodies, and drops the headers, the bodies
+/// of errors, and answers that its types do not cover. So this service reads the response itself and returns
+/// it as its *error*, which the crate passes on unchanged; [`unpack`] extracts the reply. The crate only
+/// builds the request: path, headers, JSON.
 #[derive(Clone)]
 pub(crate) struct OneAttempt {
     pub http: HttpSender,
@@ -50,32 +49,32 @@ impl tower::Service<HttpRequestFactory> for OneAttempt {
         let http = self.http.clone();
         Box::pin(async move {
             let mut request = request.build().await?;
-            // A body that is streamed is a file, which takes its time.
+            // A streamed body is a file upload, which may take hours.
             if request.body().is_some_and(|body| body.as_bytes().is_none()) {
                 *request.timeout_mut() = Some(LONGEST_TRANSFER);
             }
             let outcome: tower::BoxError = match http.send(request).await {
                 Ok(reply) => reply.into(),
-                Err(fault) => fault.into(),
+                Err(error) => error.into(),
             };
             Err(outcome)
         })
     }
 }
 
-/// Takes the reply out of the error in which [`OneAttempt`] has sent it through async-openai.
+/// Extracts the reply from the error in which [`OneAttempt`] returned it through async-openai.
 pub(crate) fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<HttpReply, TransportError> {
     let error = match outcome {
         Err(OpenAIError::Boxed(carried)) => match carried.downcast::<HttpReply>() {
             Ok(reply) => return Ok(*reply),
             Err(carried) => match carried.downcast::<TransportError>() {
-                Ok(fault) => return Err(*fault),
+                Ok(error) => return Err(*error),
                 Err(other) => other.to_string(),
             },
         },
         Err(other) => other.to_string(),
         // `OneAttempt` never returns a response.
-        Ok(_) => "the reply was lost on the way".into(),
+        Ok(_) => "internal error: async-openai returned no raw reply".into(),
     };
     Err(TransportError::Broken(error))
 }
@@ -88,10 +87,10 @@ pub(crate) struct HttpSender {
 }
 
 impl HttpSender {
-    /// Sends a request and reads the whole reply, decoded and without a key.
+    /// Sends a request and reads the whole reply, decoded and with keys removed.
     ///
     /// # Errors
-    /// Where no reply began, or the key had expired. A reply that broke off is returned with what came of it.
+    /// If no reply began, or the key had expired. A reply that broke off is returned with its received part.
     pub(crate) async fn send(&self, request: Request) -> Result<HttpReply, TransportError> {
         let (sent, response) = self.begin(request).await?;
         let mut reply = read(response).await;
@@ -99,7 +98,7 @@ impl HttpSender {
         if let BodyEnd::Unreadable { raw, .. } = &mut reply.end
             && body != reply.body
         {
-            // What came holds the key, too.
+            // The raw bytes contain the key, too.
             *raw = body.clone();
         }
         reply.body = body;
@@ -108,7 +107,7 @@ impl HttpSender {
         Ok(reply)
     }
 
-    /// Sends a request, of whose response the body is still to come.
+    /// Sends a request and returns the response before its body is read.
     pub(crate) async fn begin(
         &self,
         mut request: Request,
@@ -117,14 +116,14 @@ impl HttpSender {
         for (name, value) in &sent.headers {
             request.headers_mut().insert(name, value.clone());
         }
-        let response = self.http.execute(request).await.map_err(fault)?;
+        let response = self.http.execute(request).await.map_err(transport_error)?;
         Ok((sent, response))
     }
 
-    /// After a reply with this status to what was sent.
+    /// Renews the key if a reply with `status` rejected the headers `sent`.
     ///
     /// # Errors
-    /// [`Fault::KeyRenewed`] where the key was refused and there is another one.
+    /// [`TransportError::KeyRenewed`] if a new key is in place.
     pub(crate) async fn renew_key_if_rejected(
         &self,
         sent: &RequestHeaders,
@@ -155,16 +154,18 @@ pub(crate) async fn read(mut response: Response) -> HttpReply {
     }
 }
 
-/// Bodies above [`LARGE_BODY`] that may be in memory at once: each takes several times its size while it
-/// becomes a record.
+/// Permits for bodies above [`LARGE_BODY`] in memory: each takes several times its size until it is written as a
+/// record.
 static LARGE: Semaphore = Semaphore::const_new(2);
 
+/// Size from which a body needs a permit, in bytes.
 const LARGE_BODY: usize = 4 << 20;
 
+/// Reads and decodes the body of one response.
 struct BodyReader {
     decoder: Option<Decoder>,
     body: BodyChunks,
-    /// As it came, where it is encoded: what cannot be decoded is kept.
+    /// Encoded bytes as received, kept in case they cannot be decoded.
     raw: BytesMut,
     permit: Option<LargeBodyPermit>,
 }
@@ -181,12 +182,12 @@ impl BodyReader {
 
     async fn read_all(&mut self, mut response: Response) -> BodyEnd {
         loop {
-            let piece = match response.chunk().await {
-                Ok(Some(piece)) => piece,
+            let chunk = match response.chunk().await {
+                Ok(Some(chunk)) => chunk,
                 Ok(None) => return BodyEnd::Whole,
-                Err(error) => return BodyEnd::Cut(fault(error)),
+                Err(error) => return BodyEnd::Cut(transport_error(error)),
             };
-            if let Err(problem) = self.add(piece) {
+            if let Err(problem) = self.add(chunk) {
                 return problem;
             }
             if self.body.len() > LARGEST_BODY {
@@ -196,22 +197,22 @@ impl BodyReader {
                 return BodyEnd::Unreadable { problem, raw };
             }
             if self.body.len() > LARGE_BODY && self.permit.is_none() {
-                // Closed never: it is a static.
+                // A static semaphore is never closed.
                 self.permit = LARGE.acquire().await.ok().map(Arc::new);
             }
         }
     }
 
-    fn add(&mut self, piece: Bytes) -> Result<(), BodyEnd> {
+    fn add(&mut self, chunk: Bytes) -> Result<(), BodyEnd> {
         let Some(decoder) = &mut self.decoder else {
             return Ok(());
         };
-        if decoder.begins_plain(&piece) {
-            self.body.add(piece);
+        if decoder.begins_plain(&chunk) {
+            self.body.add(chunk);
             return Ok(());
         }
-        self.raw.extend_from_slice(&piece);
-        let decoded = decoder.feed(&piece).map_err(undecodable)?;
+        self.raw.extend_from_slice(&chunk);
+        let decoded = decoder.feed(&chunk).map_err(undecodable)?;
         self.body.add(decoded.into());
         if decoder.is_plain() {
             self.raw.clear();
@@ -219,7 +220,7 @@ impl BodyReader {
         Ok(())
     }
 
-    /// The body, and how it ended.
+    /// Returns the body and how it ended.
     fn finish(&mut self, end: BodyEnd) -> (Bytes, BodyEnd) {
         let rest = match self.decoder.take() {
             Some(decoder) => decoder.finish().map_err(undecodable),
@@ -235,32 +236,32 @@ impl BodyReader {
         let raw = self.raw.split().freeze();
         match end {
             BodyEnd::Unreadable { problem, .. } if !raw.is_empty() => {
-                let body = encoding::salvaged(&raw).map_or_else(|| raw.clone(), Bytes::from);
+                let body = encoding::salvage_gzip(&raw).map_or_else(|| raw.clone(), Bytes::from);
                 (as_utf8(body), BodyEnd::Unreadable { problem, raw })
             }
-            end => (as_utf8(encoding::unpacked(self.body.take())), end),
+            end => (as_utf8(encoding::decode_again(self.body.take())), end),
         }
     }
 }
 
-/// Pieces of a body, of which a single one is not copied.
+/// Chunks of a body; a single chunk is not copied.
 #[derive(Default)]
 struct BodyChunks {
     first: Bytes,
-    /// All of them, once there are several.
+    /// All chunks joined, once there is more than one.
     all: BytesMut,
 }
 
 impl BodyChunks {
-    fn add(&mut self, piece: Bytes) {
+    fn add(&mut self, chunk: Bytes) {
         if self.len() == 0 {
-            self.first = piece;
+            self.first = chunk;
             return;
         }
         if self.all.is_empty() {
             self.all.extend_from_slice(&self.first);
         }
-        self.all.extend_from_slice(&piece);
+        self.all.extend_from_slice(&chunk);
     }
 
     fn len(&self) -> usize {
@@ -276,24 +277,25 @@ impl BodyChunks {
     }
 }
 
-/// The body in the encoding in which keys are looked for.
+/// Converts a UTF-16 body to UTF-8, the encoding in which keys are searched.
 fn as_utf8(body: Bytes) -> Bytes {
     json::utf16(&body).map_or(body, Bytes::from)
 }
 
 fn undecodable(error: std::io::Error) -> BodyEnd {
     BodyEnd::Unreadable {
-        problem: format!("its content encoding is broken: {error}"),
+        problem: format!("the content encoding is invalid: {error}"),
         raw: Bytes::new(),
     }
 }
 
-pub(crate) fn fault(error: reqwest::Error) -> TransportError {
+/// Classifies a failed exchange by its innermost cause.
+pub(crate) fn transport_error(error: reqwest::Error) -> TransportError {
     let is_connect = error.is_connect();
     if error.is_timeout() && !is_connect {
         return TransportError::Timeout;
     }
-    // The outermost texts ("error sending request") say nothing; the innermost names the cause.
+    // The outer texts ("error sending request") are generic; the innermost names the cause.
     let error = error.without_url();
     let mut cause: &dyn std::error::Error = &error;
     while let Some(source) = cause.source() {
@@ -306,7 +308,7 @@ pub(crate) fn fault(error: reqwest::Error) -> TransportError {
     let mut message = cause.to_string();
     if message.contains("UnknownIssuer") {
         message.push_str(
-            " (this machine does not know who signed its certificate: set `teacher.ca_file`, or \
+            " (the issuer of the endpoint's certificate is not trusted: set `teacher.ca_file` or \
              SSL_CERT_FILE)",
         );
     }

@@ -1,13 +1,11 @@
-//! Classifies a teacher's reply: an answer, or what kind of trouble. Pure.
+//! Classifies a teacher's reply: an answer, or a kind of error; and computes backoff pauses. Pure.
 //!
-//! One reply is classified by its status, code and words alone. What follows from it for the row and for
-//! the run depends also on what has been answered before; that is decided in `endpoint`.
+//! Only the status, error code and message of the one reply count. The consequences for the request and for the
+//! run also depend on earlier replies, and are decided in `harvest`.
 
-use crate::client::attempt_error::AttemptError;
-use crate::client::attempt_error::RowFailure;
-use crate::client::attempt_error::connection_lost;
 use std::time::{Duration, SystemTime};
 
+use crate::client::attempt_error::{AttemptError, RowFailure, connection_lost};
 use crate::client::refusal_reason::classify_error;
 use crate::client::response;
 use crate::client::response::completion::{Completion, NoAnswer};
@@ -15,8 +13,8 @@ use crate::client::response::error::ApiError;
 use crate::client::transport::{BodyEnd, HttpReply, TransportError};
 use crate::config;
 
-/// Classifies one attempt. An answer has been paid for and is to be recorded, whatever its finish reason.
-/// `now` is only compared with dates in headers and messages.
+/// Classifies one attempt. An answer is paid for, so it is returned whatever its finish reason. `now` is only
+/// compared with dates in headers and messages.
 pub(crate) fn classify(
     result: Result<HttpReply, TransportError>,
     now: SystemTime,
@@ -24,15 +22,15 @@ pub(crate) fn classify(
     classify_by(result, now, response::parse)
 }
 
-/// As [`classify`], of replies whose bodies `read` reads.
+/// As [`classify`], with `read` as the parser of bodies.
 pub(crate) fn classify_by(
     result: Result<HttpReply, TransportError>,
     now: SystemTime,
     read: impl FnOnce(&[u8]) -> Result<Completion, NoAnswer>,
 ) -> Result<Box<Completion>, AttemptError> {
-    let reply = result.map_err(classify_fault)?;
+    let reply = result.map_err(classify_transport_error)?;
     if !(200..300).contains(&reply.status) {
-        // Some filters refuse with the first half of an answer, which has been paid for.
+        // Some content filters return the paid first part of an answer with an error status.
         if memchr::memmem::find(&reply.body, b"\"choices\"").is_some()
             && let Ok(completion) = read(&reply.body)
             && !completion.answer.text.is_empty()
@@ -43,56 +41,58 @@ pub(crate) fn classify_by(
     }
     let cut = match reply.end {
         BodyEnd::Whole => None,
-        BodyEnd::Cut(fault) => Some(fault),
+        BodyEnd::Cut(error) => Some(error),
         BodyEnd::Unreadable { problem, raw } if raw.is_empty() => {
             return Err(AttemptError::Unreadable {
                 problem,
                 body: reply.body,
             });
         }
-        // What could be decoded may be a whole answer.
+        // The decoded part may contain a complete answer.
         BodyEnd::Unreadable { problem, raw } => {
             let unreadable = |_| AttemptError::Unreadable { problem, body: raw };
             return read(&reply.body).map(Box::new).map_err(unreadable);
         }
     };
     match (read(&reply.body), cut) {
-        (Ok(completion), Some(fault)) if completion.is_piece => Err(classify_fault(fault)),
-        // All of the answer had come.
+        (Ok(completion), Some(error)) if completion.is_stream_delta => {
+            Err(classify_transport_error(error))
+        }
+        // The answer arrived completely before the connection broke.
         (Ok(completion), _) => Ok(Box::new(completion)),
-        (Err(_), Some(fault)) => Err(classify_fault(fault)),
+        (Err(_), Some(error)) => Err(classify_transport_error(error)),
         (Err(NoAnswer::Malformed(problem)), None) => Err(connection_lost("malformed", &problem)),
         (Err(NoAnswer::Unreadable(problem)), None) => Err(AttemptError::Unreadable {
             problem,
             body: reply.body,
         }),
-        // The code is the status that the endpoint would have sent, had it not begun to answer.
+        // The endpoint had sent status 200 before generation failed; the error code names the intended status.
         (Err(NoAnswer::Error(error)), None) => {
-            let usual = if error.is_content_filter() { 400 } else { 500 };
-            let status = error.status.unwrap_or(usual);
-            let mut trouble = classify_error(status, &reply.headers, &error, now);
+            let default = if error.is_content_filter() { 400 } else { 500 };
+            let status = error.status.unwrap_or(default);
+            let mut attempt_error = classify_error(status, &reply.headers, &error, now);
             if let AttemptError::Transient { failure, .. }
             | AttemptError::Refused(failure)
-            | AttemptError::Filtered(failure) = &mut trouble
+            | AttemptError::Filtered(failure) = &mut attempt_error
             {
-                // Generation had begun.
+                // Generation had started.
                 failure.may_be_billed = true;
             }
-            Err(trouble)
+            Err(attempt_error)
         }
     }
 }
 
-/// Lets replies with a good status pass, whatever they hold.
+/// Returns replies with a success status, whatever their body, and classifies all others.
 pub(crate) fn check(
     result: Result<HttpReply, TransportError>,
     now: SystemTime,
 ) -> Result<HttpReply, AttemptError> {
-    let reply = result.map_err(classify_fault)?;
+    let reply = result.map_err(classify_transport_error)?;
     match reply.end {
         _ if !(200..300).contains(&reply.status) => Err(classify_refusal(&reply, now)),
         BodyEnd::Whole => Ok(reply),
-        BodyEnd::Cut(fault) => Err(classify_fault(fault)),
+        BodyEnd::Cut(error) => Err(classify_transport_error(error)),
         BodyEnd::Unreadable { problem, .. } => Err(connection_lost("malformed", &problem)),
     }
 }
@@ -102,9 +102,9 @@ fn classify_refusal(reply: &HttpReply, now: SystemTime) -> AttemptError {
     classify_error(reply.status, &reply.headers, &error, now)
 }
 
-/// Classifies an attempt that brought no reply.
-pub(crate) fn classify_fault(fault: TransportError) -> AttemptError {
-    match fault {
+/// Classifies an attempt without a reply.
+pub(crate) fn classify_transport_error(error: TransportError) -> AttemptError {
+    match error {
         TransportError::Unreachable(message) => AttemptError::Transient {
             failure: RowFailure {
                 unreachable: true,
@@ -113,18 +113,20 @@ pub(crate) fn classify_fault(fault: TransportError) -> AttemptError {
             wait: Duration::ZERO,
         },
         TransportError::KeyRenewed => AttemptError::KeyRenewed,
-        // The connections that are open go on; fewer at once are enough.
+        // Open connections keep working, so a lower concurrency is enough.
         TransportError::NoDescriptor(message) => AttemptError::Throttled {
             wait: None,
             message: format!("{message}; lower `limits.concurrency` or raise `ulimit -n`"),
         },
-        TransportError::Timeout => connection_lost("timeout", "no complete answer in time"),
+        TransportError::Timeout => {
+            connection_lost("timeout", "no complete answer within the timeout")
+        }
         TransportError::Broken(message) => connection_lost("connection lost", &message),
     }
 }
 
-/// The pause after the `attempt`-th failure (from 1), with full jitter: uniform between nothing and
-/// `base_s * 2^(attempt - 1)`, at most `max_s`. `random` is uniform in [0, 1).
+/// Returns the pause after the `attempt`-th failure (from 1) with full jitter: uniform between 0 and
+/// `min(base_s * 2^(attempt - 1), max_s)` seconds. `random` is uniform in [0, 1).
 ///
 /// See "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
 pub(crate) fn backoff(attempt: u32, retry: &config::RetryConfig, random: f64) -> Duration {

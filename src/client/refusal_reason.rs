@@ -11,6 +11,7 @@ use crate::client::response::error::ApiError;
 use crate::client::retry_after;
 use crate::rate_limit::headers;
 
+/// Classifies a reply with an error by its status, then by the error's code and message.
 pub(crate) fn classify_error(
     status: u16,
     headers: &HeaderMap,
@@ -18,7 +19,7 @@ pub(crate) fn classify_error(
     now: SystemTime,
 ) -> AttemptError {
     let message = match error.message.as_str() {
-        "" => format!("{status}, without a message"),
+        "" => format!("{status} without a message"),
         message => shorten(&format!("{status}: {message}")),
     };
     let wait = retry_after::requested_wait(headers, error, now);
@@ -35,7 +36,7 @@ pub(crate) fn classify_error(
             ..failure
         });
     }
-    let is_throttle = says_to_wait(error) || wait.is_some();
+    let is_throttle = is_rate_limit(error) || wait.is_some();
     if let Some(reason) = refusal_reason(error, is_throttle) {
         return claim(reason, failure);
     }
@@ -44,20 +45,22 @@ pub(crate) fn classify_error(
         402 => claim(RefusalReason::Credit, failure),
         403 if is_throttle => AttemptError::Throttled { wait, message },
         403 => claim(RefusalReason::Forbidden, failure),
-        400 | 404 | 410 if names_no_model(&error.message) => claim(RefusalReason::Model, failure),
+        400 | 404 | 410 if reports_missing_model(&error.message) => {
+            claim(RefusalReason::Model, failure)
+        }
         404 | 405 | 410 => claim(RefusalReason::Address, failure),
         300..=399 => {
             let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
-            let location = location.unwrap_or("an address that it does not name");
+            let location = location.unwrap_or("an unspecified address");
             let message = format!("{status} to {location}");
             claim(
                 RefusalReason::Redirect,
                 RowFailure::new(failure.class, &message),
             )
         }
-        // As some clouds refuse for the rate.
+        // Rate limit statuses of some cloud providers.
         420 | 430 => AttemptError::Throttled { wait, message },
-        400 if says_to_wait(error) || headers.contains_key(RETRY_AFTER) => {
+        400 if is_rate_limit(error) || headers.contains_key(RETRY_AFTER) => {
             AttemptError::Throttled { wait, message }
         }
         429 => AttemptError::Throttled {
@@ -65,10 +68,10 @@ pub(crate) fn classify_error(
             message,
         },
         503 | 529 if wait.is_some() => AttemptError::Throttled { wait, message },
-        // 424: what generates behind the endpoint failed. 498: no capacity at Groq.
+        // 424: the backend of the endpoint failed. 498: no capacity at Groq.
         408 | 409 | 424 | 425 | 498 | 500.. => AttemptError::Transient {
             failure: RowFailure {
-                // A gateway gave up waiting; what is behind it may have gone on.
+                // The gateway timed out; its backend may have completed the answer.
                 may_be_billed: matches!(status, 408 | 504 | 524),
                 ..failure
             },
@@ -78,7 +81,7 @@ pub(crate) fn classify_error(
     }
 }
 
-/// The time until a limit is there again of which nothing remains, as the headers of a refusal have it.
+/// Returns the longest time until an exhausted limit resets, from the headers of the reply.
 fn until_reset(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let reports = headers::parse(headers, now);
     let used_up = reports
@@ -87,9 +90,9 @@ fn until_reset(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     used_up.filter_map(|report| report.reset).max()
 }
 
-/// Reason for which every request would fail, from the error's code or message. A rate limit
-/// (`is_throttle`) is none: Gemini has the same words for its limit a minute as others for an empty
-/// account.
+/// Returns the reason why every request would fail, from the error's code or message. With a rate limit
+/// (`is_throttle`), credit messages do not count: Gemini uses the message of an empty account for its
+/// per-minute limit.
 pub(crate) fn refusal_reason(error: &ApiError, is_throttle: bool) -> Option<RefusalReason> {
     const CREDIT: [&str; 8] = [
         "insufficient_quota",
@@ -136,7 +139,7 @@ pub(crate) fn refusal_reason(error: &ApiError, is_throttle: bool) -> Option<Refu
 }
 
 /// Returns true if the error's code or message describes a rate limit.
-fn says_to_wait(error: &ApiError) -> bool {
+fn is_rate_limit(error: &ApiError) -> bool {
     const MARKS: [&str; 4] = ["resource_exhausted", "rate_limit", "ratelimit", "throttl"];
     const WORDS: [&str; 7] = [
         "rate limit",
@@ -152,9 +155,9 @@ fn says_to_wait(error: &ApiError) -> bool {
         || WORDS.iter().any(|words| message.contains(words))
 }
 
-/// Returns true if the message reports that the model is missing or retired. Messages may mention a model for
-/// many other reasons, so it must be the subject.
-fn names_no_model(message: &str) -> bool {
+/// Returns true if the message reports that the model is missing or retired. The model must be the subject, since
+/// messages mention models for many other reasons.
+fn reports_missing_model(message: &str) -> bool {
     const NO_MODEL: [&str; 6] = [
         "unknown model",
         "no such model",
@@ -163,7 +166,7 @@ fn names_no_model(message: &str) -> bool {
         "model identifier is invalid",
         "no endpoints found for",
     ];
-    /// Parts of a request or a reply that belong to a model.
+    /// Nouns after "model" that name a part of a request or reply instead.
     const PARTS: [&str; 12] = [
         "adapter",
         "config",
@@ -178,7 +181,7 @@ fn names_no_model(message: &str) -> bool {
         "response",
         "weights",
     ];
-    /// After "invalid model".
+    /// Words that may follow "invalid model".
     const NOUNS: [&str; 5] = ["", "name", "id", "specified", "requested"];
     const MISSING: [&str; 8] = [
         "not found",
@@ -190,7 +193,7 @@ fn names_no_model(message: &str) -> bool {
         "deprecated",
         "not available",
     ];
-    /// Between "model" and such a phrase, after at most one other word: the name.
+    /// Words between "model" and such a phrase; one other word, the name, may come before them.
     const FILLERS: [&str; 14] = [
         "",
         "is",

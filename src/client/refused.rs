@@ -1,64 +1,64 @@
-//! TODO
+//! Errors with advice for an endpoint that refuses every request.
 
-use crate::client::attempt_error::RefusalReason;
-use crate::config;
-use crate::config::KeySource;
-use crate::exit::Exit;
 use anyhow::anyhow;
 
-/// The endpoint refuses every request, whatever it asks.
+use crate::client::attempt_error::RefusalReason;
+use crate::config::{self, KeySource};
+use crate::exit::Exit;
+
+/// Returns the error, with advice, for an endpoint that refuses every request.
 pub(crate) fn refused(
     reason: RefusalReason,
     message: &str,
     teacher: &config::TeacherConfig,
 ) -> anyhow::Error {
-    let refuses = |holder: String, advice: &str| {
-        format!("the endpoint refuses the key {holder} ({message}): {advice}")
+    let rejected_key = |source: String, advice: &str| {
+        format!("the endpoint rejects the key {source} ({message}): {advice}")
     };
     let advice = match reason {
         RefusalReason::Key => match teacher.key_source() {
             KeySource::None => format!(
-                "the endpoint asks for a key ({message}): set `teacher.api_key_env` to the name of the \
-                 variable that holds it"
+                "the endpoint requires a key ({message}): set `teacher.api_key_env` to the name of the \
+                 variable that holds the key"
             ),
             KeySource::Variable(name) => {
-                refuses(format!("in `{name}`"), "set the variable to a valid key")
+                rejected_key(format!("in `{name}`"), "set the variable to a valid key")
             }
-            KeySource::File(path) => refuses(
+            KeySource::File(path) => rejected_key(
                 format!("in {}", path.display()),
                 "write a valid key into `teacher.api_key_file`",
             ),
-            KeySource::Command(_) => refuses(
+            KeySource::Command(_) => rejected_key(
                 "that `teacher.api_key_command` prints".into(),
-                "run the command by hand, and see what it prints and for whom",
+                "run the command by hand and check the key that it prints",
             ),
         },
         RefusalReason::Forbidden => format!(
-            "the endpoint forbids this ({message}): check what the account may use, and \
+            "the endpoint forbids the request ({message}): check the permissions of the account, and \
              `teacher.model`"
         ),
         RefusalReason::Credit => format!(
-            "the account has no credit left ({message}): nothing more is asked; run the same \
-             command when it has"
+            "the account has no credit left ({message}): no more requests are sent; add credit and rerun the \
+             command"
         ),
         RefusalReason::Model => format!(
-            "the endpoint does not know `teacher.model` = \"{}\" ({message})",
+            "the endpoint has no model `teacher.model` = \"{}\" ({message})",
             teacher.model
         ),
         RefusalReason::Address => format!(
-            "there is nothing to ask at {} ({message}): check `teacher.base_url`{}",
+            "the endpoint serves nothing at {} ({message}): check `teacher.base_url`{}",
             completions_url(teacher),
             path_advice(teacher)
         ),
         RefusalReason::Redirect => format!(
-            "the endpoint redirects ({message}), which is not followed: set `teacher.base_url` to \
+            "the endpoint redirects ({message}), and redirects are not followed: set `teacher.base_url` to \
              the final address"
         ),
     };
     anyhow!(advice)
 }
 
-/// Where chat completions are asked for.
+/// Returns the URL of chat completions.
 pub(crate) fn completions_url(teacher: &config::TeacherConfig) -> String {
     format!(
         "{}/chat/completions",
@@ -66,7 +66,7 @@ pub(crate) fn completions_url(teacher: &config::TeacherConfig) -> String {
     )
 }
 
-/// The most frequent mistake in an address.
+/// Returns advice for a base URL without a path; empty if there is a path.
 pub(crate) fn path_advice(teacher: &config::TeacherConfig) -> &'static str {
     let address = crate::config::teacher::identity(teacher);
     let path = address
@@ -79,15 +79,15 @@ pub(crate) fn path_advice(teacher: &config::TeacherConfig) -> &'static str {
     }
 }
 
-/// An endpoint that has answered says by now, again and again, that no request can succeed.
-pub(crate) fn refused_by_now(
+/// As [`refused`], for an endpoint that answered earlier in the run: the run can be resumed.
+pub(crate) fn refused_after_answers(
     reason: RefusalReason,
     message: &str,
     teacher: &config::TeacherConfig,
 ) -> anyhow::Error {
     let error = refused(reason, message, teacher);
     Exit::Resumable(format!(
-        "{error}; it has answered before, so run the same command once that is mended"
+        "{error}; the endpoint answered before, so fix this and rerun the command"
     ))
     .into()
 }

@@ -1,4 +1,4 @@
-//! A prompt as a wire body, and the key that names it. Pure.
+//! Builds request bodies from prompts and settings, and selects the parser of their replies. Pure.
 
 use std::sync::Arc;
 
@@ -17,9 +17,10 @@ use crate::prompt::message::Message;
 
 const SAMPLES: &str = "set `prompts.samples` instead, so that each answer has its own record";
 const MAX_TOKENS: &str = "set `sampling.max_tokens` and, for its name in the request, \
-                          `sampling.max_tokens_field`: the budget is kept by them";
+                          `sampling.max_tokens_field`: the budget depends on them";
 
-/// Fields of `sampling.extra` that would change what a request is, or how much it may cost.
+/// Fields that `sampling.extra` must not contain, since they change the prompt or the cost of a request, each with
+/// advice.
 const RESERVED: [(&str, &str); 14] = [
     ("n", SAMPLES),
     ("best_of", SAMPLES),
@@ -37,7 +38,7 @@ const RESERVED: [(&str, &str); 14] = [
     ("model", "set `teacher.model` instead"),
 ];
 
-/// Objects in `sampling.extra` whose fields some servers read as the request's own.
+/// Objects in `sampling.extra` whose fields some servers treat as fields of the request.
 const CONTAINERS: [&str; 6] = [
     "extra_body",
     "options",
@@ -50,20 +51,20 @@ const CONTAINERS: [&str; 6] = [
 /// Maximum number of question templates.
 const MAX_TEMPLATES: u32 = 1_000;
 
-/// Fields of most chat requests.
+/// Usual number of fields of a chat request.
 const USUAL_FIELDS: usize = 8;
 
-/// What is asked of one teacher, whatever the prompt.
+/// Settings that all requests to one teacher share.
 pub struct RequestTemplate {
     pub endpoint: EndpointConfig,
     pub structured: Option<StructuredOutput>,
-    /// Hash of what `distill probe` found out about the endpoint; empty without a probe.
+    /// Hash of the findings of `distill probe`; empty if the endpoint was not probed.
     pub probe: String,
-    /// Nothing is to be written, but an answer that is there to be scored.
+    /// Set if requests score given answers instead of generating new ones.
     pub scoring: Option<Arc<ScoringMethod>>,
 }
 
-/// A message as a request has it.
+/// Returns a message as JSON.
 fn message(message: &Message) -> Value {
     let mut fields = Map::with_capacity(2);
     fields.insert("role".into(), message.role.as_str().into());
@@ -71,28 +72,31 @@ fn message(message: &Message) -> Value {
     Value::Object(fields)
 }
 
-/// Refuses settings that no request can be made from.
+/// Validates the settings of requests.
+///
+/// # Errors
+/// [`Exit::Usage`] if no request can be built from them.
 pub(crate) fn check(config: &Config) -> Result<()> {
     if config.prompts.samples == 0 {
-        let message = "`prompts.samples` = 0 asks for nothing: set it to 1 or more";
+        let message = "`prompts.samples` must not be 0: set it to 1 or more";
         return Err(Exit::Usage(message.into()).into());
     }
-    config.endpoints().iter().try_for_each(check_lane)
+    config.endpoints().iter().try_for_each(check_endpoint)
 }
 
-fn check_lane(endpoint: &EndpointConfig) -> Result<()> {
+fn check_endpoint(endpoint: &EndpointConfig) -> Result<()> {
     check_extra(&endpoint.sampling.extra)?;
     if endpoint.teacher.model.is_empty() {
-        let message = "set `teacher.model` to the name of the model to ask";
+        let message = "set `teacher.model` to the name of the teacher's model";
         return Err(Exit::Usage(message.into()).into());
     }
     Ok(())
 }
 
-/// Refuses what would change the request behind the back of the budget.
+/// Rejects fields that change a request in a way that the budget does not account for.
 fn check_extra(extra: &Map<String, Value>) -> Result<()> {
     let refuse = |field: &str, advice: &str| {
-        let message = format!("`sampling.extra` must not hold `{field}`: {advice}");
+        let message = format!("`sampling.extra` must not contain `{field}`: {advice}");
         Err(Exit::Usage(message).into())
     };
     for (field, advice) in RESERVED {
@@ -101,7 +105,7 @@ fn check_extra(extra: &Map<String, Value>) -> Result<()> {
         }
     }
     if extra.get("stream").is_some_and(|stream| stream != false) {
-        let advice = "answers are read whole; set it to false, or remove it";
+        let advice = "streaming is not supported; set it to false or remove it";
         return refuse("stream", advice);
     }
     let inner = CONTAINERS
@@ -111,7 +115,7 @@ fn check_extra(extra: &Map<String, Value>) -> Result<()> {
 }
 
 impl RequestTemplate {
-    /// Without a schema, of an endpoint that has not been probed.
+    /// Returns a template without a schema, for an endpoint that was not probed.
     pub fn plain(endpoint: EndpointConfig) -> RequestTemplate {
         RequestTemplate {
             endpoint,
@@ -121,7 +125,7 @@ impl RequestTemplate {
         }
     }
 
-    /// The body of a request, its fields in a fixed order.
+    /// Builds the body of a request, its fields in a fixed order.
     pub fn body(&self, messages: &[Message], sample: u32) -> Value {
         match &self.scoring {
             Some(scoring) => scoring.body(&self.endpoint, messages),
@@ -129,8 +133,8 @@ impl RequestTemplate {
         }
     }
 
-    /// The body that asks for an answer to a prompt, as it was given.
-    pub fn body_of(&self, prompt: &Prompt, sample: u32) -> Value {
+    /// Builds the body for a prompt, including the request fields of the prompt itself.
+    pub fn body_for_prompt(&self, prompt: &Prompt, sample: u32) -> Value {
         let mut body = self.body(&prompt.messages, sample);
         if let (Some(raw), Some(fields)) = (&prompt.raw, body.as_object_mut()) {
             if let Some(messages) = &raw.messages {
@@ -143,8 +147,8 @@ impl RequestTemplate {
         body
     }
 
-    /// Question template of each sample, up to [`MAX_TEMPLATES`], for prompts without fields of their own. Empty
-    /// for scoring requests.
+    /// Returns the question template of each sample, up to [`MAX_TEMPLATES`], for prompts without request fields.
+    /// Empty for scoring requests.
     pub fn templates(&self, samples: u32) -> Vec<QuestionTemplate> {
         if self.scoring.is_some() {
             return Vec::new();
@@ -155,7 +159,7 @@ impl RequestTemplate {
             .collect()
     }
 
-    /// Reads the reply to `body`, which was made from `messages`.
+    /// Parses the reply to `body`, which was built from `messages`.
     pub fn read(
         &self,
         reply: &[u8],
@@ -168,8 +172,7 @@ impl RequestTemplate {
         }
     }
 
-    /// A chat completion's. With a seed, sample i is asked with seed + i: the same seed would bring the
-    /// same answer.
+    /// Builds the body of a chat completion. Sample i uses seed + i, since the same seed would give the same answer.
     fn chat(&self, messages: &[Message], sample: u32) -> Value {
         let sampling = &self.endpoint.sampling;
         let mut body = Map::with_capacity(USUAL_FIELDS + sampling.extra.len());
@@ -207,7 +210,7 @@ impl RequestTemplate {
         Value::Object(body)
     }
 
-    /// Are logprobs asked for?
+    /// Returns true if requests ask for logprobs.
     pub fn wants_logprobs(&self) -> bool {
         self.endpoint.sampling.top_logprobs > 0 && !self.endpoint.sampling.reasoning
     }
@@ -248,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn the_body_has_a_fixed_order_and_extra_comes_last() {
+    fn body_has_fixed_field_order_with_extra_last() {
         let sampling = SamplingConfig {
             top_p: Some(0.5),
             seed: Some(7),
@@ -286,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_that_make_no_request_are_refused() {
+    fn invalid_sampling_extra_and_samples_are_rejected() {
         let good = Config {
             teacher: teacher(),
             ..Config::default()
@@ -308,7 +311,7 @@ mod tests {
         let mut config = good.clone();
         config.sampling.extra.insert("stream".into(), json!(true));
         refuse(config, "`stream`");
-        // Names inside of a tool's parameters are its own.
+        // Reserved names are allowed inside the parameters of a tool.
         let mut config = good.clone();
         let tools = json!([{"function": {"parameters": {"properties": {"n": {}, "model": {}}}}}]);
         config.sampling.extra =

@@ -1,18 +1,14 @@
-//! How long an endpoint asks to wait, in every form in which endpoints say it. Pure.
+//! Reads the wait that an error reply requests, from headers, body fields or the message. Pure.
 
-use crate::rate_limit::wait::amount;
-use crate::rate_limit::wait::duration;
-use crate::rate_limit::wait::leading;
-use crate::rate_limit::wait::seconds;
-use crate::rate_limit::wait::until;
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::HeaderMap;
 
 use crate::client::response::error::ApiError;
+use crate::rate_limit::wait::{amount, duration, leading, seconds, until};
 
-/// Words in front of a wait in an error message, in lower case.
-const WORDS: [&str; 15] = [
+/// Phrases before a wait in an error message, in lower case.
+const WAIT_PHRASES: [&str; 15] = [
     "try again in",
     "try again after",
     "retry in",
@@ -30,7 +26,7 @@ const WORDS: [&str; 15] = [
     "wait",
 ];
 
-/// Words between those and the wait.
+/// Words between such a phrase and the wait.
 const FILLERS: [&str; 6] = [
     "about ",
     "approximately ",
@@ -40,11 +36,13 @@ const FILLERS: [&str; 6] = [
     "a further ",
 ];
 
-/// Headers of a refusal that hold a wait in seconds, as a duration or as a date.
+/// Headers that contain a wait in seconds, as a duration or as a date.
 const SECONDS: [&str; 3] = ["retry-after", "x-retry-after", "x-ratelimit-reset-after"];
+
+/// Headers that contain a wait in milliseconds.
 const MILLISECONDS: [&str; 2] = ["retry-after-ms", "x-ms-retry-after-ms"];
 
-/// Headers whose reset time is that of the refusal, where none says what remains.
+/// Headers with the reset time of a limit. They are a requested wait only if no header reports the remaining amount.
 const RESETS: [&str; 4] = [
     "x-ratelimit-reset",
     "x-ratelimit-reset-requests",
@@ -52,8 +50,8 @@ const RESETS: [&str; 4] = [
     "ratelimit-reset",
 ];
 
-/// Words in front of a point in time.
-const TIMES: [&str; 5] = [
+/// Phrases before a point in time.
+const DATE_PHRASES: [&str; 5] = [
     "try again at",
     "resets at",
     "reset at",
@@ -61,8 +59,8 @@ const TIMES: [&str; 5] = [
     "until",
 ];
 
-/// The wait that a refusal asks for: `retry-after-ms`, `Retry-After`, a field of its body, or the words of
-/// its message. None where it asks for none, or for one that makes no sense.
+/// Returns the wait that an error reply requests, from the first of: `retry-after-ms`, `Retry-After`, a field of
+/// the body, the message. None if there is no valid wait.
 pub(crate) fn requested_wait(
     headers: &HeaderMap,
     error: &ApiError,
@@ -78,43 +76,44 @@ pub(crate) fn requested_wait(
         .filter(is_positive)
         .or(error.retry_delay)
         .or_else(|| until(&error.reset, now).filter(is_positive))
-        .or_else(|| in_words(&error.message, now))
+        .or_else(|| wait_in_message(&error.message, now))
         .or(by_header)
         .or_else(|| {
             let mut names = headers.keys().map(|name| name.as_str());
-            let is_told = names.any(|name| name.contains("remaining"));
+            let has_remaining = names.any(|name| name.contains("remaining"));
             let resets = RESETS.into_iter().filter_map(header);
             let longest = resets.filter_map(|text| until(text, now)).max();
-            longest.filter(|wait| !is_told && is_positive(wait))
+            longest.filter(|wait| !has_remaining && is_positive(wait))
         })
 }
 
-/// The wait in a message: "Please try again in 7m12s", "retry after 5 seconds", "resets at 2026-11-29T00:00:00Z".
-fn in_words(message: &str, now: SystemTime) -> Option<Duration> {
+/// Finds the wait in a message: "Please try again in 7m12s", "retry after 5 seconds", "resets at
+/// 2026-11-29T00:00:00Z".
+fn wait_in_message(message: &str, now: SystemTime) -> Option<Duration> {
     let lower = message.to_ascii_lowercase();
-    let behind = |words: &'static str| {
+    let ends_of = |words: &'static str| {
         let places = lower.match_indices(words);
         places.map(move |(at, _)| at + words.len())
     };
-    let by_duration = WORDS.into_iter().flat_map(behind).find_map(|at| {
+    let by_duration = WAIT_PHRASES.into_iter().flat_map(ends_of).find_map(|at| {
         let rest = lower[at..].trim_start_matches([' ', ':', '~']);
         let rest = without_fillers(rest);
-        if let Some(wait) = clock(rest) {
+        if let Some(wait) = leading_clock_time(rest) {
             return Some(wait);
         }
         leading(rest).map(|(wait, _)| wait).or_else(|| {
-            // Without a unit, where it can only be seconds.
+            // A number without a unit is seconds if it ends the sentence.
             let word = rest.split_whitespace().next()?;
             let is_last = rest.len() == word.len() || word.ends_with(['.', ',']);
             seconds(amount(word.trim_end_matches(['.', ',']))?).filter(|_| is_last)
         })
     });
     by_duration.or_else(|| {
-        TIMES.into_iter().flat_map(behind).find_map(|at| {
+        DATE_PHRASES.into_iter().flat_map(ends_of).find_map(|at| {
             let rest = message[at..].trim_start_matches([' ', ':']);
             let word = rest.split_whitespace().next()?;
             let word = word.trim_end_matches(['.', ',', ')']);
-            // A number of seconds is no point in time.
+            // A small number is a count, not a Unix time.
             let is_point = amount(word).is_none_or(|number| number >= 1e8);
             until(word, now).filter(|_| is_point && duration(word).is_none())
         })
@@ -128,8 +127,8 @@ fn without_fillers(text: &str) -> &str {
     filler.map_or(text, without_fillers)
 }
 
-/// `00:00:02`, with which a text may begin.
-fn clock(text: &str) -> Option<Duration> {
+/// Parses a leading `hh:mm:ss`, such as `00:00:02`.
+fn leading_clock_time(text: &str) -> Option<Duration> {
     let word = text.split_whitespace().next()?.trim_end_matches(['.', ',']);
     let parts: Vec<f64> = word
         .split(':')
@@ -163,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn points_in_time_are_read_in_every_notation() {
+    fn durations_and_dates_are_parsed_in_every_notation() {
         let soon = httpdate::fmt_http_date(now() + Duration::from_secs(90));
         let past = httpdate::fmt_http_date(now() - Duration::from_secs(90));
         let cases = [
@@ -200,7 +199,7 @@ mod tests {
         ];
         for (text, expected) in cases {
             if text == "1e300" {
-                // A Unix time that never comes.
+                // A Unix time in the far future.
                 assert!(until(text, now()).unwrap() > Duration::from_secs(86_400));
                 continue;
             }
@@ -209,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn waits_are_found_in_words() {
+    fn waits_are_found_in_messages() {
         let cases = [
             ("Please try again in 120ms.", Some(0.12)),
             ("Rate limit reached. Please try again in 4.5s.", Some(4.5)),
@@ -239,13 +238,13 @@ mod tests {
             ("await 3 things", None),
         ];
         for (message, expected) in cases {
-            assert_wait(in_words(message, now()), expected, message);
+            assert_wait(wait_in_message(message, now()), expected, message);
         }
     }
 
     #[test]
-    fn a_header_counts_before_the_body_and_a_field_before_words() {
-        let of = |headers: &[(&'static str, &str)], body: &str| {
+    fn wait_from_headers_precedes_body_field_and_message() {
+        let wait = |headers: &[(&'static str, &str)], body: &str| {
             let headers = headers
                 .iter()
                 .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
@@ -273,7 +272,7 @@ mod tests {
             (&[("x-ms-retry-after-ms", "2000")], words, Some(2.0)),
             (&[("x-ratelimit-reset-after", "2")], "", Some(2.0)),
             (&[("x-ratelimit-reset", "1800000003")], "", Some(3.0)),
-            // That is a limit's, which is kept to as such.
+            // With a remaining amount, the reset belongs to a limit that the rate limiter tracks.
             (
                 &[("x-ratelimit-reset", "3"), ("x-ratelimit-remaining", "5")],
                 "",
@@ -281,7 +280,11 @@ mod tests {
             ),
         ];
         for (headers, body, expected) in cases {
-            assert_wait(of(headers, body), expected, &format!("{headers:?} {body}"));
+            assert_wait(
+                wait(headers, body),
+                expected,
+                &format!("{headers:?} {body}"),
+            );
         }
     }
 }

@@ -1,5 +1,7 @@
-//! Keys must appear nowhere: they are taken out of whatever an endpoint says, before it is read, shown or
-//! kept, in every form in which endpoints repeat what they were sent.
+//! Removes API keys from replies before they are parsed, shown or stored.
+//!
+//! Endpoints echo keys in many forms: plain, escaped for JSON, URLs or HTML, in hexadecimal and in base64. All of
+//! them are searched.
 
 use aho_corasick::{AhoCorasick, AhoCorasickKind};
 use anyhow::{Context as _, Result};
@@ -12,42 +14,45 @@ use serde_json::Value;
 
 use crate::cache::record::Answer;
 
-/// Keys shorter than this are placeholders (`none`, `EMPTY`), whose text may well be in an answer.
-const SHORTEST: usize = 8;
+/// Minimum length of a key. Shorter ones are placeholders (`none`, `EMPTY`) that may occur in an answer.
+const MIN_LENGTH: usize = 8;
 
-/// Keys shorter than this are looked for as whole words, and not in base64.
-const SURE: usize = 20;
+/// Keys shorter than this are searched as whole words only, and not in hexadecimal or base64.
+const MIN_ENCODED_LENGTH: usize = 20;
 
-/// Bytes of `&#x0073;`.
-const LONGEST_ENTITY: usize = 8;
+/// Length of `&#x0073;` in bytes.
+const MAX_ENTITY_LENGTH: usize = 8;
 
 /// Replacement text for a removed key.
-const INSTEAD: &str = "[key]";
+const REPLACEMENT: &str = "[key]";
 
-/// The keys of one endpoint, ready to be looked for.
+/// The keys of one endpoint, compiled for searching.
 #[derive(Debug, Clone, Default)]
 pub struct Secrets {
-    known: Vec<String>,
+    keys: Vec<String>,
     forms: Option<AhoCorasick>,
-    /// By form: only as a whole word.
+    /// For each form, whether it matches whole words only.
     is_word: Vec<bool>,
 }
 
 impl Secrets {
+    /// Compiles the forms of all keys.
+    ///
     /// # Errors
-    /// Where a key is too long to be looked for.
+    /// If a key is too long.
     pub fn new(secrets: impl IntoIterator<Item = String>) -> Result<Secrets> {
-        let known: Vec<String> = secrets
+        let keys: Vec<String> = secrets
             .into_iter()
-            .filter(|secret| secret.len() >= SHORTEST)
+            .filter(|secret| secret.len() >= MIN_LENGTH)
             .collect();
-        let (mut all, mut is_word) = (Vec::new(), Vec::new());
-        for secret in &known {
+        let mut all = Vec::new();
+        let mut is_word = Vec::new();
+        for secret in &keys {
             let forms = forms(secret);
-            is_word.extend(forms.iter().map(|_| secret.len() < SURE));
+            is_word.extend(forms.iter().map(|_| secret.len() < MIN_ENCODED_LENGTH));
             all.extend(forms);
         }
-        // Another kind takes minutes for a long key that repeats itself.
+        // Other kinds of automata take minutes to build for a long, repetitive key.
         let finder = AhoCorasick::builder()
             .kind(Some(AhoCorasickKind::ContiguousNFA))
             .build(all)
@@ -55,42 +60,42 @@ impl Secrets {
         Ok(Secrets {
             forms: (!is_word.is_empty()).then_some(finder),
             is_word,
-            known,
+            keys,
         })
     }
 
-    /// The same with more.
+    /// Returns a copy with additional keys.
     ///
     /// # Errors
     /// As [`Secrets::new`].
-    pub fn and(&self, secrets: impl IntoIterator<Item = String>) -> Result<Secrets> {
-        Secrets::new(self.known.iter().cloned().chain(secrets))
+    pub fn with(&self, secrets: impl IntoIterator<Item = String>) -> Result<Secrets> {
+        Secrets::new(self.keys.iter().cloned().chain(secrets))
     }
 
-    /// The same bytes without a key, as it stands or in base64, and with or without escapes of JSON or of
-    /// addresses.
+    /// Replaces keys in a text, in each of their forms.
     pub fn clean(&self, text: Bytes) -> Bytes {
         self.cleaned(&text).map_or(text, Bytes::from)
     }
 
-    /// As [`Secrets::clean`]; None if there is no key.
+    /// As [`Secrets::clean`]; returns None if the text contains no key.
     fn cleaned(&self, text: &[u8]) -> Option<Vec<u8>> {
-        let forms = self.forms.as_ref().filter(|_| text.len() >= SHORTEST)?;
-        let mut found = self.places(forms, text);
+        let forms = self.forms.as_ref().filter(|_| text.len() >= MIN_LENGTH)?;
+        let mut found = self.key_ranges(forms, text);
         if has_escaped_letters(text) {
-            let (decoded, places) = decode(text);
-            let escaped = self.places(forms, &decoded).into_iter();
-            found.extend(escaped.map(|(start, end)| (places[start], places[end])));
+            let (decoded, offsets) = decode(text);
+            let escaped = self.key_ranges(forms, &decoded).into_iter();
+            found.extend(escaped.map(|(start, end)| (offsets[start], offsets[end])));
         }
         if found.is_empty() {
             return None;
         }
         found.sort_unstable();
-        let (mut clean, mut at) = (Vec::with_capacity(text.len()), 0);
+        let mut clean = Vec::with_capacity(text.len());
+        let mut at = 0;
         for (start, end) in found {
             if start >= at {
                 clean.extend_from_slice(&text[at..start]);
-                clean.extend_from_slice(INSTEAD.as_bytes());
+                clean.extend_from_slice(REPLACEMENT.as_bytes());
             }
             at = at.max(end);
         }
@@ -98,25 +103,25 @@ impl Secrets {
         Some(clean)
     }
 
-    /// Byte ranges of keys in a text.
-    fn places(&self, forms: &AhoCorasick, text: &[u8]) -> Vec<(usize, usize)> {
-        let is_of_word = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
-        // Overlapping ones too: a short key that is rejected may lie within a long one.
+    /// Returns the byte ranges of keys in a text. They may overlap.
+    fn key_ranges(&self, forms: &AhoCorasick, text: &[u8]) -> Vec<(usize, usize)> {
+        let is_alphanumeric = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+        // Overlapping matches too: a long key may contain a rejected match of a short one.
         let found = forms.find_overlapping_iter(text).filter(|found| {
             let before = found.start().checked_sub(1).and_then(|at| text.get(at));
-            let touches = is_of_word(before) || is_of_word(text.get(found.end()));
-            !(self.is_word[found.pattern().as_usize()] && touches)
+            let touches_word = is_alphanumeric(before) || is_alphanumeric(text.get(found.end()));
+            !(self.is_word[found.pattern().as_usize()] && touches_word)
         });
         found.map(|found| (found.start(), found.end())).collect()
     }
 
     /// Returns true if the text contains a key.
     pub fn is_in(&self, text: &str) -> bool {
-        let forms = self.forms.as_ref().filter(|_| text.len() >= SHORTEST);
-        forms.is_some_and(|forms| !self.places(forms, text.as_bytes()).is_empty())
+        let forms = self.forms.as_ref().filter(|_| text.len() >= MIN_LENGTH);
+        forms.is_some_and(|forms| !self.key_ranges(forms, text.as_bytes()).is_empty())
     }
 
-    /// Takes the keys out of a text; true if there was one.
+    /// Removes keys from a text. Returns true if there was one.
     pub fn clean_text(&self, text: &mut String) -> bool {
         let clean = self.cleaned(text.as_bytes());
         if let Some(clean) = &clean {
@@ -125,7 +130,7 @@ impl Secrets {
         clean.is_some()
     }
 
-    /// Takes the keys out of the texts of a value, and out of the names of its fields.
+    /// Removes keys from the strings and field names of a JSON value.
     pub fn clean_value(&self, value: &mut Value) {
         if self.forms.is_none() {
             return;
@@ -151,17 +156,17 @@ impl Secrets {
         }
     }
 
-    /// Takes the keys out of the values of headers.
+    /// Removes keys from header values.
     pub fn clean_headers(&self, headers: &mut HeaderMap) {
         for value in headers.values_mut() {
             if let Some(clean) = self.cleaned(value.as_bytes()) {
                 *value = HeaderValue::from_bytes(&clean)
-                    .unwrap_or_else(|_| HeaderValue::from_static(INSTEAD));
+                    .unwrap_or_else(|_| HeaderValue::from_static(REPLACEMENT));
             }
         }
     }
 
-    /// Takes the keys out of an answer that was put together from pieces; true if there was one.
+    /// Removes keys from an answer that was joined from parts. Returns true if there was one.
     pub fn clean_answer(&self, answer: &mut Answer) -> bool {
         let texts = [&mut answer.text, &mut answer.reasoning, &mut answer.refusal];
         texts
@@ -170,12 +175,13 @@ impl Secrets {
     }
 }
 
-/// The key as it stands, in hexadecimal digits with and without separators, and what it becomes within a
-/// longer text in base64, in either alphabet: three alignments, without the characters that its neighbours
-/// have a part in.
+/// Returns the forms of a key: plain, in hexadecimal with and without separators, and in base64.
+///
+/// In base64 a key has three alignments in each of two alphabets. Characters at its ends that also encode
+/// neighbouring bytes are left out.
 fn forms(secret: &str) -> Vec<Vec<u8>> {
     let mut forms = vec![secret.as_bytes().to_vec()];
-    if secret.len() < SURE {
+    if secret.len() < MIN_ENCODED_LENGTH {
         return forms;
     }
     for separator in ["", ":", " "] {
@@ -195,11 +201,11 @@ fn forms(secret: &str) -> Vec<Vec<u8>> {
     forms
 }
 
-/// Is there an escape of what need not be escaped? Those of new lines, quotes and other alphabets are
-/// common; and no key has such characters.
+/// Returns true if the text escapes a character of a key. Escaped line breaks, quotes and non-ASCII letters are
+/// common, but keys do not contain them.
 fn has_escaped_letters(text: &[u8]) -> bool {
     memchr3_iter(b'\\', b'%', b'&', text).any(|at| {
-        // A run of backslashes is looked at once, at its start.
+        // Each run of backslashes is parsed once, at its start.
         let is_within_run = text[at] == b'\\' && at > 0 && text[at - 1] == b'\\';
         !is_within_run
             && escape(&text[at..]).is_some_and(|(letter, _)| {
@@ -208,8 +214,8 @@ fn has_escaped_letters(text: &[u8]) -> bool {
     })
 }
 
-/// The ASCII character that an escape at the start of `text` stands for, and its length. Backslashes may be
-/// doubled, as in JSON within JSON.
+/// Decodes an escape at the start of `text`: the ASCII character and the length of the escape. Backslashes may
+/// be doubled, as in JSON within JSON.
 fn escape(text: &[u8]) -> Option<(u8, usize)> {
     let hex = |digits: &[u8]| {
         let digits = std::str::from_utf8(digits).ok()?;
@@ -234,11 +240,11 @@ fn escape(text: &[u8]) -> Option<(u8, usize)> {
     }
 }
 
-/// As [`escape`], of an entity of HTML: `&#115;` or `&#x73;`.
+/// As [`escape`], for an HTML entity: `&#115;` or `&#x73;`.
 fn entity(text: &[u8]) -> Option<(u8, usize)> {
     let end = text
         .iter()
-        .take(LONGEST_ENTITY)
+        .take(MAX_ENTITY_LENGTH)
         .position(|byte| *byte == b';')?;
     let digits = std::str::from_utf8(text.get(2..end)?).ok()?;
     let value = match digits.strip_prefix(['x', 'X']) {
@@ -248,25 +254,27 @@ fn entity(text: &[u8]) -> Option<(u8, usize)> {
     (text[1] == b'#').then_some((value.ok()?, end + 1))
 }
 
-/// The text without escapes, and where each of its bytes begins in the other one, and the end.
+/// Decodes all escapes. Returns the decoded text and the offset of each of its bytes, and of its end, in `text`.
 fn decode(text: &[u8]) -> (Vec<u8>, Vec<usize>) {
-    let (mut decoded, mut places, mut at) = (Vec::new(), Vec::new(), 0);
+    let mut decoded = Vec::new();
+    let mut offsets = Vec::new();
+    let mut at = 0;
     while at < text.len() {
         if let Some((byte, length)) = escape(&text[at..]) {
             decoded.push(byte);
-            places.push(at);
+            offsets.push(at);
             at += length;
             continue;
         }
-        // The rest of a run of backslashes is no escape either.
+        // A run of backslashes that begins no escape contains none.
         let run = text[at..].iter().take_while(|byte| **byte == b'\\').count();
         let end = at + run.max(1);
         decoded.extend_from_slice(&text[at..end]);
-        places.extend(at..end);
+        offsets.extend(at..end);
         at = end;
     }
-    places.push(text.len());
-    (decoded, places)
+    offsets.push(text.len());
+    (decoded, offsets)
 }
 
 #[cfg(test)]
@@ -283,8 +291,8 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_taken_out_in_every_form() {
-        let escape = |n: usize, with: &dyn Fn(u8) -> String| -> String {
+    fn keys_are_removed_in_every_encoding() {
+        let escape_each_nth = |n: usize, with: &dyn Fn(u8) -> String| -> String {
             let letter = |(i, b): (usize, u8)| match i % n {
                 0 => with(b),
                 _ => char::from(b).to_string(),
@@ -293,9 +301,9 @@ mod tests {
         };
         let json = |b: u8| format!("\\u{b:04x}");
         let twice = |b: u8| format!("\\\\u{b:04X}");
-        let address = |b: u8| format!("%{b:02x}");
-        let bytes = |of: &dyn Fn(u8) -> String, separator: &str| -> String {
-            let bytes: Vec<String> = KEY.bytes().map(of).collect();
+        let url = |b: u8| format!("%{b:02x}");
+        let bytes = |encode: &dyn Fn(u8) -> String, separator: &str| -> String {
+            let bytes: Vec<String> = KEY.bytes().map(encode).collect();
             bytes.join(separator)
         };
         let mut forms = vec![KEY.to_string()];
@@ -307,7 +315,9 @@ mod tests {
         forms.push(bytes(&|b| format!("&#x{b:x};"), ""));
         forms.push(bytes(&|b| format!("\\x{b:02x}"), ""));
         for n in [1, 2, 7, 100] {
-            forms.extend([escape(n, &json), escape(n, &twice), escape(n, &address)]);
+            forms.extend(
+                [&json as &dyn Fn(u8) -> String, &twice, &url].map(|with| escape_each_nth(n, with)),
+            );
         }
         for form in forms {
             assert_eq!(clean(&format!("a {form}\\n{form} b")), "a [key]\\n[key] b");
@@ -315,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_key_is_left_alone() {
+    fn text_without_a_key_is_unchanged() {
         for text in [
             "a text with \\u00e9, \\n, 100 % and \\/slashes\\/",
             "sk-0123456789abcdefghijXY",
@@ -324,8 +334,8 @@ mod tests {
             assert_eq!(clean(text), text);
         }
         let short = Secrets::new(["my-vllm-token".to_string()]).unwrap();
-        let said = Bytes::from_static(b"Bearer my-vllm-token, my-vllm-tokens");
-        assert_eq!(short.clean(said), "Bearer [key], my-vllm-tokens");
+        let text = Bytes::from_static(b"Bearer my-vllm-token, my-vllm-tokens");
+        assert_eq!(short.clean(text), "Bearer [key], my-vllm-tokens");
         let none = Secrets::new(["none".to_string()]).unwrap();
         assert_eq!(
             none.clean(Bytes::from_static(b"none is left")),
@@ -334,22 +344,22 @@ mod tests {
     }
 
     #[test]
-    fn a_short_key_within_a_long_one_hides_neither() {
+    fn overlapping_keys_are_both_removed() {
         let both = ["sk-abcdef", "xxsk-abcdef0123456789abcdef"].map(str::to_owned);
         let secrets = Secrets::new(both).unwrap();
-        let said = Bytes::from_static(b"sk-abcdef, xxsk-abcdef0123456789abcdef");
-        assert_eq!(secrets.clean(said), "[key], [key]");
+        let text = Bytes::from_static(b"sk-abcdef, xxsk-abcdef0123456789abcdef");
+        assert_eq!(secrets.clean(text), "[key], [key]");
     }
 
     #[test]
-    fn long_runs_of_backslashes_are_read_once() {
+    fn long_backslash_runs_take_linear_time() {
         let text = "\\".repeat(4 << 20) + &KEY.replace('a', "\\u0061");
         assert!(clean(&text).ends_with("[key]"));
     }
 
     proptest! {
         #[test]
-        fn base64_of_a_text_around_the_key_tells_nothing_of_it(
+        fn base64_of_a_text_that_contains_the_key_is_removed(
             before in "[ -~]{0,9}",
             after in "[ -~]{0,9}",
             is_url_safe: bool,

@@ -1,5 +1,5 @@
-//! Structured output: a JSON schema that is passed to the endpoint, and that its answers are held
-//! to. An endpoint that does not enforce a schema ignores it in silence.
+//! Structured output: a JSON schema that is sent to the endpoint and that answers are validated against, since
+//! some endpoints silently ignore it.
 
 use std::path::Path;
 
@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use crate::exit::Exit;
 
+/// A JSON schema of answers, with its compiled validator.
 pub struct StructuredOutput {
     name: String,
     schema: Value,
@@ -16,24 +17,27 @@ pub struct StructuredOutput {
 }
 
 impl StructuredOutput {
-    /// Reads the schema; its name is that of its file.
+    /// Reads the schema from a file, and its name from the file name.
     ///
     /// # Errors
-    /// [`Exit::Usage`] where the file is no JSON schema.
+    /// [`Exit::Usage`] if the file is not a valid JSON schema.
     pub fn load(path: &Path) -> Result<StructuredOutput> {
         let text = crate::fs::read_to_string(path).context("cannot read `sampling.schema`")?;
         let schema: Value = serde_json::from_str(&text).map_err(|error| {
             Exit::Usage(format!(
-                "{}:{}: no JSON: {error}",
+                "{}:{}: invalid JSON: {error}",
                 path.display(),
                 error.line()
             ))
         })?;
         let validator = jsonschema::validator_for(&schema).map_err(|error| {
-            Exit::Usage(format!("{} is no JSON schema: {error}", path.display()))
+            Exit::Usage(format!(
+                "{} is not a valid JSON schema: {error}",
+                path.display()
+            ))
         })?;
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        // OpenAI's rule for names.
+        // OpenAI allows at most 64 of these characters in a name.
         let name: String = stem
             .chars()
             .map(|char| match char {
@@ -49,7 +53,7 @@ impl StructuredOutput {
         })
     }
 
-    /// The field of the request body.
+    /// Returns the `response_format` field of the request body.
     pub fn response_format(&self) -> Value {
         json!({
             "type": "json_schema",
@@ -57,14 +61,14 @@ impl StructuredOutput {
         })
     }
 
-    /// Why the answer does not satisfy the schema, in words that are the same for the same fault;
-    /// None where it does.
+    /// Returns why the answer violates the schema, or None if it is valid. Equal faults give equal texts, so that
+    /// they can be counted.
     pub fn violation(&self, answer: &str) -> Option<String> {
         let Ok(value) = serde_json::from_str::<Value>(answer) else {
             return Some("schema: no JSON".into());
         };
         let error = self.validator.iter_errors(&value).next()?;
-        // An index would make a reason of its own for each item.
+        // Indexes are replaced, so that all items of a list share one reason.
         let path: Vec<_> = error.instance_path().as_str().split('/').collect();
         let path = path.iter().map(|part| match part.parse::<usize>() {
             Ok(_) => "*",
@@ -90,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_are_held_to_the_schema() {
+    fn answers_are_validated_against_the_schema() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("my call.json");
         let schema = r#"{"type":"object","properties":{"n":{"type":"integer"}},"required":["n"],"additionalProperties":false}"#;
@@ -119,12 +123,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_schema_is_named() {
+    fn invalid_schema_error_names_the_file_and_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s.json");
         for (text, part) in [
             ("{\n\"type\":", "s.json:2"),
-            (r#"{"type": 3}"#, "no JSON schema"),
+            (r#"{"type": 3}"#, "not a valid JSON schema"),
         ] {
             std::fs::write(&path, text).unwrap();
             let error = StructuredOutput::load(&path).err().unwrap();

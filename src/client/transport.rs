@@ -1,37 +1,38 @@
-//! TODO
+//! The seam between the callers and HTTP: traits of a teacher's API, raw replies, transport errors.
+
+use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Result;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
 use reqwest::header::HeaderMap;
 use serde_json::Value;
-use std::sync::Arc;
 use tokio::sync::SemaphorePermit;
 
 use crate::client::secrets::Secrets;
-use futures_util::stream::BoxStream;
-use std::path::Path;
 
-/// A response, whatever its status.
+/// A raw HTTP reply of any status.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("a reply with status {status}")]
 pub struct HttpReply {
     pub status: u16,
     pub headers: HeaderMap,
-    /// Decoded; as it came where that was not possible.
+    /// The decoded body; the received bytes if decoding failed.
     pub body: Bytes,
     pub end: BodyEnd,
-    /// Held for as long as a large body is in memory.
+    /// Permit of a large body, held while the body is in memory.
     pub permit: Option<LargeBodyPermit>,
 }
 
 impl HttpReply {
-    /// A complete reply without headers, such as a row of a batch.
+    /// Returns a complete reply without headers, such as a row of a batch.
     pub fn without_headers(status: u16, body: Bytes) -> HttpReply {
         HttpReply::whole(status, HeaderMap::new(), body)
     }
 
-    /// A reply whose body came whole.
+    /// Returns a reply with a complete body.
     pub fn whole(status: u16, headers: HeaderMap, body: Bytes) -> HttpReply {
         HttpReply {
             status,
@@ -43,33 +44,33 @@ impl HttpReply {
     }
 }
 
-/// Leave for a large body to be in memory.
+/// Permit for one large body in memory.
 pub type LargeBodyPermit = Arc<SemaphorePermit<'static>>;
 
 /// How a body ended.
 #[derive(Debug, Clone)]
 pub enum BodyEnd {
     Whole,
-    /// The connection ended, or the time was up, before the body did.
+    /// The connection broke or timed out before the body ended.
     Cut(TransportError),
-    /// All of it came, or too much of it, and it cannot be decoded for certain. `raw` is what came, where the
-    /// body is another one.
+    /// The body is too large, or its content encoding is invalid. `raw` holds the received bytes if they differ
+    /// from the body.
     Unreadable {
         problem: String,
         raw: Bytes,
     },
 }
 
-/// Why there is no response.
+/// Why there is no reply.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum TransportError {
-    /// Refused, no such host, no route, TLS: nothing was sent.
+    /// Connection refused, unknown host, no route, TLS failure: nothing was sent.
     #[error("{0}")]
     Unreachable(String),
-    /// The key had expired, and there is a new one.
+    /// The key had expired and was renewed.
     #[error("the key had expired")]
     KeyRenewed,
-    /// This process or this machine may open no more connections for now: nothing was sent.
+    /// The process or machine is out of file descriptors: nothing was sent.
     #[error("{0}")]
     NoDescriptor(String),
     /// May have been billed.
@@ -80,9 +81,9 @@ pub enum TransportError {
     Broken(String),
 }
 
-/// The way to a teacher: HTTP, or in a test a simulation on the paused clock.
+/// Sends requests to a teacher: over HTTP, or in tests to a simulation on the paused clock.
 pub trait Transport: Send + Sync {
-    /// Asks once, and waits for the whole reply.
+    /// Sends one request and waits for the whole reply.
     fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
 
     /// Secrets to remove from answers.
@@ -90,13 +91,13 @@ pub trait Transport: Send + Sync {
         Arc::default()
     }
 
-    /// The way to its files and batches, if there is one.
+    /// Returns the batch API, if the teacher has one.
     fn batches(&self) -> Option<&dyn BatchApi> {
         None
     }
 }
 
-/// The way to a teacher's files and batches: HTTP, or in a test a simulation on the paused clock.
+/// The files and batches API of a teacher: over HTTP, or in tests a simulation on the paused clock.
 pub trait BatchApi: Send + Sync {
     /// Uploads a file of requests.
     fn upload<'a>(&'a self, file: &'a Path) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
@@ -105,7 +106,7 @@ pub trait BatchApi: Send + Sync {
 
     fn retrieve<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
 
-    /// A page of the account's batches, the newest first, from the one after `after` on.
+    /// Returns a page of the account's batches, the newest first, starting after the batch `after`.
     fn list<'a>(
         &'a self,
         after: Option<&'a str>,
@@ -113,17 +114,18 @@ pub trait BatchApi: Send + Sync {
 
     fn cancel<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
 
-    /// What a file holds, as it comes.
+    /// Streams the content of a file.
     fn content<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<FileDownload, TransportError>>;
 
-    /// Takes an echoed key out of a line.
+    /// Removes echoed keys from a line.
     fn without_key(&self, line: Bytes) -> Bytes {
         line
     }
 }
 
+/// Result of a file download.
 pub enum FileDownload {
-    /// A reply with a bad status.
+    /// A reply with an error status.
     Refused(HttpReply),
     Content(BoxStream<'static, Result<Bytes, TransportError>>),
 }

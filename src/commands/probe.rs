@@ -1,4 +1,4 @@
-//! `distill probe`: what an endpoint really does.
+//! `distill probe`: determines and prints the capabilities of the endpoints.
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -9,8 +9,10 @@ use crate::probe::findings;
 use crate::probe::findings::ProbedEndpoint;
 use crate::terminal::{sanitise, table};
 
-/// Probes every endpoint of the config, prints what was found, and fails where the config asks for
-/// something else.
+/// Probes every endpoint of the config and prints the findings.
+///
+/// # Errors
+/// Also if the config uses something that an endpoint does not support.
 pub fn run(args: &ProbeArgs, global: &Global) -> Result<()> {
     let config = super::load_config(&args.config)?.config;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
@@ -22,7 +24,7 @@ pub fn run(args: &ProbeArgs, global: &Global) -> Result<()> {
             super::print(&table(&rows(endpoint)))?;
         }
         let file = findings::file(&config.run_dir);
-        super::print(&format!("kept in {}\n", file.display()))?;
+        super::print(&format!("saved to {}\n", file.display()))?;
     }
     for endpoint in config.endpoints() {
         if let Some(found) = endpoints.find(&endpoint) {
@@ -34,6 +36,7 @@ pub fn run(args: &ProbeArgs, global: &Global) -> Result<()> {
     Ok(())
 }
 
+/// Returns the rows of the table: name and value of each finding.
 fn rows(endpoint: &ProbedEndpoint) -> Vec<[String; 2]> {
     let offer = &endpoint.logprobs;
     let mut rows = vec![
@@ -41,39 +44,40 @@ fn rows(endpoint: &ProbedEndpoint) -> Vec<[String; 2]> {
         ["model", &endpoint.reported_model].map(String::from),
         ["requests sent".into(), endpoint.requests.to_string()],
         [
-            "limit on the answer".into(),
+            "token limit field".into(),
             endpoint
                 .max_tokens_field
                 .map_or("unknown", |field| field.name())
                 .into(),
         ],
-        ["logprobs a token".into(), offer.largest_k.to_string()],
-        ["logprobs are".into(), word(&offer.kind)],
-        ["token bytes".into(), word(&offer.bytes)],
-        ["token ids".into(), yes(offer.token_ids)],
-        ["usage".into(), yes(endpoint.reports_usage)],
-        ["thinks first".into(), yes(endpoint.thinks)],
+        ["logprobs per token".into(), offer.largest_k.to_string()],
+        ["logprobs kind".into(), value_name(&offer.kind)],
+        ["token bytes".into(), value_name(&offer.bytes)],
+        ["token ids".into(), yes_or_no(offer.token_ids)],
+        ["usage".into(), yes_or_no(endpoint.reports_usage)],
+        ["reasoning model".into(), yes_or_no(endpoint.thinks)],
         [
-            "several choices (n)".into(),
-            endpoint.several_choices.map_or("refused".into(), yes),
+            "multiple choices (n)".into(),
+            endpoint.several_choices.map_or("refused".into(), yes_or_no),
         ],
-        ["seed".into(), word(&endpoint.seed)],
-        ["JSON schema".into(), word(&endpoint.structured)],
+        ["seed".into(), value_name(&endpoint.seed)],
+        ["JSON schema".into(), value_name(&endpoint.structured)],
         [
-            "logprobs of given texts".into(),
-            word(&endpoint.prompt_logprobs),
+            "prompt logprobs".into(),
+            value_name(&endpoint.prompt_logprobs),
         ],
         [
-            "limits in its headers".into(),
-            match endpoint.limits.is_empty() {
-                true => "none".into(),
-                false => endpoint.limits.join(", "),
+            "rate limit headers".into(),
+            if endpoint.limits.is_empty() {
+                "none".into()
+            } else {
+                endpoint.limits.join(", ")
             },
         ],
-        ["errors".into(), endpoint.error_shape.clone()],
+        ["error format".into(), endpoint.error_shape.clone()],
     ];
-    for (parameter, words) in &endpoint.refused {
-        rows.push([format!("refuses {parameter}"), words.clone()]);
+    for (parameter, message) in &endpoint.refused {
+        rows.push([format!("refuses {parameter}"), message.clone()]);
     }
     for row in &mut rows {
         row[1] = sanitise(&row[1]).into_owned();
@@ -81,14 +85,14 @@ fn rows(endpoint: &ProbedEndpoint) -> Vec<[String; 2]> {
     rows
 }
 
-fn yes(holds: bool) -> String {
+fn yes_or_no(holds: bool) -> String {
     if holds { "yes" } else { "no" }.into()
 }
 
-/// The value's name, as in the file.
-fn word(value: &impl Serialize) -> String {
+/// Returns the name of an enum value, as in `endpoint.json`.
+fn value_name(value: &impl Serialize) -> String {
     match serde_json::to_value(value) {
-        Ok(Value::String(word)) => word,
+        Ok(Value::String(name)) => name,
         _ => "unknown".into(),
     }
 }

@@ -70,7 +70,7 @@ pub(crate) async fn run(
     let row = &plan.rows[attempt.entry.row];
     let asking = &plan.templates[attempt.upstream];
     let prompt = &plan.prompts[row.prompt as usize];
-    let body = asking.body_of(prompt, row.sample);
+    let body = asking.body_for_prompt(prompt, row.sample);
     let sent_at = clock.now();
     let started = Instant::now();
     let reply = transport.ask(&body).await;

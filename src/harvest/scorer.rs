@@ -114,7 +114,7 @@ impl TextScorer {
             (ScoredBy::Echo, None) => bail!(Exit::Usage("set on_policy.tokenizer".into())),
             (_, tokenizer) => ("chat/completions", ScoringMethod::PromptLogprobs(tokenizer)),
         };
-        let transport = Arc::new(HttpTeacher::at(&upstream.teacher, path)?);
+        let transport = Arc::new(HttpTeacher::with_path(&upstream.teacher, path)?);
         let within = Config {
             run_dir: config.judged_dir(),
             cache: config::CacheConfig {

@@ -280,7 +280,7 @@ impl Plan {
 
     /// The request body of a row; built anew each time, since a run can have a million of them.
     pub fn body(&self, endpoint: usize, prompt: usize, sample: u32) -> Value {
-        self.templates[endpoint].body_of(&self.prompts[prompt], sample)
+        self.templates[endpoint].body_for_prompt(&self.prompts[prompt], sample)
     }
 
     /// What a limit will count for the row before it is answered.

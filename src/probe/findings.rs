@@ -1,5 +1,5 @@
-//! What `distill probe` found out about an endpoint, and what follows for a config. Pure, but for
-//! the file.
+//! Findings of `distill probe` about an endpoint, and checks of a config against them. Pure, except for reading the
+//! file.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,58 +10,61 @@ use serde::{Deserialize, Serialize};
 use crate::config::{EndpointConfig, MaxTokensField};
 use crate::exit::Exit;
 
-/// The version of the file, and of what `distill probe --json` prints.
+/// Version of `endpoint.json` and of the output of `distill probe --json`.
 pub const ENDPOINT_VERSION: u32 = 1;
 
-/// `endpoint.json` in the run folder: every endpoint of the config, as it was when it was probed.
+/// `endpoint.json` in the run folder: the findings about every endpoint of the config.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ProbedEndpoints {
     pub version: u32,
     pub endpoints: Vec<ProbedEndpoint>,
 }
 
-/// What an endpoint does, as measured.
+/// Measured properties of an endpoint.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ProbedEndpoint {
     pub base_url: String,
     pub model: String,
-    /// RFC 3339, in UTC.
+    /// Time of the probe, RFC 3339 in UTC.
     pub probed_at: String,
-    /// Requests that it took to find out.
+    /// Number of requests sent by the probe.
     pub requests: u32,
-    /// The model's name as the endpoint reports it.
+    /// Model name as reported by the endpoint.
     pub reported_model: String,
     pub max_tokens_field: Option<MaxTokensField>,
     pub logprobs: LogprobsOffer,
     pub reports_usage: bool,
-    /// The model thinks before it answers, at a price.
+    /// The model generates billed reasoning before its answer.
     pub thinks: bool,
-    /// `n = 2` brings two choices.
+    /// `n = 2` returns two choices; None if the endpoint refuses it.
     pub several_choices: Option<bool>,
     pub seed: Finding,
     pub structured: Finding,
-    /// Are the logprobs of a text told that is given, by vLLM's `prompt_logprobs`?
+    /// Whether vLLM's `prompt_logprobs` returns the logprobs of a given text.
     #[serde(skip_serializing_if = "Finding::is_unknown")]
     pub prompt_logprobs: Finding,
-    /// Parameters that bring a refusal, with the endpoint's words.
+    /// Refused parameters, with the endpoint's error messages.
     pub refused: BTreeMap<String, String>,
-    /// What its headers call limits: `requests 60/min`.
+    /// Limits in the reply headers, such as `requests 60/min`.
     pub limits: Vec<String>,
+    /// Status and JSON shape of an error reply.
     pub error_shape: String,
 }
 
+/// Logprobs that an endpoint returns.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LogprobsOffer {
-    /// The most alternatives that came; 0 where logprobs do not come.
+    /// Largest number of alternatives returned; 0 if there are no logprobs.
     pub largest_k: u32,
     pub kind: LogprobsKind,
     pub bytes: TokenBytes,
+    /// Whether token ids are returned.
     pub token_ids: bool,
 }
 
-/// Are logprobs those of the model, or those after the temperature?
+/// Whether logprobs are computed before (raw) or after (tempered) the temperature is applied.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LogprobsKind {
@@ -71,26 +74,28 @@ pub enum LogprobsKind {
     Unknown,
 }
 
-/// Do the bytes of the tokens make up the answer, emoji and all?
+/// Whether the token bytes spell the answer, including non-ASCII characters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenBytes {
     Right,
     Wrong,
-    /// None are sent; the texts of the tokens make up the answer.
+    /// No bytes are sent, but the token texts spell the answer.
     Absent,
     #[default]
     Unknown,
 }
 
+/// Result of testing one parameter.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finding {
-    /// It does what its name says.
+    /// The parameter has its documented effect.
     Works,
-    /// It is accepted, and nothing comes of it.
+    /// The parameter is accepted without effect.
     Ignored,
     Refused,
+    /// The test was inconclusive.
     #[default]
     Unknown,
 }
@@ -101,14 +106,15 @@ impl Finding {
     }
 }
 
+/// Returns the path of `endpoint.json`.
 pub fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("endpoint.json")
 }
 
-/// What is known of the endpoints of this run folder.
+/// Reads the findings of this run folder. Returns None if there are none, or they have another version.
 ///
 /// # Errors
-/// [`Exit::Usage`] where the file cannot be read.
+/// [`Exit::Usage`] if the file is damaged.
 pub fn load(run_dir: &Path) -> Result<Option<ProbedEndpoints>> {
     let path = file(run_dir);
     if !path.exists() {
@@ -117,7 +123,7 @@ pub fn load(run_dir: &Path) -> Result<Option<ProbedEndpoints>> {
     let text = crate::fs::read_to_string(&path)?;
     let endpoints: ProbedEndpoints = serde_json::from_str(&text).map_err(|error| {
         Exit::Usage(format!(
-            "{} is damaged ({error}): run `distill probe` again, or delete it",
+            "{} is damaged ({error}): rerun `distill probe`, or delete the file",
             path.display()
         ))
     })?;
@@ -125,17 +131,17 @@ pub fn load(run_dir: &Path) -> Result<Option<ProbedEndpoints>> {
 }
 
 impl ProbedEndpoints {
-    /// What is known of the endpoint that this lane asks.
-    pub fn find(&self, lane: &EndpointConfig) -> Option<&ProbedEndpoint> {
-        let base_url = crate::config::teacher::identity(&lane.teacher);
-        self.endpoints
-            .iter()
-            .find(|endpoint| endpoint.base_url == base_url && endpoint.model == lane.teacher.model)
+    /// Returns the findings about the endpoint and model of `config`.
+    pub fn find(&self, config: &EndpointConfig) -> Option<&ProbedEndpoint> {
+        let base_url = crate::config::teacher::identity(&config.teacher);
+        self.endpoints.iter().find(|endpoint| {
+            endpoint.base_url == base_url && endpoint.model == config.teacher.model
+        })
     }
 }
 
 impl ProbedEndpoint {
-    /// BLAKE3, in hex, of what was found: records carry it.
+    /// Returns the BLAKE3 hash of the findings in hex, which is stored in each record.
     pub fn hash(&self) -> Result<String> {
         let found = ProbedEndpoint {
             probed_at: String::new(),
@@ -147,25 +153,25 @@ impl ProbedEndpoint {
             .to_string())
     }
 
-    /// Compares what the config asks for with what the endpoint does. Returns warnings.
+    /// Compares the config with the findings. Returns warnings.
     ///
     /// # Errors
-    /// [`Exit::Usage`] where asking would be money for nothing.
-    pub fn check(&self, lane: &EndpointConfig) -> Result<Vec<String>> {
-        let sampling = &lane.sampling;
-        let label = lane.teacher.label();
+    /// [`Exit::Usage`] if the endpoint would refuse the requests or return unusable answers.
+    pub fn check(&self, config: &EndpointConfig) -> Result<Vec<String>> {
+        let sampling = &config.sampling;
+        let label = config.teacher.label();
         let refuse = |message: String| -> Result<Vec<String>> {
             Err(Exit::Usage(format!(
-                "{message} (by `distill probe` of {}; run it again if the endpoint has changed)",
+                "{message} (found by `distill probe` at {}; rerun it if the endpoint has changed)",
                 self.probed_at
             ))
             .into())
         };
         let mut warnings = Vec::new();
-        for (parameter, words) in &self.refused {
-            if is_sent(parameter, lane) {
+        for (parameter, reason) in &self.refused {
+            if is_sent(parameter, config) {
                 return refuse(format!(
-                    "{label} refuses `{parameter}` ({words}): do not set it in `[sampling]`"
+                    "{label} refuses `{parameter}` ({reason}): do not set it in `[sampling]`"
                 ));
             }
         }
@@ -180,8 +186,8 @@ impl ProbedEndpoint {
         }
         if self.thinks && !sampling.reasoning {
             warnings.push(format!(
-                "{label} thinks before it answers: set `sampling.reasoning` = true, and leave room \
-                 in `sampling.max_tokens`"
+                "{label} is a reasoning model: set `sampling.reasoning` = true, and increase \
+                 `sampling.max_tokens` for its reasoning"
             ));
         }
         if sampling.top_logprobs == 0 || sampling.reasoning {
@@ -190,49 +196,49 @@ impl ProbedEndpoint {
         let offer = &self.logprobs;
         if offer.largest_k == 0 {
             return refuse(format!(
-                "{label} offers no logprobs: set `sampling.top_logprobs` = 0, and train with \
+                "{label} returns no logprobs: set `sampling.top_logprobs` = 0, and train with \
                  `loss.kd` = \"none\""
             ));
         }
         if offer.largest_k < sampling.top_logprobs {
             warnings.push(format!(
-                "{label} offers {} logprobs a token, not {}",
+                "{label} returns {} logprobs per token, not {}",
                 offer.largest_k, sampling.top_logprobs
             ));
         }
         let temperature = sampling.temperature.unwrap_or(1.0);
         if offer.kind == LogprobsKind::Tempered && (temperature - 1.0).abs() > 1e-9 {
             return refuse(format!(
-                "{label} returns logprobs after the temperature, and those at {temperature} are no \
-                 soft labels of the model: set `sampling.temperature` = 1.0, or \
-                 `sampling.top_logprobs` = 0"
+                "{label} returns logprobs after applying the temperature, and at {temperature} they are not \
+                 valid soft labels: set `sampling.temperature` = 1.0, or `sampling.top_logprobs` = 0"
             ));
         }
         if offer.bytes == TokenBytes::Wrong {
             warnings.push(format!(
-                "{label} sends token bytes that do not make up its answers where these are not \
-                 ASCII: such answers train on cross-entropy alone"
+                "{label} sends token bytes that do not spell its non-ASCII answers: such answers are \
+                 trained on with cross-entropy only"
             ));
         }
         Ok(warnings)
     }
 }
 
-/// What can be said of soft labels without a probe.
-pub fn check_unprobed(lane: &EndpointConfig) -> Option<String> {
-    let sampling = &lane.sampling;
+/// Returns a warning if the config may give invalid soft labels and the endpoint was not probed.
+pub fn check_unprobed(config: &EndpointConfig) -> Option<String> {
+    let sampling = &config.sampling;
     let temperature = sampling.temperature.unwrap_or(1.0);
     let asks = sampling.top_logprobs > 0 && !sampling.reasoning;
     (asks && (temperature - 1.0).abs() > 1e-9).then(|| {
         format!(
-            "logprobs are asked for at temperature {temperature}, and some endpoints return them \
-             after the temperature: run `distill probe` first, or set `sampling.temperature` = 1.0"
+            "logprobs are requested at temperature {temperature}, and some endpoints return them after \
+             applying the temperature: run `distill probe` first, or set `sampling.temperature` = 1.0"
         )
     })
 }
 
-fn is_sent(parameter: &str, lane: &EndpointConfig) -> bool {
-    let sampling = &lane.sampling;
+/// Returns true if requests of `config` contain the parameter.
+fn is_sent(parameter: &str, config: &EndpointConfig) -> bool {
+    let sampling = &config.sampling;
     let is_plain = !sampling.reasoning;
     sampling.extra.contains_key(parameter)
         || match parameter {
@@ -250,7 +256,7 @@ mod tests {
     use super::*;
     use crate::config::{SamplingConfig, TeacherConfig};
 
-    fn lane(change: impl FnOnce(&mut SamplingConfig)) -> EndpointConfig {
+    fn config(change: impl FnOnce(&mut SamplingConfig)) -> EndpointConfig {
         let mut sampling = SamplingConfig::default();
         change(&mut sampling);
         EndpointConfig {
@@ -278,18 +284,18 @@ mod tests {
     }
 
     #[track_caller]
-    fn refused(endpoint: &ProbedEndpoint, lane: &EndpointConfig, part: &str) {
-        let error = endpoint.check(lane).unwrap_err();
+    fn assert_refused(endpoint: &ProbedEndpoint, config: &EndpointConfig, part: &str) {
+        let error = endpoint.check(config).unwrap_err();
         assert!(error.to_string().contains(part), "{error}");
         assert_eq!(Exit::code_of(&error), 2);
     }
 
     #[test]
-    fn what_an_endpoint_does_not_do_is_refused_before_it_is_paid_for() {
-        assert_eq!(good().check(&lane(|_| {})).unwrap(), [""; 0]);
-        refused(
+    fn config_that_the_endpoint_does_not_support_is_rejected() {
+        assert_eq!(good().check(&config(|_| {})).unwrap(), [""; 0]);
+        assert_refused(
             &good(),
-            &lane(|sampling| sampling.temperature = Some(0.2)),
+            &config(|sampling| sampling.temperature = Some(0.2)),
             "`sampling.temperature` = 1.0",
         );
         let raw = ProbedEndpoint {
@@ -300,7 +306,7 @@ mod tests {
             ..good()
         };
         assert_eq!(
-            raw.check(&lane(|sampling| sampling.temperature = Some(0.2)))
+            raw.check(&config(|sampling| sampling.temperature = Some(0.2)))
                 .unwrap(),
             [""; 0]
         );
@@ -308,41 +314,41 @@ mod tests {
             logprobs: LogprobsOffer::default(),
             ..good()
         };
-        refused(&without, &lane(|_| {}), "offers no logprobs");
+        assert_refused(&without, &config(|_| {}), "returns no logprobs");
         assert!(
             without
-                .check(&lane(|sampling| sampling.top_logprobs = 0))
+                .check(&config(|sampling| sampling.top_logprobs = 0))
                 .is_ok()
         );
-        refused(
+        assert_refused(
             &good(),
-            &lane(|sampling| sampling.max_tokens_field = MaxTokensField::MaxTokens),
+            &config(|sampling| sampling.max_tokens_field = MaxTokensField::MaxTokens),
             "\"max_completion_tokens\"",
         );
         let mut strict = good();
         strict.refused.insert("seed".into(), "no".into());
-        assert!(strict.check(&lane(|_| {})).is_ok());
-        refused(
+        assert!(strict.check(&config(|_| {})).is_ok());
+        assert_refused(
             &strict,
-            &lane(|sampling| sampling.seed = Some(1)),
+            &config(|sampling| sampling.seed = Some(1)),
             "refuses `seed` (no)",
         );
     }
 
     #[test]
-    fn what_is_only_less_is_a_warning() {
+    fn reduced_support_is_a_warning() {
         let mut endpoint = good();
         endpoint.logprobs.largest_k = 5;
         endpoint.logprobs.bytes = TokenBytes::Wrong;
         endpoint.thinks = true;
-        let warnings = endpoint.check(&lane(|_| {})).unwrap();
+        let warnings = endpoint.check(&config(|_| {})).unwrap();
         assert_eq!(warnings.len(), 3, "{warnings:?}");
-        assert!(check_unprobed(&lane(|sampling| sampling.temperature = Some(0.2))).is_some());
-        assert!(check_unprobed(&lane(|_| {})).is_none());
+        assert!(check_unprobed(&config(|sampling| sampling.temperature = Some(0.2))).is_some());
+        assert!(check_unprobed(&config(|_| {})).is_none());
     }
 
     #[test]
-    fn the_hash_is_that_of_what_was_found() {
+    fn hash_ignores_the_time_and_request_count() {
         let later = ProbedEndpoint {
             probed_at: "2026-11-22T00:00:00Z".into(),
             requests: 20,

@@ -1,9 +1,20 @@
-//! `distill probe`: about twenty cheap requests that find out what an endpoint really does.
+//! `distill probe`: determines the capabilities of an endpoint with about twenty cheap requests.
+//!
+//! | file | content |
+//! |---|---|
+//! | `mod.rs` | the tests of a probe, in order |
+//! | `question` | one request: budget, retries, outcome |
+//! | `findings` | `endpoint.json`, and checks of a config against it |
+//!
+//! Invariants:
+//! - Each request reserves its maximum cost in the budget before it is sent, and settles the reservation after.
+//! - After the first answer, an error reply is a finding and does not end the probe.
+//! - Probe requests do not use the config's sampling settings, except for the name of the token limit.
+//! - Every record of `harvest` contains the hash of the findings.
 
 pub mod findings;
 pub(crate) mod question;
 
-use crate::probe::question::Probe;
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
@@ -18,80 +29,82 @@ use crate::client::response::json;
 use crate::client::transport::{HttpReply, Transport};
 use crate::config::{EndpointConfig, MaxTokensField};
 use crate::probe::findings::{Finding, LogprobsKind, ProbedEndpoint, TokenBytes};
-use crate::probe::question::ProbeOutcome;
-use crate::rate_limit::headers;
-use crate::rate_limit::headers::Refill;
+use crate::probe::question::{Probe, ProbeOutcome};
+use crate::rate_limit::headers::{self, Refill};
 
-/// Tokens of an answer; a thinking model is given more.
-const SHORT: u32 = 24;
-const ROOM_TO_THINK: u32 = 512;
+/// Maximum tokens of an answer.
+const SHORT_ANSWER: u32 = 24;
 
-/// For the whole of [`WIDE`], a token for each byte.
-const ENOUGH_FOR_WIDE: u32 = 100;
+/// Maximum tokens of an answer of a reasoning model.
+const REASONING_ANSWER: u32 = 512;
 
-/// The prompt whose first token has many likely values.
-const OPEN: &str = "Write ten random words, in no order, separated by spaces.";
+/// Maximum tokens of the answer to [`NON_ASCII`], one for each byte.
+const NON_ASCII_ANSWER: u32 = 100;
 
-/// Characters of two, three and four bytes, which tokenizers cut in the middle.
-const WIDE: &str = "Repeat exactly, and write nothing else: 😀 naïve 漢字 👩‍👩‍👧 Ω≈ç";
+/// Prompt whose answer has many likely first tokens.
+const OPEN_ENDED: &str = "Write ten random words, in no order, separated by spaces.";
 
-/// Finds out what the endpoint of `lane` does.
+/// Prompt with characters of two, three and four bytes, which tokenizers may split.
+const NON_ASCII: &str = "Repeat exactly, and write nothing else: 😀 naïve 漢字 👩‍👩‍👧 Ω≈ç";
+
+/// Probes the endpoint of `config`.
 ///
 /// # Errors
-/// Where it does not answer a plain question, and where a question does not fit the budget.
+/// If the endpoint does not answer a plain prompt, or the budget is exhausted.
 pub async fn run(
-    lane: EndpointConfig,
+    config: EndpointConfig,
     transport: Arc<dyn Transport>,
     account: &mut Account<LedgerFiles>,
     now: Timestamp,
 ) -> Result<ProbedEndpoint> {
     let found = ProbedEndpoint {
-        base_url: crate::config::teacher::identity(&lane.teacher).into(),
-        model: lane.teacher.model.clone(),
+        base_url: crate::config::teacher::identity(&config.teacher).into(),
+        model: config.teacher.model.clone(),
         probed_at: format!("{now:.0}"),
         ..ProbedEndpoint::default()
     };
     let mut probe = Probe {
-        lane,
+        config,
         transport,
         account,
         found,
-        max_tokens: SHORT,
+        max_tokens: SHORT_ANSWER,
         has_answered: false,
     };
-    probe.plain_question().await?;
+    probe.plain_prompt().await?;
     probe.logprobs().await?;
     probe.parameters().await?;
     probe.seed().await?;
     probe.structured().await?;
-    probe.given_text().await?;
+    probe.prompt_logprobs().await?;
     probe.error_shape().await?;
     Ok(probe.found)
 }
 
 impl Probe<'_> {
-    /// A plain question with the one field that must be right, and what its answer tells.
-    async fn plain_question(&mut self) -> Result<()> {
-        let first = self.lane.sampling.max_tokens_field;
+    /// Sends a plain prompt with each name of the token limit until one is accepted.
+    async fn plain_prompt(&mut self) -> Result<()> {
+        let first = self.config.sampling.max_tokens_field;
         let other = match first {
             MaxTokensField::MaxTokens => MaxTokensField::MaxCompletionTokens,
             MaxTokensField::MaxCompletionTokens => MaxTokensField::MaxTokens,
         };
-        let mut words = String::new();
+        let mut refusal = String::new();
         for field in [first, other] {
             self.found.max_tokens_field = Some(field);
-            match self.ask("Say hello.", |_| {}).await? {
+            match self.send("Say hello.", |_| {}).await? {
                 ProbeOutcome::Answer(completion, reply) => {
-                    self.learn_from(&completion, &reply);
+                    self.record_basics(&completion, &reply);
                     return Ok(());
                 }
-                ProbeOutcome::Refused(message, _) => words = message,
+                ProbeOutcome::Refused(message, _) => refusal = message,
             }
         }
-        Err(anyhow!("the endpoint refuses a plain question: {words}"))
+        Err(anyhow!("the endpoint refuses a plain prompt: {refusal}"))
     }
 
-    fn learn_from(&mut self, completion: &Completion, reply: &HttpReply) {
+    /// Records model name, usage, reasoning and rate limits of the first answer.
+    fn record_basics(&mut self, completion: &Completion, reply: &HttpReply) {
         let found = &mut self.found;
         found.reported_model = completion.model.clone();
         found.reports_usage = completion.usage.is_some();
@@ -101,7 +114,7 @@ impl Probe<'_> {
         let is_empty = completion.answer.text.is_empty() && completion.answer.refusal.is_empty();
         found.thinks = hidden || !completion.answer.reasoning.is_empty() || is_empty;
         if found.thinks {
-            self.max_tokens = ROOM_TO_THINK;
+            self.max_tokens = REASONING_ANSWER;
         }
         let reports = headers::parse(&reply.headers, std::time::SystemTime::UNIX_EPOCH);
         found.limits = reports
@@ -123,19 +136,22 @@ impl Probe<'_> {
         found.limits.sort();
     }
 
+    /// Requests logprobs with decreasing k until one is accepted.
     async fn logprobs(&mut self) -> Result<()> {
         for k in [20, 8, 5, 1] {
-            let asked = self.ask(OPEN, |body| with_logprobs(body, k, 1.0)).await?;
-            match asked {
-                ProbeOutcome::Refused(words, _) => {
-                    self.found.refused.insert("logprobs".into(), words);
+            let outcome = self
+                .send(OPEN_ENDED, |body| with_logprobs(body, k, 1.0))
+                .await?;
+            match outcome {
+                ProbeOutcome::Refused(message, _) => {
+                    self.found.refused.insert("logprobs".into(), message);
                 }
                 ProbeOutcome::Answer(warm, reply) => {
                     self.found.refused.remove("logprobs");
-                    self.learn_logprobs(&warm, &reply);
+                    self.record_logprobs(&warm, &reply);
                     if self.found.logprobs.largest_k > 0 {
-                        self.temper(k, &warm).await?;
-                        self.wide_characters(k).await?;
+                        self.logprobs_kind(k, &warm).await?;
+                        self.token_bytes(k).await?;
                     }
                     return Ok(());
                 }
@@ -144,7 +160,8 @@ impl Probe<'_> {
         Ok(())
     }
 
-    fn learn_logprobs(&mut self, completion: &Completion, reply: &HttpReply) {
+    /// Records the number of alternatives, and whether token ids are returned.
+    fn record_logprobs(&mut self, completion: &Completion, reply: &HttpReply) {
         let Some(logprobs) = &completion.logprobs else {
             return;
         };
@@ -163,11 +180,12 @@ impl Probe<'_> {
         });
     }
 
-    /// Asks the same at half the temperature: logprobs after the temperature are then twice as far
-    /// apart.
-    async fn temper(&mut self, k: u32, warm: &Completion) -> Result<()> {
-        let ProbeOutcome::Answer(cool, _) =
-            self.ask(OPEN, |body| with_logprobs(body, k, 0.5)).await?
+    /// Repeats the request at half the temperature. If logprobs are computed after the temperature is applied, their
+    /// differences double.
+    async fn logprobs_kind(&mut self, k: u32, warm: &Completion) -> Result<()> {
+        let ProbeOutcome::Answer(cool, _) = self
+            .send(OPEN_ENDED, |body| with_logprobs(body, k, 0.5))
+            .await?
         else {
             return Ok(());
         };
@@ -182,7 +200,8 @@ impl Probe<'_> {
                 .filter_map(|(token, value)| Some((token, (*value)?)))
                 .collect()
         };
-        let (warm, cool) = (first(warm), first(&cool));
+        let warm = first(warm);
+        let cool = first(&cool);
         let mut ratios: Vec<f32> = warm
             .iter()
             .skip(1)
@@ -202,14 +221,15 @@ impl Probe<'_> {
         Ok(())
     }
 
-    async fn wide_characters(&mut self, k: u32) -> Result<()> {
+    /// Checks whether the token bytes of a non-ASCII answer spell it.
+    async fn token_bytes(&mut self, k: u32) -> Result<()> {
         let before = self.max_tokens;
-        self.max_tokens = before.max(ENOUGH_FOR_WIDE);
-        let asked = self
-            .ask(WIDE, |body| with_logprobs(body, k.min(2), 1.0))
+        self.max_tokens = before.max(NON_ASCII_ANSWER);
+        let outcome = self
+            .send(NON_ASCII, |body| with_logprobs(body, k.min(2), 1.0))
             .await?;
         self.max_tokens = before;
-        let ProbeOutcome::Answer(completion, reply) = asked else {
+        let ProbeOutcome::Answer(completion, reply) = outcome else {
             return Ok(());
         };
         let Some(logprobs) = &completion.logprobs else {
@@ -219,7 +239,7 @@ impl Probe<'_> {
         let position = body.pointer("/choices/0/logprobs/content/0");
         let has_bytes = position.is_some_and(|position| position["bytes"].is_array());
         self.found.logprobs.bytes = match (logprobs.matches_text, has_bytes) {
-            // An answer without a single wide character shows nothing.
+            // An ASCII answer is inconclusive.
             _ if completion.answer.text.is_ascii() => TokenBytes::Unknown,
             (true, true) => TokenBytes::Right,
             (true, false) => TokenBytes::Absent,
@@ -228,7 +248,7 @@ impl Probe<'_> {
         Ok(())
     }
 
-    /// Each parameter alone.
+    /// Tests each parameter alone.
     async fn parameters(&mut self) -> Result<()> {
         for (name, value) in [
             ("temperature", json!(0.7)),
@@ -237,14 +257,14 @@ impl Probe<'_> {
             ("presence_penalty", json!(0.1)),
             ("n", json!(2)),
         ] {
-            let asked = self
-                .ask("Say hello.", |body| {
+            let outcome = self
+                .send("Say hello.", |body| {
                     body.insert(name.into(), value);
                 })
                 .await?;
-            match asked {
-                ProbeOutcome::Refused(words, _) => {
-                    self.found.refused.insert(name.into(), words);
+            match outcome {
+                ProbeOutcome::Refused(message, _) => {
+                    self.found.refused.insert(name.into(), message);
                 }
                 ProbeOutcome::Answer(_, reply) if name == "n" => {
                     let body = json::value(&reply.body).unwrap_or_default();
@@ -257,19 +277,19 @@ impl Probe<'_> {
         Ok(())
     }
 
-    /// The same seed twice, and another one.
+    /// Sends the same seed twice, then another one.
     async fn seed(&mut self) -> Result<()> {
         let mut texts = Vec::new();
         for seed in [7, 7, 8] {
-            let asked = self
-                .ask(OPEN, |body| {
+            let outcome = self
+                .send(OPEN_ENDED, |body| {
                     body.insert("seed".into(), json!(seed));
                 })
                 .await?;
-            match asked {
+            match outcome {
                 ProbeOutcome::Answer(completion, _) => texts.push(completion.answer.text),
-                ProbeOutcome::Refused(words, _) => {
-                    self.found.refused.insert("seed".into(), words);
+                ProbeOutcome::Refused(message, _) => {
+                    self.found.refused.insert("seed".into(), message);
                     self.found.seed = Finding::Refused;
                     return Ok(());
                 }
@@ -277,13 +297,14 @@ impl Probe<'_> {
         }
         self.found.seed = match (texts[0] == texts[1], texts[1] == texts[2]) {
             (true, false) => Finding::Works,
-            // A model that always says the same shows nothing.
+            // A model that always gives the same answer is inconclusive.
             (true, true) => Finding::Unknown,
             (false, _) => Finding::Ignored,
         };
         Ok(())
     }
 
+    /// Tests structured output with a small schema.
     async fn structured(&mut self) -> Result<()> {
         let schema = json!({
             "type": "object",
@@ -295,64 +316,65 @@ impl Probe<'_> {
             "type": "json_schema",
             "json_schema": {"name": "probe", "schema": schema, "strict": true},
         });
-        let asked = self
-            .ask("What is the capital of France?", |body| {
+        let outcome = self
+            .send("What is the capital of France?", |body| {
                 body.insert("response_format".into(), format);
             })
             .await?;
-        self.found.structured = match asked {
-            ProbeOutcome::Refused(words, _) => {
-                self.found.refused.insert("response_format".into(), words);
+        self.found.structured = match outcome {
+            ProbeOutcome::Refused(message, _) => {
+                self.found.refused.insert("response_format".into(), message);
                 Finding::Refused
             }
             ProbeOutcome::Answer(completion, _) => {
                 let answer = serde_json::from_str::<Value>(&completion.answer.text);
-                match answer.is_ok_and(|answer| answer["answer"].is_string()) {
-                    true => Finding::Works,
-                    false if completion.answer.finish_reason == "length" => Finding::Unknown,
-                    false => Finding::Ignored,
+                if answer.is_ok_and(|answer| answer["answer"].is_string()) {
+                    Finding::Works
+                } else if completion.answer.finish_reason == "length" {
+                    Finding::Unknown
+                } else {
+                    Finding::Ignored
                 }
             }
         };
         Ok(())
     }
 
-    /// Does it say what a text that is given is worth?
-    async fn given_text(&mut self) -> Result<()> {
+    /// Tests vLLM's `prompt_logprobs` on a given text.
+    async fn prompt_logprobs(&mut self) -> Result<()> {
         let message = |role: &str, content: &str| json!({"role": role, "content": content});
         let messages = [message("user", "Say hello."), message("assistant", "Hello")];
-        let asked = self
-            .ask("", |body| {
+        let outcome = self
+            .send("", |body| {
                 body.insert("messages".into(), json!(messages));
                 body.insert("prompt_logprobs".into(), json!(1));
                 body.insert("add_generation_prompt".into(), json!(false));
                 body.insert("continue_final_message".into(), json!(true));
             })
             .await?;
-        self.found.prompt_logprobs = match asked {
+        self.found.prompt_logprobs = match outcome {
             ProbeOutcome::Refused(..) => Finding::Refused,
             ProbeOutcome::Answer(completion, _) => {
-                let told = completion.extra.get("prompt_logprobs");
-                match told
-                    .and_then(Value::as_array)
-                    .is_some_and(|told| told.len() > 1)
-                {
-                    true => Finding::Works,
-                    false => Finding::Ignored,
+                let positions = completion.extra.get("prompt_logprobs");
+                let positions = positions.and_then(Value::as_array);
+                if positions.is_some_and(|positions| positions.len() > 1) {
+                    Finding::Works
+                } else {
+                    Finding::Ignored
                 }
             }
         };
         Ok(())
     }
 
-    /// What a mistake of ours is answered with.
+    /// Records the shape of the error reply to an invalid request.
     async fn error_shape(&mut self) -> Result<()> {
-        let asked = self
-            .ask("Say hello.", |body| {
+        let outcome = self
+            .send("Say hello.", |body| {
                 body.insert("temperature".into(), json!("warm"));
             })
             .await?;
-        self.found.error_shape = match asked {
+        self.found.error_shape = match outcome {
             ProbeOutcome::Answer(..) => "none: a wrong type is accepted".into(),
             ProbeOutcome::Refused(_, None) => "no reply".into(),
             ProbeOutcome::Refused(_, Some(reply)) => shape(&reply),
@@ -361,23 +383,22 @@ impl Probe<'_> {
     }
 }
 
+/// Sets the fields of a request that send for logprobs.
 fn with_logprobs(body: &mut Map<String, Value>, k: u32, temperature: f64) {
     body.insert("logprobs".into(), json!(true));
     body.insert("top_logprobs".into(), json!(k));
-    // Some models refuse any temperature, the default one too.
+    // Some models refuse any temperature, even the default.
     if temperature != 1.0 {
         body.insert("temperature".into(), json!(temperature));
     }
 }
 
-/// The shape of an error in words.
+/// Describes the shape of an error reply.
 fn shape(reply: &HttpReply) -> String {
     let Ok(body) = json::value(&reply.body) else {
-        let what = match reply.body.trim_ascii_start().starts_with(b"<") {
-            true => "HTML",
-            false => "text",
-        };
-        return format!("{}: {what}", reply.status);
+        let is_html = reply.body.trim_ascii_start().starts_with(b"<");
+        let format = if is_html { "HTML" } else { "text" };
+        return format!("{}: {format}", reply.status);
     };
     let error = ApiError::parse(&reply.body);
     let code = match &body["error"]["code"] {
@@ -385,12 +406,14 @@ fn shape(reply: &HttpReply) -> String {
         Value::String(_) => "a code",
         _ => "no code",
     };
-    let kind = match error.kind.is_empty() {
-        true => "no type",
-        false => "a type",
+    let kind = if error.kind.is_empty() {
+        "no type"
+    } else {
+        "a type"
     };
-    match body["error"].is_object() {
-        true => format!("{}: error object with {code} and {kind}", reply.status),
-        false => format!("{}: JSON without an error object", reply.status),
+    if body["error"].is_object() {
+        format!("{}: error object with {code} and {kind}", reply.status)
+    } else {
+        format!("{}: JSON without an error object", reply.status)
     }
 }

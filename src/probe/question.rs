@@ -1,41 +1,40 @@
-//! One question of a probe: what it may cost, how often it is asked, and what came of it.
+//! One request of a probe: its budget reservation, its retries and its outcome.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep};
 
-use crate::budget::account::{Charge, Reservation};
+use crate::budget::account::{Account, Charge, Reservation};
+use crate::budget::ledger::LedgerFiles;
 use crate::budget::price::TokenBound;
 use crate::client::attempt_error::{AttemptError, RefusalClaim};
 use crate::client::outcome;
 use crate::client::response::completion::Completion;
 use crate::client::response::usage;
-use crate::client::transport::HttpReply;
-use crate::config::MaxTokensField;
-
-use crate::budget::account::Account;
-use crate::budget::ledger::LedgerFiles;
-use crate::client::transport::Transport;
-use crate::config::EndpointConfig;
+use crate::client::transport::{HttpReply, Transport};
+use crate::config::{EndpointConfig, MaxTokensField};
 use crate::probe::findings::ProbedEndpoint;
-use std::sync::Arc;
 
-/// Attempts at one request, throttling aside.
-const ATTEMPTS: u32 = 3;
+/// Maximum number of attempts of one request, not counting rate-limited ones.
+const MAX_ATTEMPTS: u32 = 3;
+
+/// Maximum time for one request, including its retries.
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Outcome of a probe request.
 pub(crate) enum ProbeOutcome {
     Answer(Box<Completion>, HttpReply),
-    /// An error, with the endpoint's words, and the reply if there was one.
+    /// The error message, and the reply if there was one.
     Refused(String, Option<HttpReply>),
 }
 
 impl Probe<'_> {
-    /// Reserves what the question may cost.
+    /// Reserves the maximum cost of the request in the budget.
     fn reserve(&mut self, body: &Value) -> Result<Reservation> {
-        let amount = self.account.bound(&bound(body), &self.lane.price);
+        let amount = self.account.bound(&bound(body), &self.config.price);
         if self.account.reserve(&amount)? {
             Ok(amount)
         } else {
@@ -43,13 +42,14 @@ impl Probe<'_> {
         }
     }
 
+    /// Replaces the reservation by the cost of the reply.
     fn settle(
         &mut self,
         reserved: &Reservation,
         body: &Value,
         classified: &Result<Box<Completion>, AttemptError>,
     ) -> Result<()> {
-        let bill = match classified {
+        let charge = match classified {
             Ok(completion) => {
                 let text = completion.answer.text.len() + completion.answer.reasoning.len();
                 usage::measured(completion.usage, text)
@@ -63,12 +63,12 @@ impl Probe<'_> {
             ) if failure.may_be_billed => Charge::Possible,
             Err(_) => Charge::Nothing,
         };
-        self.account.settle(reserved, bill, &self.lane.price);
+        self.account.settle(reserved, charge, &self.config.price);
         self.account.flush()
     }
 
-    /// Asks until there is an answer or a refusal.
-    pub(crate) async fn ask(
+    /// Sends the prompt, with the fields that `change` sets, until it is answered or refused.
+    pub(crate) async fn send(
         &mut self,
         prompt: &str,
         change: impl FnOnce(&mut Map<String, Value>),
@@ -76,15 +76,15 @@ impl Probe<'_> {
         let field = self
             .found
             .max_tokens_field
-            .unwrap_or(self.lane.sampling.max_tokens_field);
+            .unwrap_or(self.config.sampling.max_tokens_field);
         let mut body = Map::new();
-        body.insert("model".into(), json!(self.lane.teacher.model));
+        body.insert("model".into(), json!(self.config.teacher.model));
         let message = json!({"role": "user", "content": prompt});
         body.insert("messages".into(), json!([message]));
         body.insert(field.name().into(), json!(self.max_tokens));
         change(&mut body);
         let body = Value::Object(body);
-        let patience = Instant::now() + Duration::from_secs(300);
+        let deadline = Instant::now() + TIMEOUT;
         let mut attempts = 0;
         loop {
             self.found.requests += 1;
@@ -93,20 +93,20 @@ impl Probe<'_> {
             let now = std::time::SystemTime::now();
             let classified = outcome::classify(reply.clone(), now);
             self.settle(&reserved, &body, &classified)?;
-            let trouble = match classified {
+            let error = match classified {
                 Ok(completion) => {
                     self.has_answered = true;
                     return Ok(ProbeOutcome::Answer(completion, reply?));
                 }
-                Err(trouble) => trouble,
+                Err(error) => error,
             };
-            let (wait, message) = match trouble {
+            let (wait, message) = match error {
                 AttemptError::Claim(claim) if !self.has_answered => {
                     let message = claim.failure.message;
                     return Err(crate::client::refused::refused(
                         claim.reason,
                         &message,
-                        &self.lane.teacher,
+                        &self.config.teacher,
                     ));
                 }
                 AttemptError::Claim(RefusalClaim { failure, .. })
@@ -123,17 +123,17 @@ impl Probe<'_> {
                 }
                 AttemptError::KeyRenewed => (Duration::ZERO, "the key had expired".into()),
                 AttemptError::Unreadable { problem, .. } => {
-                    attempts = ATTEMPTS;
+                    attempts = MAX_ATTEMPTS;
                     (
                         Duration::ZERO,
-                        format!("its reply cannot be read: {problem}"),
+                        format!("its reply cannot be parsed: {problem}"),
                     )
                 }
             };
-            if attempts >= ATTEMPTS && self.has_answered {
+            if attempts >= MAX_ATTEMPTS && self.has_answered {
                 return Ok(ProbeOutcome::Refused(message, reply.ok()));
             }
-            if attempts >= ATTEMPTS || Instant::now() + wait > patience {
+            if attempts >= MAX_ATTEMPTS || Instant::now() + wait > deadline {
                 return Err(anyhow!("the endpoint does not answer: {message}"));
             }
             sleep(wait).await;
@@ -141,7 +141,7 @@ impl Probe<'_> {
     }
 }
 
-/// The most that a question can use.
+/// Returns the maximum token counts of a request.
 fn bound(body: &Value) -> TokenBound {
     let number = |name: &str| body.get(name).and_then(Value::as_u64);
     let fields = [
@@ -156,12 +156,13 @@ fn bound(body: &Value) -> TokenBound {
     TokenBound::for_request(body.to_string().len(), messages, max_tokens)
 }
 
+/// A running probe of one endpoint.
 pub(crate) struct Probe<'a> {
-    pub(super) lane: EndpointConfig,
+    pub(super) config: EndpointConfig,
     pub(super) transport: Arc<dyn Transport>,
     pub(super) account: &'a mut Account<LedgerFiles>,
     pub(super) found: ProbedEndpoint,
     pub(super) max_tokens: u32,
-    /// A plain question has been answered: from then on an error is a finding.
+    /// The endpoint has answered a plain prompt; later errors are findings.
     pub(super) has_answered: bool,
 }

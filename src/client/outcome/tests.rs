@@ -15,13 +15,13 @@ fn reply(
     Ok(HttpReply::whole(status, headers, body.to_string().into()))
 }
 
-/// The outcome in a word, and the wait in milliseconds where there is one.
-fn sort(result: Result<HttpReply, TransportError>) -> String {
-    let trouble = match classify(result, SystemTime::UNIX_EPOCH + NOW) {
+/// Formats the class of a reply, with its wait in milliseconds if there is one.
+fn class_of(result: Result<HttpReply, TransportError>) -> String {
+    let attempt_error = match classify(result, SystemTime::UNIX_EPOCH + NOW) {
         Ok(_) => return "answer".into(),
-        Err(trouble) => trouble,
+        Err(attempt_error) => attempt_error,
     };
-    match trouble {
+    match attempt_error {
         AttemptError::Claim(claim) => format!("claim: {:?}", claim.reason),
         AttemptError::Refused(failure) => format!("refused: {}", failure.class),
         AttemptError::Filtered(failure) => format!("filtered: {}", failure.class),
@@ -37,7 +37,7 @@ fn sort(result: Result<HttpReply, TransportError>) -> String {
 }
 
 #[test]
-fn every_status_has_its_class() {
+fn status_code_and_message_determine_the_class() {
     let quota = r#"{"error":{"message":"m","code":"insufficient_quota"}}"#;
     let cases = [
         (
@@ -274,29 +274,36 @@ fn every_status_has_its_class() {
         (529, "", "transient: http 529 0"),
     ];
     for (status, body, expected) in cases {
-        assert_eq!(sort(reply(status, &[], body)), expected, "{status} {body}");
+        assert_eq!(
+            class_of(reply(status, &[], body)),
+            expected,
+            "{status} {body}"
+        );
     }
 }
 
 #[test]
-fn faults_of_the_connection_may_pass() {
-    assert_eq!(sort(Err(TransportError::Timeout)), "transient: timeout 0");
+fn transport_errors_are_transient() {
     assert_eq!(
-        sort(Err(TransportError::Unreachable("x".into()))),
+        class_of(Err(TransportError::Timeout)),
+        "transient: timeout 0"
+    );
+    assert_eq!(
+        class_of(Err(TransportError::Unreachable("x".into()))),
         "transient: unreachable 0"
     );
     assert_eq!(
-        sort(Err(TransportError::Broken("x".into()))),
+        class_of(Err(TransportError::Broken("x".into()))),
         "transient: connection lost 0"
     );
 }
 
 #[test]
-fn an_answer_that_had_come_whole_before_the_connection_broke_is_an_answer() {
+fn complete_answer_before_a_connection_loss_is_an_answer() {
     let cut = |body: &str| {
         let mut reply = reply(200, &[], body).unwrap();
         reply.end = BodyEnd::Cut(TransportError::Broken("reset".into()));
-        sort(Ok(reply))
+        class_of(Ok(reply))
     };
     let whole = r#"{"choices":[{"message":{"content":"x"}}]}"#;
     assert_eq!(cut(whole), "answer");
@@ -315,11 +322,11 @@ fn an_answer_that_had_come_whole_before_the_connection_broke_is_an_answer() {
         problem: "too large".into(),
         raw: bytes::Bytes::new(),
     };
-    assert_eq!(sort(Ok(reply)), "unreadable: too large");
+    assert_eq!(class_of(Ok(reply)), "unreadable: too large");
 }
 
 #[test]
-fn a_wait_that_is_asked_for_is_obeyed_by_the_class_of_the_reply() {
+fn requested_wait_is_returned_with_the_class() {
     let far = httpdate::fmt_http_date(SystemTime::UNIX_EPOCH + NOW + Duration::from_secs(36_000));
     type Headers<'a> = &'a [(&'static str, &'a str)];
     let used_up: Headers = &[
@@ -337,7 +344,7 @@ fn a_wait_that_is_asked_for_is_obeyed_by_the_class_of_the_reply() {
     ];
     for (status, headers, expected) in cases {
         assert_eq!(
-            sort(reply(status, headers, "")),
+            class_of(reply(status, headers, "")),
             expected,
             "{status} {headers:?}"
         );
@@ -345,7 +352,7 @@ fn a_wait_that_is_asked_for_is_obeyed_by_the_class_of_the_reply() {
 }
 
 #[test]
-fn pauses_double_up_to_the_longest() {
+fn backoff_doubles_up_to_max_s() {
     let retry = config::RetryConfig {
         base_s: 0.5,
         max_s: 60.0,
@@ -357,7 +364,7 @@ fn pauses_double_up_to_the_longest() {
 }
 
 #[test]
-fn messages_are_one_harmless_line() {
+fn messages_are_shortened_to_one_sanitised_line() {
     let message = format!("a\n\n\u{1b}[31m{}", "x".repeat(1000));
     let short = shorten(&message);
     assert!(

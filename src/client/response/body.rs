@@ -1,6 +1,5 @@
-//! The body of a chat completion, taken apart into an answer and what came along. Pure.
+//! Parses the body of a chat completion into an answer and the other fields. Pure.
 
-use crate::client::response::text::speaks;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -9,10 +8,10 @@ use crate::cache::usage::Usage;
 use crate::client::response::completion::{Completion, NoAnswer};
 use crate::client::response::error::{ApiError, is_error};
 use crate::client::response::fields::fields;
-use crate::client::response::text::text;
+use crate::client::response::text::{has_text, text};
 use crate::client::response::{message, usage};
 
-/// A body, its logprobs as an `L`.
+/// Body of a chat completion with logprobs of type `L`.
 struct Body<L> {
     choices: Option<Vec<Option<Choice<L>>>>,
     usage: Value,
@@ -22,6 +21,7 @@ struct Body<L> {
     extra: Map<String, Value>,
 }
 
+/// One choice of the body.
 struct Choice<L> {
     message: Value,
     finish_reason: Value,
@@ -35,10 +35,10 @@ fields! {
     Choice: message, finish_reason, logprobs, error;
 }
 
-/// Reads a body whose logprobs are an `L`.
+/// Parses a body with logprobs of type `L`, which `logprobs` converts.
 ///
 /// # Errors
-/// Where the body is no JSON of this shape.
+/// If the body is not JSON of this shape.
 pub(crate) fn read<'a, L: Deserialize<'a>>(
     body: &'a [u8],
     logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
@@ -46,29 +46,30 @@ pub(crate) fn read<'a, L: Deserialize<'a>>(
     Ok(completion(serde_json::from_slice(body)?, logprobs))
 }
 
+/// Builds the completion, or the error, from a deserialized body.
 fn completion<L>(
     body: Body<L>,
     logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
 ) -> Result<Completion, NoAnswer> {
     let mut extra = body.extra;
-    let choice = best(body.choices.unwrap_or_default());
+    let choice = first_with_content(body.choices.unwrap_or_default());
     let error = Some(&body.error).filter(|error| is_error(error));
     let error = error.map(ApiError::from_value);
     let is_filtered = error.as_ref().is_some_and(ApiError::is_content_filter);
-    // A text is an answer, whatever stands beside it.
+    // Text is an answer even if an error comes with it.
     let is_answer = choice.as_ref().is_some_and(|choice| {
-        is_filtered || says_something(choice) && reason(&choice.finish_reason) != "error"
+        is_filtered || has_content(choice) && reason(&choice.finish_reason) != "error"
     });
     if let Some(error) = error.filter(|_| !is_answer) {
         return Err(NoAnswer::error(error));
     }
-    let (usage, usage_extra) = usage::usage(usage_of(body.usage, &mut extra));
+    let (usage, usage_extra) = usage::usage(take_usage(body.usage, &mut extra));
     let Some(choice) = choice else {
-        let named = ApiError::in_body(&extra).filter(|_| measures_nothing(usage));
+        let named = ApiError::in_body(&extra).filter(|_| is_missing_or_zero(usage));
         if let Some(error) = named {
             return Err(NoAnswer::error(error));
         }
-        // What was read of the prompt is paid for, and nothing was said.
+        // With usage but without a choice, the prompt was billed and the answer is empty.
         if usage.is_none() && usage_extra.is_empty() {
             return Err(no_choice(&extra));
         }
@@ -96,16 +97,16 @@ fn completion<L>(
         return Err(NoAnswer::error(ApiError::from_value(&choice.error)));
     }
     let mut finish_reason = reason(&choice.finish_reason);
-    let is_piece = finish_reason.is_empty() && usage.is_none() && is_piece(&choice);
+    let is_stream_delta = finish_reason.is_empty() && usage.is_none() && is_stream_delta(&choice);
     if is_filtered && finish_reason.is_empty() {
         finish_reason = "content_filter".into();
     } else if finish_reason.is_empty() && (is_error(&body.error) || is_error(&choice.error)) {
-        // Paid for, and perhaps not all of it.
+        // The text is billed, but may be incomplete.
         finish_reason = "error".into();
     }
     let mut choice_extra = choice.extra;
     choice_extra.remove("index");
-    let mut message = message_of(choice.message, &mut choice_extra);
+    let mut message = take_message(choice.message, &mut choice_extra);
     let answer = message::answer(&mut message, finish_reason);
     let (logprobs, logprobs_fault) = match choice.logprobs {
         None => (None, None),
@@ -123,9 +124,9 @@ fn completion<L>(
             extra.insert(name.into(), Value::Object(rest));
         }
     }
-    for (error, extra_of) in [(body.error, "error"), (choice.error, "choice_error")] {
+    for (error, name) in [(body.error, "error"), (choice.error, "choice_error")] {
         if is_error(&error) {
-            extra.insert(extra_of.into(), error);
+            extra.insert(name.into(), error);
         }
     }
     Ok(Completion {
@@ -136,41 +137,43 @@ fn completion<L>(
         logprobs,
         logprobs_fault,
         extra,
-        is_piece,
+        is_stream_delta,
         unreadable: None,
     })
 }
 
-/// Fields of a choice that may hold its message instead of `message`.
-const ELSEWHERE: [&str; 4] = ["delta", "text", "messages", "content"];
+/// Fields of a choice that may contain its message instead of `message`.
+const ALTERNATIVE_FIELDS: [&str; 4] = ["delta", "text", "messages", "content"];
 
-/// The first choice that says something, or else the first.
-fn best<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
+/// Returns the first choice with content, else the first choice.
+fn first_with_content<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
     let mut choices: Vec<_> = choices.into_iter().flatten().collect();
     if choices.len() == 1 {
         return choices.pop();
     }
-    // Of several, that which was asked for.
+    // One choice was requested, so the one with the lowest index counts.
     choices.sort_by_key(|choice| choice.extra.get("index").and_then(Value::as_u64));
-    let speaking = choices.iter().position(says_something).unwrap_or(0);
-    (!choices.is_empty()).then(|| choices.swap_remove(speaking))
+    let first = choices.iter().position(has_content).unwrap_or(0);
+    (!choices.is_empty()).then(|| choices.swap_remove(first))
 }
 
-/// Returns true if the choice has a part of a message alone.
-fn is_piece<L>(choice: &Choice<L>) -> bool {
-    !speaks(&choice.message) && choice.extra.get("delta").is_some_and(speaks)
+/// Returns true if the choice has a stream delta but no message.
+fn is_stream_delta<L>(choice: &Choice<L>) -> bool {
+    !has_text(&choice.message) && choice.extra.get("delta").is_some_and(has_text)
 }
 
-fn says_something<L>(choice: &Choice<L>) -> bool {
-    let mut elsewhere = ELSEWHERE.iter().filter_map(|name| choice.extra.get(*name));
-    speaks(&choice.message) || elsewhere.any(speaks)
+fn has_content<L>(choice: &Choice<L>) -> bool {
+    let mut alternatives = ALTERNATIVE_FIELDS
+        .iter()
+        .filter_map(|name| choice.extra.get(*name));
+    has_text(&choice.message) || alternatives.any(has_text)
 }
 
 fn has_failed<L>(choice: &Choice<L>) -> bool {
     reason(&choice.finish_reason) == "error" || is_error(&choice.error)
 }
 
-/// A finish reason, also inside of an object.
+/// Returns a finish reason, which may be nested in an object.
 fn reason(value: &Value) -> String {
     let inner = ["type", "reason", "name"]
         .iter()
@@ -178,16 +181,16 @@ fn reason(value: &Value) -> String {
     text(inner.unwrap_or(value))
 }
 
-/// Message of a choice: as a text completion or as a piece of a stream, where that says something and
-/// `message` does not. The others stay in `extra`.
-fn message_of(message: Value, extra: &mut Map<String, Value>) -> Map<String, Value> {
+/// Takes the message of a choice: the first of `message` and [`ALTERNATIVE_FIELDS`] that contains text. The others
+/// stay in `extra`.
+fn take_message(message: Value, extra: &mut Map<String, Value>) -> Map<String, Value> {
     let mut found = vec![("message", message)];
-    for name in ELSEWHERE {
+    for name in ALTERNATIVE_FIELDS {
         found.extend(extra.remove(name).map(|value| (name, value)));
     }
-    let speaking = found.iter().position(|(_, value)| speaks(value));
-    let (_, chosen) = found.swap_remove(speaking.unwrap_or(0));
-    let others = found.into_iter().filter(|(_, other)| speaks(other));
+    let first = found.iter().position(|(_, value)| has_text(value));
+    let (_, chosen) = found.swap_remove(first.unwrap_or(0));
+    let others = found.into_iter().filter(|(_, other)| has_text(other));
     extra.extend(others.map(|(name, other)| (name.to_owned(), other)));
     match chosen {
         Value::Object(message) => message,
@@ -202,35 +205,35 @@ fn message_of(message: Value, extra: &mut Map<String, Value>) -> Map<String, Val
     }
 }
 
-fn measures_nothing(usage: Option<Usage>) -> bool {
+fn is_missing_or_zero(usage: Option<Usage>) -> bool {
     usage.is_none_or(|usage| usage.prompt_tokens == 0 && usage.completion_tokens == 0)
 }
 
-/// The token counts, which some servers have under another name, or beside each other at the top.
-fn usage_of(usage: Value, extra: &mut Map<String, Value>) -> Value {
+/// Takes the token counts, which some servers send under another name.
+fn take_usage(usage: Value, extra: &mut Map<String, Value>) -> Value {
     if usage.as_object().is_some_and(|counts| !counts.is_empty()) {
         return usage;
     }
-    let elsewhere = extra
+    let alternatives = extra
         .remove("usageMetadata")
         .or_else(|| extra.get("x_groq")?.get("usage").cloned());
-    elsewhere.unwrap_or(usage)
+    alternatives.unwrap_or(usage)
 }
 
-/// Was the prompt refused by a filter, as Azure's and Google's say it beside an empty list of choices?
+/// Returns true if a content filter of Azure or Google refused the prompt; they send no choices then.
 fn is_blocked(extra: &Map<String, Value>) -> bool {
     let names = ["prompt_filter_results", "promptFeedback", "prompt_feedback"];
     names.iter().any(|name| extra.contains_key(*name))
 }
 
-/// A body with neither a choice nor usage.
+/// Returns the error for a body with neither a choice nor usage.
 fn no_choice(extra: &Map<String, Value>) -> NoAnswer {
     match ApiError::in_body(extra) {
         Some(error) => NoAnswer::error(error),
         None => {
             let body = Value::Object(extra.clone()).to_string();
             NoAnswer::Malformed(format!(
-                "there is no choice in the body: {}",
+                "the body contains no choice: {}",
                 crate::client::response::json_error::beginning(body.as_bytes())
             ))
         }

@@ -1,34 +1,33 @@
-//! TODO
+//! A parsed answer, or why a reply with a success status contains none.
 
-use crate::cache::record::Answer;
-use crate::cache::record::Logprobs;
+use serde_json::{Map, Value};
+
+use crate::cache::record::{Answer, Logprobs};
 use crate::cache::usage::Usage;
 use crate::client::response::error::ApiError;
 use crate::client::secrets::Secrets;
-use serde_json::Map;
-use serde_json::Value;
 
-/// An answer with what came along.
+/// An answer with the other fields of its reply.
 #[derive(Debug, Default)]
 pub struct Completion {
     pub answer: Answer,
     pub usage: Option<Usage>,
-    /// As reported; empty if it was not.
+    /// Model name as reported; empty if missing.
     pub model: String,
     pub fingerprint: String,
     pub logprobs: Option<Logprobs>,
-    /// Why logprobs that did come cannot be used.
+    /// Why the received logprobs cannot be used.
     pub logprobs_fault: Option<String>,
-    /// Everything else in the body, as it came.
+    /// All other fields of the body, unchanged.
     pub extra: Map<String, Value>,
-    /// Its text came as a piece of a stream does, and without an end: if the body was cut, more was to come.
-    pub is_piece: bool,
-    /// Why nothing of it could be read.
+    /// The text came as a stream delta without a finish reason: if the body was cut off, text is missing.
+    pub is_stream_delta: bool,
+    /// Why the reply could not be parsed at all.
     pub unreadable: Option<String>,
 }
 
 impl Completion {
-    /// An answer that was paid for and cannot be read.
+    /// Returns an answer that was paid for but cannot be parsed.
     pub fn unreadable(problem: String) -> Completion {
         Completion {
             unreadable: Some(problem),
@@ -36,8 +35,8 @@ impl Completion {
         }
     }
 
-    /// Returns true if there is something in it to keep: text of any kind, or calls of tools.
-    pub fn says_something(&self) -> bool {
+    /// Returns true if the answer has text of any kind, or tool calls.
+    pub fn has_content(&self) -> bool {
         let Answer {
             text,
             refusal,
@@ -48,12 +47,12 @@ impl Completion {
         [text, refusal, reasoning]
             .iter()
             .any(|text| !text.is_empty())
-            || rest.is_some_and(crate::client::response::text::speaks)
+            || rest.is_some_and(crate::client::response::text::has_text)
     }
 
-    /// Takes keys out of an answer that came in pieces, none of which held one.
+    /// Removes keys from an answer that was joined from parts, none of which contained a whole key.
     pub fn clean(&mut self, secrets: &Secrets) {
-        // The key was taken out of the text, and is left in the bytes of tokens.
+        // Logprobs may still contain the key in their tokens.
         let is_in_tokens = self.logprobs.as_ref().is_some_and(|logprobs| {
             secrets.is_in(&logprobs.token.concat())
                 || logprobs
@@ -74,15 +73,14 @@ impl Completion {
     }
 }
 
-/// A body with a good status that holds no answer.
+/// Why a reply with a success status contains no answer.
 #[derive(Debug)]
 pub enum NoAnswer {
-    /// An error in a good status, as some routers send once generation has begun.
+    /// An error, as some routers send with status 200 after generation has started.
     Error(Box<ApiError>),
-    /// Nothing, a body that ends early, or no completion at all: the text says which. Asking again may
-    /// help.
+    /// The body is empty, truncated or not a completion, as the text explains. A retry may help.
     Malformed(String),
-    /// There are signs of an answer, which was paid for, but it cannot be read.
+    /// The body indicates a paid answer that cannot be parsed.
     Unreadable(String),
 }
 
@@ -92,7 +90,7 @@ impl NoAnswer {
     }
 }
 
-/// Is there a field of this name, also in JSON within JSON?
+/// Returns true if the body has a field `choices`, also in JSON within JSON.
 pub(crate) fn names_choices(body: &[u8]) -> bool {
     ["\"choices\"", "\"choices\\"]
         .iter()

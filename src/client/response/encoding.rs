@@ -1,7 +1,7 @@
-//! `Content-Encoding`: what we ask for, and what comes, decoded piece by piece.
+//! `Content-Encoding`: the accepted encodings, and decoding of bodies chunk by chunk.
 //!
-//! Top-k logprobs shrink to a tenth on the wire, so compression is asked for. Some servers compress
-//! unasked, or label a body wrongly; so the first bytes decide, where they can, and not the label alone.
+//! Compression reduces top-k logprobs to a tenth, so requests accept it. Some servers compress without being asked
+//! or label a body wrongly, so the magic number of the first bytes takes precedence over the label.
 
 use std::io::{self, Read, Write};
 
@@ -10,23 +10,25 @@ use bytes::Bytes;
 use flate2::write::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 use reqwest::header::{CONTENT_ENCODING, HeaderMap};
 
-/// The value of `Accept-Encoding`.
+/// Value of `Accept-Encoding`.
 pub(crate) const ACCEPTED: &str = "zstd, gzip, br, deflate";
 
-/// Decoded bytes that one piece may become, at most: a few kilobytes can unpack to gigabytes.
-const LARGEST_PIECE: usize = 64 << 20;
+/// Maximum decoded size of one chunk in bytes: a few kilobytes can unpack to gigabytes.
+const MAX_DECODED_CHUNK: usize = 64 << 20;
 
-/// Bytes that tell how a body is encoded.
-const ENOUGH: usize = 4;
+/// Number of leading bytes that identify the encoding.
+const MAGIC_LENGTH: usize = 4;
 
+/// Buffer size of the Brotli decoder, in bytes.
 const BROTLI_BUFFER: usize = 4096;
 
 /// Decodes the body of one response.
 pub(crate) struct Decoder {
     declared: Option<Encoding>,
-    state: State,
+    state: DecoderState,
 }
 
+/// A content encoding that can be decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Encoding {
     Gzip,
@@ -35,8 +37,9 @@ enum Encoding {
     Deflate,
 }
 
-enum State {
-    /// Too few bytes have come to tell.
+/// The decoder of a body, once its encoding is known.
+enum DecoderState {
+    /// Fewer than [`MAGIC_LENGTH`] bytes have arrived.
     Beginning(Vec<u8>),
     Plain,
     Gzip(MultiGzDecoder<Sink>),
@@ -46,14 +49,14 @@ enum State {
     Brotli(Box<DecompressorWriter<Sink>>),
 }
 
-/// What has been decoded and not been taken yet.
+/// Decoded bytes that were not taken yet.
 #[derive(Default)]
 struct Sink(Vec<u8>);
 
 impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > LARGEST_PIECE {
-            return Err(io::Error::other("it unpacks to more than 64 MiB at once"));
+        if self.0.len() + bytes.len() > MAX_DECODED_CHUNK {
+            return Err(io::Error::other("one chunk unpacks to more than 64 MiB"));
         }
         self.0.extend_from_slice(bytes);
         Ok(bytes.len())
@@ -65,7 +68,7 @@ impl Write for Sink {
 }
 
 impl Decoder {
-    /// For the body of a response with these headers.
+    /// Returns a decoder for the body of a response with these headers.
     pub(crate) fn new(headers: &HeaderMap) -> Decoder {
         let label = headers
             .get_all(CONTENT_ENCODING)
@@ -83,100 +86,100 @@ impl Decoder {
         };
         Decoder {
             declared,
-            state: State::Beginning(Vec::new()),
+            state: DecoderState::Beginning(Vec::new()),
         }
     }
 
-    /// Is anything decoded at all?
+    /// Returns true if the body is not encoded.
     pub(crate) fn is_plain(&self) -> bool {
-        matches!(self.state, State::Plain)
+        matches!(self.state, DecoderState::Plain)
     }
 
-    /// As [`Decoder::is_plain`], of a body that may begin with this piece.
-    pub(crate) fn begins_plain(&mut self, piece: &[u8]) -> bool {
-        let is_first = matches!(&self.state, State::Beginning(first) if first.is_empty());
-        if is_first && piece.len() >= ENOUGH && encoding(piece, self.declared).is_none() {
-            self.state = State::Plain;
+    /// As [`Decoder::is_plain`], for a body that may begin with this chunk.
+    pub(crate) fn begins_plain(&mut self, chunk: &[u8]) -> bool {
+        let is_first = matches!(&self.state, DecoderState::Beginning(first) if first.is_empty());
+        if is_first && chunk.len() >= MAGIC_LENGTH && encoding(chunk, self.declared).is_none() {
+            self.state = DecoderState::Plain;
         }
         self.is_plain()
     }
 
-    /// What a piece of the body adds.
+    /// Decodes the next chunk of the body.
     ///
     /// # Errors
-    /// Where the encoding is broken.
-    pub(crate) fn feed(&mut self, piece: &[u8]) -> io::Result<Vec<u8>> {
-        let State::Beginning(first) = &mut self.state else {
-            return self.state.feed(piece);
+    /// If the encoding is invalid.
+    pub(crate) fn feed(&mut self, chunk: &[u8]) -> io::Result<Vec<u8>> {
+        let DecoderState::Beginning(first) = &mut self.state else {
+            return self.state.feed(chunk);
         };
-        first.extend_from_slice(piece);
-        if first.len() < ENOUGH {
+        first.extend_from_slice(chunk);
+        if first.len() < MAGIC_LENGTH {
             return Ok(Vec::new());
         }
         self.begin()
     }
 
-    /// What the end of the body adds.
+    /// Returns the rest of the decoded body.
     ///
     /// # Errors
-    /// Where the body ends before its encoding does.
+    /// If the encoded stream is truncated.
     pub(crate) fn finish(mut self) -> io::Result<Vec<u8>> {
         let mut decoded = Vec::new();
-        if matches!(self.state, State::Beginning(_)) {
+        if matches!(self.state, DecoderState::Beginning(_)) {
             decoded = self.begin()?;
         }
         decoded.extend(self.state.finish()?);
         Ok(decoded)
     }
 
-    /// Chooses by the first bytes, and decodes them.
+    /// Selects the decoder by the first bytes and decodes them.
     fn begin(&mut self) -> io::Result<Vec<u8>> {
-        let State::Beginning(first) = &mut self.state else {
+        let DecoderState::Beginning(first) = &mut self.state else {
             return Ok(Vec::new());
         };
         let first = std::mem::take(first);
         self.state = match encoding(&first, self.declared) {
-            None => State::Plain,
-            Some(Encoding::Gzip) => State::Gzip(MultiGzDecoder::new(Sink::default())),
+            None => DecoderState::Plain,
+            Some(Encoding::Gzip) => DecoderState::Gzip(MultiGzDecoder::new(Sink::default())),
             Some(Encoding::Zstd) => {
-                State::Zstd(zstd::stream::write::Decoder::new(Sink::default())?)
+                DecoderState::Zstd(zstd::stream::write::Decoder::new(Sink::default())?)
             }
             Some(Encoding::Brotli) => {
                 let writer = DecompressorWriter::new(Sink::default(), BROTLI_BUFFER);
-                State::Brotli(Box::new(writer))
+                DecoderState::Brotli(Box::new(writer))
             }
-            // "deflate" means zlib, and some servers leave its two bytes out.
+            // "deflate" means zlib, but some servers omit its two header bytes.
             Some(Encoding::Deflate) if is_zlib(&first) => {
-                State::Zlib(ZlibDecoder::new(Sink::default()))
+                DecoderState::Zlib(ZlibDecoder::new(Sink::default()))
             }
-            Some(Encoding::Deflate) => State::Deflate(DeflateDecoder::new(Sink::default())),
+            Some(Encoding::Deflate) => DecoderState::Deflate(DeflateDecoder::new(Sink::default())),
         };
         self.state.feed(&first)
     }
 }
 
-impl State {
-    fn feed(&mut self, piece: &[u8]) -> io::Result<Vec<u8>> {
+impl DecoderState {
+    fn feed(&mut self, chunk: &[u8]) -> io::Result<Vec<u8>> {
         let sink = match self {
-            State::Beginning(_) | State::Plain => return Ok(piece.to_vec()),
-            State::Gzip(decoder) => {
-                decoder.write_all(piece)?;
+            DecoderState::Beginning(_) | DecoderState::Plain => return Ok(chunk.to_vec()),
+            DecoderState::Gzip(decoder) => {
+                decoder.write_all(chunk)?;
                 decoder.get_mut()
             }
-            State::Zlib(decoder) => {
-                decoder.write_all(piece)?;
+            DecoderState::Zlib(decoder) => {
+                decoder.write_all(chunk)?;
                 decoder.get_mut()
             }
-            State::Deflate(decoder) => {
-                decoder.write_all(piece)?;
+            DecoderState::Deflate(decoder) => {
+                decoder.write_all(chunk)?;
                 decoder.get_mut()
             }
-            State::Zstd(decoder) => {
-                decoder.write_all(piece)?;
+            DecoderState::Zstd(decoder) => {
+                decoder.write_all(chunk)?;
                 decoder.get_mut()
             }
-            State::Brotli(decoder) => {
-                decoder.write_all(piece)?;
+            DecoderState::Brotli(decoder) => {
+                decoder.write_all(chunk)?;
                 decoder.get_mut()
             }
         };
@@ -185,15 +188,15 @@ impl State {
 
     fn finish(self) -> io::Result<Vec<u8>> {
         let sink = match self {
-            State::Beginning(_) | State::Plain => return Ok(Vec::new()),
-            State::Gzip(decoder) => decoder.finish()?,
-            State::Zlib(decoder) => decoder.finish()?,
-            State::Deflate(decoder) => decoder.finish()?,
-            State::Zstd(mut decoder) => {
+            DecoderState::Beginning(_) | DecoderState::Plain => return Ok(Vec::new()),
+            DecoderState::Gzip(decoder) => decoder.finish()?,
+            DecoderState::Zlib(decoder) => decoder.finish()?,
+            DecoderState::Deflate(decoder) => decoder.finish()?,
+            DecoderState::Zstd(mut decoder) => {
                 decoder.flush()?;
                 decoder.into_inner()
             }
-            State::Brotli(mut decoder) => {
+            DecoderState::Brotli(mut decoder) => {
                 decoder.close()?;
                 decoder
                     .into_inner()
@@ -204,10 +207,10 @@ impl State {
     }
 }
 
-/// Decodes a body that was encoded more than once, as its magic number shows.
-pub(crate) fn unpacked(mut body: Bytes) -> Bytes {
-    const MOST: usize = 3;
-    for _ in 0..MOST {
+/// Decodes a body again while its magic number shows another encoding.
+pub(crate) fn decode_again(mut body: Bytes) -> Bytes {
+    const MAX_LAYERS: usize = 3;
+    for _ in 0..MAX_LAYERS {
         if encoding(&body, None).is_none() {
             break;
         }
@@ -224,14 +227,15 @@ pub(crate) fn unpacked(mut body: Bytes) -> Bytes {
     body
 }
 
-/// Decodes a broken gzip stream: one that other bytes follow, or that ends without its checksum. None if the
-/// checksum is wrong.
-pub(crate) fn salvaged(raw: &[u8]) -> Option<Vec<u8>> {
-    let (mut decoded, mut rest) = (Vec::new(), raw);
+/// Decodes a damaged gzip stream: with trailing bytes, or truncated before its checksum. None if the checksum is
+/// wrong.
+pub(crate) fn salvage_gzip(raw: &[u8]) -> Option<Vec<u8>> {
+    let mut decoded = Vec::new();
+    let mut rest = raw;
     while encoding(rest, None).is_some() {
         let before = decoded.len();
-        let left = (LARGEST_PIECE - before) as u64;
-        let mut member = flate2::bufread::GzDecoder::new(rest).take(left);
+        let limit = (MAX_DECODED_CHUNK - before) as u64;
+        let mut member = flate2::bufread::GzDecoder::new(rest).take(limit);
         match member.read_to_end(&mut decoded) {
             Ok(_) => rest = member.into_inner().into_inner(),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
@@ -245,26 +249,26 @@ pub(crate) fn salvaged(raw: &[u8]) -> Option<Vec<u8>> {
     (!decoded.is_empty()).then_some(decoded)
 }
 
-/// By the magic numbers; by the label where there are none and the bytes are not JSON in the clear.
+/// Determines the encoding by its magic number, else by the label unless the bytes are plain text.
 fn encoding(first: &[u8], declared: Option<Encoding>) -> Option<Encoding> {
     match first {
         [0x1f, 0x8b, ..] => return Some(Encoding::Gzip),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => return Some(Encoding::Zstd),
-        // Of zlib, at the usual levels.
+        // zlib at the usual compression levels.
         [0x78, 0x01 | 0x9c | 0xda, ..] if declared != Some(Encoding::Brotli) => {
             return Some(Encoding::Deflate);
         }
         _ => {}
     }
     let text = first.trim_ascii_start();
-    let is_clear = text.starts_with(b"{\"")
+    let is_plain_text = text.starts_with(b"{\"")
         || text.starts_with(b"data:")
         || text.starts_with(b"<!")
         || matches!(declared, Some(Encoding::Gzip | Encoding::Zstd));
-    declared.filter(|_| !is_clear)
+    declared.filter(|_| !is_plain_text)
 }
 
-/// The two bytes in front of a zlib stream (RFC 1950).
+/// Returns true if the bytes begin with a zlib header (RFC 1950).
 fn is_zlib(first: &[u8]) -> bool {
     match first {
         [cmf, flags, ..] => {
@@ -316,15 +320,15 @@ mod tests {
         }
         let mut decoder = Decoder::new(&headers);
         let mut decoded = Vec::new();
-        for piece in body.chunks(step) {
-            decoded.extend(decoder.feed(piece)?);
+        for chunk in body.chunks(step) {
+            decoded.extend(decoder.feed(chunk)?);
         }
         decoded.extend(decoder.finish()?);
         Ok(decoded)
     }
 
     #[test]
-    fn every_encoding_is_decoded_also_where_the_label_is_wrong_or_missing() {
+    fn every_encoding_is_decoded_with_a_wrong_or_missing_label() {
         let zstd = zstd::encode_all(TEXT, 3).unwrap();
         let twice = [gzip(&TEXT[..20]), gzip(&TEXT[20..])].concat();
         let cases = [
@@ -357,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_behind_a_stream_and_a_missing_checksum_cost_nothing() {
+    fn gzip_with_trailing_bytes_or_without_checksum_is_salvaged() {
         let whole = gzip(TEXT);
         let trailing = [&whole[..], b"\r\n<!-- served -->"].concat();
         for raw in [
@@ -366,19 +370,19 @@ mod tests {
             &whole[..whole.len() - 3],
         ] {
             assert!(decode("gzip", raw, 1_000).is_err());
-            assert_eq!(salvaged(raw).as_deref(), Some(TEXT));
+            assert_eq!(salvage_gzip(raw).as_deref(), Some(TEXT));
         }
         let mut wrong = whole.clone();
         let checksum = wrong.len() - 8;
         wrong[checksum] ^= 1;
-        assert_eq!(salvaged(&wrong), None);
+        assert_eq!(salvage_gzip(&wrong), None);
         let twice = Bytes::from(gzip(&gzip(TEXT)));
-        assert_eq!(unpacked(twice), TEXT);
-        assert_eq!(unpacked(Bytes::from_static(TEXT)), TEXT);
+        assert_eq!(decode_again(twice), TEXT);
+        assert_eq!(decode_again(Bytes::from_static(TEXT)), TEXT);
     }
 
     #[test]
-    fn what_is_broken_or_unpacks_without_end_is_an_error() {
+    fn damaged_streams_and_decompression_bombs_are_errors() {
         let whole = gzip(TEXT);
         assert!(decode("gzip", &whole[..whole.len() - 9], 1_000).is_err());
         let mut broken = whole.clone();

@@ -1,25 +1,26 @@
-//! An endpoint's error, read from any of the usual shapes. Pure.
+//! Parses an endpoint's error from any known shape. Pure.
 
-use crate::client::response::text::text;
 use std::time::Duration;
 
 use serde_json::{Map, Value};
 
-/// An endpoint's error. Fields are empty where the endpoint says nothing.
+use crate::client::response::text::text;
+
+/// An endpoint's error. Missing fields are empty.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub struct ApiError {
-    /// An HTTP status in place of a code, as vLLM, llama.cpp and OpenRouter send.
+    /// HTTP status in the `code` field, as vLLM, llama.cpp and OpenRouter send it.
     pub status: Option<u16>,
     pub code: String,
     pub kind: String,
     pub message: String,
-    /// All that stands where codes do, in lower case: code, type, status, and those of an inner error.
+    /// All codes in lower case: code, type, status, and those of an inner error.
     pub marks: Vec<String>,
-    /// How long to wait, where the body says it in a field.
+    /// Requested wait, from a field of the body.
     pub retry_delay: Option<Duration>,
-    /// The header `X-RateLimit-Reset` of the provider behind a router, which repeats it in the body.
+    /// Header `X-RateLimit-Reset` of a router's upstream provider, which the router repeats in the body.
     pub reset: String,
-    /// The body held nothing at all.
+    /// The body was empty.
     pub is_empty: bool,
 }
 
@@ -47,18 +48,18 @@ impl ApiError {
         }
     }
 
-    /// The error that a body names, whatever its status; None where it names none.
+    /// Returns the error in a body of any status, if there is one.
     pub fn in_body(fields: &Map<String, Value>) -> Option<ApiError> {
         if let Some(error) = fields.get("error").filter(|error| is_error(error)) {
             let mut found = ApiError::from_value(error);
-            // TGI has the kind beside the text.
+            // TGI sends the type next to the text.
             found.mark(fields.get("error_type"));
             let beside = || retry_delay(fields).filter(|wait| !wait.is_zero());
             found.retry_delay = found.retry_delay.or_else(beside);
             return Some(found);
         }
         if let Some(Value::Object(status)) = fields.get("base_resp") {
-            return of_minimax(status);
+            return minimax_error(status);
         }
         let listed = fields.get("errors").and_then(Value::as_array);
         if let Some(error) = listed.and_then(|errors| errors.first()) {
@@ -81,7 +82,7 @@ impl ApiError {
         is_named.then(|| ApiError::from_value(&Value::Object(fields.clone())))
     }
 
-    /// From what stands under `error`: an object, a text, or null where nothing is said.
+    /// Parses the value of the field `error`: an object, a text or null.
     pub fn from_value(error: &Value) -> ApiError {
         let Value::Object(fields) = error else {
             return ApiError {
@@ -146,7 +147,7 @@ impl ApiError {
         found
     }
 
-    /// Is it the prompt or the answer that a filter refuses, and no matter of the account or the request?
+    /// Returns true if a content filter refused the prompt or the answer.
     pub fn is_content_filter(&self) -> bool {
         const MARKS: [&str; 11] = [
             "content_filter",
@@ -188,8 +189,8 @@ impl ApiError {
     }
 }
 
-/// MiniMax reports its errors in a good status, by numbers of its own; 0 is none.
-fn of_minimax(fields: &Map<String, Value>) -> Option<ApiError> {
+/// Parses MiniMax's own error numbers, which it sends with status 200. 0 means success.
+fn minimax_error(fields: &Map<String, Value>) -> Option<ApiError> {
     let number = fields.get("status_code").and_then(Value::as_i64)?;
     if number == 0 {
         return None;
@@ -211,8 +212,8 @@ fn of_minimax(fields: &Map<String, Value>) -> Option<ApiError> {
     })
 }
 
-/// The wait in a field: `details[].retryDelay` of Google's errors, `"1.5s"`; `retry_after` as others spell
-/// it, in seconds or milliseconds, in the error or in an object of it.
+/// Returns the wait in a field: `details[].retryDelay` of Google's errors, such as `"1.5s"`, or a spelling of
+/// `retry_after`, in seconds or milliseconds, in the error or an object inside it.
 fn retry_delay(fields: &Map<String, Value>) -> Option<Duration> {
     const DEEPEST: usize = 3;
     wait_in(fields, DEEPEST)
@@ -241,16 +242,16 @@ fn wait_in(fields: &Map<String, Value>, depth: usize) -> Option<Duration> {
     })
 }
 
-/// A wait in a unit of so many seconds, where it has none of its own.
-fn delay(value: &Value, unit: f64) -> Option<Duration> {
-    let of_unit = |number: f64| Duration::try_from_secs_f64(number * unit).ok();
+/// Parses a wait. A number without a unit is in units of `unit_s` seconds.
+fn delay(value: &Value, unit_s: f64) -> Option<Duration> {
+    let in_units = |number: f64| Duration::try_from_secs_f64(number * unit_s).ok();
     match value {
         Value::String(text) => match text.trim().parse() {
-            Ok(number) => of_unit(number),
+            Ok(number) => in_units(number),
             Err(_) => crate::rate_limit::wait::duration(text),
         },
-        Value::Number(number) => of_unit(number.as_f64()?),
-        // As protobuf has it: {"seconds": 1, "nanos": 500000000}.
+        Value::Number(number) => in_units(number.as_f64()?),
+        // A protobuf duration: {"seconds": 1, "nanos": 500000000}.
         Value::Object(parts) => {
             let part = |name: &str| parts.get(name).and_then(Value::as_f64).unwrap_or(0.0);
             Duration::try_from_secs_f64(part("seconds") + part("nanos") / 1e9).ok()
@@ -259,15 +260,14 @@ fn delay(value: &Value, unit: f64) -> Option<Duration> {
     }
 }
 
-/// The title of an HTML page.
+/// Returns the title of an HTML page.
 fn title(page: &str) -> Option<&str> {
     let (_, rest) = page.split_once("<title>")?;
     let (title, _) = rest.split_once("</title>")?;
     Some(title.trim()).filter(|title| !title.is_empty())
 }
 
-/// Returns true if this says that something went wrong. Some servers always send the field, and leave it
-/// empty or name a success in it.
+/// Returns true if the value reports an error. Some servers always send the field, empty or with a success code.
 pub(crate) fn is_error(error: &Value) -> bool {
     const SUCCESS: [&str; 7] = ["", "0", "200", "ok", "success", "none", "null"];
     match error {
@@ -285,7 +285,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_are_read_in_any_shape() {
+    fn errors_are_parsed_in_every_shape() {
         let cases = [
             (
                 r#"{"error":{"message":"m","type":"t","code":"c"}}"#,
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_stands_where_codes_do_is_found() {
+    fn codes_types_and_inner_codes_are_collected_as_marks() {
         let marks = |body: &str| ApiError::parse(body.as_bytes()).marks.join(" ");
         assert_eq!(
             marks(
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_in_a_field_is_read() {
+    fn retry_delay_is_parsed_from_fields() {
         let wait = |error: &str| {
             ApiError::parse(format!("{{\"error\":{error}}}").as_bytes())
                 .retry_delay
@@ -398,8 +398,8 @@ mod tests {
     }
 
     #[test]
-    fn refusals_of_the_content_are_told_from_others() {
-        let is_of_the_content = |error: &str| ApiError::parse(error.as_bytes()).is_content_filter();
+    fn content_filter_errors_are_distinguished_from_others() {
+        let is_filtered = |error: &str| ApiError::parse(error.as_bytes()).is_content_filter();
         for error in [
             r#"{"error":{"message":"The response was filtered due to the prompt triggering the content management policy.","code":"content_filter"}}"#,
             r#"{"error":{"message":"m","innererror":{"code":"ResponsibleAIPolicyViolation"}}}"#,
@@ -409,7 +409,7 @@ mod tests {
             r#"{"error":{"message":"Invalid prompt: your prompt was flagged as potentially violating our usage policy.","code":"invalid_prompt"}}"#,
             r#"{"base_resp":{"status_code":1026,"status_msg":"input new_sensitive"}}"#,
         ] {
-            assert!(is_of_the_content(error), "{error}");
+            assert!(is_filtered(error), "{error}");
         }
         for error in [
             r#"{"error":{"message":"maximum context length is 8192 tokens","code":"context_length_exceeded"}}"#,
@@ -418,12 +418,12 @@ mod tests {
             "<html><title>Attention Required!</title>",
             "",
         ] {
-            assert!(!is_of_the_content(error), "{error}");
+            assert!(!is_filtered(error), "{error}");
         }
     }
 
     #[test]
-    fn a_body_without_an_error_names_none() {
+    fn success_bodies_with_error_fields_are_no_errors() {
         let names = |body: &str| {
             let Ok(Value::Object(fields)) = serde_json::from_str(body) else {
                 unreachable!()

@@ -1,4 +1,4 @@
-//! Reads the error in the body of a reply with a bad status. Pure.
+//! Parses the error in the body of a reply with an error status. Pure.
 
 use serde_json::Value;
 
@@ -6,7 +6,7 @@ use crate::client::response::error::ApiError;
 use crate::client::response::{event_stream, json};
 
 impl ApiError {
-    /// Reads the body of a reply with a bad status: any of the usual shapes, or text.
+    /// Parses the body of a reply with an error status: JSON of any known shape, or text.
     pub fn parse(body: &[u8]) -> ApiError {
         if body.trim_ascii().is_empty() {
             return ApiError {

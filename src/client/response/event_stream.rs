@@ -1,8 +1,7 @@
-//! An event stream that nobody asked for, joined into the one body that was asked for. Pure.
+//! Joins an event stream that was not requested into one body. Pure.
 //!
-//! Some gateways stream unless `"stream": false` is sent, and some answer whole in the frame of a stream.
-//! The chunks of a chat completion hold pieces of one message: texts and logprobs follow each other, of
-//! all else the last word counts.
+//! Some gateways stream unless `"stream": false` is sent, and some send a whole answer as one event. Texts and
+//! logprobs of the chunks are concatenated; of all other fields the last value that is not null counts.
 
 use serde_json::{Map, Value};
 
@@ -10,20 +9,19 @@ use crate::client::response::completion::names_choices;
 use crate::client::response::error::ApiError;
 use crate::client::response::json;
 use crate::client::response::json_error::JsonProblem;
-use crate::client::response::text::speaks;
+use crate::client::response::text::has_text;
 use crate::client::response::{usage, wrapped};
 
-/// Begins each value of a JSON text sequence (RFC 7464).
+/// First byte of each value in a JSON text sequence (RFC 7464).
 const SEPARATOR: u8 = 0x1e;
 
-/// The end of a stream in OpenAI's dialect, and as others write it.
+/// Data of the last event, as OpenAI and others write it.
 const DONE: [&[u8]; 3] = [b"[DONE]", b"DONE", b"[done]"];
 
-/// The body that an event stream amounts to, or chunks that follow each other without the frame of one;
-/// None where `body` is neither.
+/// Joins an event stream, or a sequence of bare chunks, into one body. Returns None if `body` is neither.
 ///
 /// # Errors
-/// Where the stream ends early, or holds no JSON.
+/// If the stream is truncated or contains no JSON.
 pub(crate) fn joined(body: &[u8]) -> Option<Result<Value, JsonProblem>> {
     let body = body.trim_ascii_start();
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
@@ -34,16 +32,16 @@ pub(crate) fn joined(body: &[u8]) -> Option<Result<Value, JsonProblem>> {
     let names = ["data:", "event:", "id:", "retry:", ":"];
     if names.iter().any(|name| body.starts_with(name.as_bytes())) {
         let joined = join(&events(body));
-        // A body in the clear, behind comments that kept the connection open.
-        let clear = memchr::memmem::find(body, b"\n{").map(|at| &body[at + 1..]);
-        return Some(match (joined, clear) {
-            (Err(_), Some(clear)) => json::value(clear),
+        // A plain JSON body after keep-alive comments.
+        let plain = memchr::memmem::find(body, b"\n{").map(|at| &body[at + 1..]);
+        return Some(match (joined, plain) {
+            (Err(_), Some(plain)) => json::value(plain),
             (joined, _) => joined,
         });
     }
-    let (values, rest) = several(body)?;
+    let (values, rest) = leading_objects(body)?;
     if !values.iter().any(is_chunk) {
-        // Signs of life before the answer.
+        // Keep-alive objects before the answer.
         return (values.len() > 1).then_some(Ok(Value::Array(values)));
     }
     if rest.starts_with(b"{") {
@@ -54,8 +52,8 @@ pub(crate) fn joined(body: &[u8]) -> Option<Result<Value, JsonProblem>> {
     Some(join_values(values))
 }
 
-/// The objects with which a body begins, one after the other, and what is behind them; or chunks in a list.
-fn several(body: &[u8]) -> Option<(Vec<Value>, &[u8])> {
+/// Returns the objects at the beginning of a body and the bytes after them, or the chunks of a list.
+fn leading_objects(body: &[u8]) -> Option<(Vec<Value>, &[u8])> {
     if body.starts_with(b"[") {
         let values: Vec<Value> = serde_json::from_slice(body).ok()?;
         return values.iter().any(is_chunk).then_some((values, b""));
@@ -64,7 +62,8 @@ fn several(body: &[u8]) -> Option<(Vec<Value>, &[u8])> {
         return None;
     }
     let mut read = serde_json::Deserializer::from_slice(body).into_iter::<Value>();
-    let (mut values, mut end) = (Vec::new(), 0);
+    let mut values = Vec::new();
+    let mut end = 0;
     while let Some(Ok(value)) = read.next() {
         values.push(value);
         end = read.byte_offset();
@@ -73,11 +72,13 @@ fn several(body: &[u8]) -> Option<(Vec<Value>, &[u8])> {
     are_objects.then(|| (values, body[end..].trim_ascii_start()))
 }
 
+/// Returns true if the value is a chunk of a streamed completion.
 pub(crate) fn is_chunk(value: &Value) -> bool {
     let choice = value.get("choices").and_then(|choices| choices.get(0));
     choice.is_some_and(|choice| choice.get("delta").is_some() && choice.get("message").is_none())
 }
 
+/// Joins the chunks of a stream whose end marker is missing.
 pub(crate) fn join_values(values: Vec<Value>) -> Result<Value, JsonProblem> {
     let mut joined = JoinedStream::default();
     for value in values {
@@ -88,7 +89,7 @@ pub(crate) fn join_values(values: Vec<Value>) -> Result<Value, JsonProblem> {
     joined.finish(false)
 }
 
-/// The lines of a stream, each of which ends with `\n`, `\r\n` or `\r`.
+/// Splits a stream into lines, which end with `\n`, `\r\n` or `\r`.
 fn lines(body: &[u8]) -> impl Iterator<Item = &[u8]> {
     let lines = body.split(|byte| *byte == b'\n');
     lines.flat_map(|line| {
@@ -97,19 +98,20 @@ fn lines(body: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// The data of each event, which a blank line ends.
+/// Returns the data of each event. A blank line ends an event.
 fn events(body: &[u8]) -> Vec<Vec<u8>> {
-    let (mut events, mut data): (Vec<Vec<u8>>, Option<Vec<u8>>) = (Vec::new(), None);
+    let mut events: Vec<Vec<u8>> = Vec::new();
+    let mut data: Option<Vec<u8>> = None;
     let mut is_error = false;
     for line in lines(body) {
         if let Some(kind) = line.strip_prefix(b"event:") {
-            // Some servers leave the blank line out.
-            events.extend(data.take().map(|data| named(data, is_error)));
+            // Some servers omit the blank line.
+            events.extend(data.take().map(|data| event_data(data, is_error)));
             is_error = kind.trim_ascii() == b"error";
         } else if let Some(rest) = line.strip_prefix(b"data:") {
             let rest = rest.strip_prefix(b" ").unwrap_or(rest);
             match &mut data {
-                // Here too, if an object ends and another one begins.
+                // An object that ends before another begins also shows a missing blank line.
                 Some(before) if before.ends_with(b"}") && rest.starts_with(b"{") => {
                     events.push(std::mem::replace(before, rest.to_vec()));
                 }
@@ -120,18 +122,18 @@ fn events(body: &[u8]) -> Vec<Vec<u8>> {
                 None => data = Some(rest.to_vec()),
             }
         } else if line.is_empty() {
-            events.extend(data.take().map(|data| named(data, is_error)));
+            events.extend(data.take().map(|data| event_data(data, is_error)));
             is_error = false;
         }
     }
-    events.extend(data.map(|data| named(data, is_error)));
+    events.extend(data.map(|data| event_data(data, is_error)));
     events
 }
 
-/// The data of an event that is called an error, as an error where they do not say so themselves.
-fn named(data: Vec<u8>, is_error: bool) -> Vec<u8> {
-    let says_so = || matches!(json::value(&data), Ok(Value::Object(fields)) if ApiError::in_body(&fields).is_some());
-    if !is_error || says_so() {
+/// Returns the data of an event. Data of an `error` event that contain no error object are wrapped in one.
+fn event_data(data: Vec<u8>, is_error: bool) -> Vec<u8> {
+    let has_error = || matches!(json::value(&data), Ok(Value::Object(fields)) if ApiError::in_body(&fields).is_some());
+    if !is_error || has_error() {
         return data;
     }
     let text = String::from_utf8_lossy(&data);
@@ -140,14 +142,17 @@ fn named(data: Vec<u8>, is_error: bool) -> Vec<u8> {
         .into_bytes()
 }
 
+/// Joins the data of all events up to the end marker.
 fn join(events: &[Vec<u8>]) -> Result<Value, JsonProblem> {
-    let (mut joined, mut is_over, mut odd) = (JoinedStream::default(), false, None);
+    let mut joined = JoinedStream::default();
+    let mut is_done = false;
+    let mut not_json = None;
     for data in events {
-        // In one event with the last chunk, where no blank line is between them.
+        // Without a blank line, the last chunk and the end marker share one event.
         let data = data.trim_ascii();
-        let before_the_end = DONE.iter().find_map(|done| data.strip_suffix(*done));
-        is_over |= before_the_end.is_some();
-        let data = before_the_end.unwrap_or(data).trim_ascii();
+        let last_chunk = DONE.iter().find_map(|done| data.strip_suffix(*done));
+        is_done |= last_chunk.is_some();
+        let data = last_chunk.unwrap_or(data).trim_ascii();
         if data.starts_with(b"{") || data.starts_with(b"[") {
             match json::value(data) {
                 Ok(Value::Object(chunk)) => joined.add(chunk),
@@ -158,71 +163,71 @@ fn join(events: &[Vec<u8>]) -> Result<Value, JsonProblem> {
                         }
                     }
                 }
-                Ok(other) => odd = Some(other.to_string()),
-                // No piece of the answer is missed.
+                Ok(other) => not_json = Some(other.to_string()),
+                // After the finish reason no part of the answer can be missing.
                 Err(_) if joined.is_whole => {
-                    odd = Some(crate::client::response::json_error::beginning(data))
+                    not_json = Some(crate::client::response::json_error::beginning(data))
                 }
                 Err(problem) if names_choices(data) => return Err(problem),
                 Err(problem) => {
-                    odd = Some(crate::client::response::json_error::beginning(data));
-                    joined.hole.get_or_insert(problem);
+                    not_json = Some(crate::client::response::json_error::beginning(data));
+                    joined.chunk_error.get_or_insert(problem);
                 }
             }
         } else if !data.is_empty() {
-            // A word, as `ping` and `null`: no piece of an answer.
-            odd.get_or_insert_with(|| crate::client::response::json_error::beginning(data));
+            // A word such as `ping` or `null` is no part of an answer.
+            not_json.get_or_insert_with(|| crate::client::response::json_error::beginning(data));
         }
-        if is_over {
+        if is_done {
             break;
         }
     }
-    match odd {
-        Some(odd) if joined.body.is_empty() => Err(JsonProblem::NotJson(odd)),
-        _ => joined.finish(is_over),
+    match not_json {
+        Some(not_json) if joined.body.is_empty() => Err(JsonProblem::NotJson(not_json)),
+        _ => joined.finish(is_done),
     }
 }
 
-/// What the chunks so far amount to.
+/// The body joined from the chunks so far.
 #[derive(Default)]
 struct JoinedStream {
     body: Map<String, Value>,
-    /// A choice has a reason to finish, or came whole.
+    /// A choice has a finish reason, or arrived as a whole message.
     is_whole: bool,
-    /// The last chunk has counted the tokens of all before it.
+    /// The last chunk contains the usage of the stream.
     is_counted: bool,
-    /// There were pieces of a message.
-    has_pieces: bool,
-    /// Problem of a chunk that could not be read.
-    hole: Option<JsonProblem>,
+    /// Some chunks contained deltas.
+    has_deltas: bool,
+    /// Why a chunk could not be parsed.
+    chunk_error: Option<JsonProblem>,
 }
 
 impl JoinedStream {
-    /// The body. `is_over` says that the stream has named its end.
-    fn finish(self, is_over: bool) -> Result<Value, JsonProblem> {
+    /// Returns the body. `is_done` is true if the stream contained an end marker.
+    fn finish(self, is_done: bool) -> Result<Value, JsonProblem> {
         let mut body = self.body;
         if body.is_empty() {
-            return Err(if is_over {
+            return Err(if is_done {
                 JsonProblem::NotJson("an event stream without data".into())
             } else {
                 JsonProblem::CutOff
             });
         }
-        // It may have been a piece, too.
-        if let Some(problem) = self.hole.filter(|_| self.has_pieces) {
+        // The chunk that could not be parsed may have been a delta.
+        if let Some(problem) = self.chunk_error.filter(|_| self.has_deltas) {
             return Err(problem);
         }
-        let mut has_text = false;
+        let mut text_received = false;
         if let Some(Value::Array(choices)) = body.get_mut("choices") {
-            choices.sort_by_key(place);
-            has_text = choices.iter().any(speaks);
+            choices.sort_by_key(choice_index);
+            text_received = choices.iter().any(has_text);
         }
         let has_failed = ApiError::in_body(&body).is_some();
-        let has_ended = is_over || self.is_counted && has_text;
+        let has_ended = is_done || self.is_counted && text_received;
         if self.is_whole || has_ended && !has_failed {
             return Ok(Value::Object(body));
         }
-        // An error needs no end, and half a text before it is no answer.
+        // An error is complete without an end marker; a partial text before it is no answer.
         body.remove("choices");
         if has_failed {
             Ok(Value::Object(body))
@@ -231,6 +236,7 @@ impl JoinedStream {
         }
     }
 
+    /// Adds the fields of a chunk.
     fn add(&mut self, mut chunk: Map<String, Value>) {
         if !chunk.contains_key("choices")
             && let Some(Value::Object(inner)) =
@@ -238,7 +244,7 @@ impl JoinedStream {
         {
             chunk = inner;
         }
-        // A whole answer in the frame of a stream may have no finish reason.
+        // A whole answer sent as one event may have no finish reason.
         let is_measured = chunk.get("usage").is_some_and(Value::is_object);
         if let Some(Value::Array(choices)) = chunk.get("choices") {
             self.is_counted = choices.is_empty() && counts(chunk.get("usage"));
@@ -264,15 +270,15 @@ impl JoinedStream {
             return;
         };
         for choice in choices {
-            let at = place(&choice);
+            let index = choice_index(&choice);
             let Value::Object(choice) = choice else {
                 continue;
             };
             let finish_reason = choice.get("finish_reason");
             let has_reason = finish_reason.is_some_and(|reason| !reason.is_null() && reason != "");
             self.is_whole |= has_reason || is_measured && choice.contains_key("message");
-            self.has_pieces |= choice.contains_key("delta");
-            let known = whole.iter().position(|known| place(known) == at);
+            self.has_deltas |= choice.contains_key("delta");
+            let known = whole.iter().position(|known| choice_index(known) == index);
             let known = known.unwrap_or_else(|| {
                 whole.push(Value::Object(Map::new()));
                 whole.len() - 1
@@ -284,12 +290,12 @@ impl JoinedStream {
     }
 }
 
-/// Index of a choice.
-fn place(choice: &Value) -> u64 {
+/// Returns the index of a choice.
+fn choice_index(choice: &Value) -> u64 {
     choice.get("index").and_then(Value::as_u64).unwrap_or(0)
 }
 
-/// Returns true if a usage counts tokens of an answer, as that of the whole stream does.
+/// Returns true if a usage counts completion tokens, as only that of the whole stream does.
 fn counts(value: Option<&Value>) -> bool {
     let counts = value.map(|value| usage::usage(value.clone()).0);
     counts
@@ -301,7 +307,7 @@ fn add_choice(whole: &mut Map<String, Value>, choice: Map<String, Value>) {
     for (name, value) in choice {
         match name.as_str() {
             "delta" => join_texts(whole, "message".into(), value),
-            // Pieces, or all of it once more.
+            // Either a part of the message, or the whole message again.
             "message" if !repeats(whole.get("message"), &value) => join_texts(whole, name, value),
             "logprobs" | "text" => join_texts(whole, name, value),
             _ => merge(whole, name, value),
@@ -309,25 +315,25 @@ fn add_choice(whole: &mut Map<String, Value>, choice: Map<String, Value>) {
     }
 }
 
-/// Returns true if a message begins with the text of the one before.
+/// Returns true if a message begins with the text received before.
 fn repeats(before: Option<&Value>, message: &Value) -> bool {
     let text = |message: &Value| Some(message.get("content")?.as_str()?.to_owned());
     let before = before.and_then(text).unwrap_or_default();
     text(message).is_some_and(|text| text.starts_with(&before))
 }
 
-/// The last value that says something.
+/// Sets a field, unless null would overwrite a value.
 fn merge(fields: &mut Map<String, Value>, name: String, value: Value) {
     if !value.is_null() || !fields.contains_key(&name) {
         fields.insert(name, value);
     }
 }
 
-/// As [`merge`], but texts and lists go on where they were.
+/// As [`merge`], but texts and lists are appended.
 fn join_texts(fields: &mut Map<String, Value>, name: String, value: Value) {
     match (fields.get_mut(&name), value) {
         (Some(Value::String(text)), Value::String(more)) => {
-            // These come again and again, whole.
+            // Each chunk repeats these fields whole.
             if !matches!(name.as_str(), "role" | "type" | "id") {
                 text.push_str(&more);
             }
@@ -342,12 +348,12 @@ fn join_texts(fields: &mut Map<String, Value>, name: String, value: Value) {
     }
 }
 
-/// Items that tell their place (tool calls) are joined there; all others follow.
+/// Joins items that have an index (tool calls) by index, and appends all others.
 fn join_lists(list: &mut Vec<Value>, more: Vec<Value>) {
-    let place = |item: &Value| item.get("index").and_then(Value::as_u64);
+    let item_index = |item: &Value| item.get("index").and_then(Value::as_u64);
     for item in more {
-        let known =
-            place(&item).and_then(|at| list.iter_mut().find(|known| place(known) == Some(at)));
+        let known = item_index(&item)
+            .and_then(|at| list.iter_mut().find(|known| item_index(known) == Some(at)));
         match (known, item) {
             (Some(Value::Object(known)), Value::Object(fields)) => {
                 for (name, value) in fields {

@@ -1,8 +1,8 @@
-//! Objects of which some fields are known and the others kept, as serde's `flatten` reads them, but
-//! without its copy of every value. Where a field comes twice, the last one that says something counts.
+//! Deserializes objects with known fields and a map of all others, like serde's `flatten` but without its copy of
+//! every value. Of duplicate fields, the last one that is not null counts.
 
-/// Implements `Deserialize` for structs with a parameter `L`, whose fields are those named and
-/// `extra: Map<String, Value>`. A field that does not come is the default of its type.
+/// Implements `Deserialize` for structs with a parameter `L` that have the given fields and
+/// `extra: Map<String, Value>`. Missing fields get the default of their type.
 macro_rules! fields {
     ($($object:ident: $($field:ident),+;)+) => {$(
         impl<'de, L: serde::Deserialize<'de>> serde::Deserialize<'de> for $object<L> {
@@ -46,6 +46,6 @@ macro_rules! fields {
 
 pub(crate) use fields;
 
-/// The name of a field, borrowed from the text where no escape is in it.
+/// Name of a field, borrowed from the text if it contains no escape.
 #[derive(serde::Deserialize)]
 pub(crate) struct Name<'a>(#[serde(borrow)] pub std::borrow::Cow<'a, str>);

@@ -1,18 +1,18 @@
-//! JSON as endpoints really send it, rewritten as strict JSON. Pure.
+//! Converts the invalid JSON of endpoints to strict JSON. Pure.
 //!
-//! An answer has been paid for, so a flaw in its JSON is repaired rather than refused: invalid UTF-8 and
-//! half surrogate pairs become U+FFFD, raw control characters are escaped, words for numbers that JSON
-//! does not have (`NaN`, `-inf`) become null, and values nested too deep for a parser become their own
-//! text. A byte order mark, text in front of the first value and all that follows it are left out, and so
-//! is what follows the choices where a body ends early behind them.
+//! An answer is paid for, so invalid JSON is repaired instead of rejected:
+//! - Invalid UTF-8 and unpaired surrogates become U+FFFD; raw control characters are escaped.
+//! - Numbers that JSON cannot represent (`NaN`, `-inf`) become null.
+//! - Values nested too deeply for a parser become strings of their own text.
+//! - A byte order mark, and text before or after the first value, are removed.
+//! - A body that is truncated after its choices is closed there.
 
-use crate::client::response::json_error::JsonProblem;
-use crate::client::response::json_error::beginning;
 use serde_json::Value;
 
+use crate::client::response::json_error::{JsonProblem, beginning};
 use crate::client::response::repair::JsonRepair;
 
-/// The first JSON value in `body`: read as it is where it is strict JSON, else repaired.
+/// Parses the first JSON value in `body`, repaired if it is not strict JSON.
 pub(crate) fn value(body: &[u8]) -> Result<Value, JsonProblem> {
     match serde_json::from_slice(body) {
         Ok(value) => Ok(value),
@@ -23,7 +23,7 @@ pub(crate) fn value(body: &[u8]) -> Result<Value, JsonProblem> {
     }
 }
 
-/// The first JSON value in `body` as strict JSON.
+/// Returns the first JSON value in `body` as strict JSON.
 pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     let decoded = utf16(body);
     let body = decoded.as_deref().unwrap_or(body);
@@ -32,7 +32,7 @@ pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, JsonProblem> {
         body = rest.trim_ascii_start();
     }
     let first = *body.first().ok_or(JsonProblem::Empty)?;
-    // Some servers put a guard or a line of log in front of the object.
+    // Some servers send a guard or a log line before the object.
     let starts_well = matches!(first, b'{' | b'[' | b'"');
     let start = match memchr::memchr(b'{', body) {
         Some(start) if !starts_well => start,
@@ -70,14 +70,14 @@ fn run(text: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     Ok(repair.out)
 }
 
-/// The completion below lines of something else, as of a warning.
+/// Returns the completion after other lines, such as a warning.
 fn completion_below(body: &[u8]) -> Option<&[u8]> {
     let below = &body[memchr::memmem::find(body, b"\n{")?..];
     memchr::memmem::find(below, b"\"choices\"")?;
     Some(below.trim_ascii_start())
 }
 
-/// UTF-16 as UTF-8, told by its byte order mark or by the zero byte beside the first character.
+/// Converts UTF-16 to UTF-8. UTF-16 is detected by its byte order mark, or a zero byte next to the first character.
 pub(crate) fn utf16(body: &[u8]) -> Option<Vec<u8>> {
     let (is_little, rest) = match body {
         [0xff, 0xfe, rest @ ..] => (true, rest),
@@ -107,7 +107,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn flaws_are_repaired() {
+    fn invalid_json_is_repaired() {
         let cases: [(&[u8], Value); 31] = [
             (b" {\"a\": 1} ", json!({"a": 1})),
             (b"\xef\xbb\xbf{\"a\":1}", json!({"a": 1})),
@@ -166,7 +166,7 @@ mod tests {
             let shown = String::from_utf8_lossy(body).into_owned();
             let text = repaired(body).unwrap_or_else(|problem| panic!("{shown}: {problem}"));
             let found: Value = serde_json::from_slice(&text).unwrap_or_else(|_| panic!("{shown}"));
-            // 1 and 1.0 are told apart as values, and are the same number.
+            // As values 1 and 1.0 differ, although they are the same number.
             assert_eq!(
                 found.to_string().replace(".0", ""),
                 expected.to_string().replace(".0", ""),
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn values_nested_too_deep_are_kept_as_text() {
+    fn deeply_nested_values_are_kept_as_text() {
         let deep = format!("{}1, \"]\"{}", "[".repeat(200_000), "]".repeat(200_000));
         let body = format!("{{\"a\":1,\"trace\":{deep},\"b\":2}}");
         let mut found = &value(body.as_bytes()).unwrap();
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_holds_no_value_says_why() {
+    fn body_without_a_value_returns_the_problem() {
         let cases: [(&[u8], JsonProblem); 12] = [
             (b"", JsonProblem::Empty),
             (b" \n\n", JsonProblem::Empty),
@@ -246,12 +246,12 @@ mod tests {
     }
 
     proptest! {
-        /// Strict JSON comes out as the same value, whatever follows it.
+        /// Strict JSON keeps its value, whatever follows it.
         #[test]
-        fn strict_json_stays_what_it_is(value in any_value(), pretty in any::<bool>(), behind in "[ -~\n]{0,20}") {
+        fn repair_keeps_the_value_of_strict_json(value in any_value(), pretty in any::<bool>(), behind in "[ -~\n]{0,20}") {
             let text = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) };
             let mut text = text.unwrap();
-            // A number may go on in what follows it.
+            // A number could continue in the text after it.
             if value.is_object() || value.is_array() || value.is_string() {
                 text.push_str(&behind);
                 let repaired = repaired(text.as_bytes()).unwrap();
@@ -259,9 +259,9 @@ mod tests {
             }
         }
 
-        /// Whatever comes out is strict JSON, and a text that is cut anywhere says so.
+        /// Repaired bodies are strict JSON, and bodies cut off anywhere are reported as such.
         #[test]
-        fn no_body_is_too_strange(value in any_value(), junk in proptest::collection::vec(any::<u8>(), 0..12), at in any::<prop::sample::Index>()) {
+        fn repair_of_random_bodies_gives_strict_json(value in any_value(), junk in proptest::collection::vec(any::<u8>(), 0..12), at in any::<prop::sample::Index>()) {
             let whole = serde_json::to_vec(&json!({"a": value})).unwrap();
             let at = at.index(whole.len());
             prop_assert!(at == 0 || repaired(&whole[..at]) == Err(JsonProblem::CutOff));

@@ -1,12 +1,12 @@
-//! TODO
+//! Why a body contains no JSON value.
 
-/// Why there is no JSON value in a body.
+/// Why a body contains no JSON value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum JsonProblem {
     Empty,
     /// The value does not end.
     CutOff,
-    /// What stands where a value should begin or go on.
+    /// The text found where JSON was expected.
     NotJson(String),
 }
 
@@ -20,7 +20,7 @@ impl std::fmt::Display for JsonProblem {
     }
 }
 
-/// The first characters of a body, for a message.
+/// Returns the first characters of a body, for messages.
 pub(crate) fn beginning(body: &[u8]) -> String {
     const SHOWN: usize = 120;
     let text = String::from_utf8_lossy(&body[..body.len().min(4 * SHOWN)]);

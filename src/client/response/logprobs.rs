@@ -1,7 +1,7 @@
-//! Logprobs as endpoints send them -> the columns of a record. Pure.
+//! Converts the logprobs of a reply to the columns of a record. Pure.
 //!
-//! Two shapes are read: that of chat completions, a list of positions under `content`, and that of
-//! the older completions, parallel lists `tokens`, `token_logprobs`, `top_logprobs`.
+//! Two formats are parsed: that of chat completions, a list of positions in `content`, and that of text
+//! completions, the parallel lists `tokens`, `token_logprobs` and `top_logprobs`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -15,7 +15,7 @@ use crate::cache::raw_token::RawToken;
 use crate::cache::record::{Logprobs, MISSING_LOGPROB};
 use crate::prompt::control_tokens::is_end_of_turn_name;
 
-/// The field as it should be.
+/// The field `logprobs` in its usual formats.
 #[derive(Deserialize)]
 pub(crate) struct WireLogprobs<'a> {
     #[serde(borrow)]
@@ -25,6 +25,7 @@ pub(crate) struct WireLogprobs<'a> {
     top_logprobs: Option<Vec<Option<Map<String, Value>>>>,
 }
 
+/// A token of the answer with its logprob and the most likely alternatives.
 #[derive(Deserialize)]
 struct Position<'a> {
     #[serde(borrow)]
@@ -34,7 +35,7 @@ struct Position<'a> {
     bytes: Option<TokenByteList>,
     #[serde(borrow, alias = "top_probs")]
     top_logprobs: Option<Vec<WireToken<'a>>>,
-    /// In the place of a logprob, as llama.cpp sends it after sampling.
+    /// Probability instead of a logprob, as llama.cpp sends it after sampling.
     prob: Option<f64>,
 }
 
@@ -51,7 +52,7 @@ pub(crate) struct WireToken<'a> {
 }
 
 impl WireToken<'_> {
-    /// Its bytes, or where it has none those of its text: of control tokens, some servers send an empty list.
+    /// Returns the token's bytes. If they are missing or empty, as for control tokens, returns those of its text.
     pub(crate) fn spelled(&self) -> &[u8] {
         match &self.bytes {
             Some(bytes) if !bytes.as_slice().is_empty() => bytes.as_slice(),
@@ -60,13 +61,13 @@ impl WireToken<'_> {
     }
 }
 
-/// A logprob of any spelling; None where it is missing.
+/// A logprob; None if it is missing.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Logprob(Option<f32>);
 
 impl Logprob {
-    /// This, or the logarithm of a probability that stands in its place.
-    fn or_of(self, probability: Option<f64>) -> Logprob {
+    /// Returns the logprob, or the logarithm of a probability sent instead.
+    fn or_ln(self, probability: Option<f64>) -> Logprob {
         match (self.0, probability) {
             (None, Some(probability)) => probability.ln().into(),
             _ => self,
@@ -102,7 +103,7 @@ impl<'de> Deserialize<'de> for Logprob {
                 Ok((value as f64).into())
             }
 
-            /// A number in a text, or `"-Infinity"` and the like, which is none.
+            /// Parses a number in a string; `"-Infinity"` and other texts are missing logprobs.
             fn visit_str<E>(self, text: &str) -> Result<Logprob, E> {
                 let value: Result<f64, _> = text.trim().parse();
                 Ok(value.map(Logprob::from).unwrap_or_default())
@@ -116,12 +117,13 @@ impl<'de> Deserialize<'de> for Logprob {
     }
 }
 
-/// A token's bytes: nearly always few, and so many tokens have them that they get no allocation.
+/// Bytes of a token, stored inline if there are at most [`FEW`]: a reply has thousands of tokens.
 pub(crate) enum TokenByteList {
     Few([u8; FEW], usize),
     Many(Vec<u8>),
 }
 
+/// Maximum number of bytes stored inline.
 const FEW: usize = 24;
 
 impl Default for TokenByteList {
@@ -155,9 +157,9 @@ impl TokenByteList {
 }
 
 impl From<&[u8]> for TokenByteList {
-    fn from(of_token: &[u8]) -> Self {
+    fn from(slice: &[u8]) -> Self {
         let mut bytes = TokenByteList::default();
-        of_token.iter().for_each(|byte| bytes.push(*byte));
+        slice.iter().for_each(|byte| bytes.push(*byte));
         bytes
     }
 }
@@ -184,9 +186,10 @@ impl<'de> Deserialize<'de> for TokenByteList {
     }
 }
 
-/// Reads the `logprobs` of a choice whose content is `text`.
+/// Parses the `logprobs` of a choice whose content is `text`. Returns `Ok(None)` if the endpoint sent none.
 ///
-/// `Ok(None)`: the endpoint sent none. An error says why those that it sent are unusable.
+/// # Errors
+/// The reason why the logprobs are unusable.
 pub(crate) fn parse(raw: &str, text: &str) -> Result<Option<Logprobs>, String> {
     let error = match serde_json::from_str(raw) {
         Ok(wire) => return columns(wire, text),
@@ -195,17 +198,17 @@ pub(crate) fn parse(raw: &str, text: &str) -> Result<Option<Logprobs>, String> {
     let Ok(value) = serde_json::from_str::<Value>(raw) else {
         return Err(error.to_string());
     };
-    let usual = usual(value).to_string();
-    // The first error is the one that says what came.
+    let normalized = normalize(value).to_string();
+    // The first error refers to the received text.
     columns(
-        serde_json::from_str(&usual).map_err(|_| error.to_string())?,
+        serde_json::from_str(&normalized).map_err(|_| error.to_string())?,
         text,
     )
 }
 
-/// Logprobs of a less usual shape in the usual one: a bare list of positions, a token that has bytes and no
-/// text, alternatives as a map.
-fn usual(value: Value) -> Value {
+/// Converts other formats to the usual one: a bare list of positions, tokens with bytes but without text,
+/// alternatives as a map.
+fn normalize(value: Value) -> Value {
     let mut fields = match value {
         Value::Array(positions) => {
             Map::from_iter([("content".to_owned(), Value::Array(positions))])
@@ -215,12 +218,12 @@ fn usual(value: Value) -> Value {
     };
     let content = fields.get_mut("content").and_then(Value::as_array_mut);
     for position in content.into_iter().flatten() {
-        usual_token(position);
+        normalize_token(position);
     }
     Value::Object(fields)
 }
 
-fn usual_token(token: &mut Value) {
+fn normalize_token(token: &mut Value) {
     let Value::Object(fields) = token else {
         return;
     };
@@ -239,7 +242,7 @@ fn usual_token(token: &mut Value) {
             .map(|(token, logprob)| serde_json::json!({"token": token, "logprob": logprob}))
             .collect(),
         Some(Value::Array(mut list)) => {
-            list.iter_mut().for_each(usual_token);
+            list.iter_mut().for_each(normalize_token);
             list
         }
         _ => return,
@@ -247,7 +250,7 @@ fn usual_token(token: &mut Value) {
     fields.insert("top_logprobs".into(), Value::Array(list));
 }
 
-/// As [`parse`], of what has been read already.
+/// Converts deserialized logprobs. See [`parse`].
 pub(crate) fn columns(wire: WireLogprobs, text: &str) -> Result<Option<Logprobs>, String> {
     let mut columns = LogprobColumns::default();
     if let Some(tokens) = wire.tokens {
@@ -280,13 +283,13 @@ pub(crate) fn columns(wire: WireLogprobs, text: &str) -> Result<Option<Logprobs>
         for position in wire.content.unwrap_or_default() {
             let emitted = WireToken {
                 token: position.token,
-                logprob: position.logprob.or_of(position.prob),
+                logprob: position.logprob.or_ln(position.prob),
                 bytes: position.bytes,
                 prob: None,
             };
             let mut alternatives = position.top_logprobs.unwrap_or_default();
             for other in &mut alternatives {
-                other.logprob = other.logprob.or_of(other.prob);
+                other.logprob = other.logprob.or_ln(other.prob);
             }
             columns.push(emitted, &mut alternatives);
         }
@@ -294,21 +297,21 @@ pub(crate) fn columns(wire: WireLogprobs, text: &str) -> Result<Option<Logprobs>
     Ok(columns.finish(text))
 }
 
-/// The columns of a record in the making.
+/// Builder of a record's logprob columns.
 #[derive(Default)]
 pub(crate) struct LogprobColumns {
     logprobs: Logprobs,
-    /// The emitted tokens' bytes, joined.
+    /// Concatenated bytes of the emitted tokens.
     joined: Vec<u8>,
 }
 
 impl LogprobColumns {
-    /// Adds a position: the token that was emitted, and all that were likely, which are taken.
+    /// Adds a position: the emitted token and its alternatives, which are drained.
     pub(crate) fn push(&mut self, emitted: WireToken, alternatives: &mut Vec<WireToken>) {
         self.joined.extend_from_slice(emitted.spelled());
         let logprob = emitted.logprob.0;
         let token = self.text(emitted, -1);
-        // Best first, the missing ones last; a stable sort leaves equal ones as they came.
+        // Most likely first, missing logprobs last; a stable sort keeps the order of equal ones.
         let value = |other: &WireToken| other.logprob.0.unwrap_or(f32::NEG_INFINITY);
         if !alternatives.is_sorted_by(|a, b| value(a) >= value(b)) {
             alternatives.sort_by(|a, b| value(b).total_cmp(&value(a)));
@@ -325,7 +328,7 @@ impl LogprobColumns {
         self.logprobs.top_logprob.push(top_logprob);
     }
 
-    /// A token is its bytes. Bytes that are no text become `""`, and an entry in `raw`.
+    /// Returns a token's text. Bytes that are not valid UTF-8 become `""` and an entry in `raw`.
     fn text(&mut self, token: WireToken, rank: i32) -> String {
         let bytes = token.spelled();
         match std::str::from_utf8(bytes) {
@@ -342,14 +345,14 @@ impl LogprobColumns {
         }
     }
 
-    /// The columns of an answer whose content is `text`, if there are any.
+    /// Returns the columns of an answer whose content is `text`, unless they are empty.
     pub(crate) fn finish(mut self, text: &str) -> Option<Logprobs> {
         if self.logprobs.token.is_empty() {
             return None;
         }
         let last = self.logprobs.token.last().map_or("", String::as_str);
         let text = text.as_bytes();
-        // The text does not include the end of the turn.
+        // The text does not include the end-of-turn token.
         let without_end = || self.joined.strip_suffix(last.as_bytes());
         self.logprobs.matches_text =
             self.joined == text || is_end_of_turn_name(last) && without_end() == Some(text);
@@ -367,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_character_split_between_tokens_is_kept_by_its_bytes() {
+    fn split_characters_are_kept_as_bytes() {
         let raw = json!({"content": [
             {"token": "\\xc3", "logprob": -0.5, "bytes": [195], "top_logprobs": [
                 {"token": "\\xc3", "logprob": -0.5, "bytes": [195]},
@@ -388,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_stays_missing_and_comes_last() {
+    fn missing_logprobs_stay_missing_and_sort_last() {
         let raw = json!({"content": [{"token": "a", "logprob": null, "bytes": null, "top_logprobs": [
             {"token": "s", "logprob": -9999.0}, {"token": "n", "logprob": null},
             {"token": "i", "logprob": "-Infinity"}, {"token": "m"},
@@ -403,13 +406,13 @@ mod tests {
     }
 
     #[test]
-    fn tokens_that_do_not_make_the_text_are_marked() {
+    fn tokens_that_do_not_spell_the_text_are_marked() {
         let raw = json!({"content": [{"token": "a", "logprob": -1}, {"token": "b", "logprob": 0}]});
         assert!(!parse(raw, "a").matches_text);
     }
 
     #[test]
-    fn a_token_that_ends_the_turn_is_kept_by_its_name() {
+    fn end_of_turn_token_is_kept_by_name() {
         for bytes in [json!(null), json!([]), json!(b"<eos>")] {
             let end = json!({"token": "<eos>", "logprob": 0, "bytes": bytes});
             let raw =
@@ -422,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn the_older_shape_is_read_too() {
+    fn text_completion_format_is_parsed() {
         let raw = json!({"tokens": ["a", " b"], "token_logprobs": [null, -1.5],
             "top_logprobs": [null, {" c": -2.0, " b": -1.5}], "text_offset": [0, 1]});
         let logprobs = parse(raw, "a b");
@@ -433,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn less_usual_shapes_are_read_as_the_usual_one() {
+    fn unusual_formats_are_normalized() {
         let usual = json!({"content": [{"token": "a", "logprob": -0.25, "top_logprobs": [
             {"token": "a", "logprob": -0.25}, {"token": "b", "logprob": -2.0}]}]});
         let expected = parse(usual, "a");
@@ -450,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn none_and_nonsense_are_told_apart() {
+    fn missing_logprobs_differ_from_invalid_ones() {
         for raw in [json!({}), json!({"content": null}), json!({"content": []})] {
             assert_eq!(super::parse(&raw.to_string(), "a"), Ok(None));
         }

@@ -1,11 +1,11 @@
-//! The message of a choice: text, thinking and refusal told apart, however they are packed. Pure.
+//! Separates text, thinking and refusal in the message of a choice, in every known format. Pure.
 
 use serde_json::{Map, Value};
 
 use crate::cache::record::Answer;
 use crate::client::response::text::text;
 
-/// Fields that hold the visible thinking of a reasoning model, the preferred one first.
+/// Fields that contain the visible thinking of a reasoning model, the preferred one first.
 const REASONING: [&str; 4] = [
     "reasoning_content",
     "reasoning",
@@ -13,7 +13,7 @@ const REASONING: [&str; 4] = [
     "reasoning_text",
 ];
 
-/// Kinds of content parts that are thinking.
+/// Types of content parts that contain thinking.
 const THINKING: [&str; 5] = [
     "thinking",
     "reasoning",
@@ -22,7 +22,7 @@ const THINKING: [&str; 5] = [
     "thought",
 ];
 
-/// Takes the answer out of a message. What is not understood stays in it.
+/// Takes the answer out of a message. Unknown fields stay in it.
 pub(crate) fn answer(message: &mut Map<String, Value>, finish_reason: String) -> Answer {
     message.remove("role");
     let mut answer = Answer {
@@ -49,7 +49,7 @@ pub(crate) fn answer(message: &mut Map<String, Value>, finish_reason: String) ->
         if answer.reasoning.is_empty() {
             answer.reasoning.clone_from(trace);
         }
-        // A second field that says the same, or nothing, says nothing more.
+        // An empty or equal second field adds no information.
         if trace.is_empty() || *trace == answer.reasoning {
             message.remove(name);
         }
@@ -57,7 +57,7 @@ pub(crate) fn answer(message: &mut Map<String, Value>, finish_reason: String) ->
     answer
 }
 
-/// Adds content that is a list of parts, or one part. Returns the parts that are not understood.
+/// Adds content, a list of parts or one part, to the answer. Returns the unknown parts.
 fn add_content(content: Value, answer: &mut Answer) -> Vec<Value> {
     let parts = match content {
         Value::Array(parts) => parts,
@@ -69,7 +69,7 @@ fn add_content(content: Value, answer: &mut Answer) -> Vec<Value> {
         .collect()
 }
 
-/// Adds a part; one that is not understood is returned.
+/// Adds a part to the answer. Returns the part if its type is unknown.
 fn add_part(part: Value, answer: &mut Answer) -> Option<Value> {
     let fields = match &part {
         Value::Null => return None,
@@ -87,7 +87,7 @@ fn add_part(part: Value, answer: &mut Answer) -> Option<Value> {
         kind if THINKING.contains(&kind) => &mut answer.reasoning,
         _ => return Some(part),
     };
-    // A part holds its text under the name of its kind, or as `text`; it may be nested once more.
+    // The text of a part is in the field of its type or in `text`, and may be nested once more.
     let inner = [kind, "text", "thinking", "summary"]
         .into_iter()
         .find_map(|name| fields.get(name).filter(|value| !value.is_null()));
@@ -100,7 +100,7 @@ fn add_part(part: Value, answer: &mut Answer) -> Option<Value> {
     }
 }
 
-/// A text, or the texts of a list of parts.
+/// Returns a text, or the joined texts of a list of parts.
 fn flat(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
@@ -116,7 +116,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn parts_are_what_their_kind_says() {
+    fn content_parts_are_assigned_by_type() {
         let thinking = json!([{"type": "thinking", "thinking": [{"type": "text", "text": "Let me think."}]}, {"type": "text", "text": "Four."}]);
         let cases = [
             (json!("Four."), ["Four.", "", ""]),
@@ -161,9 +161,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_is_kept() {
+    fn unknown_content_parts_are_kept() {
         let audio = json!({"type": "audio", "data": "AAAA"});
-        for (content, left) in [
+        for (content, unknown_parts) in [
             (json!({"answer": 4}), json!([{"answer": 4}])),
             (json!(["x", audio]), json!([audio])),
             (json!(4), json!([4])),
@@ -178,14 +178,14 @@ mod tests {
             answer(&mut message, String::new());
             assert_eq!(
                 Value::Object(message),
-                json!({"content": left, "tool_calls": [1]})
+                json!({"content": unknown_parts, "tool_calls": [1]})
             );
         }
     }
 
     #[test]
-    fn thinking_is_found_under_each_of_its_names() {
-        let of = |message: Value| {
+    fn thinking_is_found_in_every_field_name() {
+        let parse = |message: Value| {
             let Value::Object(mut message) = message else {
                 unreachable!()
             };
@@ -211,8 +211,8 @@ mod tests {
                 ("", json!({"reasoning": {"a": 1}})),
             ),
         ];
-        for (message, (reasoning, left)) in cases {
-            assert_eq!(of(message), (reasoning.into(), left));
+        for (message, (reasoning, rest)) in cases {
+            assert_eq!(parse(message), (reasoning.into(), rest));
         }
     }
 }

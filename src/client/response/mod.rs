@@ -1,13 +1,21 @@
-//! A teacher's reply, read leniently, in this one place. Pure.
+//! Lenient parser of a teacher's replies. Pure.
 //!
 //! ```text
 //! bytes --encoding--> body --scan (logprobs), serde--> Completion
-//!                          --event_stream or json (repair)--> the same, where it is not strict JSON
+//!                          --event_stream or json (repair)--> Completion, if the body is not strict JSON
 //! ```
 //!
-//! Every answer has been paid for: a field that is missing, of another type or unknown to us is never a
-//! reason to lose one, and neither is a flaw of its JSON. `message` tells text, thinking and refusal apart,
-//! `usage` reads token counts, `logprobs` makes columns, `error` reads errors of every shape.
+//! | file | content |
+//! |---|---|
+//! | `encoding` | `Content-Encoding`, decoded chunk by chunk |
+//! | `json`, `repair`, `json_error` | repair of invalid JSON |
+//! | `event_stream`, `wrapped` | bodies that are event streams or inside other objects |
+//! | `body`, `fields`, `completion` | body of a chat completion, and the answer parsed from it |
+//! | `message`, `text`, `usage` | text, thinking and refusal of a message; token counts |
+//! | `scan`, `logprobs` | fast and lenient parser of logprobs |
+//! | `error`, `error_body` | errors of every shape |
+//!
+//! Invariant: an answer is paid for, so neither a missing, mistyped or unknown field nor invalid JSON discards it.
 
 pub(crate) mod body;
 pub(crate) mod completion;
@@ -26,30 +34,28 @@ pub(crate) mod text;
 pub(crate) mod usage;
 pub(crate) mod wrapped;
 
-use crate::client::response::completion::Completion;
-use crate::client::response::completion::NoAnswer;
-use crate::client::response::completion::names_choices;
 use std::cell::Cell;
 
 use serde_json::value::RawValue;
 
 use crate::cache::record::Logprobs;
 use crate::client::response::body::read;
+use crate::client::response::completion::{Completion, NoAnswer, names_choices};
 use crate::client::response::json_error::JsonProblem;
 use crate::client::response::scan::{BodyWithoutLogprobs, Mark};
 
-/// Reads the body of a reply with a good status.
+/// Parses the body of a reply with a success status.
 ///
-/// Top-k logprobs are nearly all of a body, so they are read by themselves where they are as usual,
-/// and else as what they should be. Where that fails, they are left unparsed, so that broken logprobs
-/// cost no answer. A body that is not strict JSON of this shape is repaired first.
+/// Top-k logprobs are most of a body, so [`scan`] parses them first if they have the usual shape; else serde
+/// does. If both fail, the answer is parsed without them, so that invalid logprobs do not discard it. A body that
+/// is not strict JSON of this shape is repaired first.
 pub(crate) fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
     let completion = match strict(body) {
         Err(_) => parse_repaired(body)?,
-        Ok(Ok(completion)) if completion.says_something() => completion,
-        // It may be inside of something, or behind something.
+        Ok(Ok(completion)) if completion.has_content() => completion,
+        // The completion may be nested in, or follow, other data.
         Ok(other) if names_choices(body) => match (parse_repaired(body), other) {
-            (Ok(found), _) if found.says_something() => found,
+            (Ok(found), _) if found.has_content() => found,
             (_, Ok(empty)) => empty,
             (found, Err(_)) => found?,
         },
@@ -58,26 +64,26 @@ pub(crate) fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
     Ok(with_usage(completion, body))
 }
 
-/// Reads a body that is strict JSON of the usual shape.
+/// Parses a body that is strict JSON of the usual shape.
 fn strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
     if let Some(BodyWithoutLogprobs { rest, columns }) = scan::cut(body) {
         let columns = Cell::new(Some(columns));
         let answer = read(&rest, |_: Mark, text| {
             Ok(columns.take().and_then(|columns| columns.finish(text)))
         });
-        // Else what was cut out was not the answer's.
+        // Otherwise the removed list was not that of the answer.
         if let Ok(answer) = answer
             && columns.take().is_none()
         {
             return Ok(answer);
         }
     }
-    read(body, logprobs::columns).or_else(|_| read(body, parse_later))
+    read(body, logprobs::columns).or_else(|_| read(body, parse_raw_logprobs))
 }
 
-/// Finds the token counts elsewhere in the body, if they are not where they should be.
+/// Searches the whole body for token counts if the usual field has none.
 fn with_usage(mut completion: Completion, body: &[u8]) -> Completion {
-    // Logprobs have tokens, too.
+    // Parts of the names of token counts. Logprobs do not contain them, though they contain `tokens`.
     let names = ["_tokens", "Tokens", "TokenCount", "_eval_count"];
     let is_there = |name: &str| memchr::memmem::find(body, name.as_bytes()).is_some();
     let has_counts = || names.into_iter().any(is_there);
@@ -88,13 +94,15 @@ fn with_usage(mut completion: Completion, body: &[u8]) -> Completion {
     completion
 }
 
-fn parse_later(raw: &RawValue, text: &str) -> Result<Option<Logprobs>, String> {
+/// Parses logprobs that were kept as raw JSON, after the answer is known.
+fn parse_raw_logprobs(raw: &RawValue, text: &str) -> Result<Option<Logprobs>, String> {
     logprobs::parse(raw.get(), text)
 }
 
+/// Parses a body that is an event stream, wrapped or invalid JSON.
 fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
     let value = event_stream::joined(body).unwrap_or_else(|| json::value(body));
-    let value = value.map_err(|problem| no_json(problem, body))?;
+    let value = value.map_err(|problem| invalid_json(problem, body))?;
     let mut found = wrapped::completions(&value);
     if found.is_empty() {
         found.push(value);
@@ -105,28 +113,27 @@ fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
         > 1
     {
         let whole = event_stream::join_values(found);
-        found = vec![whole.map_err(|problem| no_json(problem, body))?];
+        found = vec![whole.map_err(|problem| invalid_json(problem, body))?];
     }
     let mut answers = found.iter().map(|value| {
         let text = value.to_string();
-        read(text.as_bytes(), parse_later).unwrap_or_else(|error| {
+        read(text.as_bytes(), parse_raw_logprobs).unwrap_or_else(|error| {
             Err(if has_signs_of_an_answer(body) {
-                NoAnswer::Unreadable(format!("the body is no chat completion: {error}"))
+                NoAnswer::Unreadable(format!("the body is not a chat completion: {error}"))
             } else {
-                NoAnswer::Malformed(no_completion(body))
+                NoAnswer::Malformed(not_a_completion(body))
             })
         })
     });
-    let says_something = |answer: &Result<Completion, NoAnswer>| {
-        answer.as_ref().is_ok_and(Completion::says_something)
-    };
-    let speaking = answers.clone().find(says_something);
-    speaking
+    let has_content =
+        |answer: &Result<Completion, NoAnswer>| answer.as_ref().is_ok_and(Completion::has_content);
+    let with_content = answers.clone().find(has_content);
+    with_content
         .or_else(|| answers.next())
-        .unwrap_or_else(|| Err(NoAnswer::Malformed(no_completion(body))))
+        .unwrap_or_else(|| Err(NoAnswer::Malformed(not_a_completion(body))))
 }
 
-fn no_json(problem: JsonProblem, body: &[u8]) -> NoAnswer {
+fn invalid_json(problem: JsonProblem, body: &[u8]) -> NoAnswer {
     match problem {
         JsonProblem::NotJson(_) if has_signs_of_an_answer(body) => {
             NoAnswer::Unreadable(problem.to_string())
@@ -135,16 +142,16 @@ fn no_json(problem: JsonProblem, body: &[u8]) -> NoAnswer {
     }
 }
 
-/// Is there a sign that something was generated?
+/// Returns true if the body indicates that text was generated.
 fn has_signs_of_an_answer(body: &[u8]) -> bool {
     let signs = ["\"usage\"", "completion_tokens"];
     let has = |sign: &&str| memchr::memmem::find(body, sign.as_bytes()).is_some();
     names_choices(body) || signs.iter().any(has)
 }
 
-fn no_completion(body: &[u8]) -> String {
+fn not_a_completion(body: &[u8]) -> String {
     format!(
-        "the body is no chat completion: {}",
+        "the body is not a chat completion: {}",
         crate::client::response::json_error::beginning(body)
     )
 }

@@ -1,19 +1,19 @@
-//! The rewriting of JSON that is nearly right, byte by byte, for `json`. Pure.
+//! Byte-by-byte conversion of invalid JSON to strict JSON, for `json`. Pure.
 
 use crate::client::response::json_error::{JsonProblem, beginning};
 
-/// Values nested deeper are kept as text. serde_json stops at 128 levels, and a reply is read as part of
-/// other types.
-const DEEPEST: usize = 96;
+/// Maximum nesting depth; deeper values are kept as text. serde_json stops at 128 levels, some of which other types
+/// around the reply use.
+const MAX_DEPTH: usize = 96;
 
-/// The rewriting of one value. It keeps a stack of its own, so that depth costs no recursion.
+/// Repair of one JSON value, with an explicit stack instead of recursion.
 pub(crate) struct JsonRepair<'a> {
     pub(crate) text: &'a [u8],
     pub(crate) at: usize,
     pub(crate) out: Vec<u8>,
-    /// The brackets that are open.
+    /// Stack of open brackets.
     pub(crate) open: Vec<u8>,
-    /// Length of `out` when an object of a list of the outermost object last ended.
+    /// Length of `out` after the last complete element of a list in the outermost object.
     pub(crate) whole: usize,
 }
 
@@ -21,7 +21,7 @@ impl JsonRepair<'_> {
     pub(crate) fn run(&mut self) -> Result<(), JsonProblem> {
         loop {
             self.value()?;
-            // Behind a value: the end of what is open, or one more.
+            // After a value: a closing bracket, or a comma and another value.
             loop {
                 let Some(&bracket) = self.open.last() else {
                     return Ok(());
@@ -30,7 +30,7 @@ impl JsonRepair<'_> {
                 if next == b',' {
                     self.at += 1;
                     if self.closes(bracket)? {
-                        // A comma behind the last value.
+                        // A trailing comma.
                         continue;
                     }
                     self.out.push(b',');
@@ -47,8 +47,8 @@ impl JsonRepair<'_> {
         }
     }
 
-    /// Closes a body that breaks off. Returns true if a choice with its finish reason came before the break,
-    /// so that the answer is whole.
+    /// Closes a truncated body. Returns true if it contains a choice with a finish reason, so that the answer is
+    /// complete.
     pub(crate) fn close(&mut self) -> bool {
         self.out.truncate(self.whole);
         let choices = memchr::memmem::find(&self.out, b"\"choices\":[");
@@ -61,12 +61,12 @@ impl JsonRepair<'_> {
         is_whole
     }
 
-    /// Reads a value that holds no other, or opens one that does, up to its first value.
+    /// Converts a scalar or empty value, or opens containers up to their first scalar.
     fn value(&mut self) -> Result<(), JsonProblem> {
         loop {
             match self.peek()? {
                 bracket @ (b'{' | b'[') => {
-                    if self.open.len() == DEEPEST {
+                    if self.open.len() == MAX_DEPTH {
                         return self.keep_as_text();
                     }
                     self.at += 1;
@@ -85,7 +85,7 @@ impl JsonRepair<'_> {
         }
     }
 
-    /// Passes the end of what `bracket` has opened, if it is next.
+    /// Consumes the bracket that closes `bracket`, if it is next.
     fn closes(&mut self, bracket: u8) -> Result<bool, JsonProblem> {
         let end = if bracket == b'{' { b'}' } else { b']' };
         let is_next = self.peek()? == end;
@@ -113,10 +113,10 @@ impl JsonRepair<'_> {
         Ok(())
     }
 
-    /// The next byte that is not white space.
+    /// Returns the next byte that is not white space, without consuming it.
     fn peek(&mut self) -> Result<u8, JsonProblem> {
         while let Some(byte) = self.text.get(self.at) {
-            // Some proxies send NUL as keep-alive.
+            // Some proxies send NUL bytes as keep-alive.
             if byte.is_ascii_whitespace() || *byte == 0 {
                 self.at += 1;
             } else {
@@ -196,19 +196,19 @@ impl JsonRepair<'_> {
         Ok(())
     }
 
-    /// Half a surrogate pair: an answer was cut off within a character.
+    /// Replaces an unpaired surrogate, from an answer that was cut off within a character.
     fn replacement(&mut self) {
         self.out.extend_from_slice(b"\\ufffd");
         self.at += 6;
     }
 
-    /// A backslash that escapes nothing stands for itself.
+    /// Escapes a backslash that begins no valid escape.
     fn escaped_backslash(&mut self) {
         self.out.extend_from_slice(b"\\\\");
         self.at += 1;
     }
 
-    /// A number, or a word; null where JSON has no such value.
+    /// Converts a number or literal; null if JSON has no such value.
     fn word(&mut self) -> Result<(), JsonProblem> {
         let rest = &self.text[self.at..];
         let is_part =
@@ -218,7 +218,7 @@ impl JsonRepair<'_> {
         if word.is_empty() {
             return Err(self.unexpected());
         }
-        // A number or a word that goes on behind the end of the text.
+        // The number or literal may continue after the end of the text.
         if self.at + length == self.text.len() && !self.open.is_empty() {
             return Err(JsonProblem::CutOff);
         }
@@ -233,7 +233,7 @@ impl JsonRepair<'_> {
         Ok(())
     }
 
-    /// A value that is nested too deep stays, as a text.
+    /// Converts a value that is nested too deeply to a string of its text.
     fn keep_as_text(&mut self) -> Result<(), JsonProblem> {
         let start = self.at;
         let mut depth = 0usize;
@@ -255,14 +255,14 @@ impl JsonRepair<'_> {
             }
         }
         let text = String::from_utf8_lossy(&self.text[start..self.at.min(self.text.len())]);
-        // A string always has a JSON text.
+        // Serializing a string never fails.
         self.out
             .extend_from_slice(&serde_json::to_vec(&text).unwrap_or_default());
         Ok(())
     }
 }
 
-/// A number as JSON spells it; null where it is beyond all numbers.
+/// Returns a number in JSON's spelling; null if it is not finite.
 fn number(word: &str) -> Option<String> {
     let value: f64 = word.parse().ok()?;
     if !value.is_finite() {
@@ -275,7 +275,7 @@ fn number(word: &str) -> Option<String> {
     }
 }
 
-/// The code unit of `\uXXXX` at the start of `text`.
+/// Parses the UTF-16 code unit of `\uXXXX` at the start of `text`.
 fn unit(text: &[u8]) -> Option<u16> {
     let digits = text.strip_prefix(b"\\u")?.get(..4)?;
     if !digits.iter().all(u8::is_ascii_hexdigit) {

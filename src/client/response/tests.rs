@@ -1,4 +1,4 @@
-//! Replies of every shape.
+//! Parsing of replies of every shape.
 
 use crate::cache::record::Answer;
 use crate::client::response::*;
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 /// Parses a body whose answer must be `hi`, complete.
 #[track_caller]
-fn says_hi(body: &str) -> Completion {
+fn parse_hi(body: &str) -> Completion {
     let completion = parse(body.as_bytes()).unwrap_or_else(|e| panic!("{body}: {e:?}"));
     let answer = &completion.answer;
     assert_eq!(
@@ -22,7 +22,7 @@ fn answer(body: Value) -> Completion {
 }
 
 #[test]
-fn a_full_answer_is_taken_apart_and_nothing_is_lost() {
+fn all_fields_of_an_answer_are_kept() {
     let completion = answer(json!({
         "id": "x", "created": 1.5, "model": "m-1", "system_fingerprint": "f",
         "service_tier": "on_demand",
@@ -62,7 +62,7 @@ fn a_full_answer_is_taken_apart_and_nothing_is_lost() {
 }
 
 #[test]
-fn thinking_is_billed_once_wherever_it_is_counted() {
+fn reasoning_tokens_are_counted_once() {
     let usage = |completion_tokens: u64, total_tokens: u64| {
         let details = json!({"reasoning_tokens": 30});
         let completion = answer(json!({
@@ -77,7 +77,7 @@ fn thinking_is_billed_once_wherever_it_is_counted() {
 }
 
 #[test]
-fn odd_answers_are_still_answers() {
+fn unusual_messages_are_answers() {
     let choice = |message: Value| json!({"choices": [{"message": message}]});
     let cases = [
         (choice(json!({"content": null})), ""),
@@ -104,7 +104,7 @@ fn odd_answers_are_still_answers() {
 }
 
 #[test]
-fn an_answer_is_found_wherever_it_stands() {
+fn answer_is_found_in_every_wrapper() {
     let choice =
         json!({"message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"});
     let body = json!({"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 1}});
@@ -114,7 +114,7 @@ fn an_answer_is_found_wherever_it_stands() {
         body.to_string()
     };
     let bodies = [
-        // Fields that say that nothing went wrong, and an error beside a complete answer.
+        // Error fields that report a success, and an error with a complete answer.
         with("error", json!({"message": "", "type": "", "code": null})),
         with("error", json!({"code": 0, "message": "success"})),
         with("error", json!({"message": "billing record delayed"})),
@@ -169,13 +169,13 @@ fn an_answer_is_found_wherever_it_stands() {
         ),
     ];
     for body in bodies {
-        says_hi(&body);
+        parse_hi(&body);
     }
     let errors = [
         with("choices", json!([{"message": {"content": "h"}, "finish_reason": "error"}])),
         json!({"error": {"message": "overloaded"}, "choices": [{"message": {"content": ""}}]})
             .to_string(),
-        // Half a text in a stream.
+        // A truncated text in a stream.
         format!("data: {}\n\ndata: {}\n\n",
             json!({"choices": [{"delta": {"content": "h"}}]}), json!({"error": {"message": "overloaded"}})),
         json!({"code": 429, "message": "slow down", "choices": [], "usage": {"prompt_tokens": 0, "completion_tokens": 0}}).to_string(),
@@ -189,7 +189,7 @@ fn an_answer_is_found_wherever_it_stands() {
 }
 
 #[test]
-fn a_text_beside_an_error_is_kept_and_marked() {
+fn text_with_an_error_is_kept_and_marked() {
     for finish_reason in [json!(null), json!({"type": "error_late"})] {
         let choice = json!({"message": {"content": "h"}, "finish_reason": finish_reason});
         let kept = answer(json!({"choices": [choice], "error": {"message": "late"}}));
@@ -200,7 +200,7 @@ fn a_text_beside_an_error_is_kept_and_marked() {
 }
 
 #[test]
-fn usage_is_found_wherever_it_stands() {
+fn usage_is_found_in_every_place() {
     let usage = json!({"prompt_tokens": 7, "completion_tokens": 2});
     let choice = json!({"message": {"content": "hi"}, "finish_reason": "stop"});
     let mut measured = choice.clone();
@@ -213,20 +213,20 @@ fn usage_is_found_wherever_it_stands() {
         json!({"choices": [], "usage": usage, "result": {"choices": [choice]}}),
     ];
     for body in bodies {
-        let completion = says_hi(&body.to_string());
+        let completion = parse_hi(&body.to_string());
         assert_eq!(completion.usage.unwrap().prompt_tokens, 7, "{body}");
     }
 }
 
 #[test]
-fn usage_in_the_text_of_an_answer_is_no_usage() {
+fn usage_in_the_text_of_an_answer_is_ignored() {
     let example = r#"{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}"#;
     let choice = json!({"message": {"content": example}, "finish_reason": "stop"});
     assert_eq!(answer(json!({"choices": [choice]})).usage, None);
 }
 
 #[test]
-fn a_stream_that_was_cut_is_no_answer() {
+fn truncated_stream_is_no_answer() {
     let with = |delta: Value, finish: Value| {
         let chunk = json!({"choices": [{"delta": delta, "finish_reason": finish}], "error": null});
         parse(format!("data: {chunk}\n\n").as_bytes())
@@ -241,13 +241,13 @@ fn a_stream_that_was_cut_is_no_answer() {
         parse(pieces.as_bytes()),
         Err(NoAnswer::Malformed(_))
     ));
-    says_hi(&format!(
+    parse_hi(&format!(
         "{pieces}data: {{\"choices\":[{{\"finish_reason\":\"stop\"}}]}}\n\n"
     ));
 }
 
 #[test]
-fn broken_logprobs_cost_no_answer() {
+fn invalid_logprobs_do_not_discard_the_answer() {
     let body = br#"{"choices":[{"message":{"content":"a \" NaN"},"logprobs":{"content":[
         {"token":"a \" NaN","logprob":-Infinity,"top_logprobs":[{"token":"b","logprob":NaN}]}]}}]}"#;
     let completion = parse(body).unwrap();
@@ -264,7 +264,7 @@ fn broken_logprobs_cost_no_answer() {
 }
 
 #[test]
-fn a_flaw_of_the_json_costs_no_answer() {
+fn invalid_json_does_not_discard_the_answer() {
     let good = r#"{"choices":[{"message":{"content":"hi","role":"assistant"},"finish_reason":"stop","logprobs":{"content":[{"token":"hi","logprob":-0.5,"top_logprobs":[]}]}}],"usage":{"prompt_tokens":3,"completion_tokens":1}}"#;
     let with = |field: &str| format!("{},{field}}}", &good[..good.len() - 1]);
     let deep = format!("\"trace\":{}{}", "[".repeat(5_000), "]".repeat(5_000));
@@ -282,7 +282,7 @@ fn a_flaw_of_the_json_costs_no_answer() {
         with("\"error\":\"\",\"note\":\"a\nb\u{1}\""),
     ];
     for body in bodies {
-        let completion = says_hi(&body);
+        let completion = parse_hi(&body);
         assert_eq!(completion.usage.unwrap().prompt_tokens, 3, "{body}");
         assert!(completion.logprobs.unwrap().matches_text, "{body}");
     }
@@ -304,7 +304,7 @@ fn a_flaw_of_the_json_costs_no_answer() {
 }
 
 #[test]
-fn one_choice_in_another_shape_is_a_choice() {
+fn choice_is_parsed_in_every_shape() {
     let bodies = [
         json!({"choices": [{"text": "hi"}]}),
         json!({"choices": {"message": {"content": "hi"}}}),
@@ -320,7 +320,7 @@ fn one_choice_in_another_shape_is_a_choice() {
 }
 
 #[test]
-fn what_was_paid_for_without_a_word_is_an_answer_without_text() {
+fn billed_reply_without_text_is_an_empty_answer() {
     let usage = json!({"prompt_tokens": 12, "completion_tokens": 0, "total_tokens": 12});
     let cases = [
         (
@@ -352,7 +352,7 @@ fn what_was_paid_for_without_a_word_is_an_answer_without_text() {
         );
         assert_eq!(completion.usage.unwrap().prompt_tokens, 12, "{body}");
     }
-    // Half of a count is kept, and is no measurement.
+    // An incomplete usage is kept, but is no measurement.
     let half = answer(json!({"choices": [], "usage": {"prompt_tokens": 12}}));
     assert_eq!(
         (half.usage, &half.extra["usage"]["prompt_tokens"]),
@@ -361,7 +361,7 @@ fn what_was_paid_for_without_a_word_is_an_answer_without_text() {
 }
 
 #[test]
-fn an_answer_that_a_filter_cut_off_is_kept() {
+fn answer_cut_off_by_a_content_filter_is_kept() {
     let completion = answer(
         json!({"error": {"code": "content_filter", "message": "filtered"},
         "choices": [{"message": {"content": "The first half of"}}]}),
@@ -372,26 +372,26 @@ fn an_answer_that_a_filter_cut_off_is_kept() {
 }
 
 #[test]
-fn a_body_without_an_answer_says_why() {
+fn body_without_an_answer_returns_the_reason() {
     let nested = format!("{{\"usage\":{}", "[".repeat(100_000));
     let cases: [(&[u8], &str); 9] = [
         (b"", "malformed: the body is empty"),
         (b"{\"choices\":[{\"mess", "malformed: the JSON ends early"),
         (b"<html>", "malformed: not JSON: an HTML page"),
-        (b"{}", "malformed: there is no choice in the body: {}"),
+        (b"{}", "malformed: the body contains no choice: {}"),
         (
             b"{\"choices\":[],\"id\":7}",
-            "malformed: there is no choice in the body: {\"id\":7}",
+            "malformed: the body contains no choice: {\"id\":7}",
         ),
         (
             b"\"hello\"",
-            "malformed: the body is no chat completion: \"hello\"",
+            "malformed: the body is not a chat completion: \"hello\"",
         ),
         (nested.as_bytes(), "malformed: the JSON ends early"),
         (b"{\"choices\": 'x'}", "unreadable: not JSON: at byte 12"),
         (
             b"{\"choices\": [7], \"usage\": {}}",
-            "unreadable: the body is no chat completion",
+            "unreadable: the body is not a chat completion",
         ),
     ];
     for (body, expected) in cases {
@@ -405,7 +405,7 @@ fn a_body_without_an_answer_says_why() {
 }
 
 #[test]
-fn an_error_may_come_with_a_good_status() {
+fn error_with_a_success_status_is_an_error() {
     let body = br#"{"error":{"code":502,"message":"m"},"choices":[]}"#;
     assert!(matches!(parse(body), Err(NoAnswer::Error(error)) if error.status == Some(502)));
     let body = br#"{"choices":[{"message":{"content":"x"},"finish_reason":"error"}]}"#;

@@ -1,20 +1,20 @@
-//! TODO
+//! Text of JSON values.
 
 use serde_json::Value;
 
-/// Returns true if there is text in a message, or a call of a tool.
-pub(crate) fn speaks(value: &Value) -> bool {
+/// Returns true if a message contains text or a tool call.
+pub(crate) fn has_text(value: &Value) -> bool {
     match value {
         Value::String(text) => !text.is_empty(),
-        Value::Array(parts) => parts.iter().any(speaks),
+        Value::Array(parts) => parts.iter().any(has_text),
         Value::Object(fields) => fields.iter().any(|(name, value)| {
-            !["role", "type", "id", "name"].contains(&&**name) && speaks(value)
+            !["role", "type", "id", "name"].contains(&&**name) && has_text(value)
         }),
         Value::Null | Value::Bool(_) | Value::Number(_) => false,
     }
 }
 
-/// A scalar as text; empty for anything else.
+/// Returns a string or number as text; empty for anything else.
 pub(crate) fn text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),

@@ -1,12 +1,13 @@
-//! Token counts in the spellings of all dialects, and whether they can be true. Pure.
+//! Token counts in every provider's spelling, with a plausibility check. Pure.
 
 use serde_json::{Map, Value};
 
 use crate::cache::usage::Usage;
 
-/// No request has used more tokens: a larger count is a mistake of the server's, as an unsigned -1 is.
-const IMPOSSIBLE: u64 = 10_000_000;
+/// Maximum plausible token count of a request: a larger one, such as an unsigned -1, is an error of the server.
+const MAX_TOKENS: u64 = 10_000_000;
 
+/// Names of the prompt token count.
 const PROMPT: [&str; 5] = [
     "prompt_tokens",
     "input_tokens",
@@ -14,6 +15,8 @@ const PROMPT: [&str; 5] = [
     "prompt_eval_count",
     "inputTokens",
 ];
+
+/// Names of the completion token count.
 const COMPLETION: [&str; 6] = [
     "completion_tokens",
     "output_tokens",
@@ -22,10 +25,12 @@ const COMPLETION: [&str; 6] = [
     "outputTokens",
     "generated_tokens",
 ];
+
+/// Names of the total token count.
 const TOTAL: [&str; 3] = ["total_tokens", "totalTokenCount", "totalTokens"];
 
-/// Takes the counts that we know out of `fields`; None where they are missing, half or impossible, which
-/// leaves them where they are.
+/// Takes the known counts out of a `usage` object. If they are missing, incomplete or implausible, returns None
+/// and all fields.
 pub(crate) fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
     let mut fields = match value {
         Value::Object(fields) => fields,
@@ -44,7 +49,7 @@ pub(crate) fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
 }
 
 fn read(fields: &Map<String, Value>) -> Option<Usage> {
-    // There are few fields, and many names: to compare them costs less than to hash each name.
+    // With few fields and many names, comparing is faster than hashing each name.
     let field = |name: &str| {
         let mut fields = fields.iter();
         fields.find_map(|(found, value)| (found == name).then_some(value))
@@ -69,7 +74,7 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
         ])
     })
     .unwrap_or(0);
-    // Anthropic counts these beside the input.
+    // Anthropic does not include cached tokens in the input tokens.
     if fields.contains_key("input_tokens") && !fields.contains_key("prompt_tokens") {
         let read = count(fields.get("cache_read_input_tokens"));
         let created = count(fields.get("cache_creation_input_tokens")).unwrap_or(0);
@@ -83,8 +88,8 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
     )
     .or_else(|| first(&["reasoning_tokens", "thoughtsTokenCount"]))
     .unwrap_or(0);
-    // Some bill thinking beside the completion, and the total shows it (xAI, Gemini); others show no more
-    // than more thinking than completion.
+    // Some providers (xAI, Gemini) do not include thinking in the completion, as the total shows. Without a total,
+    // more thinking than completion tokens shows it.
     match total {
         Some(total) => {
             completion_tokens = completion_tokens.max(total.saturating_sub(prompt_tokens))
@@ -100,11 +105,11 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
         cached_tokens: cached_tokens.min(prompt_tokens),
         reasoning_tokens: reasoning_tokens.min(completion_tokens),
     };
-    let is_possible = prompt_tokens <= IMPOSSIBLE && completion_tokens <= IMPOSSIBLE;
-    is_possible.then_some(usage)
+    let is_plausible = prompt_tokens <= MAX_TOKENS && completion_tokens <= MAX_TOKENS;
+    is_plausible.then_some(usage)
 }
 
-/// The largest prompt and completion counts in what an endpoint said, of which no whole usage could be made.
+/// Returns the largest prompt and completion counts in a value that has no complete usage.
 fn reported(value: &Value) -> Usage {
     let mut most = Usage::default();
     match value {
@@ -112,7 +117,7 @@ fn reported(value: &Value) -> Usage {
             let first = |names: &[&str]| {
                 let counts = names.iter().filter_map(|name| count(fields.get(*name)));
                 counts
-                    .filter(|count| *count <= IMPOSSIBLE)
+                    .filter(|count| *count <= MAX_TOKENS)
                     .max()
                     .unwrap_or(0)
             };
@@ -128,13 +133,13 @@ fn reported(value: &Value) -> Usage {
     most
 }
 
-/// Raises `most` to what is said in the rest of a body.
+/// Raises `most` to the counts in the other fields of a body.
 pub(crate) fn raise_by(most: &mut Usage, extra: &Map<String, Value>) {
     // An answer, or the request, may contain an example of token counts.
-    let elsewhere = extra
+    let other_fields = extra
         .iter()
         .filter(|(name, _)| !["message", "choice", "request"].contains(&name.as_str()));
-    elsewhere.for_each(|(_, value)| raise(most, value));
+    other_fields.for_each(|(_, value)| raise(most, value));
 }
 
 fn raise(most: &mut Usage, value: &Value) {
@@ -143,7 +148,7 @@ fn raise(most: &mut Usage, value: &Value) {
     most.completion_tokens = most.completion_tokens.max(other.completion_tokens);
 }
 
-/// A count, be it written as an integer, as a float or as text. A part of a token is billed as one.
+/// Parses a count: an integer, float or text. Fractions are rounded up.
 fn count(value: Option<&Value>) -> Option<u64> {
     let value = match value? {
         Value::String(text) => text.trim().replace(',', "").parse().ok()?,
@@ -155,8 +160,8 @@ fn count(value: Option<&Value>) -> Option<u64> {
     (value.is_finite() && value >= 0.0).then_some(value.ceil() as u64)
 }
 
-/// What an endpoint measured for an answer of so many bytes, if it can be true: no prompt has no tokens,
-/// and neither has a text.
+/// Returns the reported usage of an answer of `text_bytes` bytes if it is plausible: a prompt has tokens, and so has
+/// a text that is not empty.
 pub(crate) fn measured(usage: Option<Usage>, text_bytes: usize) -> Option<Usage> {
     usage
         .filter(|usage| usage.prompt_tokens > 0 && (usage.completion_tokens > 0 || text_bytes == 0))
@@ -180,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_are_read_in_every_spelling() {
+    fn usage_is_parsed_in_every_spelling() {
         let cases = [
             (
                 json!({"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}),
@@ -249,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_half_and_impossible_counts_are_none_and_stay_where_they_are() {
+    fn missing_incomplete_and_implausible_usage_is_none_and_kept() {
         let huge = u64::MAX;
         let cases = [
             json!({}),
@@ -276,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_inside_an_answer_or_the_request_are_no_usage() {
+    fn counts_inside_an_answer_or_request_are_ignored() {
         let counts = json!({"usage": {"prompt_tokens": 1_200, "completion_tokens": 3}});
         let most = |name: &str| {
             let mut most = Usage::default();
@@ -291,8 +296,8 @@ mod tests {
     }
 
     #[test]
-    fn zeros_beside_a_text_measure_nothing() {
-        let of = |prompt_tokens, completion_tokens, bytes| {
+    fn zero_counts_with_a_text_are_not_a_measurement() {
+        let is_measured = |prompt_tokens, completion_tokens, bytes| {
             let usage = Usage {
                 prompt_tokens,
                 completion_tokens,
@@ -300,7 +305,7 @@ mod tests {
             };
             measured(Some(usage), bytes).is_some()
         };
-        assert!(of(10, 2, 5) && of(10, 0, 0));
-        assert!(!of(0, 0, 5) && !of(10, 0, 5) && !of(0, 3, 5));
+        assert!(is_measured(10, 2, 5) && is_measured(10, 0, 0));
+        assert!(!is_measured(0, 0, 5) && !is_measured(10, 0, 5) && !is_measured(0, 3, 5));
     }
 }

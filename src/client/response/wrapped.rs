@@ -1,21 +1,21 @@
-//! Completions inside of what gateways put around them: lists, texts, objects of their own. Pure.
+//! Finds completions that gateways wrap in lists, texts or other objects. Pure.
 
 use serde_json::{Map, Value};
 
 use crate::cache::usage::Usage;
 use crate::client::response::{json, usage};
 
-/// Levels of nesting that are searched.
-const DEEPEST: usize = 8;
+/// Maximum nesting depth of the search.
+const MAX_DEPTH: usize = 8;
 
-/// Every object with choices, the outermost first, its choices in a list.
+/// Returns every object with choices, outer ones first, with the choices as a list.
 pub(crate) fn completions(value: &Value) -> Vec<Value> {
     let mut found = Vec::new();
-    search(value, DEEPEST, &mut |fields| {
+    search(value, MAX_DEPTH, &mut |fields| {
         if let Some(choices) = fields.get("choices") {
             let mut fields = fields.clone();
-            let list = listed(choices, DEEPEST);
-            // What cannot be understood stays, and is kept as unreadable.
+            let list = listed(choices, MAX_DEPTH);
+            // Choices of unknown shape stay, so that the reply is kept as unreadable.
             if !list.is_empty() {
                 fields.insert("choices".into(), Value::Array(list));
             }
@@ -25,7 +25,7 @@ pub(crate) fn completions(value: &Value) -> Vec<Value> {
     found
 }
 
-/// First plausible token counts in a body. The answer and an echo of the request are skipped, since they may
+/// Returns the first plausible token counts in a body. Skips the answer and an echo of the request, which may
 /// contain an example of such counts.
 pub(crate) fn usage_in(value: &Value) -> Option<Usage> {
     const ANSWERS: [&str; 6] = ["request", "message", "messages", "delta", "content", "text"];
@@ -34,19 +34,19 @@ pub(crate) fn usage_in(value: &Value) -> Option<Usage> {
         let counts = usage::usage(Value::Object(fields.clone())).0;
         found = found.or(counts.filter(|usage| usage.prompt_tokens > 0));
     };
-    search_but(value, &ANSWERS, DEEPEST, &mut look);
+    search_except(value, &ANSWERS, MAX_DEPTH, &mut look);
     found
 }
 
-/// Shows every object, outer ones before those inside of them; JSON in a text is one as well.
+/// Calls `look` with every object, outer ones first, including objects in JSON within a text.
 fn search(value: &Value, depth: usize, look: &mut impl FnMut(&Map<String, Value>)) {
-    search_but(value, &[], depth, look);
+    search_except(value, &[], depth, look);
 }
 
-/// Same, without the fields named in `but`.
-fn search_but(
+/// As [`search`], without the fields in `skipped`.
+fn search_except(
     value: &Value,
-    but: &[&str],
+    skipped: &[&str],
     depth: usize,
     look: &mut impl FnMut(&Map<String, Value>),
 ) {
@@ -58,31 +58,31 @@ fn search_but(
             look(fields);
             let inner = fields
                 .iter()
-                .filter(|(name, _)| !but.contains(&name.as_str()));
-            inner.for_each(|(_, value)| search_but(value, but, depth, look));
+                .filter(|(name, _)| !skipped.contains(&name.as_str()));
+            inner.for_each(|(_, value)| search_except(value, skipped, depth, look));
         }
         Value::Array(items) => {
             items
                 .iter()
-                .for_each(|value| search_but(value, but, depth, look));
+                .for_each(|value| search_except(value, skipped, depth, look));
         }
         Value::String(text) => {
             if let Some(value) = in_text(text, "choices") {
-                search_but(&value, but, depth, look);
+                search_except(&value, skipped, depth, look);
             }
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => {}
     }
 }
 
-/// The value that a text is JSON of, if it contains the word.
+/// Parses a text as JSON if it contains `word`.
 fn in_text(text: &str, word: &str) -> Option<Value> {
     let text = text.trim_start();
     let may_be = text.starts_with(['{', '[', '"']) && text.contains(word);
     may_be.then(|| json::value(text.as_bytes()).ok())?
 }
 
-/// Choices as a list of objects: one alone, by their index, in lists of lists, or as texts.
+/// Converts choices to a list of objects, from one choice, a map by index, nested lists or texts.
 fn listed(choices: &Value, depth: usize) -> Vec<Value> {
     const FIELDS: [&str; 6] = [
         "message",

@@ -194,7 +194,7 @@ impl Batches<'_> {
                 return Ok(());
             }
         }
-        for mistake in &card.mistakes {
+        for mistake in &card.errors {
             let message = &mistake.error.message;
             self.progress
                 .note(&format!("a batch has ended with an error: {message}"));
@@ -345,7 +345,7 @@ impl Batches<'_> {
             return Ok(row.is_some());
         };
         let fate = match result {
-            Ok(completion) if completion.says_something() => {
+            Ok(completion) if completion.has_content() => {
                 self.answered(index, taking, row, *completion)?;
                 RowOutcome::Answered
             }

@@ -31,7 +31,7 @@ impl Batches<'_> {
         file: &str,
     ) -> Result<Option<ResultRows>, BatchStepError> {
         match batches.content(file).await {
-            Err(fault) => Err(self.not_read(index, outcome::classify_fault(fault))),
+            Err(fault) => Err(self.not_read(index, outcome::classify_transport_error(fault))),
             Ok(FileDownload::Content(pieces)) => Ok(Some(ResultRows::new(FileLines::new(pieces)))),
             Ok(FileDownload::Refused(reply)) => match batch_object::check(Ok(reply), now()) {
                 Err(AttemptError::Refused(failure)) => {
@@ -52,7 +52,7 @@ impl Batches<'_> {
     ) -> Result<Option<Bytes>, BatchStepError> {
         match rows.next().await {
             Ok(line) => Ok(line),
-            Err(fault) => Err(self.not_read(index, outcome::classify_fault(fault))),
+            Err(fault) => Err(self.not_read(index, outcome::classify_transport_error(fault))),
         }
     }
 
@@ -89,14 +89,15 @@ impl Batches<'_> {
         let path = folder.join(format!("{}.results", self.journal.parts[index].nonce));
         let mut kept = crate::fs::AtomicFile::create(&path)?;
         let content = batches.content(file).await;
-        let content =
-            content.map_err(|fault| self.not_read(index, outcome::classify_fault(fault)))?;
+        let content = content
+            .map_err(|fault| self.not_read(index, outcome::classify_transport_error(fault)))?;
         if let FileDownload::Content(mut pieces) = content {
             let could_not = "could not keep a results file";
             let mut held = Vec::new();
             while let Some(piece) = pieces.next().await {
-                let piece =
-                    piece.map_err(|fault| self.not_read(index, outcome::classify_fault(fault)))?;
+                let piece = piece.map_err(|fault| {
+                    self.not_read(index, outcome::classify_transport_error(fault))
+                })?;
                 held.extend_from_slice(&piece);
                 held = batches.without_key(held.into()).into();
                 // A key may begin in one piece and end in the next one.

@@ -45,7 +45,7 @@ impl Batches<'_> {
             if may_be_answer(&line, is_readable) {
                 taking.keep_unreadable(&line);
             } else {
-                card.mistakes.extend(BatchFileError::from_line(&line));
+                card.errors.extend(BatchFileError::from_line(&line));
             }
         }
         taking.unreadable_lines += rows.skipped();
@@ -56,7 +56,7 @@ impl Batches<'_> {
         if taking.seen() == 0 {
             return self.failed(index, &card);
         }
-        for mistake in &card.mistakes {
+        for mistake in &card.errors {
             let line = mistake
                 .line
                 .and_then(|line| usize::try_from(line).ok()?.checked_sub(1));
@@ -78,7 +78,7 @@ impl Batches<'_> {
         card: &BatchObject,
     ) -> Result<(), BatchStepError> {
         let (upstream, _) = self.lane_of(index)?;
-        let verdict = results::verdict(&card.mistakes);
+        let verdict = results::verdict(&card.errors);
         let part = &self.journal.parts[index];
         let (rows, tokens, members) = (
             part.live.rows.clone(),

@@ -7,7 +7,7 @@ use memchr::memmem::find;
 
 use super::braces::{Braces, is_closed};
 use super::results::ID;
-use crate::client::batch_object::{FileLines, LONGEST_LINE};
+use crate::client::batch_object::{FileLines, MAX_LINE_LENGTH};
 use crate::client::transport::TransportError;
 
 pub(crate) struct ResultRows {
@@ -51,7 +51,7 @@ impl ResultRows {
         let text = line.trim_ascii();
         let is_row = text.starts_with(b"{") && find(text, ID).is_some();
         let is_open = !self.open.is_empty();
-        if is_open && (is_row || self.open.len() + line.len() > LONGEST_LINE) {
+        if is_open && (is_row || self.open.len() + line.len() > MAX_LINE_LENGTH) {
             self.give_up();
         }
         let is_whole = text.ends_with(b"}") && is_closed(text);

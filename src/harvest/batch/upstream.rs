@@ -183,7 +183,7 @@ impl BatchUpstream {
                 teacher,
             ));
         } else if times > CLAIMS {
-            self.stop(crate::client::refused::refused_by_now(
+            self.stop(crate::client::refused::refused_after_answers(
                 reason,
                 &failure.message,
                 teacher,

@@ -136,7 +136,7 @@ impl Upstream {
                 self.queue.delay(entry, now);
                 // What is in flight may still be answered: nothing more is sent until then.
                 if self.in_flight == 0 {
-                    self.stop(crate::client::refused::refused_by_now(
+                    self.stop(crate::client::refused::refused_after_answers(
                         reason,
                         &failure.message,
                         teacher,
@@ -152,7 +152,7 @@ impl Upstream {
         let contradicted = self.health.contradicted();
         if round > CLAIMS + contradicted.min(MORE_CLAIMS) {
             self.queue.delay(entry, now);
-            self.stop(crate::client::refused::refused_by_now(
+            self.stop(crate::client::refused::refused_after_answers(
                 reason,
                 &failure.message,
                 teacher,

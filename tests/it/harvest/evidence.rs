@@ -175,7 +175,7 @@ async fn an_account_that_runs_dry_or_is_locked_in_the_night_ends_as_resumable() 
             summary.failed <= 20 && summary.requests < 60,
             "{told}: {summary:?}"
         );
-        assert!(message.contains("same command"), "{message}");
+        assert!(message.contains("rerun the command"), "{message}");
     }
 }
 

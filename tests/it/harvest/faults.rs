@@ -135,9 +135,9 @@ async fn what_no_request_can_survive_stops_the_run_at_once() {
     let cases = [
         (
             reply(401, error("bad key", "invalid_api_key")),
-            "asks for a key (401: bad key)",
+            "requires a key (401: bad key)",
         ),
-        (reply(403, error("no", "")), "forbids this (403: no)"),
+        (reply(403, error("no", "")), "forbids the request (403: no)"),
         (reply(402, error("pay", "")), "no credit left"),
         (reply(429, quota), "no credit left"),
         (

@@ -1,4 +1,4 @@
-//! `distill probe` against teachers that differ, and what `harvest` makes of its findings.
+//! `distill probe` against mock teachers with different capabilities, and the effect of its findings on `harvest`.
 
 use distill::config::MaxTokensField;
 use distill::exit::Exit;
@@ -24,7 +24,7 @@ async fn probe(run: &Run) -> ProbedEndpoint {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_teacher_that_does_everything_is_found_to() {
+async fn probe_records_all_capabilities_of_a_teacher() {
     let (_server, run) = teacher(
         "[answers]\ntoken = \"bytes\"\n[limits]\nrequests_per_minute = 6000\ntokens_per_minute = 60000",
     );
@@ -47,14 +47,14 @@ async fn a_teacher_that_does_everything_is_found_to() {
         found.error_shape
     );
 
-    // Records say what was known of the endpoint.
+    // Each record contains the hash of the findings.
     run.harvest().await;
     let hash = found.hash().unwrap();
     assert!(run.records().iter().all(|record| record.probe == hash));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tempered_logprobs_are_told_from_raw_ones_and_refused_at_another_temperature() {
+async fn tempered_logprobs_are_detected_and_refused_at_other_temperatures() {
     let (server, mut run) = teacher("[answers]\ntempered = true\ntop_logprobs = 5");
     let found = probe(&run).await;
     assert_eq!(found.logprobs.kind, LogprobsKind::Tempered);
@@ -72,11 +72,15 @@ async fn tempered_logprobs_are_told_from_raw_ones_and_refused_at_another_tempera
         error.to_string().contains("`sampling.temperature` = 1.0"),
         "{error}"
     );
-    assert_eq!(server.mock().stats().requests, before, "nothing was asked");
+    assert_eq!(
+        server.mock().stats().requests,
+        before,
+        "no request was sent"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusals_are_found_one_by_one() {
+async fn refused_parameters_are_found_one_by_one() {
     let (_server, mut run) = teacher(
         "[answers]\nrefuse_parameters = [\"logprobs\", \"seed\", \"temperature\"]\n\
          max_tokens_field = \"max_tokens\"\nreasoning_tokens = 8",
@@ -91,17 +95,17 @@ async fn refusals_are_found_one_by_one() {
     let refused: Vec<_> = found.refused.keys().map(String::as_str).collect();
     assert_eq!(refused, ["logprobs", "seed", "temperature"]);
 
-    // A config that asks for none of it goes through.
+    // A config without these parameters is accepted.
     run.config.sampling.reasoning = true;
     run.config.sampling.max_tokens_field = MaxTokensField::MaxTokens;
     assert_eq!(run.harvest().await.ok, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_endpoint_that_is_not_there_or_wants_another_key_is_an_error() {
+async fn probe_of_unreachable_endpoint_or_with_wrong_key_is_an_error() {
     let (server, mut run) = teacher("key = \"sk-right\"");
     let error = distill::harvest::probe(&run.config).await.unwrap_err();
-    assert!(error.to_string().contains("asks for a key"), "{error}");
+    assert!(error.to_string().contains("requires a key"), "{error}");
     run.config.teacher.model = "other".into();
     server.stop();
     let error = distill::harvest::probe(&run.config).await.unwrap_err();

@@ -10,7 +10,7 @@ fn stream(chunks: &[Value], end: &str) -> Value {
 }
 
 #[test]
-fn chunks_become_the_body_that_was_asked_for() {
+fn chunks_are_joined_into_one_body() {
     let chunk = |delta: Value, logprobs: Value, finish: Value| json!({"id": "x", "model": "m", "choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]});
     let token =
         |text: &str| json!({"content": [{"token": text, "logprob": -1.0}], "refusal": null});
@@ -69,9 +69,10 @@ fn chunks_become_the_body_that_was_asked_for() {
 }
 
 #[test]
-fn what_is_no_piece_of_an_answer_is_passed_over() {
+fn keep_alive_events_are_skipped() {
     let chunk = |text: &str, finish: Value| json!({"choices": [{"delta": {"content": text}, "finish_reason": finish}]});
-    let (first, last) = (chunk("Hel", Value::Null), chunk("lo", json!("stop")));
+    let first = chunk("Hel", Value::Null);
+    let last = chunk("lo", json!("stop"));
     let several_lines = serde_json::to_string_pretty(&last).unwrap();
     let several_lines = several_lines.replace('\n', "\r\ndata: ");
     let bodies = [
@@ -93,7 +94,7 @@ fn what_is_no_piece_of_an_answer_is_passed_over() {
             "{body}"
         );
     }
-    // A piece that cannot be read is missed.
+    // A delta that cannot be parsed is an error.
     let broken = format!("{first}\n{{\"choices\": x\n{last}");
     assert!(joined(broken.as_bytes()).unwrap().is_err());
     let cut = format!("{first}\n{first}\n");
@@ -101,9 +102,10 @@ fn what_is_no_piece_of_an_answer_is_passed_over() {
 }
 
 #[test]
-fn a_truncated_stream_is_not_an_answer_however_it_ends() {
+fn truncated_stream_is_cut_off_whatever_its_end() {
     let chunk = |text: &str, finish: Value| json!({"choices": [{"delta": {"content": text}, "finish_reason": finish}]});
-    let (first, last) = (chunk("hel", Value::Null), chunk("lo", json!("stop")));
+    let first = chunk("hel", Value::Null);
+    let last = chunk("lo", json!("stop"));
     let usage = json!({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}});
     let done = "data: [DONE]\n\n";
     let errors = [
@@ -121,7 +123,7 @@ fn a_truncated_stream_is_not_an_answer_however_it_ends() {
     for body in [
         format!("data: {usage}\n\ndata: {first}\n\n"),
         format!("data: {first}\n\ndata: {usage}\n\ndata: {first}\n\n"),
-        // A piece is missing.
+        // A delta is missing.
         format!("data: {first}\n\ndata: {{\"id\":\"x\",\"obj\n\ndata: {last}\n\n{done}"),
     ] {
         assert!(joined(body.as_bytes()).unwrap().is_err(), "{body}");
@@ -129,7 +131,7 @@ fn a_truncated_stream_is_not_an_answer_however_it_ends() {
 }
 
 #[test]
-fn a_whole_answer_in_the_frame_of_a_stream_is_that_answer() {
+fn whole_answer_in_one_event_is_that_answer() {
     let whole = json!({"choices": [{"message": {"content": "hi"}}], "usage": {"prompt_tokens": 1}});
     assert_eq!(stream(std::slice::from_ref(&whole), ""), whole);
     let lines = format!("data: {whole}\ndata: [DONE]\n");
@@ -137,7 +139,7 @@ fn a_whole_answer_in_the_frame_of_a_stream_is_that_answer() {
 }
 
 #[test]
-fn a_stream_that_breaks_off_is_cut_off_and_an_error_in_it_is_told() {
+fn broken_stream_is_cut_off_and_its_error_is_returned() {
     let chunk = json!({"choices": [{"delta": {"content": "hel"}}]});
     let cut = format!("data: {chunk}\n\n");
     assert_eq!(joined(cut.as_bytes()), Some(Err(JsonProblem::CutOff)));
@@ -147,12 +149,12 @@ fn a_stream_that_breaks_off_is_cut_off_and_an_error_in_it_is_told() {
         "",
     );
     assert_eq!(body["error"]["message"], "overloaded");
-    // Done is done, also without a reason.
+    // An end marker completes a stream without a finish reason.
     assert_eq!(
         stream(&[chunk], "data: [DONE]\n\n")["choices"][0]["message"]["content"],
         "hel"
     );
-    // So is what its tokens are counted for.
+    // The usage of the stream completes it, too.
     let usage = json!({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}});
     let chunk = json!({"choices": [{"delta": {"content": "hel"}}]});
     assert_eq!(
@@ -166,7 +168,7 @@ fn a_stream_that_breaks_off_is_cut_off_and_an_error_in_it_is_told() {
 }
 
 #[test]
-fn an_error_event_without_a_blank_line_before_it_leaves_the_chunk_alone() {
+fn error_event_without_a_preceding_blank_line_keeps_the_chunk() {
     let chunk = json!({"choices": [{"delta": {"content": "hi"}, "finish_reason": "stop"}]});
     let text = format!("data: {chunk}\nevent: error\ndata: late\n\n");
     let body = joined(text.as_bytes()).unwrap().unwrap();
