@@ -33,7 +33,7 @@ use crate::report::answer_facts::AnswerFacts;
 pub(crate) struct Attempt {
     pub upstream: usize,
     pub entry: QueuedRow,
-    pub departure: SendTicket,
+    pub ticket: SendTicket,
     /// Reserved for it.
     pub reserved: Reservation,
 }
@@ -50,8 +50,8 @@ pub(crate) struct FinishedAttempt {
 
 /// An answer, ready to be appended.
 pub(crate) struct EncodedAnswer {
-    pub sealed: EncodedRecord,
-    pub seen: AnswerFacts,
+    pub encoded: EncodedRecord,
+    pub facts: AnswerFacts,
     /// The most tokens that it can have used, for an answer without usage.
     pub bound: TokenBound,
 }
@@ -68,9 +68,9 @@ pub(crate) async fn run(
     attempt: Attempt,
 ) -> Result<FinishedAttempt> {
     let row = &plan.rows[attempt.entry.row];
-    let asking = &plan.templates[attempt.upstream];
+    let template = &plan.templates[attempt.upstream];
     let prompt = &plan.prompts[row.prompt as usize];
-    let body = asking.body_of(prompt, row.sample);
+    let body = template.body_of(prompt, row.sample);
     let sent_at = clock.now();
     let started = Instant::now();
     let reply = transport.ask(&body).await;
@@ -82,7 +82,7 @@ pub(crate) async fn run(
         permit = reply.permit.clone();
         raw = Some(reply.body.clone());
     }
-    let read = |reply: &[u8]| asking.read(reply, &body, &prompt.messages);
+    let read = |reply: &[u8]| template.read(reply, &body, &prompt.messages);
     let completion = match outcome::classify_by(reply, now, read) {
         Ok(completion) => Ok(*completion),
         Err(AttemptError::Unreadable { problem, body }) => {
@@ -93,24 +93,24 @@ pub(crate) async fn run(
             );
             Ok(Completion::unreadable(problem))
         }
-        Err(mut trouble) => {
-            trouble.clean(&transport.secrets());
-            if let (AttemptError::Transient { failure, .. }, Some(raw)) = (&trouble, raw)
+        Err(mut error) => {
+            error.clean(&transport.secrets());
+            if let (AttemptError::Transient { failure, .. }, Some(raw)) = (&error, raw)
                 && failure.class == "malformed"
             {
                 unreadable.keep_unpaid(&row.key, &raw);
             }
-            Err(trouble)
+            Err(error)
         }
     };
     let result = match completion {
-        Err(trouble) => Err(trouble),
+        Err(error) => Err(error),
         Ok(mut completion) => {
             completion.clean(&transport.secrets());
             let bound = plan.bound(attempt.upstream, attempt.entry.row);
             let timing = timing(sent_at, latency, attempt.entry.failed + 1);
             let answered =
-                EncodedAnswer::new(asking, row, prompt, body, bound, completion, timing)?;
+                EncodedAnswer::new(template, row, prompt, body, bound, completion, timing)?;
             Ok(Box::new(answered))
         }
     };
@@ -128,7 +128,7 @@ impl EncodedAnswer {
     /// # Errors
     /// Where a record cannot be encoded.
     pub(crate) fn new(
-        asking: &RequestTemplate,
+        template: &RequestTemplate,
         row: &PlannedRow,
         prompt: &Prompt,
         body: Value,
@@ -149,17 +149,17 @@ impl EncodedAnswer {
             bound.output_tokens = bound.output_tokens.max(least.completion_tokens);
         }
         let fault = completion.logprobs_fault.clone();
-        let record = record(asking, row, prompt, body, completion, timing);
+        let record = record(template, row, prompt, body, completion, timing);
         Ok(EncodedAnswer {
-            sealed: EncodedRecord::new(&record)?,
-            seen: AnswerFacts::new(record, fault, max_tokens),
+            encoded: EncodedRecord::new(&record)?,
+            facts: AnswerFacts::new(record, fault, max_tokens),
             bound,
         })
     }
 
     /// What it cost.
     pub(crate) fn bill(&self) -> Charge {
-        match self.seen.usage {
+        match self.facts.usage {
             Some(usage) => Charge::Measured(usage),
             None => Charge::Answered(self.bound),
         }

@@ -9,10 +9,10 @@ use crate::harvest::attempt::FinishedAttempt;
 use crate::harvest::run_error;
 
 /// For how long room is waited for.
-const PATIENCE: Duration = Duration::from_secs(600);
+const MAX_WAIT: Duration = Duration::from_secs(600);
 
 /// The pause between two tries.
-const PAUSE: Duration = Duration::from_secs(5);
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
 /// Does the error come from a full disk, which somebody may make room on?
 pub(crate) fn is_full(error: &anyhow::Error) -> bool {
@@ -26,7 +26,7 @@ pub(crate) fn is_full(error: &anyhow::Error) -> bool {
 }
 
 /// At the end of a run that a full disk has ended: what cannot be written is told, and no more.
-pub(crate) fn excuse(result: anyhow::Result<()>) -> anyhow::Result<()> {
+pub(crate) fn downgrade_if_full(result: anyhow::Result<()>) -> anyhow::Result<()> {
     match result {
         Err(error) if is_full(&error) => {
             tracing::warn!("{error:#}");
@@ -59,7 +59,7 @@ impl HeldAnswers {
             retry_at: now,
             message: format!("{error:#}"),
         });
-        full.retry_at = now + PAUSE;
+        full.retry_at = now + RETRY_PAUSE;
         is_new
     }
 
@@ -94,7 +94,7 @@ impl HeldAnswers {
     pub(crate) fn has_waited_long(&self) -> bool {
         self.full
             .as_ref()
-            .is_some_and(|full| full.since.elapsed() >= PATIENCE)
+            .is_some_and(|full| full.since.elapsed() >= MAX_WAIT)
     }
 
     /// Waits no longer. Returns the answers that are lost, and why the run ends; `safe` is the number

@@ -40,7 +40,7 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
     let dir = config.own_cache();
     let known = crate::cache::open::peek(&dir)?;
     let stats = sample_stats(&dir)?;
-    let askings = request_templates(config, &[])?;
+    let templates = request_templates(config, &[])?;
     let unanswered = Unanswered::load(&config.run_dir)?;
     let mut past = known.past.clone();
     past.has_schema_1 |=
@@ -52,7 +52,7 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
             shard: options.shard,
             only: None,
         };
-        Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?
+        Plan::new(prompts, templates, &config.prompts, scope, &past, standing)?
     } else {
         again::select(config, &options.again, options.shard, &prompts, &unanswered)?.plan
     };
@@ -62,7 +62,9 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
     let mut estimate = Estimate::new(&plan, &stats, known.bytes_per_record());
     if is_batch {
         estimate.minutes = 0.0;
-        estimate.batches = Some(crate::harvest::batch::outlook::outlook(config, &plan)?);
+        estimate.batches = Some(crate::harvest::batch::outlook::estimate_batches(
+            config, &plan,
+        )?);
     }
     if options.again.is_empty() {
         estimate.cached = unused_answers(&dir, &plan, known.len(), u64::MAX, &StopFlag::default())?;
@@ -97,15 +99,15 @@ fn add_budget_warnings<S: LedgerStore>(
         .estimate
         .as_ref()
         .and_then(|estimate| estimate.cost_usd);
-    let room = account.remaining();
-    let left = format_dollars(room.usd());
-    if let Some(least) = cheapest(plan, account).filter(|least| *least > room) {
+    let remaining = account.remaining();
+    let left = format_dollars(remaining.usd());
+    if let Some(least) = cheapest(plan, account).filter(|least| *least > remaining) {
         summary.warnings.push(format!(
             "{left} of the budget are left, and {} must be set aside for a request: nothing would be sent; \
              raise `budget.usd`",
             format_dollars(least.usd())
         ));
-    } else if let Some((_, most)) = most.filter(|(_, most)| *most > room.usd()) {
+    } else if let Some((_, most)) = most.filter(|(_, most)| *most > remaining.usd()) {
         summary.warnings.push(format!(
             "{left} of the budget are left, and the rest may cost {}: the run may stop before its end",
             format_dollars(most)
@@ -120,10 +122,10 @@ fn cheapest<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Option<Dollars
         .iter()
         .zip(&plan.templates)
         .enumerate();
-    let rows = upstreams.flat_map(|(upstream, (rows, asking))| {
+    let rows = upstreams.flat_map(|(upstream, (rows, template))| {
         let least = move |row| {
             account
-                .bound(&plan.bound(upstream, row), &asking.endpoint.price)
+                .bound(&plan.bound(upstream, row), &template.endpoint.price)
                 .usd
         };
         rows.clone().map(least)
@@ -149,14 +151,14 @@ fn add_wait_warnings<S: LedgerStore>(
     if config.schedule.mode == RequestMode::Batch {
         return Ok(());
     }
-    for (asking, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
+    for (template, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
         let begun = Instant::now();
-        let mut day = run_files::day(&mut account, &asking.endpoint, now);
+        let mut day = run_files::daily_limit(&mut account, &template.endpoint, now);
         if let (false, Err(until)) = (rows.is_empty(), day.check(begun)) {
             let until = now.checked_add(until - begun).unwrap_or(now);
             summary.warnings.push(format!(
                 "`limits.requests_per_day` of {} is used up: a run that begins now waits until {}",
-                asking.endpoint.teacher.label(),
+                template.endpoint.teacher.label(),
                 schedule.show(until)
             ));
         }

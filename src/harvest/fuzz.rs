@@ -101,9 +101,9 @@ pub fn limits(bytes: &[u8]) {
                     .all(|figure| figure >= 0.0 && figure.is_finite())
             );
         }
-        if let Ok(departure) = limiter.admit(ONE, 1) {
-            limiter.update_from_headers(&reports, &departure);
-            limiter.answered(&reports, &departure, Some(ONE));
+        if let Ok(ticket) = limiter.admit(ONE, 1) {
+            limiter.update_from_headers(&reports, &ticket);
+            limiter.answered(&reports, &ticket, Some(ONE));
         }
         let (requests, tokens) = limiter.per_minute();
         assert!(

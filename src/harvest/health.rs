@@ -9,19 +9,19 @@ use tokio::time::Instant;
 const SAME_REFUSALS: u32 = 5;
 
 /// Doublings of that number for refusals amid answers.
-const MOST_DOUBLINGS: u32 = 5;
+const MAX_DOUBLINGS: u32 = 5;
 
 /// First errors of the server in the same words after which it answers nothing at all.
 const SAME_ERRORS: u32 = 6;
 
 /// Rows that must fail before it can be the endpoint.
-const SEVERAL_ROWS: usize = 3;
+const OUTAGE_ROWS: usize = 3;
 
 /// Failures in a row that are no accident.
-const FAILURES: usize = 4;
+const OUTAGE_FAILURES: usize = 4;
 
 /// A limit by the day may ask for as much.
-const LONGEST_EXCUSE: Duration = Duration::from_secs(86_400);
+const MAX_EXCLUDED_WAIT: Duration = Duration::from_secs(86_400);
 
 /// What the endpoint has done of late.
 #[derive(Debug)]
@@ -29,11 +29,11 @@ pub(crate) struct EndpointHealth {
     /// When a request last succeeded; the start of the run, to begin with.
     last_success: Instant,
     /// Of the time since, what the endpoint asked to be given.
-    excused: Duration,
+    excluded: Duration,
     /// Has anything ever succeeded, or answered at all?
     succeeded: bool,
     answered: bool,
-    is_as_before: bool,
+    has_failed_as_before: bool,
     /// When an attempt first failed after the last request that showed the endpoint in order left.
     failing_since: Option<Instant>,
     /// Rows that have failed since, attempts that have, and the most that was in flight meanwhile.
@@ -50,7 +50,7 @@ pub(crate) struct EndpointHealth {
     /// Rounds of refusals for their rate, of waits that are hours long, and of replies that say that no
     /// request can succeed, since one was answered.
     throttled: Rounds,
-    far: Rounds,
+    long_waits: Rounds,
     claims: Rounds,
     /// Rows that were forbidden since.
     forbidden: HashSet<usize>,
@@ -73,8 +73,8 @@ struct Rounds {
 
 impl Rounds {
     /// The number of the round that a reply to a request which left at `departed` belongs to, from 1.
-    fn add(&mut self, departed: Instant, now: Instant) -> u32 {
-        if self.since.is_none_or(|since| departed >= since) {
+    fn add(&mut self, sent_at: Instant, now: Instant) -> u32 {
+        if self.since.is_none_or(|since| sent_at >= since) {
             self.count += 1;
             self.since = Some(now);
         }
@@ -86,10 +86,10 @@ impl EndpointHealth {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
             last_success: now,
-            excused: Duration::ZERO,
+            excluded: Duration::ZERO,
             succeeded: false,
             answered: false,
-            is_as_before: false,
+            has_failed_as_before: false,
             failing_since: None,
             failing: HashSet::new(),
             given_up: 0,
@@ -99,7 +99,7 @@ impl EndpointHealth {
             refusal: (String::new(), 0),
             error: (String::new(), 0),
             throttled: Rounds::default(),
-            far: Rounds::default(),
+            long_waits: Rounds::default(),
             claims: Rounds::default(),
             forbidden: HashSet::new(),
             suspects: HashSet::new(),
@@ -111,21 +111,21 @@ impl EndpointHealth {
 
     /// A request that left at `departed` was answered. One that left before the failures began shows
     /// nothing about them: it may have been under way for minutes.
-    pub(crate) fn success(&mut self, departed: Instant, now: Instant) {
+    pub(crate) fn success(&mut self, sent_at: Instant, now: Instant) {
         self.last_success = now;
-        self.excused = Duration::ZERO;
+        self.excluded = Duration::ZERO;
         self.succeeded = true;
         self.answered = true;
         let doubted = self.doubted_since.take();
-        self.contradicted += u32::from(doubted.is_some_and(|since| departed >= since));
+        self.contradicted += u32::from(doubted.is_some_and(|since| sent_at >= since));
         self.forbidden.clear();
         self.suspects.clear();
-        for rounds in [&mut self.throttled, &mut self.far, &mut self.claims] {
-            if rounds.since.is_none_or(|since| departed >= since) {
+        for rounds in [&mut self.throttled, &mut self.long_waits, &mut self.claims] {
+            if rounds.since.is_none_or(|since| sent_at >= since) {
                 *rounds = Rounds::default();
             }
         }
-        if self.failing_since.is_some_and(|since| departed < since) {
+        if self.failing_since.is_some_and(|since| sent_at < since) {
             return;
         }
         self.failing_since = None;
@@ -179,7 +179,7 @@ impl EndpointHealth {
     /// Returns true if several rows in a row were forbidden. The number doubles each time that an answer
     /// contradicts the refusals.
     pub(crate) fn is_forbidding(&self) -> bool {
-        let enough = SAME_REFUSALS << self.contradicted.min(MOST_DOUBLINGS);
+        let enough = SAME_REFUSALS << self.contradicted.min(MAX_DOUBLINGS);
         self.forbidden.len() >= enough as usize
     }
 
@@ -191,13 +191,13 @@ impl EndpointHealth {
     /// A row has failed as it did while others were answered.
     pub(crate) fn failed_as_before(&mut self) {
         self.answered = true;
-        self.is_as_before = true;
+        self.has_failed_as_before = true;
     }
 
     /// Returns true once several requests may be in flight: one has succeeded, or a row has failed as it
     /// did in an earlier run, amid answers.
     pub(crate) fn is_proven(&self) -> bool {
-        self.succeeded || self.is_as_before
+        self.succeeded || self.has_failed_as_before
     }
 
     /// A reply to this row says that no request can succeed, and none has. Returns the number of such rows.
@@ -225,22 +225,22 @@ impl EndpointHealth {
 
     /// The endpoint asked to wait: it is there. Returns how often it did since it last answered, all that
     /// was in flight at once counted as one.
-    pub(crate) fn throttled(&mut self, departed: Instant, now: Instant) -> u32 {
+    pub(crate) fn throttled(&mut self, sent_at: Instant, now: Instant) -> u32 {
         self.answered = true;
-        self.throttled.add(departed, now)
+        self.throttled.add(sent_at, now)
     }
 
     /// As [`Health::throttled`], of waits that are hours long.
-    pub(crate) fn long_wait_requested(&mut self, departed: Instant, now: Instant) -> u32 {
-        self.far.add(departed, now)
+    pub(crate) fn long_wait_requested(&mut self, sent_at: Instant, now: Instant) -> u32 {
+        self.long_waits.add(sent_at, now)
     }
 
     /// As [`Health::throttled`], of replies that say that no request can succeed.
-    pub(crate) fn claimed(&mut self, row: usize, departed: Instant, now: Instant) -> u32 {
+    pub(crate) fn claimed(&mut self, row: usize, sent_at: Instant, now: Instant) -> u32 {
         self.answered = true;
         self.doubted_since.get_or_insert(now);
         self.suspects.insert(row);
-        self.claims.add(departed, now)
+        self.claims.add(sent_at, now)
     }
 
     /// The endpoint forbade a row. True if it has forbidden several in a row.
@@ -255,13 +255,13 @@ impl EndpointHealth {
     pub(crate) fn refused(&mut self, message: &str) -> bool {
         self.answered = true;
         self.setbacks += 1;
-        retry_pause(&mut self.refusal, message) >= SAME_REFUSALS && !self.succeeded
+        count_repeats(&mut self.refusal, message) >= SAME_REFUSALS && !self.succeeded
     }
 
     /// The server failed with this message. True if it has failed at all that it was asked, in the same
     /// words.
     pub(crate) fn failed_alike(&mut self, message: &str) -> bool {
-        retry_pause(&mut self.error, message) >= SAME_ERRORS && !self.succeeded
+        count_repeats(&mut self.error, message) >= SAME_ERRORS && !self.succeeded
     }
 
     /// Nothing has ever answered at this address.
@@ -272,7 +272,7 @@ impl EndpointHealth {
     /// As many attempts as are in flight at once have failed without a success in between, and those
     /// of several rows: it is the endpoint, and no row is to blame.
     pub(crate) fn is_outage(&self) -> bool {
-        self.failing.len() >= SEVERAL_ROWS && self.failures >= self.in_flight.max(FAILURES)
+        self.failing.len() >= OUTAGE_ROWS && self.failures >= self.in_flight.max(OUTAGE_FAILURES)
     }
 
     /// Are there rows among the `remaining` that have not failed since something last succeeded?
@@ -292,18 +292,18 @@ impl EndpointHealth {
     }
 
     /// The endpoint said for how long to wait, and it is obeyed: that is no outage.
-    pub(crate) fn excuse(&mut self, wait: Duration) {
-        self.excused = (self.excused + wait).min(LONGEST_EXCUSE);
+    pub(crate) fn exclude_wait(&mut self, wait: Duration) {
+        self.excluded = (self.excluded + wait).min(MAX_EXCLUDED_WAIT);
     }
 
     /// How long nothing has succeeded, without the time that the endpoint asked for.
-    pub(crate) fn silence(&self, now: Instant) -> Duration {
-        (now - self.last_success).saturating_sub(self.excused)
+    pub(crate) fn time_without_success(&self, now: Instant) -> Duration {
+        (now - self.last_success).saturating_sub(self.excluded)
     }
 }
 
 /// Counts a message that comes again. Returns how often in a row it has come.
-fn retry_pause(last: &mut (String, u32), message: &str) -> u32 {
+fn count_repeats(last: &mut (String, u32), message: &str) -> u32 {
     if last.0 != message {
         *last = (message.into(), 0);
     }
@@ -328,12 +328,12 @@ mod tests {
         assert!(health.is_outage() && !health.never_answered());
         assert_eq!(health.probes(), 1);
         let later = now + Duration::from_secs(9);
-        assert_eq!(health.silence(later), Duration::from_secs(9));
-        health.excuse(Duration::from_secs(5));
-        assert_eq!(health.silence(later), Duration::from_secs(4));
+        assert_eq!(health.time_without_success(later), Duration::from_secs(9));
+        health.exclude_wait(Duration::from_secs(5));
+        assert_eq!(health.time_without_success(later), Duration::from_secs(4));
         health.success(later, later);
         assert!(!health.is_outage() && health.probes() == 0);
-        assert_eq!(health.silence(later), Duration::ZERO);
+        assert_eq!(health.time_without_success(later), Duration::ZERO);
     }
 
     #[test]

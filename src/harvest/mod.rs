@@ -75,7 +75,7 @@ use batch::{BatchOutcome, Batches};
 use dispatch::Dispatcher;
 
 /// Records in which a run looks for answers from other endpoints; a dry run looks at all of them.
-const UNUSED_LOOKED_AT: u64 = 20_000;
+const MAX_UNUSED_SEARCHED: u64 = 20_000;
 
 /// Asks the teacher for every answer that the run's cache does not hold.
 ///
@@ -97,23 +97,23 @@ pub async fn run_until(
     signals: Signals,
 ) -> Result<HarvestSummary> {
     crate::client::request::check(config)?;
-    let config = &within_descriptors(config);
+    let config = &cap_concurrency(config);
     let upstreams = config.endpoints();
     let teachers = upstreams.iter().map(|upstream| {
         let teacher: Arc<dyn Transport> = Arc::new(HttpTeacher::new(&upstream.teacher)?);
         Ok(teacher)
     });
     let transports = teachers.collect::<Result<_>>()?;
-    let world = Environment {
+    let environment = Environment {
         transports,
         clock: WallClock::system(),
         storage: crate::cache::storage::plain_storage(),
     };
-    run_in(world, config, options, signals).await
+    run_in(environment, config, options, signals).await
 }
 
 /// The same settings, with no more requests in flight than this process may hold connections open.
-fn within_descriptors(config: &Config) -> Config {
+fn cap_concurrency(config: &Config) -> Config {
     let wanted: usize = config
         .endpoints()
         .iter()
@@ -139,7 +139,7 @@ pub struct Environment {
 
 /// As [`run_until`], in another world.
 pub async fn run_in(
-    world: Environment,
+    environment: Environment,
     config: &Config,
     options: HarvestOptions,
     signals: Signals,
@@ -148,47 +148,42 @@ pub async fn run_in(
         transports,
         clock,
         storage,
-    } = world;
+    } = environment;
     let prompts = prompts(&config.prompts, options.limit, signals.flag())?;
     let probes = check_endpoints(config)?;
     check_money(config, options.shard, clock.now())?;
     let mut unanswered = Unanswered::load(&config.run_dir)?;
-    let again = match options.again.is_empty() {
-        true => None,
-        // What was asked again goes on in the batches.
-        false
-            if config.schedule.mode == RequestMode::Batch
-                && crate::harvest::batch::journal::is_under_way(&config.run_dir)? =>
-        {
-            tracing::warn!(
-                "batches are under way: they are waited for, and nothing leaves the cache"
-            );
-            None
-        }
-        false => {
-            crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
-            RequestWindow::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
-            // The account of an earlier version takes over from the cache what was spent: before records leave it.
-            let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
-                + crate::harvest::scorer::scoring_cost_usd(config)?;
-            RunFiles::open(config, cached, Unanswered::default(), clock.clone())?
-                .1
-                .warn();
-            let asked = crate::plan::again::select(
-                config,
-                &options.again,
-                options.shard,
-                &prompts,
-                &unanswered,
-            )?;
-            let words = &options.again;
-            Some(crate::plan::again::remove_from_cache(
-                config,
-                words,
-                asked,
-                &mut unanswered,
-            )?)
-        }
+    let is_batch = config.schedule.mode == RequestMode::Batch;
+    let again = if options.again.is_empty() {
+        None
+    } else if is_batch && crate::harvest::batch::journal::is_under_way(&config.run_dir)? {
+        tracing::warn!(
+            "batches are under way: this run waits for them, and `--again` removes nothing from the cache"
+        );
+        None
+    } else {
+        crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
+        RequestWindow::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
+        // The account of an earlier version takes over from the cache what was spent: before records leave it.
+        let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
+            + crate::harvest::scorer::scoring_cost_usd(config)?;
+        RunFiles::open(config, cached, Unanswered::default(), clock.clone())?
+            .1
+            .warn();
+        let asked = crate::plan::again::select(
+            config,
+            &options.again,
+            options.shard,
+            &prompts,
+            &unanswered,
+        )?;
+        let words = &options.again;
+        Some(crate::plan::again::remove_from_cache(
+            config,
+            words,
+            asked,
+            &mut unanswered,
+        )?)
     };
     let cache = open_cache(config, options.quiet, storage, signals.flag())?;
     warn_of_empty_cache(config, cache.len());
@@ -237,24 +232,24 @@ impl Run<'_> {
         crate::harvest::batch::journal::check_none_under_way(&self.config.run_dir)?;
         crate::harvest::batch::journal::drop_uncreated(&self.config.run_dir)?;
         let plan = self.plan(self.config, prompts, |key| self.standing(key))?;
-        let books = self.books()?;
-        let dispatcher = self.dispatcher(self.config, plan, books).await?;
+        let run_files = self.open_run_files()?;
+        let dispatcher = self.dispatcher(self.config, plan, run_files).await?;
         dispatcher.run(signals).await
     }
 
     async fn batch(mut self, prompts: Vec<Prompt>, mut signals: Signals) -> Result<HarvestSummary> {
         let config = self.config.at_batch_prices();
         let plan = self.plan(&config, prompts, |key| self.standing(key))?;
-        let books = self.books()?;
+        let run_files = self.open_run_files()?;
         for upstream in 0..plan.rows_by_endpoint.len() {
-            books.check_largest(&plan, upstream)?;
+            run_files.check_largest(&plan, upstream)?;
             // For the rest, which is asked one by one: what is wrong with it shall not be found out
             // at the end of the night.
             self.shared(&plan, upstream, &Arc::default()).await?;
         }
         let (transports, clock) = (&self.transports, self.clock.clone());
         let batches = Batches::new(
-            &config, plan, self.cache, transports, books, clock, self.quiet,
+            &config, plan, self.cache, transports, run_files, clock, self.quiet,
         )?;
         let rest = match batches.run(&mut signals).await? {
             BatchOutcome::Finished(summary) => return Ok(*summary),
@@ -268,10 +263,10 @@ impl Run<'_> {
             if rest.not_to_ask.contains(key) {
                 return Ok(RowStatus::Answered);
             }
-            let unanswered = &rest.books.unanswered;
+            let unanswered = &rest.run_files.unanswered;
             Ok(unanswered.standing(key, self.cache.contains(key), max_attempts))
         })?;
-        let dispatcher = self.dispatcher(&config, plan, rest.books).await?;
+        let dispatcher = self.dispatcher(&config, plan, rest.run_files).await?;
         let dispatcher = dispatcher.after(rest.summary, rest.started);
         let mut summary = dispatcher.run(signals).await?;
         if rest.under_way > 0 && summary.error.is_none() {
@@ -291,7 +286,7 @@ impl Run<'_> {
         prompts: Vec<Prompt>,
         standing: impl Fn(&str) -> Result<RowStatus>,
     ) -> Result<Plan> {
-        let askings = request_templates(config, &self.probes)?;
+        let templates = request_templates(config, &self.probes)?;
         let mut past = self.cache.past();
         // Their rows have the keys of the version that submitted them.
         past.has_schema_1 |= crate::harvest::batch::journal::is_under_way(&self.config.run_dir)?
@@ -300,13 +295,13 @@ impl Run<'_> {
             shard: self.shard,
             only: self.again.as_ref(),
         };
-        let plan = Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?;
-        if let Some(told) = plan.repeats_warning() {
-            tracing::warn!("{told}");
+        let plan = Plan::new(prompts, templates, &config.prompts, scope, &past, standing)?;
+        if let Some(warning) = plan.repeats_warning() {
+            tracing::warn!("{warning}");
         }
         if self.again.is_none() {
             let (dir, known) = (config.own_cache(), self.cache.len());
-            let unused = unused_answers(&dir, &plan, known, UNUSED_LOOKED_AT, &self.stop)?;
+            let unused = unused_answers(&dir, &plan, known, MAX_UNUSED_SEARCHED, &self.stop)?;
             if let Some(advice) = unused.advice(&config.arguments()) {
                 tracing::warn!("{advice}");
             }
@@ -322,26 +317,26 @@ impl Run<'_> {
     }
 
     /// Opens the books, once.
-    fn books(&mut self) -> Result<RunFiles> {
+    fn open_run_files(&mut self) -> Result<RunFiles> {
         let config = self.config;
         let cached =
             self.cache.cost_when_opened() + crate::harvest::scorer::scoring_cost_usd(config)?;
         let unanswered = std::mem::take(&mut self.unanswered);
-        let (books, lost) = RunFiles::open(config, cached, unanswered, self.clock.clone())?;
+        let (run_files, lost) = RunFiles::open(config, cached, unanswered, self.clock.clone())?;
         lost.warn();
-        Ok(books)
+        Ok(run_files)
     }
 
     async fn dispatcher<'b>(
         &'b self,
         config: &'b Config,
         plan: Plan,
-        mut books: RunFiles,
+        mut run_files: RunFiles,
     ) -> Result<Dispatcher<'b>> {
         let (wake, mut upstreams) = (Arc::default(), Vec::new());
         for (index, transport) in self.transports.iter().enumerate() {
-            books.check_largest(&plan, index)?;
-            let day = books.day(&plan.templates[index].endpoint);
+            run_files.check_largest(&plan, index)?;
+            let day = run_files.daily_limit(&plan.templates[index].endpoint);
             let shared = self.shared(&plan, index, &wake).await?;
             let transport = Arc::clone(transport);
             let upstream = Upstream::new(&plan, index, transport, day, shared, config)?;
@@ -349,8 +344,9 @@ impl Run<'_> {
         }
         let progress = Progress::new("harvest", plan.total, self.quiet);
         let (plan, clock) = (Arc::new(plan), self.clock.clone());
-        let dispatcher =
-            Dispatcher::new(config, plan, self.cache, upstreams, books, clock, progress)?;
+        let dispatcher = Dispatcher::new(
+            config, plan, self.cache, upstreams, run_files, clock, progress,
+        )?;
         Ok(dispatcher.with_waker(wake))
     }
 
@@ -385,18 +381,19 @@ pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
     let upstreams = upstreams.collect::<Result<Vec<_>>>()?;
     let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
         + crate::harvest::scorer::scoring_cost_usd(config)?;
-    let (mut books, lost) = RunFiles::open(config, cached, Unanswered::default(), clock.clone())?;
+    let (mut run_files, lost) =
+        RunFiles::open(config, cached, Unanswered::default(), clock.clone())?;
     lost.warn();
     let mut endpoints = Vec::new();
     for (teacher, upstream) in upstreams {
-        let found = crate::probe::run(upstream, teacher, &mut books.account, clock.now()).await;
+        let found = crate::probe::run(upstream, teacher, &mut run_files.account, clock.now()).await;
         if found.is_err() {
             // What was asked was asked.
-            books.close(&mut [], 0)?;
+            run_files.close(&mut [], 0)?;
         }
         endpoints.push(found?);
     }
-    books.close(&mut [], 0)?;
+    run_files.close(&mut [], 0)?;
     let endpoints = ProbedEndpoints {
         version: crate::probe::findings::ENDPOINT_VERSION,
         endpoints,

@@ -16,14 +16,14 @@ pub(crate) const UNREADABLE: &str = "unreadable";
 
 /// The record of `completion`, the answer to `body`.
 pub(crate) fn record(
-    asking: &RequestTemplate,
+    template: &RequestTemplate,
     row: &PlannedRow,
     prompt: &Prompt,
     body: Value,
     completion: Completion,
     timing: Timing,
 ) -> Record {
-    let reason = quarantine(asking, &completion);
+    let reason = quarantine(template, &completion);
     let mut extra = completion.extra;
     if let Some(fault) = completion.logprobs_fault {
         extra.insert("logprobs_dropped".into(), fault.into());
@@ -31,9 +31,9 @@ pub(crate) fn record(
     if let Some(problem) = completion.unreadable {
         extra.insert("unreadable".into(), problem.into());
     }
-    let price = &asking.endpoint.price;
+    let price = &template.endpoint.price;
     // A scored text is not truncated by `max_tokens`.
-    let cut_at = if asking.scoring.is_none() {
+    let cut_at = if template.scoring.is_none() {
         question::cut_at(&body, &completion.answer.finish_reason)
     } else {
         0
@@ -47,14 +47,15 @@ pub(crate) fn record(
         cut_at,
         prompt_id: prompt.id.clone(),
         sample: row.sample,
-        status: match reason.is_empty() {
-            true => Status::Ok,
-            false => Status::Quarantined,
+        status: if reason.is_empty() {
+            Status::Ok
+        } else {
+            Status::Quarantined
         },
         reason,
-        endpoint: crate::config::teacher::identity(&asking.endpoint.teacher).into(),
-        teacher: asking.endpoint.teacher.name.clone(),
-        probe: asking.probe.clone(),
+        endpoint: crate::config::teacher::identity(&template.endpoint.teacher).into(),
+        teacher: template.endpoint.teacher.name.clone(),
+        probe: template.probe.clone(),
         request: body,
         answer: completion.answer,
         cost_usd: completion
@@ -72,7 +73,7 @@ pub(crate) fn record(
 /// Why the answer must not be trained on; empty if it may be.
 ///
 /// An answer that is merely cut off or filtered has text, and `[data]` decides about it.
-fn quarantine(asking: &RequestTemplate, completion: &Completion) -> String {
+fn quarantine(template: &RequestTemplate, completion: &Completion) -> String {
     let answer = &completion.answer;
     if completion.unreadable.is_some() {
         return UNREADABLE.into();
@@ -82,8 +83,8 @@ fn quarantine(asking: &RequestTemplate, completion: &Completion) -> String {
         return "cut off by an error".into();
     }
     // A text that is scored was not chosen by the teacher.
-    if !answer.text.trim().is_empty() || asking.scoring.is_some() && !answer.text.is_empty() {
-        let structured = asking.structured.as_ref();
+    if !answer.text.trim().is_empty() || template.scoring.is_some() && !answer.text.is_empty() {
+        let structured = template.structured.as_ref();
         return structured
             .and_then(|structured| structured.violation(&answer.text))
             .unwrap_or_default();
@@ -127,9 +128,16 @@ mod tests {
             sampling: Default::default(),
             limits: Default::default(),
         };
-        let asking = RequestTemplate::plain(upstream);
+        let template = RequestTemplate::plain(upstream);
         let body = json!({"model": "m"});
-        record(&asking, &row, &prompt, body, completion, Timing::default())
+        record(
+            &template,
+            &row,
+            &prompt,
+            body,
+            completion,
+            Timing::default(),
+        )
     }
 
     #[test]

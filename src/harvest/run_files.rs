@@ -44,17 +44,17 @@ impl RunFiles {
     ) -> Result<(RunFiles, InFlight)> {
         let (files, ledger, is_complete) = LedgerFiles::open(&config.run_dir)?;
         let (account, lost) = account(config, files, ledger, is_complete, cached_usd)?;
-        let books = RunFiles {
+        let run_files = RunFiles {
             account,
             unanswered,
             clock,
         };
-        Ok((books, lost))
+        Ok((run_files, lost))
     }
 
     /// The requests that earlier runs sent to this endpoint within a day.
-    pub(crate) fn day(&mut self, upstream: &config::EndpointConfig) -> DailyLimit {
-        day(&mut self.account, upstream, self.clock.now())
+    pub(crate) fn daily_limit(&mut self, upstream: &config::EndpointConfig) -> DailyLimit {
+        daily_limit(&mut self.account, upstream, self.clock.now())
     }
 
     /// Refuses a budget that the most expensive request does not fit into.
@@ -162,7 +162,7 @@ fn account<S: LedgerStore>(
 }
 
 /// The requests that earlier runs sent to this endpoint within a day.
-pub(crate) fn day<S: LedgerStore>(
+pub(crate) fn daily_limit<S: LedgerStore>(
     account: &mut Account<S>,
     upstream: &config::EndpointConfig,
     now: Timestamp,
@@ -239,15 +239,15 @@ fn unpriced(dir: &Path) -> Result<UnpricedTokens> {
 
 /// The highest price of each kind among the teachers that have one.
 pub(crate) fn highest_prices(config: &Config) -> Price {
-    let mut dearest = Price::default();
+    let mut highest = Price::default();
     let higher = |a: Option<f64>, b: Option<f64>| match (a, b) {
         (Some(a), Some(b)) => Some(a.max(b)),
         (a, b) => a.or(b),
     };
     for upstream in config.endpoints() {
-        dearest.input = higher(dearest.input, upstream.price.input);
-        dearest.cached_input = higher(dearest.cached_input, upstream.price.cached_input);
-        dearest.output = higher(dearest.output, upstream.price.output);
+        highest.input = higher(highest.input, upstream.price.input);
+        highest.cached_input = higher(highest.cached_input, upstream.price.cached_input);
+        highest.output = higher(highest.output, upstream.price.output);
     }
-    dearest
+    highest
 }

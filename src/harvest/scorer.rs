@@ -51,9 +51,9 @@ pub struct TextScorer {
     cache: Cache,
     judged: Lookup,
     /// Between two calls; the upstream only once there has been one.
-    books: Option<RunFiles>,
+    run_files: Option<RunFiles>,
     limits: Option<Upstream>,
-    told: ScoringStats,
+    stats: ScoringStats,
     quiet: bool,
     /// Held so that no harvest keeps the same books meanwhile.
     _harvest: Cache,
@@ -85,8 +85,8 @@ impl TextScorer {
     /// Where a setting, the key or the tokenizer's folder is missing ([`Exit::Usage`]), or the cache of
     /// the judgements cannot be opened.
     pub fn new(config: &Config, quiet: bool) -> Result<Option<TextScorer>> {
-        let dialect = config.on_policy.judge;
-        if !config.train.on_policy || dialect == ScoredBy::Local {
+        let method = config.on_policy.judge;
+        if !config.train.on_policy || method == ScoredBy::Local {
             return Ok(None);
         }
         request::check(config)?;
@@ -97,7 +97,7 @@ impl TextScorer {
         };
         // Of no use, but no endpoint takes less.
         upstream.sampling.max_tokens = 1;
-        if dialect == ScoredBy::PromptLogprobs {
+        if method == ScoredBy::PromptLogprobs {
             check_endpoint(&upstream, &config.run_dir)?;
         }
         let tokenizer = config.on_policy.tokenizer.as_deref();
@@ -109,13 +109,13 @@ impl TextScorer {
             }
             anyhow::Ok(tokenizer)
         });
-        let (path, scoring) = match (dialect, tokenizer.transpose()?) {
+        let (path, scoring) = match (method, tokenizer.transpose()?) {
             (ScoredBy::Echo, Some(tokenizer)) => ("completions", ScoringMethod::Echo(tokenizer)),
             (ScoredBy::Echo, None) => bail!(Exit::Usage("set on_policy.tokenizer".into())),
             (_, tokenizer) => ("chat/completions", ScoringMethod::PromptLogprobs(tokenizer)),
         };
         let transport = Arc::new(HttpTeacher::at(&upstream.teacher, path)?);
-        let within = Config {
+        let scoring_config = Config {
             run_dir: config.judged_dir(),
             cache: config::CacheConfig {
                 // Its lines are found by where they are; and what is trained on stays as it is.
@@ -124,13 +124,13 @@ impl TextScorer {
             },
             ..config.clone()
         };
-        let harvest = Cache::open(&config.own_cache(), &within.cache)?;
-        let cache = Cache::open(&within.own_cache(), &within.cache)?;
-        let judged = Lookup::open(&within.own_cache())?;
+        let harvest = Cache::open(&config.own_cache(), &scoring_config.cache)?;
+        let cache = Cache::open(&scoring_config.own_cache(), &scoring_config.cache)?;
+        let judged = Lookup::open(&scoring_config.own_cache())?;
         // The books are those of the run: one budget for all that it buys.
         let spent = harvest.cost_when_opened() + judged.cost_usd();
         let unanswered = Unanswered::load(&config.judged_dir())?;
-        let (books, lost) = RunFiles::open(config, spent, unanswered, clock)?;
+        let (run_files, lost) = RunFiles::open(config, spent, unanswered, clock)?;
         lost.warn();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -138,16 +138,16 @@ impl TextScorer {
             .build()
             .context("cannot start the async runtime")?;
         Ok(Some(TextScorer {
-            config: within,
+            config: scoring_config,
             upstream,
             scoring: Arc::new(scoring),
             transport,
             runtime,
             cache,
             judged,
-            books: Some(books),
+            run_files: Some(run_files),
             limits: None,
-            told: ScoringStats::default(),
+            stats: ScoringStats::default(),
             quiet,
             _harvest: harvest,
         }))
@@ -155,7 +155,7 @@ impl TextScorer {
 
     /// What it has come to so far.
     pub fn stats(&self) -> &ScoringStats {
-        &self.told
+        &self.stats
     }
 
     /// The records of these texts, in order: conversations whose last message is to be judged. None where
@@ -164,14 +164,14 @@ impl TextScorer {
     /// # Errors
     /// Where a harvest would stop: no money left, an outage, a signal of `stop`; and where nothing that it
     /// was asked so far could be used.
-    pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
-        let asking = self.request_template();
+    pub fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
+        let template = self.request_template();
         let teacher = &self.upstream.teacher;
         let endpoint = KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
         let past = self.cache.past();
         let names = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {
-                let body = asking.body(&text.messages, 0);
+                let body = template.body(&text.messages, 0);
                 let question = Question::new(&body, 0);
                 let old = past.has_schema_1.then_some((&body, 0));
                 Some(CacheKeys::new(&question, &endpoint, old))
@@ -182,9 +182,9 @@ impl TextScorer {
             }
         };
         let keys: Vec<Option<CacheKeys>> = texts.iter().map(names).collect();
-        let mut is_asked = keys.iter().map(Option::is_some);
+        let mut is_scorable = keys.iter().map(Option::is_some);
         let mut texts = texts;
-        texts.retain(|_| is_asked.next().unwrap_or_default());
+        texts.retain(|_| is_scorable.next().unwrap_or_default());
         let settings = config::PromptsConfig {
             samples: 1,
             order: PromptOrder::Source,
@@ -192,26 +192,26 @@ impl TextScorer {
             ..config::PromptsConfig::default()
         };
         let max_attempts = self.config.retry.max_attempts;
-        let books = self.books.as_ref();
-        let standing = |key: &str| match books {
-            Some(books) => {
+        let run_files = self.run_files.as_ref();
+        let standing = |key: &str| match run_files {
+            Some(run_files) => {
                 let is_cached = self.cache.contains(key);
-                Ok(books.unanswered.standing(key, is_cached, max_attempts))
+                Ok(run_files.unanswered.standing(key, is_cached, max_attempts))
             }
             None => Ok(RowStatus::Open),
         };
         let plan = Plan::new(
             texts,
-            vec![asking],
+            vec![template],
             &settings,
             PlanScope::default(),
             &past,
             standing,
         )?;
-        self.told.texts += plan.total;
-        self.told.cached += plan.cached - plan.repeated;
+        self.stats.texts += plan.total;
+        self.stats.cached += plan.cached - plan.repeated;
         if !plan.rows.is_empty() {
-            self.ask(plan, stop)?;
+            self.send(plan, stop)?;
             self.judged.refresh()?;
         }
         let mut lines = Vec::with_capacity(keys.len());
@@ -234,10 +234,10 @@ impl TextScorer {
         }
     }
 
-    fn ask(&mut self, plan: Plan, stop: &StopFlag) -> Result<()> {
-        let books = self.books.take();
-        let mut books = books.context("internal error: the budget account is missing")?;
-        books.check_largest(&plan, 0)?;
+    fn send(&mut self, plan: Plan, stop: &StopFlag) -> Result<()> {
+        let run_files = self.run_files.take();
+        let mut run_files = run_files.context("internal error: the budget account is missing")?;
+        run_files.check_largest(&plan, 0)?;
         let (limits, progress) = (self.limits.take(), Progress::notes(self.quiet));
         let (config, cache, upstream) = (&self.config, &self.cache, &self.upstream);
         let transport = Arc::clone(&self.transport);
@@ -252,31 +252,38 @@ impl TextScorer {
                     let patience = Duration::try_from_secs_f64(config.retry.max_outage_s)?;
                     let shared =
                         SharedLimits::connect(upstream, plan.largest(0), patience, &wake).await?;
-                    let day = books.day(upstream);
+                    let day = run_files.daily_limit(upstream);
                     Upstream::new(&plan, 0, transport, day, shared, config)?
                 }
             };
             let (clock, plan) = (WallClock::system(), Arc::new(plan));
-            let dispatcher =
-                Dispatcher::new(config, plan, cache, vec![limits], books, clock, progress)?;
+            let dispatcher = Dispatcher::new(
+                config,
+                plan,
+                cache,
+                vec![limits],
+                run_files,
+                clock,
+                progress,
+            )?;
             dispatcher.with_waker(wake).run_to_end(stop.signals()).await
         })?;
         let DispatchEnd {
             summary,
             mut upstreams,
-            books,
+            run_files,
         } = ended;
-        (self.books, self.limits) = (Some(books), upstreams.pop());
+        (self.run_files, self.limits) = (Some(run_files), upstreams.pop());
         self.count(summary)
     }
 
     fn count(&mut self, summary: HarvestSummary) -> Result<()> {
-        let told = &mut self.told;
-        told.failed += summary.failed;
-        told.unusable += summary.without_logprobs;
-        told.requests += summary.requests;
-        told.prompt_tokens += summary.usage.prompt_tokens;
-        told.cost_usd = summary.cost_usd;
+        let stats = &mut self.stats;
+        stats.failed += summary.failed;
+        stats.unusable += summary.without_logprobs;
+        stats.requests += summary.requests;
+        stats.prompt_tokens += summary.usage.prompt_tokens;
+        stats.cost_usd = summary.cost_usd;
         let refused = summary.failed_rows.first().map(|row| row.message.clone());
         match summary.error {
             // Some texts are judged less.
@@ -284,7 +291,7 @@ impl TextScorer {
             Some(error) => return Err(error),
             None => {}
         }
-        if told.failed + told.unusable < told.texts {
+        if stats.failed + stats.unusable < stats.texts {
             return Ok(());
         }
         let why = refused.unwrap_or_else(|| {
@@ -324,8 +331,9 @@ fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<(
 /// Where their cache cannot be read.
 pub fn scoring_cost_usd(config: &Config) -> Result<f64> {
     let dir = config.judged_dir().join("cache");
-    match cache::exists(&dir) {
-        true => Ok(Lookup::open(&dir)?.cost_usd()),
-        false => Ok(0.0),
+    if cache::exists(&dir) {
+        Ok(Lookup::open(&dir)?.cost_usd())
+    } else {
+        Ok(0.0)
     }
 }

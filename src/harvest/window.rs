@@ -38,8 +38,8 @@ impl RequestWindow {
     ///
     /// # Errors
     /// [`Exit::Usage`] where a time cannot be read.
-    pub(crate) fn new(night: &ScheduleConfig, now: Timestamp) -> Result<RequestWindow> {
-        let zone = match &night.timezone {
+    pub(crate) fn new(config: &ScheduleConfig, now: Timestamp) -> Result<RequestWindow> {
+        let zone = match &config.timezone {
             Some(name) => TimeZone::get(name).map_err(|_| {
                 usage(format!(
                     "schedule.timezone = {name:?} is no time zone: name one as \"Europe/Berlin\""
@@ -47,8 +47,8 @@ impl RequestWindow {
             })?,
             None => TimeZone::system(),
         };
-        let window = night.window.as_deref().map(parse_window).transpose()?;
-        let deadline = night
+        let window = config.window.as_deref().map(parse_window).transpose()?;
+        let deadline = config
             .deadline
             .as_deref()
             .map(|text| parse_deadline(text, now, &zone))
@@ -80,24 +80,27 @@ impl RequestWindow {
         };
         let local = now.to_zoned(self.zone.clone());
         let time = local.time();
-        let is_open = match opens < closes {
-            true => opens <= time && time < closes,
-            false => opens <= time || time < closes,
+        let is_open = if opens < closes {
+            opens <= time && time < closes
+        } else {
+            opens <= time || time < closes
         };
         if is_open {
             return WindowState::Open;
         }
         let today = local.date().to_datetime(opens);
-        let next = match time < opens {
-            true => Ok(today),
-            false => today.checked_add(1.day()),
+        let next = if time < opens {
+            Ok(today)
+        } else {
+            today.checked_add(1.day())
         };
         // A time that comes twice on this day may be meant the second time.
         let opening = next.and_then(|next| {
             let opening = next.to_zoned(self.zone.clone())?;
-            match opening.timestamp() > now {
-                true => Ok(opening),
-                false => self.zone.to_ambiguous_zoned(next).later(),
+            if opening.timestamp() > now {
+                Ok(opening)
+            } else {
+                self.zone.to_ambiguous_zoned(next).later()
             }
         });
         // Beyond the end of the calendar there is nothing to wait for.
@@ -145,9 +148,10 @@ fn parse_deadline(text: &str, now: Timestamp, zone: &TimeZone) -> Result<Timesta
     if let Ok(time) = text.parse::<Time>() {
         let today = now.to_zoned(zone.clone()).date().to_datetime(time);
         let deadline = at(today)?;
-        return match deadline > now {
-            true => Ok(deadline),
-            false => at(today.checked_add(1.day()).map_err(|_| unreadable())?),
+        return if deadline > now {
+            Ok(deadline)
+        } else {
+            at(today.checked_add(1.day()).map_err(|_| unreadable())?)
         };
     }
     Err(unreadable())
@@ -161,7 +165,7 @@ fn usage(message: String) -> anyhow::Error {
 mod tests {
     use super::*;
 
-    fn night(window: &str, deadline: &str) -> ScheduleConfig {
+    fn schedule_config(window: &str, deadline: &str) -> ScheduleConfig {
         let some = |text: &str| (!text.is_empty()).then(|| text.to_string());
         ScheduleConfig {
             mode: crate::config::RequestMode::Realtime,
@@ -177,7 +181,7 @@ mod tests {
     }
 
     fn states(window: &str, times: &[&str]) -> Vec<String> {
-        let schedule = RequestWindow::new(&night(window, ""), at(times[0])).unwrap();
+        let schedule = RequestWindow::new(&schedule_config(window, ""), at(times[0])).unwrap();
         times
             .iter()
             .map(|time| match schedule.state(at(time)) {
@@ -211,7 +215,8 @@ mod tests {
     fn the_clocks_may_change_inside_the_window() {
         // 02:00 to 03:00 does not exist on the day in March, and comes twice on that in October.
         let schedule =
-            RequestWindow::new(&night("02:30-04:00", ""), at("2026-03-29 00:00")).unwrap();
+            RequestWindow::new(&schedule_config("02:30-04:00", ""), at("2026-03-29 00:00"))
+                .unwrap();
         let before = at("2026-03-29 01:59");
         let WindowState::Closed(until) = schedule.state(before) else {
             panic!("it is open");
@@ -219,7 +224,7 @@ mod tests {
         assert!(until > before && schedule.show(until) == "2026-03-29 03:30");
         assert_eq!(schedule.state(at("2026-03-29 03:00")), WindowState::Open);
 
-        let schedule = RequestWindow::new(&night("02:15-02:45", ""), before).unwrap();
+        let schedule = RequestWindow::new(&schedule_config("02:15-02:45", ""), before).unwrap();
         let first = at("2026-10-25 02:30");
         assert_eq!(schedule.state(first), WindowState::Open);
         let again = first.checked_add(1.hour()).unwrap();
@@ -231,14 +236,16 @@ mod tests {
     #[test]
     fn a_deadline_is_the_next_one() {
         let deadline = |text: &str| {
-            let schedule = RequestWindow::new(&night("", text), at("2026-11-22 22:00")).unwrap();
+            let schedule =
+                RequestWindow::new(&schedule_config("", text), at("2026-11-22 22:00")).unwrap();
             schedule.show(schedule.deadline.unwrap())
         };
         assert_eq!(deadline("06:30"), "2026-11-23 06:30");
         assert_eq!(deadline("22:30"), "2026-11-22 22:30");
         assert_eq!(deadline("2026-12-01 05:00"), "2026-12-01 05:00");
         assert_eq!(deadline("2026-11-23T00:00:00Z"), "2026-11-23 01:00");
-        let schedule = RequestWindow::new(&night("", "06:30"), at("2026-11-22 22:00")).unwrap();
+        let schedule =
+            RequestWindow::new(&schedule_config("", "06:30"), at("2026-11-22 22:00")).unwrap();
         assert_eq!(schedule.state(at("2026-11-23 06:29")), WindowState::Open);
         assert_eq!(schedule.state(at("2026-11-23 06:30")), WindowState::Over);
     }
@@ -250,7 +257,8 @@ mod tests {
             ("22:00-22:00", "", "schedule.window"),
             ("", "tomorrow", "schedule.deadline"),
         ] {
-            let error = RequestWindow::new(&night(window, deadline), at("2026-11-22 22:00"));
+            let error =
+                RequestWindow::new(&schedule_config(window, deadline), at("2026-11-22 22:00"));
             let error = error.unwrap_err();
             assert!(error.to_string().contains(part), "{error}");
             assert_eq!(Exit::code_of(&error), 2);

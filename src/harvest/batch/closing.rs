@@ -30,44 +30,49 @@ struct Closing {
 
 impl Batches<'_> {
     /// Every row of the part ends, or waits again; and so the part ends.
-    pub(super) fn close(
+    pub(super) fn close_part(
         &mut self,
         index: usize,
-        taking: PartCollection,
+        collection: PartCollection,
         status: &str,
     ) -> Result<(), BatchStepError> {
-        let (upstream, _) = self.lane_of(index)?;
+        let (upstream, _) = self.upstream_of(index)?;
         let was_cancelled = matches!(
             self.journal.parts[index].state,
             PartState::Cancelling { .. }
         );
-        if taking.unreadable_lines > 0 {
+        if collection.unreadable_lines > 0 {
             let nonce = &self.journal.parts[index].nonce;
-            let place = if taking.unreadable.is_empty() {
+            let place = if collection.unreadable.is_empty() {
                 "they are too long to be kept".to_owned()
             } else {
-                let file = self.unreadable.keep(nonce, &taking.unreadable)?;
+                let file = self.unreadable.keep(nonce, &collection.unreadable)?;
                 format!("they are kept in {}", file.display())
             };
             self.progress.note(&format!(
                 "{} lines of a batch cannot be read: {place}",
-                taking.unreadable_lines
+                collection.unreadable_lines
             ));
         }
-        let answers = taking
+        let answers = collection
             .members
             .iter()
             .filter(|member| member.is_answered(self.cache));
         let has_answers = answers.count() > 0;
         let mut closing = Closing::default();
-        let rest_was_not_asked = taking.rest_was_not_asked;
-        for (line, (member, fate)) in taking.members.iter().zip(taking.fates).enumerate() {
+        let rest_was_not_asked = collection.rest_was_not_asked;
+        for (line, (member, outcome)) in collection
+            .members
+            .iter()
+            .zip(collection.outcomes)
+            .enumerate()
+        {
             if member.is_answered(self.cache) {
                 continue;
             }
             // A line that cannot be read may be this row's, which then was paid for.
-            let may_be_unreadable = fate.is_none() && taking.unreadable_lines > 0;
-            let may_be_billed = match &fate {
+            let may_be_unreadable = outcome.is_none() && collection.unreadable_lines > 0;
+            let may_be_billed = match &outcome {
                 Some(
                     RowOutcome::Again(failure)
                     | RowOutcome::Refused(failure)
@@ -86,7 +91,7 @@ impl Batches<'_> {
                 closing.lost += 1;
                 closing.lost_usd += member.usd;
             }
-            let row = self.journal.parts[index].live.rows.get(line).copied();
+            let row = self.journal.parts[index].progress.rows.get(line).copied();
             let Some(row) = row.flatten() else {
                 continue;
             };
@@ -94,7 +99,7 @@ impl Batches<'_> {
                 failed: member.failed,
                 ..QueuedRow::fresh(row as usize)
             };
-            let failure = match fate {
+            let failure = match outcome {
                 Some(RowOutcome::Refused(failure)) => {
                     *closing.refusals.entry(failure.message.clone()).or_default() += 1;
                     entry.failed += 1;
@@ -102,7 +107,7 @@ impl Batches<'_> {
                     continue;
                 }
                 Some(RowOutcome::Filtered(failure)) => {
-                    self.filtered(upstream, entry, &failure)?;
+                    self.end_filtered(upstream, entry, &failure)?;
                     closing.filtered += 1;
                     continue;
                 }
@@ -131,25 +136,25 @@ impl Batches<'_> {
                     continue;
                 }
                 None if rest_was_not_asked => {
-                    self.tally.asked_again += 1;
+                    self.counts.asked_again += 1;
                     self.upstreams[upstream].waiting.push_back(entry);
                     continue;
                 }
                 None if may_be_unreadable => {
                     let failure =
                         RowFailure::new("unreadable", "a line of its batch cannot be read");
-                    self.paid(entry, &failure)?;
+                    self.note_paid(entry, &failure)?;
                     entry.failed += 1;
                     self.fail(upstream, entry, failure);
                     continue;
                 }
                 None => {
-                    self.tally.lost += u64::from(status == "completed");
+                    self.counts.lost += u64::from(status == "completed");
                     RowFailure::new("lost in a batch", "the row is in neither file of its batch")
                 }
             };
             let paid = if may_be_billed {
-                self.paid(entry, &failure)?
+                self.note_paid(entry, &failure)?
             } else {
                 0
             };
@@ -158,11 +163,11 @@ impl Batches<'_> {
             if entry.failed.max(paid) >= self.config.retry.max_attempts {
                 self.fail(upstream, entry, failure);
             } else {
-                self.tally.asked_again += 1;
+                self.counts.asked_again += 1;
                 self.upstreams[upstream].waiting.push_back(entry);
             }
         }
-        self.tally.ignored += taking.ignored;
+        self.counts.ignored += collection.ignored;
         self.settle_lost(index, upstream, &closing)?;
         if has_answers || closing.filtered > 0 {
             self.upstreams[upstream].batch_succeeded();
@@ -183,28 +188,33 @@ impl Batches<'_> {
     fn settle_lost(&mut self, index: usize, upstream: usize, closing: &Closing) -> Result<()> {
         self.summary.attempts_lost += closing.lost;
         let price = self.upstreams[upstream].settings.price.clone();
-        self.journal.parts[index].live.held -= closing.lost_usd;
+        self.journal.parts[index].progress.held -= closing.lost_usd;
         let lost = Dollars::at_least(closing.lost_usd);
-        self.books
+        self.run_files
             .account
             .settle_batch(lost, lost, closing.lost, Charge::Possible, &price)
     }
 
     /// Notes an attempt that may have been billed. Returns how many there were of the row.
-    fn paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
+    fn note_paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
         let line = self.line(entry, Kind::PaidAttempt, failure);
-        self.books.unanswered.add(&line)?;
+        self.run_files.unanswered.add(&line)?;
         Ok(self
-            .books
+            .run_files
             .unanswered
             .get(&line.key)
             .map_or(0, |known| known.paid))
     }
 
     /// The row ends as refused by a content filter.
-    fn filtered(&mut self, upstream: usize, entry: QueuedRow, failure: &RowFailure) -> Result<()> {
+    fn end_filtered(
+        &mut self,
+        upstream: usize,
+        entry: QueuedRow,
+        failure: &RowFailure,
+    ) -> Result<()> {
         let line = self.line(entry, Kind::Filtered, failure);
-        self.books.unanswered.add(&line)?;
+        self.run_files.unanswered.add(&line)?;
         let row = FailedRow::new(&self.plan, upstream, entry, failure.clone());
         self.summary.filtered(row);
         self.upstreams[upstream].has_answered = true;

@@ -18,74 +18,74 @@ fn may_be_answer(line: &[u8], is_readable: bool) -> bool {
 impl Batches<'_> {
     /// Reads the error file of a failed batch: it names the rows for which the input file was refused, and on
     /// some servers it holds answers.
-    pub(super) async fn take_errors(
+    pub(super) async fn collect_error_file(
         &mut self,
         index: usize,
-        mut card: BatchObject,
+        mut object: BatchObject,
     ) -> Result<(), BatchStepError> {
-        let (_, transport) = self.lane_of(index)?;
+        let (_, transport) = self.upstream_of(index)?;
         let batches = batches(&transport)?;
-        let file = card.error_file.clone().unwrap_or_default();
+        let file = object.error_file.clone().unwrap_or_default();
         let Some(mut rows) = self.rows_of_file(index, batches, &file).await? else {
-            return self.failed(index, &card);
+            return self.end_failed_batch(index, &object);
         };
-        let mut taking = self.open(index, &card)?;
+        let mut collection = self.open_collection(index, &object)?;
         while let Some(line) = self.next_row(index, &mut rows).await? {
             if line.trim_ascii().is_empty() {
                 continue;
             }
             let line = batches.without_key(line);
-            let (kept, count) = (taking.unreadable.len(), taking.unreadable_lines);
-            if self.take_line(index, &mut taking, line.clone())? {
+            let (kept, count) = (collection.unreadable.len(), collection.unreadable_lines);
+            if self.take_line(index, &mut collection, line.clone())? {
                 continue;
             }
-            let is_readable = taking.unreadable_lines == count;
-            taking.unreadable.truncate(kept);
-            taking.unreadable_lines = count;
+            let is_readable = collection.unreadable_lines == count;
+            collection.unreadable.truncate(kept);
+            collection.unreadable_lines = count;
             if may_be_answer(&line, is_readable) {
-                taking.keep_unreadable(&line);
+                collection.keep_unreadable(&line);
             } else {
-                card.mistakes.extend(BatchFileError::from_line(&line));
+                object.mistakes.extend(BatchFileError::from_line(&line));
             }
         }
-        taking.unreadable_lines += rows.skipped();
-        if taking.seen() == 0 && taking.has_unreadable() {
+        collection.unreadable_lines += rows.skipped();
+        if collection.readable_rows() == 0 && collection.has_unreadable() {
             // Answers may be among it.
             return self.keep_unreadable_file(index, batches, &file).await;
         }
-        if taking.seen() == 0 {
-            return self.failed(index, &card);
+        if collection.readable_rows() == 0 {
+            return self.end_failed_batch(index, &object);
         }
-        for mistake in &card.mistakes {
+        for mistake in &object.mistakes {
             let line = mistake
                 .line
                 .and_then(|line| usize::try_from(line).ok()?.checked_sub(1));
-            if let Some(fate @ None) = line.and_then(|line| taking.fates.get_mut(line)) {
+            if let Some(outcome @ None) = line.and_then(|line| collection.outcomes.get_mut(line)) {
                 let failure = RowFailure::new(mistake.error.code.as_str(), &mistake.error.message);
-                *fate = Some(RowOutcome::Refused(failure));
+                *outcome = Some(RowOutcome::Refused(failure));
             }
         }
         // Rows that the file does not name were not asked, unless a line of it cannot be read.
-        taking.rest_was_not_asked = taking.unreadable_lines == 0;
-        self.record_rest(index, &mut taking)?;
-        self.close(index, taking, "failed")
+        collection.rest_was_not_asked = collection.unreadable_lines == 0;
+        self.record_rest(index, &mut collection)?;
+        self.close_part(index, collection, "failed")
     }
 
     /// Lines that are bad fail, all others wait again.
-    pub(super) fn failed(
+    pub(super) fn end_failed_batch(
         &mut self,
         index: usize,
-        card: &BatchObject,
+        object: &BatchObject,
     ) -> Result<(), BatchStepError> {
-        let (upstream, _) = self.lane_of(index)?;
-        let verdict = results::verdict(&card.mistakes);
+        let (upstream, _) = self.upstream_of(index)?;
+        let failure_reason = results::classify_batch_failure(&object.mistakes);
         let part = &self.journal.parts[index];
         let (rows, tokens, members) = (
-            part.live.rows.clone(),
+            part.progress.rows.clone(),
             part.tokens,
             self.journal.members(&part.nonce)?,
         );
-        let bad: HashMap<usize, RowFailure> = verdict.lines.into_iter().collect();
+        let bad: HashMap<usize, RowFailure> = failure_reason.lines.into_iter().collect();
         for (line, (member, row)) in members.iter().zip(rows).enumerate() {
             let Some(row) = row else { continue };
             let mut entry = QueuedRow {
@@ -98,7 +98,7 @@ impl Batches<'_> {
                     self.fail(upstream, entry, failure.clone());
                 }
                 None => {
-                    self.tally.asked_again += 1;
+                    self.counts.asked_again += 1;
                     self.upstreams[upstream].waiting.push_back(entry);
                 }
             }
@@ -110,28 +110,30 @@ impl Batches<'_> {
             .map(|index| self.journal.parts[index].tokens)
             .sum();
         self.end_part(index, "failed")?;
-        if let Some((reason, message)) = verdict.stop {
+        if let Some((reason, message)) = failure_reason.stop {
             let failure = RowFailure::new("failed batch", &message);
             self.upstreams[upstream]
                 .all_claimed(RefusalClaim { reason, failure }, &self.config.retry);
             return Ok(());
         }
         let retry = &self.config.retry;
-        let of_upstream = &mut self.upstreams[upstream];
-        match verdict.over_tokens {
-            Some(told) => {
-                let half = told.filter(|told| *told < enqueued).unwrap_or(enqueued / 2);
-                let limit = of_upstream.token_limit.unwrap_or(u64::MAX).min(half);
-                of_upstream.token_limit = Some(limit.max(1));
+        let upstream_state = &mut self.upstreams[upstream];
+        match failure_reason.over_tokens {
+            Some(stated) => {
+                let half = stated
+                    .filter(|stated| *stated < enqueued)
+                    .unwrap_or(enqueued / 2);
+                let limit = upstream_state.token_limit.unwrap_or(u64::MAX).min(half);
+                upstream_state.token_limit = Some(limit.max(1));
                 if members.len() == 1 && enqueued == tokens {
-                    of_upstream.no_room_for_one(tokens, retry);
+                    upstream_state.single_row_exceeds_limit(tokens, retry);
                 }
             }
             None => {
-                let message = verdict.message;
+                let message = failure_reason.message;
                 self.progress
                     .note(&format!("a batch of {} failed: {message}", members.len()));
-                of_upstream.batch_failed(&message, retry);
+                upstream_state.batch_failed(&message, retry);
             }
         }
         Ok(())

@@ -59,7 +59,7 @@ pub(crate) struct BatchPart {
     #[serde(flatten)]
     pub state: PartState,
     #[serde(skip)]
-    pub live: PartProgress,
+    pub progress: PartProgress,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,11 +99,11 @@ pub(crate) struct PartProgress {
     /// It may have been created without our knowing.
     pub in_doubt: bool,
     /// How often it was looked for, its file was not found, it or its answers were not there.
-    pub looked: usize,
-    pub missing: u32,
-    pub gone: u32,
+    pub lookups: usize,
+    pub input_not_found: u32,
+    pub not_found: u32,
     /// How often a results file of its could not be read.
-    pub not_read: u32,
+    pub read_failures: u32,
     pub not_before: Option<Instant>,
 }
 
@@ -345,7 +345,7 @@ impl BatchJournal {
         let status = status.to_owned();
         self.set(index, PartState::Done { status })?;
         let part = &mut self.parts[index];
-        part.live.rows = Vec::new();
+        part.progress.rows = Vec::new();
         let nonce = part.nonce.clone();
         for path in [self.requests(&nonce), self.rows(&nonce)] {
             if path.exists() {

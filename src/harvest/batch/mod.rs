@@ -58,10 +58,10 @@ use upstream::BatchUpstream;
 const LONG_WAIT: Duration = Duration::from_secs(5);
 
 /// The wall clock is looked at so often: a window opens, a deadline comes.
-const LOOK_AT_CLOCK: Duration = Duration::from_secs(60);
+const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How long a batch may take to be cancelled; endpoints speak of ten minutes.
-const LONGEST_CANCEL: Duration = Duration::from_secs(1_200);
+const MAX_CANCEL_TIME: Duration = Duration::from_secs(1_200);
 
 pub(crate) struct Batches<'a> {
     config: &'a Config,
@@ -69,15 +69,15 @@ pub(crate) struct Batches<'a> {
     cache: &'a Cache,
     upstreams: Vec<BatchUpstream>,
     journal: BatchJournal,
-    books: RunFiles,
+    run_files: RunFiles,
     unreadable: UnreadableBodies,
     schedule: RequestWindow,
     clock: WallClock,
     summary: HarvestSummary,
-    tally: BatchCounts,
+    counts: BatchCounts,
     started: Instant,
     /// Since when the deadline has passed.
-    over: Option<Instant>,
+    deadline_passed_at: Option<Instant>,
     progress: Progress,
 }
 
@@ -95,7 +95,7 @@ pub(crate) struct RemainingRows {
     /// Batches that would not be cancelled.
     pub under_way: usize,
     pub summary: HarvestSummary,
-    pub books: RunFiles,
+    pub run_files: RunFiles,
     pub started: Instant,
 }
 
@@ -108,14 +108,14 @@ enum BatchRunEnd {
 /// Why a step was not done.
 enum BatchStepError {
     /// The endpoint is in the way; the step comes again.
-    Trouble(AttemptError),
+    Attempt(AttemptError),
     /// Nothing can go on.
     Fatal(anyhow::Error),
 }
 
 impl From<AttemptError> for BatchStepError {
-    fn from(trouble: AttemptError) -> BatchStepError {
-        BatchStepError::Trouble(trouble)
+    fn from(error: AttemptError) -> BatchStepError {
+        BatchStepError::Attempt(error)
     }
 }
 
@@ -132,7 +132,7 @@ impl<'a> Batches<'a> {
         plan: Plan,
         cache: &'a Cache,
         transports: &[Arc<dyn Transport>],
-        books: RunFiles,
+        run_files: RunFiles,
         clock: WallClock,
         quiet: bool,
     ) -> Result<Self> {
@@ -146,17 +146,17 @@ impl<'a> Batches<'a> {
             summary: HarvestSummary {
                 arguments: config.arguments(),
                 before_training: crate::plan::prepare::before_training(config),
-                ..HarvestSummary::from_plan(&plan, &books.unanswered)
+                ..HarvestSummary::from_plan(&plan, &run_files.unanswered)
             },
-            tally: BatchCounts::default(),
+            counts: BatchCounts::default(),
             started: Instant::now(),
-            over: None,
+            deadline_passed_at: None,
             progress: Progress::new("harvest", plan.total, quiet),
             unreadable: UnreadableBodies::new(&config.run_dir),
             config,
             plan,
             cache,
-            books,
+            run_files,
             clock,
         })
     }
@@ -185,8 +185,8 @@ impl<'a> Batches<'a> {
         loop {
             self.summary.turns += 1;
             let time = self.schedule.state(self.clock.now());
-            if time == Time::Over && self.over.is_none() {
-                self.over = Some(Instant::now());
+            if time == Time::Over && self.deadline_passed_at.is_none() {
+                self.deadline_passed_at = Some(Instant::now());
                 self.progress
                     .note("the deadline has come: batches under way are cancelled");
             }
@@ -194,13 +194,13 @@ impl<'a> Batches<'a> {
                 match self.advance(upstream, time == Time::Open).await {
                     Ok(()) => {}
                     Err(BatchStepError::Fatal(error)) => return Err(error),
-                    Err(BatchStepError::Trouble(trouble)) => self.step_failed(upstream, trouble),
+                    Err(BatchStepError::Attempt(error)) => self.step_failed(upstream, error),
                 }
             }
             self.cache.check()?;
-            self.books.account.tick()?;
-            self.show();
-            if let Some(ended) = self.end() {
+            self.run_files.account.tick()?;
+            self.show_progress();
+            if let Some(ended) = self.run_end() {
                 return Ok(ended);
             }
             sleep_until(self.wake()).await;
@@ -220,22 +220,24 @@ impl<'a> Batches<'a> {
             self.upstreams[upstream].next_poll = now + pause;
         }
         // One part's trouble keeps no other from going on.
-        let mut halt: Result<(), BatchStepError> = Ok(());
+        let mut result: Result<(), BatchStepError> = Ok(());
         for index in self.parts_of(upstream) {
-            let step = match self.journal.parts[index].batch().is_some() {
-                true if is_due => self.poll(index).await,
-                true => Ok(()),
-                // The window is for what leaves; what may be a batch already is found out at once.
-                false => self.submit(index, may_send).await,
+            let step = if self.journal.parts[index].batch().is_none() {
+                // Outside the window nothing is sent, but a batch in doubt is looked up at once.
+                self.submit(index, may_send).await
+            } else if is_due {
+                self.poll(index).await
+            } else {
+                Ok(())
             };
             match step {
-                Err(BatchStepError::Trouble(trouble)) if halt.is_ok() => halt = Err(trouble.into()),
+                Err(BatchStepError::Attempt(error)) if result.is_ok() => result = Err(error.into()),
                 Err(BatchStepError::Fatal(error)) => return Err(error.into()),
                 _ => {}
             }
         }
-        halt?;
-        while may_send && self.over.is_none() && self.may_plan(upstream) {
+        result?;
+        while may_send && self.deadline_passed_at.is_none() && self.may_plan(upstream) {
             let Some(index) = self.plan_part(upstream)? else {
                 break;
             };
@@ -254,12 +256,13 @@ impl<'a> Batches<'a> {
     /// Its parts that have not ended.
     fn parts_of(&self, upstream: usize) -> Vec<usize> {
         let parts = self.journal.parts.iter().enumerate();
-        let own = parts.filter(|(_, part)| !part.is_done() && part.live.upstream == Some(upstream));
+        let own =
+            parts.filter(|(_, part)| !part.is_done() && part.progress.upstream == Some(upstream));
         own.map(|(index, _)| index).collect()
     }
 
-    fn step_failed(&mut self, upstream: usize, trouble: AttemptError) {
-        let (pause, message) = self.upstreams[upstream].call_failed(trouble, &self.config.retry);
+    fn step_failed(&mut self, upstream: usize, error: AttemptError) {
+        let (pause, message) = self.upstreams[upstream].call_failed(error, &self.config.retry);
         if pause >= LONG_WAIT {
             let pause = format_duration(pause);
             self.progress
@@ -268,12 +271,12 @@ impl<'a> Batches<'a> {
     }
 
     /// Is there nothing left to wait for?
-    fn end(&self) -> Option<BatchRunEnd> {
+    fn run_end(&self) -> Option<BatchRunEnd> {
         let open = |upstream: &&BatchUpstream| !upstream.is_stopped();
         let is_under_way = |upstream: &BatchUpstream| !self.parts_of(upstream.index).is_empty();
         let under_way = self.upstreams.iter().filter(open).any(is_under_way);
-        if let Some(since) = self.over {
-            let is_enough = since.elapsed() >= LONGEST_CANCEL;
+        if let Some(since) = self.deadline_passed_at {
+            let is_enough = since.elapsed() >= MAX_CANCEL_TIME;
             return (!under_way || is_enough).then_some(BatchRunEnd::Deadline);
         }
         let waiting = self
@@ -293,19 +296,23 @@ impl<'a> Batches<'a> {
             .filter(|upstream| !upstream.is_stopped());
         let times = upstreams.map(|upstream| {
             let parts = self.parts_of(upstream.index).into_iter();
-            let parts = parts.filter_map(|index| self.journal.parts[index].live.not_before);
+            let parts = parts.filter_map(|index| self.journal.parts[index].progress.not_before);
             let next = parts
                 .filter(|at| *at > now)
                 .chain([upstream.next_poll])
                 .min()
                 .unwrap_or(now);
-            match upstream.not_before > now {
-                true => next.max(upstream.not_before),
-                false => next,
+            if upstream.not_before > now {
+                next.max(upstream.not_before)
+            } else {
+                next
             }
         });
         let least = now + Duration::from_millis(10);
-        times.min().unwrap_or(now).clamp(least, now + LOOK_AT_CLOCK)
+        times
+            .min()
+            .unwrap_or(now)
+            .clamp(least, now + CLOCK_CHECK_INTERVAL)
     }
 
     /// The row ends without an answer.
@@ -316,23 +323,24 @@ impl<'a> Batches<'a> {
 
     fn finish(mut self, ended: BatchRunEnd) -> Result<BatchOutcome> {
         self.cache.sync()?;
-        self.books.summarise(self.is_priced(), &mut self.summary);
+        self.run_files
+            .summarise(self.is_priced(), &mut self.summary);
         let under_way = self.parts_under_way();
         let count: u64 = under_way.values().sum();
         for (status, count) in under_way {
-            *self.tally.parts.entry(status).or_default() += count;
+            *self.counts.parts.entry(status).or_default() += count;
         }
-        self.summary.batches = Some(self.tally.clone());
+        self.summary.batches = Some(self.counts.clone());
         if matches!(ended, BatchRunEnd::Deadline) {
             return self.leave_rest();
         }
-        self.books.close(&mut [], 0)?;
+        self.run_files.close(&mut [], 0)?;
         let mut summary = self.summary;
         summary.pending = summary.total - summary.done();
         let max_attempts = self.config.retry.max_attempts;
-        summary.given_up = self.books.given_up(&summary.failed_rows, max_attempts);
+        summary.given_up = self.run_files.given_up(&summary.failed_rows, max_attempts);
         summary.seconds = self.started.elapsed().as_secs_f64();
-        let of_a_lane = self
+        let upstream_error = self
             .upstreams
             .iter_mut()
             .find_map(BatchUpstream::take_error);
@@ -347,7 +355,7 @@ impl<'a> Batches<'a> {
                 };
                 Some(anyhow::Error::from(Exit::Signal(number)).context(advice))
             }
-            _ => of_a_lane.or(summary.error_of_rows(&self.config.run_dir)),
+            _ => upstream_error.or(summary.error_of_rows(&self.config.run_dir)),
         };
         crate::report::write(&mut summary, &self.config.run_dir)?;
         Ok(BatchOutcome::Finished(Box::new(summary)))
@@ -367,7 +375,7 @@ impl<'a> Batches<'a> {
             not_to_ask,
             under_way,
             summary: self.summary,
-            books: self.books,
+            run_files: self.run_files,
             started: self.started,
         })))
     }

@@ -100,15 +100,16 @@ impl PartLimits {
 
 /// What a row takes that can cost so much.
 pub(crate) fn size(plan: &Plan, upstream: usize, row: usize, usd: f64) -> RowSize {
-    let asking = &plan.templates[upstream];
-    let logprobs = match asking.wants_logprobs() {
-        true => asking.endpoint.sampling.top_logprobs,
-        false => 0,
+    let template = &plan.templates[upstream];
+    let logprobs = if template.wants_logprobs() {
+        template.endpoint.sampling.top_logprobs
+    } else {
+        0
     };
     let planned = &plan.rows[row];
     RowSize {
         bytes: line_bytes(planned.key.len(), planned.bytes as usize),
-        output_bytes: output_bytes(asking.endpoint.sampling.max_tokens, logprobs),
+        output_bytes: output_bytes(template.endpoint.sampling.max_tokens, logprobs),
         tokens: plan.cost(upstream, row).tokens(),
         usd,
     }
@@ -118,9 +119,10 @@ pub(crate) fn size(plan: &Plan, upstream: usize, row: usize, usd: f64) -> RowSiz
 fn output_bytes(max_tokens: u32, top_logprobs: u32) -> f64 {
     let k = f64::from(top_logprobs);
     let [first, middle, last] = OUTPUT_BYTES;
-    let (from, to) = match k <= middle.0 {
-        true => (first, middle),
-        false => (middle, last),
+    let (from, to) = if k <= middle.0 {
+        (first, middle)
+    } else {
+        (middle, last)
     };
     let per_token = from.1 + (k - from.0) / (to.0 - from.0) * (to.1 - from.1);
     f64::from(max_tokens) * per_token + OUTPUT_OVERHEAD
@@ -160,7 +162,7 @@ mod tests {
                     usd: tokens as f64,
                 })
                 .collect();
-            let room = PartLimits {
+            let limits = PartLimits {
                 rows: max_rows,
                 bytes,
                 output_bytes: output_bytes as f64,
@@ -169,7 +171,7 @@ mod tests {
             };
             let (mut next, mut never) = (0, 0);
             while next < rows.len() {
-                let (count, sum, full) = room.take(rows[next..].iter().copied());
+                let (count, sum, full) = limits.take(rows[next..].iter().copied());
                 let part = &rows[next..next + count];
                 prop_assert!(count <= max_rows && sum.bytes <= bytes);
                 prop_assert!(count <= 1 || sum.output_bytes <= output_bytes as f64);

@@ -36,12 +36,14 @@ impl Batches<'_> {
                     sanitise(&part.teacher)
                 ));
             }
-            self.books.account.hold_for_batch(Dollars::at_least(held));
+            self.run_files
+                .account
+                .hold_for_batch(Dollars::at_least(held));
             let part = &mut self.journal.parts[index];
-            part.live.upstream = upstream;
-            part.live.held = held;
-            part.live.in_doubt = matches!(part.state, PartState::Creating { .. });
-            part.live.rows = vec![None; of_part.len()];
+            part.progress.upstream = upstream;
+            part.progress.held = held;
+            part.progress.in_doubt = matches!(part.state, PartState::Creating { .. });
+            part.progress.rows = vec![None; of_part.len()];
             for (line, member) in of_part.into_iter().enumerate() {
                 members.insert(member.key, (index, line));
             }
@@ -51,9 +53,9 @@ impl Batches<'_> {
         }
         let mut taken = HashSet::new();
         for (row, planned) in self.plan.rows.iter().enumerate() {
-            let of_old = || members.get(planned.old_key.as_deref()?);
-            if let Some(&(index, line)) = members.get(&planned.key).or_else(of_old) {
-                self.journal.parts[index].live.rows[line] = Some(row as u32);
+            let has_old_key = || members.get(planned.old_key.as_deref()?);
+            if let Some(&(index, line)) = members.get(&planned.key).or_else(has_old_key) {
+                self.journal.parts[index].progress.rows[line] = Some(row as u32);
                 taken.insert(row);
             }
         }

@@ -244,7 +244,7 @@ fn read_json(line: &Bytes) -> Option<RowResult> {
         let reply = HttpReply::without_headers(status, body);
         outcome::classify(Ok(reply), SystemTime::UNIX_EPOCH)
     } else {
-        Err(unanswered(&error))
+        Err(classify_without_response(&error))
     };
     Some(RowResult { custom_id, result })
 }
@@ -264,7 +264,7 @@ fn reply(response: &RawValue) -> (u16, &[u8]) {
 }
 
 /// Classifies a row without a response by the code of its error.
-fn unanswered(error: &Value) -> AttemptError {
+fn classify_without_response(error: &Value) -> AttemptError {
     if !is_error(error) {
         // Nothing says that it was not done.
         return crate::client::attempt_error::connection_lost("no answer in the batch", "");
@@ -281,7 +281,7 @@ fn unanswered(error: &Value) -> AttemptError {
     if error.is_content_filter() {
         return AttemptError::Filtered(failure);
     }
-    if is_of_the_row(error) {
+    if is_row_specific(error) {
         AttemptError::Refused(failure)
     } else {
         AttemptError::Transient {
@@ -293,7 +293,7 @@ fn unanswered(error: &Value) -> AttemptError {
 
 /// Words of codes for what a row can never get an answer to. Others may pass, as `server_error` and
 /// `batch_expired` do.
-fn is_of_the_row(error: &ApiError) -> bool {
+fn is_row_specific(error: &ApiError) -> bool {
     ["invalid", "content", "context", "unsupported", "policy"]
         .iter()
         .any(|word| error.code.contains(word) || error.kind.contains(word))
@@ -312,26 +312,26 @@ pub(crate) struct BatchFailure {
     pub message: String,
 }
 
-pub(crate) fn verdict(mistakes: &[BatchFileError]) -> BatchFailure {
-    let mut verdict = BatchFailure {
+pub(crate) fn classify_batch_failure(mistakes: &[BatchFileError]) -> BatchFailure {
+    let mut batch_failure = BatchFailure {
         message: "it does not say why".into(),
         ..BatchFailure::default()
     };
     for (index, BatchFileError { error, line }) in mistakes.iter().enumerate() {
         let failure = RowFailure::new(error.code.as_str(), &error.message);
         if index == 0 {
-            verdict.message = failure.message.clone();
+            batch_failure.message = failure.message.clone();
         }
         if error.code == "token_limit_exceeded" {
-            verdict.over_tokens = Some(stated_limit(&error.message));
+            batch_failure.over_tokens = Some(stated_limit(&error.message));
         } else if let Some(reason) = crate::client::refusal_reason::refusal_reason(error, false) {
-            verdict.stop.get_or_insert((reason, failure.message));
+            batch_failure.stop.get_or_insert((reason, failure.message));
         } else if let Some(line) = line.and_then(|line| usize::try_from(line).ok()?.checked_sub(1))
         {
-            verdict.lines.push((line, failure));
+            batch_failure.lines.push((line, failure));
         }
     }
-    verdict
+    batch_failure
 }
 
 /// The number of "Limit: 90,000 enqueued tokens".

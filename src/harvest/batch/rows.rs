@@ -37,7 +37,7 @@ impl ResultRows {
             match self.lines.next().await? {
                 Some(line) => self.take(line),
                 None if self.open.is_empty() => return Ok(None),
-                None => self.give_up(),
+                None => self.flush_object(),
             }
         }
     }
@@ -52,7 +52,7 @@ impl ResultRows {
         let is_row = text.starts_with(b"{") && find(text, ID).is_some();
         let is_open = !self.open.is_empty();
         if is_open && (is_row || self.open.len() + line.len() > LONGEST_LINE) {
-            self.give_up();
+            self.flush_object();
         }
         let is_whole = text.ends_with(b"}") && is_closed(text);
         let begins = text.ends_with(b"{") || text.starts_with(b"{");
@@ -75,7 +75,7 @@ impl ResultRows {
                 start = at;
             } else if self.braces.depth == 0 {
                 self.open.extend_from_slice(&line[start..=at]);
-                self.give_up();
+                self.flush_object();
                 start = at + 1;
             }
         }
@@ -87,7 +87,7 @@ impl ResultRows {
     }
 
     /// Hands out what has come of an object that does not end.
-    fn give_up(&mut self) {
+    fn flush_object(&mut self) {
         self.braces = Braces::default();
         self.ready.push_back(self.open.split().freeze());
     }

@@ -6,8 +6,9 @@ use super::Batches;
 use crate::terminal::{format_dollars, sanitise};
 
 impl Batches<'_> {
-    pub(super) fn show(&mut self) {
-        self.books.summarise(self.is_priced(), &mut self.summary);
+    pub(super) fn show_progress(&mut self) {
+        self.run_files
+            .summarise(self.is_priced(), &mut self.summary);
         let (parts, summary) = (self.parts_under_way(), &self.summary);
         self.progress.update(summary.done(), || {
             let mut texts: Vec<String> = parts
@@ -41,7 +42,7 @@ impl Batches<'_> {
     pub(super) fn parts_under_way(&self) -> BTreeMap<String, u64> {
         let mut parts = BTreeMap::new();
         for part in self.journal.parts.iter().filter(|part| !part.is_done()) {
-            let status = match part.live.status.as_str() {
+            let status = match part.progress.status.as_str() {
                 "" if part.batch().is_some() => "under way",
                 "" => "not created yet",
                 status => status,

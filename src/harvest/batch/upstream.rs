@@ -53,9 +53,9 @@ pub(crate) struct BatchUpstream {
     /// Batches since the last answered row in which every row says that no request can succeed.
     claims: u32,
     /// Calls since the last successful one that were refused in this way.
-    claims_of_calls: u32,
+    refused_calls: u32,
     /// Monitors the usefulness of its answers.
-    pub watch: AnswerMonitor,
+    pub monitor: AnswerMonitor,
     /// Why nothing more is sent to it; the other upstreams go on.
     stopped: Option<anyhow::Error>,
 }
@@ -84,8 +84,8 @@ impl BatchUpstream {
             failed_batches: 0,
             has_batches: false,
             claims: 0,
-            claims_of_calls: 0,
-            watch: AnswerMonitor::from_config(&plan.templates[index].endpoint, config),
+            refused_calls: 0,
+            monitor: AnswerMonitor::from_config(&plan.templates[index].endpoint, config),
             stopped: None,
         }
     }
@@ -104,7 +104,7 @@ impl BatchUpstream {
 
     pub(crate) fn success(&mut self) {
         self.failures = 0;
-        self.claims_of_calls = 0;
+        self.refused_calls = 0;
         self.last_success = Instant::now();
         self.is_there = true;
     }
@@ -112,12 +112,12 @@ impl BatchUpstream {
     /// A call failed. Returns for how long nothing is sent, and why.
     pub(crate) fn call_failed(
         &mut self,
-        trouble: AttemptError,
+        error: AttemptError,
         retry: &config::RetryConfig,
     ) -> (Duration, String) {
         let now = Instant::now();
         self.failures += 1;
-        let (least, message) = match trouble {
+        let (least, message) = match error {
             AttemptError::Claim(claim) => return self.claimed(claim, retry),
             AttemptError::Refused(failure) | AttemptError::Filtered(failure) => {
                 self.stop(anyhow!(
@@ -158,11 +158,11 @@ impl BatchUpstream {
     /// A call says that no request can succeed. Before there is a batch that is believed at once; after that
     /// only where it is said again and again.
     fn claimed(&mut self, claim: RefusalClaim, retry: &config::RetryConfig) -> (Duration, String) {
-        self.claims_of_calls += 1;
+        self.refused_calls += 1;
         let pause = outcome::backoff(self.failures, retry, 1.0);
         self.not_before = Instant::now() + pause;
         let message = claim.failure.message.clone();
-        self.stop_if_confirmed(claim, self.has_batches, self.claims_of_calls);
+        self.stop_if_confirmed(claim, self.has_batches, self.refused_calls);
         (pause, message)
     }
 
@@ -210,7 +210,7 @@ impl BatchUpstream {
     }
 
     /// Nothing else of ours is under way, and there is no room for a row of so many tokens.
-    pub(crate) fn no_room_for_one(&mut self, tokens: u64, retry: &config::RetryConfig) {
+    pub(crate) fn single_row_exceeds_limit(&mut self, tokens: u64, retry: &config::RetryConfig) {
         self.failed_batches += 1;
         if self.failed_batches >= 2 * FAILED_BATCHES {
             let message = format!(

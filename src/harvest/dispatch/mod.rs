@@ -35,22 +35,22 @@ use crate::terminal::progress::Progress;
 pub(crate) use ending::DispatchEnd;
 
 /// Answers that are recorded by one write, at most.
-const LARGEST_GROUP: usize = 64;
+const MAX_GROUP: usize = 64;
 
 /// While the window is closed the wall clock is looked at so often: it may be set.
-const LOOK_AT_CLOCK: Duration = Duration::from_secs(60);
+const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 pub(crate) struct Dispatcher<'a> {
     config: &'a Config,
     plan: Arc<Plan>,
     cache: &'a Cache,
     upstreams: Vec<Upstream>,
-    books: RunFiles,
+    run_files: RunFiles,
     unreadable: UnreadableBodies,
     schedule: RequestWindow,
     clock: WallClock,
     in_flight: JoinSet<Result<FinishedAttempt>>,
-    room: HeldAnswers,
+    held_answers: HeldAnswers,
     /// A limit that is shared has something to tell.
     wake: Arc<Notify>,
     summary: HarvestSummary,
@@ -88,7 +88,7 @@ impl<'a> Dispatcher<'a> {
         plan: Arc<Plan>,
         cache: &'a Cache,
         upstreams: Vec<Upstream>,
-        books: RunFiles,
+        run_files: RunFiles,
         clock: WallClock,
         progress: Progress,
     ) -> Result<Self> {
@@ -101,17 +101,17 @@ impl<'a> Dispatcher<'a> {
             used: used.collect(),
             arguments: config.arguments(),
             before_training: crate::plan::prepare::before_training(config),
-            ..HarvestSummary::from_plan(&plan, &books.unanswered)
+            ..HarvestSummary::from_plan(&plan, &run_files.unanswered)
         };
         Ok(Self {
             config,
             cache,
             upstreams,
-            books,
+            run_files,
             unreadable: UnreadableBodies::new(&config.run_dir),
             schedule: RequestWindow::new(&config.schedule, clock.now())?,
             in_flight: JoinSet::new(),
-            room: HeldAnswers::default(),
+            held_answers: HeldAnswers::default(),
             wake: Arc::default(),
             timeline: Timeline::new(now, clock.now()),
             stop: None,
@@ -152,14 +152,16 @@ impl<'a> Dispatcher<'a> {
     pub(crate) async fn run_to_end(mut self, mut signals: Signals) -> Result<DispatchEnd> {
         let upstreams = self.upstreams.iter();
         let most_in_flight = upstreams.map(|upstream| upstream.settings.limits.concurrency as u64);
-        self.books.account.expect_in_flight(most_in_flight.sum())?;
+        self.run_files
+            .account
+            .expect_in_flight(most_in_flight.sum())?;
         let mut seconds = interval(Duration::from_secs(1));
         seconds.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
             self.summary.turns += 1;
-            let wake = self.send_what_may_leave()?;
-            let is_over = self.stop.is_some() || self.is_done();
-            if is_over && self.in_flight.is_empty() && !self.room.is_waiting() {
+            let wake = self.send_ready_rows()?;
+            let is_ending = self.stop.is_some() || self.is_done();
+            if is_ending && self.in_flight.is_empty() && !self.held_answers.is_waiting() {
                 break;
             }
             tokio::select! {
@@ -188,8 +190,8 @@ impl<'a> Dispatcher<'a> {
 
     /// Starts requests until the queues, the concurrency, the limits or the budget say no. Returns
     /// when to try again; None: when something has come back.
-    fn send_what_may_leave(&mut self) -> Result<Option<Instant>> {
-        if let Some(until) = self.wait_for_room()? {
+    fn send_ready_rows(&mut self) -> Result<Option<Instant>> {
+        if let Some(until) = self.wait_for_disk_space()? {
             return Ok(Some(until));
         }
         if let Some(until) = self.check_clock() {
@@ -218,7 +220,9 @@ impl<'a> Dispatcher<'a> {
         }
         if is_short_of_money && self.in_flight.is_empty() && wake.is_none() {
             self.stop
-                .get_or_insert(crate::budget::account::out_of_money(&self.books.account));
+                .get_or_insert(crate::budget::account::out_of_money(
+                    &self.run_files.account,
+                ));
         }
         Ok(wake)
     }
@@ -246,7 +250,7 @@ impl<'a> Dispatcher<'a> {
                 }
                 let left = Duration::try_from(until - now).unwrap_or_default();
                 let least = Duration::from_millis(10);
-                Some(Instant::now() + left.clamp(least, LOOK_AT_CLOCK))
+                Some(Instant::now() + left.clamp(least, CLOCK_CHECK_INTERVAL))
             }
         }
     }
@@ -261,8 +265,11 @@ impl<'a> Dispatcher<'a> {
             Err(wake) => return Ok(wake.map_or(SendOutcome::Full, SendOutcome::NotBefore)),
         };
         let bound = self.plan.bound(index, entry.row);
-        let reserved = self.books.account.bound(&bound, &upstream.settings.price);
-        match self.books.reserve(&reserved, upstream) {
+        let reserved = self
+            .run_files
+            .account
+            .bound(&bound, &upstream.settings.price);
+        match self.run_files.reserve(&reserved, upstream) {
             Ok(true) => {}
             Ok(false) => return Ok(SendOutcome::NoMoney),
             Err(error) if disk_full::is_full(&error) => {
@@ -272,21 +279,21 @@ impl<'a> Dispatcher<'a> {
             Err(error) => return Err(error),
         }
         let cost = self.plan.cost(index, entry.row);
-        let departure = match upstream.admit(cost) {
-            Ok(departure) => departure,
+        let ticket = match upstream.admit(cost) {
+            Ok(ticket) => ticket,
             Err(until) => {
-                self.books.account.release(&reserved);
-                self.note_day(index);
+                self.run_files.account.release(&reserved);
+                self.note_daily_limit(index);
                 return Ok(SendOutcome::NotBefore(until));
             }
         };
         upstream.queue.take(entry);
-        upstream.request_sent(&departure);
+        upstream.request_sent(&ticket);
         self.summary.requests += 1;
         let used = &mut self.summary.used[index];
         used.requests += 1;
         used.tokens += cost.tokens();
-        self.timeline.hour(departure.at).requests += 1;
+        self.timeline.hour(ticket.at).requests += 1;
         self.in_flight.spawn(attempt::run(
             Arc::clone(&self.plan),
             Arc::clone(&upstream.transport),
@@ -295,14 +302,14 @@ impl<'a> Dispatcher<'a> {
             Attempt {
                 upstream: index,
                 entry,
-                departure,
+                ticket,
                 reserved,
             },
         ));
         Ok(SendOutcome::Sent)
     }
 
-    fn note_day(&mut self, index: usize) {
+    fn note_daily_limit(&mut self, index: usize) {
         let Some((limit, wait)) = self.upstreams[index].daily_limit_notice() else {
             return;
         };
@@ -322,7 +329,7 @@ impl<'a> Dispatcher<'a> {
         let mut is_growing = true;
         while std::mem::take(&mut is_growing) {
             tokio::task::yield_now().await;
-            while group.len() < LARGEST_GROUP
+            while group.len() < MAX_GROUP
                 && let Some(ended) = self.in_flight.try_join_next()
             {
                 group.push(ended);
@@ -342,11 +349,12 @@ impl<'a> Dispatcher<'a> {
                 Err(error) => fault = Some(error),
             }
         }
-        match self.room.is_waiting() {
-            true => self.room.hold(finished),
-            false => self.record(finished)?,
+        if self.held_answers.is_waiting() {
+            self.held_answers.hold(finished)
+        } else {
+            self.record(finished)?
         }
-        self.unless_disk_full(|books| books.account.flush())?;
+        self.unless_disk_full(|run_files| run_files.account.flush())?;
         self.check_cache()?;
         fault.map_or(Ok(()), Err)
     }
@@ -373,13 +381,13 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn tick_account(&mut self) -> Result<()> {
-        self.unless_disk_full(|books| books.account.tick())
+        self.unless_disk_full(|run_files| run_files.account.tick())
     }
 
     /// Writes to the books. A full disk is met again by the next request, which must not be sent then;
     /// until then what was written before is on the safe side.
     fn unless_disk_full(&mut self, write: impl FnOnce(&mut RunFiles) -> Result<()>) -> Result<()> {
-        match write(&mut self.books) {
+        match write(&mut self.run_files) {
             Err(error) if disk_full::is_full(&error) => Ok(()),
             // The whole folder may have been moved. What was written ahead there covers what is in flight.
             Err(_) if self.is_displaced => Ok(()),
@@ -392,11 +400,11 @@ impl<'a> Dispatcher<'a> {
         let is_second = std::mem::replace(&mut self.signalled, true);
         let in_flight = self.in_flight.len();
         if is_second {
-            let told = format!(
+            let message = format!(
                 "stopped at once: {in_flight} requests were in flight, and may be billed without an answer; \
                  run the same command to resume"
             );
-            self.stop = Some(anyhow::Error::from(Exit::Signal(number)).context(told));
+            self.stop = Some(anyhow::Error::from(Exit::Signal(number)).context(message));
         } else {
             let error = anyhow::Error::from(Exit::Signal(number));
             let advice = "every answer is recorded; run the same command to resume";
@@ -456,6 +464,6 @@ impl<'a> Dispatcher<'a> {
         let is_priced = self.upstreams.iter().any(|upstream| {
             upstream.settings.price.input.is_some() && upstream.settings.price.output.is_some()
         });
-        self.books.summarise(is_priced, &mut self.summary);
+        self.run_files.summarise(is_priced, &mut self.summary);
     }
 }

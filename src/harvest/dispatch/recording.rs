@@ -16,13 +16,13 @@ impl Dispatcher<'_> {
             .filter_map(|request| request.result.as_ref().ok());
         let appended = self
             .cache
-            .append_group(answers.map(|answered| &answered.sealed));
+            .append_group(answers.map(|answered| &answered.encoded));
         match appended {
             Ok(()) => finished
                 .into_iter()
                 .try_for_each(|request| self.settle(request)),
             Err(error) if disk_full::is_full(&error) => {
-                self.room.hold(finished);
+                self.held_answers.hold(finished);
                 self.note_full_disk(&error);
                 Ok(())
             }
@@ -31,7 +31,7 @@ impl Dispatcher<'_> {
     }
 
     pub(super) fn note_full_disk(&mut self, error: &anyhow::Error) {
-        if self.room.note(error) {
+        if self.held_answers.note(error) {
             self.progress.note(&format!(
                 "{error:#}: answers wait in memory, and nothing more is asked until there is room"
             ));
@@ -39,8 +39,8 @@ impl Dispatcher<'_> {
     }
 
     /// When to try again, while the disk is full.
-    pub(super) fn wait_for_room(&mut self) -> Result<Option<Instant>> {
-        let Some(retry_at) = self.room.retry_at() else {
+    pub(super) fn wait_for_disk_space(&mut self) -> Result<Option<Instant>> {
+        let Some(retry_at) = self.held_answers.retry_at() else {
             return Ok(None);
         };
         // A run that is to end does not wait: it tries once more.
@@ -48,20 +48,20 @@ impl Dispatcher<'_> {
         if !is_last && Instant::now() < retry_at {
             return Ok(Some(retry_at));
         }
-        let held = self.room.take();
+        let held = self.held_answers.take();
         self.record(held)?;
-        let is_held = self.room.holds_something();
-        match self.books.account.save() {
+        let is_held = self.held_answers.holds_something();
+        match self.run_files.account.save() {
             Ok(()) if !is_held => {
-                self.room.clear();
+                self.held_answers.clear();
                 self.progress.note("there is room on the disk again");
                 return Ok(None);
             }
             Err(error) if !disk_full::is_full(&error) => return Err(error),
             _ => {}
         }
-        if (is_last || self.room.has_waited_long())
-            && let Some((lost, error)) = self.room.give_up(self.cache.safe_len())
+        if (is_last || self.held_answers.has_waited_long())
+            && let Some((lost, error)) = self.held_answers.give_up(self.cache.safe_len())
         {
             self.summary.attempts_lost += lost.len() as u64;
             // A signal stays what ends the run, and what it has cost is said instead of "nothing is lost".
@@ -73,6 +73,6 @@ impl Dispatcher<'_> {
                 None => error,
             });
         }
-        Ok(self.room.retry_at())
+        Ok(self.held_answers.retry_at())
     }
 }

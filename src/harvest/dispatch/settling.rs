@@ -32,19 +32,21 @@ impl Dispatcher<'_> {
         } = finished;
         let index = attempt.upstream;
         let upstream = &mut self.upstreams[index];
-        upstream.reply_received(&attempt.departure, &reports);
+        upstream.reply_received(&attempt.ticket, &reports);
         let price = upstream.settings.price.clone();
-        let trouble = match result {
+        let error = match result {
             Ok(answered) => {
-                upstream.answered(&attempt.departure, &reports, answered.seen.usage.as_ref());
+                upstream.answered(&attempt.ticket, &reports, answered.facts.usage.as_ref());
                 let bill = answered.bill();
-                self.books.account.settle(&attempt.reserved, bill, &price);
-                self.count(index, &answered.seen);
+                self.run_files
+                    .account
+                    .settle(&attempt.reserved, bill, &price);
+                self.count(index, &answered.facts);
                 return Ok(());
             }
-            Err(trouble) => trouble,
+            Err(error) => error,
         };
-        let failure = match &trouble {
+        let failure = match &error {
             AttemptError::Refused(failure)
             | AttemptError::Filtered(failure)
             | AttemptError::Transient { failure, .. } => Some(failure),
@@ -56,7 +58,9 @@ impl Dispatcher<'_> {
             None => Charge::Nothing,
         };
         self.summary.attempts_lost += u64::from(billed.is_some());
-        self.books.account.settle(&attempt.reserved, bill, &price);
+        self.run_files
+            .account
+            .settle(&attempt.reserved, bill, &price);
         self.timeline.hour(Instant::now()).failed_attempts += 1;
         let mut entry = attempt.entry;
         let mut paid = 0;
@@ -65,22 +69,25 @@ impl Dispatcher<'_> {
             paid = self.note_paid(entry, failure)?;
         }
         let is_spent = paid >= self.config.retry.max_attempts;
-        self.judge(index, entry, &attempt.departure, trouble, is_spent)
+        self.decide(index, entry, &attempt.ticket, error, is_spent)
     }
 
     /// Decides what becomes of a row whose attempt brought no answer.
-    fn judge(
+    fn decide(
         &mut self,
         index: usize,
         entry: QueuedRow,
-        departure: &SendTicket,
-        trouble: AttemptError,
+        ticket: &SendTicket,
+        error: AttemptError,
         is_spent: bool,
     ) -> Result<()> {
         let upstream = &mut self.upstreams[index];
-        let known = self.books.unanswered.get(&self.plan.rows[entry.row].key);
+        let known = self
+            .run_files
+            .unanswered
+            .get(&self.plan.rows[entry.row].key);
         let failed_as = known.map_or("", |known| known.failed_as.as_str());
-        let (verdict, message) = match trouble {
+        let (decision, message) = match error {
             AttemptError::Refused(failure) | AttemptError::Claim(RefusalClaim { failure, .. })
                 if failure.class == failed_as =>
             {
@@ -92,14 +99,14 @@ impl Dispatcher<'_> {
                 (upstream.refused(entry, failure), message)
             }
             AttemptError::Filtered(failure) => {
-                upstream.filtered(departure);
-                return self.filtered(index, entry, failure);
+                upstream.filtered(ticket);
+                return self.end_filtered(index, entry, failure);
             }
             AttemptError::Throttled { wait, message } => {
                 self.summary.used[index].throttled += 1;
                 let cost = self.plan.cost(index, entry.row);
-                let verdict = upstream.throttled(entry, cost, departure, wait, message.clone());
-                (verdict, message)
+                let decision = upstream.throttled(entry, cost, ticket, wait, message.clone());
+                (decision, message)
             }
             AttemptError::Transient { failure, wait } => {
                 let message = failure.message.clone();
@@ -109,12 +116,12 @@ impl Dispatcher<'_> {
                         upstream.queue.remove(entry.row);
                         (RetryDecision::Failed(entry, failure), message)
                     }
-                    verdict => (verdict, message),
+                    decision => (decision, message),
                 }
             }
             AttemptError::Claim(claim) => {
                 let message = claim.failure.message.clone();
-                (upstream.claimed(entry, claim, departure), message)
+                (upstream.claimed(entry, claim, ticket), message)
             }
             AttemptError::KeyRenewed => {
                 upstream.key_renewed(entry);
@@ -123,7 +130,7 @@ impl Dispatcher<'_> {
             // An attempt makes an answer of it.
             AttemptError::Unreadable { problem, .. } => bail!("a reply was left unread: {problem}"),
         };
-        match verdict {
+        match decision {
             RetryDecision::Failed(entry, failure) => {
                 upstream.row_given_up(entry.row);
                 let row = FailedRow::new(&self.plan, index, entry, failure);
@@ -133,7 +140,7 @@ impl Dispatcher<'_> {
                 .progress
                 .note(&format!("waiting {}: {message}", format_duration(pause))),
             RetryDecision::Again { .. } => {}
-            RetryDecision::Far(wait) => {
+            RetryDecision::LongWait(wait) => {
                 let now = self.clock.now();
                 let until = now.checked_add(wait).unwrap_or(jiff::Timestamp::MAX);
                 upstream.stop(run_error::long_wait(
@@ -155,13 +162,13 @@ impl Dispatcher<'_> {
             failure,
             self.clock.now(),
         );
-        self.unless_disk_full(|books| books.unanswered.add(&line))?;
-        let known = self.books.unanswered.get(&line.key);
+        self.unless_disk_full(|run_files| run_files.unanswered.add(&line))?;
+        let known = self.run_files.unanswered.get(&line.key);
         Ok(known.map_or(0, |known| known.paid).max(entry.paid))
     }
 
     /// The row ends as refused by a content filter.
-    fn filtered(&mut self, index: usize, entry: QueuedRow, failure: RowFailure) -> Result<()> {
+    fn end_filtered(&mut self, index: usize, entry: QueuedRow, failure: RowFailure) -> Result<()> {
         let line = Line::new(
             &self.plan,
             entry,
@@ -169,19 +176,19 @@ impl Dispatcher<'_> {
             &failure,
             self.clock.now(),
         );
-        self.unless_disk_full(|books| books.unanswered.add(&line))?;
+        self.unless_disk_full(|run_files| run_files.unanswered.add(&line))?;
         let row = FailedRow::new(&self.plan, index, entry, failure);
         self.summary.filtered(row);
         Ok(())
     }
 
-    fn count(&mut self, index: usize, seen: &AnswerFacts) {
+    fn count(&mut self, index: usize, facts: &AnswerFacts) {
         let wants_logprobs = self.plan.templates[index].wants_logprobs();
-        self.summary.add(seen, wants_logprobs);
+        self.summary.add(facts, wants_logprobs);
         self.timeline.hour(Instant::now()).answered += 1;
         let upstream = &mut self.upstreams[index];
-        for word in upstream.watch.check(seen) {
-            match word {
+        for alert in upstream.monitor.check(facts) {
+            match alert {
                 MonitorAlert::Note(text) => self.summary.warn(text),
                 MonitorAlert::Stop(error) => upstream.stop(error),
             }

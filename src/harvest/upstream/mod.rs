@@ -37,21 +37,21 @@ use crate::terminal::format_duration;
 const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 
 /// The longest pause between the probes of an outage, as a multiple of `retry.max_s`.
-const OUTAGE_PAUSE: f64 = 5.0;
+const OUTAGE_PAUSE_FACTOR: f64 = 5.0;
 
 /// If no more rows than these are left, they may be the rows that always fail.
 const LAST_ROWS: usize = 50;
 
 /// Time in which all of them are tried once, and the part of `retry.max_outage_s` that it is at most.
 const LAST_ROWS_WITHIN: Duration = Duration::from_secs(60);
-const PART_OF_OUTAGE: f64 = 0.25;
+const LAST_ROWS_OUTAGE_FRACTION: f64 = 0.25;
 
 /// Time between two notes about the requests of the day.
-const DAY_TOLD_EVERY: Duration = Duration::from_secs(3_600);
+const DAILY_LIMIT_NOTICE_INTERVAL: Duration = Duration::from_secs(3_600);
 
 /// For how long the first request goes alone, where it is not answered. With a budget there is no such
 /// bound: its answer shows whether the endpoint keeps to `max_tokens`.
-const ALONE: Duration = Duration::from_secs(10);
+const FIRST_REQUEST_ALONE: Duration = Duration::from_secs(10);
 
 pub(crate) struct Upstream {
     pub settings: config::EndpointConfig,
@@ -72,11 +72,11 @@ pub(crate) struct Upstream {
     has_suspects: bool,
     has_budget: bool,
     /// Monitors the usefulness of its answers.
-    pub watch: AnswerMonitor,
+    pub monitor: AnswerMonitor,
     /// Why nothing more is sent to it; the other upstreams go on.
     stopped: Option<anyhow::Error>,
     /// When the user was last told that the requests of the day are used up.
-    day_told: Option<Instant>,
+    daily_limit_noted_at: Option<Instant>,
 }
 
 /// The rows of a upstream, those last that an earlier run has failed at.
@@ -101,7 +101,7 @@ pub(crate) enum RetryDecision {
     /// The row ends without an answer.
     Failed(QueuedRow, RowFailure),
     /// The endpoint is there again only after this long; the row is in the queue again.
-    Far(Duration),
+    LongWait(Duration),
 }
 
 impl RetryDecision {
@@ -135,9 +135,9 @@ impl Upstream {
             is_known: plan.answered[index] > 0,
             has_suspects: plan.suspects[index] > 0,
             has_budget: config.budget.usd.is_some(),
-            watch: AnswerMonitor::from_config(&settings, config),
+            monitor: AnswerMonitor::from_config(&settings, config),
             stopped: None,
-            day_told: None,
+            daily_limit_noted_at: None,
             settings,
             transport,
         })
@@ -174,8 +174,8 @@ impl Upstream {
             if self.has_budget {
                 return Err(None);
             }
-            if now < first + ALONE {
-                return Err(Some(first + ALONE));
+            if now < first + FIRST_REQUEST_ALONE {
+                return Err(Some(first + FIRST_REQUEST_ALONE));
             }
         }
         let must_drain = self.health.is_forbidding() && self.in_flight > 0;
@@ -205,12 +205,12 @@ impl Upstream {
 
     /// Lets a request out, or says when to ask again.
     pub(crate) fn admit(&mut self, cost: RequestCost) -> Result<SendTicket, Instant> {
-        let room = if self.is_probing() || !self.health.is_proven() {
+        let slots = if self.is_probing() || !self.health.is_proven() {
             1
         } else {
             self.concurrency.free_slots().saturating_sub(self.in_flight)
         };
-        self.limiter.admit(cost, room.min(self.queue.len()))
+        self.limiter.admit(cost, slots.min(self.queue.len()))
     }
 
     /// Limit of requests a day and the wait for the next one, where the user is to be told of it now.
@@ -218,12 +218,12 @@ impl Upstream {
         let now = Instant::now();
         let (limit, until) = self.limiter.day.used_up(now)?;
         if self
-            .day_told
-            .is_some_and(|told| now < told + DAY_TOLD_EVERY)
+            .daily_limit_noted_at
+            .is_some_and(|noted_at| now < noted_at + DAILY_LIMIT_NOTICE_INTERVAL)
         {
             return None;
         }
-        self.day_told = Some(now);
+        self.daily_limit_noted_at = Some(now);
         Some((limit, until - now))
     }
 
@@ -240,7 +240,7 @@ impl Upstream {
                  ({reason})"
             )),
             LimiterEvent::Back(silence) => {
-                self.health.excuse(silence);
+                self.health.exclude_wait(silence);
                 let silence = format_duration(silence);
                 Some(format!(
                     "the limits that are shared can be asked for again, after {silence}"
@@ -253,47 +253,47 @@ impl Upstream {
         }
     }
 
-    pub(crate) fn request_sent(&mut self, departure: &SendTicket) {
+    pub(crate) fn request_sent(&mut self, ticket: &SendTicket) {
         self.in_flight += 1;
         if !self.health.is_proven() {
-            self.first.get_or_insert(departure.at);
+            self.first.get_or_insert(ticket.at);
         }
         if self.is_probing() {
-            self.probe = Some(departure.at);
+            self.probe = Some(ticket.at);
         }
     }
 
     /// A reply, or the lack of one, has come.
-    pub(crate) fn reply_received(&mut self, departure: &SendTicket, reports: &[LimitReport]) {
+    pub(crate) fn reply_received(&mut self, ticket: &SendTicket, reports: &[LimitReport]) {
         self.in_flight -= 1;
-        if self.probe == Some(departure.at) {
+        if self.probe == Some(ticket.at) {
             self.probe = None;
         }
-        if self.first == Some(departure.at) {
+        if self.first == Some(ticket.at) {
             self.first = None;
         }
-        if self.limiter.update_from_headers(reports, departure) {
+        if self.limiter.update_from_headers(reports, ticket) {
             self.concurrency.follow_limits();
         }
     }
 
     pub(crate) fn answered(
         &mut self,
-        departure: &SendTicket,
+        ticket: &SendTicket,
         reports: &[LimitReport],
         usage: Option<&Usage>,
     ) {
         let now = Instant::now();
-        self.health.success(departure.at, now);
+        self.health.success(ticket.at, now);
         if self.settings.limits.adapt {
             let is_full = self.in_flight + 1 >= self.concurrency.free_slots();
-            self.concurrency.answered(departure.at, now, is_full);
+            self.concurrency.answered(ticket.at, now, is_full);
         }
         let used = usage.map(|usage| RequestCost {
             input_tokens: usage.prompt_tokens,
             output_tokens: usage.completion_tokens,
         });
-        self.limiter.answered(reports, departure, used);
+        self.limiter.answered(reports, ticket, used);
     }
 
     /// Rows that the next run tries last, though they have not failed: see [`Health::suspects`].
@@ -307,9 +307,9 @@ impl Upstream {
     }
 
     /// The content of the row is refused: the endpoint is in order.
-    pub(crate) fn filtered(&mut self, departure: &SendTicket) {
-        self.health.success(departure.at, Instant::now());
-        self.limiter.answered(&[], departure, None);
+    pub(crate) fn filtered(&mut self, ticket: &SendTicket) {
+        self.health.success(ticket.at, Instant::now());
+        self.limiter.answered(&[], ticket, None);
     }
 
     /// The row is to be asked again with a new key, at once.
@@ -339,14 +339,14 @@ impl Upstream {
         let is_the_rows = is_in_order && !self.health.has_others(remaining);
         if self.health.is_outage() && !self.health.never_answered() && !is_the_rows {
             // No row is to blame: it costs no attempt, and one probe at a time goes out.
-            let mut pause = self.firm_pause(self.health.probes(), OUTAGE_PAUSE);
+            let mut pause = self.firm_pause(self.health.probes(), OUTAGE_PAUSE_FACTOR);
             if is_in_order && remaining <= LAST_ROWS && failure.may_be_row_specific() {
                 pause = pause.min(self.pause_of_last(remaining));
             }
             let pause = pause.max(wait);
             let was_open = self.limiter.close_until(now + pause);
             self.queue.delay(entry, now + wait);
-            self.stop_where_nothing_helps(&failure);
+            self.stop_if_hopeless(&failure);
             return RetryDecision::Again {
                 pause: if was_open { pause } else { Duration::ZERO },
             };
@@ -374,7 +374,7 @@ impl Upstream {
             let pause = self.firm_pause(contacts, 1.0);
             self.limiter.close_until(now + pause);
         }
-        self.stop_where_nothing_helps(&failure);
+        self.stop_if_hopeless(&failure);
         let holds_up = self.in_flight == 0 && self.queue.peek(now).is_err();
         RetryDecision::Again {
             pause: if holds_up { wait } else { Duration::ZERO },
@@ -383,7 +383,7 @@ impl Upstream {
 
     /// The longest pause between the last rows in an outage, so that all of them are tried soon.
     fn pause_of_last(&self, remaining: usize) -> Duration {
-        let part = Duration::try_from_secs_f64(self.retry.max_outage_s * PART_OF_OUTAGE);
+        let part = Duration::try_from_secs_f64(self.retry.max_outage_s * LAST_ROWS_OUTAGE_FRACTION);
         let within = part.unwrap_or(LAST_ROWS_WITHIN).min(LAST_ROWS_WITHIN);
         within / remaining.max(1) as u32
     }
@@ -412,19 +412,19 @@ impl Upstream {
     }
 
     /// Stops where the server fails at everything alike, and after a long silence.
-    fn stop_where_nothing_helps(&mut self, failure: &RowFailure) {
+    fn stop_if_hopeless(&mut self, failure: &RowFailure) {
         // A server that is starting up, or overloaded, has statuses of its own.
         let is_error = failure.class == "http 500" && !failure.is_bodyless && !self.is_known;
         if is_error && self.health.failed_alike(&failure.message) {
             self.stop(run_error::failed_alike(&failure.message));
         }
-        self.stop_after_long_silence(&failure.message);
+        self.stop_after_outage(&failure.message);
     }
 
     /// Judged when something has failed and not by a timer, so that a wait that the endpoint asked
     /// for is waited to its end.
-    fn stop_after_long_silence(&mut self, message: &str) {
-        let silence = self.health.silence(Instant::now());
+    fn stop_after_outage(&mut self, message: &str) {
+        let silence = self.health.time_without_success(Instant::now());
         if silence.as_secs_f64() >= self.retry.max_outage_s {
             self.stop(run_error::outage(silence, message));
         }

@@ -13,33 +13,33 @@ use crate::rate_limit::cost::RequestCost;
 use crate::rate_limit::send_ticket::SendTicket;
 
 /// Rounds in which an endpoint that has answered says that no request can succeed, before it is believed.
-const CLAIMS: u32 = 4;
+const CLAIM_ROUNDS: u32 = 4;
 
 /// Further rounds, one for each time that such a reply was followed by an answer.
-const MORE_CLAIMS: u32 = 12;
+const MAX_EXTRA_CLAIM_ROUNDS: u32 = 12;
 
 /// Times that one row brings such a reply while others are answered, before it is the row.
-const CLAIMS_OF_A_ROW: u32 = 3;
+const MAX_CLAIMS_PER_ROW: u32 = 3;
 
 /// Rows that bring such a reply before any is answered, where the cache holds answers or an earlier run
 /// has ended so, before it is believed.
-const CLAIMS_OF_ROWS: usize = 3;
+const CLAIMING_ROWS: usize = 3;
 
 /// As [`CLAIMS_OF_ROWS`], where rows have failed while others were answered.
-const CLAIMS_OF_DOUBTFUL_ROWS: usize = 8;
+const CLAIMING_ROWS_IF_DOUBTFUL: usize = 8;
 
 /// As [`CLAIMS_OF_ROWS`], for a wrong key.
-const CLAIMS_FOR_A_KEY: usize = 2;
+const CLAIMING_ROWS_FOR_A_KEY: usize = 2;
 
 /// Rows that may all be refused, also in the same words, though the cache holds answers.
 const REFUSED_ROWS: usize = 20;
 
 /// Rounds in which the endpoint asks to wait for a row while others were answered, before it is the row. With
 /// the default pauses they take longer than a limit a minute does.
-const THROTTLES_OF_A_ROW: u32 = 8;
+const MAX_THROTTLES_PER_ROW: u32 = 8;
 
 /// Rounds in which the endpoint asks for such a wait, before it is believed.
-const FAR_WAITS: u32 = 2;
+const LONG_WAIT_ROUNDS: u32 = 2;
 
 impl Upstream {
     /// The endpoint asks everybody to wait: the row costs no attempt, and the gate closes.
@@ -47,12 +47,12 @@ impl Upstream {
         &mut self,
         mut entry: QueuedRow,
         cost: RequestCost,
-        departure: &SendTicket,
+        ticket: &SendTicket,
         wait: Option<Duration>,
         message: String,
     ) -> RetryDecision {
         let now = Instant::now();
-        let round = self.health.throttled(departure.at, now);
+        let round = self.health.throttled(ticket.at, now);
         // No wait makes room for a request that is larger than the limit itself.
         let too_small = self.limiter.too_small(&cost);
         if too_small.is_some() || message.to_lowercase().contains("request too large") {
@@ -63,15 +63,15 @@ impl Upstream {
             return RetryDecision::Failed(entry, failure);
         }
         if self.settings.limits.adapt {
-            self.concurrency.throttled(departure.at, now);
+            self.concurrency.throttled(ticket.at, now);
         }
         let own = self.firm_pause(round, 1.0);
         let far = wait.filter(|wait| *wait > LONGEST_WAIT);
         if let Some(far) = far
-            && self.health.long_wait_requested(departure.at, now) >= FAR_WAITS
+            && self.health.long_wait_requested(ticket.at, now) >= LONG_WAIT_ROUNDS
         {
             self.queue.delay(entry, now);
-            return RetryDecision::Far(far);
+            return RetryDecision::LongWait(far);
         }
         // Never shorter than our own back-off once it has refused again after the wait that it asked for.
         let pause = match wait.filter(|_| far.is_none()) {
@@ -81,27 +81,31 @@ impl Upstream {
         };
         let was_open = self.limiter.close_until(now + pause);
         let is_long = wait.is_some() && pause.as_secs_f64() > self.retry.max_s;
-        if was_open && is_long && round <= THROTTLES_OF_A_ROW {
-            self.health.excuse(pause);
+        if was_open && is_long && round <= MAX_THROTTLES_PER_ROW {
+            self.health.exclude_wait(pause);
         }
         // It may be the row after all: behind the others with it, the further the oftener.
-        let behind = self.firm_pause(entry.throttled, 1.0);
+        let row_delay = self.firm_pause(entry.throttled, 1.0);
         entry.throttled += 1;
         let first = *entry.throttled_at.get_or_insert(now);
-        let is_such = |entry: &QueuedRow| entry.throttled >= THROTTLES_OF_A_ROW;
+        let is_often_throttled = |entry: &QueuedRow| entry.throttled >= MAX_THROTTLES_PER_ROW;
         let others_succeed = self.health.last_success().is_some_and(|at| at > first);
-        let is_alone = self.in_flight == 0 && self.queue.all(is_such);
-        if others_succeed && is_alone && is_such(&entry) && round >= THROTTLES_OF_A_ROW {
+        let is_alone = self.in_flight == 0 && self.queue.all(is_often_throttled);
+        if others_succeed
+            && is_alone
+            && is_often_throttled(&entry)
+            && round >= MAX_THROTTLES_PER_ROW
+        {
             entry.failed += 1;
             return RetryDecision::Failed(entry, RowFailure::new("throttled", &message));
         }
-        let behind = if entry.throttled > 1 {
-            pause + behind
+        let row_delay = if entry.throttled > 1 {
+            pause + row_delay
         } else {
             Duration::ZERO
         };
-        self.queue.delay(entry, now + behind);
-        self.stop_after_long_silence(&message);
+        self.queue.delay(entry, now + row_delay);
+        self.stop_after_outage(&message);
         RetryDecision::Again {
             // Everything in flight may say the same; once is enough.
             pause: if was_open { pause } else { Duration::ZERO },
@@ -114,7 +118,7 @@ impl Upstream {
         &mut self,
         mut entry: QueuedRow,
         claim: RefusalClaim,
-        departure: &SendTicket,
+        ticket: &SendTicket,
     ) -> RetryDecision {
         let now = Instant::now();
         let RefusalClaim { reason, failure } = claim;
@@ -148,9 +152,9 @@ impl Upstream {
             return RetryDecision::Failed(entry, failure);
         }
         entry.claimed += 1;
-        let round = self.health.claimed(entry.row, departure.at, now);
+        let round = self.health.claimed(entry.row, ticket.at, now);
         let contradicted = self.health.contradicted();
-        if round > CLAIMS + contradicted.min(MORE_CLAIMS) {
+        if round > CLAIM_ROUNDS + contradicted.min(MAX_EXTRA_CLAIM_ROUNDS) {
             self.queue.delay(entry, now);
             self.stop(crate::client::refused::refused_by_now(
                 reason,
@@ -159,8 +163,8 @@ impl Upstream {
             ));
             return RetryDecision::AGAIN;
         }
-        let is_contradicted = round == 1 || contradicted >= CLAIMS_OF_A_ROW;
-        if entry.claimed > CLAIMS_OF_A_ROW && is_contradicted {
+        let is_contradicted = round == 1 || contradicted >= MAX_CLAIMS_PER_ROW;
+        if entry.claimed > MAX_CLAIMS_PER_ROW && is_contradicted {
             entry.failed += 1;
             return RetryDecision::Failed(entry, failure);
         }
@@ -185,21 +189,21 @@ impl Upstream {
             // The last few rows may be those that are always refused. An empty account or a wrong key refuses
             // all rows alike; and a wrong key is believed at once, but of a row that has brought such a reply
             // before.
-            let few = match reason {
-                RefusalReason::Credit | RefusalReason::Key => CLAIMS_OF_ROWS - 1,
+            let max_remaining = match reason {
+                RefusalReason::Credit | RefusalReason::Key => CLAIMING_ROWS - 1,
                 _ => REFUSED_ROWS,
             };
-            if self.is_known && remaining <= few && (!is_key || entry.claimed > 0) {
+            if self.is_known && remaining <= max_remaining && (!is_key || entry.claimed > 0) {
                 entry.failed += 1;
                 return RetryDecision::Failed(entry, failure);
             }
             let enough = match reason {
-                RefusalReason::Key => CLAIMS_FOR_A_KEY,
-                RefusalReason::Credit => CLAIMS_OF_ROWS,
-                _ if self.is_known && self.has_suspects => CLAIMS_OF_DOUBTFUL_ROWS,
-                _ => CLAIMS_OF_ROWS,
+                RefusalReason::Key => CLAIMING_ROWS_FOR_A_KEY,
+                RefusalReason::Credit => CLAIMING_ROWS,
+                _ if self.is_known && self.has_suspects => CLAIMING_ROWS_IF_DOUBTFUL,
+                _ => CLAIMING_ROWS,
             };
-            if suspects < enough && suspects < remaining && entry.claimed <= CLAIMS {
+            if suspects < enough && suspects < remaining && entry.claimed <= CLAIM_ROUNDS {
                 // Where the others wait, it is this row's turn again.
                 let pause = self.firm_pause(entry.claimed, 1.0);
                 entry.claimed += 1;

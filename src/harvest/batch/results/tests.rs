@@ -257,7 +257,7 @@ fn a_failed_batch_says_whose_fault_it_is() {
     let of = |mistakes: Value| {
         let card = json!({"id": "b", "errors": {"data": mistakes}}).to_string();
         let card = crate::client::batch_object::BatchObject::parse(card.as_bytes());
-        verdict(&card.unwrap().mistakes)
+        classify_batch_failure(&card.unwrap().mistakes)
     };
     let told = "Enqueued token limit reached for m. Limit: 90,000 enqueued tokens. Try later.";
     let tokens = of(json!([{"code": "token_limit_exceeded", "line": null, "message": told}]));
