@@ -1,7 +1,7 @@
-//! Detects worthless answers after about twenty of them. Pure.
+//! Detects unusable answers after about twenty of them. Pure.
 //!
-//! An endpoint can answer everything with status 200 and yet give nothing: no logprobs, no text, another
-//! model, the same text every time. The user hears of it at once; a run that has become worthless stops.
+//! An endpoint can answer every request with status 200 and still send nothing of use: no logprobs, no text, another
+//! model, the same text every time. The user gets a note, and a run of unusable answers stops.
 
 use crate::report::answer_facts::AnswerFacts;
 use std::collections::{HashMap, HashSet};
@@ -11,48 +11,48 @@ use crate::config;
 use crate::config::{Config, OnMissingLogprobs};
 use crate::harvest::run_error;
 
-/// Answers in a row that are no accident.
+/// Number of consecutive answers with the same fault after which a note is shown.
 const NOTE_AFTER: u32 = 20;
 
-/// Answers in a row without use, after which nothing more is asked.
+/// Number of consecutive unusable answers after which the run stops.
 const STOP_AFTER: u32 = 30;
 
-/// Prompts with several answers that are compared.
+/// Number of prompts with several answers that are compared.
 const COMPARED_PROMPTS: usize = 10;
 
-/// Texts below so many bytes are labels, which come again and again.
+/// Minimum length of a compared text in bytes: shorter ones are labels, which repeat legitimately.
 const MIN_TEXT_BYTES: usize = 24;
 
-/// Tokens by which an answer may be longer than `max_tokens`.
+/// Number of tokens by which an answer may exceed `max_tokens`.
 const EXTRA_TOKENS_ALLOWED: u64 = 4;
 
-/// Names of models that are told of.
+/// Maximum number of model names for which a note is shown.
 const MAX_MODEL_NOTES: usize = 5;
 
 /// Result of checking one answer.
 #[derive(Debug)]
 pub(crate) enum MonitorAlert {
     Note(String),
-    /// The run is not worth going on with.
+    /// The answers are unusable: the run stops.
     Stop(anyhow::Error),
 }
 
-/// The answers of one teacher so far.
+/// Counts of suspicious answers of one endpoint.
 #[derive(Debug)]
 pub(crate) struct AnswerMonitor {
     settings: config::EndpointConfig,
     on_missing: OnMissingLogprobs,
     has_budget: bool,
-    /// A note for tokens that are named by id, until it is shown.
+    /// Note about tokens given by id; None once it is shown.
     token_ids: Option<String>,
     without_logprobs: u32,
     unusable: u32,
     cut_off: u32,
     without_usage: u32,
-    /// The last text, and how many different prompts in a row it has answered.
+    /// Hash of the last text, number of consecutive different prompts that it answered, and the last prompt.
     repeated_text: (u64, u32, Option<u64>),
     models: HashSet<String>,
-    /// By prompt: the first text, and whether all others were the same; None once that is told, or wrong.
+    /// By prompt: hash of the first text and number of equal answers. None once a note is shown, or a text differs.
     samples: Option<HashMap<u64, (u64, u32)>>,
     is_over_max_tokens_noted: bool,
 }
@@ -72,7 +72,7 @@ impl AnswerMonitor {
         on_missing: OnMissingLogprobs,
         has_budget: bool,
     ) -> AnswerMonitor {
-        // At temperature 0 all samples are the same, and nobody is surprised.
+        // At temperature 0 all samples are expected to be the same.
         let is_sampled = settings.sampling.temperature != Some(0.0);
         AnswerMonitor {
             settings: settings.clone(),
@@ -94,7 +94,7 @@ impl AnswerMonitor {
         }
     }
 
-    /// Looks at one more answer. Returns what is to be said now.
+    /// Checks one more answer. Returns the alerts to show now.
     pub(crate) fn check(&mut self, facts: &AnswerFacts) -> Vec<MonitorAlert> {
         let alerts = [
             self.over_max_tokens(facts),
@@ -110,10 +110,10 @@ impl AnswerMonitor {
         alerts.into_iter().flatten().collect()
     }
 
-    /// A server that does not know the field answers past it, and past what was reserved.
+    /// Detects a server that ignores the field of `max_tokens`: its answers exceed the reserved budget.
     fn over_max_tokens(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let used = facts.usage?.completion_tokens;
-        // Some servers finish a character.
+        // Some servers complete a multi-token character.
         let allowed = facts.max_tokens + EXTRA_TOKENS_ALLOWED.max(facts.max_tokens / 50);
         if self.is_over_max_tokens_noted || used <= allowed {
             return None;
@@ -133,8 +133,8 @@ impl AnswerMonitor {
         let count = count_in_a_row(&mut self.without_usage, facts.usage.is_none());
         (count == NOTE_AFTER && self.has_budget).then(|| {
             MonitorAlert::Note(format!(
-                "{NOTE_AFTER} answers in a row came without usage that can be true: what they cost is \
-                 counted by an upper bound"
+                "{NOTE_AFTER} answers in a row have no plausible usage: their cost is counted \
+                 by an upper bound"
             ))
         })
     }
@@ -147,7 +147,7 @@ impl AnswerMonitor {
         let count = self.models.len();
         (2..=MAX_MODEL_NOTES).contains(&count).then(|| {
             MonitorAlert::Note(format!(
-                "answers now come from the model \"{}\", others came from another one: `distill cache \
+                "answers now come from the model \"{}\", earlier ones from another model: `distill cache \
                  stats` counts them by model",
                 facts.model
             ))
@@ -158,10 +158,10 @@ impl AnswerMonitor {
         let is_unusable = facts.status == Status::Quarantined;
         match count_in_a_row(&mut self.unusable, is_unusable) {
             NOTE_AFTER => Some(MonitorAlert::Note(format!(
-                "{NOTE_AFTER} answers in a row are of no use ({}): at {STOP_AFTER} the run stops",
+                "{NOTE_AFTER} answers in a row are unusable ({}): the run stops at {STOP_AFTER}",
                 facts.reason
             ))),
-            STOP_AFTER => Some(MonitorAlert::Stop(run_error::worthless(
+            STOP_AFTER => Some(MonitorAlert::Stop(run_error::unusable_answers(
                 STOP_AFTER,
                 &facts.reason,
             ))),
@@ -184,7 +184,7 @@ impl AnswerMonitor {
                 MonitorAlert::Stop(run_error::without_logprobs(NOTE_AFTER, why, top_logprobs))
             }
             OnMissingLogprobs::Warn => MonitorAlert::Note(format!(
-                "{NOTE_AFTER} answers in a row came without usable logprobs ({why}): they train on \
+                "{NOTE_AFTER} answers in a row have no usable logprobs ({why}): they are trained with \
                  cross-entropy alone"
             )),
         })
@@ -199,13 +199,13 @@ impl AnswerMonitor {
         (count_in_a_row(&mut self.cut_off, facts.is_cut_off) == NOTE_AFTER).then(|| {
             MonitorAlert::Note(format!(
                 "{NOTE_AFTER} answers in a row were cut off at {} tokens: raise `sampling.max_tokens`, which \
-                 asks again for those alone that were cut off",
+                 asks again only for answers that were cut off",
                 facts.max_tokens
             ))
         })
     }
 
-    /// One text for many prompts: a cache on the way, or a template that leaves the prompt out.
+    /// Detects one text for many prompts: a caching proxy, or a template that drops the prompt.
     fn repeated_text(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let (last, count, prompt) = &mut self.repeated_text;
         if *last != facts.text.0 || facts.text.1 < MIN_TEXT_BYTES {
@@ -218,7 +218,7 @@ impl AnswerMonitor {
         (*count == NOTE_AFTER).then(|| {
             *count += 1;
             MonitorAlert::Note(format!(
-                "{NOTE_AFTER} different prompts in a row have the same answer: look at them with `distill \
+                "{NOTE_AFTER} different prompts in a row have the same answer: inspect them with `distill \
                  cache show`"
             ))
         })
@@ -237,7 +237,7 @@ impl AnswerMonitor {
         *count += 1;
         let several = samples.values().filter(|(_, count)| *count > 1).count();
         if several < COMPARED_PROMPTS {
-            // What has one answer so far may be all that is ever asked of it.
+            // With one sample per prompt there is nothing to compare: bound the memory.
             if samples.len() > 100 * COMPARED_PROMPTS {
                 self.samples = None;
             }
@@ -245,13 +245,13 @@ impl AnswerMonitor {
         }
         self.samples = None;
         Some(MonitorAlert::Note(format!(
-            "all answers to one prompt are the same, for {COMPARED_PROMPTS} prompts so far: the endpoint, or a \
-             cache on the way, does not sample; with `prompts.samples` above 1 that is paid for nothing"
+            "all answers to a prompt are the same, for {COMPARED_PROMPTS} prompts so far: the endpoint or a \
+             caching proxy does not sample; lower `prompts.samples` to 1 to save the cost of the others"
         )))
     }
 }
 
-/// Counts what holds again, from nothing where it does not.
+/// Increments the count if the condition holds, resets it otherwise. Returns the count.
 fn count_in_a_row(count: &mut u32, holds: bool) -> u32 {
     *count = if holds { *count + 1 } else { 0 };
     *count
@@ -276,7 +276,7 @@ mod tests {
         AnswerMonitor::new(&upstream(), on_missing, true)
     }
 
-    /// A good answer to this prompt.
+    /// Returns a good answer to this prompt.
     fn good(prompt: u32) -> AnswerFacts {
         AnswerFacts {
             prompt: prompt.into(),
@@ -296,7 +296,7 @@ mod tests {
         }
     }
 
-    /// The answers after which something is said, and what.
+    /// Returns the alerts and the numbers of the answers that raised them.
     fn alerts_of(
         mut monitor: AnswerMonitor,
         facts: impl Fn(u32) -> AnswerFacts,
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn token_ids_are_noted_once_and_only_without_their_tokenizer() {
+    fn token_ids_are_noted_once_if_teacher_tokenizer_is_unset() {
         let facts = AnswerFacts {
             has_token_ids: true,
             ..good(0)
@@ -342,12 +342,12 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_said_of_good_answers() {
+    fn good_answers_raise_no_alert() {
         check(alerts_of(monitor(OnMissingLogprobs::Stop), good), &[]);
     }
 
     #[test]
-    fn logprobs_that_never_come_stop_a_run_or_are_told_once() {
+    fn missing_logprobs_stop_the_run_or_are_noted_once() {
         let without = |number| AnswerFacts {
             without_logprobs: Some("none were sent".into()),
             ..good(number)
@@ -356,7 +356,7 @@ mod tests {
         check(stopped, &[(20, "stop: 20 answers in a row")]);
         let warned = alerts_of(monitor(OnMissingLogprobs::Warn), without);
         check(warned, &[(20, "none were sent")]);
-        // One in twenty is an accident.
+        // A good answer resets the count.
         let now_and_then = |number| match number % 20 {
             0 => good(number),
             _ => without(number),
@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_of_no_use_are_told_and_stop_the_run() {
+    fn unusable_answers_are_noted_and_stop_the_run() {
         let empty = |number| AnswerFacts {
             status: Status::Quarantined,
             reason: "empty: stop".into(),
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_odd_is_told_once() {
+    fn suspicious_answers_are_noted_once() {
         let with = |number, change: &dyn Fn(&mut AnswerFacts)| {
             let mut facts = good(number);
             change(&mut facts);
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn samples_that_are_all_the_same_are_told() {
+    fn identical_samples_are_noted() {
         // Four answers to each prompt.
         let same = |number| good(number / 4);
         check(

@@ -1,5 +1,6 @@
-//! One attempt, from the request body to the sealed line of the cache. It runs in a task of its own,
-//! so that top-k logprobs, megabytes of JSON a second, are read on every core.
+//! One attempt: builds the request body, sends it and encodes the answer as a cache line.
+//!
+//! Each attempt is a task of its own, so that parsing top-k logprobs (megabytes of JSON a second) uses every core.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,37 +30,37 @@ use crate::rate_limit::headers::LimitReport;
 use crate::rate_limit::send_ticket::SendTicket;
 use crate::report::answer_facts::AnswerFacts;
 
-/// A request on its way, and all that must be known when it comes back.
+/// A request in flight, with the state that settling its reply needs.
 pub(crate) struct Attempt {
     pub upstream: usize,
     pub entry: QueuedRow,
     pub ticket: SendTicket,
-    /// Reserved for it.
+    /// Budget reserved for the request.
     pub reserved: Reservation,
 }
 
-/// What a request task brings back.
+/// Result of a request task.
 pub(crate) struct FinishedAttempt {
     pub attempt: Attempt,
-    /// What the reply's headers say about limits.
+    /// Rate limits reported by the reply's headers.
     pub reports: Vec<LimitReport>,
     pub result: Result<Box<EncodedAnswer>, AttemptError>,
-    /// Given back once a large answer is recorded.
+    /// Released once a large answer is recorded.
     pub _permit: Option<LargeBodyPermit>,
 }
 
-/// An answer, ready to be appended.
+/// An answer, ready to be appended to the cache.
 pub(crate) struct EncodedAnswer {
     pub encoded: EncodedRecord,
     pub facts: AnswerFacts,
-    /// The most tokens that it can have used, for an answer without usage.
+    /// Upper bound of the tokens used, for an answer without usage.
     pub bound: TokenBound,
 }
 
-/// Sends the request, waits for the reply, and makes a record of the answer.
+/// Sends the request, waits for the reply, and encodes the answer.
 ///
 /// # Errors
-/// Where a record cannot be encoded, or an answer that cannot be read cannot be kept.
+/// If a record cannot be encoded, or the body of an unreadable answer cannot be saved.
 pub(crate) async fn run(
     plan: Arc<Plan>,
     transport: Arc<dyn Transport>,
@@ -88,7 +89,7 @@ pub(crate) async fn run(
         Err(AttemptError::Unreadable { problem, body }) => {
             let file = unreadable.keep(&row.key, &body)?;
             tracing::warn!(
-                "an answer cannot be read ({problem}): it is kept in {}",
+                "cannot parse an answer ({problem}): its body is saved in {}",
                 file.display()
             );
             Ok(Completion::unreadable(problem))
@@ -123,10 +124,10 @@ pub(crate) async fn run(
 }
 
 impl EncodedAnswer {
-    /// The answer to `body`, which may have used `bound` at the most.
+    /// Encodes the answer to `body`; `bound` is the upper bound of its tokens.
     ///
     /// # Errors
-    /// Where a record cannot be encoded.
+    /// If the record cannot be encoded.
     pub(crate) fn new(
         template: &RequestTemplate,
         row: &PlannedRow,
@@ -142,7 +143,7 @@ impl EncodedAnswer {
         let reported = completion.usage;
         completion.usage = usage::measured(reported, text_bytes);
         if completion.usage.is_none() {
-            // A usage with one of its two counts is a lower limit of what was billed.
+            // A usage with only one of its two counts is a lower bound of the billed tokens.
             let mut least = reported.unwrap_or_default();
             usage::raise_by(&mut least, &completion.extra);
             bound.input_tokens = bound.input_tokens.max(least.prompt_tokens);
@@ -157,8 +158,8 @@ impl EncodedAnswer {
         })
     }
 
-    /// What it cost.
-    pub(crate) fn bill(&self) -> Charge {
+    /// The amount to charge for the answer.
+    pub(crate) fn charge(&self) -> Charge {
         match self.facts.usage {
             Some(usage) => Charge::Measured(usage),
             None => Charge::Answered(self.bound),

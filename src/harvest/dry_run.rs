@@ -1,5 +1,5 @@
-//! `harvest --dry-run`: what would be asked and what it would cost, and everything that the night would
-//! refuse. Sends nothing, writes nothing.
+//! `harvest --dry-run`: estimates requests and cost, and makes every check that a run would make. Sends nothing,
+//! writes nothing.
 
 use std::path::Path;
 
@@ -28,6 +28,7 @@ use crate::report::summary::HarvestSummary;
 use crate::signal::StopFlag;
 use crate::terminal::format_dollars;
 
+/// Returns a summary with the estimate and the warnings; its error is the first failed check.
 pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSummary> {
     check(config, options)?;
     let is_batch = config.schedule.mode == RequestMode::Batch;
@@ -81,12 +82,12 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
     let account = run_files::open_read_only(config, cached_usd)?;
     add_budget_warnings(&mut summary, &plan, &account);
     add_wait_warnings(&mut summary, config, &plan, account)?;
-    // Better found out before its answers are paid for; below what was asked for.
+    // Reported in the summary, so that the estimate is shown too.
     summary.error = check_student(config).err();
     Ok(summary)
 }
 
-/// Adds the budget left, and a warning if it may end the run early.
+/// Adds the remaining budget, and a warning if it may end the run early.
 fn add_budget_warnings<S: LedgerStore>(
     summary: &mut HarvestSummary,
     plan: &Plan,
@@ -103,19 +104,19 @@ fn add_budget_warnings<S: LedgerStore>(
     let left = format_dollars(remaining.usd());
     if let Some(least) = cheapest(plan, account).filter(|least| *least > remaining) {
         summary.warnings.push(format!(
-            "{left} of the budget are left, and {} must be set aside for a request: nothing would be sent; \
+            "{left} of the budget remain, but a request reserves {}: nothing would be sent; \
              raise `budget.usd`",
             format_dollars(least.usd())
         ));
     } else if let Some((_, most)) = most.filter(|(_, most)| *most > remaining.usd()) {
         summary.warnings.push(format!(
-            "{left} of the budget are left, and the rest may cost {}: the run may stop before its end",
+            "{left} of the budget remain, but the rest may cost {}: the run may stop early",
             format_dollars(most)
         ));
     }
 }
 
-/// The least that must be set aside for a row: nothing for one without a price.
+/// Returns the smallest reservation of a row; 0 for a row without a price.
 fn cheapest<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Option<Dollars> {
     let upstreams = plan
         .rows_by_endpoint
@@ -133,7 +134,7 @@ fn cheapest<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Option<Dollars
     rows.min()
 }
 
-/// Adds a warning for each wait that a run started now would begin with.
+/// Adds a warning for each wait with which a run started now would begin.
 fn add_wait_warnings<S: LedgerStore>(
     summary: &mut HarvestSummary,
     config: &Config,
@@ -144,7 +145,7 @@ fn add_wait_warnings<S: LedgerStore>(
     let schedule = RequestWindow::new(&config.schedule, now)?;
     if let WindowState::Closed(until) = schedule.state(now) {
         summary.warnings.push(format!(
-            "outside the window: a run that begins now waits until {}",
+            "outside the window: a run started now waits until {}",
             schedule.show(until)
         ));
     }
@@ -157,7 +158,7 @@ fn add_wait_warnings<S: LedgerStore>(
         if let (false, Err(until)) = (rows.is_empty(), day.check(begun)) {
             let until = now.checked_add(until - begun).unwrap_or(now);
             summary.warnings.push(format!(
-                "`limits.requests_per_day` of {} is used up: a run that begins now waits until {}",
+                "`limits.requests_per_day` of {} is used up: a run started now waits until {}",
                 template.endpoint.teacher.label(),
                 schedule.show(until)
             ));
@@ -166,7 +167,7 @@ fn add_wait_warnings<S: LedgerStore>(
     Ok(())
 }
 
-/// Refuses what the night would.
+/// Makes the checks of a run.
 fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
     request::check(config)?;
     for upstream in config.endpoints() {
@@ -185,7 +186,7 @@ fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
     cache::open_file::check_nothing_displaced(&config.own_cache())
 }
 
-/// Refuses a student that cannot be trained, where one is named.
+/// Checks that the student, if one is configured, can be trained.
 fn check_student(config: &Config) -> Result<()> {
     let folder = config.file.as_deref().and_then(Path::parent);
     let unset = StudentConfig {
@@ -205,15 +206,15 @@ fn check_student(config: &Config) -> Result<()> {
     match files.iter().find(|file| !student.path.join(file).exists()) {
         None => Ok(()),
         Some(file) => Err(Exit::Usage(format!(
-            "`student.path` = {} has no {file}: `distill train` would not begin; download the student's \
-             Hugging Face folder to there, or leave `[student]` out until you have one",
+            "`student.path` = {} has no {file}, which `distill train` needs; download the student's \
+             Hugging Face folder to that path, or leave out `[student]` until you have one",
             student.path.display()
         ))
         .into()),
     }
 }
 
-/// The body of the request that would be sent first.
+/// Returns the body of the first request.
 fn first_request(plan: &Plan) -> Option<serde_json::Value> {
     let upstream = plan
         .rows_by_endpoint

@@ -1,26 +1,29 @@
-//! Prompts in, recorded answers out.
+//! Collects the teacher's answers to the planned prompts and records them in the cache.
 //!
 //! ```text
-//! prompts --plan--> rows that the cache does not hold --upstream: queue, limiter, budget--> attempt
-//!   (body -> teacher -> retry: what does the reply mean? -> record)
-//!   --dispatch--> cache | back into the queue | failed --> summary
+//! plan --rows that the cache does not hold--> upstream (queue, pacer, health) --> attempt
+//!   attempt: request body -> teacher -> classify the reply -> cache record
+//!   dispatch: append to the cache | return the row to the queue | fail the row --> summary
 //! ```
 //!
-//! `batch` is another way: the same rows as files of OpenAI's Batch API, into the same cache under the
-//! same keys.
+//! | file | content |
+//! |---|---|
+//! | `options` | command-line options of a harvest |
+//! | `dry_run` | `--dry-run`: estimate of the run and every check that a run would make |
+//! | `dispatch/` | the task that decides what is sent and what a reply means for its row |
+//! | `attempt`, `record` | one request in its own task; the cache record of its answer |
+//! | `upstream/`, `health` | live state of an endpoint; whether a row or the endpoint is failing |
+//! | `answer_monitor` | detects answers that training cannot use |
+//! | `batch/` | the same rows through OpenAI's Batch API, into the same cache under the same keys |
+//! | `scorer` | teacher logprobs of texts that the student wrote, for on-policy training |
+//! | `run_files`, `unreadable_bodies` | budget account and unanswered rows; response bodies that cannot be parsed |
+//! | `disk_full`, `window`, `run_error` | answers held while the disk is full; time window and deadline; errors that end a run |
 //!
-//! A `judge` is asked about texts instead: what the teacher would have said in place of what a student
-//! wrote (`scoring`). It goes the way of the rows.
+//! Invariants: one task decides (`dispatch` or `batch`), attempts share nothing but the plan. The budget is
+//! reserved on disk before a request leaves, so the cap holds after a kill. A recorded answer is never
+//! bought again. This module knows nothing of tensors.
 //!
-//! `dispatch` is the one task that decides; an `attempt` runs in a task of its own. Each teacher has
-//! a `upstream`: its queue, its `limiter` (whose ceilings may be shared with other processes), its
-//! `health`, its decisions after a refusal (`crate::harvest::upstream::refusals`), and a `watch` over what its answers are
-//! worth. `books` keeps the account (`budget`), whose cap holds over kills, and the rows without an answer;
-//! in `room` answers wait while the disk is full. A body is read by `reply`; what it means is for `retry` and `refusal` to say. A `teacher` sends, by way of
-//! `exchange`, over a `connection`, with `credentials` that may be renewed, and `secrets` are taken out
-//! of whatever comes back. `prepare` opens and checks what a night and a `dry_run` begin with; `again` and
-//! `adopt` change what the cache is taken to answer, and `questions` selects its records for training. Everything else is pure (`request`, `record`, `plan`,
-//! `shard`, `estimate`, `queue`, `schedule`, `advice`, `stop`) or does one thing. It knows nothing of tensors.
+//! The layers below have their own modules: `plan`, `client`, `budget`, `rate_limit`, `probe` and `report`.
 
 pub(crate) mod answer_monitor;
 pub(crate) mod attempt;
@@ -74,14 +77,17 @@ use crate::terminal::progress::Progress;
 use batch::{BatchOutcome, Batches};
 use dispatch::Dispatcher;
 
-/// Records in which a run looks for answers from other endpoints; a dry run looks at all of them.
+/// Maximum number of cached records that a run searches for unused answers of other endpoints; a dry run
+/// searches all of them.
 const MAX_UNUSED_SEARCHED: u64 = 20_000;
 
 /// Asks the teacher for every answer that the run's cache does not hold.
 ///
-/// An error means that nothing could be begun, or that an answer could not be recorded. A run that
-/// began ends with a summary, whose `error` says what, if anything, went wrong; see
-/// [`Summary::into_result`].
+/// Once the first request is sent, failures are reported in the summary's `error`; see
+/// [`HarvestSummary::into_result`].
+///
+/// # Errors
+/// If the run cannot start, or an answer cannot be recorded.
 pub async fn run(config: &Config, options: HarvestOptions) -> Result<HarvestSummary> {
     if options.dry_run {
         dry_run::run(config, &options)
@@ -90,7 +96,7 @@ pub async fn run(config: &Config, options: HarvestOptions) -> Result<HarvestSumm
     }
 }
 
-/// As [`run`], stopped by the given signals rather than by those of this process.
+/// Runs like [`run`], but stops on the given signals instead of those of this process.
 pub async fn run_until(
     config: &Config,
     options: HarvestOptions,
@@ -112,7 +118,7 @@ pub async fn run_until(
     run_in(environment, config, options, signals).await
 }
 
-/// The same settings, with no more requests in flight than this process may hold connections open.
+/// Returns the config with its concurrency capped to the number of connections that this process may open.
 fn cap_concurrency(config: &Config) -> Config {
     let wanted: usize = config
         .endpoints()
@@ -123,21 +129,21 @@ fn cap_concurrency(config: &Config) -> Config {
         return config.clone();
     };
     tracing::warn!(
-        "`limits.concurrency` of {wanted} needs as many connections, and this process may hold {most} \
-         open: {most} requests are in flight at most; raise `ulimit -n` for more"
+        "`limits.concurrency` = {wanted} needs as many connections, but this process may open only {most}: \
+         at most {most} requests are in flight; raise `ulimit -n` for more"
     );
     config.with_at_most_in_flight(most)
 }
 
-/// The seams at which a simulated night takes the place of the network, the clock and the disk.
+/// Network, clock and disk of a run; tests replace them with simulated ones.
 pub struct Environment {
-    /// The ways to the teachers, one for each.
+    /// One transport per teacher, in the order of the config.
     pub transports: Vec<Arc<dyn Transport>>,
     pub clock: WallClock,
     pub storage: WrapFile,
 }
 
-/// As [`run_until`], in another world.
+/// Runs like [`run_until`], in the given environment.
 pub async fn run_in(
     environment: Environment,
     config: &Config,
@@ -164,7 +170,7 @@ pub async fn run_in(
     } else {
         crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
         RequestWindow::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
-        // The account of an earlier version takes over from the cache what was spent: before records leave it.
+        // An account without a ledger counts the cost of the cache, so it is opened before records are removed.
         let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
             + crate::harvest::scorer::scoring_cost_usd(config)?;
         RunFiles::open(config, cached, Unanswered::default(), clock.clone())?
@@ -210,19 +216,19 @@ pub async fn run_in(
     Ok(summary)
 }
 
-/// What both ways of asking begin with.
+/// Inputs shared by real-time and batch mode.
 struct Run<'a> {
     config: &'a Config,
     shard: Option<Shard>,
     quiet: bool,
     cache: &'a Cache,
-    /// By teacher; see [`Asking::probe`].
+    /// By teacher; see [`RequestTemplate`](crate::client::request::RequestTemplate).
     probes: Vec<String>,
     transports: Vec<Arc<dyn Transport>>,
     unanswered: Unanswered,
-    /// Nothing else is to be asked.
+    /// Rows selected by `--again`; if set, no other row is asked.
     again: Option<crate::plan::again::RowKeys>,
-    /// For what takes long before anything is asked.
+    /// Stops long steps that run before the first request.
     stop: StopFlag,
     clock: WallClock,
 }
@@ -243,8 +249,7 @@ impl Run<'_> {
         let run_files = self.open_run_files()?;
         for upstream in 0..plan.rows_by_endpoint.len() {
             run_files.check_largest(&plan, upstream)?;
-            // For the rest, which is asked one by one: what is wrong with it shall not be found out
-            // at the end of the night.
+            // Rows that the batches leave over are sent in real time: check their limits before the batches run.
             self.shared(&plan, upstream, &Arc::default()).await?;
         }
         let (transports, clock) = (&self.transports, self.clock.clone());
@@ -255,7 +260,7 @@ impl Run<'_> {
             BatchOutcome::Finished(summary) => return Ok(*summary),
             BatchOutcome::Rest(rest) => *rest,
         };
-        // The deadline was that of the batches.
+        // The deadline applied to the batches only.
         let mut config = self.config.clone();
         config.schedule.deadline = None;
         let max_attempts = config.retry.max_attempts;
@@ -288,7 +293,7 @@ impl Run<'_> {
     ) -> Result<Plan> {
         let templates = request_templates(config, &self.probes)?;
         let mut past = self.cache.past();
-        // Their rows have the keys of the version that submitted them.
+        // Rows of earlier batches have the keys of the version that submitted them.
         past.has_schema_1 |= crate::harvest::batch::journal::is_under_way(&self.config.run_dir)?
             || !self.unanswered.is_empty();
         let scope = PlanScope {
@@ -316,7 +321,7 @@ impl Run<'_> {
         Ok(self.unanswered.standing(key, is_cached, max_attempts))
     }
 
-    /// Opens the books, once.
+    /// Opens the run files and takes over `self.unanswered`.
     fn open_run_files(&mut self) -> Result<RunFiles> {
         let config = self.config;
         let cached =
@@ -350,7 +355,7 @@ impl Run<'_> {
         Ok(dispatcher.with_waker(wake))
     }
 
-    /// The limits that a teacher's upstream shares with other processes, if there is anything to ask.
+    /// Connects to the limits that an upstream shares with other processes. None if it has no rows.
     async fn shared(
         &self,
         plan: &Plan,
@@ -366,11 +371,10 @@ impl Run<'_> {
     }
 }
 
-/// Asks each endpoint of the config about twenty cheap questions, and keeps what they tell in the
-/// run folder.
+/// Sends about twenty cheap requests to each endpoint of the config and saves the findings in the run folder.
 ///
 /// # Errors
-/// Where an endpoint does not answer.
+/// If an endpoint does not answer.
 pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
     crate::client::request::check(config)?;
     let clock = WallClock::system();
@@ -388,7 +392,7 @@ pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
     for (teacher, upstream) in upstreams {
         let found = crate::probe::run(upstream, teacher, &mut run_files.account, clock.now()).await;
         if found.is_err() {
-            // What was asked was asked.
+            // The requests sent so far cost money.
             run_files.close(&mut [], 0)?;
         }
         endpoints.push(found?);

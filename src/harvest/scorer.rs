@@ -1,8 +1,7 @@
-//! What an endpoint says of texts that a student wrote, asked for while the student trains.
+//! Scores texts that a student wrote during on-policy training: asks an endpoint for the teacher's logprobs.
 //!
-//! Judgements are paid for like answers, so they go the same way: through the limits, the retries and
-//! the budget of the run, into a cache of their own ([`Config::judged_dir`]). A run that was killed and
-//! resumed writes the same texts again, and buys none of them twice.
+//! Scoring requests cost money like answers, so they use the same rate limits, retries and budget, and a cache of their
+//! own ([`Config::judged_dir`]). A killed and resumed training writes the same texts again, and none is bought twice.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -40,9 +39,9 @@ use crate::signal::StopFlag;
 use crate::terminal::progress::Progress;
 use crate::tokenizer::Tokenizer;
 
-/// An endpoint, ready to judge.
+/// Scores texts through an endpoint.
 pub struct TextScorer {
-    /// Its `run_dir` is the folder of the judgements.
+    /// Config whose `run_dir` is the folder of the scores.
     config: Config,
     upstream: config::EndpointConfig,
     scoring: Arc<ScoringMethod>,
@@ -50,40 +49,41 @@ pub struct TextScorer {
     runtime: Runtime,
     cache: Cache,
     judged: Lookup,
-    /// Between two calls; the upstream only once there has been one.
+    /// None while a call is running.
     run_files: Option<RunFiles>,
+    /// None before the first call, and while a call is running.
     limits: Option<Upstream>,
     stats: ScoringStats,
     quiet: bool,
-    /// Held so that no harvest keeps the same books meanwhile.
+    /// Held open as a lock, so that no harvest uses the same budget account.
     _harvest: Cache,
 }
 
-/// What judging has come to.
+/// Counts and cost of scoring.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct ScoringStats {
-    /// Texts that were to be judged.
+    /// Number of texts to score.
     pub texts: u64,
-    /// Of these, judged before, by a part of the run that was stopped.
+    /// Number of texts found in the cache of scores.
     pub cached: u64,
-    /// Refused, or failed for good.
+    /// Number of texts that were refused or failed.
     pub failed: u64,
-    /// Judged, but of no use: the teacher's tokens do not spell the text.
+    /// Number of texts whose scores are unusable: the teacher's tokens do not spell the text.
     pub unusable: u64,
-    /// Sent, retries included.
+    /// Number of requests sent, retries included.
     pub requests: u64,
     pub prompt_tokens: u64,
-    /// By their usage; none without prices.
+    /// Cost in US dollars by the reported usage; None without prices.
     pub cost_usd: Option<f64>,
 }
 
 impl TextScorer {
-    /// The judge that the config names; None where that is a model on this machine, or none is needed.
-    /// Unless it is `quiet` it tells of long waits.
+    /// Opens the scorer of the config. None if a local model scores, or training is not on-policy. `quiet`
+    /// suppresses notes about long waits.
     ///
     /// # Errors
-    /// Where a setting, the key or the tokenizer's folder is missing ([`Exit::Usage`]), or the cache of
-    /// the judgements cannot be opened.
+    /// If a setting, the key or the tokenizer's folder is missing ([`Exit::Usage`]), or the cache of scores cannot be
+    /// opened.
     pub fn new(config: &Config, quiet: bool) -> Result<Option<TextScorer>> {
         let method = config.on_policy.judge;
         if !config.train.on_policy || method == ScoredBy::Local {
@@ -95,7 +95,7 @@ impl TextScorer {
         let Some(mut upstream) = config.endpoints().pop() else {
             return Ok(None);
         };
-        // Of no use, but no endpoint takes less.
+        // The completion is not used, but 1 is the minimum of every endpoint.
         upstream.sampling.max_tokens = 1;
         if method == ScoredBy::PromptLogprobs {
             check_endpoint(&upstream, &config.run_dir)?;
@@ -111,14 +111,16 @@ impl TextScorer {
         });
         let (path, scoring) = match (method, tokenizer.transpose()?) {
             (ScoredBy::Echo, Some(tokenizer)) => ("completions", ScoringMethod::Echo(tokenizer)),
-            (ScoredBy::Echo, None) => bail!(Exit::Usage("set on_policy.tokenizer".into())),
+            (ScoredBy::Echo, None) => bail!(Exit::Usage(
+                "set `on_policy.tokenizer` to the folder of the teacher's tokenizer".into()
+            )),
             (_, tokenizer) => ("chat/completions", ScoringMethod::PromptLogprobs(tokenizer)),
         };
         let transport = Arc::new(HttpTeacher::at(&upstream.teacher, path)?);
         let scoring_config = Config {
             run_dir: config.judged_dir(),
             cache: config::CacheConfig {
-                // Its lines are found by where they are; and what is trained on stays as it is.
+                // Lines are looked up by their offset, so they must not move.
                 compression: Compression::None,
                 ..config.cache.clone()
             },
@@ -127,7 +129,7 @@ impl TextScorer {
         let harvest = Cache::open(&config.own_cache(), &scoring_config.cache)?;
         let cache = Cache::open(&scoring_config.own_cache(), &scoring_config.cache)?;
         let judged = Lookup::open(&scoring_config.own_cache())?;
-        // The books are those of the run: one budget for all that it buys.
+        // Harvest and scoring share one budget account.
         let spent = harvest.cost_when_opened() + judged.cost_usd();
         let unanswered = Unanswered::load(&config.judged_dir())?;
         let (run_files, lost) = RunFiles::open(config, spent, unanswered, clock)?;
@@ -153,17 +155,16 @@ impl TextScorer {
         }))
     }
 
-    /// What it has come to so far.
+    /// Counts and cost so far.
     pub fn stats(&self) -> &ScoringStats {
         &self.stats
     }
 
-    /// The records of these texts, in order: conversations whose last message is to be judged. None where
-    /// the endpoint refuses one, or fails at it for good.
+    /// Returns the cache lines of the texts, in order. A text is a conversation whose last message is scored. None for
+    /// a text that the endpoint refuses or fails.
     ///
     /// # Errors
-    /// Where a harvest would stop: no money left, an outage, a signal of `stop`; and where nothing that it
-    /// was asked so far could be used.
+    /// If a harvest would stop (budget used up, outage, signal of `stop`), or all texts so far failed or were unusable.
     pub fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         let template = self.request_template();
         let teacher = &self.upstream.teacher;
@@ -177,7 +178,7 @@ impl TextScorer {
                 Some(CacheKeys::new(&question, &endpoint, old))
             }
             Err(error) => {
-                tracing::warn!("{} cannot be judged: {error:#}", text.id);
+                tracing::warn!("{} cannot be scored: {error:#}", text.id);
                 None
             }
         };
@@ -286,7 +287,7 @@ impl TextScorer {
         stats.cost_usd = summary.cost_usd;
         let refused = summary.failed_rows.first().map(|row| row.message.clone());
         match summary.error {
-            // Some texts are judged less.
+            // Failed texts are only missing from the training data.
             Some(error) if matches!(error.downcast_ref(), Some(Exit::SomeFailed(_))) => {}
             Some(error) => return Err(error),
             None => {}
@@ -295,19 +296,19 @@ impl TextScorer {
             return Ok(());
         }
         let why = refused.unwrap_or_else(|| {
-            "its tokens do not spell what the student wrote. Set on_policy.tokenizer to the folder of the \
+            "its tokens do not spell the student's text; set `on_policy.tokenizer` to the folder of the \
              teacher's tokenizer"
                 .into()
         });
         Err(Exit::Usage(format!(
-            "{} judges nothing: {why}",
+            "{} scored none of the texts: {why}",
             self.upstream.teacher.label()
         ))
         .into())
     }
 }
 
-/// Refuses an endpoint that `distill probe` found not to tell the logprobs of given texts.
+/// Checks that `distill probe` did not find `prompt_logprobs` ignored or refused.
 fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
     let known = findings::load(run_dir)?;
     let Some(found) = known.as_ref().and_then(|known| known.find(upstream)) else {
@@ -316,8 +317,8 @@ fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<(
     match found.prompt_logprobs {
         Finding::Works | Finding::Unknown => Ok(()),
         Finding::Ignored | Finding::Refused => Err(Exit::Usage(format!(
-            "{} does not tell the logprobs of given texts by `prompt_logprobs` (by `distill probe` of {}; run \
-             it again if the endpoint has changed): try on_policy.judge = \"echo\", or teacher.local",
+            "{} does not support `prompt_logprobs` (found by `distill probe` on {}; rerun it if the endpoint \
+             has changed): try `on_policy.judge = \"echo\"` or `teacher.local`",
             upstream.teacher.label(),
             found.probed_at
         ))
@@ -325,10 +326,10 @@ fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<(
     }
 }
 
-/// What the judgements of the run in this folder cost, in US dollars.
+/// Returns the cost of all scoring requests of the run folder, in US dollars.
 ///
 /// # Errors
-/// Where their cache cannot be read.
+/// If the cache of scores cannot be read.
 pub fn scoring_cost_usd(config: &Config) -> Result<f64> {
     let dir = config.judged_dir().join("cache");
     if cache::exists(&dir) {

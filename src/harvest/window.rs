@@ -1,8 +1,7 @@
-//! The night: from when to when requests may leave, and when it is over. Pure: the time is an
-//! argument.
+//! Daily window in which requests may be sent, and the deadline of a run. Pure: the time is an argument.
 //!
-//! Times of day are those of the wall clock in the configured zone, so a window from 22:00 to 06:30
-//! is an hour longer or shorter in the night in which the clocks change.
+//! Times of day are wall-clock times in the configured time zone, so a window from 22:00 to 06:30 is an hour longer
+//! or shorter when daylight saving time changes.
 
 use anyhow::{Result, anyhow};
 use jiff::civil::{DateTime, Time};
@@ -12,6 +11,7 @@ use jiff::{Timestamp, ToSpan};
 use crate::config::ScheduleConfig;
 use crate::exit::Exit;
 
+/// Parsed `[schedule]` settings.
 #[derive(Debug, Clone)]
 pub(crate) struct RequestWindow {
     window: Option<(Time, Time)>,
@@ -22,7 +22,7 @@ pub(crate) struct RequestWindow {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WindowState {
     Open,
-    /// Outside the window, which opens then.
+    /// Outside the window, which opens at the given time.
     Closed(Timestamp),
     /// The deadline has passed.
     Over,
@@ -30,19 +30,19 @@ pub(crate) enum WindowState {
 
 /// Error of a run whose deadline has passed.
 pub(crate) fn over() -> anyhow::Error {
-    Exit::Resumable("the deadline has come; to ask for the rest, run the same command (set a later `schedule.deadline` first if it has a date)".into()).into()
+    Exit::Resumable("the deadline has passed; rerun the command to ask for the rest (set a later `schedule.deadline` first if it has a date)".into()).into()
 }
 
 impl RequestWindow {
-    /// A deadline without a date is the next one after `now`.
+    /// Parses the settings. A deadline without a date is the next such time after `now`.
     ///
     /// # Errors
-    /// [`Exit::Usage`] where a time cannot be read.
+    /// [`Exit::Usage`] if a time or time zone is not valid.
     pub(crate) fn new(config: &ScheduleConfig, now: Timestamp) -> Result<RequestWindow> {
         let zone = match &config.timezone {
             Some(name) => TimeZone::get(name).map_err(|_| {
                 usage(format!(
-                    "schedule.timezone = {name:?} is no time zone: name one as \"Europe/Berlin\""
+                    "schedule.timezone = {name:?} is not a known time zone: expected a name like \"Europe/Berlin\""
                 ))
             })?,
             None => TimeZone::system(),
@@ -60,10 +60,10 @@ impl RequestWindow {
         })
     }
 
-    /// Refuses to begin after the deadline.
+    /// Checks that the deadline has not passed.
     ///
     /// # Errors
-    /// [`Exit::Resumable`].
+    /// [`Exit::Resumable`] if it has.
     pub(crate) fn check_not_over(&self, now: Timestamp) -> Result<()> {
         match self.state(now) {
             WindowState::Over => Err(over()),
@@ -94,7 +94,7 @@ impl RequestWindow {
         } else {
             today.checked_add(1.day())
         };
-        // A time that comes twice on this day may be meant the second time.
+        // A time that occurs twice on this day may mean the second one.
         let opening = next.and_then(|next| {
             let opening = next.to_zoned(self.zone.clone())?;
             if opening.timestamp() > now {
@@ -103,11 +103,11 @@ impl RequestWindow {
                 self.zone.to_ambiguous_zoned(next).later()
             }
         });
-        // Beyond the end of the calendar there is nothing to wait for.
+        // The calendar has no later date: do not wait.
         WindowState::Closed(opening.map_or(now, |opening| opening.timestamp()))
     }
 
-    /// The time of day there, as people write it.
+    /// Formats a time in the configured time zone.
     pub(crate) fn show(&self, time: Timestamp) -> String {
         time.to_zoned(self.zone.clone())
             .strftime("%Y-%m-%d %H:%M")
@@ -123,7 +123,7 @@ fn parse_window(text: &str) -> Result<(Time, Time)> {
     });
     times.ok_or_else(|| {
         usage(format!(
-            "schedule.window = {text:?} is no window: write two times of day, as \"22:00-06:30\""
+            "schedule.window = {text:?} is not a valid window: expected two times of day, like \"22:00-06:30\""
         ))
     })
 }
@@ -134,8 +134,8 @@ fn parse_deadline(text: &str, now: Timestamp, zone: &TimeZone) -> Result<Timesta
     }
     let unreadable = || {
         usage(format!(
-            "schedule.deadline = {text:?} is no time: write \"06:30\", \"2026-11-23 06:30\" or an \
-             RFC 3339 time stamp"
+            "schedule.deadline = {text:?} is not a valid time: expected \"06:30\", \"2026-11-23 06:30\" or an \
+             RFC 3339 timestamp"
         ))
     };
     let at = |civil: DateTime| -> Result<Timestamp> {
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_may_cross_midnight() {
+    fn window_may_cross_midnight() {
         let times = [
             "2026-11-22 21:59",
             "2026-11-22 22:00",
@@ -212,14 +212,14 @@ mod tests {
     }
 
     #[test]
-    fn the_clocks_may_change_inside_the_window() {
-        // 02:00 to 03:00 does not exist on the day in March, and comes twice on that in October.
+    fn window_follows_daylight_saving_time() {
+        // 02:00 to 03:00 does not exist on this day in March and occurs twice on the day in October.
         let schedule =
             RequestWindow::new(&schedule_config("02:30-04:00", ""), at("2026-03-29 00:00"))
                 .unwrap();
         let before = at("2026-03-29 01:59");
         let WindowState::Closed(until) = schedule.state(before) else {
-            panic!("it is open");
+            panic!("the window is open");
         };
         assert!(until > before && schedule.show(until) == "2026-03-29 03:30");
         assert_eq!(schedule.state(at("2026-03-29 03:00")), WindowState::Open);
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_is_the_next_one() {
+    fn deadline_without_a_date_is_the_next_one() {
         let deadline = |text: &str| {
             let schedule =
                 RequestWindow::new(&schedule_config("", text), at("2026-11-22 22:00")).unwrap();
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_time_is_named() {
+    fn invalid_time_is_a_usage_error_with_its_setting() {
         for (window, deadline, part) in [
             ("22-6", "", "schedule.window"),
             ("22:00-22:00", "", "schedule.window"),

@@ -1,4 +1,4 @@
-//! A part ends: every one of its rows has an answer, fails, or waits again.
+//! Ends a part: each of its rows is answered, fails or returns to the queue.
 
 use std::collections::HashMap;
 
@@ -15,12 +15,13 @@ use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, Line};
 use crate::report::failures::FailedRow;
 
-/// Rows of a batch that are all refused in the same words: it is no matter of the rows.
+/// Number of rows of a batch refused with the same message after which the settings are wrong, not the rows.
 const SAME_REFUSALS: usize = 5;
 
 /// Sums over the rows of a part that ends.
 #[derive(Default)]
 struct Closing {
+    /// Number and reserved cost of rows without an answer that may be billed.
     lost: u64,
     lost_usd: f64,
     filtered: u64,
@@ -29,7 +30,7 @@ struct Closing {
 }
 
 impl Batches<'_> {
-    /// Every row of the part ends, or waits again; and so the part ends.
+    /// Ends every row of the part or returns it to the queue, then ends the part.
     pub(super) fn close_part(
         &mut self,
         index: usize,
@@ -44,13 +45,13 @@ impl Batches<'_> {
         if collection.unreadable_lines > 0 {
             let nonce = &self.journal.parts[index].nonce;
             let place = if collection.unreadable.is_empty() {
-                "they are too long to be kept".to_owned()
+                "they are too long to be saved".to_owned()
             } else {
                 let file = self.unreadable.keep(nonce, &collection.unreadable)?;
-                format!("they are kept in {}", file.display())
+                format!("they are saved in {}", file.display())
             };
             self.progress.note(&format!(
-                "{} lines of a batch cannot be read: {place}",
+                "{} lines of a batch cannot be parsed: {place}",
                 collection.unreadable_lines
             ));
         }
@@ -70,7 +71,7 @@ impl Batches<'_> {
             if member.is_answered(self.cache) {
                 continue;
             }
-            // A line that cannot be read may be this row's, which then was paid for.
+            // A line that cannot be parsed may be the paid answer of this row.
             let may_be_unreadable = outcome.is_none() && collection.unreadable_lines > 0;
             let may_be_billed = match &outcome {
                 Some(
@@ -84,7 +85,7 @@ impl Batches<'_> {
                     | RowOutcome::Unreadable { .. }
                     | RowOutcome::Claimed(_),
                 ) => false,
-                // What a batch did not come to is not billed; what it lost may be.
+                // Rows that a batch did not run are not billed; rows that it lost may be.
                 None => status != "expired" && status != "cancelled" && !rest_was_not_asked,
             };
             if may_be_billed {
@@ -142,7 +143,7 @@ impl Batches<'_> {
                 }
                 None if may_be_unreadable => {
                     let failure =
-                        RowFailure::new("unreadable", "a line of its batch cannot be read");
+                        RowFailure::new("unreadable", "a line of its batch cannot be parsed");
                     self.note_paid(entry, &failure)?;
                     entry.failed += 1;
                     self.fail(upstream, entry, failure);
@@ -158,7 +159,7 @@ impl Batches<'_> {
             } else {
                 0
             };
-            // What this side has cancelled, failed for no reason of its own.
+            // A row of a cancelled batch keeps its attempts.
             entry.failed += u32::from(!was_cancelled);
             if entry.failed.max(paid) >= self.config.retry.max_attempts {
                 self.fail(upstream, entry, failure);
@@ -185,6 +186,7 @@ impl Batches<'_> {
         Ok(())
     }
 
+    /// Charges the rows that may be billed.
     fn settle_lost(&mut self, index: usize, upstream: usize, closing: &Closing) -> Result<()> {
         self.summary.attempts_lost += closing.lost;
         let price = self.upstreams[upstream].settings.price.clone();
@@ -195,7 +197,7 @@ impl Batches<'_> {
             .settle_batch(lost, lost, closing.lost, Charge::Possible, &price)
     }
 
-    /// Notes an attempt that may have been billed. Returns how many there were of the row.
+    /// Records an attempt that may have been billed. Returns the number of such attempts of the row over all runs.
     fn note_paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
         let line = self.line(entry, Kind::PaidAttempt, failure);
         self.run_files.unanswered.add(&line)?;
@@ -206,7 +208,7 @@ impl Batches<'_> {
             .map_or(0, |known| known.paid))
     }
 
-    /// The row ends as refused by a content filter.
+    /// Ends a row that a content filter refused.
     fn end_filtered(
         &mut self,
         upstream: usize,

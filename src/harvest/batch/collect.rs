@@ -1,4 +1,4 @@
-//! From a batch under way to its answers in the cache, and every row accounted for.
+//! Collects a batch under way: records its answers and determines the outcome of every row.
 
 use std::collections::HashMap;
 
@@ -24,38 +24,40 @@ use crate::harvest::run_error;
 use crate::plan::PlannedRow;
 use crate::prompt::Prompt;
 
-/// How often a batch or a file may be "not found" before it counts as gone.
+/// Number of times that a batch or a file may be "not found" before it counts as lost.
 const MAX_NOT_FOUND: u32 = 20;
 
-/// Lines of a file between two looks at the progress.
+/// Number of lines between two progress updates.
 const SHOW_EVERY: u64 = 500;
 
 /// The rows of a part while its files are read.
 pub(super) struct PartCollection {
     pub(super) members: Vec<PartRow>,
-    /// Which member a key is.
+    /// Index of each key in `members`.
     lines: HashMap<String, usize>,
-    /// What became of each, beside those in the cache.
+    /// Outcome of each row; None if no line of a file names it.
     pub(super) outcomes: Vec<Option<RowOutcome>>,
     bodies: RequestFile,
     timing: Timing,
-    /// Rows that no file names were not asked.
+    /// The endpoint did not run the rows that no file names.
     pub(super) rest_was_not_asked: bool,
-    /// Lines that name none of its rows, and lines that name no row at all.
+    /// Number of lines that name no row of the part, or a row that has an outcome already.
     pub(super) ignored: u64,
+    /// Lines that name no row at all.
     pub(super) unreadable: Vec<u8>,
+    /// Number of such lines, including those too long to keep.
     pub(super) unreadable_lines: u64,
 }
 
 impl PartCollection {
-    /// Number of rows found in its files so far that can be read.
+    /// Number of rows found so far whose lines can be parsed.
     pub(super) fn readable_rows(&self) -> u64 {
         let outcomes = self.outcomes.iter().flatten();
         let readable = outcomes.filter(|outcome| !matches!(outcome, RowOutcome::Unreadable { .. }));
         readable.count() as u64
     }
 
-    /// Returns true if a row or a line cannot be read.
+    /// Returns true if a line cannot be parsed.
     pub(super) fn has_unreadable(&self) -> bool {
         let is_unreadable = |outcome: &RowOutcome| matches!(outcome, RowOutcome::Unreadable { .. });
         self.unreadable_lines > 0 || self.outcomes.iter().flatten().any(is_unreadable)
@@ -67,17 +69,18 @@ impl PartCollection {
         self.unreadable_lines += 1;
     }
 
-    /// Returns true if several rows were found, and none that can be read.
+    /// Returns true if several rows were found and none can be parsed.
     fn is_unreadable(&self) -> bool {
         self.readable_rows() == 0 && self.outcomes.iter().flatten().count() > 1
     }
 }
 
+/// Outcome of a row in the result files of its batch.
 pub(super) enum RowOutcome {
     Answered,
-    /// There is nothing in its answer, unless a later line has more.
+    /// Its answer is empty; a later line may have another one.
     Blank(Box<Completion>),
-    /// Its line cannot be read, unless a later one can: the file may be whole by then.
+    /// Its line cannot be parsed; a later line may have another one.
     Unreadable {
         problem: String,
         body: Bytes,
@@ -85,12 +88,12 @@ pub(super) enum RowOutcome {
     Again(RowFailure),
     Refused(RowFailure),
     Filtered(RowFailure),
-    /// The endpoint says that no request can succeed.
+    /// The endpoint claims that no request can succeed.
     Claimed(RefusalClaim),
 }
 
 impl Batches<'_> {
-    /// Asks how a batch is doing, and takes what it has brought if it has come to its end.
+    /// Requests the status of a batch, and collects its results if it has ended.
     pub(super) async fn poll(&mut self, index: usize) -> Result<(), BatchStepError> {
         let (upstream, transport) = self.upstream_of(index)?;
         let api = batches(&transport)?;
@@ -109,7 +112,7 @@ impl Batches<'_> {
             ApiError::parse(&reply.body),
         ) {
             (Some(object), _) => object,
-            // An error in a good status.
+            // An error with a success status.
             (None, error) if !error.message.is_empty() => {
                 return self.batch_missing(index, &error.message);
             }
@@ -131,14 +134,14 @@ impl Batches<'_> {
             "completed" | "expired" | "cancelled" => {
                 return self.collect_results(index, &object).await;
             }
-            // What was answered before it failed is paid for.
+            // Answers from before the failure are paid for.
             "failed" if object.has_answers() => return self.collect_results(index, &object).await,
             "failed" if object.error_file.is_some() => {
                 return self.collect_error_file(index, object).await;
             }
             "failed" => return self.end_failed_batch(index, &object),
-            // What is unknown is waited for, too.
             "cancelling" | "finalizing" => return Ok(()),
+            // Unknown statuses are waited for.
             _ => {}
         }
         let state = &self.journal.parts[index].state;
@@ -150,7 +153,7 @@ impl Batches<'_> {
                 self.journal.set(index, cancelling)?;
             }
             match batch_object::check(api.cancel(&batch).await, now) {
-                // It came to its end meanwhile.
+                // A refusal means that the batch has ended meanwhile.
                 Err(AttemptError::Refused(_)) | Ok(_) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -158,7 +161,7 @@ impl Batches<'_> {
         Ok(())
     }
 
-    /// What should be there is not; after a while that is believed.
+    /// Counts a missing batch or file. Returns an error, so that the step is retried, until [`MAX_NOT_FOUND`].
     pub(super) fn retry_missing(
         &mut self,
         index: usize,
@@ -175,16 +178,16 @@ impl Batches<'_> {
         }
     }
 
-    /// The endpoint does not know a batch of ours.
+    /// Handles a batch that the endpoint does not find.
     fn batch_missing(&mut self, index: usize, message: &str) -> Result<(), BatchStepError> {
         self.retry_missing(index, message)?;
         self.progress
-            .note(&format!("the endpoint has lost a batch: {message}"));
+            .note(&format!("the endpoint no longer finds a batch: {message}"));
         let collection = self.open_collection(index, &BatchObject::default())?;
         self.close_part(index, collection, "gone")
     }
 
-    /// Records what both files of a batch hold, and accounts for every row.
+    /// Records the answers in both files of a batch and determines the outcome of every row.
     async fn collect_results(
         &mut self,
         index: usize,
@@ -194,9 +197,9 @@ impl Batches<'_> {
         let has_file = object.output_file.is_some() || object.error_file.is_some();
         let has_lost_answers = !has_file && object.has_answers();
         if has_lost_answers {
-            // The files may be on their way.
+            // The files may not be visible yet.
             self.retry_missing(index, "a batch that has ended has no file")?;
-            // If another batch brought answers, only the rows of this one are lost.
+            // If another batch had answers, only the rows of this one are lost.
             let is_completed = object.status == "completed";
             if is_completed
                 && !self.upstreams[upstream].has_answered
@@ -214,7 +217,7 @@ impl Batches<'_> {
         }
         let mut collection = self.open_collection(index, object)?;
         let mut taken = 0;
-        // The answers first: a row that is in both files has one.
+        // The output file is read first: a row that is in both files has an answer.
         for file in [&object.output_file, &object.error_file]
             .into_iter()
             .flatten()
@@ -242,7 +245,7 @@ impl Batches<'_> {
                 return self.keep_unreadable_file(index, batches, file).await;
             }
         }
-        // Without a number that can be true, all of them.
+        // Expect all rows if the reported number is not plausible.
         let members = collection.members.len() as u64;
         let expected = if object.status == "completed" {
             Some(members)
@@ -250,7 +253,7 @@ impl Batches<'_> {
             object.rows.filter(|rows| (1..=members).contains(rows))
         };
         if let Some(expected) = expected.filter(|expected| *expected > collection.readable_rows()) {
-            // The file may not be whole yet.
+            // The file may be incomplete.
             let message = format!(
                 "its files hold {} of {expected} rows",
                 collection.readable_rows()
@@ -260,7 +263,7 @@ impl Batches<'_> {
                 .note(&format!("a batch has ended, and {message}"));
         }
         self.record_rest(index, &mut collection)?;
-        // What was answered and is nowhere may be billed.
+        // Answers that are in no file may be billed.
         let status = if has_lost_answers && object.status != "completed" {
             "gone"
         } else {
@@ -269,7 +272,7 @@ impl Batches<'_> {
         self.close_part(index, collection, status)
     }
 
-    /// Records the answers that are empty, or whose lines cannot be read: they were paid for.
+    /// Records empty answers and lines that cannot be parsed: they were paid for.
     pub(super) fn record_rest(
         &mut self,
         index: usize,
@@ -328,8 +331,8 @@ impl Batches<'_> {
         })
     }
 
-    /// Takes a line; true if it is of one of the part's rows. Only answers have an effect at once: the file
-    /// may break off, and is read again then.
+    /// Reads a line. Returns true if it names a row of the part. Only answers are recorded immediately: if the file
+    /// breaks off, it is read again.
     pub(super) fn take_line(
         &mut self,
         index: usize,
@@ -363,7 +366,7 @@ impl Batches<'_> {
             error.clean(&transport.secrets());
         }
         let row = collection.lines.get(&custom_id).copied();
-        // An answer counts, also after a line that has none.
+        // An answer replaces an earlier line without one.
         let is_open = |row: &usize| match &collection.outcomes[*row] {
             None => true,
             Some(RowOutcome::Answered) => false,
@@ -427,18 +430,18 @@ impl Batches<'_> {
         let bound = member.bound();
         let answered =
             EncodedAnswer::new(template, &row, &prompt, body, bound, completion, timing)?;
-        let (bill, price) = (answered.bill(), template.endpoint.price.clone());
+        let (charge, price) = (answered.charge(), template.endpoint.price.clone());
         let wants_logprobs = template.wants_logprobs();
         let append = |cache: &crate::cache::Cache| {
             cache
                 .append_encoded(&answered.encoded)
                 .map_err(|error| run_error::not_recorded(error, cache.safe_len()))
         };
-        // A kill in between counts it twice: once as spent, once as held for a row without a record.
+        // A kill between the two writes counts the row twice (spent and reserved), never zero times.
         let held = Dollars::at_least(member.usd);
         let unraised = Dollars::at_least(bound.cost(&price).unwrap_or(member.usd));
         let account = &mut self.run_files.account;
-        account.settle_batch(held, unraised, 1, bill, &price)?;
+        account.settle_batch(held, unraised, 1, charge, &price)?;
         append(self.cache)?;
         let part = &mut self.journal.parts[index];
         part.progress.held -= member.usd;
@@ -460,7 +463,7 @@ impl Batches<'_> {
     }
 }
 
-/// Only compared with a date in `Retry-After`, which these replies have no use for.
+/// Time of a reply for parsing a date in `Retry-After`, which batch replies do not use.
 pub(super) fn now() -> std::time::SystemTime {
     std::time::SystemTime::UNIX_EPOCH
 }

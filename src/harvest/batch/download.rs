@@ -1,4 +1,4 @@
-//! Results files are read over a connection that may break, and kept if nothing in them can be read.
+//! Reads results files over a connection that may break, and saves files that cannot be parsed.
 
 use std::io::Write;
 
@@ -16,14 +16,14 @@ use crate::client::outcome;
 use crate::client::transport::{BatchApi, FileDownload};
 use crate::harvest::{run_error, unreadable_bodies};
 
-/// How often a results file may fail to be read before the upstream stops.
+/// Failed reads of a results file after which the upstream stops.
 const MAX_READ_FAILURES: u32 = 20;
 
-/// In bytes, in any of its forms.
+/// Maximum length of an API key in bytes, in any encoding.
 const LONGEST_KEY: usize = 16 << 10;
 
 impl Batches<'_> {
-    /// Opens a results file. Returns None if it is gone: its rows are in no file.
+    /// Opens a results file. Returns None if the file no longer exists.
     pub(super) async fn rows_of_file(
         &mut self,
         index: usize,
@@ -44,7 +44,7 @@ impl Batches<'_> {
         }
     }
 
-    /// The next line of a results file.
+    /// Reads the next line of a results file.
     pub(super) async fn next_row(
         &mut self,
         index: usize,
@@ -56,8 +56,8 @@ impl Batches<'_> {
         }
     }
 
-    /// A results file could not be read to its end. Other requests may succeed meanwhile, so the outage clock does
-    /// not bound this.
+    /// Counts a failed read of a results file. The outage limit does not bound these failures, because other requests
+    /// may succeed meanwhile.
     fn read_failures(&mut self, index: usize, error: AttemptError) -> BatchStepError {
         let progress = &mut self.journal.parts[index].progress;
         progress.read_failures += 1;
@@ -65,7 +65,7 @@ impl Batches<'_> {
         let message = error.message().to_owned();
         if count == 1 {
             self.progress.note(&format!(
-                "a results file cannot be read ({message}): it is requested again"
+                "a results file cannot be read ({message}): requesting it again"
             ));
         } else if count >= MAX_READ_FAILURES
             && let Some(upstream) = upstream
@@ -75,8 +75,8 @@ impl Batches<'_> {
         error.into()
     }
 
-    /// No line of a results file is one of ours: what was paid for must not be bought again. The file is
-    /// kept, and the upstream stops; the batch is looked at again by the next run.
+    /// Saves a results file in which no line can be parsed, and stops the upstream so that paid answers are not bought
+    /// again. The next run reads the batch again.
     pub(super) async fn keep_unreadable_file(
         &mut self,
         index: usize,
@@ -92,14 +92,14 @@ impl Batches<'_> {
         let content =
             content.map_err(|fault| self.read_failures(index, outcome::classify_fault(fault)))?;
         if let FileDownload::Content(mut pieces) = content {
-            let could_not = "could not keep a results file";
+            let could_not = "could not save a results file";
             let mut held = Vec::new();
             while let Some(piece) = pieces.next().await {
                 let piece = piece
                     .map_err(|fault| self.read_failures(index, outcome::classify_fault(fault)))?;
                 held.extend_from_slice(&piece);
                 held = batches.without_key(held.into()).into();
-                // A key may begin in one piece and end in the next one.
+                // A key may span two pieces.
                 let sure = held.len().saturating_sub(LONGEST_KEY);
                 kept.write_all(&held[..sure]).context(could_not)?;
                 held.drain(..sure);

@@ -1,4 +1,4 @@
-//! A batch that failed as a whole: most often before any row was asked.
+//! Handles a batch that failed as a whole, usually before any row was run.
 
 use std::collections::HashMap;
 
@@ -9,15 +9,15 @@ use crate::client::attempt_error::{RefusalClaim, RowFailure};
 use crate::client::batch_object::{BatchFileError, BatchObject};
 use crate::plan::queue::QueuedRow;
 
-/// Returns true if an answer may be in the line, which names none of the rows.
+/// Returns true if a line that names no row of the part may contain an answer.
 fn may_be_answer(line: &[u8], is_readable: bool) -> bool {
     let has = |field: &[u8]| memchr::memmem::find(line, field).is_some();
     has(b"\"choices\"") || !is_readable && has(results::ID)
 }
 
 impl Batches<'_> {
-    /// Reads the error file of a failed batch: it names the rows for which the input file was refused, and on
-    /// some servers it holds answers.
+    /// Reads the error file of a failed batch. It names the rows for which the input file was refused, and on some
+    /// servers it contains answers.
     pub(super) async fn collect_error_file(
         &mut self,
         index: usize,
@@ -50,7 +50,7 @@ impl Batches<'_> {
         }
         collection.unreadable_lines += rows.skipped();
         if collection.readable_rows() == 0 && collection.has_unreadable() {
-            // Answers may be among it.
+            // The lines may contain answers.
             return self.keep_unreadable_file(index, batches, &file).await;
         }
         if collection.readable_rows() == 0 {
@@ -65,13 +65,13 @@ impl Batches<'_> {
                 *outcome = Some(RowOutcome::Refused(failure));
             }
         }
-        // Rows that the file does not name were not asked, unless a line of it cannot be read.
+        // Rows that the file does not name were not run, unless a line cannot be parsed.
         collection.rest_was_not_asked = collection.unreadable_lines == 0;
         self.record_rest(index, &mut collection)?;
         self.close_part(index, collection, "failed")
     }
 
-    /// Lines that are bad fail, all others wait again.
+    /// Ends a failed batch: refused lines fail, all other rows return to the queue.
     pub(super) fn end_failed_batch(
         &mut self,
         index: usize,

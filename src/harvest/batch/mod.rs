@@ -1,14 +1,23 @@
-//! Batch mode: rows go to the endpoint as files, and come back within a day for half the price.
+//! Batch mode: rows are uploaded as files, and their answers arrive within a day for half the price.
 //!
 //! ```text
 //! rows --parts: how many fit--> part (journal) --submit: upload, create or adopt--> batch
-//!   --collect: poll, both files row by row, results--> cache | a later part | failed
+//!   --collect: poll, read both result files row by row--> cache | a later part | failed
 //! ```
 //!
-//! One loop moves every part as far as it goes, then sleeps until the next look. What has been done
-//! is in the `journal` before the next step begins, so the loop can be dropped at any await: by a
-//! signal, which leaves the batches to go on at the endpoint, or by a kill. `api` is the way to the
-//! endpoint (`http`, or a test's own), and what it says; `outlook` is for a dry run.
+//! | file | content |
+//! |---|---|
+//! | `mod` | main loop over the parts of every endpoint |
+//! | `parts`, `outlook` | number of rows that fit into a part; estimate for a dry run |
+//! | `journal`, `recover` | `batches.json` and the rows of each part; resumes the parts of earlier runs |
+//! | `submit` | uploads a part and creates its batch, or finds a batch that was already created |
+//! | `collect`, `download`, `rows`, `results`, `braces` | polls a batch; reads, splits and parses its result files |
+//! | `failed`, `closing` | a batch that failed as a whole; the outcome of every row when a part ends |
+//! | `upstream`, `show` | live state of an endpoint; progress text |
+//!
+//! Invariants: each step is in the journal before the next one begins, so the loop can be dropped at any await, by a
+//! signal or by a kill. Batches then continue at the endpoint, and the next run collects them. Every row of a part is
+//! answered, failed or returned to the queue exactly once.
 
 pub(crate) mod braces;
 pub(crate) mod closing;
@@ -54,15 +63,16 @@ use crate::terminal::progress::Progress;
 use journal::BatchJournal;
 use upstream::BatchUpstream;
 
-/// A wait that is worth telling.
+/// Shortest wait that is shown to the user.
 const LONG_WAIT: Duration = Duration::from_secs(5);
 
-/// The wall clock is looked at so often: a window opens, a deadline comes.
+/// Interval between two checks of the wall clock for the window and the deadline.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How long a batch may take to be cancelled; endpoints speak of ten minutes.
+/// Maximum time to wait for a cancelled batch; endpoints document ten minutes.
 const MAX_CANCEL_TIME: Duration = Duration::from_secs(1_200);
 
+/// State of a run in batch mode.
 pub(crate) struct Batches<'a> {
     config: &'a Config,
     plan: Plan,
@@ -76,23 +86,24 @@ pub(crate) struct Batches<'a> {
     summary: HarvestSummary,
     counts: BatchCounts,
     started: Instant,
-    /// Since when the deadline has passed.
+    /// Time at which the loop found the deadline passed.
     deadline_passed_at: Option<Instant>,
     progress: Progress,
 }
 
-/// What is left when batches have had their time.
+/// Result of a run in batch mode.
 pub(crate) enum BatchOutcome {
     Finished(Box<HarvestSummary>),
-    /// The deadline came first: the rest is for real time.
+    /// The deadline passed: the remaining rows are sent in real time.
     Rest(Box<RemainingRows>),
 }
 
+/// Rows that the batches did not answer before the deadline.
 pub(crate) struct RemainingRows {
     pub prompts: Vec<Prompt>,
-    /// Keys of rows that have failed, and of those in batches that would not be cancelled.
+    /// Keys of rows that have failed, and of rows in batches whose cancellation did not finish.
     pub not_to_ask: HashSet<String>,
-    /// Batches that would not be cancelled.
+    /// Number of batches whose cancellation did not finish.
     pub under_way: usize,
     pub summary: HarvestSummary,
     pub run_files: RunFiles,
@@ -105,11 +116,11 @@ enum BatchRunEnd {
     Signal(u8),
 }
 
-/// Why a step was not done.
+/// Error of a step.
 enum BatchStepError {
-    /// The endpoint is in the way; the step comes again.
+    /// A call to the endpoint failed; the step is tried again.
     Attempt(AttemptError),
-    /// Nothing can go on.
+    /// The run ends.
     Fatal(anyhow::Error),
 }
 
@@ -126,7 +137,7 @@ impl From<anyhow::Error> for BatchStepError {
 }
 
 impl<'a> Batches<'a> {
-    /// `config` has the prices of a batch.
+    /// `config` has batch prices.
     pub(crate) fn new(
         config: &'a Config,
         plan: Plan,
@@ -161,7 +172,7 @@ impl<'a> Batches<'a> {
         })
     }
 
-    /// Runs until every row has ended, until the deadline, or until something stops it.
+    /// Runs until every row has ended, the deadline passes, or the run is stopped.
     pub(crate) async fn run(mut self, signals: &mut Signals) -> Result<BatchOutcome> {
         self.recover()?;
         let signal = async {
@@ -188,7 +199,7 @@ impl<'a> Batches<'a> {
             if time == Time::Over && self.deadline_passed_at.is_none() {
                 self.deadline_passed_at = Some(Instant::now());
                 self.progress
-                    .note("the deadline has come: batches under way are cancelled");
+                    .note("the deadline has passed: batches under way are cancelled");
             }
             for upstream in 0..self.upstreams.len() {
                 match self.advance(upstream, time == Time::Open).await {
@@ -207,7 +218,7 @@ impl<'a> Batches<'a> {
         }
     }
 
-    /// Moves every part of a upstream as far as it goes.
+    /// Advances every part of an upstream until it waits for the endpoint.
     async fn advance(&mut self, upstream: usize, may_send: bool) -> Result<(), BatchStepError> {
         let now = Instant::now();
         if self.upstreams[upstream].is_stopped() || self.upstreams[upstream].not_before > now {
@@ -219,7 +230,7 @@ impl<'a> Batches<'a> {
             let pause = Duration::from_secs_f64(self.config.batch.poll_s * jitter);
             self.upstreams[upstream].next_poll = now + pause;
         }
-        // One part's trouble keeps no other from going on.
+        // A failed call for one part does not hold up the others.
         let mut result: Result<(), BatchStepError> = Ok(());
         for index in self.parts_of(upstream) {
             let step = if self.journal.parts[index].batch().is_none() {
@@ -253,7 +264,7 @@ impl<'a> Batches<'a> {
             && !upstream.waiting.is_empty()
     }
 
-    /// Its parts that have not ended.
+    /// Returns the parts of an upstream that have not ended.
     fn parts_of(&self, upstream: usize) -> Vec<usize> {
         let parts = self.journal.parts.iter().enumerate();
         let own =
@@ -270,7 +281,7 @@ impl<'a> Batches<'a> {
         }
     }
 
-    /// Is there nothing left to wait for?
+    /// Returns how the run ends, or None while batches or rows remain.
     fn run_end(&self) -> Option<BatchRunEnd> {
         let open = |upstream: &&BatchUpstream| !upstream.is_stopped();
         let is_under_way = |upstream: &BatchUpstream| !self.parts_of(upstream.index).is_empty();
@@ -287,7 +298,7 @@ impl<'a> Batches<'a> {
         (!under_way && !waiting).then_some(BatchRunEnd::AllDone)
     }
 
-    /// When there is something to do again, at the latest.
+    /// Returns the time of the next iteration.
     fn wake(&self) -> Instant {
         let now = Instant::now();
         let upstreams = self
@@ -315,7 +326,7 @@ impl<'a> Batches<'a> {
             .clamp(least, now + CLOCK_CHECK_INTERVAL)
     }
 
-    /// The row ends without an answer.
+    /// Ends a row without an answer.
     fn fail(&mut self, upstream: usize, entry: QueuedRow, failure: RowFailure) {
         let row = FailedRow::new(&self.plan, upstream, entry, failure);
         self.summary.fail(row);
@@ -347,10 +358,10 @@ impl<'a> Batches<'a> {
         summary.error = match ended {
             BatchRunEnd::Signal(number) => {
                 let advice = format!(
-                    "{count} batches go on at the endpoint; rerun the command to collect them"
+                    "{count} batches continue at the endpoint; rerun the command to collect them"
                 );
                 let advice = match count {
-                    0 => "every answer is recorded; run the same command to resume".into(),
+                    0 => "every answer is recorded; rerun the command to resume".into(),
                     _ => advice,
                 };
                 Some(anyhow::Error::from(Exit::Signal(number)).context(advice))

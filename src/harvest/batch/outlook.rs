@@ -1,4 +1,4 @@
-//! Estimates the batches of a plan before anything is asked.
+//! Estimates the batches of a plan, for a dry run.
 
 use std::collections::HashSet;
 
@@ -13,7 +13,7 @@ use crate::plan::{Plan, PlannedRow};
 /// Estimates the batches of a plan.
 ///
 /// # Errors
-/// Where the journal of an earlier run is damaged.
+/// If the journal of an earlier run is damaged.
 pub(crate) fn estimate_batches(config: &Config, plan: &Plan) -> Result<BatchEstimate> {
     let journal = BatchJournal::load(&config.run_dir)?;
     let mut estimate = BatchEstimate::default();
@@ -41,7 +41,7 @@ pub(crate) fn estimate_batches(config: &Config, plan: &Plan) -> Result<BatchEsti
         let mut rest = &sizes[..];
         while !rest.is_empty() {
             let (count, ..) = limits.take(rest.iter().copied());
-            // A row that fits into no batch fails by itself.
+            // A row larger than a file fails and needs no batch.
             estimate.batches += u64::from(count > 0);
             rest = &rest[count.max(1)..];
         }

@@ -1,4 +1,4 @@
-//! What earlier runs have left under way.
+//! Resumes the batches that earlier runs left under way.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,7 +10,7 @@ use crate::budget::dollars::Dollars;
 use crate::terminal::{format_count, sanitise};
 
 impl Batches<'_> {
-    /// Takes up what earlier runs have left under way.
+    /// Resumes the batches that earlier runs left under way: reserves their budget and removes their rows from the queue.
     pub(super) fn recover(&mut self) -> Result<()> {
         self.journal.tidy()?;
         let mut members = HashMap::new();
@@ -30,8 +30,8 @@ impl Batches<'_> {
             let held = open.map(|member| member.usd).sum();
             if upstream.is_none() {
                 self.progress.note(&format!(
-                    "a batch of {} rows is under way at {}, which is no teacher of this config: it \
-                     is left alone",
+                    "a batch of {} rows is under way at {}, which is not a teacher of this config: it \
+                     is ignored",
                     format_count(part.rows),
                     sanitise(&part.teacher)
                 ));

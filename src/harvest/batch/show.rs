@@ -1,4 +1,4 @@
-//! How the batches are doing, as the progress shows it.
+//! Progress text of batch mode: batches by status, and the amount spent.
 
 use std::collections::BTreeMap;
 
@@ -6,6 +6,7 @@ use super::Batches;
 use crate::terminal::{format_dollars, sanitise};
 
 impl Batches<'_> {
+    /// Updates the progress text.
     pub(super) fn show_progress(&mut self) {
         self.run_files
             .summarise(self.is_priced(), &mut self.summary);
@@ -38,7 +39,7 @@ impl Batches<'_> {
             .any(|price| price.input.is_some() && price.output.is_some())
     }
 
-    /// By status.
+    /// Counts the batches under way by status.
     pub(super) fn parts_under_way(&self) -> BTreeMap<String, u64> {
         let mut parts = BTreeMap::new();
         for part in self.journal.parts.iter().filter(|part| !part.is_done()) {

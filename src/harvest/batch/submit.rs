@@ -1,4 +1,4 @@
-//! From rows that wait to a batch that the endpoint works on.
+//! Submits waiting rows: plans a part, uploads its file and creates its batch.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,18 +19,17 @@ use crate::client::batch_object::{BatchObject, ENDPOINT};
 use crate::client::transport::Transport;
 use crate::plan::queue::QueuedRow;
 
-/// A batch whose creation had no reply is looked for after so many seconds each; a list may lag.
+/// Delays in seconds before each search for a batch whose creation had no reply; the list of batches may lag.
 const LOOKUP_DELAYS_S: [u64; 4] = [0, 5, 15, 40];
 
-/// How often a file that was uploaded may be "not found" before it is uploaded anew, and before
-/// that is given up.
+/// Number of times that an uploaded file may be "not found" before it is uploaded again, and before the part fails.
 const FILE_NOT_FOUND_LIMITS: [u32; 2] = [6, 12];
 
-/// The nonce is looked for among batches that are at most so much older than its part: clocks differ.
+/// Maximum clock skew in seconds: the search for a nonce covers batches that are older than its part by this much.
 const CLOCK_SKEW_S: i64 = 86_400;
 
 impl Batches<'_> {
-    /// Makes a part of the rows whose turn it is, as many as fit. None if none does for now.
+    /// Makes a part of the first waiting rows that fit. None if no row fits now.
     pub(super) fn plan_part(&mut self, upstream: usize) -> Result<Option<usize>> {
         let sizes: Vec<RowSize> = {
             let waiting = self.upstreams[upstream].waiting.iter();
@@ -48,7 +47,7 @@ impl Batches<'_> {
         let first = sizes.first().map_or(0, |size| size.tokens);
         let tokens = self.upstreams[upstream].token_limit.map(|limit| {
             let available = limit.saturating_sub(enqueued);
-            // Alone a row is always tried: only the endpoint knows how it counts.
+            // With nothing enqueued, one row is always tried: the token count is an estimate.
             if enqueued == 0 {
                 available.max(first)
             } else {
@@ -120,13 +119,13 @@ impl Batches<'_> {
             return;
         };
         let message = format!(
-            "a request of {bytes} bytes fits into no batch of `batch.max_megabytes` = {}",
+            "a request of {bytes} bytes is larger than `batch.max_megabytes` = {}",
             self.config.batch.max_megabytes
         );
         self.fail(upstream, entry, RowFailure::new("over the limit", &message));
     }
 
-    /// Unless a batch under way turns out cheaper, nothing more can be asked.
+    /// Stops the upstream, unless a batch under way may still release budget.
     fn stop_without_money(&mut self, upstream: usize) {
         let mut open = self
             .upstreams
@@ -139,7 +138,7 @@ impl Batches<'_> {
         self.upstreams[upstream].stop(error);
     }
 
-    /// Brings a part to the endpoint, as far as it goes.
+    /// Advances a part until its batch is created, or it has to wait.
     pub(super) async fn submit(
         &mut self,
         index: usize,
@@ -202,7 +201,7 @@ impl Batches<'_> {
             "completion_window": self.config.batch.completion_window,
             "metadata": {"nonce": self.journal.parts[index].nonce},
         });
-        // From here until the reply is in, nobody knows whether there is a batch.
+        // Until the reply arrives, the batch may or may not exist.
         self.journal.parts[index].progress.in_doubt = true;
         let reply = batches(&transport)?.create(&body).await;
         let progress = &mut self.journal.parts[index].progress;
@@ -225,7 +224,7 @@ impl Batches<'_> {
             }
             Err(error) => {
                 progress.lookups = 0;
-                // A refusal is a refusal; what broke may have broken on its way back.
+                // A refusal creates no batch; a broken connection may have broken after the creation.
                 progress.in_doubt = matches!(&error, AttemptError::Transient { failure, .. } if !failure.unreachable);
                 if !progress.in_doubt {
                     self.journal.set(index, PartState::Uploaded { file })?;
@@ -255,8 +254,8 @@ impl Batches<'_> {
         Ok(())
     }
 
-    /// Looks for the batch that a creation without a reply may have made. It is in doubt until it is
-    /// found, or missing from every list of a minute.
+    /// Searches for the batch of a creation without a reply. The part is in doubt until the batch is found, or is
+    /// missing from every list for a minute.
     async fn adopt(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
         let (upstream, transport) = self.upstream_of(index)?;
         let part = &self.journal.parts[index];
@@ -299,7 +298,7 @@ impl Batches<'_> {
         Ok(())
     }
 
-    /// Ends a part that was never sent.
+    /// Ends a part without a batch and returns its rows to the queue.
     fn return_rows(&mut self, index: usize) -> Result<(), BatchStepError> {
         let (upstream, _) = self.upstream_of(index)?;
         let rows = self.journal.parts[index].progress.rows.iter().flatten();
@@ -308,7 +307,7 @@ impl Batches<'_> {
         self.end_part(index, "never sent")
     }
 
-    /// Ends a part; what is still held for it was not spent.
+    /// Ends a part and releases its remaining reservation.
     pub(super) fn end_part(&mut self, index: usize, status: &str) -> Result<(), BatchStepError> {
         let (upstream, _) = self.upstream_of(index)?;
         let price = self.upstreams[upstream].settings.price.clone();
@@ -318,26 +317,26 @@ impl Batches<'_> {
         self.run_files
             .account
             .settle_batch(held, held, rows, Charge::Nothing, &price)?;
-        // The answers and the books first: only a part that has not ended is looked at again.
+        // Answers and account are written before the part ends: later runs do not read an ended part again.
         self.cache.sync()?;
         self.run_files.account.tick()?;
         *self.counts.parts.entry(status.to_owned()).or_default() += 1;
         Ok(self.journal.end(index, status)?)
     }
 
-    /// The upstream of a part.
+    /// Returns the upstream of a part.
     ///
     /// # Errors
-    /// Where it has none: only parts of a upstream are taken up.
+    /// If its teacher is not in the config; such parts are never advanced.
     pub(super) fn upstream_of(&self, index: usize) -> Result<(usize, Arc<dyn Transport>)> {
         let upstream = self.journal.parts[index].progress.upstream;
         let upstream =
-            upstream.context("a batch is taken up whose teacher is not in the config")?;
+            upstream.context("internal error: the teacher of a batch is not in the config")?;
         Ok((upstream, Arc::clone(&self.upstreams[upstream].transport)))
     }
 }
 
-/// A file that has just been uploaded may not be there yet.
+/// Returns true if the endpoint does not find the input file: a new file may not be visible yet.
 fn is_file_missing(failure: &RowFailure) -> bool {
     let message = failure.message.to_lowercase();
     message.contains("file") && (message.contains("no such") || message.contains("not found"))

@@ -1,4 +1,4 @@
-//! The end of a run: the books are closed, and the summary is written.
+//! End of a run: closes the run files and writes the summary.
 
 use anyhow::Result;
 
@@ -11,7 +11,7 @@ use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, Line};
 use crate::report::summary::HarvestSummary;
 
-/// What is left of a dispatcher.
+/// Result of a dispatcher: the summary, and the parts that another dispatcher can reuse.
 pub(crate) struct DispatchEnd {
     pub summary: HarvestSummary,
     pub upstreams: Vec<Upstream>,
@@ -37,7 +37,7 @@ impl Dispatcher<'_> {
         summary.given_up = self.run_files.given_up(&summary.failed_rows, max_attempts);
         summary.seconds = self.started.elapsed().as_secs_f64();
         summary.hours = std::mem::take(&mut self.timeline.hours);
-        // An hour that the run only just touched.
+        // Drop hours in which nothing happened.
         summary
             .hours
             .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
@@ -52,7 +52,7 @@ impl Dispatcher<'_> {
         })
     }
 
-    /// Notes the rows that the next run tries last.
+    /// Records the rows that the next run sends last.
     fn note_suspects(&mut self) -> Result<()> {
         for upstream in &self.upstreams {
             for row in upstream.suspects() {

@@ -1,4 +1,14 @@
-//! The one task that decides what is sent, and what becomes of the replies.
+//! Real-time mode: the single task that decides which requests are sent and what each reply means.
+//!
+//! | file | content |
+//! |---|---|
+//! | `mod` | main loop: send, wait for a reply, a signal, a timer or a limiter event |
+//! | `recording` | writes answers to the cache, or holds them while the disk is full |
+//! | `settling` | settles the budget of a reply and decides about its row |
+//! | `ending` | closes the run files and writes the summary |
+//!
+//! Invariants: only this task changes queues, budget and summary. The budget is reserved before a request
+//! leaves, and a reply is settled only after its answer is in the cache.
 
 pub(crate) mod ending;
 pub(crate) mod recording;
@@ -34,12 +44,13 @@ use crate::signal::Signals;
 use crate::terminal::progress::Progress;
 pub(crate) use ending::DispatchEnd;
 
-/// Answers that are recorded by one write, at most.
+/// Maximum number of answers recorded by one write.
 const MAX_GROUP: usize = 64;
 
-/// While the window is closed the wall clock is looked at so often: it may be set.
+/// Interval between two checks of the wall clock while the window is closed: the clock may be adjusted.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
+/// State of a real-time run.
 pub(crate) struct Dispatcher<'a> {
     config: &'a Config,
     plan: Arc<Plan>,
@@ -51,34 +62,34 @@ pub(crate) struct Dispatcher<'a> {
     clock: WallClock,
     in_flight: JoinSet<Result<FinishedAttempt>>,
     held_answers: HeldAnswers,
-    /// A limit that is shared has something to tell.
+    /// Notified when a shared limit has an event.
     wake: Arc<Notify>,
     summary: HarvestSummary,
     timeline: Timeline,
-    /// Why nothing is sent any more; what is in flight is still waited for.
+    /// Error that ends the run: no request is sent, requests in flight finish.
     stop: Option<anyhow::Error>,
-    /// A signal has come: the next one stops at once.
+    /// A first signal has arrived; the next one stops the run immediately.
     signalled: bool,
-    /// Files of the cache were moved or changed by somebody else.
+    /// Another process moved or changed the files of the cache.
     is_displaced: bool,
-    /// The window was closed when last looked at.
+    /// The window was closed at the last check.
     is_closed: bool,
     started: Instant,
     rates: Rates,
     progress: Progress,
 }
 
-/// What a request task has come to.
+/// Result of a request task, or the panic that ended it.
 type TaskResult = Result<Result<FinishedAttempt>, JoinError>;
 
-/// What came of trying to send one more request.
+/// Outcome of an attempt to send one more request.
 enum SendOutcome {
     Sent,
-    /// A limit says: not before then.
+    /// A limit allows the next request at this time.
     NotBefore(Instant),
-    /// Something has to come back first.
+    /// A reply has to arrive first.
     Full,
-    /// The budget does not cover it, unless something in flight turns out cheaper.
+    /// The budget does not cover the request, unless requests in flight cost less than reserved.
     NoMoney,
 }
 
@@ -127,13 +138,13 @@ impl<'a> Dispatcher<'a> {
         })
     }
 
-    /// Hears of the limits that are shared when it is woken by `wake`.
+    /// Sets the notifier of shared limits.
     pub(crate) fn with_waker(mut self, wake: Arc<Notify>) -> Self {
         self.wake = wake;
         self
     }
 
-    /// Goes on with what an earlier part of the run, begun then, has left.
+    /// Continues the summary of an earlier part of the run, which started at `started`.
     pub(crate) fn after(mut self, summary: HarvestSummary, started: Instant) -> Self {
         let used = std::mem::take(&mut self.summary.used);
         self.summary = HarvestSummary { used, ..summary };
@@ -142,13 +153,12 @@ impl<'a> Dispatcher<'a> {
         self
     }
 
-    /// Runs until every row has ended, or until something stops it and what was in flight is
-    /// recorded.
+    /// Runs until every row has ended, or until the run is stopped and the requests in flight have finished.
     pub(crate) async fn run(self, signals: Signals) -> Result<HarvestSummary> {
         Ok(self.run_to_end(signals).await?.summary)
     }
 
-    /// As [`Dispatcher::run`], of whose parts another one is to be made.
+    /// Runs like [`Dispatcher::run`] and returns the parts for another dispatcher.
     pub(crate) async fn run_to_end(mut self, mut signals: Signals) -> Result<DispatchEnd> {
         let upstreams = self.upstreams.iter();
         let most_in_flight = upstreams.map(|upstream| upstream.settings.limits.concurrency as u64);
@@ -166,7 +176,7 @@ impl<'a> Dispatcher<'a> {
             }
             tokio::select! {
                 Some(number) = signals.next() => {
-                    // Whoever stops it does not want to wait for compression.
+                    // Do not delay the exit by compression.
                     self.cache.stop_compressing();
                     if self.signalled(number) {
                         break;
@@ -188,8 +198,8 @@ impl<'a> Dispatcher<'a> {
         self.upstreams.iter().all(Upstream::is_done)
     }
 
-    /// Starts requests until the queues, the concurrency, the limits or the budget say no. Returns
-    /// when to try again; None: when something has come back.
+    /// Sends requests until the queues, the concurrency, the limits or the budget are exhausted. Returns the time of
+    /// the next attempt; None if a reply has to arrive first.
     fn send_ready_rows(&mut self) -> Result<Option<Instant>> {
         if let Some(until) = self.wait_for_disk_space()? {
             return Ok(Some(until));
@@ -227,7 +237,7 @@ impl<'a> Dispatcher<'a> {
         Ok(wake)
     }
 
-    /// When to look again, while the window is closed. A deadline that has passed stops the run.
+    /// Returns the time of the next check while the window is closed. Stops the run after the deadline.
     fn check_clock(&mut self) -> Option<Instant> {
         let now = self.clock.now();
         let state = self.schedule.state(now);
@@ -322,8 +332,8 @@ impl<'a> Dispatcher<'a> {
         ));
     }
 
-    /// The request that has ended, and those that end as soon as they are let: under a full load
-    /// each would otherwise be recorded by a write of its own.
+    /// Collects the finished request and all others that are ready, up to [`MAX_GROUP`], so that one write records
+    /// them all.
     async fn group(&mut self, first: TaskResult) -> Vec<TaskResult> {
         let mut group = vec![first];
         let mut is_growing = true;
@@ -339,7 +349,7 @@ impl<'a> Dispatcher<'a> {
         group
     }
 
-    /// Records the answers that have come, by one write, and decides about the other replies.
+    /// Records the answers of a group by one write and decides about the other replies.
     fn handle_result(&mut self, group: Vec<TaskResult>) -> Result<()> {
         self.check_cache()?;
         let (mut finished, mut fault) = (Vec::with_capacity(group.len()), None);
@@ -359,8 +369,10 @@ impl<'a> Dispatcher<'a> {
         fault.map_or(Ok(()), Err)
     }
 
-    /// Nothing more is asked where the cache is not what this run has made of it, and nothing at all can go
-    /// on where it cannot be written.
+    /// Stops sending if another process changed the cache.
+    ///
+    /// # Errors
+    /// If the cache cannot be written.
     pub(super) fn check_cache(&mut self) -> Result<()> {
         let Err(error) = self.cache.check() else {
             return Ok(());
@@ -384,33 +396,33 @@ impl<'a> Dispatcher<'a> {
         self.unless_disk_full(|run_files| run_files.account.tick())
     }
 
-    /// Writes to the books. A full disk is met again by the next request, which must not be sent then;
-    /// until then what was written before is on the safe side.
+    /// Writes to the run files and ignores a full disk: the next reservation fails on it before a request is sent,
+    /// and the amounts on disk are upper bounds until then.
     fn unless_disk_full(&mut self, write: impl FnOnce(&mut RunFiles) -> Result<()>) -> Result<()> {
         match write(&mut self.run_files) {
             Err(error) if disk_full::is_full(&error) => Ok(()),
-            // The whole folder may have been moved. What was written ahead there covers what is in flight.
+            // The whole folder may have been moved. Its reservations cover the requests in flight.
             Err(_) if self.is_displaced => Ok(()),
             other => other,
         }
     }
 
-    /// True for the second signal.
+    /// Handles a signal. Returns true for the second one.
     fn signalled(&mut self, number: u8) -> bool {
         let is_second = std::mem::replace(&mut self.signalled, true);
         let in_flight = self.in_flight.len();
         if is_second {
             let message = format!(
-                "stopped at once: {in_flight} requests were in flight, and may be billed without an answer; \
-                 run the same command to resume"
+                "stopped immediately: {in_flight} requests were in flight and may be billed without an answer; \
+                 rerun the command to resume"
             );
             self.stop = Some(anyhow::Error::from(Exit::Signal(number)).context(message));
         } else {
             let error = anyhow::Error::from(Exit::Signal(number));
-            let advice = "every answer is recorded; run the same command to resume";
+            let advice = "every answer is recorded; rerun the command to resume";
             self.stop.get_or_insert(error.context(advice));
             self.progress.note(&format!(
-                "waiting for the {in_flight} answers in flight; press Ctrl-C again after a second to stop at once"
+                "waiting for {in_flight} requests in flight; press Ctrl-C again after a second to stop immediately"
             ));
         }
         is_second

@@ -1,4 +1,4 @@
-//! Settles a reply: the budget reservation, and the state of its row.
+//! Settles a reply: its budget reservation and the state of its row.
 
 use std::time::Duration;
 
@@ -19,10 +19,11 @@ use crate::report::answer_facts::AnswerFacts;
 use crate::report::failures::FailedRow;
 use crate::terminal::format_duration;
 
-/// A wait that is worth telling.
+/// Shortest wait that is shown to the user.
 const LONG_WAIT: Duration = Duration::from_secs(5);
 
 impl Dispatcher<'_> {
+    /// Settles the budget of a finished attempt, then counts its answer or decides about its row.
     pub(super) fn settle(&mut self, finished: FinishedAttempt) -> Result<()> {
         let FinishedAttempt {
             attempt,
@@ -37,10 +38,10 @@ impl Dispatcher<'_> {
         let error = match result {
             Ok(answered) => {
                 upstream.answered(&attempt.ticket, &reports, answered.facts.usage.as_ref());
-                let bill = answered.bill();
+                let charge = answered.charge();
                 self.run_files
                     .account
-                    .settle(&attempt.reserved, bill, &price);
+                    .settle(&attempt.reserved, charge, &price);
                 self.count(index, &answered.facts);
                 return Ok(());
             }
@@ -53,14 +54,14 @@ impl Dispatcher<'_> {
             _ => None,
         };
         let billed = failure.filter(|failure| failure.may_be_billed);
-        let bill = match billed {
+        let charge = match billed {
             Some(_) => Charge::Possible,
             None => Charge::Nothing,
         };
         self.summary.attempts_lost += u64::from(billed.is_some());
         self.run_files
             .account
-            .settle(&attempt.reserved, bill, &price);
+            .settle(&attempt.reserved, charge, &price);
         self.timeline.hour(Instant::now()).failed_attempts += 1;
         let mut entry = attempt.entry;
         let mut paid = 0;
@@ -72,7 +73,7 @@ impl Dispatcher<'_> {
         self.decide(index, entry, &attempt.ticket, error, is_spent)
     }
 
-    /// Decides what becomes of a row whose attempt brought no answer.
+    /// Decides about a row whose attempt failed: retry, fail or stop.
     fn decide(
         &mut self,
         index: usize,
@@ -111,7 +112,7 @@ impl Dispatcher<'_> {
             AttemptError::Transient { failure, wait } => {
                 let message = failure.message.clone();
                 match upstream.transient(entry, failure.clone(), wait) {
-                    // It has been bought as often as it may be.
+                    // The row has used up its possibly billed attempts.
                     RetryDecision::Again { .. } if is_spent => {
                         upstream.queue.remove(entry.row);
                         (RetryDecision::Failed(entry, failure), message)
@@ -127,7 +128,7 @@ impl Dispatcher<'_> {
                 upstream.key_renewed(entry);
                 return Ok(());
             }
-            // An attempt makes an answer of it.
+            // An attempt turns an unreadable reply into a quarantined answer.
             AttemptError::Unreadable { problem, .. } => bail!("a reply was left unread: {problem}"),
         };
         match decision {
@@ -153,7 +154,7 @@ impl Dispatcher<'_> {
         Ok(())
     }
 
-    /// Notes an attempt that may have been billed. Returns how many there were of the row, in all runs.
+    /// Records an attempt that may have been billed. Returns the number of such attempts of the row over all runs.
     fn note_paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
         let line = Line::new(
             &self.plan,
@@ -167,7 +168,7 @@ impl Dispatcher<'_> {
         Ok(known.map_or(0, |known| known.paid).max(entry.paid))
     }
 
-    /// The row ends as refused by a content filter.
+    /// Ends a row that a content filter refused.
     fn end_filtered(&mut self, index: usize, entry: QueuedRow, failure: RowFailure) -> Result<()> {
         let line = Line::new(
             &self.plan,

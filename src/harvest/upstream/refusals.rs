@@ -1,4 +1,6 @@
 //! Decisions after a refusal: wait, try another row, fail the row or stop.
+//!
+//! A "claim" is a reply that no request can succeed: wrong key, address or model, no credit, no access.
 
 use crate::harvest::upstream::LONGEST_WAIT;
 use std::time::Duration;
@@ -12,37 +14,37 @@ use crate::plan::queue::QueuedRow;
 use crate::rate_limit::cost::RequestCost;
 use crate::rate_limit::send_ticket::SendTicket;
 
-/// Rounds in which an endpoint that has answered says that no request can succeed, before it is believed.
+/// Rounds of claims after which an endpoint that has answered before is stopped.
 const CLAIM_ROUNDS: u32 = 4;
 
-/// Further rounds, one for each time that such a reply was followed by an answer.
+/// Maximum number of further rounds, one for each claim that a later answer contradicted.
 const MAX_EXTRA_CLAIM_ROUNDS: u32 = 12;
 
-/// Times that one row brings such a reply while others are answered, before it is the row.
+/// Claims of one row, while others are answered, after which the row fails.
 const MAX_CLAIMS_PER_ROW: u32 = 3;
 
-/// Rows that bring such a reply before any is answered, where the cache holds answers or an earlier run
-/// has ended so, before it is believed.
+/// Rows with a claim after which the run stops, before its first answer: used if the cache holds answers or an
+/// earlier run ended with a claim.
 const CLAIMING_ROWS: usize = 3;
 
-/// As [`CLAIMS_OF_ROWS`], where rows have failed while others were answered.
+/// Like [`CLAIMING_ROWS`], if rows of the plan failed while others were answered.
 const CLAIMING_ROWS_IF_DOUBTFUL: usize = 8;
 
-/// As [`CLAIMS_OF_ROWS`], for a wrong key.
+/// Like [`CLAIMING_ROWS`], for a wrong key.
 const CLAIMING_ROWS_FOR_A_KEY: usize = 2;
 
-/// Rows that may all be refused, also in the same words, though the cache holds answers.
+/// Number of remaining rows up to which all may be refused with the same message, if the cache holds answers.
 const REFUSED_ROWS: usize = 20;
 
-/// Rounds in which the endpoint asks to wait for a row while others were answered, before it is the row. With
-/// the default pauses they take longer than a limit a minute does.
+/// Times that a row is throttled, while others are answered, after which the row fails. With the default pauses
+/// they take longer than a limit per minute does.
 const MAX_THROTTLES_PER_ROW: u32 = 8;
 
-/// Rounds in which the endpoint asks for such a wait, before it is believed.
+/// Rounds of requested waits above [`LONGEST_WAIT`] after which the run ends.
 const LONG_WAIT_ROUNDS: u32 = 2;
 
 impl Upstream {
-    /// The endpoint asks everybody to wait: the row costs no attempt, and the gate closes.
+    /// Decides after a throttled request: the gate closes for all rows, and the row keeps its attempts.
     pub(crate) fn throttled(
         &mut self,
         mut entry: QueuedRow,
@@ -53,7 +55,7 @@ impl Upstream {
     ) -> RetryDecision {
         let now = Instant::now();
         let round = self.health.throttled(ticket.at, now);
-        // No wait makes room for a request that is larger than the limit itself.
+        // A request larger than the limit itself never fits.
         let too_small = self.limiter.too_small(&cost);
         if too_small.is_some() || message.to_lowercase().contains("request too large") {
             let which = too_small.map_or("the endpoint's limit".into(), |(resource, limit)| {
@@ -73,7 +75,7 @@ impl Upstream {
             self.queue.delay(entry, now);
             return RetryDecision::LongWait(far);
         }
-        // Never shorter than our own back-off once it has refused again after the wait that it asked for.
+        // After a second refusal the pause is never shorter than the back-off.
         let pause = match wait.filter(|_| far.is_none()) {
             Some(wait) if round > 1 => wait.max(own),
             Some(wait) => wait,
@@ -84,7 +86,7 @@ impl Upstream {
         if was_open && is_long && round <= MAX_THROTTLES_PER_ROW {
             self.health.exclude_wait(pause);
         }
-        // It may be the row after all: behind the others with it, the further the oftener.
+        // The row itself may be the cause: each further refusal delays it longer behind the other rows.
         let row_delay = self.firm_pause(entry.throttled, 1.0);
         entry.throttled += 1;
         let first = *entry.throttled_at.get_or_insert(now);
@@ -107,13 +109,13 @@ impl Upstream {
         self.queue.delay(entry, now + row_delay);
         self.stop_after_outage(&message);
         RetryDecision::Again {
-            // Everything in flight may say the same; once is enough.
+            // All requests in flight may be refused alike: report one pause.
             pause: if was_open { pause } else { Duration::ZERO },
         }
     }
 
-    /// The reply says that no request can succeed. Before the first answer that is believed at once;
-    /// where others are answered it is the row, or it passes.
+    /// Decides after a claim that no request can succeed. Before the first answer the run stops; after it, the row
+    /// fails or is tried again until the claim is confirmed.
     pub(crate) fn claimed(
         &mut self,
         mut entry: QueuedRow,
@@ -138,7 +140,7 @@ impl Upstream {
         if matches!(reason, RefusalReason::Address | RefusalReason::Forbidden) {
             if self.health.request_forbidden(entry.row, now) {
                 self.queue.delay(entry, now);
-                // What is in flight may still be answered: nothing more is sent until then.
+                // Requests in flight may still be answered: send nothing until they finish.
                 if self.in_flight == 0 {
                     self.stop(crate::client::refused::refused_by_now(
                         reason,
@@ -176,19 +178,18 @@ impl Upstream {
         }
     }
 
-    /// As [`Lane::claimed`], before the first answer. Where answers are in the cache, or an earlier run has
-    /// ended like this, it may be the row: others are tried.
+    /// Decides like [`Upstream::claimed`], before the first answer. If the cache holds answers or an earlier run ended
+    /// with a claim, the row may be the cause, and other rows are tried first.
     fn claimed_first(&mut self, mut entry: QueuedRow, claim: RefusalClaim) -> RetryDecision {
         let now = Instant::now();
         let RefusalClaim { reason, failure } = claim;
         let suspects = self.health.suspect(entry.row);
         let is_key = reason == RefusalReason::Key;
-        // A wrong key is far likelier than a row that brings such a reply: the next run tries others first.
+        // A wrong key is far likelier than a row that causes such a reply.
         if self.is_known || self.has_suspects && !is_key {
             let remaining = 1 + self.queue.len() + self.in_flight;
-            // The last few rows may be those that are always refused. An empty account or a wrong key refuses
-            // all rows alike; and a wrong key is believed at once, but of a row that has brought such a reply
-            // before.
+            // The last rows may be those that are always refused. An empty account or a wrong key refuses all rows
+            // alike. A wrong key fails a row only if the row has caused a claim before.
             let max_remaining = match reason {
                 RefusalReason::Credit | RefusalReason::Key => CLAIMING_ROWS - 1,
                 _ => REFUSED_ROWS,
@@ -204,7 +205,7 @@ impl Upstream {
                 _ => CLAIMING_ROWS,
             };
             if suspects < enough && suspects < remaining && entry.claimed <= CLAIM_ROUNDS {
-                // Where the others wait, it is this row's turn again.
+                // If all other rows are delayed, this row is sent again.
                 let pause = self.firm_pause(entry.claimed, 1.0);
                 entry.claimed += 1;
                 let wait = if entry.claimed > 1 {
@@ -226,7 +227,7 @@ impl Upstream {
         RetryDecision::AGAIN
     }
 
-    /// The row fails as it did in an earlier run, while others were answered: that shows nothing new.
+    /// Fails a row that is refused as in an earlier run, where other rows were answered.
     pub(crate) fn failed_again(
         &mut self,
         mut entry: QueuedRow,
@@ -237,13 +238,14 @@ impl Upstream {
         RetryDecision::Failed(entry, failure)
     }
 
+    /// Fails a refused row. Stops if the first rows are all refused with the same message.
     pub(crate) fn refused(&mut self, mut entry: QueuedRow, failure: RowFailure) -> RetryDecision {
         if failure.is_bodyless && self.health.has_succeeded() {
             return self.transient(entry, failure, Duration::ZERO);
         }
         entry.failed += 1;
-        // Replies in flight may show that other rows are answered, and if the cache holds answers, these may be
-        // the rows that are always refused.
+        // Requests in flight may still be answered. If the cache holds answers, the last rows may be those that are
+        // always refused.
         let is_settled = !self.is_known || self.queue.len() > REFUSED_ROWS;
         if self.health.refused(&failure.message) && self.in_flight == 0 && is_settled {
             self.stop(run_error::refused_alike(&failure.message));

@@ -1,8 +1,8 @@
 use super::*;
 use serde_json::json;
 
-/// The row, and its outcome in a word.
-fn sort(line: &str) -> Option<(String, String)> {
+/// Returns the id of the row and a word for its result.
+fn classify_line(line: &str) -> Option<(String, String)> {
     let mut read = read(&Bytes::copy_from_slice(line.as_bytes()));
     assert!(read.len() <= 1, "{line}");
     word(read.pop()??)
@@ -47,10 +47,13 @@ fn rows_in_lists_and_objects_are_read_even_if_a_body_contains_custom_id() {
         let expected = ["a", "b"].map(|id| (id.to_owned(), "answer x".to_owned()));
         assert_eq!(words, expected, "{line}");
     }
-    assert_eq!(sort(&format!("{},", first("a"))).unwrap().1, "answer x");
+    assert_eq!(
+        classify_line(&format!("{},", first("a"))).unwrap().1,
+        "answer x"
+    );
 }
 
-/// JSON with what servers leave in it, and a body that repeats the id of its row.
+/// Invalid JSON as servers send it, and a body that repeats the id of its row.
 #[test]
 fn invalid_rows_are_repaired_one_by_one() {
     let flaws = [
@@ -95,14 +98,14 @@ fn invalid_rows_are_repaired_one_by_one() {
 }
 
 #[test]
-fn lines_of_every_shape_are_sorted() {
+fn lines_of_every_shape_are_classified() {
     let body = r#"{"choices":[{"message":{"content":"x"}}]}"#;
     let cases = [
         (
             format!(r#"{{"custom_id":"r","response":{{"status_code":200,"body":{body}}},"error":null}}"#),
             "answer x",
         ),
-        // Without a field that might have been there, and with a status as text.
+        // Optional fields missing, and a status as text.
         (
             format!(r#"{{"response":{{"body":{body},"status_code":"200"}},"custom_id":"r"}}"#),
             "answer x",
@@ -190,15 +193,19 @@ fn lines_of_every_shape_are_sorted() {
         (r#"{"id":'x',"custom_id":"r","response":'broken"#.into(), "unreadable"),
     ];
     for (line, expected) in cases {
-        assert_eq!(sort(&line), Some(("r".into(), expected.into())), "{line}");
+        assert_eq!(
+            classify_line(&line),
+            Some(("r".into(), expected.into())),
+            "{line}"
+        );
     }
     for line in ["", "{", r#"{"id":"x"}"#, r#"{"custom_id":7}"#, "\u{2028}"] {
-        assert_eq!(sort(line), None, "{line}");
+        assert_eq!(classify_line(line), None, "{line}");
     }
 }
 
 #[test]
-fn several_rows_on_a_line_are_several_rows() {
+fn several_rows_on_one_line_are_split() {
     let row = |id: &str| {
         let body = format!(r#"{{"choices":[{{"message":{{"content":"{id}"}}}}]}}"#);
         format!(r#"{{"custom_id":"{id}","response":{{"status_code":200,"body":{body}}}}}"#)
@@ -231,7 +238,7 @@ fn several_rows_on_a_line_are_several_rows() {
 }
 
 #[test]
-fn a_truncated_line_fails_only_its_own_row() {
+fn truncated_line_fails_only_its_own_row() {
     let whole = r#"{"id":"x","custom_id":"b","response":{"status_code":200,"body":{"id":"y","choices":[{"message":{"content":"b"}}]}}}"#;
     for broken in [
         r#"{"id":"x","custom_id":"a","response":{"status_code":200,"body":{"choices":[{"mess"#,
@@ -253,7 +260,7 @@ fn a_truncated_line_fails_only_its_own_row() {
 }
 
 #[test]
-fn a_failed_batch_says_whose_fault_it_is() {
+fn errors_of_failed_batch_are_classified() {
     let of = |mistakes: Value| {
         let card = json!({"id": "b", "errors": {"data": mistakes}}).to_string();
         let card = crate::client::batch_object::BatchObject::parse(card.as_bytes());
