@@ -64,7 +64,7 @@ fn prompts(run: &Run, count: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_is_pending_from_an_earlier_run_does_not_block_new_ones() {
+async fn pending_row_of_earlier_run_does_not_block_new_rows() {
     for reaction in all_reactions() {
         let told = format!("{reaction:?}");
         let server = teacher(1, reaction).await;
@@ -80,7 +80,7 @@ async fn a_row_that_is_pending_from_an_earlier_run_does_not_block_new_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_fail_at_the_head_cost_a_run_and_not_every_one() {
+async fn failing_first_rows_do_not_stop_every_run() {
     for reaction in reactions() {
         let told = format!("{reaction:?}");
         let server = teacher(4, reaction).await;
@@ -104,7 +104,7 @@ async fn rows_that_fail_at_the_head_cost_a_run_and_not_every_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_without_access_at_the_head_costs_one_run_of_one_request() {
+async fn forbidden_first_row_stops_one_run_after_one_request() {
     let server = teacher(1, reply(401, error("no access", ""))).await;
     let run = two_at_once(&server);
     prompts(&run, 6);
@@ -115,7 +115,7 @@ async fn a_row_without_access_at_the_head_costs_one_run_of_one_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_setting_costs_a_few_requests_in_each_run() {
+async fn wrong_setting_costs_few_requests_per_run() {
     let wrong = reply(
         404,
         error("The model `m` does not exist", "model_not_found"),
@@ -131,7 +131,7 @@ async fn a_wrong_setting_costs_a_few_requests_in_each_run() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_is_always_asked_to_wait_fails_once_it_is_all_that_is_left() {
+async fn always_throttled_last_row_fails() {
     for (status, header) in [(429, ""), (429, "0.02"), (503, "0.02")] {
         let reaction = if header.is_empty() {
             reply(status, error("slow down", ""))
@@ -152,7 +152,7 @@ async fn a_row_that_is_always_asked_to_wait_fails_once_it_is_all_that_is_left() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn neighbours_that_always_fail_cost_no_other_row_its_answer() {
+async fn adjacent_failing_rows_do_not_affect_other_rows() {
     for reaction in all_reactions() {
         for concurrency in [1, 8] {
             let told = format!("{reaction:?} {concurrency}");
@@ -168,7 +168,7 @@ async fn neighbours_that_always_fail_cost_no_other_row_its_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_rows_that_always_fail_end_as_failed_once_they_are_all_that_is_left() {
+async fn many_failing_last_rows_end_as_failed() {
     let server = teacher_of(10..45, reply(500, error("boom", "")), Duration::ZERO).await;
     let mut run = Run::new(&server, &[]);
     run.config.sampling.top_logprobs = 0;
@@ -182,7 +182,7 @@ async fn many_rows_that_always_fail_end_as_failed_once_they_are_all_that_is_left
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failure_that_asks_for_a_day_is_tried_again_all_the_same() {
+async fn retry_after_of_a_day_on_server_error_is_ignored() {
     for (status, header, value) in [(500, "retry-after", "86400"), (504, "retry-after", "1e9")] {
         let reaction = reply_with(status, header, value, error("x", ""));
         let server = teacher(1, reaction).await;
@@ -194,7 +194,7 @@ async fn a_failure_that_asks_for_a_day_is_tried_again_all_the_same() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_failed_amid_answers_go_last_and_fail_again_alone() {
+async fn rows_failed_in_earlier_run_are_sent_last() {
     for status in [403, 404] {
         let reaction = reply(status, error("not this one", ""));
         let server = teacher_of(10..40, reaction, Duration::ZERO).await;
@@ -215,7 +215,7 @@ async fn rows_that_failed_amid_answers_go_last_and_fail_again_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_fail_in_different_ways_settle_with_few_requests() {
+async fn mixed_failing_rows_end_with_few_requests() {
     for status in [401, 402, 403, 404] {
         let server = FaultServer::start(move |seen| match seen.prompt() {
             "p3" => reply(status, error("not this one", "")),

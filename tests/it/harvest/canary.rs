@@ -123,7 +123,7 @@ fn errors(output: &Output) -> String {
 }
 
 #[test]
-fn the_key_is_in_no_output_whatever_the_teacher_does() {
+fn api_key_is_in_no_output_under_faults() {
     let answers = format!("[answers]\ntext = {{ fixed = \"your key is {KEY} I think\" }}\n");
     let (mut stopping, mut passing) = (BTreeSet::new(), BTreeSet::new());
     for (spelled, always) in FAULTS {
@@ -270,7 +270,7 @@ fn unescaped(text: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_key_is_in_no_output_whatever_form_it_has() {
+async fn api_key_in_any_encoding_is_in_no_output() {
     for reaction in disguised() {
         let told = format!("{reaction:?}");
         let server = FaultServer::start(move |_| reaction.clone()).await;
@@ -295,7 +295,7 @@ async fn the_key_is_in_no_output_whatever_form_it_has() {
 }
 
 #[test]
-fn a_key_where_a_name_belongs_is_not_repeated() {
+fn api_key_in_place_of_variable_name_is_not_shown() {
     let dir = folder("http://127.0.0.1:9/v1", 1, "");
     let config = fs::read_to_string(dir.path().join("run.toml")).unwrap();
     let key = "sk-canary-0123456789abcdefghijklmnop";
@@ -354,7 +354,7 @@ fn a_key_where_a_name_belongs_is_not_repeated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_key_is_in_no_logprobs() {
+async fn api_key_is_removed_from_logprobs() {
     let spelled = |text: &str| {
         json!({"token": text, "logprob": -0.5, "bytes": text.as_bytes(), "top_logprobs": [
             {"token": text, "logprob": -0.5, "bytes": text.as_bytes()}]})

@@ -106,7 +106,7 @@ async fn harvest(
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_wait_for_room_on_a_full_disk() {
+async fn full_disk_holds_answers_until_there_is_space() {
     for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
         let night = night(600);
         let disk = moody(kind, 30, 400);
@@ -122,7 +122,7 @@ async fn answers_wait_for_room_on_a_full_disk() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_disk_that_stays_full_ends_the_run_and_says_what_is_safe() {
+async fn full_disk_timeout_ends_run_with_count_of_safe_answers() {
     let night = night(600);
     let disk = moody(io::ErrorKind::StorageFull, 30, 1_000_000);
     let started = Instant::now();
@@ -154,7 +154,7 @@ async fn a_disk_that_stays_full_ends_the_run_and_says_what_is_safe() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_signal_does_not_wait_for_room() {
+async fn signal_ends_run_while_disk_is_full() {
     let night = night(600);
     let disk = moody(io::ErrorKind::StorageFull, 30, 1_000_000);
     let (sender, receiver) = unbounded_channel();
@@ -175,7 +175,7 @@ async fn a_signal_does_not_wait_for_room() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn other_faults_of_the_disk_end_the_run_at_once() {
+async fn disk_errors_end_run_immediately() {
     for fails_to_sync in [false, true] {
         let night = night(600);
         let disk = Moody {
@@ -189,7 +189,7 @@ async fn other_faults_of_the_disk_end_the_run_at_once() {
         let message = format!("{error:#}");
         let in_file = night.run.records().len();
         let safe: usize = message
-            .split_once("nothing more is asked; ")
+            .split_once("stopped; ")
             .and_then(|(_, rest)| rest.split_once(' '))
             .map(|(number, _)| number.parse().unwrap())
             .unwrap_or_else(|| panic!("{message}"));

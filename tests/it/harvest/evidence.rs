@@ -27,7 +27,7 @@ async fn amid_answers(times: usize, reaction: Reaction) -> FaultServer {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_first_request_goes_alone_and_a_mistake_costs_one() {
+async fn first_request_is_sent_alone() {
     let mistakes = [
         reply(401, error("Incorrect API key provided", "invalid_api_key")),
         reply(
@@ -56,7 +56,7 @@ async fn the_first_request_goes_alone_and_a_mistake_costs_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_address_without_a_completions_path_is_named() {
+async fn wrong_base_url_path_is_reported() {
     let server = FaultServer::start(|seen| match seen.path.as_str() {
         "/v1/chat/completions" => answer(seen),
         _ => reply(404, json!({"detail": "Not Found"})),
@@ -74,7 +74,7 @@ async fn an_address_without_a_completions_path_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_odd_refusal_amid_answers_ends_nothing() {
+async fn single_refusal_between_answers_is_retried() {
     let passing = [
         reply(401, error("Incorrect API key provided", "invalid_api_key")),
         reply(
@@ -113,7 +113,7 @@ async fn one_odd_refusal_amid_answers_ends_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_is_always_forbidden_fails_alone() {
+async fn always_forbidden_row_fails_alone() {
     let page = b"<!DOCTYPE html><title>Attention Required!</title>".to_vec();
     for reaction in [
         Reaction::Reply(403, Vec::new(), page),
@@ -129,7 +129,7 @@ async fn a_row_that_is_always_forbidden_fails_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_always_claims_the_end_fails_once_others_have_contradicted_it() {
+async fn contradicted_claim_fails_only_its_row() {
     let server = amid_answers(usize::MAX, reply(401, json!({}))).await;
     let mut run = run_of(&server, 60);
     run.config.limits.concurrency = 2;
@@ -138,7 +138,7 @@ async fn a_row_that_always_claims_the_end_fails_once_others_have_contradicted_it
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_account_that_runs_dry_or_is_locked_in_the_night_ends_as_resumable() {
+async fn exhausted_or_locked_account_exits_resumable() {
     for reaction in [
         reply(
             400,
@@ -180,7 +180,7 @@ async fn an_account_that_runs_dry_or_is_locked_in_the_night_ends_as_resumable() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusals_of_the_content_are_kept_and_count_against_nobody() {
+async fn content_filter_refusals_are_recorded_and_not_retried() {
     let filtered = error(
         "The response was filtered due to the prompt triggering the content management policy.",
         "content_filter",
@@ -230,7 +230,7 @@ async fn refusals_of_the_content_are_kept_and_count_against_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_burst_of_refusals_waits_for_what_is_in_flight() {
+async fn burst_of_refusals_waits_for_requests_in_flight() {
     let server = FaultServer::start(|seen| {
         let number: usize = seen.prompt()[1..].parse().unwrap();
         match number {
@@ -258,7 +258,7 @@ async fn throttled(times: usize, reaction: Reaction) -> f64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn waits_are_heeded_in_every_form() {
+async fn every_retry_after_format_is_respected() {
     let message = "You exceeded your current quota, please check your plan and billing details. Quota exceeded for metric: generate_requests_per_minute, limit: 15\nPlease retry in 0.6s.";
     let gemini =
         json!([{"error": {"code": 429, "message": message, "status": "RESOURCE_EXHAUSTED"}}]);
@@ -286,7 +286,7 @@ async fn waits_are_heeded_in_every_form() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wait_of_nothing_is_never_below_the_own_backoff() {
+async fn zero_retry_after_uses_backoff() {
     for value in ["0", "Wed, 21 Oct 2015 07:28:00 GMT", "-1"] {
         let server =
             FaultServer::start(move |_| reply_with(429, "retry-after", value, json!({}))).await;
@@ -305,7 +305,7 @@ async fn a_wait_of_nothing_is_never_below_the_own_backoff() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reset_hours_away_stops_the_run_and_says_when() {
+async fn reset_hours_away_stops_run_with_time() {
     let in_ten_hours = jiff::Timestamp::now().as_millisecond() + 36_000_000;
     let limit = |reset: String| {
         let headers = vec![
@@ -359,13 +359,13 @@ async fn a_reset_hours_away_stops_the_run_and_says_when() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_absurd_wait_among_good_replies_is_not_believed() {
+async fn single_absurd_wait_between_answers_is_ignored() {
     let took = throttled(1, reply_with(429, "retry-after", "99999999", json!({}))).await;
     assert!(took < 2.0, "{took} s");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_always_fail_end_in_seconds_once_only_they_remain() {
+async fn last_failing_rows_end_within_seconds() {
     let poison = |seen: &Seen| match seen.prompt()[1..].parse::<usize>().unwrap() {
         20.. => reply(500, error("boom", "")),
         _ => answer(seen),
@@ -388,7 +388,7 @@ async fn rows_that_always_fail_end_in_seconds_once_only_they_remain() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_always_fail_at_the_head_do_not_hide_the_others() {
+async fn failing_first_rows_do_not_block_other_rows() {
     for concurrency in [1, 3, 4, 32] {
         let poison = |seen: &Seen| match seen.prompt()[1..].parse::<usize>().unwrap() {
             0..4 => reply(502, error("boom", "")),
@@ -408,7 +408,7 @@ async fn rows_that_always_fail_at_the_head_do_not_hide_the_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_fails_at_everything_in_the_same_words_is_not_waited_for() {
+async fn identical_server_errors_stop_run() {
     let count = AtomicUsize::new(0);
     let server = FaultServer::start(move |_| {
         count.fetch_add(1, Ordering::Relaxed);
@@ -428,7 +428,7 @@ async fn a_server_that_fails_at_everything_in_the_same_words_is_not_waited_for()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_words_of_an_error_in_a_good_status_are_shown() {
+async fn error_message_with_status_200_is_shown() {
     for (body, words) in [
         (
             json!({"choices": null, "base_resp": {"status_code": 1000, "status_msg": "unknown error, please retry"}}),

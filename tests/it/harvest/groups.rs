@@ -36,7 +36,7 @@ fn refused(config: &Config) -> (u8, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_to_other_settings_are_left_out_and_mixed_only_by_name() {
+async fn groups_of_other_settings_are_used_only_by_name() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
     run.config.sampling.temperature = Some(1.0);
@@ -101,7 +101,7 @@ async fn answers_to_other_settings_are_left_out_and_mixed_only_by_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_to_prompts_that_have_changed_are_left_out() {
+async fn answers_to_changed_prompts_are_left_out() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
     harvested(&mut run).await;
@@ -121,7 +121,7 @@ async fn answers_to_prompts_that_have_changed_are_left_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_cache_of_another_run_is_used_if_it_has_one_group() {
+async fn cache_of_another_run_is_used_if_it_has_one_group() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
     harvested(&mut run).await;
@@ -155,7 +155,7 @@ async fn the_cache_of_another_run_is_used_if_it_has_one_group() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_of_a_mock_are_used_only_by_name() {
+async fn mock_answers_are_used_only_by_name() {
     let mut night = Night::new("", 5, |config| config.data.validation_share = 0.0);
     night.harvest().await;
     let config = &mut night.run.config;
@@ -193,7 +193,7 @@ async fn answers_of_a_mock_are_used_only_by_name() {
 
 /// The harvest takes them for answers, so training does.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_harvest_takes_for_an_answer_is_trained_on() {
+async fn harvested_answers_are_trained_on() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
     harvested(&mut run).await;
@@ -244,7 +244,7 @@ async fn truncated_answers_are_used_until_max_tokens_is_raised() {
 
 /// One answer to each row, though the cache holds several to its question.
 #[tokio::test(flavor = "multi_thread")]
-async fn of_several_answers_to_a_row_one_is_trained_on() {
+async fn one_of_several_answers_to_a_row_is_trained_on() {
     let (_server, mut run) = truncated().await;
     for max_tokens in [16, 32] {
         run.config.sampling.max_tokens = max_tokens;

@@ -64,7 +64,7 @@ async fn again(run: &Run, words: &[&str]) -> anyhow::Result<HarvestSummary> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_raised_max_tokens_asks_only_what_was_cut_off() {
+async fn raised_max_tokens_requests_only_truncated_answers() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &PROMPTS);
     assert_eq!(requests(&run).await, (0, 4));
@@ -85,7 +85,7 @@ async fn a_raised_max_tokens_asks_only_what_was_cut_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_endpoint_is_known_by_its_name_or_by_its_address_however_spelled() {
+async fn endpoint_identity_is_its_name_or_normalised_url() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a", "b"]);
     assert_eq!(requests(&run).await, (0, 2));
@@ -104,7 +104,7 @@ async fn the_endpoint_is_known_by_its_name_or_by_its_address_however_spelled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_from_another_address_are_told_of_and_adopted() {
+async fn answers_of_another_url_are_reported_and_adopted() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &PROMPTS);
     assert_eq!(requests(&run).await, (0, 4));
@@ -142,7 +142,7 @@ async fn answers_from_another_address_are_told_of_and_adopted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_named_is_asked_again_alone_and_the_old_answer_is_kept() {
+async fn again_requests_only_named_rows_and_keeps_old_answers() {
     let server = FaultServer::start(teacher).await;
     let run = Run::new(&server, &PROMPTS);
     assert_eq!(requests(&run).await, (0, 4));
@@ -163,7 +163,7 @@ async fn what_is_named_is_asked_again_alone_and_the_old_answer_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_with_a_complete_answer_is_not_asked_again_for_its_truncated_one() {
+async fn again_skips_truncated_answer_with_complete_one() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &PROMPTS);
     assert_eq!(requests(&run).await, (0, 4));
@@ -266,7 +266,7 @@ async fn adopt_prefers_complete_answers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_asked_again_before_a_stop_is_not_asked_once_more() {
+async fn again_after_a_stop_skips_answered_rows() {
     let refusal = reply(401, error("Incorrect API key provided", "invalid_api_key"));
     let (server, is_locked) = refusing("long two", refusal).await;
     let mut run = Run::new(&server, &PROMPTS);
@@ -287,7 +287,7 @@ async fn what_was_asked_again_before_a_stop_is_not_asked_once_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_were_given_up_are_asked_again_by_name() {
+async fn again_failed_requests_given_up_rows() {
     let broken = Reaction::ShortBody(completion("x", 0).to_string().into_bytes());
     let (server, is_broken) = refusing("bad", broken).await;
     is_broken.store(true, Relaxed);
@@ -323,7 +323,7 @@ fn old(run: &mut Run) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_cache_of_an_earlier_version_stays_valid() {
+async fn cache_of_earlier_version_stays_valid() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &[]);
     old(&mut run);
@@ -367,7 +367,7 @@ async fn the_cache_of_an_earlier_version_stays_valid() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_what_this_run_asks_leaves_the_cache_and_a_stopped_one_goes_on() {
+async fn again_removes_only_selected_records_and_resumes() {
     let is_locked = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let locked = std::sync::Arc::clone(&is_locked);
     let server = FaultServer::start(move |seen| {
@@ -424,7 +424,7 @@ async fn only_what_this_run_asks_leaves_the_cache_and_a_stopped_one_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_answers_a_question_already_is_not_adopted_by_another_teacher() {
+async fn adopt_skips_answers_of_another_configured_teacher() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a", "b", "c", "d", "e", "f"]);
     let teacher = |name: &str| distill::config::TeacherConfig {

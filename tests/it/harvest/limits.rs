@@ -104,7 +104,7 @@ proptest! {
 
     /// Row L1 of the test matrix.
     #[test]
-    fn no_minute_sees_more_than_the_limits_and_nothing_leaves_early(
+    fn minute_limits_and_waits_are_respected(
         requests_per_minute in proptest::option::of(1u32..2_000),
         tokens_per_minute in proptest::option::of(200u32..200_000),
         concurrency in 1usize..100,
@@ -155,7 +155,7 @@ proptest! {
 
 /// Row L2: what the limits allow is used.
 #[tokio::test(start_paused = true)]
-async fn the_limit_is_used_to_the_last_percent() {
+async fn rate_limit_is_fully_used() {
     for (requests, tokens) in [(3_000, None), (3_000, Some(100_000)), (60, None)] {
         let night = Night::new(
             "[answers]\nlatency_s = 2.0",
@@ -179,7 +179,7 @@ async fn the_limit_is_used_to_the_last_percent() {
 
 /// Limits that the server alone knows are learned from its headers and followed as they change.
 #[tokio::test(start_paused = true)]
-async fn what_the_headers_tell_is_followed_without_a_single_refusal() {
+async fn rate_limit_headers_prevent_refusals() {
     for dialect in ["openai", "groq", "anthropic", "together", "fireworks"] {
         let script = format!(
             r#"
@@ -209,7 +209,7 @@ async fn what_the_headers_tell_is_followed_without_a_single_refusal() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_kind_of_limit_is_lived_with_unseen() {
+async fn server_limits_without_headers_are_adapted_to() {
     let limits = [
         "window = \"fixed_minute\"\nrequests_per_minute = 300",
         "window = \"sliding_minute\"\nrequests_per_minute = 300",
@@ -236,7 +236,7 @@ async fn every_kind_of_limit_is_lived_with_unseen() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_day_sees_more_than_its_requests_also_over_restarts() {
+async fn daily_limit_holds_over_restarts() {
     let night = Night::new("[answers]\nlatency_s = 1.0", 1_000, |config| {
         config.limits.requests_per_day = Some(300);
         config.limits.concurrency = 10;
@@ -261,7 +261,7 @@ async fn no_day_sees_more_than_its_requests_also_over_restarts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_never_fits_fails_alone_and_says_why() {
+async fn request_over_server_limit_fails_with_reason() {
     let script = r#"
         [limits]
         tokens_per_minute = 2000
@@ -287,7 +287,7 @@ async fn a_request_that_never_fits_fails_alone_and_says_why() {
 /// A config that was never validated lets nothing out unlimited.
 #[cfg(not(feature = "redis"))]
 #[tokio::test(start_paused = true)]
-async fn a_build_that_cannot_share_limits_asks_nothing_under_shared_ones() {
+async fn shared_limits_without_redis_feature_are_an_error() {
     let night = Night::new("", 3, |config| {
         config.limits.requests_per_minute = Some(60);
         config.limits.shared = Some("redis://localhost".into());
@@ -299,7 +299,7 @@ async fn a_build_that_cannot_share_limits_asks_nothing_under_shared_ones() {
 }
 
 #[test]
-fn teachers_have_limits_of_their_own_and_one_that_stops_leaves_the_others() {
+fn teachers_have_separate_limits_and_stop_separately() {
     let prompts: Vec<_> = (0..400).map(|number| number.to_string()).collect();
     let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
     let mut run = Run::at("http://localhost:1/v1", &prompts);

@@ -132,7 +132,7 @@ fn night(fault: &str, when: &str) -> Night {
 }
 
 #[tokio::test(start_paused = true)]
-async fn once_or_twice_costs_attempts_and_always_costs_the_row_at_most() {
+async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
     for (fault, always) in FAULTS {
         for (times, when) in [(1, "first = 1"), (2, "first = 2")] {
             let night = night(fault, when);
@@ -192,7 +192,7 @@ async fn once_or_twice_costs_attempts_and_always_costs_the_row_at_most() {
 
 /// What the mock can do and the table does not hold is shown in tests of its own.
 #[test]
-fn no_fault_is_forgotten() {
+fn fault_matrix_covers_every_fault() {
     let elsewhere = [
         "huge body",
         "logprobs fewer",
@@ -214,7 +214,7 @@ fn no_fault_is_forgotten() {
 
 /// Below HTTP, over real TCP: each of these costs one attempt.
 #[tokio::test(flavor = "multi_thread")]
-async fn on_the_wire_it_is_the_same() {
+async fn fault_matrix_over_tcp_matches_simulation() {
     let faults = [
         "reset",
         "stall",
@@ -253,7 +253,7 @@ async fn on_the_wire_it_is_the_same() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn broken_logprobs_cost_no_answer_and_are_counted() {
+async fn broken_logprobs_are_counted_and_answer_is_kept() {
     for (kind, without) in [
         ("logprobs null", 1),
         ("logprobs fewer", 1),
@@ -288,7 +288,7 @@ async fn broken_logprobs_cost_no_answer_and_are_counted() {
 
 /// Answers that are cut off or refused have been paid for: nobody buys them twice.
 #[tokio::test(start_paused = true)]
-async fn nothing_that_was_answered_is_bought_again() {
+async fn answered_rows_are_not_requested_again() {
     for kind in ["length", "refusal", "content_filter", "null content"] {
         let night = night(&format!("kind = \"{kind}\""), "");
         night.harvest().await;

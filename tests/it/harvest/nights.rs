@@ -288,7 +288,7 @@ async fn night(seed: u64) {
 
 /// `DISTILL_NIGHTS=2000 cargo test nights` lives through more of them.
 #[test]
-fn in_the_morning_every_promise_holds() {
+fn simulated_nights_keep_all_invariants() {
     on_paused_clocks(5, night);
 }
 
@@ -309,7 +309,7 @@ pub fn paused() -> tokio::runtime::Runtime {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_leaves_outside_the_window_and_the_deadline_ends_the_run() {
+async fn requests_stay_in_window_and_deadline_ends_run() {
     let night = Night::new("[answers]\nlatency_s = 1.0", 10_000, |config| {
         config.limits.requests_per_minute = Some(10);
         config.schedule.window = Some("22:00-02:00".into());
@@ -335,7 +335,7 @@ async fn nothing_leaves_outside_the_window_and_the_deadline_ends_the_run() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_wall_clock_may_jump_by_a_day_both_ways() {
+async fn wall_clock_jumps_of_a_day_are_survived() {
     for jump in [-86_400, 86_400] {
         let mut night = Night::new("[answers]\nlatency_s = 1.0", 3_000, |config| {
             config.limits.requests_per_minute = Some(20);
@@ -358,7 +358,7 @@ async fn the_wall_clock_may_jump_by_a_day_both_ways() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_budget_is_never_exceeded_whatever_fails() {
+async fn budget_is_never_exceeded_under_faults() {
     let script = r#"
         [answers]
         tokens = 100

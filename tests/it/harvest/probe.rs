@@ -24,7 +24,7 @@ async fn probe(run: &Run) -> ProbedEndpoint {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_teacher_that_does_everything_is_found_to() {
+async fn probe_detects_all_features() {
     let (_server, run) = teacher(
         "[answers]\ntoken = \"bytes\"\n[limits]\nrequests_per_minute = 6000\ntokens_per_minute = 60000",
     );
@@ -54,7 +54,7 @@ async fn a_teacher_that_does_everything_is_found_to() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tempered_logprobs_are_told_from_raw_ones_and_refused_at_another_temperature() {
+async fn probe_detects_tempered_logprobs() {
     let (server, mut run) = teacher("[answers]\ntempered = true\ntop_logprobs = 5");
     let found = probe(&run).await;
     assert_eq!(found.logprobs.kind, LogprobsKind::Tempered);
@@ -76,7 +76,7 @@ async fn tempered_logprobs_are_told_from_raw_ones_and_refused_at_another_tempera
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusals_are_found_one_by_one() {
+async fn probe_detects_refused_parameters() {
     let (_server, mut run) = teacher(
         "[answers]\nrefuse_parameters = [\"logprobs\", \"seed\", \"temperature\"]\n\
          max_tokens_field = \"max_tokens\"\nreasoning_tokens = 8",
@@ -98,7 +98,7 @@ async fn refusals_are_found_one_by_one() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_endpoint_that_is_not_there_or_wants_another_key_is_an_error() {
+async fn probe_of_unreachable_endpoint_or_wrong_key_is_an_error() {
     let (server, mut run) = teacher("key = \"sk-right\"");
     let error = distill::harvest::probe(&run.config).await.unwrap_err();
     assert!(error.to_string().contains("asks for a key"), "{error}");

@@ -62,7 +62,7 @@ fn serve(wants_client_certificate: bool) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_certificate_authority_is_named_with_the_setting_that_trusts_it() {
+async fn unknown_certificate_authority_error_names_ca_file() {
     let base_url = serve(false);
     let mut run = Run::at(&base_url, &["a"]);
     run.config.retry.max_attempts = 2;
@@ -76,7 +76,7 @@ async fn an_unknown_certificate_authority_is_named_with_the_setting_that_trusts_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_certificate_is_presented() {
+async fn client_certificate_is_presented() {
     let base_url = serve(true);
     let mut run = Run::at(&base_url, &["a"]);
     run.config.teacher.ca_file = Some(golden("ca.pem"));
@@ -91,7 +91,7 @@ async fn a_client_certificate_is_presented() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_missing_or_malformed_certificate_file_is_a_usage_error() {
+async fn missing_or_malformed_certificate_file_is_a_usage_error() {
     let mut run = Run::at("https://127.0.0.1:9/v1", &["a"]);
     run.write("empty.pem", "no certificate");
     for name in ["none.pem", "empty.pem"] {

@@ -5,7 +5,7 @@ use super::ends::{harvest_over, harvest_with_cards};
 use super::*;
 
 #[tokio::test(start_paused = true)]
-async fn what_a_batch_has_answered_before_it_failed_is_taken() {
+async fn answers_of_failed_batch_are_recorded() {
     let night = night("", 20, |_| {});
     let summary = harvest_with_cards(&night, |mut card| {
         if card["status"] == "completed" {
@@ -20,7 +20,7 @@ async fn what_a_batch_has_answered_before_it_failed_is_taken() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_batch_without_an_output_file_is_billed_and_ends() {
+async fn failed_batch_without_output_file_is_billed() {
     let night = night("", 5, |config| {
         priced(config);
         config.retry.max_attempts = 1;
@@ -39,7 +39,7 @@ async fn a_failed_batch_without_an_output_file_is_billed_and_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_batch_costs_the_rows_that_it_names_and_three_stop_the_run() {
+async fn failed_batch_fails_named_rows_and_three_stop_run() {
     let night = night("[batch]\noutcome = \"failed\"", 10, |_| {});
     let summary = harvest(&night).await;
     assert_eq!((summary.failed, summary.pending), (3, 7));
@@ -61,7 +61,7 @@ fn failed_with_error_file(mut card: Value) -> Value {
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_in_the_error_file_of_a_failed_batch_are_taken() {
+async fn answers_in_error_file_of_failed_batch_are_recorded() {
     let night = night("", 20, |_| {});
     let summary = harvest_with_cards(&night, failed_with_error_file).await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0), "{summary:?}");
@@ -94,7 +94,7 @@ fn with_errors(content: Bytes, errors: impl Fn(Value) -> Vec<Value>) -> Bytes {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_named_in_the_error_file_of_a_failed_batch_fail_and_the_rest_is_asked_again() {
+async fn rows_named_in_error_file_fail_and_rest_is_retried() {
     let night = night("", 20, |_| {});
     let summary = harvest_failing(&night, |content| {
         with_errors(content, |id| {
@@ -115,7 +115,7 @@ async fn rows_named_in_the_error_file_of_a_failed_batch_fail_and_the_rest_is_ask
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_named_by_their_line_in_an_error_file_fail_unless_they_have_an_answer() {
+async fn rows_named_by_line_in_error_file_fail_unless_answered() {
     let night = night("", 20, |_| {});
     let summary = harvest_failing(&night, |content| {
             with_errors(content, |_| {
@@ -135,7 +135,7 @@ async fn rows_named_by_their_line_in_an_error_file_fail_unless_they_have_an_answ
 
 /// Failed batches whose answers cannot be read are not bought again.
 #[tokio::test(start_paused = true)]
-async fn answers_that_cannot_be_read_in_an_error_file_are_kept_and_stop_the_run() {
+async fn unreadable_error_file_is_saved_and_stops_run() {
     type Change = fn(Bytes) -> Bytes;
     let changes: [Change; 2] = [
         |content| {
@@ -167,7 +167,7 @@ async fn answers_that_cannot_be_read_in_an_error_file_are_kept_and_stop_the_run(
 }
 
 #[tokio::test(start_paused = true)]
-async fn plain_text_in_an_error_file_is_ignored() {
+async fn plain_text_in_error_file_is_ignored() {
     let night = night("", 20, |_| {});
     let summary = harvest_failing(&night, |content| {
         [b"2 rows failed, see below:\n\n".as_slice(), &content]
@@ -180,7 +180,7 @@ async fn plain_text_in_an_error_file_is_ignored() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_results_file_that_always_breaks_off_stops_the_run() {
+async fn results_file_that_never_completes_stops_run() {
     for of_cards in [failed_with_error_file, |card| card] {
         let night = night("", 20, |_| {});
         let provider = Provider {

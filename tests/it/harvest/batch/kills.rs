@@ -81,6 +81,6 @@ async fn live_through(seed: u64) {
 
 /// `DISTILL_NIGHTS=2000 cargo test batch` lives through more of them.
 #[test]
-fn killed_at_any_moment_nothing_is_lost_and_nothing_bought_twice() {
+fn batch_kills_lose_nothing_and_buy_nothing_twice() {
     on_paused_clocks(12, live_through);
 }

@@ -253,7 +253,7 @@ fn priced(config: &mut Config) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_brings_the_records_that_real_time_brings_at_half_the_price() {
+async fn batch_records_match_real_time_at_half_price() {
     let script = "[answers]\ntokens = [5, 30]\n[batch]\nmax_rows = 40";
     let change = |config: &mut Config| {
         config.sampling.top_logprobs = 5;
@@ -303,7 +303,7 @@ async fn a_batch_brings_the_records_that_real_time_brings_at_half_the_price() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn samples_and_prompts_of_a_smaller_run_are_recorded_for_the_larger_one() {
+async fn batch_rows_of_smaller_run_count_for_larger_run() {
     let mut night = night("", 30, |_| {});
     let (_sender, receiver) = unbounded_channel();
     let killed = harvest_with(
@@ -323,7 +323,7 @@ async fn samples_and_prompts_of_a_smaller_run_are_recorded_for_the_larger_one() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_signal_leaves_batches_to_go_on_and_the_next_run_takes_them() {
+async fn signal_leaves_batches_for_next_run_to_collect() {
     let mut night = night("", 20, |_| {});
     let (sender, receiver) = unbounded_channel();
     tokio::spawn(async move {
@@ -335,7 +335,7 @@ async fn a_signal_leaves_batches_to_go_on_and_the_next_run_takes_them() {
     let summary = summary.unwrap().unwrap();
     let (code, message) = super::end(&summary);
     assert_eq!(code, 143);
-    assert!(message.contains("1 batches go on"), "{message}");
+    assert!(message.contains("1 batches continue"), "{message}");
     assert_eq!(
         (summary.pending, parts(&summary)),
         (20, vec![("in_progress", 1)])

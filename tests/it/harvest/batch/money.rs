@@ -14,7 +14,7 @@ fn bill(night: &Night) -> f64 {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_deadline_cancels_takes_what_is_done_and_asks_the_rest_in_real_time() {
+async fn deadline_cancels_batches_and_sends_rest_in_real_time() {
     // Twenty past nine: a third of the rows are done.
     let script = "[answers]\nlatency_s = 1.0\n[batch]\nin_progress_s = 14400.0";
     let night = night(script, 90, |config| {
@@ -44,7 +44,7 @@ async fn the_deadline_cancels_takes_what_is_done_and_asks_the_rest_in_real_time(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_that_will_not_be_cancelled_is_left_and_its_rows_not_bought_twice() {
+async fn uncancellable_batch_rows_are_not_bought_twice() {
     let script = "[batch]\ncancelling_s = 90000.0\nin_progress_s = 14400.0";
     let mut night = night(script, 30, |config| {
         config.schedule.deadline = Some("2026-11-22T21:00:00Z".into());
@@ -62,7 +62,7 @@ async fn a_batch_that_will_not_be_cancelled_is_left_and_its_rows_not_bought_twic
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_that_failed_stay_failed_when_the_rest_is_asked_in_real_time() {
+async fn failed_batch_rows_stay_failed_in_real_time() {
     let script = r#"
         [batch]
         outcome = "cancelled"
@@ -82,7 +82,7 @@ async fn rows_that_failed_stay_failed_when_the_rest_is_asked_in_real_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_is_made_smaller_to_fit_the_budget_which_is_never_exceeded() {
+async fn batch_size_is_reduced_to_fit_the_budget() {
     let script = "[answers]\ntokens = 16\n[batch]\nlost_rows = 1";
     let mut night = night(script, 400, |config| {
         priced(config);
@@ -108,7 +108,7 @@ async fn a_batch_is_made_smaller_to_fit_the_budget_which_is_never_exceeded() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_under_way_stays_set_aside_over_a_kill() {
+async fn batch_reservation_survives_a_kill() {
     // Every answer costs what was set aside for it, and the budget pays for thirty.
     let cap = 30.5 * 16.0 * 4.0 / 1e6 / 2.0;
     let night = night("[answers]\ntokens = 16", 20, |config| {

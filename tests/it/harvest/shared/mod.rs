@@ -150,7 +150,7 @@ fn assert_kept(departures: &[(Instant, u64)], per_second: f64, burst: f64, large
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn several_harvests_keep_to_one_limit_and_use_it() {
+async fn concurrent_harvests_share_one_request_limit() {
     for processes in [2, 4] {
         let redis = Redis::start();
         let runs: Vec<_> = (0..processes)
@@ -163,7 +163,7 @@ async fn several_harvests_keep_to_one_limit_and_use_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tokens_are_shared_as_well() {
+async fn concurrent_harvests_share_one_token_limit() {
     let redis = Redis::start();
     let limits = LimitsConfig {
         tokens_per_minute: Some(240_000),
@@ -183,7 +183,7 @@ async fn tokens_are_shared_as_well() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_limit_but_the_shared_one_holds_a_harvest_back() {
+async fn shared_limits_admit_a_thousand_requests_per_second() {
     let redis = Redis::start();
     let limits = LimitsConfig {
         concurrency: 256,
@@ -201,7 +201,7 @@ async fn no_limit_but_the_shared_one_holds_a_harvest_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_that_never_fits_is_an_error_as_without_sharing() {
+async fn request_over_shared_limit_is_an_error() {
     let redis = Redis::start();
     let limits = LimitsConfig {
         tokens_per_minute: Some(10),
@@ -218,7 +218,7 @@ async fn a_request_that_never_fits_is_an_error_as_without_sharing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_day_is_shared_and_then_nothing_leaves() {
+async fn shared_daily_limit_blocks_further_requests() {
     let redis = Redis::start();
     let limits = LimitsConfig {
         requests_per_day: Some(50),

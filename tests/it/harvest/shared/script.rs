@@ -212,7 +212,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 #[test]
-fn the_script_decides_as_the_model_does() {
+fn redis_script_matches_reference_model() {
     let redis = Redis::start();
     let script = at_given_times();
     let cases = ProptestConfig {
@@ -266,7 +266,7 @@ fn busiest(times: &[u64], window: u64) -> usize {
 }
 
 #[test]
-fn no_minute_sees_more_than_a_limit_and_its_burst_and_all_of_it_is_used() {
+fn redis_script_respects_and_exhausts_minute_limit() {
     for (per_minute, each, largest, limit, burst) in [
         ([1, 0], 10, 10, 1, 1),
         ([159, 0], 10, 10, 159, 1),
@@ -290,7 +290,7 @@ fn no_minute_sees_more_than_a_limit_and_its_burst_and_all_of_it_is_used() {
 }
 
 #[test]
-fn no_day_sees_more_than_its_requests() {
+fn redis_script_respects_daily_limit() {
     let redis = Redis::start();
     let limits = Limits {
         per_minute: [10, 0],

@@ -42,7 +42,7 @@ fn assert_files_clean(dir: &Path) {
 }
 
 #[test]
-fn the_password_of_the_server_is_in_no_output() {
+fn redis_password_is_in_no_output() {
     let script = Script::parse("mock.toml".as_ref(), "").unwrap();
     let teacher = distill::mock::server::start(script, [127, 0, 0, 1].into(), 0).unwrap();
     let dir = tempfile::tempdir().unwrap();

@@ -8,7 +8,7 @@ use super::*;
 use crate::harvest::end;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_cannot_be_asked_at_the_start_is_an_error_that_says_what_to_do() {
+async fn unreachable_redis_at_start_is_an_error_with_advice() {
     let locked = Redis::with_password(Some("right"));
     let address = locked.url().replace(":right@", "");
     let nobody = free_port();
@@ -52,7 +52,7 @@ async fn a_server_that_cannot_be_asked_at_the_start_is_an_error_that_says_what_t
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_repeats_the_password_is_not_quoted() {
+async fn redis_error_with_password_is_not_shown() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
@@ -82,7 +82,7 @@ async fn a_server_that_repeats_the_password_is_not_quoted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_leaves_once_the_server_is_gone_and_the_run_ends_so_that_it_can_go_on() {
+async fn redis_outage_blocks_requests_then_exits_resumable() {
     let mut redis = Redis::start();
     let run = run(&redis, 200, per_minute(6_000));
     let teacher = Noting::new(100);
@@ -99,7 +99,7 @@ async fn nothing_leaves_once_the_server_is_gone_and_the_run_ends_so_that_it_can_
     let (code, message) = end(&summary);
     assert_eq!(code, 4, "{message}");
     assert!(
-        message.contains("limits.shared") && message.contains("go on"),
+        message.contains("limits.shared") && message.contains("resume"),
         "{message}"
     );
     // `retry.max_outage_s` is half a second.
@@ -117,7 +117,7 @@ async fn nothing_leaves_once_the_server_is_gone_and_the_run_ends_so_that_it_can_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_goes_on_when_the_server_is_in_order_again() {
+async fn run_continues_after_redis_outage() {
     type Act = fn(&mut Redis);
     let nothing: Act = |_| {};
     // What happens to it, what makes it good again, and does anything leave meanwhile?
