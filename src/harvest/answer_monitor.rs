@@ -121,7 +121,7 @@ impl AnswerMonitor {
         self.is_over_max_tokens_noted = true;
         let sampling = &self.settings.sampling;
         Some(MonitorAlert::Note(format!(
-            "an answer has {used} tokens, where `{}` = {} was sent: the endpoint ignores that field; \
+            "an answer has {used} tokens, although `{}` = {} was sent: the endpoint ignores that field; \
              try `sampling.max_tokens_field` = \"{}\"",
             sampling.max_tokens_field.name(),
             facts.max_tokens,
@@ -390,24 +390,30 @@ mod tests {
             change(&mut facts);
             facts
         };
-        let of = |change: &dyn Fn(&mut AnswerFacts)| {
+        let alerts_with = |change: &dyn Fn(&mut AnswerFacts)| {
             alerts_of(monitor(OnMissingLogprobs::Stop), |number| {
                 with(number, change)
             })
         };
-        let past = of(&|facts| {
+        let long = alerts_with(&|facts| {
             if let Some(usage) = &mut facts.usage {
                 usage.completion_tokens = 55;
             }
         });
-        check(past, &[(1, "`max_completion_tokens` = 50")]);
-        check(of(&|facts| facts.usage = None), &[(20, "without usage")]);
+        check(long, &[(1, "`max_completion_tokens` = 50")]);
         check(
-            of(&|facts| facts.is_cut_off = true),
+            alerts_with(&|facts| facts.usage = None),
+            &[(20, "no plausible usage")],
+        );
+        check(
+            alerts_with(&|facts| facts.is_cut_off = true),
             &[(20, "cut off at 50")],
         );
-        check(of(&|facts| facts.text.0 = 7), &[(20, "the same answer")]);
-        let other = of(&|facts| {
+        check(
+            alerts_with(&|facts| facts.text.0 = 7),
+            &[(20, "the same answer")],
+        );
+        let other = alerts_with(&|facts| {
             if facts.prompt > 60 {
                 facts.model = "n".into();
             }

@@ -39,28 +39,35 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
     };
     let prompts = prompts(&config.prompts, options.limit, &StopFlag::default())?;
     let dir = config.own_cache();
-    let known = crate::cache::open::peek(&dir)?;
+    let cached = crate::cache::open::peek(&dir)?;
     let stats = sample_stats(&dir)?;
     let templates = request_templates(config, &[])?;
     let unanswered = Unanswered::load(&config.run_dir)?;
-    let mut past = known.past.clone();
+    let mut past = cached.past.clone();
     past.has_schema_1 |=
         crate::harvest::batch::journal::is_under_way(&config.run_dir)? || !unanswered.is_empty();
     let max_attempts = config.retry.max_attempts;
-    let standing = |key: &str| Ok(unanswered.standing(key, known.contains(key), max_attempts));
+    let row_status = |key: &str| Ok(unanswered.standing(key, cached.contains(key), max_attempts));
     let plan = if options.again.is_empty() {
         let scope = PlanScope {
             shard: options.shard,
             only: None,
         };
-        Plan::new(prompts, templates, &config.prompts, scope, &past, standing)?
+        Plan::new(
+            prompts,
+            templates,
+            &config.prompts,
+            scope,
+            &past,
+            row_status,
+        )?
     } else {
         again::select(config, &options.again, options.shard, &prompts, &unanswered)?.plan
     };
     for upstream in 0..plan.rows_by_endpoint.len() {
         check_fits(config, &plan, upstream)?;
     }
-    let mut estimate = Estimate::new(&plan, &stats, known.bytes_per_record());
+    let mut estimate = Estimate::new(&plan, &stats, cached.bytes_per_record());
     if is_batch {
         estimate.minutes = 0.0;
         estimate.batches = Some(crate::harvest::batch::outlook::estimate_batches(
@@ -68,7 +75,8 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
         )?);
     }
     if options.again.is_empty() {
-        estimate.cached = unused_answers(&dir, &plan, known.len(), u64::MAX, &StopFlag::default())?;
+        estimate.cached =
+            unused_answers(&dir, &plan, cached.len(), u64::MAX, &StopFlag::default())?;
     }
     estimate.first_request = first_request(&plan);
     let mut summary = HarvestSummary {
@@ -78,7 +86,7 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
         ..HarvestSummary::from_plan(&plan, &unanswered)
     };
     summary.warnings.extend(plan.repeats_warning());
-    let cached_usd = known.cost_usd + scorer::scoring_cost_usd(config)?;
+    let cached_usd = cached.cost_usd + scorer::scoring_cost_usd(config)?;
     let account = run_files::open_read_only(config, cached_usd)?;
     add_budget_warnings(&mut summary, &plan, &account);
     add_wait_warnings(&mut summary, config, &plan, account)?;

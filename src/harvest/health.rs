@@ -220,7 +220,7 @@ impl EndpointHealth {
     }
 
     /// Records that a row has ended without an answer.
-    pub(crate) fn gave_up(&mut self, row: usize) {
+    pub(crate) fn row_given_up(&mut self, row: usize) {
         self.given_up += usize::from(self.failing.contains(&row));
     }
 

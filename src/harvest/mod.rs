@@ -10,7 +10,7 @@
 //! |---|---|
 //! | `options` | command-line options of a harvest |
 //! | `dry_run` | `--dry-run`: estimate of the run and every check that a run would make |
-//! | `dispatch/` | the task that decides what is sent and what a reply means for its row |
+//! | `dispatch/` | the task that sends requests and decides about the row of each reply |
 //! | `attempt`, `record` | one request in its own task; the cache record of its answer |
 //! | `upstream/`, `health` | live state of an endpoint; whether a row or the endpoint is failing |
 //! | `answer_monitor` | detects answers that training cannot use |
@@ -176,18 +176,18 @@ pub async fn run_in(
         RunFiles::open(config, cached, Unanswered::default(), clock.clone())?
             .1
             .warn();
-        let asked = crate::plan::again::select(
+        let selected = crate::plan::again::select(
             config,
             &options.again,
             options.shard,
             &prompts,
             &unanswered,
         )?;
-        let words = &options.again;
+        let selectors = &options.again;
         Some(crate::plan::again::remove_from_cache(
             config,
-            words,
-            asked,
+            selectors,
+            selected,
             &mut unanswered,
         )?)
     };
@@ -237,7 +237,7 @@ impl Run<'_> {
     async fn realtime(mut self, prompts: Vec<Prompt>, signals: Signals) -> Result<HarvestSummary> {
         crate::harvest::batch::journal::check_none_under_way(&self.config.run_dir)?;
         crate::harvest::batch::journal::drop_uncreated(&self.config.run_dir)?;
-        let plan = self.plan(self.config, prompts, |key| self.standing(key))?;
+        let plan = self.plan(self.config, prompts, |key| self.row_status(key))?;
         let run_files = self.open_run_files()?;
         let dispatcher = self.dispatcher(self.config, plan, run_files).await?;
         dispatcher.run(signals).await
@@ -245,7 +245,7 @@ impl Run<'_> {
 
     async fn batch(mut self, prompts: Vec<Prompt>, mut signals: Signals) -> Result<HarvestSummary> {
         let config = self.config.at_batch_prices();
-        let plan = self.plan(&config, prompts, |key| self.standing(key))?;
+        let plan = self.plan(&config, prompts, |key| self.row_status(key))?;
         let run_files = self.open_run_files()?;
         for upstream in 0..plan.rows_by_endpoint.len() {
             run_files.check_largest(&plan, upstream)?;
@@ -289,7 +289,7 @@ impl Run<'_> {
         &self,
         config: &Config,
         prompts: Vec<Prompt>,
-        standing: impl Fn(&str) -> Result<RowStatus>,
+        row_status: impl Fn(&str) -> Result<RowStatus>,
     ) -> Result<Plan> {
         let templates = request_templates(config, &self.probes)?;
         let mut past = self.cache.past();
@@ -300,7 +300,14 @@ impl Run<'_> {
             shard: self.shard,
             only: self.again.as_ref(),
         };
-        let plan = Plan::new(prompts, templates, &config.prompts, scope, &past, standing)?;
+        let plan = Plan::new(
+            prompts,
+            templates,
+            &config.prompts,
+            scope,
+            &past,
+            row_status,
+        )?;
         if let Some(warning) = plan.repeats_warning() {
             tracing::warn!("{warning}");
         }
@@ -314,7 +321,7 @@ impl Run<'_> {
         Ok(plan)
     }
 
-    fn standing(&self, key: &str) -> Result<RowStatus> {
+    fn row_status(&self, key: &str) -> Result<RowStatus> {
         self.stop.check()?;
         let max_attempts = self.config.retry.max_attempts;
         let is_cached = self.cache.contains(key);

@@ -48,7 +48,7 @@ pub struct TextScorer {
     transport: Arc<dyn Transport>,
     runtime: Runtime,
     cache: Cache,
-    judged: Lookup,
+    scored: Lookup,
     /// None while a call is running.
     run_files: Option<RunFiles>,
     /// None before the first call, and while a call is running.
@@ -128,9 +128,9 @@ impl TextScorer {
         };
         let harvest = Cache::open(&config.own_cache(), &scoring_config.cache)?;
         let cache = Cache::open(&scoring_config.own_cache(), &scoring_config.cache)?;
-        let judged = Lookup::open(&scoring_config.own_cache())?;
+        let scored = Lookup::open(&scoring_config.own_cache())?;
         // Harvest and scoring share one budget account.
-        let spent = harvest.cost_when_opened() + judged.cost_usd();
+        let spent = harvest.cost_when_opened() + scored.cost_usd();
         let unanswered = Unanswered::load(&config.judged_dir())?;
         let (run_files, lost) = RunFiles::open(config, spent, unanswered, clock)?;
         lost.warn();
@@ -146,7 +146,7 @@ impl TextScorer {
             transport,
             runtime,
             cache,
-            judged,
+            scored,
             run_files: Some(run_files),
             limits: None,
             stats: ScoringStats::default(),
@@ -194,7 +194,7 @@ impl TextScorer {
         };
         let max_attempts = self.config.retry.max_attempts;
         let run_files = self.run_files.as_ref();
-        let standing = |key: &str| match run_files {
+        let row_status = |key: &str| match run_files {
             Some(run_files) => {
                 let is_cached = self.cache.contains(key);
                 Ok(run_files.unanswered.standing(key, is_cached, max_attempts))
@@ -207,20 +207,20 @@ impl TextScorer {
             &settings,
             PlanScope::default(),
             &past,
-            standing,
+            row_status,
         )?;
         self.stats.texts += plan.total;
         self.stats.cached += plan.cached - plan.repeated;
         if !plan.rows.is_empty() {
             self.send(plan, stop)?;
-            self.judged.refresh()?;
+            self.scored.refresh()?;
         }
         let mut lines = Vec::with_capacity(keys.len());
         for names in &keys {
             let mut line = None;
             for key in names.iter().flat_map(CacheKeys::iter) {
                 if line.is_none() {
-                    line = self.judged.line(key)?;
+                    line = self.scored.line(key)?;
                 }
             }
             lines.push(line);

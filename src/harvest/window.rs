@@ -29,7 +29,7 @@ pub(crate) enum WindowState {
 }
 
 /// Error of a run whose deadline has passed.
-pub(crate) fn over() -> anyhow::Error {
+pub(crate) fn deadline_passed() -> anyhow::Error {
     Exit::Resumable("the deadline has passed; rerun the command to ask for the rest (set a later `schedule.deadline` first if it has a date)".into()).into()
 }
 
@@ -66,7 +66,7 @@ impl RequestWindow {
     /// [`Exit::Resumable`] if it has.
     pub(crate) fn check_not_over(&self, now: Timestamp) -> Result<()> {
         match self.state(now) {
-            WindowState::Over => Err(over()),
+            WindowState::Over => Err(deadline_passed()),
             _ => Ok(()),
         }
     }

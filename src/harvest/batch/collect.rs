@@ -119,7 +119,7 @@ impl Batches<'_> {
             (None, _) => {
                 return Err(crate::client::attempt_error::connection_lost(
                     "malformed",
-                    "the reply is no batch",
+                    "the reply is not a batch",
                 )
                 .into());
             }

@@ -78,14 +78,14 @@ impl Batches<'_> {
         object: &BatchObject,
     ) -> Result<(), BatchStepError> {
         let (upstream, _) = self.upstream_of(index)?;
-        let failure_reason = results::classify_batch_failure(&object.mistakes);
+        let batch_failure = results::classify_batch_failure(&object.mistakes);
         let part = &self.journal.parts[index];
         let (rows, tokens, members) = (
             part.progress.rows.clone(),
             part.tokens,
             self.journal.members(&part.nonce)?,
         );
-        let bad: HashMap<usize, RowFailure> = failure_reason.lines.into_iter().collect();
+        let bad: HashMap<usize, RowFailure> = batch_failure.lines.into_iter().collect();
         for (line, (member, row)) in members.iter().zip(rows).enumerate() {
             let Some(row) = row else { continue };
             let mut entry = QueuedRow {
@@ -110,7 +110,7 @@ impl Batches<'_> {
             .map(|index| self.journal.parts[index].tokens)
             .sum();
         self.end_part(index, "failed")?;
-        if let Some((reason, message)) = failure_reason.stop {
+        if let Some((reason, message)) = batch_failure.stop {
             let failure = RowFailure::new("failed batch", &message);
             self.upstreams[upstream]
                 .all_claimed(RefusalClaim { reason, failure }, &self.config.retry);
@@ -118,7 +118,7 @@ impl Batches<'_> {
         }
         let retry = &self.config.retry;
         let upstream_state = &mut self.upstreams[upstream];
-        match failure_reason.over_tokens {
+        match batch_failure.over_tokens {
             Some(stated) => {
                 let half = stated
                     .filter(|stated| *stated < enqueued)
@@ -130,7 +130,7 @@ impl Batches<'_> {
                 }
             }
             None => {
-                let message = failure_reason.message;
+                let message = batch_failure.message;
                 self.progress
                     .note(&format!("a batch of {} failed: {message}", members.len()));
                 upstream_state.batch_failed(&message, retry);

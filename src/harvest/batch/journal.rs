@@ -363,7 +363,7 @@ impl BatchJournal {
     }
 
     /// Removes the files of parts that have ended or are not in the journal.
-    pub(crate) fn tidy(&self) -> Result<()> {
+    pub(crate) fn remove_stale_files(&self) -> Result<()> {
         let Ok(folder) = self.folder().read_dir() else {
             return Ok(());
         };

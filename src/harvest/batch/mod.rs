@@ -51,7 +51,7 @@ use crate::config::Config;
 use crate::exit::Exit;
 use crate::harvest::run_files::RunFiles;
 use crate::harvest::unreadable_bodies::UnreadableBodies;
-use crate::harvest::window::{RequestWindow, WindowState as Time};
+use crate::harvest::window::{RequestWindow, WindowState};
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
 use crate::prompt::Prompt;
@@ -196,13 +196,13 @@ impl<'a> Batches<'a> {
         loop {
             self.summary.turns += 1;
             let time = self.schedule.state(self.clock.now());
-            if time == Time::Over && self.deadline_passed_at.is_none() {
+            if time == WindowState::Over && self.deadline_passed_at.is_none() {
                 self.deadline_passed_at = Some(Instant::now());
                 self.progress
                     .note("the deadline has passed: batches under way are cancelled");
             }
             for upstream in 0..self.upstreams.len() {
-                match self.advance(upstream, time == Time::Open).await {
+                match self.advance(upstream, time == WindowState::Open).await {
                     Ok(()) => {}
                     Err(BatchStepError::Fatal(error)) => return Err(error),
                     Err(BatchStepError::Attempt(error)) => self.step_failed(upstream, error),
@@ -343,7 +343,7 @@ impl<'a> Batches<'a> {
         }
         self.summary.batches = Some(self.counts.clone());
         if matches!(ended, BatchRunEnd::Deadline) {
-            return self.leave_rest();
+            return self.into_remaining_rows();
         }
         self.run_files.close(&mut [], 0)?;
         let mut summary = self.summary;
@@ -372,7 +372,7 @@ impl<'a> Batches<'a> {
         Ok(BatchOutcome::Finished(Box::new(summary)))
     }
 
-    fn leave_rest(self) -> Result<BatchOutcome> {
+    fn into_remaining_rows(self) -> Result<BatchOutcome> {
         let failed = self.summary.failed_rows.iter().map(|row| row.key.clone());
         let mut not_to_ask: HashSet<String> = failed.collect();
         let mut under_way = 0;

@@ -12,7 +12,7 @@ use crate::terminal::{format_count, sanitise};
 impl Batches<'_> {
     /// Resumes the batches that earlier runs left under way: reserves their budget and removes their rows from the queue.
     pub(super) fn recover(&mut self) -> Result<()> {
-        self.journal.tidy()?;
+        self.journal.remove_stale_files()?;
         let mut members = HashMap::new();
         for index in 0..self.journal.parts.len() {
             let part = &self.journal.parts[index];

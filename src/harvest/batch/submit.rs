@@ -267,7 +267,7 @@ impl Batches<'_> {
             let (objects, has_more) = batch_object::parse_page(&reply.body).ok_or_else(|| {
                 crate::client::attempt_error::connection_lost(
                     "malformed",
-                    "the reply is no list of batches",
+                    "the reply is not a list of batches",
                 )
             })?;
             self.upstreams[upstream].success();

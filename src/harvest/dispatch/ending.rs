@@ -23,7 +23,7 @@ impl Dispatcher<'_> {
         let synced = self.cache.sync();
         synced.map_err(|error| run_error::not_recorded(error, self.cache.safe_len()))?;
         self.check_cache()?;
-        self.pass_time();
+        self.record_time();
         let still_in_flight = (self.in_flight.len() + self.held_answers.take().len()) as u64;
         let noted = self.note_suspects();
         self.downgrade_write_error(noted)?;

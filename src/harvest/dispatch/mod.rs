@@ -247,7 +247,7 @@ impl<'a> Dispatcher<'a> {
             WindowState::Open => None,
             WindowState::Over if self.is_done() => None,
             WindowState::Over => {
-                self.stop.get_or_insert_with(window::over);
+                self.stop.get_or_insert_with(window::deadline_passed);
                 None
             }
             WindowState::Closed(_) if self.stop.is_some() || self.is_done() => None,
@@ -440,7 +440,7 @@ impl<'a> Dispatcher<'a> {
 
     fn tick(&mut self) -> Result<()> {
         self.poll_limiter_events();
-        self.pass_time();
+        self.record_time();
         self.check_cache()?;
         self.tick_account()?;
         self.note_dollars();
@@ -450,7 +450,7 @@ impl<'a> Dispatcher<'a> {
         Ok(())
     }
 
-    fn pass_time(&mut self) {
+    fn record_time(&mut self) {
         let now = Instant::now();
         let seconds = self.timeline.pass(now);
         let is_waiting = self.upstreams.iter().any(Upstream::is_waiting);

@@ -355,14 +355,14 @@ impl Upstream {
         let is_the_rows = is_in_order && !self.health.has_others(remaining);
         if self.health.is_outage() && !self.health.never_answered() && !is_the_rows {
             // The endpoint is failing: the row keeps its attempts, and one probe at a time is sent.
-            let mut pause = self.firm_pause(self.health.probes(), OUTAGE_PAUSE_FACTOR);
+            let mut pause = self.backoff_pause(self.health.probes(), OUTAGE_PAUSE_FACTOR);
             if is_in_order && remaining <= LAST_ROWS && failure.may_be_row_specific() {
                 pause = pause.min(self.pause_of_last(remaining));
             }
             let pause = pause.max(wait);
             let was_open = self.limiter.close_until(now + pause);
             self.queue.delay(entry, now + wait);
-            self.stop_if_hopeless(&failure);
+            self.stop_if_endpoint_is_down(&failure);
             return RetryDecision::Again {
                 pause: if was_open { pause } else { Duration::ZERO },
             };
@@ -386,10 +386,10 @@ impl Upstream {
         self.queue.delay(entry, now + pause);
         if !self.health.has_succeeded() && !is_the_rows {
             // The first requests are sent one by one, with a pause between them.
-            let pause = self.firm_pause(contacts, 1.0);
+            let pause = self.backoff_pause(contacts, 1.0);
             self.limiter.close_until(now + pause);
         }
-        self.stop_if_hopeless(&failure);
+        self.stop_if_endpoint_is_down(&failure);
         let holds_up = self.in_flight == 0 && self.queue.peek(now).is_err();
         RetryDecision::Again {
             pause: if holds_up { wait } else { Duration::ZERO },
@@ -405,7 +405,7 @@ impl Upstream {
 
     /// Records that a row has ended without an answer.
     pub(crate) fn row_given_up(&mut self, row: usize) {
-        self.health.gave_up(row);
+        self.health.row_given_up(row);
     }
 
     /// Stops the upstream with an error; its rows stay pending.
@@ -418,7 +418,7 @@ impl Upstream {
     }
 
     /// Returns a back-off pause for all rows, with jitter over its upper half only.
-    fn firm_pause(&self, attempt: u32, stretch: f64) -> Duration {
+    fn backoff_pause(&self, attempt: u32, stretch: f64) -> Duration {
         let retry = config::RetryConfig {
             max_s: self.retry.max_s * stretch,
             ..self.retry.clone()
@@ -427,7 +427,7 @@ impl Upstream {
     }
 
     /// Stops after repeated identical server errors, or after an outage.
-    fn stop_if_hopeless(&mut self, failure: &RowFailure) {
+    fn stop_if_endpoint_is_down(&mut self, failure: &RowFailure) {
         // A server that is starting up or overloaded uses other statuses than 500.
         let is_error = failure.class == "http 500" && !failure.is_bodyless && !self.is_known;
         if is_error && self.health.failed_alike(&failure.message) {

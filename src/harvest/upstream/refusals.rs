@@ -67,7 +67,7 @@ impl Upstream {
         if self.settings.limits.adapt {
             self.concurrency.throttled(ticket.at, now);
         }
-        let own = self.firm_pause(round, 1.0);
+        let own = self.backoff_pause(round, 1.0);
         let far = wait.filter(|wait| *wait > LONGEST_WAIT);
         if let Some(far) = far
             && self.health.long_wait_requested(ticket.at, now) >= LONG_WAIT_ROUNDS
@@ -87,7 +87,7 @@ impl Upstream {
             self.health.exclude_wait(pause);
         }
         // The row itself may be the cause: each further refusal delays it longer behind the other rows.
-        let row_delay = self.firm_pause(entry.throttled, 1.0);
+        let row_delay = self.backoff_pause(entry.throttled, 1.0);
         entry.throttled += 1;
         let first = *entry.throttled_at.get_or_insert(now);
         let is_often_throttled = |entry: &QueuedRow| entry.throttled >= MAX_THROTTLES_PER_ROW;
@@ -170,7 +170,7 @@ impl Upstream {
             entry.failed += 1;
             return RetryDecision::Failed(entry, failure);
         }
-        let pause = self.firm_pause(round, 1.0);
+        let pause = self.backoff_pause(round, 1.0);
         let was_open = self.limiter.close_until(now + pause);
         self.queue.delay(entry, now + pause);
         RetryDecision::Again {
@@ -206,7 +206,7 @@ impl Upstream {
             };
             if suspects < enough && suspects < remaining && entry.claimed <= CLAIM_ROUNDS {
                 // If all other rows are delayed, this row is sent again.
-                let pause = self.firm_pause(entry.claimed, 1.0);
+                let pause = self.backoff_pause(entry.claimed, 1.0);
                 entry.claimed += 1;
                 let wait = if entry.claimed > 1 {
                     pause
