@@ -1,4 +1,4 @@
-//! Rows at which every attempt fails: they keep no other row from its answer, in this run or the next one.
+//! Rows whose every attempt fails must not block the answers of other rows, in this run or the next one.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{Run, end, outcome};
 use crate::fault_server::{FaultServer, Reaction, answer, error, reply, reply_with};
 
-/// Replies that an endpoint may always give to one row.
+/// Replies that an endpoint may give to one row every time.
 fn reactions() -> Vec<Reaction> {
     let credit = error("your document says \"insufficient credits\"", "invalid");
     vec![
@@ -25,7 +25,7 @@ fn reactions() -> Vec<Reaction> {
     ]
 }
 
-/// As [`reactions`], with those that are believed at once before the first answer.
+/// [`reactions`], and replies that stop a run immediately before its first answer.
 fn all_reactions() -> Vec<Reaction> {
     let mut all = reactions();
     all.push(reply(401, error("no access", "")));
@@ -91,7 +91,7 @@ async fn failing_first_rows_do_not_stop_every_run() {
         }
         assert_eq!(run.records().len(), 8, "{told}");
         let rest = run.harvest().await;
-        // An account without credit is believed after three rows.
+        // Three rows without credit stop the run.
         let expected = if end(&rest).1.contains("credit") {
             (1, 0)
         } else {

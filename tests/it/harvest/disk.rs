@@ -1,4 +1,4 @@
-//! The disk fails while a harvest runs: what is answered waits for room, and what is safe is told.
+//! Disk failures during a harvest: answers are held while the disk is full, and the number of safe answers is reported.
 
 use std::fs::File;
 use std::io;
@@ -19,7 +19,7 @@ use super::{end, quietly};
 
 const CONCURRENCY: u64 = 8;
 
-/// A disk that fails in its own way from one moment of the run to another.
+/// A disk that fails during one interval of the run.
 #[derive(Clone)]
 struct Moody {
     kind: io::ErrorKind,
@@ -50,7 +50,7 @@ struct MoodyFile(File, Moody);
 impl Storage for MoodyFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if !self.1.fails_to_sync {
-            // What a full disk does: some of it still fits.
+            // A full disk writes a part of the data.
             if let Err(error) = self.1.mood() {
                 Storage::write(&mut self.0, &bytes[..bytes.len().min(10)])?;
                 return Err(error);
@@ -79,7 +79,7 @@ fn night(prompts: usize) -> Night {
     })
 }
 
-/// A disk that fails so many seconds after now, for so long.
+/// A disk that starts to fail after the given seconds, for the given duration.
 fn moody(kind: io::ErrorKind, after: u64, seconds: u64) -> Moody {
     let from = Instant::now() + Duration::from_secs(after);
     Moody {
@@ -113,7 +113,7 @@ async fn full_disk_holds_answers_until_there_is_space() {
         let (_sender, receiver) = unbounded_channel();
         let summary = harvest(&night, &disk, receiver).await.unwrap();
         assert_eq!((end(&summary).0, summary.ok), (0, 600), "{summary:?}");
-        // Tried every five seconds, and nothing was asked meanwhile.
+        // Writes were retried every five seconds, and no request was sent.
         let failures = disk.failures.load(Ordering::Relaxed);
         assert!((70..=90).contains(&failures), "{failures}");
         assert_eq!(night.mock.stats().billed.answers, 600);
@@ -138,7 +138,7 @@ async fn full_disk_timeout_ends_run_with_count_of_safe_answers() {
         "{message}"
     );
     assert!(message.contains("disk is full"), "{message}");
-    // Those in flight when it filled up, and no more.
+    // Only the answers in flight when the disk filled up are lost.
     let lost = night.mock.stats().billed.answers - safe;
     assert!((1..=CONCURRENCY).contains(&lost), "{lost}");
     assert!(
@@ -193,7 +193,7 @@ async fn disk_errors_end_run_immediately() {
             .and_then(|(_, rest)| rest.split_once(' '))
             .map(|(number, _)| number.parse().unwrap())
             .unwrap_or_else(|| panic!("{message}"));
-        // A record that was written but not synced is in the file, and may not be on the disk.
+        // A record that was written but not synced is in the file, but possibly not on the disk.
         let in_doubt = if fails_to_sync {
             1..=CONCURRENCY as usize
         } else {

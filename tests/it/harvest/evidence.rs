@@ -1,4 +1,4 @@
-//! What ends a run, a row or nothing: by the reply, and by what was answered before.
+//! Whether a reply ends the run, fails the row or is retried, depending on earlier answers.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ fn run_of(server: &FaultServer, prompts: usize) -> Run {
     run
 }
 
-/// The endpoint's answer to each prompt but `p5`, which gets `reaction` at its first `times` requests.
+/// A server that answers each prompt except `p5`, whose first `times` requests get `reaction`.
 async fn amid_answers(times: usize, reaction: Reaction) -> FaultServer {
     FaultServer::start(move |seen| match seen.prompt() {
         "p5" if seen.repeat < times => reaction.clone(),
@@ -197,7 +197,7 @@ async fn content_filter_refusals_are_recorded_and_not_retried() {
             json!({"error": {"code": "content_filter", "message": "filtered"}}),
         ),
     ] {
-        // At the head of the source, one at a time: no rerun would get past them.
+        // The first rows of the source are refused, one request at a time.
         let server = FaultServer::start(move |seen| {
             let number: usize = seen.prompt()[1..].parse().unwrap();
             if number < 8 {

@@ -1,4 +1,4 @@
-//! A teacher that misbehaves.
+//! Faults of a teacher over real TCP: retries, failed rows and stopped runs.
 
 use std::time::Duration;
 
@@ -123,7 +123,7 @@ async fn refused_row_fails_and_others_finish() {
     assert_eq!(failure["class"], "http 400");
     assert_eq!(failure["message"], "400: too long \\u{1b}[31m");
 
-    // The file speaks of the last run only.
+    // The file lists the failures of the last run only.
     run.write("prompts.txt", "a\nb");
     assert_eq!(end(&run.harvest().await).0, 0);
     assert!(run.failures().is_empty());
@@ -194,7 +194,7 @@ async fn oversized_body_is_cut_off_and_quarantined() {
         (summary.quarantines["unreadable"], summary.requests),
         (1, 1)
     );
-    // It may have been paid for, and would come again.
+    // The answer may have been paid for, and a retry would return it again.
     assert_eq!(run.harvest().await.requests, 0);
 }
 
@@ -219,11 +219,11 @@ async fn redirect_is_reported_and_not_followed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn unreachable_address_is_given_up_after_few_attempts() {
     let server = FaultServer::start(answer).await;
-    // More rows than go out at once: that many failures must not look like an outage to sit out.
+    // More rows than the concurrency: the failures must not be treated as an outage to wait out.
     let prompts: Vec<_> = (0..50).map(|number| format!("p{number}")).collect();
     let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
     let mut run = Run::new(&server, &prompts);
-    // Bound and dropped: nobody else listens there.
+    // Bound and dropped, so that no other process listens there.
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     run.config.teacher.base_url = format!("http://{}/v1", free.local_addr().unwrap());
     drop(free);

@@ -1,4 +1,4 @@
-//! The limits as the wire sees them, on the paused clock.
+//! Rate limits, measured on the requests as sent, on the paused clock.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -22,18 +22,18 @@ use super::nights::{Night, paused};
 use super::{Run, quietly};
 use crate::fault_server::completion;
 
-/// What left, when, and how large limits would call it.
+/// Times and sizes of the requests sent.
 #[derive(Debug, Clone, Copy)]
 struct Departure {
     at: Instant,
     tokens: u64,
 }
 
-/// A teacher that notes what it is sent, answers after `latency`, and refuses each `refuse`-th
-/// request with a `Retry-After`.
+/// A teacher that records its requests, answers after `latency`, and refuses every `refuse`-th request with a
+/// `Retry-After`.
 struct Watching {
     departures: Mutex<Vec<Departure>>,
-    /// When the gate may open again, as told with each refusal.
+    /// Time at which each `Retry-After` allows the next request.
     closed: Mutex<Vec<(Instant, Instant)>>,
     latency: Duration,
     refuse: usize,
@@ -85,7 +85,7 @@ async fn harvest(run: &Run, transports: Vec<Arc<dyn Transport>>) -> anyhow::Resu
     harvest::run_in(world, &run.config, quietly(), signals).await
 }
 
-/// The most that leaves in any minute.
+/// Largest amount sent in any minute.
 fn busiest_minute(departures: &[Departure], weight: impl Fn(&Departure) -> u64) -> u64 {
     let (mut first, mut sum, mut most) = (0, 0, 0);
     for departure in departures {
@@ -153,7 +153,7 @@ proptest! {
     }
 }
 
-/// Row L2: what the limits allow is used.
+/// Row L2: the limits are fully used.
 #[tokio::test(start_paused = true)]
 async fn rate_limit_is_fully_used() {
     for (requests, tokens) in [(3_000, None), (3_000, Some(100_000)), (60, None)] {
@@ -177,7 +177,7 @@ async fn rate_limit_is_fully_used() {
     }
 }
 
-/// Limits that the server alone knows are learned from its headers and followed as they change.
+/// Limits that are not in the config are learned from the headers of the server and followed when they change.
 #[tokio::test(start_paused = true)]
 async fn rate_limit_headers_prevent_refusals() {
     for dialect in ["openai", "groq", "anthropic", "together", "fireworks"] {
@@ -196,9 +196,9 @@ async fn rate_limit_headers_prevent_refusals() {
         assert_eq!(summary.ok, 8_000, "{dialect}");
         let stats = night.mock.stats();
         let refused = stats.throttled as f64 / stats.requests as f64;
-        // When a limit halves, what is on its way is too much.
+        // When a limit halves, the requests in flight exceed it.
         assert!(refused < 0.02, "{dialect}: {refused} {stats:?}");
-        // 600 in the bucket, 600 a minute but for five minutes.
+        // 600 in the bucket, 600 per minute except for five minutes.
         let least = (8_000.0 - 600.0 + 1_500.0) / 600.0 * 60.0;
         assert!(
             stats.seconds < 1.15 * least + 60.0,
@@ -252,7 +252,7 @@ async fn daily_limit_holds_over_restarts() {
         let day = (Instant::now() - begun).as_secs() / 86_400 + 1;
         assert!(night.mock.stats().requests <= 300 * day);
     };
-    // The days in which nothing may leave are no fault of the concurrency.
+    // Waits for the daily limit do not lower the concurrency.
     assert!(summary.seconds > 100_000.0 && summary.used[0].open_s < 10_000.0);
     let stats = night.mock.stats();
     let days = stats.seconds / 86_400.0;
@@ -284,7 +284,7 @@ async fn request_over_server_limit_fails_with_reason() {
     assert_eq!(Exit::code_of(summary.error.as_ref().unwrap()), 3);
 }
 
-/// A config that was never validated lets nothing out unlimited.
+/// A config that was not validated sends no unlimited requests.
 #[cfg(not(feature = "redis"))]
 #[tokio::test(start_paused = true)]
 async fn shared_limits_without_redis_feature_are_an_error() {

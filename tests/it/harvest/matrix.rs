@@ -1,5 +1,4 @@
-//! Row F of the test matrix: every fault of a teacher, once, twice and always, at one row among
-//! good ones.
+//! Row F of the test matrix: every fault of a teacher, once, twice and always, at one row among good rows.
 
 use std::collections::BTreeSet;
 
@@ -10,25 +9,25 @@ use distill::mock::script::fault_kind::FaultKind;
 use super::nights::Night;
 use super::{Run, end};
 
-/// What a fault that never ends does.
+/// Effect of a permanent fault.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Always {
-    /// The answer is kept, fault and all.
+    /// The answer is kept with its fault.
     Kept,
-    /// It is kept, and not to be trained on.
+    /// The answer is quarantined.
     Quarantined,
-    /// The row fails under this name, after so many attempts.
+    /// The row fails with this class after this number of attempts.
     Fails(&'static str, u64),
-    /// The run stops where nothing was ever answered. Amid answers the row fails under this name, or is asked
-    /// a few times more before the run ends as resumable.
+    /// The run stops if nothing was answered before. Between answers, the row fails with this class, or is tried a few
+    /// times more before the run exits as resumable.
     Stops(Amid),
-    /// The row fails once it is all that is left, after several waits.
+    /// The row fails once it is the last one, after several waits.
     Throttled,
-    /// The run waits as long as it is told to, and ends as resumable when nothing else is left.
+    /// The run waits as requested, and exits as resumable when no other row is left.
     Waits,
 }
 
-/// What a reply that says that no request can succeed does amid answers.
+/// Effect between answers of a claim that no request can succeed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Amid {
     Fails(&'static str),
@@ -37,7 +36,7 @@ pub enum Amid {
 
 use Always::{Fails, Kept, Quarantined, Stops, Throttled, Waits};
 
-/// The fault as the script spells it, and what it leads to.
+/// Name of each fault in the script, and its effect.
 pub const FAULTS: [(&str, Always); 56] = [
     ("kind = \"http 429\"\nretry_after = \"none\"", Throttled),
     (
@@ -169,7 +168,7 @@ async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
             }
             Stops(Amid::Waits) => {
                 assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{told}");
-                // Up to two more for each answer that came in between.
+                // Up to two more attempts for each answer in between.
                 assert!((8..=11).contains(&summary.requests), "{told}");
             }
             Throttled => {
@@ -190,7 +189,7 @@ async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
     }
 }
 
-/// What the mock can do and the table does not hold is shown in tests of its own.
+/// Faults of the mock that are not in the table have tests of their own.
 #[test]
 fn fault_matrix_covers_every_fault() {
     let elsewhere = [
@@ -241,9 +240,9 @@ async fn fault_matrix_over_tcp_matches_simulation() {
         let summary = run.harvest().await;
         let told = format!("{kind}: {summary:?}");
         match kind {
-            // 64 MiB of answer are never asked for again.
+            // An answer of 64 MiB is not requested again.
             "huge body" => assert_eq!((summary.ok, summary.quarantined), (2, 1), "{told}"),
-            // All of the answer has come.
+            // The answer is complete.
             "unfinished chunks" => assert_eq!((summary.ok, summary.requests), (3, 3), "{told}"),
             _ => assert_eq!((summary.ok, summary.requests), (3, 4), "{told}"),
         }
@@ -286,7 +285,7 @@ async fn broken_logprobs_are_counted_and_answer_is_kept() {
     }
 }
 
-/// Answers that are cut off or refused have been paid for: nobody buys them twice.
+/// Truncated and refused answers have been paid for and are not bought again.
 #[tokio::test(start_paused = true)]
 async fn answered_rows_are_not_requested_again() {
     for kind in ["length", "refusal", "content_filter", "null content"] {

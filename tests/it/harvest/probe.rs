@@ -1,4 +1,4 @@
-//! `distill probe` against teachers that differ, and what `harvest` makes of its findings.
+//! `distill probe` against different teachers, and the use of its findings by `harvest`.
 
 use distill::config::MaxTokensField;
 use distill::exit::Exit;
@@ -47,7 +47,7 @@ async fn probe_detects_all_features() {
         found.error_shape
     );
 
-    // Records say what was known of the endpoint.
+    // Records carry the findings about the endpoint.
     run.harvest().await;
     let hash = found.hash().unwrap();
     assert!(run.records().iter().all(|record| record.probe == hash));
@@ -91,7 +91,7 @@ async fn probe_detects_refused_parameters() {
     let refused: Vec<_> = found.refused.keys().map(String::as_str).collect();
     assert_eq!(refused, ["logprobs", "seed", "temperature"]);
 
-    // A config that asks for none of it goes through.
+    // A config without the refused features works.
     run.config.sampling.reasoning = true;
     run.config.sampling.max_tokens_field = MaxTokensField::MaxTokens;
     assert_eq!(run.harvest().await.ok, 2);

@@ -1,4 +1,4 @@
-//! Endpoints that want more than a key in the usual place.
+//! Endpoints with custom headers, query parameters, key headers and expiring keys.
 
 use std::collections::BTreeMap;
 
@@ -44,7 +44,7 @@ async fn custom_headers_query_and_key_header_are_sent() {
 async fn expired_key_is_renewed_without_an_attempt() {
     let dir = tempfile::tempdir().unwrap();
     let count = dir.path().join("count");
-    // Each key is good for ten answers.
+    // Each key is valid for ten answers.
     let used = std::sync::Mutex::new(BTreeMap::<String, u32>::new());
     let server = FaultServer::start(move |seen| {
         let key = seen.header("authorization").unwrap().to_string();
@@ -87,7 +87,7 @@ async fn expired_key_is_renewed_without_an_attempt() {
 async fn wrong_renewed_key_ends_run_after_few_tries() {
     let server = FaultServer::start(|_| reply(401, error("no", "invalid_api_key"))).await;
     let mut run = Run::new(&server, &["a", "b", "c"]);
-    // A new one each time.
+    // A new key each time.
     run.config.teacher.api_key_command = Some("date +%s%N".into());
     let summary = run.harvest().await;
     let (code, message) = end(&summary);

@@ -1,4 +1,4 @@
-//! Replies with flaws: whatever holds an answer is kept, once.
+//! Malformed replies: every answer in them is kept, once.
 
 use std::io::Write;
 
@@ -8,8 +8,7 @@ use serde_json::{Value, json};
 use super::{Run, end};
 use crate::fault_server::{FaultServer, Reaction, completion, reply};
 
-/// Harvests two prompts from a server that answers each with this reply. Every one is to be answered at the
-/// first attempt.
+/// Harvests two prompts from a server that sends this reply. Both must be answered at the first attempt.
 async fn records(reaction: Reaction) -> Vec<Record> {
     let told = format!("{reaction:?}")
         .chars()
@@ -70,7 +69,7 @@ async fn encoding_and_json_errors_are_repaired() {
         raw(vec![], gzip(&good)),
         raw(label("gzip"), good.clone()),
         raw(label("zstd"), zstd),
-        // Whole, and then the connection breaks.
+        // The body is complete, then the connection breaks.
         Reaction::UnfinishedChunks(good.into_bytes()),
     ];
     for reaction in reactions {
@@ -250,7 +249,7 @@ async fn unreadable_body_is_saved_and_not_requested_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn possibly_billed_attempts_are_limited_across_runs() {
-    // A page in the place of an answer may have been billed, or not.
+    // An HTML page in place of an answer may have been billed.
     let page = raw(vec![], "<html><title>Sign in</title></html>");
     let server = FaultServer::start(move |seen| match seen.prompt() {
         "a" => page.clone(),

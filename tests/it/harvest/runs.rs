@@ -1,4 +1,4 @@
-//! What is asked, recorded, limited and shown.
+//! Requests, records, limits and output of plain runs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -198,7 +198,7 @@ async fn first_signal_drains_and_second_stops_immediately() {
 
     let mut run = Run::new(&server, &["a", "b", "c", "d", "e"]);
     run.config.limits.concurrency = 2;
-    // The first one goes alone.
+    // The first request is sent alone.
     let drained = signal(&run, &[2], 3).await;
     assert_eq!((end(&drained).0, drained.ok, drained.pending), (130, 3, 2));
     assert_eq!(run.records().len(), 3);
@@ -218,7 +218,7 @@ async fn dry_run_sends_and_writes_nothing() {
         dry_run: true,
         ..HarvestOptions::default()
     };
-    // All that the night would refuse is refused by now.
+    // A dry run reports every error of a run.
     type Change = fn(&mut distill::config::Config);
     let changes: [(Change, &str); 6] = [
         (
@@ -277,7 +277,7 @@ async fn dry_run_shows_remaining_budget_and_waits() {
         .map(|number| format!("prompt {number}\n"))
         .collect();
     run.write("prompts.txt", &prompts);
-    // Enough for one request, and not for a hundred.
+    // Enough for one request, but not for a hundred.
     run.config.budget.usd = Some(0.0002);
     let hour = |hours: i64| {
         let zoned = jiff::Zoned::now().in_tz("UTC").unwrap();
@@ -303,7 +303,7 @@ async fn dry_run_shows_remaining_budget_and_waits() {
     ] {
         assert!(table.contains(part), "{part} is not in: {table}");
     }
-    // Enough for each request, and not beside what is spent.
+    // Enough for one request alone, but not in addition to the amount spent.
     let mut micros = 100..;
     let summary = loop {
         run.config.budget.usd = micros.next().map(|micros| f64::from(micros) / 1e6);
@@ -316,8 +316,8 @@ async fn dry_run_shows_remaining_budget_and_waits() {
     assert_eq!(std::fs::read(&ledger).unwrap(), before);
 }
 
-/// A key for [`api_key_is_sent_and_never_shown_or_stored`], as the environment of a test cannot be
-/// set without `unsafe`: PATH is always set, and long enough.
+/// Key of [`api_key_is_sent_and_never_shown_or_stored`]. The environment of a test cannot be set without `unsafe`, and
+/// PATH is always set and long enough.
 const KEY_VARIABLE: &str = "PATH";
 
 #[tokio::test(flavor = "multi_thread")]

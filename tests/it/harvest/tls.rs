@@ -1,4 +1,4 @@
-//! Endpoints with a certificate authority of their own, and those that ask for a client certificate.
+//! Endpoints with a private certificate authority, and endpoints that require a client certificate.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -19,7 +19,7 @@ fn golden(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// A server that answers each request with `hi`, once the handshake is good. Returns its base URL.
+/// Starts a server that answers `hi` after a successful handshake. Returns its base URL.
 fn serve(wants_client_certificate: bool) -> String {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut roots = RootCertStore::empty();
@@ -44,7 +44,7 @@ fn serve(wants_client_certificate: bool) -> String {
             let connection = ServerConnection::new(Arc::clone(&config)).unwrap();
             let mut stream = StreamOwned::new(connection, socket.unwrap());
             let mut request = vec![0; 1 << 16];
-            // A failed handshake is what some of the tests are about.
+            // Some tests expect a failed handshake.
             let Ok(1..) = stream.read(&mut request) else {
                 continue;
             };
@@ -83,7 +83,7 @@ async fn client_certificate_is_presented() {
     run.config.retry.max_attempts = 2;
     let summary = run.harvest().await;
     assert_eq!(summary.ok, 0, "without one");
-    // That may have been billed, for all that is known, and counts against the row's attempts.
+    // The request may have been billed, so it counts against the attempts of the row.
     run.config.run_dir = run.dir.path().join("another");
     run.config.teacher.client_certificate = Some(golden("client.pem"));
     let summary = run.harvest().await;

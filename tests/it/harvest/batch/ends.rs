@@ -1,4 +1,4 @@
-//! How batches end, and what becomes of their rows.
+//! Ends of batches, and the outcomes of their rows.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use distill::harvest::options::HarvestOptions;
 
 #[tokio::test(start_paused = true)]
 async fn batch_row_errors_are_retried_or_failed_and_counted() {
-    // The same six places of each batch: whose turn it is fails once more.
+    // The same six positions of each batch fail.
     let script = "[batch]\nerror_rows = 6\nrequest_counts = \"all_completed\"";
     let night = night(script, 20, |config| config.retry.max_attempts = 3);
     let summary = harvest(&night).await;
@@ -72,7 +72,7 @@ async fn expired_batch_answers_are_recorded_and_rest_retried() {
     for outcome in ["expired", "cancelled"] {
         let night = night(&format!("[batch]\noutcome = \"{outcome}\""), 10, |_| {});
         let summary = harvest(&night).await;
-        // 5, 3, 2 and 1 are left; half of one is none, six times in all.
+        // 5, 3, 2 and 1 rows remain; half of one is none: six batches.
         assert_eq!((summary.ok, summary.failed), (9, 1), "{outcome}");
         assert_eq!(parts(&summary), [(outcome, 6)]);
         assert_eq!(summary.failures[&format!("batch_{outcome}")], 1);
@@ -114,7 +114,7 @@ pub(super) async fn harvest_over(night: &Night, provider: Provider) -> HarvestSu
     summary.unwrap().unwrap()
 }
 
-/// A night whose cards are changed on their way.
+/// A night whose batch objects are changed in transit.
 pub(super) async fn harvest_with_cards(
     night: &Night,
     of_cards: fn(Value) -> Value,
@@ -126,7 +126,7 @@ pub(super) async fn harvest_with_cards(
     harvest_over(night, provider).await
 }
 
-/// A night whose results are changed on their way.
+/// A night whose results files are changed in transit.
 async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> HarvestSummary {
     let provider = Provider {
         on_the_way,
@@ -219,7 +219,7 @@ async fn unreadable_results_file_is_saved_and_stops_run() {
     assert_eq!(night.mock.stats().billed.answers, 20);
     let kept = std::fs::read_dir(night.run.config.run_dir.join("unreadable")).unwrap();
     assert_eq!(kept.count(), 1);
-    // The same command reads them again, and buys nothing.
+    // A rerun reads the files again and buys nothing.
     let summary = harvest(&night).await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0));
     assert_eq!(night.mock.stats().billed.answers, 20);
@@ -266,7 +266,7 @@ async fn unknown_batch_status_is_shown_and_polled() {
 
 #[tokio::test(start_paused = true)]
 async fn uploaded_file_not_yet_visible_is_retried() {
-    // The second one stays away until it is uploaded anew.
+    // The second file stays missing until it is uploaded again.
     for missing in [1, 45] {
         let night = night(&format!("[batch]\nmissing_s = {missing}"), 5, |_| {});
         let summary = harvest(&night).await;
@@ -319,7 +319,7 @@ async fn endpoint_without_batch_api_is_reported() {
         night.run.config.schedule.mode = RequestMode::Realtime;
         let summary = harvest(&night).await;
         assert_eq!(summary.ok, 5, "{summary:?}");
-        // Nothing is left of the batch that was planned.
+        // The planned batch was dropped.
         night.run.config.schedule.mode = RequestMode::Batch;
         let summary = harvest(&night).await;
         assert!(summary.error.is_none(), "{summary:?}");
@@ -341,7 +341,7 @@ async fn batch_outage_is_waited_out_or_exits_resumable() {
 
 #[tokio::test(start_paused = true)]
 async fn enqueued_token_limit_is_respected_or_detected() {
-    // Some 20 tokens a row, as the endpoint counts.
+    // About 20 tokens per row, as the endpoint counts.
     let script = "[batch]\nenqueued_tokens = 300";
     for known in [None, Some(500)] {
         let night = night(script, 60, |config| {
@@ -384,7 +384,7 @@ async fn window_delays_batch_submission_only() {
     let start = Instant::now();
     let summary = harvest(&night).await;
     assert_eq!(summary.ok, 5);
-    // The evening begins at 20:00, and the batch comes back when the window has closed.
+    // The run starts at 20:00, and the batch completes after the window has closed.
     let hours = start.elapsed().as_secs_f64() / 3_600.0;
     assert!((3.0..3.2).contains(&hours), "{hours}");
 }

@@ -1,4 +1,4 @@
-//! Batches that fail, with answers or without.
+//! Failed batches, with and without answers.
 
 use super::super::end;
 use super::ends::{harvest_over, harvest_with_cards};
@@ -50,7 +50,7 @@ async fn failed_batch_fails_named_rows_and_three_stop_run() {
     assert_eq!(night.mock.stats().billed.answers, 0);
 }
 
-/// A completed batch as a server reports it that has refused one row: failed, with all its lines in the error file.
+/// A completed batch as reported by a server that refused one row: failed, with all its lines in the error file.
 fn failed_with_error_file(mut card: Value) -> Value {
     if card["status"] == "completed" {
         card["status"] = "failed".into();
@@ -69,7 +69,7 @@ async fn answers_in_error_file_of_failed_batch_are_recorded() {
     assert_eq!(summary.attempts_lost, 0);
 }
 
-/// A night whose batches fail, with error files that are changed on their way.
+/// A night whose batches fail, with error files changed in transit.
 async fn harvest_failing(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> HarvestSummary {
     let provider = Provider {
         of_cards: failed_with_error_file,
@@ -106,7 +106,7 @@ async fn rows_named_in_error_file_fail_and_rest_is_retried() {
     assert_eq!((summary.ok, summary.failed), (19, 1), "{summary:?}");
     assert_eq!(parts(&summary), [("failed", 2)]);
     assert_eq!(night.run.failures()[0]["class"], "invalid_request");
-    // Rows that were not asked have lost no attempt.
+    // Rows that were not run keep their attempts.
     let batches = summary.batches.as_ref().unwrap();
     assert_eq!(
         (summary.attempts_lost, batches.lost, batches.asked_again),
@@ -133,7 +133,7 @@ async fn rows_named_by_line_in_error_file_fail_unless_answered() {
     );
 }
 
-/// Failed batches whose answers cannot be read are not bought again.
+/// Unreadable answers of a failed batch are not bought again.
 #[tokio::test(start_paused = true)]
 async fn unreadable_error_file_is_saved_and_stops_run() {
     type Change = fn(Bytes) -> Bytes;

@@ -1,4 +1,4 @@
-//! `schedule.mode = "batch"` against a scripted teacher's files and batches, on the paused clock.
+//! Batch mode against the files and batches of a scripted teacher, on the paused clock.
 
 mod ends;
 mod failed;
@@ -31,19 +31,19 @@ use crate::mock::batch::batch_request;
 
 use super::nights::{Night, Simulated, on_paused_clocks, whole};
 
-/// A scripted teacher in the place of the network, its batches too.
+/// A scripted teacher with a batch API that replaces the network.
 struct Provider {
     chat: Simulated,
-    /// Each call takes up to so long on its way there, and again on its way back.
+    /// Maximum latency of each call, in each direction.
     latency: Duration,
-    /// Downloads that hold half of their file and end as if that were all.
+    /// Number of downloads that end normally after half of their file.
     halved: AtomicU32,
-    /// Do downloads break off?
+    /// Downloads break off.
     breaks_files: bool,
-    /// Changes the content of files on its way, and cards.
+    /// Changes the content of files and batch objects in transit.
     on_the_way: fn(Bytes) -> Bytes,
     of_cards: fn(Value) -> Value,
-    /// Calls for cards and files that are refused with 403.
+    /// Calls for batch objects and files that are refused with 403.
     forbidden: AtomicU32,
 }
 
@@ -70,7 +70,7 @@ impl Provider {
         }
     }
 
-    /// A refusal, if this call is to have one.
+    /// Returns the refusal of this call, if any.
     fn forbid(&self) -> Option<HttpReply> {
         let take = |left: u32| left.checked_sub(1);
         let is_forbidden = self.forbidden.fetch_update(Relaxed, Relaxed, take).is_ok();
@@ -147,7 +147,7 @@ impl BatchApi for Provider {
     ) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         let after = after.map_or(String::new(), |after| format!("&after={after}"));
         async move {
-            // Small pages, so that there are several.
+            // Small pages, so that the list has several.
             let path = format!("/v1/batches?limit=2{after}");
             self.call("GET", &path, b"").await
         }
@@ -198,7 +198,7 @@ impl BatchApi for Provider {
     }
 }
 
-/// A night in batch mode.
+/// A simulated night in batch mode.
 fn night(script: &str, prompts: usize, change: impl FnOnce(&mut Config)) -> Night {
     Night::new(script, prompts, |config| {
         config.schedule.mode = RequestMode::Batch;
@@ -226,7 +226,7 @@ async fn harvest(night: &Night) -> HarvestSummary {
     summary.unwrap().unwrap()
 }
 
-/// Batches by their status.
+/// Number of batches by status.
 fn parts(summary: &HarvestSummary) -> Vec<(&str, u64)> {
     let parts = &summary.batches.as_ref().unwrap().parts;
     parts
@@ -235,7 +235,7 @@ fn parts(summary: &HarvestSummary) -> Vec<(&str, u64)> {
         .collect()
 }
 
-/// The records by key, without what tells of time, and of what batches cost less.
+/// Records by key, without times and costs, which differ between the modes.
 fn timeless(records: Vec<Record>) -> BTreeMap<String, Record> {
     let records = records.into_iter().map(|mut record| {
         record.timing = Default::default();
@@ -282,7 +282,7 @@ async fn batch_records_match_real_time_at_half_price() {
     let costs: f64 = costs.iter().filter_map(|record| record.cost_usd).sum();
     assert!((costs - half).abs() < 1e-12);
 
-    // What is in the cache is not asked again, in whichever mode.
+    // Cached rows are not requested again in either mode.
     let seen = batched.mock.stats().requests;
     for mode in [RequestMode::Realtime, RequestMode::Batch] {
         let mut again = Night::new(script, 60, change);
@@ -297,7 +297,7 @@ async fn batch_records_match_real_time_at_half_price() {
     }
     assert_eq!(batched.mock.stats().requests, seen);
     assert_eq!(batched.bought_twice(&batched.mock.stats()), 0);
-    // Nothing is left but the journal.
+    // Only the journal remains.
     let left = batched.run.config.run_dir.join("batches");
     assert_eq!(left.read_dir().unwrap().count(), 0);
 }
@@ -341,7 +341,7 @@ async fn signal_leaves_batches_for_next_run_to_collect() {
         (20, vec![("in_progress", 1)])
     );
 
-    // Asked one by one now, they would be bought twice.
+    // Real-time requests would buy the answers twice.
     night.run.config.schedule.mode = RequestMode::Realtime;
     let (_sender, receiver) = unbounded_channel();
     let error = harvest_with(&night, Duration::ZERO, None, receiver).await;

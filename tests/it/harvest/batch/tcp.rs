@@ -1,4 +1,4 @@
-//! Batch mode over real TCP, where a day takes a second.
+//! Batch mode over real TCP, with a day scaled to a second.
 
 use distill::mock::script::Script;
 use distill::mock::server::start;
@@ -60,7 +60,7 @@ async fn batch_connection_faults_are_retried_and_bought_once() {
 
 #[tokio::test]
 async fn batch_refused_key_ends_run_and_is_not_shown() {
-    // The variable is not set in the mock's script, so every request is a 401.
+    // The mock's script does not set the variable, so every request gets a 401.
     let (_server, run) = run("key = \"sk-another-key-0123456789\"", |_| {});
     let summary = run.harvest().await;
     let (code, message) = end(&summary);

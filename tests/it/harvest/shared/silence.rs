@@ -106,7 +106,7 @@ async fn redis_outage_blocks_requests_then_exits_resumable() {
     let lasted = killed.elapsed();
     assert!(lasted >= Duration::from_millis(500), "{lasted:?}");
     assert!(lasted < Duration::from_secs(10), "{lasted:?}");
-    // A permit that was in hand may have left; whatever was in flight is recorded.
+    // One more request may use a permit granted before the outage; all answers in flight are recorded.
     assert!(
         teacher.count() <= before + 1,
         "{} {before}",
@@ -120,7 +120,7 @@ async fn redis_outage_blocks_requests_then_exits_resumable() {
 async fn run_continues_after_redis_outage() {
     type Act = fn(&mut Redis);
     let nothing: Act = |_| {};
-    // What happens to it, what makes it good again, and does anything leave meanwhile?
+    // Fault of the server, its repair, and whether requests are sent during the fault.
     let cases: [(&str, Act, Act, bool); 4] = [
         ("killed", Redis::kill, Redis::restart, false),
         (
