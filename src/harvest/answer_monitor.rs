@@ -209,7 +209,8 @@ impl AnswerMonitor {
     fn repeated_text(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let (last, count, prompt) = &mut self.repeated_text;
         if *last != facts.text.0 || facts.text.1 < MIN_TEXT_BYTES {
-            (*last, *count) = (facts.text.0, 0);
+            *last = facts.text.0;
+            *count = 0;
         }
         if facts.text.1 >= MIN_TEXT_BYTES && *prompt != Some(facts.prompt) {
             *count += 1;

@@ -77,7 +77,9 @@ pub(crate) async fn run(
     let reply = transport.ask(&body).await;
     let latency = started.elapsed();
     let now = clock.now().into();
-    let (mut reports, mut permit, mut raw) = (Vec::new(), None, None);
+    let mut reports = Vec::new();
+    let mut permit = None;
+    let mut raw = None;
     if let Ok(reply) = &reply {
         reports = headers::parse(&reply.headers, now);
         permit = reply.permit.clone();

@@ -17,7 +17,8 @@
 //! | `batch/` | the same rows through OpenAI's Batch API, into the same cache under the same keys |
 //! | `scorer` | teacher logprobs of texts that the student wrote, for on-policy training |
 //! | `run_files`, `unreadable_bodies` | budget account and unanswered rows; response bodies that cannot be parsed |
-//! | `disk_full`, `window`, `run_error` | answers held while the disk is full; time window and deadline; errors that end a run |
+//! | `disk_full` | answers held in memory while the disk is full |
+//! | `window`, `run_error` | time window and deadline; errors that end a run |
 //!
 //! Invariants: one task decides (`dispatch` or `batch`), attempts share nothing but the plan. The budget is
 //! reserved on disk before a request leaves, so the cap holds after a kill. A recorded answer is never
@@ -43,7 +44,6 @@ pub(crate) mod unreadable_bodies;
 pub(crate) mod upstream;
 pub(crate) mod window;
 
-use crate::harvest::options::HarvestOptions;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,10 +57,12 @@ use crate::client::transport::Transport;
 use crate::clock::WallClock;
 use crate::config::{Config, RequestMode};
 use crate::exit::Exit;
+use crate::harvest::options::HarvestOptions;
 use crate::harvest::run_files::RunFiles;
 use crate::harvest::upstream::Upstream;
 use crate::harvest::window::RequestWindow;
 use crate::ops::process;
+use crate::plan::again;
 use crate::plan::prepare::{
     check_endpoints, check_money, open_cache, prompts, request_templates, unused_answers,
     warn_of_empty_cache,
@@ -74,6 +76,7 @@ use crate::rate_limit::redis::SharedLimits;
 use crate::report::summary::HarvestSummary;
 use crate::signal::{Signals, StopFlag};
 use crate::terminal::progress::Progress;
+use batch::journal;
 use batch::{BatchOutcome, Batches};
 use dispatch::Dispatcher;
 
@@ -162,29 +165,23 @@ pub async fn run_in(
     let is_batch = config.schedule.mode == RequestMode::Batch;
     let again = if options.again.is_empty() {
         None
-    } else if is_batch && crate::harvest::batch::journal::is_under_way(&config.run_dir)? {
+    } else if is_batch && journal::is_under_way(&config.run_dir)? {
         tracing::warn!(
             "batches are under way: this run waits for them, and `--again` removes nothing from the cache"
         );
         None
     } else {
-        crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
+        journal::check_none_under_way(&config.run_dir)?;
         RequestWindow::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
         // An account without a ledger counts the cost of the cache, so it is opened before records are removed.
         let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
-            + crate::harvest::scorer::scoring_cost_usd(config)?;
+            + scorer::scoring_cost_usd(config)?;
         RunFiles::open(config, cached, Unanswered::default(), clock.clone())?
             .1
             .warn();
-        let selected = crate::plan::again::select(
-            config,
-            &options.again,
-            options.shard,
-            &prompts,
-            &unanswered,
-        )?;
+        let selected = again::select(config, &options.again, options.shard, &prompts, &unanswered)?;
         let selectors = &options.again;
-        Some(crate::plan::again::remove_from_cache(
+        Some(again::remove_from_cache(
             config,
             selectors,
             selected,
@@ -211,7 +208,7 @@ pub async fn run_in(
     }?;
     let is_all = !options.again.is_empty() || options.limit.is_none() && options.shard.is_none();
     if summary.pending == 0 && is_all {
-        crate::plan::again::finish(&config.run_dir)?;
+        again::finish(&config.run_dir)?;
     }
     Ok(summary)
 }
@@ -227,7 +224,7 @@ struct Run<'a> {
     transports: Vec<Arc<dyn Transport>>,
     unanswered: Unanswered,
     /// Rows selected by `--again`; if set, no other row is asked.
-    again: Option<crate::plan::again::RowKeys>,
+    again: Option<again::RowKeys>,
     /// Stops long steps that run before the first request.
     stop: StopFlag,
     clock: WallClock,
@@ -235,8 +232,8 @@ struct Run<'a> {
 
 impl Run<'_> {
     async fn realtime(mut self, prompts: Vec<Prompt>, signals: Signals) -> Result<HarvestSummary> {
-        crate::harvest::batch::journal::check_none_under_way(&self.config.run_dir)?;
-        crate::harvest::batch::journal::drop_uncreated(&self.config.run_dir)?;
+        journal::check_none_under_way(&self.config.run_dir)?;
+        journal::drop_uncreated(&self.config.run_dir)?;
         let plan = self.plan(self.config, prompts, |key| self.row_status(key))?;
         let run_files = self.open_run_files()?;
         let dispatcher = self.dispatcher(self.config, plan, run_files).await?;
@@ -252,7 +249,8 @@ impl Run<'_> {
             // Rows that the batches leave over are sent in real time: check their limits before the batches run.
             self.shared(&plan, upstream, &Arc::default()).await?;
         }
-        let (transports, clock) = (&self.transports, self.clock.clone());
+        let transports = &self.transports;
+        let clock = self.clock.clone();
         let batches = Batches::new(
             &config, plan, self.cache, transports, run_files, clock, self.quiet,
         )?;
@@ -294,8 +292,8 @@ impl Run<'_> {
         let templates = request_templates(config, &self.probes)?;
         let mut past = self.cache.past();
         // Rows of earlier batches have the keys of the version that submitted them.
-        past.has_schema_1 |= crate::harvest::batch::journal::is_under_way(&self.config.run_dir)?
-            || !self.unanswered.is_empty();
+        past.has_schema_1 |=
+            journal::is_under_way(&self.config.run_dir)? || !self.unanswered.is_empty();
         let scope = PlanScope {
             shard: self.shard,
             only: self.again.as_ref(),
@@ -312,7 +310,8 @@ impl Run<'_> {
             tracing::warn!("{warning}");
         }
         if self.again.is_none() {
-            let (dir, known) = (config.own_cache(), self.cache.len());
+            let dir = config.own_cache();
+            let known = self.cache.len();
             let unused = unused_answers(&dir, &plan, known, MAX_UNUSED_SEARCHED, &self.stop)?;
             if let Some(advice) = unused.advice(&config.arguments()) {
                 tracing::warn!("{advice}");
@@ -331,8 +330,7 @@ impl Run<'_> {
     /// Opens the run files and takes over `self.unanswered`.
     fn open_run_files(&mut self) -> Result<RunFiles> {
         let config = self.config;
-        let cached =
-            self.cache.cost_when_opened() + crate::harvest::scorer::scoring_cost_usd(config)?;
+        let cached = self.cache.cost_when_opened() + scorer::scoring_cost_usd(config)?;
         let unanswered = std::mem::take(&mut self.unanswered);
         let (run_files, lost) = RunFiles::open(config, cached, unanswered, self.clock.clone())?;
         lost.warn();
@@ -345,7 +343,8 @@ impl Run<'_> {
         plan: Plan,
         mut run_files: RunFiles,
     ) -> Result<Dispatcher<'b>> {
-        let (wake, mut upstreams) = (Arc::default(), Vec::new());
+        let wake = Arc::default();
+        let mut upstreams = Vec::new();
         for (index, transport) in self.transports.iter().enumerate() {
             run_files.check_largest(&plan, index)?;
             let day = run_files.daily_limit(&plan.templates[index].endpoint);
@@ -355,7 +354,8 @@ impl Run<'_> {
             upstreams.push(upstream);
         }
         let progress = Progress::new("harvest", plan.total, self.quiet);
-        let (plan, clock) = (Arc::new(plan), self.clock.clone());
+        let plan = Arc::new(plan);
+        let clock = self.clock.clone();
         let dispatcher = Dispatcher::new(
             config, plan, self.cache, upstreams, run_files, clock, progress,
         )?;
@@ -390,8 +390,8 @@ pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
     let upstreams =
         upstreams.map(|upstream| Ok((Arc::new(HttpTeacher::new(&upstream.teacher)?), upstream)));
     let upstreams = upstreams.collect::<Result<Vec<_>>>()?;
-    let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
-        + crate::harvest::scorer::scoring_cost_usd(config)?;
+    let cached =
+        crate::cache::open::peek(&config.own_cache())?.cost_usd + scorer::scoring_cost_usd(config)?;
     let (mut run_files, lost) =
         RunFiles::open(config, cached, Unanswered::default(), clock.clone())?;
     lost.warn();

@@ -239,8 +239,11 @@ impl TextScorer {
         let run_files = self.run_files.take();
         let mut run_files = run_files.context("internal error: the budget account is missing")?;
         run_files.check_largest(&plan, 0)?;
-        let (limits, progress) = (self.limits.take(), Progress::notes(self.quiet));
-        let (config, cache, upstream) = (&self.config, &self.cache, &self.upstream);
+        let limits = self.limits.take();
+        let progress = Progress::notes(self.quiet);
+        let config = &self.config;
+        let cache = &self.cache;
+        let upstream = &self.upstream;
         let transport = Arc::clone(&self.transport);
         let ended = self.runtime.block_on(async {
             let wake = Arc::default();
@@ -257,7 +260,8 @@ impl TextScorer {
                     Upstream::new(&plan, 0, transport, day, shared, config)?
                 }
             };
-            let (clock, plan) = (WallClock::system(), Arc::new(plan));
+            let clock = WallClock::system();
+            let plan = Arc::new(plan);
             let dispatcher = Dispatcher::new(
                 config,
                 plan,
@@ -274,7 +278,8 @@ impl TextScorer {
             mut upstreams,
             run_files,
         } = ended;
-        (self.run_files, self.limits) = (Some(run_files), upstreams.pop());
+        self.run_files = Some(run_files);
+        self.limits = upstreams.pop();
         self.count(summary)
     }
 

@@ -30,7 +30,9 @@ pub(crate) enum WindowState {
 
 /// Error of a run whose deadline has passed.
 pub(crate) fn deadline_passed() -> anyhow::Error {
-    Exit::Resumable("the deadline has passed; rerun the command to ask for the rest (set a later `schedule.deadline` first if it has a date)".into()).into()
+    let message = "the deadline has passed; rerun the command to ask for the rest (set a later \
+                   `schedule.deadline` first if it has a date)";
+    Exit::Resumable(message.into()).into()
 }
 
 impl RequestWindow {

@@ -226,7 +226,8 @@ impl Batches<'_> {
             let Some(mut rows) = self.rows_of_file(index, batches, file).await? else {
                 continue;
             };
-            let (mut line_count, mut own_lines) = (0, 0);
+            let mut line_count = 0;
+            let mut own_lines = 0;
             while let Some(line) = self.next_row(index, &mut rows).await? {
                 if line.trim_ascii().is_empty() {
                     continue;
@@ -245,7 +246,7 @@ impl Batches<'_> {
                 return self.keep_unreadable_file(index, batches, file).await;
             }
         }
-        // Expect all rows if the reported number is not plausible.
+        // A completed batch must have every row. Otherwise the reported number counts, if it is plausible.
         let members = collection.members.len() as u64;
         let expected = if object.status == "completed" {
             Some(members)
@@ -430,7 +431,8 @@ impl Batches<'_> {
         let bound = member.bound();
         let answered =
             EncodedAnswer::new(template, &row, &prompt, body, bound, completion, timing)?;
-        let (charge, price) = (answered.charge(), template.endpoint.price.clone());
+        let charge = answered.charge();
+        let price = template.endpoint.price.clone();
         let wants_logprobs = template.wants_logprobs();
         let append = |cache: &crate::cache::Cache| {
             cache

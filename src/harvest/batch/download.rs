@@ -61,7 +61,8 @@ impl Batches<'_> {
     fn read_failures(&mut self, index: usize, error: AttemptError) -> BatchStepError {
         let progress = &mut self.journal.parts[index].progress;
         progress.read_failures += 1;
-        let (count, upstream) = (progress.read_failures, progress.upstream);
+        let count = progress.read_failures;
+        let upstream = progress.upstream;
         let message = error.message().to_owned();
         if count == 1 {
             self.progress.note(&format!(

@@ -35,7 +35,8 @@ impl Batches<'_> {
                 continue;
             }
             let line = batches.without_key(line);
-            let (kept, count) = (collection.unreadable.len(), collection.unreadable_lines);
+            let kept = collection.unreadable.len();
+            let count = collection.unreadable_lines;
             if self.take_line(index, &mut collection, line.clone())? {
                 continue;
             }

@@ -60,7 +60,8 @@ impl PartLimits {
         &self,
         rows: impl Iterator<Item = RowSize>,
     ) -> (usize, RowSize, Option<PartFull>) {
-        let (mut count, mut sum) = (0, RowSize::default());
+        let mut count = 0;
+        let mut sum = RowSize::default();
         for row in rows {
             let with = RowSize {
                 bytes: sum.bytes + row.bytes,
@@ -91,7 +92,8 @@ impl PartLimits {
             if full.is_some() {
                 return (count, sum, full);
             }
-            (count, sum) = (count + 1, with);
+            count = count + 1;
+            sum = with;
         }
         (count, sum, None)
     }
@@ -142,7 +144,8 @@ mod tests {
     }
 
     proptest! {
-        /// Every row is in exactly one part or larger than a file. Parts respect all limits and are as large as possible.
+        /// Every row is in exactly one part or larger than a file. Parts respect all limits and are as large as
+        /// possible.
         #[test]
         fn rows_are_split_within_all_limits(
             rows in proptest::collection::vec((1u64..300, 1u64..500, 1u64..50), 0..200),
@@ -167,7 +170,8 @@ mod tests {
                 tokens,
                 usd: 300.0,
             };
-            let (mut next, mut never) = (0, 0);
+            let mut next = 0;
+            let mut never = 0;
             while next < rows.len() {
                 let (count, sum, full) = limits.take(rows[next..].iter().copied());
                 let part = &rows[next..next + count];

@@ -10,7 +10,8 @@ use crate::budget::dollars::Dollars;
 use crate::terminal::{format_count, sanitise};
 
 impl Batches<'_> {
-    /// Resumes the batches that earlier runs left under way: reserves their budget and removes their rows from the queue.
+    /// Resumes the batches that earlier runs left under way. Reserves their budget and removes their rows from the
+    /// queue.
     pub(super) fn recover(&mut self) -> Result<()> {
         self.journal.remove_stale_files()?;
         let mut members = HashMap::new();

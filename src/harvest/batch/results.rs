@@ -63,7 +63,8 @@ const DEEPEST: usize = 5;
 /// Splits a line into rows: items of a list, consecutive objects, or fields of an object, with any text between them.
 /// Invalid JSON is repaired.
 fn values(line: &Bytes) -> Vec<Bytes> {
-    let (mut rows, mut at) = (Vec::new(), 0);
+    let mut rows = Vec::new();
+    let mut at = 0;
     while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {
         let rest = line.slice(start..);
         let mut strict = serde_json::Deserializer::from_slice(&rest).into_iter::<&RawValue>();
@@ -141,7 +142,8 @@ fn add_rows<'a>(value: &'a RawValue, depth: usize, rows: &mut Vec<&'a RawValue>)
 
 /// Splits a text that cannot be repaired by its braces.
 fn values_by_braces(line: &Bytes) -> Vec<Bytes> {
-    let (mut values, mut at) = (Vec::new(), 0);
+    let mut values = Vec::new();
+    let mut at = 0;
     while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {
         let rest = &line[start..];
         let ids: Vec<usize> = memchr::memmem::find_iter(rest, ID).take(2).collect();

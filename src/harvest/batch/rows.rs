@@ -121,7 +121,8 @@ mod tests {
 
     #[test]
     fn object_may_span_several_lines() {
-        let (a, b) = (row("a"), row("b"));
+        let a = row("a");
+        let b = row("b");
         let pretty = |value: &Value| serde_json::to_string_pretty(value).unwrap();
         for text in [
             format!("{a}\n{b}\n"),
@@ -150,7 +151,8 @@ mod tests {
 
     #[test]
     fn truncated_object_loses_no_other_row() {
-        let (a, b) = (row("a"), row("b"));
+        let a = row("a");
+        let b = row("b");
         let pretty = serde_json::to_string_pretty(&a).unwrap();
         let broken = &pretty[..pretty.len() - 20];
         let found = rows(&format!("{broken}\n{b}\n{pretty}"));

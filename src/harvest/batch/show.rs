@@ -10,7 +10,8 @@ impl Batches<'_> {
     pub(super) fn show_progress(&mut self) {
         self.run_files
             .summarise(self.is_priced(), &mut self.summary);
-        let (parts, summary) = (self.parts_under_way(), &self.summary);
+        let parts = self.parts_under_way();
+        let summary = &self.summary;
         self.progress.update(summary.done(), || {
             let mut texts: Vec<String> = parts
                 .iter()

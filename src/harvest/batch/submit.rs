@@ -259,7 +259,8 @@ impl Batches<'_> {
     async fn adopt(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
         let (upstream, transport) = self.upstream_of(index)?;
         let part = &self.journal.parts[index];
-        let (nonce, oldest) = (part.nonce.clone(), part.planned_at - CLOCK_SKEW_S);
+        let nonce = part.nonce.clone();
+        let oldest = part.planned_at - CLOCK_SKEW_S;
         let mut after: Option<String> = None;
         loop {
             let reply = batches(&transport)?.list(after.as_deref()).await;
@@ -312,7 +313,8 @@ impl Batches<'_> {
         let (upstream, _) = self.upstream_of(index)?;
         let price = self.upstreams[upstream].settings.price.clone();
         let part = &mut self.journal.parts[index];
-        let (held, rows) = (std::mem::take(&mut part.progress.held), part.rows);
+        let held = std::mem::take(&mut part.progress.held);
+        let rows = part.rows;
         let held = Dollars::at_least(held);
         self.run_files
             .account

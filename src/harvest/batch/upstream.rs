@@ -156,8 +156,8 @@ impl BatchUpstream {
         (pause, message)
     }
 
-    /// Handles a claim that no request can succeed. Before the first batch it stops the upstream immediately, later only
-    /// after [`CLAIMS`] repetitions.
+    /// Handles a claim that no request can succeed. It stops the upstream immediately before the first batch, later
+    /// after more than [`CLAIMS`] repetitions.
     fn claimed(&mut self, claim: RefusalClaim, retry: &config::RetryConfig) -> (Duration, String) {
         self.refused_calls += 1;
         let pause = outcome::backoff(self.failures, retry, 1.0);

@@ -352,7 +352,8 @@ impl<'a> Dispatcher<'a> {
     /// Records the answers of a group by one write and decides about the other replies.
     fn handle_result(&mut self, group: Vec<TaskResult>) -> Result<()> {
         self.check_cache()?;
-        let (mut finished, mut fault) = (Vec::with_capacity(group.len()), None);
+        let mut finished = Vec::with_capacity(group.len());
+        let mut fault = None;
         for ended in group {
             match ended.context("a request task failed").flatten() {
                 Ok(request) => finished.push(request),
@@ -445,7 +446,8 @@ impl<'a> Dispatcher<'a> {
         self.tick_account()?;
         self.note_dollars();
         self.rates.note(Instant::now(), &self.summary);
-        let (rates, summary) = (&self.rates, &self.summary);
+        let rates = &self.rates;
+        let summary = &self.summary;
         self.progress.update(summary.done(), || rates.line(summary));
         Ok(())
     }

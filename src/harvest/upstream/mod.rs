@@ -156,7 +156,9 @@ impl Upstream {
     pub(crate) fn resume_with(&mut self, plan: &Plan, index: usize) -> Result<()> {
         self.limiter.allow_request_of(plan.largest(index))?;
         self.queue = queue(plan, index, Instant::now());
-        (self.in_flight, self.probe, self.first) = (0, None, None);
+        self.in_flight = 0;
+        self.probe = None;
+        self.first = None;
         Ok(())
     }
 

@@ -1,5 +1,5 @@
-//! Simulated runs of a night against a scripted teacher, on the paused clock, with faults and kills. All invariants must
-//! hold at the end.
+//! Simulated runs of a night against a scripted teacher, on the paused clock, with faults and kills. All invariants
+//! must hold at the end.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

@@ -213,7 +213,8 @@ fn several_rows_on_one_line_are_split() {
         let body = format!(r#"{{"choices":[{{"message":{{"content":"{id}"}}}}]}}"#);
         format!(r#"{{"custom_id":"{id}","response":{{"status_code":200,"body":{body}}}}}"#)
     };
-    let (a, b) = (row("a"), row("b"));
+    let a = row("a");
+    let b = row("b");
     let broken = b.replace("\"content\"", "\"n\":NaN,\"content\"");
     for line in [
         format!("[{a},{b}]"),
