@@ -1,7 +1,7 @@
 //! Detects unusable answers after about twenty of them. Pure.
 //!
 //! An endpoint can answer every request with status 200 and still send nothing of use: no logprobs, no text, another
-//! model, the same text every time. The user gets a note, and a run of unusable answers stops.
+//! model, the same text every time. The user gets a note, and consecutive unusable answers stop the run.
 
 use crate::report::answer_facts::AnswerFacts;
 use std::collections::{HashMap, HashSet};

@@ -70,8 +70,8 @@ pub(crate) struct EndpointHealth {
     setbacks: u32,
 }
 
-/// Counts rounds of replies: all requests in flight at the same time may be refused together, so a reply to a
-/// request that was sent before the last round was counted belongs to that round.
+/// Counts rounds of refusals. All requests in flight may be refused together: a request sent before the last round
+/// was counted belongs to that round.
 #[derive(Debug, Default)]
 struct Rounds {
     count: u32,
@@ -116,8 +116,8 @@ impl EndpointHealth {
         }
     }
 
-    /// Records an answer to a request sent at `sent_at`. If it was sent before the failures began, they still count: it
-    /// may have been in flight for minutes.
+    /// Records an answer to a request sent at `sent_at`. A request sent before the failures began may have been in
+    /// flight for minutes, so its answer does not reset them.
     pub(crate) fn success(&mut self, sent_at: Instant, now: Instant) {
         self.last_success = now;
         self.excluded = Duration::ZERO;

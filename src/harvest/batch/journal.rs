@@ -112,7 +112,7 @@ pub(crate) struct PartProgress {
     pub not_before: Option<Instant>,
 }
 
-/// Line of `<nonce>.rows.jsonl`: the fields needed to record the answer, even if the plan of a later run lacks the row.
+/// Line of `<nonce>.rows.jsonl`: all that the record of the answer needs, even if a later plan lacks the row.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct PartRow {
     pub key: String,

@@ -276,8 +276,7 @@ impl<'a> Batches<'a> {
         let (pause, message) = self.upstreams[upstream].call_failed(error, &self.config.retry);
         if pause >= LONG_WAIT {
             let pause = format_duration(pause);
-            self.progress
-                .note(&format!("waiting {pause}: the endpoint says {message}"));
+            self.progress.note(&format!("waiting {pause}: {message}"));
         }
     }
 

@@ -22,7 +22,7 @@ use crate::plan::queue::QueuedRow;
 /// Delays in seconds before each search for a batch whose creation had no reply; the list of batches may lag.
 const LOOKUP_DELAYS_S: [u64; 4] = [0, 5, 15, 40];
 
-/// Number of times that an uploaded file may be "not found" before it is uploaded again, and before the part fails.
+/// Number of times that an uploaded file may be "not found" before a second upload, and before its part fails.
 const FILE_NOT_FOUND_LIMITS: [u32; 2] = [6, 12];
 
 /// Maximum clock skew in seconds: the search for a nonce covers batches that are older than its part by this much.

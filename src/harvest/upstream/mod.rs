@@ -167,8 +167,8 @@ impl Upstream {
         self.queue.is_empty() || self.stopped.is_some()
     }
 
-    /// Checks that one more request may be in flight: only one after a closed gate, in an outage and before the first
-    /// answer.
+    /// Checks that one more request may be in flight. The maximum is one after a closed gate, in an outage and before
+    /// the first answer.
     ///
     /// # Errors
     /// The time of the next check; None if a reply has to arrive first.

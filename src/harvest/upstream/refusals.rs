@@ -67,19 +67,19 @@ impl Upstream {
         if self.settings.limits.adapt {
             self.concurrency.throttled(ticket.at, now);
         }
-        let own = self.backoff_pause(round, 1.0);
-        let far = wait.filter(|wait| *wait > LONGEST_WAIT);
-        if let Some(far) = far
+        let backoff = self.backoff_pause(round, 1.0);
+        let long_wait = wait.filter(|wait| *wait > LONGEST_WAIT);
+        if let Some(long_wait) = long_wait
             && self.health.long_wait_requested(ticket.at, now) >= LONG_WAIT_ROUNDS
         {
             self.queue.delay(entry, now);
-            return RetryDecision::LongWait(far);
+            return RetryDecision::LongWait(long_wait);
         }
         // After a second refusal the pause is never shorter than the back-off.
-        let pause = match wait.filter(|_| far.is_none()) {
-            Some(wait) if round > 1 => wait.max(own),
+        let pause = match wait.filter(|_| long_wait.is_none()) {
+            Some(wait) if round > 1 => wait.max(backoff),
             Some(wait) => wait,
-            None => own,
+            None => backoff,
         };
         let was_open = self.limiter.close_until(now + pause);
         let is_long = wait.is_some() && pause.as_secs_f64() > self.retry.max_s;

@@ -66,30 +66,30 @@ fn prompts(run: &Run, count: usize) {
 #[tokio::test(flavor = "multi_thread")]
 async fn pending_row_of_earlier_run_does_not_block_new_rows() {
     for reaction in all_reactions() {
-        let told = format!("{reaction:?}");
+        let context = format!("{reaction:?}");
         let server = teacher(1, reaction).await;
         let run = two_at_once(&server);
         // The bad row comes amid answers, and is left.
         run.write("prompts.txt", "p1\np2\np0\np3");
         run.harvest().await;
-        assert_eq!(run.records().len(), 3, "{told}");
+        assert_eq!(run.records().len(), 3, "{context}");
         run.write("prompts.txt", "p0\np1\np2\np3\np4\np5\np6");
         run.harvest().await;
-        assert_eq!(run.records().len(), 6, "{told}");
+        assert_eq!(run.records().len(), 6, "{context}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn failing_first_rows_do_not_stop_every_run() {
     for reaction in reactions() {
-        let told = format!("{reaction:?}");
+        let context = format!("{reaction:?}");
         let server = teacher(4, reaction).await;
         let run = two_at_once(&server);
         prompts(&run, 12);
         for _ in 0..2 {
             run.harvest().await;
         }
-        assert_eq!(run.records().len(), 8, "{told}");
+        assert_eq!(run.records().len(), 8, "{context}");
         let rest = run.harvest().await;
         // Three rows without credit stop the run.
         let expected = if end(&rest).1.contains("credit") {
@@ -97,9 +97,9 @@ async fn failing_first_rows_do_not_stop_every_run() {
         } else {
             (3, 4)
         };
-        assert_eq!((end(&rest).0, rest.failed), expected, "{told}: {rest:?}");
+        assert_eq!((end(&rest).0, rest.failed), expected, "{context}: {rest:?}");
         // Up to six attempts at each bad row in each run.
-        assert!(server.count() < 100, "{told}: {}", server.count());
+        assert!(server.count() < 100, "{context}: {}", server.count());
     }
 }
 
@@ -144,10 +144,10 @@ async fn always_throttled_last_row_fails() {
         run.config.retry.max_outage_s = 60.0;
         prompts(&run, 12);
         let summary = run.harvest().await;
-        let told = format!("{status} {header}: {summary:?}");
-        assert_eq!((summary.ok, summary.failed), (11, 1), "{told}");
-        assert_eq!(end(&summary).0, 3, "{told}");
-        assert!(server.count() < 40, "{told}");
+        let context = format!("{status} {header}: {summary:?}");
+        assert_eq!((summary.ok, summary.failed), (11, 1), "{context}");
+        assert_eq!(end(&summary).0, 3, "{context}");
+        assert!(server.count() < 40, "{context}");
     }
 }
 
@@ -155,14 +155,14 @@ async fn always_throttled_last_row_fails() {
 async fn adjacent_failing_rows_do_not_affect_other_rows() {
     for reaction in all_reactions() {
         for concurrency in [1, 8] {
-            let told = format!("{reaction:?} {concurrency}");
+            let context = format!("{reaction:?} {concurrency}");
             let server = teacher_of(5..12, reaction.clone(), Duration::from_millis(40)).await;
             let mut run = Run::new(&server, &[]);
             run.config.sampling.top_logprobs = 0;
             run.config.limits.concurrency = concurrency;
             prompts(&run, 40);
             let summary = run.harvest().await;
-            assert_eq!(summary.ok, 33, "{told}: {summary:?}");
+            assert_eq!(summary.ok, 33, "{context}: {summary:?}");
         }
     }
 }
@@ -204,9 +204,9 @@ async fn rows_failed_in_earlier_run_are_sent_last() {
         assert_eq!((first.ok, first.failed), (30, 30), "{status}: {first:?}");
         for _ in 0..2 {
             let again = run.harvest().await;
-            let told = format!("{status}: {again:?}");
-            assert_eq!((again.failed, again.requests), (30, 30), "{told}");
-            assert_eq!(end(&again).0, 3, "{told}");
+            let context = format!("{status}: {again:?}");
+            assert_eq!((again.failed, again.requests), (30, 30), "{context}");
+            assert_eq!(end(&again).0, 3, "{context}");
         }
         prompts(&run, 70);
         let more = run.harvest().await;
@@ -230,8 +230,8 @@ async fn mixed_failing_rows_end_with_few_requests() {
             run.harvest().await;
         }
         let last = run.harvest().await;
-        let told = format!("{status}: {last:?}");
-        assert_eq!((last.failed, end(&last).0), (2, 3), "{told}");
-        assert!(server.count() < 60, "{}: {told}", server.count());
+        let context = format!("{status}: {last:?}");
+        assert_eq!((last.failed, end(&last).0), (2, 3), "{context}");
+        assert!(server.count() < 60, "{}: {context}", server.count());
     }
 }

@@ -49,9 +49,10 @@ fn assert_clean(place: &str, bytes: &[u8]) {
 fn assert_files_clean(dir: &Path) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => assert_files_clean(&path),
-            false => assert_clean(path.to_str().unwrap(), &fs::read(&path).unwrap()),
+        if path.is_dir() {
+            assert_files_clean(&path)
+        } else {
+            assert_clean(path.to_str().unwrap(), &fs::read(&path).unwrap())
         }
     }
 }
@@ -67,16 +68,17 @@ fn fault(kind: &str, conditions: &str) -> String {
     let is_error = ["http", "html", "insufficient", "redirect", "error"]
         .iter()
         .any(|start| kind.starts_with(start));
-    // It is told from other refusals by its code.
+    // An exhausted quota is recognised by its code.
     let code = match kind {
         "insufficient_quota" => kind,
         _ => KEY,
     };
-    let body = match is_error {
-        true => format!(
+    let body = if is_error {
+        format!(
             "body = '''{{\"error\":{{\"message\":\"Incorrect API key provided: {KEY}\",\"code\":\"{code}\"}}}}'''\n"
-        ),
-        false => String::new(),
+        )
+    } else {
+        String::new()
     };
     format!(
         "[[faults]]\nkind = \"{kind}\"\n{conditions}\n{body}\
@@ -271,7 +273,7 @@ fn unescaped(text: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn api_key_in_any_encoding_is_in_no_output() {
     for reaction in disguised() {
-        let told = format!("{reaction:?}");
+        let context = format!("{reaction:?}");
         let server = FaultServer::start(move |_| reaction.clone()).await;
         let more = "max_attempts = 2\n";
         let dir = folder(&server.base_url, 2, more);
@@ -285,10 +287,10 @@ async fn api_key_in_any_encoding_is_in_no_output() {
         let is_shown = texts.iter().any(|text| text.contains("[key]"));
         // Half of an answer is not shown.
         let is_half = texts.iter().any(|text| text.contains("ends early"));
-        assert!(is_shown || is_half, "{told}: {texts:?}");
+        assert!(is_shown || is_half, "{context}: {texts:?}");
         for text in texts {
             let plain = unescaped(&unescaped(&text.replace("\\\\", "\\")));
-            assert_clean(&told, plain.as_bytes());
+            assert_clean(&context, plain.as_bytes());
         }
     }
 }

@@ -60,9 +60,10 @@ impl Storage for MoodyFile {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        match self.1.fails_to_sync {
-            true => self.1.mood(),
-            false => Ok(()),
+        if self.1.fails_to_sync {
+            self.1.mood()
+        } else {
+            Ok(())
         }
     }
 

@@ -47,11 +47,11 @@ async fn first_request_is_sent_alone() {
         Reaction::After(Duration::from_millis(200), Box::new(reply(401, json!({})))),
     ];
     for mistake in mistakes {
-        let told = format!("{mistake:?}");
+        let context = format!("{mistake:?}");
         let server = FaultServer::start(move |_| mistake.clone()).await;
         let summary = run_of(&server, 50).harvest().await;
-        assert_eq!((end(&summary).0, summary.pending), (1, 50), "{told}");
-        assert_eq!(server.count(), 1, "{told}");
+        assert_eq!((end(&summary).0, summary.pending), (1, 50), "{context}");
+        assert_eq!(server.count(), 1, "{context}");
     }
 }
 
@@ -100,15 +100,15 @@ async fn single_refusal_between_answers_is_retried() {
         reply_with(302, "location", "/login", json!({})),
     ];
     for reaction in passing {
-        let told = format!("{reaction:?}");
+        let context = format!("{reaction:?}");
         let server = amid_answers(1, reaction).await;
         let summary = run_of(&server, 10).harvest().await;
         assert_eq!(
             (summary.ok, end(&summary).0),
             (10, 0),
-            "{told}: {summary:?}"
+            "{context}: {summary:?}"
         );
-        assert_eq!(summary.requests, 11, "{told}");
+        assert_eq!(summary.requests, 11, "{context}");
     }
 }
 
@@ -157,7 +157,7 @@ async fn exhausted_or_locked_account_exits_resumable() {
             error("You exceeded your current quota", "insufficient_quota"),
         ),
     ] {
-        let told = format!("{reaction:?}");
+        let context = format!("{reaction:?}");
         let server = FaultServer::start(move |seen| match seen.number {
             0..10 => answer(seen),
             // After the answers in flight.
@@ -168,12 +168,12 @@ async fn exhausted_or_locked_account_exits_resumable() {
         run.config.limits.concurrency = 4;
         let summary = run.harvest().await;
         let (code, message) = end(&summary);
-        assert_eq!((code, summary.ok), (4, 10), "{told}: {message}");
+        assert_eq!((code, summary.ok), (4, 10), "{context}: {message}");
         // Five equal refusals end the run. On a busy machine an answer may still come late, and three of them may
         // each reset the count.
         assert!(
             summary.failed <= 20 && summary.requests < 60,
-            "{told}: {summary:?}"
+            "{context}: {summary:?}"
         );
         assert!(message.contains("same command"), "{message}");
     }
@@ -246,9 +246,12 @@ async fn burst_of_refusals_waits_for_requests_in_flight() {
 
 /// Throttles the first `times` requests. Returns how long the run took, in seconds.
 async fn throttled(times: usize, reaction: Reaction) -> f64 {
-    let server = FaultServer::start(move |seen: &Seen| match seen.number < times {
-        true => reaction.clone(),
-        false => answer(seen),
+    let server = FaultServer::start(move |seen: &Seen| {
+        if seen.number < times {
+            reaction.clone()
+        } else {
+            answer(seen)
+        }
     })
     .await;
     let started = Instant::now();
@@ -279,9 +282,9 @@ async fn every_retry_after_format_is_respected() {
         reply_with(503, "retry-after-ms", "600", json!({})),
     ];
     for form in forms {
-        let told = format!("{form:?}");
+        let context = format!("{form:?}");
         let took = throttled(1, form).await;
-        assert!((0.6..3.0).contains(&took), "{told}: {took} s");
+        assert!((0.6..3.0).contains(&took), "{context}: {took} s");
     }
 }
 
@@ -328,12 +331,15 @@ async fn reset_hours_away_stops_run_with_time() {
         ),
     ];
     for form in forms {
-        let told = format!("{form:?}");
+        let context = format!("{form:?}");
         for answered in [0, 3] {
             let form = form.clone();
-            let server = FaultServer::start(move |seen| match seen.number < answered {
-                true => answer(seen),
-                false => form.clone(),
+            let server = FaultServer::start(move |seen| {
+                if seen.number < answered {
+                    answer(seen)
+                } else {
+                    form.clone()
+                }
             })
             .await;
             let mut run = run_of(&server, 10);
@@ -344,7 +350,7 @@ async fn reset_hours_away_stops_run_with_time() {
             assert_eq!(
                 (code, summary.ok),
                 (4, answered as u64),
-                "{told}: {message}"
+                "{context}: {message}"
             );
             assert!(
                 message.contains("wait until") && message.contains("h "),
@@ -352,7 +358,7 @@ async fn reset_hours_away_stops_run_with_time() {
             );
             assert!(
                 summary.requests <= answered as u64 + 3,
-                "{told}: {summary:?}"
+                "{context}: {summary:?}"
             );
         }
     }
@@ -377,13 +383,13 @@ async fn last_failing_rows_end_within_seconds() {
     for round in 0..2 {
         let started = Instant::now();
         let summary = run.harvest().await;
-        let told = format!("round {round}: {summary:?}");
+        let context = format!("round {round}: {summary:?}");
         assert_eq!(
             (end(&summary).0, summary.failed, summary.pending),
             (3, 5, 0),
-            "{told}"
+            "{context}"
         );
-        assert!(started.elapsed() < Duration::from_secs(10), "{told}");
+        assert!(started.elapsed() < Duration::from_secs(10), "{context}");
     }
 }
 
@@ -448,7 +454,7 @@ async fn error_message_with_status_200_is_shown() {
         let mut run = run_of(&server, 2);
         run.config.retry.max_attempts = 2;
         let summary = run.harvest().await;
-        let told = format!("{} {:?}", end(&summary).1, run.failures());
-        assert!(told.contains(words), "{words} is not in: {told}");
+        let context = format!("{} {:?}", end(&summary).1, run.failures());
+        assert!(context.contains(words), "{words} is not in: {context}");
     }
 }

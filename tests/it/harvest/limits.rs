@@ -144,10 +144,10 @@ proptest! {
             let most = busiest_minute(&departures, |departure| departure.tokens);
             prop_assert!(most <= limit + (limit / 60).max(largest), "{} of {}", most, limit);
         }
-        for (told, until) in teacher.closed.lock().unwrap().iter() {
+        for (refused_at, until) in teacher.closed.lock().unwrap().iter() {
             let early = departures
                 .iter()
-                .filter(|departure| departure.at > *told && departure.at < *until);
+                .filter(|departure| departure.at > *refused_at && departure.at < *until);
             prop_assert_eq!(early.count(), 0);
         }
     }

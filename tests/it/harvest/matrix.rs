@@ -136,15 +136,15 @@ async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
         for (times, when) in [(1, "first = 1"), (2, "first = 2")] {
             let night = night(fault, when);
             let summary = night.harvest().await;
-            let told = format!("{times} x {fault}: {summary:?}");
+            let context = format!("{times} x {fault}: {summary:?}");
             match always {
                 Stops(Amid::Fails(_)) | Fails(_, 1) => {
-                    assert_eq!((summary.ok, summary.failed), (3, 1), "{told}");
+                    assert_eq!((summary.ok, summary.failed), (3, 1), "{context}");
                 }
-                Kept | Quarantined => assert_eq!(summary.requests, 4, "{told}"),
+                Kept | Quarantined => assert_eq!(summary.requests, 4, "{context}"),
                 Stops(..) | Fails(..) | Throttled | Waits => {
-                    assert_eq!((summary.ok, end(&summary).0), (4, 0), "{told}");
-                    assert_eq!(summary.requests, 4 + times, "{told}");
+                    assert_eq!((summary.ok, end(&summary).0), (4, 0), "{context}");
+                    assert_eq!(summary.requests, 4 + times, "{context}");
                 }
             }
         }
@@ -152,39 +152,39 @@ async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
         let night = night(fault, "");
         let summary = night.harvest().await;
         let (code, _) = end(&summary);
-        let told = format!("always {fault}: {summary:?}");
+        let context = format!("always {fault}: {summary:?}");
         match always {
-            Kept => assert_eq!((summary.ok, code), (4, 0), "{told}"),
-            Quarantined => assert_eq!((summary.ok, summary.quarantined), (3, 1), "{told}"),
+            Kept => assert_eq!((summary.ok, code), (4, 0), "{context}"),
+            Quarantined => assert_eq!((summary.ok, summary.quarantined), (3, 1), "{context}"),
             Fails(class, attempts) => {
-                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{told}");
-                assert_eq!(summary.failures.get(class), Some(&1), "{told}");
-                assert_eq!(summary.requests, 3 + attempts, "{told}");
+                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{context}");
+                assert_eq!(summary.failures.get(class), Some(&1), "{context}");
+                assert_eq!(summary.requests, 3 + attempts, "{context}");
             }
             Stops(Amid::Fails(class)) => {
-                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{told}");
-                assert_eq!(summary.failures.get(class), Some(&1), "{told}");
-                assert_eq!(summary.requests, 4, "{told}");
+                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{context}");
+                assert_eq!(summary.failures.get(class), Some(&1), "{context}");
+                assert_eq!(summary.requests, 4, "{context}");
             }
             Stops(Amid::Waits) => {
-                assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{told}");
+                assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{context}");
                 // Up to two more attempts for each answer in between.
-                assert!((8..=11).contains(&summary.requests), "{told}");
+                assert!((8..=11).contains(&summary.requests), "{context}");
             }
             Throttled => {
-                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{told}");
-                assert_eq!(summary.failures.get("throttled"), Some(&1), "{told}");
-                assert!((11..=14).contains(&summary.requests), "{told}");
+                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{context}");
+                assert_eq!(summary.failures.get("throttled"), Some(&1), "{context}");
+                assert!((11..=14).contains(&summary.requests), "{context}");
             }
             Waits => {
-                assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{told}");
-                assert!(summary.requests < 200, "{told}");
+                assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{context}");
+                assert!(summary.requests < 200, "{context}");
             }
         }
         let stats = night.mock.stats();
         assert!(
             stats.bodies_by_times_billed.keys().all(|times| *times <= 6),
-            "{told}"
+            "{context}"
         );
     }
 }
@@ -238,16 +238,16 @@ async fn fault_matrix_over_tcp_matches_simulation() {
         run.config.teacher.model = "mock".into();
         run.config.teacher.timeout_s = 0.3;
         let summary = run.harvest().await;
-        let told = format!("{kind}: {summary:?}");
+        let context = format!("{kind}: {summary:?}");
         match kind {
             // An answer of 64 MiB is not requested again.
-            "huge body" => assert_eq!((summary.ok, summary.quarantined), (2, 1), "{told}"),
+            "huge body" => assert_eq!((summary.ok, summary.quarantined), (2, 1), "{context}"),
             // The answer is complete.
-            "unfinished chunks" => assert_eq!((summary.ok, summary.requests), (3, 3), "{told}"),
-            _ => assert_eq!((summary.ok, summary.requests), (3, 4), "{told}"),
+            "unfinished chunks" => assert_eq!((summary.ok, summary.requests), (3, 3), "{context}"),
+            _ => assert_eq!((summary.ok, summary.requests), (3, 4), "{context}"),
         }
         let stats = server.stop();
-        assert_eq!(stats.faults.values().sum::<u64>(), 1, "{told}");
+        assert_eq!(stats.faults.values().sum::<u64>(), 1, "{context}");
     }
 }
 

@@ -241,40 +241,43 @@ async fn night(seed: u64) {
         }
     };
     let stats = night.mock.stats();
-    let told = format!("seed {seed}: {totals:?} {last:?} {stats:?}");
+    let context = format!("seed {seed}: {totals:?} {last:?} {stats:?}");
 
     // Every row has exactly one answer.
     let records = night.run.records();
     let mut ids: Vec<_> = records.iter().map(|record| &record.prompt_id).collect();
     ids.sort();
     ids.dedup();
-    assert_eq!((ids.len(), records.len()), (prompts, prompts), "{told}");
+    assert_eq!((ids.len(), records.len()), (prompts, prompts), "{context}");
     // Only answers in flight at a kill, or lost by the network, are bought twice.
     let twice = night.bought_twice(&stats);
     assert!(
         twice <= totals.kills * concurrency + stats.faults.values().sum::<u64>(),
-        "{told}"
+        "{context}"
     );
     // The bill is within the budget and within the reported cost.
     let bill =
         (stats.billed.prompt_tokens as f64 + 4.0 * stats.billed.completion_tokens as f64) / 1e6;
     let said = last.run_folder_usd.unwrap();
-    assert!(bill <= said + 1e-9 && said <= 50.0, "{bill} {said} {told}");
+    assert!(
+        bill <= said + 1e-9 && said <= 50.0,
+        "{bill} {said} {context}"
+    );
     // The configured limit holds, retries included, and limits reported by the server are followed.
     let is_paced = night.run.config.limits.requests_per_minute.is_some();
     if is_paced {
         let burst = u64::from(requests_per_minute.div_ceil(60)) + totals.lives;
         assert!(
             stats.most_requests_in_a_minute <= u64::from(requests_per_minute) + burst,
-            "{told}"
+            "{context}"
         );
     }
     let wasted = stats.requests - records.len() as u64;
-    assert!(wasted * 5 <= stats.requests, "{wasted} retries: {told}");
+    assert!(wasted * 5 <= stats.requests, "{wasted} retries: {context}");
     // No busy loop: the dispatcher iterates once per request, reply or second.
     assert!(
         totals.turns <= 4 * totals.requests + 2 * 24 * 3_600,
-        "{told}"
+        "{context}"
     );
     println!(
         "seed {seed}: {} rows, 0 lost, {twice} bought twice over {} kills, {:.1} % retries, \

@@ -10,7 +10,7 @@ use crate::fault_server::{FaultServer, Reaction, completion, reply};
 
 /// Harvests two prompts from a server that sends this reply. Both must be answered at the first attempt.
 async fn records(reaction: Reaction) -> Vec<Record> {
-    let told = format!("{reaction:?}")
+    let context = format!("{reaction:?}")
         .chars()
         .take(200)
         .collect::<String>();
@@ -20,10 +20,10 @@ async fn records(reaction: Reaction) -> Vec<Record> {
     assert_eq!(
         (end(&summary).0, summary.requests),
         (0, 2),
-        "{told}: {summary:?}"
+        "{context}: {summary:?}"
     );
     let records = run.records();
-    assert_eq!(records.len(), 2, "{told}");
+    assert_eq!(records.len(), 2, "{context}");
     records
 }
 

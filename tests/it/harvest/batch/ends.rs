@@ -100,7 +100,7 @@ async fn incomplete_results_file_is_read_again() {
     let night = night("", 20, |_| {});
     let provider = Provider {
         halved: AtomicU32::new(3),
-        ..Provider::of(&night)
+        ..Provider::new(&night)
     };
     let summary = harvest_over(&night, provider).await;
     assert_eq!((summary.ok, summary.failed), (20, 0));
@@ -115,22 +115,22 @@ pub(super) async fn harvest_over(night: &Night, provider: Provider) -> HarvestSu
 }
 
 /// A night whose batch objects are changed in transit.
-pub(super) async fn harvest_with_cards(
+pub(super) async fn harvest_with_objects(
     night: &Night,
-    of_cards: fn(Value) -> Value,
+    change_object: fn(Value) -> Value,
 ) -> HarvestSummary {
     let provider = Provider {
-        of_cards,
-        ..Provider::of(night)
+        change_object,
+        ..Provider::new(night)
     };
     harvest_over(night, provider).await
 }
 
 /// A night whose results files are changed in transit.
-async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> HarvestSummary {
+async fn harvest_changed(night: &Night, change_file: fn(Bytes) -> Bytes) -> HarvestSummary {
     let provider = Provider {
-        on_the_way,
-        ..Provider::of(night)
+        change_file,
+        ..Provider::new(night)
     };
     harvest_over(night, provider).await
 }
@@ -138,9 +138,9 @@ async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> Harve
 #[tokio::test(start_paused = true)]
 async fn completed_batch_without_file_stops_run() {
     let night = night("", 20, |_| {});
-    let summary = harvest_with_cards(&night, |mut card| {
-        card["output_file_id"] = Value::Null;
-        card
+    let summary = harvest_with_objects(&night, |mut object| {
+        object["output_file_id"] = Value::Null;
+        object
     })
     .await;
     let (code, message) = end(&summary);
@@ -156,13 +156,13 @@ async fn occasional_403_on_batch_call_is_retried() {
     let night = night("", 20, |_| {});
     let provider = Provider {
         forbidden: AtomicU32::new(2),
-        ..Provider::of(&night)
+        ..Provider::new(&night)
     };
     let summary = harvest_over(&night, provider).await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0));
     let lasting = Provider {
         forbidden: AtomicU32::new(u32::MAX),
-        ..Provider::of(&night)
+        ..Provider::new(&night)
     };
     night.run.write("prompts.txt", "one more");
     let summary = harvest_over(&night, lasting).await;

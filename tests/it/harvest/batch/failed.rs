@@ -1,18 +1,18 @@
 //! Failed batches, with and without answers.
 
 use super::super::end;
-use super::ends::{harvest_over, harvest_with_cards};
+use super::ends::{harvest_over, harvest_with_objects};
 use super::*;
 
 #[tokio::test(start_paused = true)]
 async fn answers_of_failed_batch_are_recorded() {
     let night = night("", 20, |_| {});
-    let summary = harvest_with_cards(&night, |mut card| {
-        if card["status"] == "completed" {
-            card["status"] = "failed".into();
-            card["errors"] = json!({"data": [{"code": "internal", "message": "broke"}]});
+    let summary = harvest_with_objects(&night, |mut object| {
+        if object["status"] == "completed" {
+            object["status"] = "failed".into();
+            object["errors"] = json!({"data": [{"code": "internal", "message": "broke"}]});
         }
-        card
+        object
     })
     .await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0));
@@ -25,12 +25,12 @@ async fn failed_batch_without_output_file_is_billed() {
         priced(config);
         config.retry.max_attempts = 1;
     });
-    let summary = harvest_with_cards(&night, |mut card| {
-        if card["status"] == "completed" {
-            card["status"] = "failed".into();
-            card["output_file_id"] = Value::Null;
+    let summary = harvest_with_objects(&night, |mut object| {
+        if object["status"] == "completed" {
+            object["status"] = "failed".into();
+            object["output_file_id"] = Value::Null;
         }
-        card
+        object
     })
     .await;
     assert_eq!((summary.failed, end(&summary).0), (5, 3), "{summary:?}");
@@ -51,30 +51,30 @@ async fn failed_batch_fails_named_rows_and_three_stop_run() {
 }
 
 /// A completed batch as reported by a server that refused one row: failed, with all its lines in the error file.
-fn failed_with_error_file(mut card: Value) -> Value {
-    if card["status"] == "completed" {
-        card["status"] = "failed".into();
-        card["error_file_id"] = card["output_file_id"].take();
-        card["request_counts"] = Value::Null;
+fn failed_with_error_file(mut object: Value) -> Value {
+    if object["status"] == "completed" {
+        object["status"] = "failed".into();
+        object["error_file_id"] = object["output_file_id"].take();
+        object["request_counts"] = Value::Null;
     }
-    card
+    object
 }
 
 #[tokio::test(start_paused = true)]
 async fn answers_in_error_file_of_failed_batch_are_recorded() {
     let night = night("", 20, |_| {});
-    let summary = harvest_with_cards(&night, failed_with_error_file).await;
+    let summary = harvest_with_objects(&night, failed_with_error_file).await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0), "{summary:?}");
     assert_eq!(night.mock.stats().billed.answers, 20);
     assert_eq!(summary.attempts_lost, 0);
 }
 
 /// A night whose batches fail, with error files changed in transit.
-async fn harvest_failing(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> HarvestSummary {
+async fn harvest_failing(night: &Night, change_file: fn(Bytes) -> Bytes) -> HarvestSummary {
     let provider = Provider {
-        of_cards: failed_with_error_file,
-        on_the_way,
-        ..Provider::of(night)
+        change_object: failed_with_error_file,
+        change_file,
+        ..Provider::new(night)
     };
     harvest_over(night, provider).await
 }
@@ -148,9 +148,9 @@ async fn unreadable_error_file_is_saved_and_stops_run() {
             text.replace("\"custom_id\"", "\"customer\"").into()
         },
     ];
-    for on_the_way in changes {
+    for change_file in changes {
         let night = night("", 20, |_| {});
-        let summary = harvest_failing(&night, on_the_way).await;
+        let summary = harvest_failing(&night, change_file).await;
         let (status, message) = end(&summary);
         assert_eq!(
             (summary.ok, summary.pending, status),
@@ -160,7 +160,7 @@ async fn unreadable_error_file_is_saved_and_stops_run() {
         assert_eq!(night.mock.stats().billed.answers, 20);
         let kept = std::fs::read_dir(night.run.config.run_dir.join("unreadable")).unwrap();
         assert_eq!(kept.count(), 1);
-        let summary = harvest_with_cards(&night, failed_with_error_file).await;
+        let summary = harvest_with_objects(&night, failed_with_error_file).await;
         assert_eq!((summary.ok, end(&summary).0), (20, 0));
         assert_eq!(night.mock.stats().billed.answers, 20);
     }
@@ -181,12 +181,12 @@ async fn plain_text_in_error_file_is_ignored() {
 
 #[tokio::test(start_paused = true)]
 async fn results_file_that_never_completes_stops_run() {
-    for of_cards in [failed_with_error_file, |card| card] {
+    for change_object in [failed_with_error_file, |object| object] {
         let night = night("", 20, |_| {});
         let provider = Provider {
             breaks_files: true,
-            of_cards,
-            ..Provider::of(&night)
+            change_object,
+            ..Provider::new(&night)
         };
         let summary = harvest_over(&night, provider).await;
         let (status, message) = end(&summary);
@@ -196,7 +196,7 @@ async fn results_file_that_never_completes_stops_run() {
             message.contains("could not be read 20 times (reset)"),
             "{message}"
         );
-        let summary = harvest_with_cards(&night, of_cards).await;
+        let summary = harvest_with_objects(&night, change_object).await;
         assert_eq!((summary.ok + summary.cached, end(&summary).0), (20, 0));
         assert_eq!(night.mock.stats().billed.answers, 20);
     }

@@ -59,24 +59,28 @@ async fn live_through(seed: u64) {
         }
     };
     let (stats, records) = (night.mock.stats(), night.run.records());
-    let told = format!("seed {seed}, {kills} kills: {last:?} {stats:?}");
+    let context = format!("seed {seed}, {kills} kills: {last:?} {stats:?}");
     let mut keys: Vec<_> = records.iter().map(|record| &record.key).collect();
     keys.sort();
     keys.dedup();
     // A batch of one row that ends halfway answers none.
     let answered = 300 - last.failed as usize;
-    assert!(last.failed == 0 || outcome != "completed", "{told}");
-    assert!(last.failed < 10, "{told}");
-    assert_eq!((keys.len(), records.len()), (answered, answered), "{told}");
+    assert!(last.failed == 0 || outcome != "completed", "{context}");
+    assert!(last.failed < 10, "{context}");
+    assert_eq!(
+        (keys.len(), records.len()),
+        (answered, answered),
+        "{context}"
+    );
     assert_eq!(
         stats.billed.answers, answered as u64,
-        "bought twice: {told}"
+        "bought twice: {context}"
     );
     // No answer was lost, and the account has the cost: half of the price.
     let full =
         (stats.billed.prompt_tokens as f64 + 4.0 * stats.billed.completion_tokens as f64) / 1e6;
     let said = last.run_folder_usd.unwrap();
-    assert!((said - full / 2.0).abs() < 1e-9, "{said} {full} {told}");
+    assert!((said - full / 2.0).abs() < 1e-9, "{said} {full} {context}");
 }
 
 /// `DISTILL_NIGHTS=2000 cargo test batch` runs more seeds.

@@ -41,8 +41,8 @@ struct Provider {
     /// Downloads break off.
     breaks_files: bool,
     /// Changes the content of files and batch objects in transit.
-    on_the_way: fn(Bytes) -> Bytes,
-    of_cards: fn(Value) -> Value,
+    change_file: fn(Bytes) -> Bytes,
+    change_object: fn(Value) -> Value,
     /// Calls for batch objects and files that are refused with 403.
     forbidden: AtomicU32,
 }
@@ -58,14 +58,14 @@ impl Transport for Provider {
 }
 
 impl Provider {
-    fn of(night: &Night) -> Provider {
+    fn new(night: &Night) -> Provider {
         Provider {
             chat: night.teacher(),
             latency: Duration::ZERO,
             halved: AtomicU32::new(0),
             breaks_files: false,
-            on_the_way: |content| content,
-            of_cards: |card| card,
+            change_file: |content| content,
+            change_object: |object| object,
             forbidden: AtomicU32::new(0),
         }
     }
@@ -133,8 +133,8 @@ impl BatchApi for Provider {
             }
             let path = format!("/v1/batches/{batch}");
             let mut reply = self.call("GET", &path, b"").await?;
-            if let Ok(card) = serde_json::from_slice(&reply.body) {
-                reply.body = (self.of_cards)(card).to_string().into();
+            if let Ok(object) = serde_json::from_slice(&reply.body) {
+                reply.body = (self.change_object)(object).to_string().into();
             }
             Ok(reply)
         }
@@ -176,7 +176,7 @@ impl BatchApi for Provider {
             if reply.status != 200 {
                 return Ok(FileDownload::Refused(whole(reply)));
             }
-            let content = (self.on_the_way)(reply.body);
+            let content = (self.change_file)(reply.body);
             let take = |left: u32| left.checked_sub(1);
             let is_halved = self.halved.fetch_update(Relaxed, Relaxed, take).is_ok();
             let length = if breaks || is_halved {
@@ -215,7 +215,7 @@ async fn harvest_with(
 ) -> anyhow::Result<Option<HarvestSummary>> {
     let provider = Provider {
         latency,
-        ..Provider::of(night)
+        ..Provider::new(night)
     };
     night.harvest_over(provider, life, signals).await
 }

@@ -30,13 +30,12 @@ fn distill(dir: &Path, arguments: &[&str], url: &str) -> (Option<i32>, String) {
 fn assert_files_clean(dir: &Path) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => assert_files_clean(&path),
-            false => {
-                let bytes = fs::read(&path).unwrap();
-                let text = String::from_utf8_lossy(&bytes);
-                assert!(!text.contains(PASSWORD), "{}", path.display());
-            }
+        if path.is_dir() {
+            assert_files_clean(&path);
+        } else {
+            let bytes = fs::read(&path).unwrap();
+            let text = String::from_utf8_lossy(&bytes);
+            assert!(!text.contains(PASSWORD), "{}", path.display());
         }
     }
 }

@@ -59,9 +59,10 @@ async fn redis_error_with_password_is_not_shown() {
         let (mut stream, _) = listener.accept().unwrap();
         let mut command = [0; 1_000];
         while stream.read(&mut command).is_ok_and(|length| length > 0) {
-            let said = match command.windows(4).any(|word| word == b"AUTH") {
-                true => "+OK\r\n".repeat(3),
-                false => "-ERR no pa%20ss and no pa ss\r\n".into(),
+            let said = if command.windows(4).any(|word| word == b"AUTH") {
+                "+OK\r\n".repeat(3)
+            } else {
+                "-ERR no pa%20ss and no pa ss\r\n".into()
             };
             // Who has heard enough hangs up.
             let _ = stream.write_all(said.as_bytes());
