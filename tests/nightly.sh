@@ -14,7 +14,7 @@ step "K1 to K8: kills, cuts, flipped bits, failing disks, power losses, two proc
 NIGHTLY=1 cargo test --locked --test it -- --nocapture cache kills harvest::disk
 
 step "S1: simulated nights"
-DISTILL_NIGHTS=${NIGHTS:-2000} cargo test --locked --test it -- --nocapture in_the_morning | tail -n 5
+DISTILL_NIGHTS=${NIGHTS:-2000} cargo test --locked --test it -- --nocapture simulated_nights | tail -n 5
 
 step "S3: soak"
 cargo build --locked --release --quiet --bin distill

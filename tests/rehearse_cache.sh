@@ -97,7 +97,7 @@ if unshare --map-root-user --mount true 2> /dev/null; then
 mount -t tmpfs -o size=400k tmpfs small
 "$distill" harvest -c full.toml --set run_dir=small/run 2> full.err > full.out &
 victim=\$!
-until grep -q "answers wait in memory" full.err; do kill -0 \$victim; sleep 0.1; done
+until grep -q "answers are held in memory" full.err; do kill -0 \$victim; sleep 0.1; done
 before=\$(wc -l < small/run/cache/responses.jsonl)
 sleep 2
 kill -0 \$victim

@@ -6,7 +6,7 @@ use crate::cli::{Global, HarvestArgs};
 use crate::harvest;
 use crate::harvest::options::HarvestOptions;
 
-/// Runs the harvest, prints its summary, and fails with what the summary says went wrong.
+/// Runs the harvest, prints its summary, and returns the error of the summary.
 pub fn run(args: &HarvestArgs, global: &Global) -> Result<()> {
     let config = super::load_config(&args.config)?.config;
     let options = HarvestOptions {
@@ -17,7 +17,7 @@ pub fn run(args: &HarvestArgs, global: &Global) -> Result<()> {
         quiet: global.json,
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
-    // As a task, so that it shares the threads of the requests instead of waking them.
+    // Spawned, so that it runs on the worker threads next to the request tasks.
     let harvest = runtime.spawn(async move { harvest::run(&config, options).await });
     let summary = runtime.block_on(harvest).context("the harvest failed")??;
     if global.json {

@@ -88,7 +88,7 @@ struct EndpointScorer(crate::harvest::scorer::TextScorer);
 
 impl TextScorer for EndpointScorer {
     fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
-        self.0.judge(texts, stop)
+        self.0.score(texts, stop)
     }
 }
 

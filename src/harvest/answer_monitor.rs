@@ -1,7 +1,7 @@
-//! Detects worthless answers after about twenty of them. Pure.
+//! Detects unusable answers after about twenty of them. Pure.
 //!
-//! An endpoint can answer everything with status 200 and yet give nothing: no logprobs, no text, another
-//! model, the same text every time. The user hears of it at once; a run that has become worthless stops.
+//! An endpoint can answer every request with status 200 and still send nothing of use: no logprobs, no text, another
+//! model, the same text every time. The user gets a note, and consecutive unusable answers stop the run.
 
 use crate::report::answer_facts::AnswerFacts;
 use std::collections::{HashMap, HashSet};
@@ -11,60 +11,60 @@ use crate::config;
 use crate::config::{Config, OnMissingLogprobs};
 use crate::harvest::run_error;
 
-/// Answers in a row that are no accident.
-const NOTED: u32 = 20;
+/// Number of consecutive answers with the same fault after which a note is shown.
+const NOTE_AFTER: u32 = 20;
 
-/// Answers in a row without use, after which nothing more is asked.
-const WORTHLESS: u32 = 30;
+/// Number of consecutive unusable answers after which the run stops.
+const STOP_AFTER: u32 = 30;
 
-/// Prompts with several answers that are compared.
-const COMPARED: usize = 10;
+/// Number of prompts with several answers that are compared.
+const COMPARED_PROMPTS: usize = 10;
 
-/// Texts below so many bytes are labels, which come again and again.
-const SHORT: usize = 24;
+/// Minimum length of a compared text in bytes: shorter ones are labels, which repeat legitimately.
+const MIN_TEXT_BYTES: usize = 24;
 
-/// Tokens by which an answer may be longer than `max_tokens`.
-const ROUNDING: u64 = 4;
+/// Number of tokens by which an answer may exceed `max_tokens`.
+const EXTRA_TOKENS_ALLOWED: u64 = 4;
 
-/// Names of models that are told of.
-const MODELS: usize = 5;
+/// Maximum number of model names for which a note is shown.
+const MAX_MODEL_NOTES: usize = 5;
 
 /// Result of checking one answer.
 #[derive(Debug)]
 pub(crate) enum MonitorAlert {
     Note(String),
-    /// The run is not worth going on with.
+    /// The answers are unusable: the run stops.
     Stop(anyhow::Error),
 }
 
-/// The answers of one teacher so far.
+/// Counts of suspicious answers of one endpoint.
 #[derive(Debug)]
 pub(crate) struct AnswerMonitor {
     settings: config::EndpointConfig,
     on_missing: OnMissingLogprobs,
     has_budget: bool,
-    /// A note for tokens that are named by id, until it is shown.
+    /// Note about tokens given by id; None once it is shown.
     token_ids: Option<String>,
     without_logprobs: u32,
-    useless: u32,
+    unusable: u32,
     cut_off: u32,
     without_usage: u32,
-    /// The last text, and how many different prompts in a row it has answered.
-    alike: (u64, u32, Option<u64>),
+    /// Hash of the last text, number of consecutive different prompts that it answered, and the last prompt.
+    repeated_text: (u64, u32, Option<u64>),
     models: HashSet<String>,
-    /// By prompt: the first text, and whether all others were the same; None once that is told, or wrong.
+    /// By prompt: hash of the first text and number of equal answers. None once a note is shown, or a text differs.
     samples: Option<HashMap<u64, (u64, u32)>>,
-    is_past_told: bool,
+    is_over_max_tokens_noted: bool,
 }
 
 impl AnswerMonitor {
     pub(crate) fn from_config(settings: &config::EndpointConfig, config: &Config) -> AnswerMonitor {
         let on_missing = config.harvest.on_missing_logprobs;
-        let mut watch = AnswerMonitor::new(settings, on_missing, config.budget.usd.is_some());
+        let mut monitor = AnswerMonitor::new(settings, on_missing, config.budget.usd.is_some());
         if config.data.teacher_tokenizer.is_some() {
-            watch.token_ids = None;
+            monitor.token_ids = None;
         }
-        watch
+        monitor
     }
 
     fn new(
@@ -72,7 +72,7 @@ impl AnswerMonitor {
         on_missing: OnMissingLogprobs,
         has_budget: bool,
     ) -> AnswerMonitor {
-        // At temperature 0 all samples are the same, and nobody is surprised.
+        // At temperature 0 all samples are expected to be the same.
         let is_sampled = settings.sampling.temperature != Some(0.0);
         AnswerMonitor {
             settings: settings.clone(),
@@ -84,175 +84,176 @@ impl AnswerMonitor {
                     .into(),
             ),
             without_logprobs: 0,
-            useless: 0,
+            unusable: 0,
             cut_off: 0,
             without_usage: 0,
-            alike: (0, 0, None),
+            repeated_text: (0, 0, None),
             models: HashSet::new(),
             samples: is_sampled.then(HashMap::new),
-            is_past_told: false,
+            is_over_max_tokens_noted: false,
         }
     }
 
-    /// Looks at one more answer. Returns what is to be said now.
-    pub(crate) fn check(&mut self, seen: &AnswerFacts) -> Vec<MonitorAlert> {
-        let words = [
-            self.past_max_tokens(seen),
-            self.usage(seen),
-            self.model(seen),
-            self.logprobs_use(seen),
-            self.logprobs(seen),
-            self.token_ids(seen),
-            self.cut_off(seen),
-            self.alike(seen),
-            self.samples(seen),
+    /// Checks one more answer. Returns the alerts to show now.
+    pub(crate) fn check(&mut self, facts: &AnswerFacts) -> Vec<MonitorAlert> {
+        let alerts = [
+            self.over_max_tokens(facts),
+            self.usage(facts),
+            self.model(facts),
+            self.unusable(facts),
+            self.logprobs(facts),
+            self.token_ids(facts),
+            self.cut_off(facts),
+            self.repeated_text(facts),
+            self.samples(facts),
         ];
-        words.into_iter().flatten().collect()
+        alerts.into_iter().flatten().collect()
     }
 
-    /// A server that does not know the field answers past it, and past what was reserved.
-    fn past_max_tokens(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
-        let used = seen.usage?.completion_tokens;
-        // Some servers finish a character.
-        let allowed = seen.max_tokens + ROUNDING.max(seen.max_tokens / 50);
-        if self.is_past_told || used <= allowed {
+    /// Detects a server that ignores the field of `max_tokens`: its answers exceed the reserved budget.
+    fn over_max_tokens(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+        let used = facts.usage?.completion_tokens;
+        // Some servers complete a multi-token character.
+        let allowed = facts.max_tokens + EXTRA_TOKENS_ALLOWED.max(facts.max_tokens / 50);
+        if self.is_over_max_tokens_noted || used <= allowed {
             return None;
         }
-        self.is_past_told = true;
+        self.is_over_max_tokens_noted = true;
         let sampling = &self.settings.sampling;
         Some(MonitorAlert::Note(format!(
-            "an answer has {used} tokens, where `{}` = {} was sent: the endpoint ignores that field; \
+            "an answer has {used} tokens, although `{}` = {} was sent: the endpoint ignores that field; \
              try `sampling.max_tokens_field` = \"{}\"",
             sampling.max_tokens_field.name(),
-            seen.max_tokens,
+            facts.max_tokens,
             sampling.max_tokens_field.other().name()
         )))
     }
 
-    fn usage(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
-        let count = in_a_row(&mut self.without_usage, seen.usage.is_none());
-        (count == NOTED && self.has_budget).then(|| {
+    fn usage(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+        let count = count_in_a_row(&mut self.without_usage, facts.usage.is_none());
+        (count == NOTE_AFTER && self.has_budget).then(|| {
             MonitorAlert::Note(format!(
-                "{NOTED} answers in a row came without usage that can be true: what they cost is \
-                 counted by an upper bound"
+                "{NOTE_AFTER} answers in a row have no plausible usage: their cost is counted \
+                 by an upper bound"
             ))
         })
     }
 
-    fn model(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
-        if seen.model.is_empty() || self.models.contains(&seen.model) {
+    fn model(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+        if facts.model.is_empty() || self.models.contains(&facts.model) {
             return None;
         }
-        self.models.insert(seen.model.clone());
+        self.models.insert(facts.model.clone());
         let count = self.models.len();
-        (2..=MODELS).contains(&count).then(|| {
+        (2..=MAX_MODEL_NOTES).contains(&count).then(|| {
             MonitorAlert::Note(format!(
-                "answers now come from the model \"{}\", others came from another one: `distill cache \
+                "answers now come from the model \"{}\", earlier ones from another model: `distill cache \
                  stats` counts them by model",
-                seen.model
+                facts.model
             ))
         })
     }
 
-    fn logprobs_use(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
-        let is_useless = seen.status == Status::Quarantined;
-        match in_a_row(&mut self.useless, is_useless) {
-            NOTED => Some(MonitorAlert::Note(format!(
-                "{NOTED} answers in a row are of no use ({}): at {WORTHLESS} the run stops",
-                seen.reason
+    fn unusable(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+        let is_unusable = facts.status == Status::Quarantined;
+        match count_in_a_row(&mut self.unusable, is_unusable) {
+            NOTE_AFTER => Some(MonitorAlert::Note(format!(
+                "{NOTE_AFTER} answers in a row are unusable ({}): the run stops at {STOP_AFTER}",
+                facts.reason
             ))),
-            WORTHLESS => Some(MonitorAlert::Stop(run_error::worthless(
-                WORTHLESS,
-                &seen.reason,
+            STOP_AFTER => Some(MonitorAlert::Stop(run_error::unusable_answers(
+                STOP_AFTER,
+                &facts.reason,
             ))),
             _ => None,
         }
     }
 
-    fn logprobs(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
+    fn logprobs(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let top_logprobs = self.settings.sampling.top_logprobs;
-        if top_logprobs == 0 || self.settings.sampling.reasoning || seen.text.1 == 0 {
+        if top_logprobs == 0 || self.settings.sampling.reasoning || facts.text.1 == 0 {
             return None;
         }
-        let why = seen.without_logprobs.as_deref();
-        if in_a_row(&mut self.without_logprobs, why.is_some()) != NOTED {
+        let why = facts.without_logprobs.as_deref();
+        if count_in_a_row(&mut self.without_logprobs, why.is_some()) != NOTE_AFTER {
             return None;
         }
         let why = why.unwrap_or_default();
         Some(match self.on_missing {
             OnMissingLogprobs::Stop => {
-                MonitorAlert::Stop(run_error::without_logprobs(NOTED, why, top_logprobs))
+                MonitorAlert::Stop(run_error::without_logprobs(NOTE_AFTER, why, top_logprobs))
             }
             OnMissingLogprobs::Warn => MonitorAlert::Note(format!(
-                "{NOTED} answers in a row came without usable logprobs ({why}): they train on \
+                "{NOTE_AFTER} answers in a row have no usable logprobs ({why}): they are trained with \
                  cross-entropy alone"
             )),
         })
     }
 
-    fn token_ids(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
-        let note = self.token_ids.take_if(|_| seen.has_token_ids);
+    fn token_ids(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+        let note = self.token_ids.take_if(|_| facts.has_token_ids);
         note.map(MonitorAlert::Note)
     }
 
-    fn cut_off(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
-        (in_a_row(&mut self.cut_off, seen.is_cut_off) == NOTED).then(|| {
+    fn cut_off(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+        (count_in_a_row(&mut self.cut_off, facts.is_cut_off) == NOTE_AFTER).then(|| {
             MonitorAlert::Note(format!(
-                "{NOTED} answers in a row were cut off at {} tokens: raise `sampling.max_tokens`, which \
-                 asks again for those alone that were cut off",
-                seen.max_tokens
+                "{NOTE_AFTER} answers in a row were cut off at {} tokens: raise `sampling.max_tokens`, which \
+                 asks again only for answers that were cut off",
+                facts.max_tokens
             ))
         })
     }
 
-    /// One text for many prompts: a cache on the way, or a template that leaves the prompt out.
-    fn alike(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
-        let (last, count, prompt) = &mut self.alike;
-        if *last != seen.text.0 || seen.text.1 < SHORT {
-            (*last, *count) = (seen.text.0, 0);
+    /// Detects one text for many prompts: a caching proxy, or a template that drops the prompt.
+    fn repeated_text(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+        let (last, count, prompt) = &mut self.repeated_text;
+        if *last != facts.text.0 || facts.text.1 < MIN_TEXT_BYTES {
+            *last = facts.text.0;
+            *count = 0;
         }
-        if seen.text.1 >= SHORT && *prompt != Some(seen.prompt) {
+        if facts.text.1 >= MIN_TEXT_BYTES && *prompt != Some(facts.prompt) {
             *count += 1;
         }
-        *prompt = Some(seen.prompt);
-        (*count == NOTED).then(|| {
+        *prompt = Some(facts.prompt);
+        (*count == NOTE_AFTER).then(|| {
             *count += 1;
             MonitorAlert::Note(format!(
-                "{NOTED} different prompts in a row have the same answer: look at them with `distill \
+                "{NOTE_AFTER} different prompts in a row have the same answer: inspect them with `distill \
                  cache show`"
             ))
         })
     }
 
-    fn samples(&mut self, seen: &AnswerFacts) -> Option<MonitorAlert> {
+    fn samples(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let samples = self.samples.as_mut()?;
-        if seen.text.1 < SHORT {
+        if facts.text.1 < MIN_TEXT_BYTES {
             return None;
         }
-        let (first, count) = samples.entry(seen.prompt).or_insert((seen.text.0, 0));
-        if *first != seen.text.0 {
+        let (first, count) = samples.entry(facts.prompt).or_insert((facts.text.0, 0));
+        if *first != facts.text.0 {
             self.samples = None;
             return None;
         }
         *count += 1;
         let several = samples.values().filter(|(_, count)| *count > 1).count();
-        if several < COMPARED {
-            // What has one answer so far may be all that is ever asked of it.
-            if samples.len() > 100 * COMPARED {
+        if several < COMPARED_PROMPTS {
+            // With one sample per prompt there is nothing to compare: bound the memory.
+            if samples.len() > 100 * COMPARED_PROMPTS {
                 self.samples = None;
             }
             return None;
         }
         self.samples = None;
         Some(MonitorAlert::Note(format!(
-            "all answers to one prompt are the same, for {COMPARED} prompts so far: the endpoint, or a \
-             cache on the way, does not sample; with `prompts.samples` above 1 that is paid for nothing"
+            "all answers to a prompt are the same, for {COMPARED_PROMPTS} prompts so far: the endpoint or a \
+             caching proxy does not sample; lower `prompts.samples` to 1 to save the cost of the others"
         )))
     }
 }
 
-/// Counts what holds again, from nothing where it does not.
-fn in_a_row(count: &mut u32, holds: bool) -> u32 {
+/// Increments the count if the condition holds, resets it otherwise. Returns the count.
+fn count_in_a_row(count: &mut u32, holds: bool) -> u32 {
     *count = if holds { *count + 1 } else { 0 };
     *count
 }
@@ -272,11 +273,11 @@ mod tests {
         }
     }
 
-    fn watch(on_missing: OnMissingLogprobs) -> AnswerMonitor {
+    fn monitor(on_missing: OnMissingLogprobs) -> AnswerMonitor {
         AnswerMonitor::new(&upstream(), on_missing, true)
     }
 
-    /// A good answer to this prompt.
+    /// Returns a good answer to this prompt.
     fn good(prompt: u32) -> AnswerFacts {
         AnswerFacts {
             prompt: prompt.into(),
@@ -296,122 +297,137 @@ mod tests {
         }
     }
 
-    /// The answers after which something is said, and what.
-    fn said(mut watch: AnswerMonitor, seen: impl Fn(u32) -> AnswerFacts) -> Vec<(u32, String)> {
-        let mut said = Vec::new();
+    /// Returns the alerts and the numbers of the answers that raised them.
+    fn alerts_of(
+        mut monitor: AnswerMonitor,
+        facts: impl Fn(u32) -> AnswerFacts,
+    ) -> Vec<(u32, String)> {
+        let mut alerts_of = Vec::new();
         for number in 1..=100 {
-            for word in watch.check(&seen(number)) {
-                said.push((
+            for alert in monitor.check(&facts(number)) {
+                alerts_of.push((
                     number,
-                    match word {
+                    match alert {
                         MonitorAlert::Note(text) => text,
                         MonitorAlert::Stop(error) => format!("stop: {error:#}"),
                     },
                 ));
             }
         }
-        said
+        alerts_of
     }
 
     #[track_caller]
-    fn check(said: Vec<(u32, String)>, expected: &[(u32, &str)]) {
-        assert_eq!(said.len(), expected.len(), "{said:?}");
-        for ((number, text), (expected, part)) in said.iter().zip(expected) {
+    fn check(alerts_of: Vec<(u32, String)>, expected: &[(u32, &str)]) {
+        assert_eq!(alerts_of.len(), expected.len(), "{alerts_of:?}");
+        for ((number, text), (expected, part)) in alerts_of.iter().zip(expected) {
             assert_eq!(number, expected, "{text}");
             assert!(text.contains(part), "{part} is not in: {text}");
         }
     }
 
     #[test]
-    fn token_ids_are_noted_once_and_only_without_their_tokenizer() {
-        let seen = AnswerFacts {
+    fn token_ids_are_noted_once_if_teacher_tokenizer_is_unset() {
+        let facts = AnswerFacts {
             has_token_ids: true,
             ..good(0)
         };
         let notes = |teacher_tokenizer: Option<&str>| {
             let mut config = Config::default();
             config.data.teacher_tokenizer = teacher_tokenizer.map(Into::into);
-            let mut watch = AnswerMonitor::from_config(&upstream(), &config);
-            assert!(watch.check(&good(0)).is_empty());
-            watch.check(&seen).len() + watch.check(&seen).len()
+            let mut monitor = AnswerMonitor::from_config(&upstream(), &config);
+            assert!(monitor.check(&good(0)).is_empty());
+            monitor.check(&facts).len() + monitor.check(&facts).len()
         };
         assert_eq!((notes(None), notes(Some("teacher"))), (1, 0));
     }
 
     #[test]
-    fn nothing_is_said_of_good_answers() {
-        check(said(watch(OnMissingLogprobs::Stop), good), &[]);
+    fn good_answers_raise_no_alert() {
+        check(alerts_of(monitor(OnMissingLogprobs::Stop), good), &[]);
     }
 
     #[test]
-    fn logprobs_that_never_come_stop_a_run_or_are_told_once() {
+    fn missing_logprobs_stop_the_run_or_are_noted_once() {
         let without = |number| AnswerFacts {
             without_logprobs: Some("none were sent".into()),
             ..good(number)
         };
-        let stopped = said(watch(OnMissingLogprobs::Stop), without);
+        let stopped = alerts_of(monitor(OnMissingLogprobs::Stop), without);
         check(stopped, &[(20, "stop: 20 answers in a row")]);
-        let warned = said(watch(OnMissingLogprobs::Warn), without);
+        let warned = alerts_of(monitor(OnMissingLogprobs::Warn), without);
         check(warned, &[(20, "none were sent")]);
-        // One in twenty is an accident.
+        // A good answer resets the count.
         let now_and_then = |number| match number % 20 {
             0 => good(number),
             _ => without(number),
         };
-        check(said(watch(OnMissingLogprobs::Stop), now_and_then), &[]);
+        check(
+            alerts_of(monitor(OnMissingLogprobs::Stop), now_and_then),
+            &[],
+        );
         let mut plain = upstream();
         plain.sampling.top_logprobs = 0;
         let plain = AnswerMonitor::new(&plain, OnMissingLogprobs::Stop, true);
-        check(said(plain, without), &[]);
+        check(alerts_of(plain, without), &[]);
     }
 
     #[test]
-    fn answers_of_no_use_are_told_and_stop_the_run() {
+    fn unusable_answers_are_noted_and_stop_the_run() {
         let empty = |number| AnswerFacts {
             status: Status::Quarantined,
             reason: "empty: stop".into(),
             text: (0, 0),
             ..good(number)
         };
-        let said = said(watch(OnMissingLogprobs::Stop), empty);
-        check(said, &[(20, "empty: stop"), (30, "stop: 30 answers")]);
+        let alerts_of = alerts_of(monitor(OnMissingLogprobs::Stop), empty);
+        check(alerts_of, &[(20, "empty: stop"), (30, "stop: 30 answers")]);
     }
 
     #[test]
-    fn what_is_odd_is_told_once() {
+    fn suspicious_answers_are_noted_once() {
         let with = |number, change: &dyn Fn(&mut AnswerFacts)| {
-            let mut seen = good(number);
-            change(&mut seen);
-            seen
+            let mut facts = good(number);
+            change(&mut facts);
+            facts
         };
-        let of = |change: &dyn Fn(&mut AnswerFacts)| {
-            said(watch(OnMissingLogprobs::Stop), |number| {
+        let alerts_with = |change: &dyn Fn(&mut AnswerFacts)| {
+            alerts_of(monitor(OnMissingLogprobs::Stop), |number| {
                 with(number, change)
             })
         };
-        let past = of(&|seen| {
-            if let Some(usage) = &mut seen.usage {
+        let long = alerts_with(&|facts| {
+            if let Some(usage) = &mut facts.usage {
                 usage.completion_tokens = 55;
             }
         });
-        check(past, &[(1, "`max_completion_tokens` = 50")]);
-        check(of(&|seen| seen.usage = None), &[(20, "without usage")]);
-        check(of(&|seen| seen.is_cut_off = true), &[(20, "cut off at 50")]);
-        check(of(&|seen| seen.text.0 = 7), &[(20, "the same answer")]);
-        let other = of(&|seen| {
-            if seen.prompt > 60 {
-                seen.model = "n".into();
+        check(long, &[(1, "`max_completion_tokens` = 50")]);
+        check(
+            alerts_with(&|facts| facts.usage = None),
+            &[(20, "no plausible usage")],
+        );
+        check(
+            alerts_with(&|facts| facts.is_cut_off = true),
+            &[(20, "cut off at 50")],
+        );
+        check(
+            alerts_with(&|facts| facts.text.0 = 7),
+            &[(20, "the same answer")],
+        );
+        let other = alerts_with(&|facts| {
+            if facts.prompt > 60 {
+                facts.model = "n".into();
             }
         });
         check(other, &[(61, "\"n\"")]);
     }
 
     #[test]
-    fn samples_that_are_all_the_same_are_told() {
+    fn identical_samples_are_noted() {
         // Four answers to each prompt.
         let same = |number| good(number / 4);
         check(
-            said(watch(OnMissingLogprobs::Stop), same),
+            alerts_of(monitor(OnMissingLogprobs::Stop), same),
             &[(37, "does not sample")],
         );
         let one_differs = |number| AnswerFacts {
@@ -425,10 +441,13 @@ mod tests {
             ),
             ..good(number / 4)
         };
-        check(said(watch(OnMissingLogprobs::Stop), one_differs), &[]);
+        check(
+            alerts_of(monitor(OnMissingLogprobs::Stop), one_differs),
+            &[],
+        );
         let mut greedy = upstream();
         greedy.sampling.temperature = Some(0.0);
         let greedy = AnswerMonitor::new(&greedy, OnMissingLogprobs::Stop, true);
-        check(said(greedy, same), &[]);
+        check(alerts_of(greedy, same), &[]);
     }
 }

@@ -1,5 +1,6 @@
-//! One attempt, from the request body to the sealed line of the cache. It runs in a task of its own,
-//! so that top-k logprobs, megabytes of JSON a second, are read on every core.
+//! One attempt: builds the request body, sends it and encodes the answer as a cache line.
+//!
+//! Each attempt is a task of its own, so that parsing top-k logprobs (megabytes of JSON a second) uses every core.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,37 +30,37 @@ use crate::rate_limit::headers::LimitReport;
 use crate::rate_limit::send_ticket::SendTicket;
 use crate::report::answer_facts::AnswerFacts;
 
-/// A request on its way, and all that must be known when it comes back.
+/// A request in flight, with the state that settling its reply needs.
 pub(crate) struct Attempt {
     pub upstream: usize,
     pub entry: QueuedRow,
-    pub departure: SendTicket,
-    /// Reserved for it.
+    pub ticket: SendTicket,
+    /// Budget reserved for the request.
     pub reserved: Reservation,
 }
 
-/// What a request task brings back.
+/// Result of a request task.
 pub(crate) struct FinishedAttempt {
     pub attempt: Attempt,
-    /// What the reply's headers say about limits.
+    /// Rate limits reported by the reply's headers.
     pub reports: Vec<LimitReport>,
     pub result: Result<Box<EncodedAnswer>, AttemptError>,
-    /// Given back once a large answer is recorded.
+    /// Released once a large answer is recorded.
     pub _permit: Option<LargeBodyPermit>,
 }
 
-/// An answer, ready to be appended.
+/// An answer, ready to be appended to the cache.
 pub(crate) struct EncodedAnswer {
-    pub sealed: EncodedRecord,
-    pub seen: AnswerFacts,
-    /// The most tokens that it can have used, for an answer without usage.
+    pub encoded: EncodedRecord,
+    pub facts: AnswerFacts,
+    /// Upper bound of the tokens used, for an answer without usage.
     pub bound: TokenBound,
 }
 
-/// Sends the request, waits for the reply, and makes a record of the answer.
+/// Sends the request, waits for the reply, and encodes the answer.
 ///
 /// # Errors
-/// Where a record cannot be encoded, or an answer that cannot be read cannot be kept.
+/// If a record cannot be encoded, or the body of an unreadable answer cannot be saved.
 pub(crate) async fn run(
     plan: Arc<Plan>,
     transport: Arc<dyn Transport>,
@@ -68,49 +69,51 @@ pub(crate) async fn run(
     attempt: Attempt,
 ) -> Result<FinishedAttempt> {
     let row = &plan.rows[attempt.entry.row];
-    let asking = &plan.templates[attempt.upstream];
+    let template = &plan.templates[attempt.upstream];
     let prompt = &plan.prompts[row.prompt as usize];
-    let body = asking.body_for_prompt(prompt, row.sample);
+    let body = template.body_for_prompt(prompt, row.sample);
     let sent_at = clock.now();
     let started = Instant::now();
     let reply = transport.ask(&body).await;
     let latency = started.elapsed();
     let now = clock.now().into();
-    let (mut reports, mut permit, mut raw) = (Vec::new(), None, None);
+    let mut reports = Vec::new();
+    let mut permit = None;
+    let mut raw = None;
     if let Ok(reply) = &reply {
         reports = headers::parse(&reply.headers, now);
         permit = reply.permit.clone();
         raw = Some(reply.body.clone());
     }
-    let read = |reply: &[u8]| asking.read(reply, &body, &prompt.messages);
+    let read = |reply: &[u8]| template.read(reply, &body, &prompt.messages);
     let completion = match outcome::classify_by(reply, now, read) {
         Ok(completion) => Ok(*completion),
         Err(AttemptError::Unreadable { problem, body }) => {
             let file = unreadable.keep(&row.key, &body)?;
             tracing::warn!(
-                "an answer cannot be read ({problem}): it is kept in {}",
+                "cannot parse an answer ({problem}): its body is saved in {}",
                 file.display()
             );
             Ok(Completion::unreadable(problem))
         }
-        Err(mut trouble) => {
-            trouble.clean(&transport.secrets());
-            if let (AttemptError::Transient { failure, .. }, Some(raw)) = (&trouble, raw)
+        Err(mut error) => {
+            error.clean(&transport.secrets());
+            if let (AttemptError::Transient { failure, .. }, Some(raw)) = (&error, raw)
                 && failure.class == "malformed"
             {
                 unreadable.keep_unpaid(&row.key, &raw);
             }
-            Err(trouble)
+            Err(error)
         }
     };
     let result = match completion {
-        Err(trouble) => Err(trouble),
+        Err(error) => Err(error),
         Ok(mut completion) => {
             completion.clean(&transport.secrets());
             let bound = plan.bound(attempt.upstream, attempt.entry.row);
             let timing = timing(sent_at, latency, attempt.entry.failed + 1);
             let answered =
-                EncodedAnswer::new(asking, row, prompt, body, bound, completion, timing)?;
+                EncodedAnswer::new(template, row, prompt, body, bound, completion, timing)?;
             Ok(Box::new(answered))
         }
     };
@@ -123,12 +126,12 @@ pub(crate) async fn run(
 }
 
 impl EncodedAnswer {
-    /// The answer to `body`, which may have used `bound` at the most.
+    /// Encodes the answer to `body`; `bound` is the upper bound of its tokens.
     ///
     /// # Errors
-    /// Where a record cannot be encoded.
+    /// If the record cannot be encoded.
     pub(crate) fn new(
-        asking: &RequestTemplate,
+        template: &RequestTemplate,
         row: &PlannedRow,
         prompt: &Prompt,
         body: Value,
@@ -142,24 +145,24 @@ impl EncodedAnswer {
         let reported = completion.usage;
         completion.usage = usage::measured(reported, text_bytes);
         if completion.usage.is_none() {
-            // A usage with one of its two counts is a lower limit of what was billed.
+            // A usage with only one of its two counts is a lower bound of the billed tokens.
             let mut least = reported.unwrap_or_default();
             usage::raise_by(&mut least, &completion.extra);
             bound.input_tokens = bound.input_tokens.max(least.prompt_tokens);
             bound.output_tokens = bound.output_tokens.max(least.completion_tokens);
         }
         let fault = completion.logprobs_fault.clone();
-        let record = record(asking, row, prompt, body, completion, timing);
+        let record = record(template, row, prompt, body, completion, timing);
         Ok(EncodedAnswer {
-            sealed: EncodedRecord::new(&record)?,
-            seen: AnswerFacts::new(record, fault, max_tokens),
+            encoded: EncodedRecord::new(&record)?,
+            facts: AnswerFacts::new(record, fault, max_tokens),
             bound,
         })
     }
 
-    /// What it cost.
-    pub(crate) fn bill(&self) -> Charge {
-        match self.seen.usage {
+    /// The amount to charge for the answer.
+    pub(crate) fn charge(&self) -> Charge {
+        match self.facts.usage {
             Some(usage) => Charge::Measured(usage),
             None => Charge::Answered(self.bound),
         }

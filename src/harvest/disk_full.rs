@@ -1,4 +1,4 @@
-//! A full disk: answers wait in memory until there is room again, and nothing more is asked.
+//! Handles a full disk: answers are held in memory and no request is sent until there is space again.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -8,13 +8,13 @@ use tokio::time::Instant;
 use crate::harvest::attempt::FinishedAttempt;
 use crate::harvest::run_error;
 
-/// For how long room is waited for.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// Time to wait for disk space before the run ends.
+const MAX_WAIT: Duration = Duration::from_secs(600);
 
-/// The pause between two tries.
-const PAUSE: Duration = Duration::from_secs(5);
+/// Pause between two attempts to write.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
-/// Does the error come from a full disk, which somebody may make room on?
+/// Returns true if the cause of the error is a full disk or an exceeded quota.
 pub(crate) fn is_full(error: &anyhow::Error) -> bool {
     let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
     causes.any(|error: &std::io::Error| {
@@ -25,8 +25,8 @@ pub(crate) fn is_full(error: &anyhow::Error) -> bool {
     })
 }
 
-/// At the end of a run that a full disk has ended: what cannot be written is told, and no more.
-pub(crate) fn excuse(result: anyhow::Result<()>) -> anyhow::Result<()> {
+/// Downgrades the error of a full disk to a warning; used at the end of a run, where a retry is not possible.
+pub(crate) fn downgrade_if_full(result: anyhow::Result<()>) -> anyhow::Result<()> {
     match result {
         Err(error) if is_full(&error) => {
             tracing::warn!("{error:#}");
@@ -36,7 +36,8 @@ pub(crate) fn excuse(result: anyhow::Result<()>) -> anyhow::Result<()> {
     }
 }
 
-/// What waits for room. It is bounded by what may be in flight, since nothing is sent meanwhile.
+/// Answers held in memory while the disk is full. Their number is bounded by the requests in flight, since no
+/// request is sent meanwhile.
 #[derive(Default)]
 pub(crate) struct HeldAnswers {
     held: Vec<FinishedAttempt>,
@@ -50,7 +51,7 @@ struct Full {
 }
 
 impl HeldAnswers {
-    /// The disk is full; true if that is new.
+    /// Records that a write found the disk full. Returns true the first time.
     pub(crate) fn note(&mut self, error: &anyhow::Error) -> bool {
         let now = Instant::now();
         let is_new = self.full.is_none();
@@ -59,11 +60,11 @@ impl HeldAnswers {
             retry_at: now,
             message: format!("{error:#}"),
         });
-        full.retry_at = now + PAUSE;
+        full.retry_at = now + RETRY_PAUSE;
         is_new
     }
 
-    /// Keeps what could not be recorded.
+    /// Holds answers that could not be recorded.
     pub(crate) fn hold(&mut self, group: Vec<FinishedAttempt>) {
         self.held.extend(group);
     }
@@ -76,17 +77,17 @@ impl HeldAnswers {
         self.full.is_some()
     }
 
-    /// When to try again.
+    /// Time of the next attempt to write; None if the disk is not full.
     pub(crate) fn retry_at(&self) -> Option<Instant> {
         self.full.as_ref().map(|full| full.retry_at)
     }
 
-    /// What to try again with.
+    /// Takes the held answers out, to write them again.
     pub(crate) fn take(&mut self) -> Vec<FinishedAttempt> {
         std::mem::take(&mut self.held)
     }
 
-    /// There is room.
+    /// Ends the wait: there is space again.
     pub(crate) fn clear(&mut self) {
         self.full = None;
     }
@@ -94,11 +95,11 @@ impl HeldAnswers {
     pub(crate) fn has_waited_long(&self) -> bool {
         self.full
             .as_ref()
-            .is_some_and(|full| full.since.elapsed() >= PATIENCE)
+            .is_some_and(|full| full.since.elapsed() >= MAX_WAIT)
     }
 
-    /// Waits no longer. Returns the answers that are lost, and why the run ends; `safe` is the number
-    /// of records in the cache.
+    /// Ends the wait without success. Returns the lost answers and the error that ends the run; `safe` is the
+    /// number of records in the cache.
     pub(crate) fn give_up(&mut self, safe: usize) -> Option<(Vec<FinishedAttempt>, anyhow::Error)> {
         let full = self.full.take()?;
         let held = self.take();

@@ -1,5 +1,5 @@
-//! `harvest --dry-run`: what would be asked and what it would cost, and everything that the night would
-//! refuse. Sends nothing, writes nothing.
+//! `harvest --dry-run`: estimates requests and cost, and makes every check that a run would make. Sends nothing,
+//! writes nothing.
 
 use std::path::Path;
 
@@ -28,6 +28,7 @@ use crate::report::summary::HarvestSummary;
 use crate::signal::StopFlag;
 use crate::terminal::format_dollars;
 
+/// Returns a summary with the estimate and the warnings; its error is the first failed check.
 pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSummary> {
     check(config, options)?;
     let is_batch = config.schedule.mode == RequestMode::Batch;
@@ -38,34 +39,44 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
     };
     let prompts = prompts(&config.prompts, options.limit, &StopFlag::default())?;
     let dir = config.own_cache();
-    let known = crate::cache::open::peek(&dir)?;
+    let cached = crate::cache::open::peek(&dir)?;
     let stats = sample_stats(&dir)?;
-    let askings = request_templates(config, &[])?;
+    let templates = request_templates(config, &[])?;
     let unanswered = Unanswered::load(&config.run_dir)?;
-    let mut past = known.past.clone();
+    let mut past = cached.past.clone();
     past.has_schema_1 |=
         crate::harvest::batch::journal::is_under_way(&config.run_dir)? || !unanswered.is_empty();
     let max_attempts = config.retry.max_attempts;
-    let standing = |key: &str| Ok(unanswered.standing(key, known.contains(key), max_attempts));
+    let row_status = |key: &str| Ok(unanswered.standing(key, cached.contains(key), max_attempts));
     let plan = if options.again.is_empty() {
         let scope = PlanScope {
             shard: options.shard,
             only: None,
         };
-        Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?
+        Plan::new(
+            prompts,
+            templates,
+            &config.prompts,
+            scope,
+            &past,
+            row_status,
+        )?
     } else {
         again::select(config, &options.again, options.shard, &prompts, &unanswered)?.plan
     };
     for upstream in 0..plan.rows_by_endpoint.len() {
         check_fits(config, &plan, upstream)?;
     }
-    let mut estimate = Estimate::new(&plan, &stats, known.bytes_per_record());
+    let mut estimate = Estimate::new(&plan, &stats, cached.bytes_per_record());
     if is_batch {
         estimate.minutes = 0.0;
-        estimate.batches = Some(crate::harvest::batch::outlook::outlook(config, &plan)?);
+        estimate.batches = Some(crate::harvest::batch::outlook::estimate_batches(
+            config, &plan,
+        )?);
     }
     if options.again.is_empty() {
-        estimate.cached = unused_answers(&dir, &plan, known.len(), u64::MAX, &StopFlag::default())?;
+        estimate.cached =
+            unused_answers(&dir, &plan, cached.len(), u64::MAX, &StopFlag::default())?;
     }
     estimate.first_request = first_request(&plan);
     let mut summary = HarvestSummary {
@@ -75,16 +86,16 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
         ..HarvestSummary::from_plan(&plan, &unanswered)
     };
     summary.warnings.extend(plan.repeats_warning());
-    let cached_usd = known.cost_usd + scorer::scoring_cost_usd(config)?;
+    let cached_usd = cached.cost_usd + scorer::scoring_cost_usd(config)?;
     let account = run_files::open_read_only(config, cached_usd)?;
     add_budget_warnings(&mut summary, &plan, &account);
     add_wait_warnings(&mut summary, config, &plan, account)?;
-    // Better found out before its answers are paid for; below what was asked for.
+    // Reported in the summary, so that the estimate is shown too.
     summary.error = check_student(config).err();
     Ok(summary)
 }
 
-/// Adds the budget left, and a warning if it may end the run early.
+/// Adds the remaining budget, and a warning if it may end the run early.
 fn add_budget_warnings<S: LedgerStore>(
     summary: &mut HarvestSummary,
     plan: &Plan,
@@ -97,33 +108,33 @@ fn add_budget_warnings<S: LedgerStore>(
         .estimate
         .as_ref()
         .and_then(|estimate| estimate.cost_usd);
-    let room = account.remaining();
-    let left = format_dollars(room.usd());
-    if let Some(least) = cheapest(plan, account).filter(|least| *least > room) {
+    let remaining = account.remaining();
+    let left = format_dollars(remaining.usd());
+    if let Some(least) = cheapest(plan, account).filter(|least| *least > remaining) {
         summary.warnings.push(format!(
-            "{left} of the budget are left, and {} must be set aside for a request: nothing would be sent; \
+            "{left} of the budget remain, but a request reserves {}: nothing would be sent; \
              raise `budget.usd`",
             format_dollars(least.usd())
         ));
-    } else if let Some((_, most)) = most.filter(|(_, most)| *most > room.usd()) {
+    } else if let Some((_, most)) = most.filter(|(_, most)| *most > remaining.usd()) {
         summary.warnings.push(format!(
-            "{left} of the budget are left, and the rest may cost {}: the run may stop before its end",
+            "{left} of the budget remain, but the rest may cost {}: the run may stop early",
             format_dollars(most)
         ));
     }
 }
 
-/// The least that must be set aside for a row: nothing for one without a price.
+/// Returns the smallest reservation of a row; 0 for a row without a price.
 fn cheapest<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Option<Dollars> {
     let upstreams = plan
         .rows_by_endpoint
         .iter()
         .zip(&plan.templates)
         .enumerate();
-    let rows = upstreams.flat_map(|(upstream, (rows, asking))| {
+    let rows = upstreams.flat_map(|(upstream, (rows, template))| {
         let least = move |row| {
             account
-                .bound(&plan.bound(upstream, row), &asking.endpoint.price)
+                .bound(&plan.bound(upstream, row), &template.endpoint.price)
                 .usd
         };
         rows.clone().map(least)
@@ -131,7 +142,7 @@ fn cheapest<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Option<Dollars
     rows.min()
 }
 
-/// Adds a warning for each wait that a run started now would begin with.
+/// Adds a warning for each wait with which a run started now would begin.
 fn add_wait_warnings<S: LedgerStore>(
     summary: &mut HarvestSummary,
     config: &Config,
@@ -142,21 +153,21 @@ fn add_wait_warnings<S: LedgerStore>(
     let schedule = RequestWindow::new(&config.schedule, now)?;
     if let WindowState::Closed(until) = schedule.state(now) {
         summary.warnings.push(format!(
-            "outside the window: a run that begins now waits until {}",
+            "outside the window: a run started now waits until {}",
             schedule.show(until)
         ));
     }
     if config.schedule.mode == RequestMode::Batch {
         return Ok(());
     }
-    for (asking, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
+    for (template, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
         let begun = Instant::now();
-        let mut day = run_files::day(&mut account, &asking.endpoint, now);
+        let mut day = run_files::daily_limit(&mut account, &template.endpoint, now);
         if let (false, Err(until)) = (rows.is_empty(), day.check(begun)) {
             let until = now.checked_add(until - begun).unwrap_or(now);
             summary.warnings.push(format!(
-                "`limits.requests_per_day` of {} is used up: a run that begins now waits until {}",
-                asking.endpoint.teacher.label(),
+                "`limits.requests_per_day` of {} is used up: a run started now waits until {}",
+                template.endpoint.teacher.label(),
                 schedule.show(until)
             ));
         }
@@ -164,7 +175,7 @@ fn add_wait_warnings<S: LedgerStore>(
     Ok(())
 }
 
-/// Refuses what the night would.
+/// Makes the checks of a run.
 fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
     request::check(config)?;
     for upstream in config.endpoints() {
@@ -183,7 +194,7 @@ fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
     cache::open_file::check_nothing_displaced(&config.own_cache())
 }
 
-/// Refuses a student that cannot be trained, where one is named.
+/// Checks that the student, if one is configured, can be trained.
 fn check_student(config: &Config) -> Result<()> {
     let folder = config.file.as_deref().and_then(Path::parent);
     let unset = StudentConfig {
@@ -203,15 +214,15 @@ fn check_student(config: &Config) -> Result<()> {
     match files.iter().find(|file| !student.path.join(file).exists()) {
         None => Ok(()),
         Some(file) => Err(Exit::Usage(format!(
-            "`student.path` = {} has no {file}: `distill train` would not begin; download the student's \
-             Hugging Face folder to there, or leave `[student]` out until you have one",
+            "`student.path` = {} has no {file}, which `distill train` needs; download the student's \
+             Hugging Face folder to that path, or leave out `[student]` until you have one",
             student.path.display()
         ))
         .into()),
     }
 }
 
-/// The body of the request that would be sent first.
+/// Returns the body of the first request.
 fn first_request(plan: &Plan) -> Option<serde_json::Value> {
     let upstream = plan
         .rows_by_endpoint

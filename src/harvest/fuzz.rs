@@ -1,4 +1,4 @@
-//! Doors for the fuzz targets of `tests/fuzz`: what a teacher can say, as bytes. No part of the
+//! Entry points for the fuzz targets of `tests/fuzz`: replies of a teacher as bytes. Not part of the public
 //! interface.
 
 use std::time::{Duration, SystemTime};
@@ -23,8 +23,7 @@ use crate::rate_limit::daily::DailyLimit;
 use crate::rate_limit::headers;
 use crate::rate_limit::pacer::Pacer;
 
-/// A body, behind a byte for the status: whatever it holds, an answer that is taken for one survives
-/// the cache.
+/// Parses a status byte and a body: every accepted answer survives encoding and decoding by the cache.
 pub fn reply(bytes: &[u8]) {
     const STATUSES: [u16; 8] = [200, 200, 200, 400, 401, 404, 429, 500];
     let Some((status, body)) = bytes.split_first() else {
@@ -56,7 +55,7 @@ pub fn reply(bytes: &[u8]) {
         *completion,
         timing,
     );
-    // Zeros are how nothing is stored.
+    // The cache stores a missing usage as zeros.
     record.usage = record.usage.filter(|usage| *usage != Usage::default());
     match line::encode(&record) {
         Ok(line) => {
@@ -68,8 +67,8 @@ pub fn reply(bytes: &[u8]) {
     }
 }
 
-/// Header lines of a few replies, separated by blank ones: whatever they say, the next request is
-/// let out some day, and no limit is negative.
+/// Parses the header lines of up to eight replies, separated by blank lines: no reported limit is negative
+/// or infinite.
 pub fn limits(bytes: &[u8]) {
     const ONE: RequestCost = RequestCost {
         input_tokens: 1,
@@ -101,9 +100,9 @@ pub fn limits(bytes: &[u8]) {
                     .all(|figure| figure >= 0.0 && figure.is_finite())
             );
         }
-        if let Ok(departure) = limiter.admit(ONE, 1) {
-            limiter.update_from_headers(&reports, &departure);
-            limiter.answered(&reports, &departure, Some(ONE));
+        if let Ok(ticket) = limiter.admit(ONE, 1) {
+            limiter.update_from_headers(&reports, &ticket);
+            limiter.answered(&reports, &ticket, Some(ONE));
         }
         let (requests, tokens) = limiter.per_minute();
         assert!(

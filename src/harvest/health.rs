@@ -1,70 +1,77 @@
-//! Is it the row that fails, or the endpoint? Pure.
+//! Decides whether a row or the endpoint is failing. Pure.
 
 use std::collections::HashSet;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// First refusals in the same words after which it is no matter of the rows: a parameter is wrong.
+/// Consecutive refusals with the same message, before any success, after which a parameter is wrong.
 const SAME_REFUSALS: u32 = 5;
 
-/// Doublings of that number for refusals amid answers.
-const MOST_DOUBLINGS: u32 = 5;
+/// Maximum doublings of [`SAME_REFUSALS`] for refusals between answers.
+const MAX_DOUBLINGS: u32 = 5;
 
-/// First errors of the server in the same words after which it answers nothing at all.
+/// Consecutive server errors with the same message, before any success, after which the run stops.
 const SAME_ERRORS: u32 = 6;
 
-/// Rows that must fail before it can be the endpoint.
-const SEVERAL_ROWS: usize = 3;
+/// Number of rows that must fail for an outage.
+const OUTAGE_ROWS: usize = 3;
 
-/// Failures in a row that are no accident.
-const FAILURES: usize = 4;
+/// Number of consecutive failures for an outage.
+const OUTAGE_FAILURES: usize = 4;
 
-/// A limit by the day may ask for as much.
-const LONGEST_EXCUSE: Duration = Duration::from_secs(86_400);
+/// Longest requested wait that is not counted as an outage: a daily limit may require as much.
+const MAX_EXCLUDED_WAIT: Duration = Duration::from_secs(86_400);
 
-/// What the endpoint has done of late.
+/// Recent successes and failures of an endpoint.
 #[derive(Debug)]
 pub(crate) struct EndpointHealth {
-    /// When a request last succeeded; the start of the run, to begin with.
+    /// Time of the last success; initially the start of the run.
     last_success: Instant,
-    /// Of the time since, what the endpoint asked to be given.
-    excused: Duration,
-    /// Has anything ever succeeded, or answered at all?
+    /// Part of the time since then that the endpoint asked to wait.
+    excluded: Duration,
+    /// A request has succeeded.
     succeeded: bool,
+    /// The endpoint has sent any reply.
     answered: bool,
-    is_as_before: bool,
-    /// When an attempt first failed after the last request that showed the endpoint in order left.
+    /// A row has failed as in an earlier run, where other rows were answered.
+    has_failed_as_before: bool,
+    /// Time of the first failure since the last success.
     failing_since: Option<Instant>,
-    /// Rows that have failed since, attempts that have, and the most that was in flight meanwhile.
+    /// Rows that have failed since then.
     failing: HashSet<usize>,
-    /// Of these, rows that have been given up.
+    /// Number of these rows that were given up.
     given_up: usize,
+    /// Attempts that have failed since then.
     failures: usize,
+    /// Largest number of requests in flight since then.
     in_flight: usize,
     /// Failures since an outage began.
     probes: u32,
-    /// The last refusal, and how often in a row it came; the same of errors of the server.
+    /// Message of the last refusal, and how often in a row it came.
     refusal: (String, u32),
+    /// Message of the last server error, and how often in a row it came.
     error: (String, u32),
-    /// Rounds of refusals for their rate, of waits that are hours long, and of replies that say that no
-    /// request can succeed, since one was answered.
+    /// Rounds of throttled requests since the last answer.
     throttled: Rounds,
-    far: Rounds,
+    /// Rounds of requested waits that are hours long.
+    long_waits: Rounds,
+    /// Rounds of claims that no request can succeed.
     claims: Rounds,
-    /// Rows that were forbidden since.
+    /// Rows that were forbidden since the last answer.
     forbidden: HashSet<usize>,
-    /// Rows of which a reply said that no request can succeed, since one last did.
+    /// Rows that caused a claim since the last answer.
     suspects: HashSet<usize>,
-    /// When the first of these rows was refused, and how often an answer to a later request contradicted that.
+    /// Time of the first of these refusals.
     doubted_since: Option<Instant>,
+    /// Number of times that the answer to a later request contradicted such a refusal.
     contradicted: u32,
-    /// Replies that were no answers, before there was one.
+    /// Number of failures and refusals.
     setbacks: u32,
 }
 
-/// Counts what all that is in flight may say at once: a reply to a request that left before the last
-/// round was counted belongs to that round.
+/// Counts rounds of refusals. All requests in flight may be refused together: a request sent before the last round
+/// was counted belongs to that round.
 #[derive(Debug, Default)]
 struct Rounds {
     count: u32,
@@ -72,9 +79,9 @@ struct Rounds {
 }
 
 impl Rounds {
-    /// The number of the round that a reply to a request which left at `departed` belongs to, from 1.
-    fn add(&mut self, departed: Instant, now: Instant) -> u32 {
-        if self.since.is_none_or(|since| departed >= since) {
+    /// Returns the number, from 1, of the round of a reply to a request sent at `sent_at`.
+    fn add(&mut self, sent_at: Instant, now: Instant) -> u32 {
+        if self.since.is_none_or(|since| sent_at >= since) {
             self.count += 1;
             self.since = Some(now);
         }
@@ -86,10 +93,10 @@ impl EndpointHealth {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
             last_success: now,
-            excused: Duration::ZERO,
+            excluded: Duration::ZERO,
             succeeded: false,
             answered: false,
-            is_as_before: false,
+            has_failed_as_before: false,
             failing_since: None,
             failing: HashSet::new(),
             given_up: 0,
@@ -99,7 +106,7 @@ impl EndpointHealth {
             refusal: (String::new(), 0),
             error: (String::new(), 0),
             throttled: Rounds::default(),
-            far: Rounds::default(),
+            long_waits: Rounds::default(),
             claims: Rounds::default(),
             forbidden: HashSet::new(),
             suspects: HashSet::new(),
@@ -109,23 +116,23 @@ impl EndpointHealth {
         }
     }
 
-    /// A request that left at `departed` was answered. One that left before the failures began shows
-    /// nothing about them: it may have been under way for minutes.
-    pub(crate) fn success(&mut self, departed: Instant, now: Instant) {
+    /// Records an answer to a request sent at `sent_at`. A request sent before the failures began may have been in
+    /// flight for minutes, so its answer does not reset them.
+    pub(crate) fn success(&mut self, sent_at: Instant, now: Instant) {
         self.last_success = now;
-        self.excused = Duration::ZERO;
+        self.excluded = Duration::ZERO;
         self.succeeded = true;
         self.answered = true;
         let doubted = self.doubted_since.take();
-        self.contradicted += u32::from(doubted.is_some_and(|since| departed >= since));
+        self.contradicted += u32::from(doubted.is_some_and(|since| sent_at >= since));
         self.forbidden.clear();
         self.suspects.clear();
-        for rounds in [&mut self.throttled, &mut self.far, &mut self.claims] {
-            if rounds.since.is_none_or(|since| departed >= since) {
+        for rounds in [&mut self.throttled, &mut self.long_waits, &mut self.claims] {
+            if rounds.since.is_none_or(|since| sent_at >= since) {
                 *rounds = Rounds::default();
             }
         }
-        if self.failing_since.is_some_and(|since| departed < since) {
+        if self.failing_since.is_some_and(|since| sent_at < since) {
             return;
         }
         self.failing_since = None;
@@ -136,12 +143,12 @@ impl EndpointHealth {
         self.probes = 0;
     }
 
-    /// Has anything succeeded in this run?
+    /// Returns true if a request of this run has succeeded.
     pub(crate) fn has_succeeded(&self) -> bool {
         self.succeeded
     }
 
-    /// An attempt at `row` failed in a way that may pass, with so many in flight.
+    /// Records a transient failure of `row`, with `in_flight` requests in flight.
     pub(crate) fn failure(
         &mut self,
         row: usize,
@@ -163,44 +170,43 @@ impl EndpointHealth {
         self.failing.contains(&row) || self.suspects.contains(&row)
     }
 
-    /// Rows that brought no answer where nothing has succeeded at all, and those of which a reply said last
-    /// that nothing can.
+    /// Returns the rows that caused a claim since the last answer, and all failing rows if nothing has succeeded.
     pub(crate) fn suspects(&self) -> impl Iterator<Item = usize> {
         let failing = self.failing.iter().filter(|_| !self.succeeded);
         failing.chain(&self.suspects).copied()
     }
 
-    /// Returns true if the last requests failed and their rows may be the reason.
+    /// Returns true if the last requests failed and their rows may be the cause.
     pub(crate) fn is_in_doubt(&self) -> bool {
         let has_suspects = self.forbidden.len() > 1 || !self.suspects.is_empty();
         !self.succeeded && self.setbacks > 0 || has_suspects || self.is_outage()
     }
 
-    /// Returns true if several rows in a row were forbidden. The number doubles each time that an answer
+    /// Returns true if enough consecutive rows were forbidden. The number doubles each time that an answer
     /// contradicts the refusals.
     pub(crate) fn is_forbidding(&self) -> bool {
-        let enough = SAME_REFUSALS << self.contradicted.min(MOST_DOUBLINGS);
+        let enough = SAME_REFUSALS << self.contradicted.min(MAX_DOUBLINGS);
         self.forbidden.len() >= enough as usize
     }
 
-    /// Times that a refusal that seemed to be the end was followed by an answer.
+    /// Number of times that an answer contradicted a claim.
     pub(crate) fn contradicted(&self) -> u32 {
         self.contradicted
     }
 
-    /// A row has failed as it did while others were answered.
+    /// Records that a row failed as in an earlier run, where other rows were answered.
     pub(crate) fn failed_as_before(&mut self) {
         self.answered = true;
-        self.is_as_before = true;
+        self.has_failed_as_before = true;
     }
 
-    /// Returns true once several requests may be in flight: one has succeeded, or a row has failed as it
-    /// did in an earlier run, amid answers.
+    /// Returns true once several requests may be in flight: one has succeeded, or a row has failed as in an earlier
+    /// run where other rows were answered.
     pub(crate) fn is_proven(&self) -> bool {
-        self.succeeded || self.is_as_before
+        self.succeeded || self.has_failed_as_before
     }
 
-    /// A reply to this row says that no request can succeed, and none has. Returns the number of such rows.
+    /// Records a claim before the first answer. Returns the number of rows with a claim.
     pub(crate) fn suspect(&mut self, row: usize) -> usize {
         self.answered = true;
         self.setbacks += 1;
@@ -208,102 +214,99 @@ impl EndpointHealth {
         self.suspects.len()
     }
 
-    /// When a request last succeeded.
+    /// Time of the last success.
     pub(crate) fn last_success(&self) -> Option<Instant> {
         self.succeeded.then_some(self.last_success)
     }
 
-    /// The row has ended without an answer.
-    pub(crate) fn gave_up(&mut self, row: usize) {
+    /// Records that a row has ended without an answer.
+    pub(crate) fn row_given_up(&mut self, row: usize) {
         self.given_up += usize::from(self.failing.contains(&row));
     }
 
-    /// Attempts that failed since one succeeded.
+    /// Number of failed attempts since the last success.
     pub(crate) fn failures(&self) -> usize {
         self.failures
     }
 
-    /// The endpoint asked to wait: it is there. Returns how often it did since it last answered, all that
-    /// was in flight at once counted as one.
-    pub(crate) fn throttled(&mut self, departed: Instant, now: Instant) -> u32 {
+    /// Records a throttled request. Returns the number of rounds since the last answer.
+    pub(crate) fn throttled(&mut self, sent_at: Instant, now: Instant) -> u32 {
         self.answered = true;
-        self.throttled.add(departed, now)
+        self.throttled.add(sent_at, now)
     }
 
-    /// As [`Health::throttled`], of waits that are hours long.
-    pub(crate) fn long_wait_requested(&mut self, departed: Instant, now: Instant) -> u32 {
-        self.far.add(departed, now)
+    /// Records a requested wait that is hours long. Returns the number of rounds since the last answer.
+    pub(crate) fn long_wait_requested(&mut self, sent_at: Instant, now: Instant) -> u32 {
+        self.long_waits.add(sent_at, now)
     }
 
-    /// As [`Health::throttled`], of replies that say that no request can succeed.
-    pub(crate) fn claimed(&mut self, row: usize, departed: Instant, now: Instant) -> u32 {
+    /// Records a claim that no request can succeed. Returns the number of rounds since the last answer.
+    pub(crate) fn claimed(&mut self, row: usize, sent_at: Instant, now: Instant) -> u32 {
         self.answered = true;
         self.doubted_since.get_or_insert(now);
         self.suspects.insert(row);
-        self.claims.add(departed, now)
+        self.claims.add(sent_at, now)
     }
 
-    /// The endpoint forbade a row. True if it has forbidden several in a row.
+    /// Records a forbidden row. Returns [`EndpointHealth::is_forbidding`].
     pub(crate) fn request_forbidden(&mut self, row: usize, now: Instant) -> bool {
         self.doubted_since.get_or_insert(now);
         self.forbidden.insert(row);
         self.is_forbidding()
     }
 
-    /// The endpoint refused a row. True if it has refused all that it was asked, in the same words:
-    /// then the next one need not be asked.
+    /// Records a refusal. Returns true if the first [`SAME_REFUSALS`] requests were refused with the same message.
     pub(crate) fn refused(&mut self, message: &str) -> bool {
         self.answered = true;
         self.setbacks += 1;
-        retry_pause(&mut self.refusal, message) >= SAME_REFUSALS && !self.succeeded
+        count_repeats(&mut self.refusal, message) >= SAME_REFUSALS && !self.succeeded
     }
 
-    /// The server failed with this message. True if it has failed at all that it was asked, in the same
-    /// words.
+    /// Records a server error. Returns true if the first [`SAME_ERRORS`] errors had the same message.
     pub(crate) fn failed_alike(&mut self, message: &str) -> bool {
-        retry_pause(&mut self.error, message) >= SAME_ERRORS && !self.succeeded
+        count_repeats(&mut self.error, message) >= SAME_ERRORS && !self.succeeded
     }
 
-    /// Nothing has ever answered at this address.
+    /// Returns true if no reply has ever arrived from this address.
     pub(crate) fn never_answered(&self) -> bool {
         !self.answered
     }
 
-    /// As many attempts as are in flight at once have failed without a success in between, and those
-    /// of several rows: it is the endpoint, and no row is to blame.
+    /// Returns true during an outage: several rows have failed without a success in between, and as many attempts as
+    /// were in flight.
     pub(crate) fn is_outage(&self) -> bool {
-        self.failing.len() >= SEVERAL_ROWS && self.failures >= self.in_flight.max(FAILURES)
+        self.failing.len() >= OUTAGE_ROWS && self.failures >= self.in_flight.max(OUTAGE_FAILURES)
     }
 
-    /// Are there rows among the `remaining` that have not failed since something last succeeded?
+    /// Returns true if some of the `remaining` rows have not failed since the last success.
     pub(crate) fn has_others(&self, remaining: usize) -> bool {
         remaining + self.given_up > self.failing.len()
     }
 
-    /// A row has failed so many times. Was that the endpoint's fault, for all we know? So it is where
-    /// nothing has succeeded meanwhile and some of the `remaining` rows have not failed yet.
+    /// Returns true if the endpoint may have caused the `attempts` failures of a row: nothing has succeeded
+    /// meanwhile, and some of the `remaining` rows have not failed yet.
     pub(crate) fn may_be_the_endpoint(&self, attempts: u32, remaining: usize) -> bool {
         self.failures >= attempts as usize && self.has_others(remaining)
     }
 
-    /// Failures since the outage began, from 1; 0 where there is none.
+    /// Number of failures since the outage began; 0 without an outage.
     pub(crate) fn probes(&self) -> u32 {
         self.probes
     }
 
-    /// The endpoint said for how long to wait, and it is obeyed: that is no outage.
-    pub(crate) fn excuse(&mut self, wait: Duration) {
-        self.excused = (self.excused + wait).min(LONGEST_EXCUSE);
+    /// Excludes a requested wait from the time without success.
+    pub(crate) fn exclude_wait(&mut self, wait: Duration) {
+        self.excluded = (self.excluded + wait).min(MAX_EXCLUDED_WAIT);
     }
 
-    /// How long nothing has succeeded, without the time that the endpoint asked for.
-    pub(crate) fn silence(&self, now: Instant) -> Duration {
-        (now - self.last_success).saturating_sub(self.excused)
+    /// Time since the last success, without the waits that the endpoint requested.
+    pub(crate) fn time_without_success(&self, now: Instant) -> Duration {
+        (now - self.last_success).saturating_sub(self.excluded)
     }
 }
 
-/// Counts a message that comes again. Returns how often in a row it has come.
-fn retry_pause(last: &mut (String, u32), message: &str) -> u32 {
+/// Counts consecutive occurrences of a message. Returns their number.
+fn count_repeats(last: &mut (String, u32), message: &str) -> u32 {
     if last.0 != message {
         *last = (message.into(), 0);
     }
@@ -316,7 +319,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_bad_row_is_no_outage_and_many_are_until_one_succeeds() {
+    fn outage_needs_several_failing_rows_and_ends_with_a_success() {
         let now = Instant::now();
         let mut health = EndpointHealth::new(now);
         for _ in 0..10 {
@@ -328,29 +331,29 @@ mod tests {
         assert!(health.is_outage() && !health.never_answered());
         assert_eq!(health.probes(), 1);
         let later = now + Duration::from_secs(9);
-        assert_eq!(health.silence(later), Duration::from_secs(9));
-        health.excuse(Duration::from_secs(5));
-        assert_eq!(health.silence(later), Duration::from_secs(4));
+        assert_eq!(health.time_without_success(later), Duration::from_secs(9));
+        health.exclude_wait(Duration::from_secs(5));
+        assert_eq!(health.time_without_success(later), Duration::from_secs(4));
         health.success(later, later);
         assert!(!health.is_outage() && health.probes() == 0);
-        assert_eq!(health.silence(later), Duration::ZERO);
+        assert_eq!(health.time_without_success(later), Duration::ZERO);
     }
 
     #[test]
-    fn a_row_is_blamed_only_beside_others_that_succeed_or_when_all_have_failed() {
+    fn row_fails_only_if_others_succeed_or_all_rows_have_failed() {
         let mut health = EndpointHealth::new(Instant::now());
         for _ in 0..6 {
             health.failure(0, false, 1, Instant::now());
         }
         assert!(health.may_be_the_endpoint(6, 2));
-        assert!(!health.may_be_the_endpoint(6, 1), "there is no other row");
+        assert!(!health.may_be_the_endpoint(6, 1), "no other row is left");
         health.success(Instant::now(), Instant::now());
         health.failure(0, false, 1, Instant::now());
-        assert!(!health.may_be_the_endpoint(7, 2), "another one succeeded");
+        assert!(!health.may_be_the_endpoint(7, 2), "another row succeeded");
     }
 
     #[test]
-    fn an_answer_to_what_left_before_the_failures_shows_nothing_about_them() {
+    fn answer_to_request_sent_before_outage_does_not_end_it() {
         let early = Instant::now();
         let mut health = EndpointHealth::new(early);
         for row in 0..5 {
@@ -364,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn all_that_is_in_flight_must_fail() {
+    fn outage_needs_all_requests_in_flight_to_fail() {
         let mut health = EndpointHealth::new(Instant::now());
         for row in 0..31 {
             health.failure(row, false, 32 - row, Instant::now());
@@ -375,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_that_refuses_everything_alike_is_asked_no_more() {
+    fn identical_first_refusals_stop_the_endpoint() {
         let mut health = EndpointHealth::new(Instant::now());
         for _ in 1..SAME_REFUSALS {
             assert!(!health.refused("no logprobs"));
@@ -389,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_flight_at_once_is_one_round() {
+    fn concurrent_throttles_count_as_one_round() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut health = EndpointHealth::new(start);
@@ -402,7 +405,7 @@ mod tests {
             ),
             (2, 2)
         );
-        // An answer to what left before the last round shows nothing about it.
+        // The answer to a request sent before the last round does not reset the count.
         health.success(at(1), at(5));
         assert_eq!(health.throttled(at(6), at(7)), 3);
         health.success(at(8), at(9));
@@ -410,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_in_the_same_words_are_an_end_only_where_nothing_ever_succeeded() {
+    fn identical_errors_stop_only_before_first_success() {
         let mut health = EndpointHealth::new(Instant::now());
         assert!((1..SAME_ERRORS).all(|_| !health.failed_alike("500: no schema")));
         assert!(health.failed_alike("500: no schema"));
@@ -421,7 +424,7 @@ mod tests {
             |health: &mut EndpointHealth, row| health.request_forbidden(row, Instant::now());
         assert!((1..5).all(|row| !forbade(&mut health, row)) && !forbade(&mut health, 4));
         assert!(forbade(&mut health, 5));
-        // An answer shows that it is the rows: more of them have to be forbidden from then on.
+        // An answer shows that only some rows are forbidden: the threshold doubles.
         health.success(Instant::now(), Instant::now());
         assert_eq!(health.contradicted(), 1);
         assert!((6..15).all(|row| !forbade(&mut health, row)));

@@ -1,26 +1,30 @@
-//! Prompts in, recorded answers out.
+//! Collects the teacher's answers to the planned prompts and records them in the cache.
 //!
 //! ```text
-//! prompts --plan--> rows that the cache does not hold --upstream: queue, limiter, budget--> attempt
-//!   (body -> teacher -> retry: what does the reply mean? -> record)
-//!   --dispatch--> cache | back into the queue | failed --> summary
+//! plan --rows that the cache does not hold--> upstream (queue, pacer, health) --> attempt
+//!   attempt: request body -> teacher -> classify the reply -> cache record
+//!   dispatch: append to the cache | return the row to the queue | fail the row --> summary
 //! ```
 //!
-//! `batch` is another way: the same rows as files of OpenAI's Batch API, into the same cache under the
-//! same keys.
+//! | file | content |
+//! |---|---|
+//! | `options` | command-line options of a harvest |
+//! | `dry_run` | `--dry-run`: estimate of the run and every check that a run would make |
+//! | `dispatch/` | the task that sends requests and decides about the row of each reply |
+//! | `attempt`, `record` | one request in its own task; the cache record of its answer |
+//! | `upstream/`, `health` | live state of an endpoint; whether a row or the endpoint is failing |
+//! | `answer_monitor` | detects answers that training cannot use |
+//! | `batch/` | the same rows through OpenAI's Batch API, into the same cache under the same keys |
+//! | `scorer` | teacher logprobs of texts that the student wrote, for on-policy training |
+//! | `run_files`, `unreadable_bodies` | budget account and unanswered rows; response bodies that cannot be parsed |
+//! | `disk_full` | answers held in memory while the disk is full |
+//! | `window`, `run_error` | time window and deadline; errors that end a run |
 //!
-//! A `judge` is asked about texts instead: what the teacher would have said in place of what a student
-//! wrote (`scoring`). It goes the way of the rows.
+//! Invariants: one task decides (`dispatch` or `batch`), attempts share nothing but the plan. The budget is
+//! reserved on disk before a request leaves, so the cap holds after a kill. A recorded answer is never
+//! bought again. This module knows nothing of tensors.
 //!
-//! `dispatch` is the one task that decides; an `attempt` runs in a task of its own. Each teacher has
-//! a `upstream`: its queue, its `limiter` (whose ceilings may be shared with other processes), its
-//! `health`, its decisions after a refusal (`crate::harvest::upstream::refusals`), and a `watch` over what its answers are
-//! worth. `books` keeps the account (`budget`), whose cap holds over kills, and the rows without an answer;
-//! in `room` answers wait while the disk is full. A body is read by `reply`; what it means is for `retry` and `refusal` to say. A `teacher` sends, by way of
-//! `exchange`, over a `connection`, with `credentials` that may be renewed, and `secrets` are taken out
-//! of whatever comes back. `prepare` opens and checks what a night and a `dry_run` begin with; `again` and
-//! `adopt` change what the cache is taken to answer, and `questions` selects its records for training. Everything else is pure (`request`, `record`, `plan`,
-//! `shard`, `estimate`, `queue`, `schedule`, `advice`, `stop`) or does one thing. It knows nothing of tensors.
+//! The layers below have their own modules: `plan`, `client`, `budget`, `rate_limit`, `probe` and `report`.
 
 pub(crate) mod answer_monitor;
 pub(crate) mod attempt;
@@ -40,7 +44,6 @@ pub(crate) mod unreadable_bodies;
 pub(crate) mod upstream;
 pub(crate) mod window;
 
-use crate::harvest::options::HarvestOptions;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,10 +57,12 @@ use crate::client::transport::Transport;
 use crate::clock::WallClock;
 use crate::config::{Config, RequestMode};
 use crate::exit::Exit;
+use crate::harvest::options::HarvestOptions;
 use crate::harvest::run_files::RunFiles;
 use crate::harvest::upstream::Upstream;
 use crate::harvest::window::RequestWindow;
 use crate::ops::process;
+use crate::plan::again;
 use crate::plan::prepare::{
     check_endpoints, check_money, open_cache, prompts, request_templates, unused_answers,
 };
@@ -70,17 +75,21 @@ use crate::rate_limit::redis::SharedLimits;
 use crate::report::summary::{self, HarvestSummary};
 use crate::signal::{Signals, StopFlag};
 use crate::terminal::progress::Progress;
+use batch::journal;
 use batch::{BatchOutcome, Batches};
 use dispatch::Dispatcher;
 
-/// Records in which a run looks for answers from other endpoints; a dry run looks at all of them.
-const UNUSED_LOOKED_AT: u64 = 20_000;
+/// Maximum number of cached records that a run searches for unused answers of other endpoints; a dry run
+/// searches all of them.
+const MAX_UNUSED_SEARCHED: u64 = 20_000;
 
 /// Asks the teacher for every answer that the run's cache does not hold.
 ///
-/// An error means that nothing could be begun, or that an answer could not be recorded. A run that
-/// began ends with a summary, whose `error` says what, if anything, went wrong; see
-/// [`Summary::into_result`].
+/// Once the first request is sent, failures are reported in the summary's `error`; see
+/// [`HarvestSummary::into_result`].
+///
+/// # Errors
+/// If the run cannot start, or an answer cannot be recorded.
 pub async fn run(config: &Config, options: HarvestOptions) -> Result<HarvestSummary> {
     if options.dry_run {
         dry_run::run(config, &options)
@@ -89,30 +98,30 @@ pub async fn run(config: &Config, options: HarvestOptions) -> Result<HarvestSumm
     }
 }
 
-/// As [`run`], stopped by the given signals rather than by those of this process.
+/// Runs like [`run`], but stops on the given signals instead of those of this process.
 pub async fn run_until(
     config: &Config,
     options: HarvestOptions,
     signals: Signals,
 ) -> Result<HarvestSummary> {
     crate::client::request::check(config)?;
-    let config = &within_descriptors(config);
+    let config = &cap_concurrency(config);
     let upstreams = config.endpoints();
     let teachers = upstreams.iter().map(|upstream| {
         let teacher: Arc<dyn Transport> = Arc::new(HttpTeacher::new(&upstream.teacher)?);
         Ok(teacher)
     });
     let transports = teachers.collect::<Result<_>>()?;
-    let world = Environment {
+    let environment = Environment {
         transports,
         clock: WallClock::system(),
         storage: crate::cache::storage::plain_storage(),
     };
-    run_in(world, config, options, signals).await
+    run_in(environment, config, options, signals).await
 }
 
-/// The same settings, with no more requests in flight than this process may hold connections open.
-fn within_descriptors(config: &Config) -> Config {
+/// Returns the config with its concurrency capped to the number of connections that this process may open.
+fn cap_concurrency(config: &Config) -> Config {
     let wanted: usize = config
         .endpoints()
         .iter()
@@ -122,23 +131,23 @@ fn within_descriptors(config: &Config) -> Config {
         return config.clone();
     };
     tracing::warn!(
-        "`limits.concurrency` of {wanted} needs as many connections, and this process may hold {most} \
-         open: {most} requests are in flight at most; raise `ulimit -n` for more"
+        "`limits.concurrency` = {wanted} needs as many connections, but this process may open only {most}: \
+         at most {most} requests are in flight; raise `ulimit -n` for more"
     );
     config.with_at_most_in_flight(most)
 }
 
-/// The seams at which a simulated night takes the place of the network, the clock and the disk.
+/// Network, clock and disk of a run; tests replace them with simulated ones.
 pub struct Environment {
-    /// The ways to the teachers, one for each.
+    /// One transport per teacher, in the order of the config.
     pub transports: Vec<Arc<dyn Transport>>,
     pub clock: WallClock,
     pub storage: WrapFile,
 }
 
-/// As [`run_until`], in another world.
+/// Runs like [`run_until`], in the given environment.
 pub async fn run_in(
-    world: Environment,
+    environment: Environment,
     config: &Config,
     options: HarvestOptions,
     signals: Signals,
@@ -147,47 +156,36 @@ pub async fn run_in(
         transports,
         clock,
         storage,
-    } = world;
+    } = environment;
     let prompts = prompts(&config.prompts, options.limit, signals.flag())?;
     let probes = check_endpoints(config)?;
     check_money(config, options.shard, clock.now())?;
     let mut unanswered = Unanswered::load(&config.run_dir)?;
-    let again = match options.again.is_empty() {
-        true => None,
-        // What was asked again goes on in the batches.
-        false
-            if config.schedule.mode == RequestMode::Batch
-                && crate::harvest::batch::journal::is_under_way(&config.run_dir)? =>
-        {
-            tracing::warn!(
-                "batches are under way: they are waited for, and nothing leaves the cache"
-            );
-            None
-        }
-        false => {
-            crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
-            RequestWindow::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
-            // The account of an earlier version takes over from the cache what was spent: before records leave it.
-            let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
-                + crate::harvest::scorer::scoring_cost_usd(config)?;
-            RunFiles::open(config, cached, Unanswered::default(), clock.clone())?
-                .1
-                .warn();
-            let asked = crate::plan::again::select(
-                config,
-                &options.again,
-                options.shard,
-                &prompts,
-                &unanswered,
-            )?;
-            let words = &options.again;
-            Some(crate::plan::again::remove_from_cache(
-                config,
-                words,
-                asked,
-                &mut unanswered,
-            )?)
-        }
+    let is_batch = config.schedule.mode == RequestMode::Batch;
+    let again = if options.again.is_empty() {
+        None
+    } else if is_batch && journal::is_under_way(&config.run_dir)? {
+        tracing::warn!(
+            "batches are under way: this run waits for them, and `--again` removes nothing from the cache"
+        );
+        None
+    } else {
+        journal::check_none_under_way(&config.run_dir)?;
+        RequestWindow::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
+        // An account without a ledger counts the cost of the cache, so it is opened before records are removed.
+        let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
+            + scorer::scoring_cost_usd(config)?;
+        RunFiles::open(config, cached, Unanswered::default(), clock.clone())?
+            .1
+            .warn();
+        let selected = again::select(config, &options.again, options.shard, &prompts, &unanswered)?;
+        let selectors = &options.again;
+        Some(again::remove_from_cache(
+            config,
+            selectors,
+            selected,
+            &mut unanswered,
+        )?)
     };
     let cache = open_cache(config, options.quiet, storage, signals.flag())?;
     summary::warn_of_empty_cache(&config.run_dir, &config.own_cache(), cache.len());
@@ -209,57 +207,57 @@ pub async fn run_in(
     }?;
     let is_all = !options.again.is_empty() || options.limit.is_none() && options.shard.is_none();
     if summary.pending == 0 && is_all {
-        crate::plan::again::finish(&config.run_dir)?;
+        again::finish(&config.run_dir)?;
     }
     Ok(summary)
 }
 
-/// What both ways of asking begin with.
+/// Inputs shared by real-time and batch mode.
 struct Run<'a> {
     config: &'a Config,
     shard: Option<Shard>,
     quiet: bool,
     cache: &'a Cache,
-    /// By teacher; see [`Asking::probe`].
+    /// By teacher; see [`RequestTemplate`](crate::client::request::RequestTemplate).
     probes: Vec<String>,
     transports: Vec<Arc<dyn Transport>>,
     unanswered: Unanswered,
-    /// Nothing else is to be asked.
-    again: Option<crate::plan::again::RowKeys>,
-    /// For what takes long before anything is asked.
+    /// Rows selected by `--again`; if set, no other row is asked.
+    again: Option<again::RowKeys>,
+    /// Stops long steps that run before the first request.
     stop: StopFlag,
     clock: WallClock,
 }
 
 impl Run<'_> {
     async fn realtime(mut self, prompts: Vec<Prompt>, signals: Signals) -> Result<HarvestSummary> {
-        crate::harvest::batch::journal::check_none_under_way(&self.config.run_dir)?;
-        crate::harvest::batch::journal::drop_uncreated(&self.config.run_dir)?;
-        let plan = self.plan(self.config, prompts, |key| self.standing(key))?;
-        let books = self.books()?;
-        let dispatcher = self.dispatcher(self.config, plan, books).await?;
+        journal::check_none_under_way(&self.config.run_dir)?;
+        journal::drop_uncreated(&self.config.run_dir)?;
+        let plan = self.plan(self.config, prompts, |key| self.row_status(key))?;
+        let run_files = self.open_run_files()?;
+        let dispatcher = self.dispatcher(self.config, plan, run_files).await?;
         dispatcher.run(signals).await
     }
 
     async fn batch(mut self, prompts: Vec<Prompt>, mut signals: Signals) -> Result<HarvestSummary> {
         let config = self.config.at_batch_prices();
-        let plan = self.plan(&config, prompts, |key| self.standing(key))?;
-        let books = self.books()?;
+        let plan = self.plan(&config, prompts, |key| self.row_status(key))?;
+        let run_files = self.open_run_files()?;
         for upstream in 0..plan.rows_by_endpoint.len() {
-            books.check_largest(&plan, upstream)?;
-            // For the rest, which is asked one by one: what is wrong with it shall not be found out
-            // at the end of the night.
+            run_files.check_largest(&plan, upstream)?;
+            // Rows that the batches leave over are sent in real time: check their limits before the batches run.
             self.shared(&plan, upstream, &Arc::default()).await?;
         }
-        let (transports, clock) = (&self.transports, self.clock.clone());
+        let transports = &self.transports;
+        let clock = self.clock.clone();
         let batches = Batches::new(
-            &config, plan, self.cache, transports, books, clock, self.quiet,
+            &config, plan, self.cache, transports, run_files, clock, self.quiet,
         )?;
         let rest = match batches.run(&mut signals).await? {
             BatchOutcome::Finished(summary) => return Ok(*summary),
             BatchOutcome::Rest(rest) => *rest,
         };
-        // The deadline was that of the batches.
+        // The deadline applied to the batches only.
         let mut config = self.config.clone();
         config.schedule.deadline = None;
         let max_attempts = config.retry.max_attempts;
@@ -267,10 +265,10 @@ impl Run<'_> {
             if rest.not_to_ask.contains(key) {
                 return Ok(RowStatus::Answered);
             }
-            let unanswered = &rest.books.unanswered;
+            let unanswered = &rest.run_files.unanswered;
             Ok(unanswered.standing(key, self.cache.contains(key), max_attempts))
         })?;
-        let dispatcher = self.dispatcher(&config, plan, rest.books).await?;
+        let dispatcher = self.dispatcher(&config, plan, rest.run_files).await?;
         let dispatcher = dispatcher.after(rest.summary, rest.started);
         let mut summary = dispatcher.run(signals).await?;
         if rest.under_way > 0 && summary.error.is_none() {
@@ -288,24 +286,32 @@ impl Run<'_> {
         &self,
         config: &Config,
         prompts: Vec<Prompt>,
-        standing: impl Fn(&str) -> Result<RowStatus>,
+        row_status: impl Fn(&str) -> Result<RowStatus>,
     ) -> Result<Plan> {
-        let askings = request_templates(config, &self.probes)?;
+        let templates = request_templates(config, &self.probes)?;
         let mut past = self.cache.past();
-        // Their rows have the keys of the version that submitted them.
-        past.has_schema_1 |= crate::harvest::batch::journal::is_under_way(&self.config.run_dir)?
-            || !self.unanswered.is_empty();
+        // Rows of earlier batches have the keys of the version that submitted them.
+        past.has_schema_1 |=
+            journal::is_under_way(&self.config.run_dir)? || !self.unanswered.is_empty();
         let scope = PlanScope {
             shard: self.shard,
             only: self.again.as_ref(),
         };
-        let plan = Plan::new(prompts, askings, &config.prompts, scope, &past, standing)?;
-        if let Some(told) = plan.repeats_warning() {
-            tracing::warn!("{told}");
+        let plan = Plan::new(
+            prompts,
+            templates,
+            &config.prompts,
+            scope,
+            &past,
+            row_status,
+        )?;
+        if let Some(warning) = plan.repeats_warning() {
+            tracing::warn!("{warning}");
         }
         if self.again.is_none() {
-            let (dir, known) = (config.own_cache(), self.cache.len());
-            let unused = unused_answers(&dir, &plan, known, UNUSED_LOOKED_AT, &self.stop)?;
+            let dir = config.own_cache();
+            let known = self.cache.len();
+            let unused = unused_answers(&dir, &plan, known, MAX_UNUSED_SEARCHED, &self.stop)?;
             if let Some(advice) = unused.advice(&config.arguments()) {
                 tracing::warn!("{advice}");
             }
@@ -313,47 +319,49 @@ impl Run<'_> {
         Ok(plan)
     }
 
-    fn standing(&self, key: &str) -> Result<RowStatus> {
+    fn row_status(&self, key: &str) -> Result<RowStatus> {
         self.stop.check()?;
         let max_attempts = self.config.retry.max_attempts;
         let is_cached = self.cache.contains(key);
         Ok(self.unanswered.standing(key, is_cached, max_attempts))
     }
 
-    /// Opens the books, once.
-    fn books(&mut self) -> Result<RunFiles> {
+    /// Opens the run files and takes over `self.unanswered`.
+    fn open_run_files(&mut self) -> Result<RunFiles> {
         let config = self.config;
-        let cached =
-            self.cache.cost_when_opened() + crate::harvest::scorer::scoring_cost_usd(config)?;
+        let cached = self.cache.cost_when_opened() + scorer::scoring_cost_usd(config)?;
         let unanswered = std::mem::take(&mut self.unanswered);
-        let (books, lost) = RunFiles::open(config, cached, unanswered, self.clock.clone())?;
+        let (run_files, lost) = RunFiles::open(config, cached, unanswered, self.clock.clone())?;
         lost.warn();
-        Ok(books)
+        Ok(run_files)
     }
 
     async fn dispatcher<'b>(
         &'b self,
         config: &'b Config,
         plan: Plan,
-        mut books: RunFiles,
+        mut run_files: RunFiles,
     ) -> Result<Dispatcher<'b>> {
-        let (wake, mut upstreams) = (Arc::default(), Vec::new());
+        let wake = Arc::default();
+        let mut upstreams = Vec::new();
         for (index, transport) in self.transports.iter().enumerate() {
-            books.check_largest(&plan, index)?;
-            let day = books.day(&plan.templates[index].endpoint);
+            run_files.check_largest(&plan, index)?;
+            let day = run_files.daily_limit(&plan.templates[index].endpoint);
             let shared = self.shared(&plan, index, &wake).await?;
             let transport = Arc::clone(transport);
             let upstream = Upstream::new(&plan, index, transport, day, shared, config)?;
             upstreams.push(upstream);
         }
         let progress = Progress::new("harvest", plan.total, self.quiet);
-        let (plan, clock) = (Arc::new(plan), self.clock.clone());
-        let dispatcher =
-            Dispatcher::new(config, plan, self.cache, upstreams, books, clock, progress)?;
+        let plan = Arc::new(plan);
+        let clock = self.clock.clone();
+        let dispatcher = Dispatcher::new(
+            config, plan, self.cache, upstreams, run_files, clock, progress,
+        )?;
         Ok(dispatcher.with_waker(wake))
     }
 
-    /// The limits that a teacher's upstream shares with other processes, if there is anything to ask.
+    /// Connects to the limits that an upstream shares with other processes. None if it has no rows.
     async fn shared(
         &self,
         plan: &Plan,
@@ -369,11 +377,10 @@ impl Run<'_> {
     }
 }
 
-/// Asks each endpoint of the config about twenty cheap questions, and keeps what they tell in the
-/// run folder.
+/// Sends about twenty cheap requests to each endpoint of the config and saves the findings in the run folder.
 ///
 /// # Errors
-/// Where an endpoint does not answer.
+/// If an endpoint does not answer.
 pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
     crate::client::request::check(config)?;
     let clock = WallClock::system();
@@ -382,20 +389,21 @@ pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
     let upstreams =
         upstreams.map(|upstream| Ok((Arc::new(HttpTeacher::new(&upstream.teacher)?), upstream)));
     let upstreams = upstreams.collect::<Result<Vec<_>>>()?;
-    let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
-        + crate::harvest::scorer::scoring_cost_usd(config)?;
-    let (mut books, lost) = RunFiles::open(config, cached, Unanswered::default(), clock.clone())?;
+    let cached =
+        crate::cache::open::peek(&config.own_cache())?.cost_usd + scorer::scoring_cost_usd(config)?;
+    let (mut run_files, lost) =
+        RunFiles::open(config, cached, Unanswered::default(), clock.clone())?;
     lost.warn();
     let mut endpoints = Vec::new();
     for (teacher, upstream) in upstreams {
-        let found = crate::probe::run(upstream, teacher, &mut books.account, clock.now()).await;
+        let found = crate::probe::run(upstream, teacher, &mut run_files.account, clock.now()).await;
         if found.is_err() {
-            // What was asked was asked.
-            books.close(&mut [], 0)?;
+            // The requests sent so far cost money.
+            run_files.close(&mut [], 0)?;
         }
         endpoints.push(found?);
     }
-    books.close(&mut [], 0)?;
+    run_files.close(&mut [], 0)?;
     let endpoints = ProbedEndpoints {
         version: crate::probe::findings::ENDPOINT_VERSION,
         endpoints,

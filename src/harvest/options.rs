@@ -1,17 +1,18 @@
-//! TODO
+//! Options of a harvest, as given on the command line.
 
 use crate::plan::shard::Shard;
 
+/// Options of a harvest.
 #[derive(Debug, Clone, Default)]
 pub struct HarvestOptions {
-    /// Plan only: send nothing, write nothing.
+    /// Estimate only: send nothing, write nothing.
     pub dry_run: bool,
-    /// Use only the first so many prompts.
+    /// Maximum number of prompts, from the first one.
     pub limit: Option<usize>,
-    /// Ask again, and these alone: `length`, `quarantined`, `failed`, or a reason.
+    /// Rows to ask again, and no others: `length`, `quarantined`, `failed`, or a quarantine reason.
     pub again: Vec<String>,
-    /// Only this part of the requests.
+    /// Share of the requests that this process sends.
     pub shard: Option<Shard>,
-    /// Show no progress.
+    /// Suppress progress output.
     pub quiet: bool,
 }

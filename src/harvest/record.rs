@@ -1,4 +1,4 @@
-//! An answer as a record of the cache. Pure.
+//! Builds the cache record of an answer and decides whether it is quarantined. Pure.
 
 use serde_json::Value;
 
@@ -11,19 +11,19 @@ use crate::cache::question;
 use crate::cache::record::{Record, SCHEMA, Status, Timing};
 use crate::prompt::Prompt;
 
-/// The reason of an answer that was paid for and cannot be read.
+/// Quarantine reason of a paid answer that cannot be parsed.
 pub(crate) const UNREADABLE: &str = "unreadable";
 
-/// The record of `completion`, the answer to `body`.
+/// Builds the record of `completion`, the answer to `body`.
 pub(crate) fn record(
-    asking: &RequestTemplate,
+    template: &RequestTemplate,
     row: &PlannedRow,
     prompt: &Prompt,
     body: Value,
     completion: Completion,
     timing: Timing,
 ) -> Record {
-    let reason = quarantine(asking, &completion);
+    let reason = quarantine(template, &completion);
     let mut extra = completion.extra;
     if let Some(fault) = completion.logprobs_fault {
         extra.insert("logprobs_dropped".into(), fault.into());
@@ -31,9 +31,9 @@ pub(crate) fn record(
     if let Some(problem) = completion.unreadable {
         extra.insert("unreadable".into(), problem.into());
     }
-    let price = &asking.endpoint.price;
+    let price = &template.endpoint.price;
     // A scored text is not truncated by `max_tokens`.
-    let cut_at = if asking.scoring.is_none() {
+    let cut_at = if template.scoring.is_none() {
         question::cut_at(&body, &completion.answer.finish_reason)
     } else {
         0
@@ -47,14 +47,15 @@ pub(crate) fn record(
         cut_at,
         prompt_id: prompt.id.clone(),
         sample: row.sample,
-        status: match reason.is_empty() {
-            true => Status::Ok,
-            false => Status::Quarantined,
+        status: if reason.is_empty() {
+            Status::Ok
+        } else {
+            Status::Quarantined
         },
         reason,
-        endpoint: crate::config::teacher::identity(&asking.endpoint.teacher).into(),
-        teacher: asking.endpoint.teacher.name.clone(),
-        probe: asking.probe.clone(),
+        endpoint: crate::config::teacher::identity(&template.endpoint.teacher).into(),
+        teacher: template.endpoint.teacher.name.clone(),
+        probe: template.probe.clone(),
         request: body,
         answer: completion.answer,
         cost_usd: completion
@@ -69,10 +70,10 @@ pub(crate) fn record(
     }
 }
 
-/// Why the answer must not be trained on; empty if it may be.
+/// Returns the reason why the answer must not be trained on; empty if it may be.
 ///
-/// An answer that is merely cut off or filtered has text, and `[data]` decides about it.
-fn quarantine(asking: &RequestTemplate, completion: &Completion) -> String {
+/// A truncated or filtered answer with text is not quarantined: `[data]` decides about it.
+fn quarantine(template: &RequestTemplate, completion: &Completion) -> String {
     let answer = &completion.answer;
     if completion.unreadable.is_some() {
         return UNREADABLE.into();
@@ -81,9 +82,9 @@ fn quarantine(asking: &RequestTemplate, completion: &Completion) -> String {
     if answer.finish_reason == "error" && !answer.text.is_empty() {
         return "cut off by an error".into();
     }
-    // A text that is scored was not chosen by the teacher.
-    if !answer.text.trim().is_empty() || asking.scoring.is_some() && !answer.text.is_empty() {
-        let structured = asking.structured.as_ref();
+    // A scored text was written by the student, so white space alone is valid.
+    if !answer.text.trim().is_empty() || template.scoring.is_some() && !answer.text.is_empty() {
+        let structured = template.structured.as_ref();
         return structured
             .and_then(|structured| structured.violation(&answer.text))
             .unwrap_or_default();
@@ -119,7 +120,7 @@ mod tests {
         (row, prompt)
     }
 
-    fn record_of(completion: Completion, price: &Price) -> Record {
+    fn build_record(completion: Completion, price: &Price) -> Record {
         let (row, prompt) = row();
         let upstream = EndpointConfig {
             price: price.clone(),
@@ -127,13 +128,20 @@ mod tests {
             sampling: Default::default(),
             limits: Default::default(),
         };
-        let asking = RequestTemplate::plain(upstream);
+        let template = RequestTemplate::plain(upstream);
         let body = json!({"model": "m"});
-        record(&asking, &row, &prompt, body, completion, Timing::default())
+        record(
+            &template,
+            &row,
+            &prompt,
+            body,
+            completion,
+            Timing::default(),
+        )
     }
 
     #[test]
-    fn a_text_beside_an_error_is_quarantined() {
+    fn text_with_error_is_quarantined() {
         let completion = Completion {
             answer: Answer {
                 text: "half of".into(),
@@ -142,13 +150,13 @@ mod tests {
             },
             ..Completion::default()
         };
-        let record = record_of(completion, &Price::default());
+        let record = build_record(completion, &Price::default());
         assert_eq!(record.status, Status::Quarantined);
         assert_eq!(record.reason, "cut off by an error");
     }
 
     #[test]
-    fn an_answer_without_text_is_quarantined_with_its_reason() {
+    fn empty_answer_is_quarantined_with_reason() {
         let cases = [
             ("x", "", "length", ""),
             ("x", "", "content_filter", ""),
@@ -168,14 +176,14 @@ mod tests {
                 },
                 ..Completion::default()
             };
-            let record = record_of(completion, &Price::default());
+            let record = build_record(completion, &Price::default());
             assert_eq!(record.reason, expected);
             assert_eq!(record.status == Status::Ok, expected.is_empty());
         }
     }
 
     #[test]
-    fn a_record_has_its_cost_and_the_verdict_on_its_logprobs() {
+    fn record_has_cost_and_logprobs_fault() {
         let price = Price {
             input: Some(1.0),
             output: Some(2.0),
@@ -190,7 +198,7 @@ mod tests {
             logprobs_fault: Some("broken".into()),
             ..Completion::default()
         };
-        let record = record_of(completion, &price);
+        let record = build_record(completion, &price);
         assert_eq!(record.cost_usd, Some(11e-6));
         assert_eq!(record.extra["logprobs_dropped"], "broken");
         assert_eq!((record.prompt_id.as_str(), record.sample), ("p", 1));

@@ -1,5 +1,4 @@
-//! Why nothing more is asked, and what the user can do about it: the ends that both ways of asking
-//! share, one by one and in batches. Pure.
+//! Errors that end a run, with advice for the user. Shared by real-time and batch mode. Pure.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,89 +9,89 @@ use crate::config;
 use crate::exit::Exit;
 use crate::terminal::{format_count, format_duration};
 
-/// The server fails at all that it was asked, in the same words.
+/// Error of a server that fails every request with the same message.
 pub(crate) fn failed_alike(message: &str) -> anyhow::Error {
     anyhow!(
-        "the endpoint answers every request with the same error ({message}): nothing more is asked; \
-         if it names a field, change that in `[sampling]` or `[teacher]`, and run the same command"
+        "the endpoint fails every request with the same error ({message}): stopped; \
+         if the error names a field, change it in `[sampling]` or `[teacher]` and rerun the command"
     )
 }
 
-/// The endpoint is there again only in hours.
+/// Error of an endpoint that asks for a wait of hours.
 pub(crate) fn long_wait(until: &str, wait: Duration, message: &str) -> anyhow::Error {
     let wait = format_duration(wait);
     Exit::Resumable(format!(
-        "the endpoint asks to wait until {until}, which is {wait} ({message}): stopped; run the same \
+        "the endpoint asks to wait until {until}, which is {wait} ({message}): stopped; rerun the \
          command then"
     ))
     .into()
 }
 
-/// A results file of a batch that no line can be read of.
+/// Error of a results file in which no line can be parsed.
 pub(crate) fn unreadable_results(file: &Path) -> anyhow::Error {
     anyhow!(
-        "no line of a batch's results can be read: nothing more is asked, so that nothing is bought \
-         twice; the file is kept as {}, and the same command reads the batch again",
+        "no line of a batch's results can be parsed: stopped, so that nothing is bought \
+         twice; the file is saved as {}; rerun the command to read the batch again",
         file.display()
     )
 }
 
-/// A results file could not be downloaded or decoded, again and again.
+/// Error of a results file that could not be downloaded or decoded `count` times.
 pub(crate) fn results_not_read(count: u32, message: &str) -> anyhow::Error {
     let message = format!(
-        "a batch's results file could not be read {count} times ({message}): stopped; run the same command to read it \
+        "a batch's results file could not be read {count} times ({message}): stopped; rerun the command to read it \
          again, nothing is bought twice"
     );
     Exit::Resumable(message).into()
 }
 
-/// A batch has ended with answers, and the endpoint names no file that holds them.
+/// Error of a batch that has ended with answers but names no results file.
 pub(crate) fn no_results(batch: &str) -> anyhow::Error {
     anyhow!(
-        "the batch {batch} has ended, and the endpoint names no file with its answers: nothing more is \
-         asked, so that nothing is bought twice; the same command looks at the batch again"
+        "the batch {batch} has ended, but the endpoint names no file with its answers: stopped, \
+         so that nothing is bought twice; rerun the command to check the batch again"
     )
 }
 
-/// The endpoint refuses all that it was asked in the same words.
+/// Error of an endpoint that refuses every request with the same message.
 pub(crate) fn refused_alike(message: &str) -> anyhow::Error {
     anyhow!(
-        "the endpoint refuses every request ({message}): nothing more is asked; change what it \
-         names in `[sampling]` or `[teacher]` and run the same command"
+        "the endpoint refuses every request ({message}): stopped; change the field that it \
+         names in `[sampling]` or `[teacher]` and rerun the command"
     )
 }
 
-/// Answers come, and training can use none of their logprobs.
+/// Error of consecutive answers without usable logprobs.
 pub(crate) fn without_logprobs(count: u32, why: &str, top_logprobs: u32) -> anyhow::Error {
     anyhow!(
-        "{count} answers in a row came without logprobs that training can use ({why}), though \
-         `sampling.top_logprobs` = {top_logprobs} asks for them: nothing more is asked; ask an endpoint \
-         that sends them (`distill probe` tells), or set `harvest.on_missing_logprobs = \"warn\"` to go on \
-         with the answers alone"
+        "{count} answers in a row have no usable logprobs ({why}), although \
+         `sampling.top_logprobs` = {top_logprobs} asks for them: stopped; use an endpoint \
+         that sends them (check it with `distill probe`), or set `harvest.on_missing_logprobs = \"warn\"` to \
+         continue with the answers alone"
     )
 }
 
-/// Answers come, and none is of any use.
-pub(crate) fn worthless(count: u32, reason: &str) -> anyhow::Error {
+/// Error of consecutive unusable answers.
+pub(crate) fn unusable_answers(count: u32, reason: &str) -> anyhow::Error {
     let advice = match reason {
         "empty: length" => {
-            "they were cut off before they began: raise `sampling.max_tokens`, and set \
-             `sampling.reasoning = true` for a model that thinks first"
+            "they were cut off before any text: raise `sampling.max_tokens`, and set \
+             `sampling.reasoning = true` for a reasoning model"
         }
         "refusal" => "change the prompts, the template or the model",
-        _ => "look at them with `distill cache show`, and at the endpoint with `distill probe`",
+        _ => "inspect them with `distill cache show`, and check the endpoint with `distill probe`",
     };
     anyhow!(
-        "{count} answers in a row are of no use ({reason}): nothing more is asked; {advice}, and have \
-         them asked anew with `distill harvest --again quarantined`"
+        "{count} answers in a row are unusable ({reason}): stopped; {advice}, and ask for \
+         them again with `distill harvest --again quarantined`"
     )
 }
 
-/// Nothing has ever answered there.
+/// Error of an address from which no reply has ever arrived.
 pub(crate) fn nothing_answers(teacher: &config::TeacherConfig, message: &str) -> anyhow::Error {
     let base_url = &teacher.base_url;
     match base_url.strip_prefix("https://") {
-        // In the words of rustls and of native-tls.
+        // Messages of rustls and of native-tls.
         Some(rest)
             if ["InvalidContentType", "wrong version number"]
                 .iter()
@@ -110,21 +109,21 @@ pub(crate) fn nothing_answers(teacher: &config::TeacherConfig, message: &str) ->
     }
 }
 
-/// Nothing has succeeded for too long.
+/// Error of an outage longer than `retry.max_outage_s`.
 pub(crate) fn outage(silence: Duration, message: &str) -> anyhow::Error {
     let silence = format_duration(silence);
     let message = format!(
-        "nothing has succeeded for {silence} ({message}): stopped; run the same command to go on"
+        "no request has succeeded for {silence} ({message}): stopped; rerun the command to resume"
     );
     Exit::Resumable(message).into()
 }
 
-/// There was no room on the disk for too long.
+/// Error of a disk that stayed full: `safe` answers are in the cache, `lost` were held in memory.
 pub(crate) fn disk_full(time: Duration, message: &str, safe: usize, lost: usize) -> anyhow::Error {
     let message = format!(
-        "the disk is full, and was for {} ({message}): nothing more is asked; {} are safe in the \
-         cache, {} that waited in memory are lost, and may have been billed; make room and run the \
-         same command to go on",
+        "the disk has been full for {} ({message}): stopped; {} are safe in the \
+         cache, {} held in memory are lost and may have been billed; free disk space and rerun the \
+         command to resume",
         format_duration(time),
         answers(safe),
         answers(lost)
@@ -132,21 +131,21 @@ pub(crate) fn disk_full(time: Duration, message: &str, safe: usize, lost: usize)
     Exit::Resumable(message).into()
 }
 
-/// Nobody has known for too long what other processes have left of the limits.
+/// Error of shared limits that could not be read for too long.
 pub(crate) fn no_shared_limits(silence: Duration, message: &str) -> anyhow::Error {
     let silence = format_duration(silence);
     let message = format!(
-        "the limits in `limits.shared` could not be asked for in {silence} ({message}): stopped; \
-         start the Redis server and run the same command to go on"
+        "the shared limits in `limits.shared` could not be read for {silence} ({message}): stopped; \
+         start the Redis server and rerun the command to resume"
     );
     Exit::Resumable(message).into()
 }
 
-/// An answer could not be recorded.
+/// Adds the number of recorded answers to the error of a failed write to the cache.
 pub(crate) fn not_recorded(error: anyhow::Error, safe: usize) -> anyhow::Error {
     let safe = answers(safe);
     error.context(format!(
-        "an answer could not be recorded, so nothing more is asked; {safe} are safe in the cache"
+        "an answer could not be recorded: stopped; {safe} are safe in the cache"
     ))
 }
 

@@ -1,4 +1,4 @@
-//! Files that a run writes beside the cache: the budget account, the day's requests, unanswered rows.
+//! Files that a run writes next to the cache: budget account, daily request counts, unanswered rows.
 
 use std::path::Path;
 
@@ -24,6 +24,7 @@ use crate::rate_limit::daily::DailyLimit;
 use crate::report::failures::FailedRow;
 use crate::report::summary::HarvestSummary;
 
+/// Open run files.
 pub(crate) struct RunFiles {
     pub account: Account<LedgerFiles>,
     pub unanswered: Unanswered,
@@ -31,11 +32,11 @@ pub(crate) struct RunFiles {
 }
 
 impl RunFiles {
-    /// Opens the account of the run folder, and settles what a killed run left in flight, which is returned.
-    /// `unanswered` may be that of another folder. `cached_usd` is what the records cost that it holds.
+    /// Opens the budget account of the run folder and settles the requests that a killed run left in flight, which
+    /// are returned. `unanswered` may belong to another folder. `cached_usd` is the cost of the cached records.
     ///
     /// # Errors
-    /// Where another process has the account, and where its files are damaged or cannot be written.
+    /// If another process has the account open, or its files are damaged or cannot be written.
     pub(crate) fn open(
         config: &Config,
         cached_usd: f64,
@@ -44,20 +45,20 @@ impl RunFiles {
     ) -> Result<(RunFiles, InFlight)> {
         let (files, ledger, is_complete) = LedgerFiles::open(&config.run_dir)?;
         let (account, lost) = account(config, files, ledger, is_complete, cached_usd)?;
-        let books = RunFiles {
+        let run_files = RunFiles {
             account,
             unanswered,
             clock,
         };
-        Ok((books, lost))
+        Ok((run_files, lost))
     }
 
-    /// The requests that earlier runs sent to this endpoint within a day.
-    pub(crate) fn day(&mut self, upstream: &config::EndpointConfig) -> DailyLimit {
-        day(&mut self.account, upstream, self.clock.now())
+    /// Returns the daily limit of the endpoint, with the requests that earlier runs sent.
+    pub(crate) fn daily_limit(&mut self, upstream: &config::EndpointConfig) -> DailyLimit {
+        daily_limit(&mut self.account, upstream, self.clock.now())
     }
 
-    /// Refuses a budget that the most expensive request does not fit into.
+    /// Returns an error if the most expensive request exceeds the budget.
     pub(crate) fn check_largest(&self, plan: &Plan, upstream: usize) -> Result<()> {
         let price = &plan.templates[upstream].endpoint.price;
         check_budget(plan, upstream, self.account.cap(), |bound| {
@@ -65,8 +66,8 @@ impl RunFiles {
         })
     }
 
-    /// Reserves the amount, if it fits, for a request that is to be sent now, and writes the day's requests
-    /// ahead, where the limit asks for it. After an error nothing is reserved.
+    /// Reserves the amount for a request if the budget covers it. With a daily limit, request counts are written
+    /// before the requests leave. After an error nothing is reserved.
     pub(crate) fn reserve(
         &mut self,
         amount: &Reservation,
@@ -97,7 +98,7 @@ impl RunFiles {
         self.account.day().insert(label, slots.collect());
     }
 
-    /// Closes the account: what is still in flight, after a second signal, counts as possibly billed.
+    /// Closes the account. Requests still in flight (after a second signal) count as possibly billed.
     pub(crate) fn close(&mut self, upstreams: &mut [Upstream], still_in_flight: u64) -> Result<()> {
         for upstream in upstreams {
             self.note_day(upstream, true);
@@ -105,7 +106,7 @@ impl RunFiles {
         self.account.close(still_in_flight)
     }
 
-    /// Notes the dollars, if there are prices.
+    /// Copies the amounts in US dollars to the summary, if there are prices.
     pub(crate) fn summarise(&self, is_priced: bool, summary: &mut HarvestSummary) {
         if is_priced {
             let now = self.account.spent_now();
@@ -116,25 +117,25 @@ impl RunFiles {
         summary.budget_usd = self.account.cap().map(Dollars::usd);
     }
 
-    /// Number of failed rows that no run asks again by itself.
+    /// Number of failed rows that later runs do not ask again unless `--again` selects them.
     pub(crate) fn given_up(&self, rows: &[FailedRow], max_attempts: u32) -> u64 {
-        let standing = |row: &&FailedRow| self.unanswered.standing(&row.key, false, max_attempts);
-        let given_up = |row: &&FailedRow| standing(row) == RowStatus::GivenUp;
+        let row_status = |row: &&FailedRow| self.unanswered.standing(&row.key, false, max_attempts);
+        let given_up = |row: &&FailedRow| row_status(row) == RowStatus::GivenUp;
         rows.iter().filter(given_up).count() as u64
     }
 }
 
-/// The account of the run folder as a run would find it, read without taking it.
+/// Reads the account of the run folder without locking it.
 ///
 /// # Errors
-/// Where its files are damaged.
+/// If its files are damaged.
 pub(crate) fn open_read_only(config: &Config, cached_usd: f64) -> Result<Account<ReadOnlyLedger>> {
     let (ledger, is_complete) = ledger::read_only(&config.run_dir)?;
     let (account, _) = account(config, ReadOnlyLedger, ledger, is_complete, cached_usd)?;
     Ok(account)
 }
 
-/// Opens the account over its files; `is_complete` is that of [`Files::open`].
+/// Opens the account over its files; `is_complete` is the value returned by [`LedgerFiles::open`].
 fn account<S: LedgerStore>(
     config: &Config,
     store: S,
@@ -147,7 +148,7 @@ fn account<S: LedgerStore>(
         ..Spent::default()
     };
     if !is_complete {
-        // An older version has left it to the caches what was measured.
+        // Older versions recorded measured tokens in the caches only.
         for dir in [config.own_cache(), config.judged_dir().join("cache")] {
             floor.measured_tokens.add(unpriced(&dir)?);
         }
@@ -161,8 +162,8 @@ fn account<S: LedgerStore>(
     )
 }
 
-/// The requests that earlier runs sent to this endpoint within a day.
-pub(crate) fn day<S: LedgerStore>(
+/// Returns the daily limit of an endpoint, with the requests that earlier runs sent.
+pub(crate) fn daily_limit<S: LedgerStore>(
     account: &mut Account<S>,
     upstream: &config::EndpointConfig,
     now: Timestamp,
@@ -181,15 +182,15 @@ pub(crate) fn day<S: LedgerStore>(
     )
 }
 
-/// Account of a run folder that a merge adds to. None where the folder has no account yet: it counts its
-/// cache when it first opens one.
+/// Budget account of a run folder that receives merged records. None if the folder has no account yet: a new
+/// account counts the cache when it opens.
 pub(crate) struct MergeAccount(Option<Account<LedgerFiles>>);
 
 impl MergeAccount {
-    /// Opens the account before anything is merged, so that its cost is counted with it.
+    /// Opens the account, before anything is merged.
     ///
     /// # Errors
-    /// Where another process has the account, and where its files are damaged or cannot be written.
+    /// If another process has the account open, or its files are damaged or cannot be written.
     pub(crate) fn open(run_dir: &Path, price: &Price) -> Result<MergeAccount> {
         if !ledger::file(run_dir).exists() {
             return Ok(MergeAccount(None));
@@ -203,10 +204,10 @@ impl MergeAccount {
         Ok(MergeAccount(Some(account)))
     }
 
-    /// Counts what was merged as spent.
+    /// Adds the cost of the merged records to the amount spent.
     ///
     /// # Errors
-    /// Where it cannot be written.
+    /// If the account cannot be written.
     pub(crate) fn add(self, cost_usd: f64, unpriced: Usage) -> Result<()> {
         let Some(mut account) = self.0 else {
             return Ok(());
@@ -220,7 +221,7 @@ impl MergeAccount {
     }
 }
 
-/// The tokens of the records of a cache that have no cost.
+/// Sums the tokens of cached records without a cost.
 fn unpriced(dir: &Path) -> Result<UnpricedTokens> {
     let mut tokens = UnpricedTokens::default();
     if !cache::exists(dir) {
@@ -237,17 +238,17 @@ fn unpriced(dir: &Path) -> Result<UnpricedTokens> {
     Ok(tokens)
 }
 
-/// The highest price of each kind among the teachers that have one.
+/// Returns the highest price of each kind over all teachers.
 pub(crate) fn highest_prices(config: &Config) -> Price {
-    let mut dearest = Price::default();
+    let mut highest = Price::default();
     let higher = |a: Option<f64>, b: Option<f64>| match (a, b) {
         (Some(a), Some(b)) => Some(a.max(b)),
         (a, b) => a.or(b),
     };
     for upstream in config.endpoints() {
-        dearest.input = higher(dearest.input, upstream.price.input);
-        dearest.cached_input = higher(dearest.cached_input, upstream.price.cached_input);
-        dearest.output = higher(dearest.output, upstream.price.output);
+        highest.input = higher(highest.input, upstream.price.input);
+        highest.cached_input = higher(highest.cached_input, upstream.price.cached_input);
+        highest.output = higher(highest.output, upstream.price.output);
     }
-    dearest
+    highest
 }

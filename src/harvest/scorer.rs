@@ -1,8 +1,7 @@
-//! What an endpoint says of texts that a student wrote, asked for while the student trains.
+//! Scores texts that a student wrote during on-policy training: asks an endpoint for the teacher's logprobs.
 //!
-//! Judgements are paid for like answers, so they go the same way: through the limits, the retries and
-//! the budget of the run, into a cache of their own ([`Config::judged_dir`]). A run that was killed and
-//! resumed writes the same texts again, and buys none of them twice.
+//! Scoring requests cost money like answers, so they use the same rate limits, retries and budget, and a cache of their
+//! own ([`Config::judged_dir`]). A killed and resumed training writes the same texts again, and none is bought twice.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -40,53 +39,54 @@ use crate::signal::StopFlag;
 use crate::terminal::progress::Progress;
 use crate::tokenizer::Tokenizer;
 
-/// An endpoint, ready to judge.
+/// Scores texts through an endpoint.
 pub struct TextScorer {
-    /// Its `run_dir` is the folder of the judgements.
+    /// Config whose `run_dir` is the folder of the scores.
     config: Config,
     upstream: config::EndpointConfig,
     scoring: Arc<ScoringMethod>,
     transport: Arc<dyn Transport>,
     runtime: Runtime,
     cache: Cache,
-    judged: Lookup,
-    /// Between two calls; the upstream only once there has been one.
-    books: Option<RunFiles>,
+    scored: Lookup,
+    /// None while a call is running.
+    run_files: Option<RunFiles>,
+    /// None before the first call, and while a call is running.
     limits: Option<Upstream>,
-    told: ScoringStats,
+    stats: ScoringStats,
     quiet: bool,
-    /// Held so that no harvest keeps the same books meanwhile.
+    /// Held open as a lock, so that no harvest uses the same budget account.
     _harvest: Cache,
 }
 
-/// What judging has come to.
+/// Counts and cost of scoring.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct ScoringStats {
-    /// Texts that were to be judged.
+    /// Number of texts to score.
     pub texts: u64,
-    /// Of these, judged before, by a part of the run that was stopped.
+    /// Number of texts found in the cache of scores.
     pub cached: u64,
-    /// Refused, or failed for good.
+    /// Number of texts that were refused or failed.
     pub failed: u64,
-    /// Judged, but of no use: the teacher's tokens do not spell the text.
+    /// Number of texts whose scores are unusable: the teacher's tokens do not spell the text.
     pub unusable: u64,
-    /// Sent, retries included.
+    /// Number of requests sent, retries included.
     pub requests: u64,
     pub prompt_tokens: u64,
-    /// By their usage; none without prices.
+    /// Cost in US dollars by the reported usage; None without prices.
     pub cost_usd: Option<f64>,
 }
 
 impl TextScorer {
-    /// The judge that the config names; None where that is a model on this machine, or none is needed.
-    /// Unless it is `quiet` it tells of long waits.
+    /// Opens the scorer of the config. None if a local model scores, or training is not on-policy. `quiet`
+    /// suppresses notes about long waits.
     ///
     /// # Errors
-    /// Where a setting, the key or the tokenizer's folder is missing ([`Exit::Usage`]), or the cache of
-    /// the judgements cannot be opened.
+    /// If a setting, the key or the tokenizer's folder is missing ([`Exit::Usage`]), or the cache of scores cannot be
+    /// opened.
     pub fn new(config: &Config, quiet: bool) -> Result<Option<TextScorer>> {
-        let dialect = config.on_policy.judge;
-        if !config.train.on_policy || dialect == ScoredBy::Local {
+        let method = config.on_policy.judge;
+        if !config.train.on_policy || method == ScoredBy::Local {
             return Ok(None);
         }
         request::check(config)?;
@@ -95,9 +95,9 @@ impl TextScorer {
         let Some(mut upstream) = config.endpoints().pop() else {
             return Ok(None);
         };
-        // Of no use, but no endpoint takes less.
+        // The completion is not used, but 1 is the minimum of every endpoint.
         upstream.sampling.max_tokens = 1;
-        if dialect == ScoredBy::PromptLogprobs {
+        if method == ScoredBy::PromptLogprobs {
             check_endpoint(&upstream, &config.run_dir)?;
         }
         let tokenizer = config.on_policy.tokenizer.as_deref();
@@ -109,28 +109,30 @@ impl TextScorer {
             }
             anyhow::Ok(tokenizer)
         });
-        let (path, scoring) = match (dialect, tokenizer.transpose()?) {
+        let (path, scoring) = match (method, tokenizer.transpose()?) {
             (ScoredBy::Echo, Some(tokenizer)) => ("completions", ScoringMethod::Echo(tokenizer)),
-            (ScoredBy::Echo, None) => bail!(Exit::Usage("set on_policy.tokenizer".into())),
+            (ScoredBy::Echo, None) => bail!(Exit::Usage(
+                "set `on_policy.tokenizer` to the folder of the teacher's tokenizer".into()
+            )),
             (_, tokenizer) => ("chat/completions", ScoringMethod::PromptLogprobs(tokenizer)),
         };
         let transport = Arc::new(HttpTeacher::with_path(&upstream.teacher, path)?);
-        let within = Config {
+        let scoring_config = Config {
             run_dir: config.judged_dir(),
             cache: config::CacheConfig {
-                // Its lines are found by where they are; and what is trained on stays as it is.
+                // Lines are looked up by their offset, so they must not move.
                 compression: Compression::None,
                 ..config.cache.clone()
             },
             ..config.clone()
         };
-        let harvest = Cache::open(&config.own_cache(), &within.cache)?;
-        let cache = Cache::open(&within.own_cache(), &within.cache)?;
-        let judged = Lookup::open(&within.own_cache())?;
-        // The books are those of the run: one budget for all that it buys.
-        let spent = harvest.cost_when_opened() + judged.cost_usd();
+        let harvest = Cache::open(&config.own_cache(), &scoring_config.cache)?;
+        let cache = Cache::open(&scoring_config.own_cache(), &scoring_config.cache)?;
+        let scored = Lookup::open(&scoring_config.own_cache())?;
+        // Harvest and scoring share one budget account.
+        let spent = harvest.cost_when_opened() + scored.cost_usd();
         let unanswered = Unanswered::load(&config.judged_dir())?;
-        let (books, lost) = RunFiles::open(config, spent, unanswered, clock)?;
+        let (run_files, lost) = RunFiles::open(config, spent, unanswered, clock)?;
         lost.warn();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -138,53 +140,52 @@ impl TextScorer {
             .build()
             .context("cannot start the async runtime")?;
         Ok(Some(TextScorer {
-            config: within,
+            config: scoring_config,
             upstream,
             scoring: Arc::new(scoring),
             transport,
             runtime,
             cache,
-            judged,
-            books: Some(books),
+            scored,
+            run_files: Some(run_files),
             limits: None,
-            told: ScoringStats::default(),
+            stats: ScoringStats::default(),
             quiet,
             _harvest: harvest,
         }))
     }
 
-    /// What it has come to so far.
+    /// Counts and cost so far.
     pub fn stats(&self) -> &ScoringStats {
-        &self.told
+        &self.stats
     }
 
-    /// The records of these texts, in order: conversations whose last message is to be judged. None where
-    /// the endpoint refuses one, or fails at it for good.
+    /// Returns the cache lines of the texts, in order. A text is a conversation whose last message is scored. None for
+    /// a text that the endpoint refuses or fails.
     ///
     /// # Errors
-    /// Where a harvest would stop: no money left, an outage, a signal of `stop`; and where nothing that it
-    /// was asked so far could be used.
-    pub fn judge(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
-        let asking = self.request_template();
+    /// If a harvest would stop (budget used up, outage, signal of `stop`), or all texts so far failed or were unusable.
+    pub fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
+        let template = self.request_template();
         let teacher = &self.upstream.teacher;
         let endpoint = KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
         let past = self.cache.past();
         let names = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {
-                let body = asking.body(&text.messages, 0);
+                let body = template.body(&text.messages, 0);
                 let question = Question::new(&body, 0);
                 let old = past.has_schema_1.then_some((&body, 0));
                 Some(CacheKeys::new(&question, &endpoint, old))
             }
             Err(error) => {
-                tracing::warn!("{} cannot be judged: {error:#}", text.id);
+                tracing::warn!("{} cannot be scored: {error:#}", text.id);
                 None
             }
         };
         let keys: Vec<Option<CacheKeys>> = texts.iter().map(names).collect();
-        let mut is_asked = keys.iter().map(Option::is_some);
+        let mut is_scorable = keys.iter().map(Option::is_some);
         let mut texts = texts;
-        texts.retain(|_| is_asked.next().unwrap_or_default());
+        texts.retain(|_| is_scorable.next().unwrap_or_default());
         let settings = config::PromptsConfig {
             samples: 1,
             order: PromptOrder::Source,
@@ -192,34 +193,34 @@ impl TextScorer {
             ..config::PromptsConfig::default()
         };
         let max_attempts = self.config.retry.max_attempts;
-        let books = self.books.as_ref();
-        let standing = |key: &str| match books {
-            Some(books) => {
+        let run_files = self.run_files.as_ref();
+        let row_status = |key: &str| match run_files {
+            Some(run_files) => {
                 let is_cached = self.cache.contains(key);
-                Ok(books.unanswered.standing(key, is_cached, max_attempts))
+                Ok(run_files.unanswered.standing(key, is_cached, max_attempts))
             }
             None => Ok(RowStatus::Open),
         };
         let plan = Plan::new(
             texts,
-            vec![asking],
+            vec![template],
             &settings,
             PlanScope::default(),
             &past,
-            standing,
+            row_status,
         )?;
-        self.told.texts += plan.total;
-        self.told.cached += plan.cached - plan.repeated;
+        self.stats.texts += plan.total;
+        self.stats.cached += plan.cached - plan.repeated;
         if !plan.rows.is_empty() {
-            self.ask(plan, stop)?;
-            self.judged.refresh()?;
+            self.send(plan, stop)?;
+            self.scored.refresh()?;
         }
         let mut lines = Vec::with_capacity(keys.len());
         for names in &keys {
             let mut line = None;
             for key in names.iter().flat_map(CacheKeys::iter) {
                 if line.is_none() {
-                    line = self.judged.line(key)?;
+                    line = self.scored.line(key)?;
                 }
             }
             lines.push(line);
@@ -234,12 +235,15 @@ impl TextScorer {
         }
     }
 
-    fn ask(&mut self, plan: Plan, stop: &StopFlag) -> Result<()> {
-        let books = self.books.take();
-        let mut books = books.context("internal error: the budget account is missing")?;
-        books.check_largest(&plan, 0)?;
-        let (limits, progress) = (self.limits.take(), Progress::notes(self.quiet));
-        let (config, cache, upstream) = (&self.config, &self.cache, &self.upstream);
+    fn send(&mut self, plan: Plan, stop: &StopFlag) -> Result<()> {
+        let run_files = self.run_files.take();
+        let mut run_files = run_files.context("internal error: the budget account is missing")?;
+        run_files.check_largest(&plan, 0)?;
+        let limits = self.limits.take();
+        let progress = Progress::notes(self.quiet);
+        let config = &self.config;
+        let cache = &self.cache;
+        let upstream = &self.upstream;
         let transport = Arc::clone(&self.transport);
         let ended = self.runtime.block_on(async {
             let wake = Arc::default();
@@ -252,55 +256,64 @@ impl TextScorer {
                     let patience = Duration::try_from_secs_f64(config.retry.max_outage_s)?;
                     let shared =
                         SharedLimits::connect(upstream, plan.largest(0), patience, &wake).await?;
-                    let day = books.day(upstream);
+                    let day = run_files.daily_limit(upstream);
                     Upstream::new(&plan, 0, transport, day, shared, config)?
                 }
             };
-            let (clock, plan) = (WallClock::system(), Arc::new(plan));
-            let dispatcher =
-                Dispatcher::new(config, plan, cache, vec![limits], books, clock, progress)?;
+            let clock = WallClock::system();
+            let plan = Arc::new(plan);
+            let dispatcher = Dispatcher::new(
+                config,
+                plan,
+                cache,
+                vec![limits],
+                run_files,
+                clock,
+                progress,
+            )?;
             dispatcher.with_waker(wake).run_to_end(stop.signals()).await
         })?;
         let DispatchEnd {
             summary,
             mut upstreams,
-            books,
+            run_files,
         } = ended;
-        (self.books, self.limits) = (Some(books), upstreams.pop());
+        self.run_files = Some(run_files);
+        self.limits = upstreams.pop();
         self.count(summary)
     }
 
     fn count(&mut self, summary: HarvestSummary) -> Result<()> {
-        let told = &mut self.told;
-        told.failed += summary.failed;
-        told.unusable += summary.without_logprobs;
-        told.requests += summary.requests;
-        told.prompt_tokens += summary.usage.prompt_tokens;
-        told.cost_usd = summary.cost_usd;
+        let stats = &mut self.stats;
+        stats.failed += summary.failed;
+        stats.unusable += summary.without_logprobs;
+        stats.requests += summary.requests;
+        stats.prompt_tokens += summary.usage.prompt_tokens;
+        stats.cost_usd = summary.cost_usd;
         let refused = summary.failed_rows.first().map(|row| row.message.clone());
         match summary.error {
-            // Some texts are judged less.
+            // Failed texts are only missing from the training data.
             Some(error) if matches!(error.downcast_ref(), Some(Exit::SomeFailed(_))) => {}
             Some(error) => return Err(error),
             None => {}
         }
-        if told.failed + told.unusable < told.texts {
+        if stats.failed + stats.unusable < stats.texts {
             return Ok(());
         }
         let why = refused.unwrap_or_else(|| {
-            "its tokens do not spell what the student wrote. Set on_policy.tokenizer to the folder of the \
+            "its tokens do not spell the student's text; set `on_policy.tokenizer` to the folder of the \
              teacher's tokenizer"
                 .into()
         });
         Err(Exit::Usage(format!(
-            "{} judges nothing: {why}",
+            "{} scored none of the texts: {why}",
             self.upstream.teacher.label()
         ))
         .into())
     }
 }
 
-/// Refuses an endpoint that `distill probe` found not to tell the logprobs of given texts.
+/// Checks that `distill probe` did not find `prompt_logprobs` ignored or refused.
 fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
     let known = findings::load(run_dir)?;
     let Some(found) = known.as_ref().and_then(|known| known.find(upstream)) else {
@@ -309,8 +322,8 @@ fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<(
     match found.prompt_logprobs {
         Finding::Works | Finding::Unknown => Ok(()),
         Finding::Ignored | Finding::Refused => Err(Exit::Usage(format!(
-            "{} does not tell the logprobs of given texts by `prompt_logprobs` (by `distill probe` of {}; run \
-             it again if the endpoint has changed): try on_policy.judge = \"echo\", or teacher.local",
+            "{} does not support `prompt_logprobs` (found by `distill probe` on {}; rerun it if the endpoint \
+             has changed): try `on_policy.judge = \"echo\"` or `teacher.local`",
             upstream.teacher.label(),
             found.probed_at
         ))
@@ -318,14 +331,15 @@ fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<(
     }
 }
 
-/// What the judgements of the run in this folder cost, in US dollars.
+/// Returns the cost of all scoring requests of the run folder, in US dollars.
 ///
 /// # Errors
-/// Where their cache cannot be read.
+/// If the cache of scores cannot be read.
 pub fn scoring_cost_usd(config: &Config) -> Result<f64> {
     let dir = config.judged_dir().join("cache");
-    match cache::exists(&dir) {
-        true => Ok(Lookup::open(&dir)?.cost_usd()),
-        false => Ok(0.0),
+    if cache::exists(&dir) {
+        Ok(Lookup::open(&dir)?.cost_usd())
+    } else {
+        Ok(0.0)
     }
 }

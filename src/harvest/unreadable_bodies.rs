@@ -1,4 +1,4 @@
-//! `unreadable/` in the run folder: bodies that could not be read, as they came, for a look at them.
+//! `unreadable/` in the run folder: response bodies that could not be parsed, saved unchanged for inspection.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,18 +6,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
 
-/// Bodies that are kept though nothing was paid for them, at most: of an endpoint that is out of order
-/// the first ones say enough.
-const MOST_UNPAID: usize = 100;
+/// Maximum number of unpaid bodies saved: the first ones of a broken endpoint show the problem.
+const MAX_UNPAID: usize = 100;
 
-/// The folder, shared by all attempts.
+/// Writes the bodies; clones share the count of unpaid bodies.
 #[derive(Clone)]
 pub(crate) struct UnreadableBodies {
     dir: PathBuf,
     unpaid: Arc<AtomicUsize>,
 }
 
-/// The folder of a run.
+/// Returns the path of the folder.
 pub(crate) fn dir(run_dir: &Path) -> PathBuf {
     run_dir.join("unreadable")
 }
@@ -30,7 +29,7 @@ impl UnreadableBodies {
         }
     }
 
-    /// Keeps the body of an answer that was paid for. Returns its file.
+    /// Saves the body of a paid answer. Returns its file.
     pub(crate) fn keep(&self, key: &str, body: &[u8]) -> Result<PathBuf> {
         crate::fs::create_dir_all(&self.dir)?;
         let file = self.dir.join(format!("{key}.body"));
@@ -38,14 +37,13 @@ impl UnreadableBodies {
         Ok(file)
     }
 
-    /// Keeps one of the first bodies that hold no answer; a later attempt at the same row replaces it.
+    /// Saves a body without an answer, up to [`MAX_UNPAID`]. A later attempt at the same row replaces it.
     pub(crate) fn keep_unpaid(&self, key: &str, body: &[u8]) {
-        if body.trim_ascii().is_empty()
-            || self.unpaid.fetch_add(1, Ordering::Relaxed) >= MOST_UNPAID
+        if body.trim_ascii().is_empty() || self.unpaid.fetch_add(1, Ordering::Relaxed) >= MAX_UNPAID
         {
             return;
         }
-        // It is for a look at it, and the failure is told without it.
+        // The body is only for inspection: the failure is reported without it.
         if let Err(error) = self.keep(key, body) {
             tracing::debug!("{error:#}");
         }

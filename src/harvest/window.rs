@@ -1,8 +1,7 @@
-//! The night: from when to when requests may leave, and when it is over. Pure: the time is an
-//! argument.
+//! Daily window in which requests may be sent, and the deadline of a run. Pure: the time is an argument.
 //!
-//! Times of day are those of the wall clock in the configured zone, so a window from 22:00 to 06:30
-//! is an hour longer or shorter in the night in which the clocks change.
+//! Times of day are wall-clock times in the configured time zone, so a window from 22:00 to 06:30 is an hour longer
+//! or shorter when daylight saving time changes.
 
 use anyhow::{Result, anyhow};
 use jiff::civil::{DateTime, Time};
@@ -12,6 +11,7 @@ use jiff::{Timestamp, ToSpan};
 use crate::config::ScheduleConfig;
 use crate::exit::Exit;
 
+/// Parsed `[schedule]` settings.
 #[derive(Debug, Clone)]
 pub(crate) struct RequestWindow {
     window: Option<(Time, Time)>,
@@ -22,33 +22,35 @@ pub(crate) struct RequestWindow {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WindowState {
     Open,
-    /// Outside the window, which opens then.
+    /// Outside the window, which opens at the given time.
     Closed(Timestamp),
     /// The deadline has passed.
     Over,
 }
 
 /// Error of a run whose deadline has passed.
-pub(crate) fn over() -> anyhow::Error {
-    Exit::Resumable("the deadline has come; to ask for the rest, run the same command (set a later `schedule.deadline` first if it has a date)".into()).into()
+pub(crate) fn deadline_passed() -> anyhow::Error {
+    let message = "the deadline has passed; rerun the command to ask for the rest (set a later \
+                   `schedule.deadline` first if it has a date)";
+    Exit::Resumable(message.into()).into()
 }
 
 impl RequestWindow {
-    /// A deadline without a date is the next one after `now`.
+    /// Parses the settings. A deadline without a date is the next such time after `now`.
     ///
     /// # Errors
-    /// [`Exit::Usage`] where a time cannot be read.
-    pub(crate) fn new(night: &ScheduleConfig, now: Timestamp) -> Result<RequestWindow> {
-        let zone = match &night.timezone {
+    /// [`Exit::Usage`] if a time or time zone is not valid.
+    pub(crate) fn new(config: &ScheduleConfig, now: Timestamp) -> Result<RequestWindow> {
+        let zone = match &config.timezone {
             Some(name) => TimeZone::get(name).map_err(|_| {
                 usage(format!(
-                    "schedule.timezone = {name:?} is no time zone: name one as \"Europe/Berlin\""
+                    "schedule.timezone = {name:?} is not a known time zone: expected a name like \"Europe/Berlin\""
                 ))
             })?,
             None => TimeZone::system(),
         };
-        let window = night.window.as_deref().map(parse_window).transpose()?;
-        let deadline = night
+        let window = config.window.as_deref().map(parse_window).transpose()?;
+        let deadline = config
             .deadline
             .as_deref()
             .map(|text| parse_deadline(text, now, &zone))
@@ -60,13 +62,13 @@ impl RequestWindow {
         })
     }
 
-    /// Refuses to begin after the deadline.
+    /// Checks that the deadline has not passed.
     ///
     /// # Errors
-    /// [`Exit::Resumable`].
+    /// [`Exit::Resumable`] if it has.
     pub(crate) fn check_not_over(&self, now: Timestamp) -> Result<()> {
         match self.state(now) {
-            WindowState::Over => Err(over()),
+            WindowState::Over => Err(deadline_passed()),
             _ => Ok(()),
         }
     }
@@ -80,31 +82,34 @@ impl RequestWindow {
         };
         let local = now.to_zoned(self.zone.clone());
         let time = local.time();
-        let is_open = match opens < closes {
-            true => opens <= time && time < closes,
-            false => opens <= time || time < closes,
+        let is_open = if opens < closes {
+            opens <= time && time < closes
+        } else {
+            opens <= time || time < closes
         };
         if is_open {
             return WindowState::Open;
         }
         let today = local.date().to_datetime(opens);
-        let next = match time < opens {
-            true => Ok(today),
-            false => today.checked_add(1.day()),
+        let next = if time < opens {
+            Ok(today)
+        } else {
+            today.checked_add(1.day())
         };
-        // A time that comes twice on this day may be meant the second time.
+        // A time that occurs twice on this day may mean the second one.
         let opening = next.and_then(|next| {
             let opening = next.to_zoned(self.zone.clone())?;
-            match opening.timestamp() > now {
-                true => Ok(opening),
-                false => self.zone.to_ambiguous_zoned(next).later(),
+            if opening.timestamp() > now {
+                Ok(opening)
+            } else {
+                self.zone.to_ambiguous_zoned(next).later()
             }
         });
-        // Beyond the end of the calendar there is nothing to wait for.
+        // The calendar has no later date: do not wait.
         WindowState::Closed(opening.map_or(now, |opening| opening.timestamp()))
     }
 
-    /// The time of day there, as people write it.
+    /// Formats a time in the configured time zone.
     pub(crate) fn show(&self, time: Timestamp) -> String {
         time.to_zoned(self.zone.clone())
             .strftime("%Y-%m-%d %H:%M")
@@ -120,7 +125,7 @@ fn parse_window(text: &str) -> Result<(Time, Time)> {
     });
     times.ok_or_else(|| {
         usage(format!(
-            "schedule.window = {text:?} is no window: write two times of day, as \"22:00-06:30\""
+            "schedule.window = {text:?} is not a valid window: expected two times of day, like \"22:00-06:30\""
         ))
     })
 }
@@ -131,8 +136,8 @@ fn parse_deadline(text: &str, now: Timestamp, zone: &TimeZone) -> Result<Timesta
     }
     let unreadable = || {
         usage(format!(
-            "schedule.deadline = {text:?} is no time: write \"06:30\", \"2026-11-23 06:30\" or an \
-             RFC 3339 time stamp"
+            "schedule.deadline = {text:?} is not a valid time: expected \"06:30\", \"2026-11-23 06:30\" or an \
+             RFC 3339 timestamp"
         ))
     };
     let at = |civil: DateTime| -> Result<Timestamp> {
@@ -145,9 +150,10 @@ fn parse_deadline(text: &str, now: Timestamp, zone: &TimeZone) -> Result<Timesta
     if let Ok(time) = text.parse::<Time>() {
         let today = now.to_zoned(zone.clone()).date().to_datetime(time);
         let deadline = at(today)?;
-        return match deadline > now {
-            true => Ok(deadline),
-            false => at(today.checked_add(1.day()).map_err(|_| unreadable())?),
+        return if deadline > now {
+            Ok(deadline)
+        } else {
+            at(today.checked_add(1.day()).map_err(|_| unreadable())?)
         };
     }
     Err(unreadable())
@@ -161,7 +167,7 @@ fn usage(message: String) -> anyhow::Error {
 mod tests {
     use super::*;
 
-    fn night(window: &str, deadline: &str) -> ScheduleConfig {
+    fn schedule_config(window: &str, deadline: &str) -> ScheduleConfig {
         let some = |text: &str| (!text.is_empty()).then(|| text.to_string());
         ScheduleConfig {
             mode: crate::config::RequestMode::Realtime,
@@ -177,7 +183,7 @@ mod tests {
     }
 
     fn states(window: &str, times: &[&str]) -> Vec<String> {
-        let schedule = RequestWindow::new(&night(window, ""), at(times[0])).unwrap();
+        let schedule = RequestWindow::new(&schedule_config(window, ""), at(times[0])).unwrap();
         times
             .iter()
             .map(|time| match schedule.state(at(time)) {
@@ -189,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_may_cross_midnight() {
+    fn window_may_cross_midnight() {
         let times = [
             "2026-11-22 21:59",
             "2026-11-22 22:00",
@@ -208,18 +214,19 @@ mod tests {
     }
 
     #[test]
-    fn the_clocks_may_change_inside_the_window() {
-        // 02:00 to 03:00 does not exist on the day in March, and comes twice on that in October.
+    fn window_follows_daylight_saving_time() {
+        // 02:00 to 03:00 does not exist on this day in March and occurs twice on the day in October.
         let schedule =
-            RequestWindow::new(&night("02:30-04:00", ""), at("2026-03-29 00:00")).unwrap();
+            RequestWindow::new(&schedule_config("02:30-04:00", ""), at("2026-03-29 00:00"))
+                .unwrap();
         let before = at("2026-03-29 01:59");
         let WindowState::Closed(until) = schedule.state(before) else {
-            panic!("it is open");
+            panic!("the window is open");
         };
         assert!(until > before && schedule.show(until) == "2026-03-29 03:30");
         assert_eq!(schedule.state(at("2026-03-29 03:00")), WindowState::Open);
 
-        let schedule = RequestWindow::new(&night("02:15-02:45", ""), before).unwrap();
+        let schedule = RequestWindow::new(&schedule_config("02:15-02:45", ""), before).unwrap();
         let first = at("2026-10-25 02:30");
         assert_eq!(schedule.state(first), WindowState::Open);
         let again = first.checked_add(1.hour()).unwrap();
@@ -229,28 +236,31 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_is_the_next_one() {
+    fn deadline_without_a_date_is_the_next_one() {
         let deadline = |text: &str| {
-            let schedule = RequestWindow::new(&night("", text), at("2026-11-22 22:00")).unwrap();
+            let schedule =
+                RequestWindow::new(&schedule_config("", text), at("2026-11-22 22:00")).unwrap();
             schedule.show(schedule.deadline.unwrap())
         };
         assert_eq!(deadline("06:30"), "2026-11-23 06:30");
         assert_eq!(deadline("22:30"), "2026-11-22 22:30");
         assert_eq!(deadline("2026-12-01 05:00"), "2026-12-01 05:00");
         assert_eq!(deadline("2026-11-23T00:00:00Z"), "2026-11-23 01:00");
-        let schedule = RequestWindow::new(&night("", "06:30"), at("2026-11-22 22:00")).unwrap();
+        let schedule =
+            RequestWindow::new(&schedule_config("", "06:30"), at("2026-11-22 22:00")).unwrap();
         assert_eq!(schedule.state(at("2026-11-23 06:29")), WindowState::Open);
         assert_eq!(schedule.state(at("2026-11-23 06:30")), WindowState::Over);
     }
 
     #[test]
-    fn what_is_no_time_is_named() {
+    fn invalid_time_is_a_usage_error_with_its_setting() {
         for (window, deadline, part) in [
             ("22-6", "", "schedule.window"),
             ("22:00-22:00", "", "schedule.window"),
             ("", "tomorrow", "schedule.deadline"),
         ] {
-            let error = RequestWindow::new(&night(window, deadline), at("2026-11-22 22:00"));
+            let error =
+                RequestWindow::new(&schedule_config(window, deadline), at("2026-11-22 22:00"));
             let error = error.unwrap_err();
             assert!(error.to_string().contains(part), "{error}");
             assert_eq!(Exit::code_of(&error), 2);

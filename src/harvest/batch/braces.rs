@@ -1,16 +1,16 @@
-//! Braces of JSON outside of its strings. Pure.
+//! Tracks the braces of JSON outside of its strings. Pure.
 
-/// Follows a text byte by byte.
+/// State of a scan over a text, byte by byte.
 #[derive(Debug, Default, Clone, Copy)]
 pub(crate) struct Braces {
-    /// Braces that are open.
+    /// Number of open braces.
     pub depth: usize,
     in_text: bool,
     is_escaped: bool,
 }
 
 impl Braces {
-    /// Returns true if the byte is a brace that counts.
+    /// Scans a byte. Returns true if it is a brace outside of a string.
     pub(crate) fn push(&mut self, byte: u8) -> bool {
         match byte {
             _ if self.is_escaped => self.is_escaped = false,
@@ -29,13 +29,13 @@ impl Braces {
         false
     }
 
-    /// Ends a line. Some servers do not escape line breaks in strings, so a string may continue.
+    /// Ends a line. A string may continue on the next line, because some servers do not escape line breaks.
     pub(crate) fn end_line(&mut self) {
         self.is_escaped = false;
     }
 }
 
-/// Length of the object that a text begins with; None where it does not end.
+/// Length of the object at the start of the text; None if the object has no end.
 pub(crate) fn object_end(text: &[u8]) -> Option<usize> {
     let mut braces = Braces::default();
     text.iter()
@@ -43,7 +43,7 @@ pub(crate) fn object_end(text: &[u8]) -> Option<usize> {
         .map(|at| at + 1)
 }
 
-/// Returns true if every brace and string of a text is closed in it.
+/// Returns true if the text closes all its braces and strings.
 pub(crate) fn is_closed(text: &[u8]) -> bool {
     let mut braces = Braces::default();
     for byte in text {

@@ -1,4 +1,4 @@
-//! A part ends: every one of its rows has an answer, fails, or waits again.
+//! Ends a part: each of its rows is answered, fails or returns to the queue.
 
 use std::collections::HashMap;
 
@@ -15,12 +15,13 @@ use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, Line};
 use crate::report::failures::FailedRow;
 
-/// Rows of a batch that are all refused in the same words: it is no matter of the rows.
+/// Number of rows of a batch refused with the same message after which the settings are wrong, not the rows.
 const SAME_REFUSALS: usize = 5;
 
 /// Sums over the rows of a part that ends.
 #[derive(Default)]
 struct Closing {
+    /// Number and reserved cost of rows without an answer that may be billed.
     lost: u64,
     lost_usd: f64,
     filtered: u64,
@@ -29,45 +30,50 @@ struct Closing {
 }
 
 impl Batches<'_> {
-    /// Every row of the part ends, or waits again; and so the part ends.
-    pub(super) fn close(
+    /// Ends every row of the part or returns it to the queue, then ends the part.
+    pub(super) fn close_part(
         &mut self,
         index: usize,
-        taking: PartCollection,
+        collection: PartCollection,
         status: &str,
     ) -> Result<(), BatchStepError> {
-        let (upstream, _) = self.lane_of(index)?;
+        let (upstream, _) = self.upstream_of(index)?;
         let was_cancelled = matches!(
             self.journal.parts[index].state,
             PartState::Cancelling { .. }
         );
-        if taking.unreadable_lines > 0 {
+        if collection.unreadable_lines > 0 {
             let nonce = &self.journal.parts[index].nonce;
-            let place = if taking.unreadable.is_empty() {
-                "they are too long to be kept".to_owned()
+            let place = if collection.unreadable.is_empty() {
+                "they are too long to be saved".to_owned()
             } else {
-                let file = self.unreadable.keep(nonce, &taking.unreadable)?;
-                format!("they are kept in {}", file.display())
+                let file = self.unreadable.keep(nonce, &collection.unreadable)?;
+                format!("they are saved in {}", file.display())
             };
             self.progress.note(&format!(
-                "{} lines of a batch cannot be read: {place}",
-                taking.unreadable_lines
+                "{} lines of a batch cannot be parsed: {place}",
+                collection.unreadable_lines
             ));
         }
-        let answers = taking
+        let answers = collection
             .members
             .iter()
             .filter(|member| member.is_answered(self.cache));
         let has_answers = answers.count() > 0;
         let mut closing = Closing::default();
-        let rest_was_not_asked = taking.rest_was_not_asked;
-        for (line, (member, fate)) in taking.members.iter().zip(taking.fates).enumerate() {
+        let rest_was_not_asked = collection.rest_was_not_asked;
+        for (line, (member, outcome)) in collection
+            .members
+            .iter()
+            .zip(collection.outcomes)
+            .enumerate()
+        {
             if member.is_answered(self.cache) {
                 continue;
             }
-            // A line that cannot be read may be this row's, which then was paid for.
-            let may_be_unreadable = fate.is_none() && taking.unreadable_lines > 0;
-            let may_be_billed = match &fate {
+            // A line that cannot be parsed may be the paid answer of this row.
+            let may_be_unreadable = outcome.is_none() && collection.unreadable_lines > 0;
+            let may_be_billed = match &outcome {
                 Some(
                     RowOutcome::Again(failure)
                     | RowOutcome::Refused(failure)
@@ -79,14 +85,14 @@ impl Batches<'_> {
                     | RowOutcome::Unreadable { .. }
                     | RowOutcome::Claimed(_),
                 ) => false,
-                // What a batch did not come to is not billed; what it lost may be.
+                // Rows that a batch did not run are not billed; rows that it lost may be.
                 None => status != "expired" && status != "cancelled" && !rest_was_not_asked,
             };
             if may_be_billed {
                 closing.lost += 1;
                 closing.lost_usd += member.usd;
             }
-            let row = self.journal.parts[index].live.rows.get(line).copied();
+            let row = self.journal.parts[index].progress.rows.get(line).copied();
             let Some(row) = row.flatten() else {
                 continue;
             };
@@ -94,7 +100,7 @@ impl Batches<'_> {
                 failed: member.failed,
                 ..QueuedRow::fresh(row as usize)
             };
-            let failure = match fate {
+            let failure = match outcome {
                 Some(RowOutcome::Refused(failure)) => {
                     *closing.refusals.entry(failure.message.clone()).or_default() += 1;
                     entry.failed += 1;
@@ -102,7 +108,7 @@ impl Batches<'_> {
                     continue;
                 }
                 Some(RowOutcome::Filtered(failure)) => {
-                    self.filtered(upstream, entry, &failure)?;
+                    self.end_filtered(upstream, entry, &failure)?;
                     closing.filtered += 1;
                     continue;
                 }
@@ -131,38 +137,38 @@ impl Batches<'_> {
                     continue;
                 }
                 None if rest_was_not_asked => {
-                    self.tally.asked_again += 1;
+                    self.counts.asked_again += 1;
                     self.upstreams[upstream].waiting.push_back(entry);
                     continue;
                 }
                 None if may_be_unreadable => {
                     let failure =
-                        RowFailure::new("unreadable", "a line of its batch cannot be read");
-                    self.paid(entry, &failure)?;
+                        RowFailure::new("unreadable", "a line of its batch cannot be parsed");
+                    self.note_paid(entry, &failure)?;
                     entry.failed += 1;
                     self.fail(upstream, entry, failure);
                     continue;
                 }
                 None => {
-                    self.tally.lost += u64::from(status == "completed");
+                    self.counts.lost += u64::from(status == "completed");
                     RowFailure::new("lost in a batch", "the row is in neither file of its batch")
                 }
             };
             let paid = if may_be_billed {
-                self.paid(entry, &failure)?
+                self.note_paid(entry, &failure)?
             } else {
                 0
             };
-            // What this side has cancelled, failed for no reason of its own.
+            // A row of a cancelled batch keeps its attempts.
             entry.failed += u32::from(!was_cancelled);
             if entry.failed.max(paid) >= self.config.retry.max_attempts {
                 self.fail(upstream, entry, failure);
             } else {
-                self.tally.asked_again += 1;
+                self.counts.asked_again += 1;
                 self.upstreams[upstream].waiting.push_back(entry);
             }
         }
-        self.tally.ignored += taking.ignored;
+        self.counts.ignored += collection.ignored;
         self.settle_lost(index, upstream, &closing)?;
         if has_answers || closing.filtered > 0 {
             self.upstreams[upstream].batch_succeeded();
@@ -180,31 +186,37 @@ impl Batches<'_> {
         Ok(())
     }
 
+    /// Charges the rows that may be billed.
     fn settle_lost(&mut self, index: usize, upstream: usize, closing: &Closing) -> Result<()> {
         self.summary.attempts_lost += closing.lost;
         let price = self.upstreams[upstream].settings.price.clone();
-        self.journal.parts[index].live.held -= closing.lost_usd;
+        self.journal.parts[index].progress.held -= closing.lost_usd;
         let lost = Dollars::at_least(closing.lost_usd);
-        self.books
+        self.run_files
             .account
             .settle_batch(lost, lost, closing.lost, Charge::Possible, &price)
     }
 
-    /// Notes an attempt that may have been billed. Returns how many there were of the row.
-    fn paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
+    /// Records an attempt that may have been billed. Returns the number of such attempts of the row over all runs.
+    fn note_paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
         let line = self.line(entry, Kind::PaidAttempt, failure);
-        self.books.unanswered.add(&line)?;
+        self.run_files.unanswered.add(&line)?;
         Ok(self
-            .books
+            .run_files
             .unanswered
             .get(&line.key)
             .map_or(0, |known| known.paid))
     }
 
-    /// The row ends as refused by a content filter.
-    fn filtered(&mut self, upstream: usize, entry: QueuedRow, failure: &RowFailure) -> Result<()> {
+    /// Ends a row that a content filter refused.
+    fn end_filtered(
+        &mut self,
+        upstream: usize,
+        entry: QueuedRow,
+        failure: &RowFailure,
+    ) -> Result<()> {
         let line = self.line(entry, Kind::Filtered, failure);
-        self.books.unanswered.add(&line)?;
+        self.run_files.unanswered.add(&line)?;
         let row = FailedRow::new(&self.plan, upstream, entry, failure.clone());
         self.summary.filtered(row);
         self.upstreams[upstream].has_answered = true;

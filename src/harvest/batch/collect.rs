@@ -1,4 +1,4 @@
-//! From a batch under way to its answers in the cache, and every row accounted for.
+//! Collects a batch under way: records its answers and determines the outcome of every row.
 
 use std::collections::HashMap;
 
@@ -24,41 +24,43 @@ use crate::harvest::run_error;
 use crate::plan::PlannedRow;
 use crate::prompt::Prompt;
 
-/// How often a batch or a file may be "not found" before it counts as gone.
-const GONE: u32 = 20;
+/// Number of times that a batch or a file may be "not found" before it counts as lost.
+const MAX_NOT_FOUND: u32 = 20;
 
-/// Lines of a file between two looks at the progress.
+/// Number of lines between two progress updates.
 const SHOW_EVERY: u64 = 500;
 
 /// The rows of a part while its files are read.
 pub(super) struct PartCollection {
     pub(super) members: Vec<PartRow>,
-    /// Which member a key is.
+    /// Index of each key in `members`.
     lines: HashMap<String, usize>,
-    /// What became of each, beside those in the cache.
-    pub(super) fates: Vec<Option<RowOutcome>>,
+    /// Outcome of each row; None if no line of a file names it.
+    pub(super) outcomes: Vec<Option<RowOutcome>>,
     bodies: RequestFile,
     timing: Timing,
-    /// Rows that no file names were not asked.
+    /// The endpoint did not run the rows that no file names.
     pub(super) rest_was_not_asked: bool,
-    /// Lines that name none of its rows, and lines that name no row at all.
+    /// Number of lines that name no row of the part, or a row that has an outcome already.
     pub(super) ignored: u64,
+    /// Lines that name no row at all.
     pub(super) unreadable: Vec<u8>,
+    /// Number of such lines, including those too long to keep.
     pub(super) unreadable_lines: u64,
 }
 
 impl PartCollection {
-    /// Number of rows found in its files so far that can be read.
-    pub(super) fn seen(&self) -> u64 {
-        let fates = self.fates.iter().flatten();
-        let readable = fates.filter(|fate| !matches!(fate, RowOutcome::Unreadable { .. }));
+    /// Number of rows found so far whose lines can be parsed.
+    pub(super) fn readable_rows(&self) -> u64 {
+        let outcomes = self.outcomes.iter().flatten();
+        let readable = outcomes.filter(|outcome| !matches!(outcome, RowOutcome::Unreadable { .. }));
         readable.count() as u64
     }
 
-    /// Returns true if a row or a line cannot be read.
+    /// Returns true if a line cannot be parsed.
     pub(super) fn has_unreadable(&self) -> bool {
-        let is_unreadable = |fate: &RowOutcome| matches!(fate, RowOutcome::Unreadable { .. });
-        self.unreadable_lines > 0 || self.fates.iter().flatten().any(is_unreadable)
+        let is_unreadable = |outcome: &RowOutcome| matches!(outcome, RowOutcome::Unreadable { .. });
+        self.unreadable_lines > 0 || self.outcomes.iter().flatten().any(is_unreadable)
     }
 
     pub(super) fn keep_unreadable(&mut self, line: &[u8]) {
@@ -67,17 +69,18 @@ impl PartCollection {
         self.unreadable_lines += 1;
     }
 
-    /// Returns true if several rows were found, and none that can be read.
+    /// Returns true if several rows were found and none can be parsed.
     fn is_unreadable(&self) -> bool {
-        self.seen() == 0 && self.fates.iter().flatten().count() > 1
+        self.readable_rows() == 0 && self.outcomes.iter().flatten().count() > 1
     }
 }
 
+/// Outcome of a row in the result files of its batch.
 pub(super) enum RowOutcome {
     Answered,
-    /// There is nothing in its answer, unless a later line has more.
+    /// Its answer is empty; a later line may have another one.
     Blank(Box<Completion>),
-    /// Its line cannot be read, unless a later one can: the file may be whole by then.
+    /// Its line cannot be parsed; a later line may have another one.
     Unreadable {
         problem: String,
         body: Bytes,
@@ -85,14 +88,14 @@ pub(super) enum RowOutcome {
     Again(RowFailure),
     Refused(RowFailure),
     Filtered(RowFailure),
-    /// The endpoint says that no request can succeed.
+    /// The endpoint claims that no request can succeed.
     Claimed(RefusalClaim),
 }
 
 impl Batches<'_> {
-    /// Asks how a batch is doing, and takes what it has brought if it has come to its end.
+    /// Requests the status of a batch, and collects its results if it has ended.
     pub(super) async fn poll(&mut self, index: usize) -> Result<(), BatchStepError> {
-        let (upstream, transport) = self.lane_of(index)?;
+        let (upstream, transport) = self.upstream_of(index)?;
         let api = batches(&transport)?;
         let Some(batch) = self.journal.parts[index].batch().map(String::from) else {
             return Ok(());
@@ -104,19 +107,19 @@ impl Batches<'_> {
             }
             reply => reply?,
         };
-        let card = match (
+        let object = match (
             BatchObject::parse(&reply.body),
             ApiError::parse(&reply.body),
         ) {
-            (Some(card), _) => card,
-            // An error in a good status.
+            (Some(object), _) => object,
+            // An error with a success status.
             (None, error) if !error.message.is_empty() => {
                 return self.batch_missing(index, &error.message);
             }
             (None, _) => {
                 return Err(crate::client::attempt_error::connection_lost(
                     "malformed",
-                    "the reply is no batch",
+                    "the reply is not a batch",
                 )
                 .into());
             }
@@ -124,21 +127,25 @@ impl Batches<'_> {
         self.upstreams[upstream].success();
         self.upstreams[upstream].has_batches = true;
         self.journal.parts[index]
-            .live
+            .progress
             .status
-            .clone_from(&card.status);
-        match card.status.as_str() {
-            "completed" | "expired" | "cancelled" => return self.take(index, &card).await,
-            // What was answered before it failed is paid for.
-            "failed" if card.has_answers() => return self.take(index, &card).await,
-            "failed" if card.error_file.is_some() => return self.take_errors(index, card).await,
-            "failed" => return self.failed(index, &card),
-            // What is unknown is waited for, too.
+            .clone_from(&object.status);
+        match object.status.as_str() {
+            "completed" | "expired" | "cancelled" => {
+                return self.collect_results(index, &object).await;
+            }
+            // Answers from before the failure are paid for.
+            "failed" if object.has_answers() => return self.collect_results(index, &object).await,
+            "failed" if object.error_file.is_some() => {
+                return self.collect_error_file(index, object).await;
+            }
+            "failed" => return self.end_failed_batch(index, &object),
             "cancelling" | "finalizing" => return Ok(()),
+            // Unknown statuses are waited for.
             _ => {}
         }
         let state = &self.journal.parts[index].state;
-        if self.over.is_some() || matches!(state, PartState::Cancelling { .. }) {
+        if self.deadline_passed_at.is_some() || matches!(state, PartState::Cancelling { .. }) {
             let cancelling = PartState::Cancelling {
                 batch: batch.clone(),
             };
@@ -146,45 +153,54 @@ impl Batches<'_> {
                 self.journal.set(index, cancelling)?;
             }
             match batch_object::check(api.cancel(&batch).await, now) {
-                // It came to its end meanwhile.
+                // A refusal means that the batch has ended meanwhile.
                 Err(AttemptError::Refused(_)) | Ok(_) => {}
-                Err(trouble) => return Err(trouble.into()),
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(())
     }
 
-    /// What should be there is not; after a while that is believed.
-    pub(super) fn is_missing(&mut self, index: usize, message: &str) -> Result<(), AttemptError> {
-        let live = &mut self.journal.parts[index].live;
-        live.gone += 1;
-        match live.gone < GONE {
-            true => Err(crate::client::attempt_error::connection_lost(
+    /// Counts a missing batch or file. Returns an error, so that the step is retried, until [`MAX_NOT_FOUND`].
+    pub(super) fn retry_missing(
+        &mut self,
+        index: usize,
+        message: &str,
+    ) -> Result<(), AttemptError> {
+        let progress = &mut self.journal.parts[index].progress;
+        progress.not_found += 1;
+        if progress.not_found < MAX_NOT_FOUND {
+            Err(crate::client::attempt_error::connection_lost(
                 "gone", message,
-            )),
-            false => Ok(()),
+            ))
+        } else {
+            Ok(())
         }
     }
 
-    /// The endpoint does not know a batch of ours.
+    /// Handles a batch that the endpoint does not find.
     fn batch_missing(&mut self, index: usize, message: &str) -> Result<(), BatchStepError> {
-        self.is_missing(index, message)?;
+        self.retry_missing(index, message)?;
         self.progress
-            .note(&format!("the endpoint has lost a batch: {message}"));
-        let taking = self.open(index, &BatchObject::default())?;
-        self.close(index, taking, "gone")
+            .note(&format!("the endpoint no longer finds a batch: {message}"));
+        let collection = self.open_collection(index, &BatchObject::default())?;
+        self.close_part(index, collection, "gone")
     }
 
-    /// Records what both files of a batch hold, and accounts for every row.
-    async fn take(&mut self, index: usize, card: &BatchObject) -> Result<(), BatchStepError> {
-        let (upstream, transport) = self.lane_of(index)?;
-        let has_file = card.output_file.is_some() || card.error_file.is_some();
-        let has_lost_answers = !has_file && card.has_answers();
+    /// Records the answers in both files of a batch and determines the outcome of every row.
+    async fn collect_results(
+        &mut self,
+        index: usize,
+        object: &BatchObject,
+    ) -> Result<(), BatchStepError> {
+        let (upstream, transport) = self.upstream_of(index)?;
+        let has_file = object.output_file.is_some() || object.error_file.is_some();
+        let has_lost_answers = !has_file && object.has_answers();
         if has_lost_answers {
-            // The files may be on their way.
-            self.is_missing(index, "a batch that has ended has no file")?;
-            // If another batch brought answers, only the rows of this one are lost.
-            let is_completed = card.status == "completed";
+            // The files may not be visible yet.
+            self.retry_missing(index, "a batch that has ended has no file")?;
+            // If another batch had answers, only the rows of this one are lost.
+            let is_completed = object.status == "completed";
             if is_completed
                 && !self.upstreams[upstream].has_answered
                 && self.plan.answered[upstream] == 0
@@ -194,91 +210,106 @@ impl Batches<'_> {
                 return Ok(());
             }
         }
-        for mistake in &card.errors {
+        for mistake in &object.errors {
             let message = &mistake.error.message;
             self.progress
                 .note(&format!("a batch has ended with an error: {message}"));
         }
-        let mut taking = self.open(index, card)?;
+        let mut collection = self.open_collection(index, object)?;
         let mut taken = 0;
-        // The answers first: a row that is in both files has one.
-        for file in [&card.output_file, &card.error_file].into_iter().flatten() {
+        // The output file is read first: a row that is in both files has an answer.
+        for file in [&object.output_file, &object.error_file]
+            .into_iter()
+            .flatten()
+        {
             let batches = batches(&transport)?;
             let Some(mut rows) = self.rows_of_file(index, batches, file).await? else {
                 continue;
             };
-            let (mut of_file, mut understood) = (0, 0);
+            let mut line_count = 0;
+            let mut own_lines = 0;
             while let Some(line) = self.next_row(index, &mut rows).await? {
                 if line.trim_ascii().is_empty() {
                     continue;
                 }
-                of_file += 1;
+                line_count += 1;
                 let line = batches.without_key(line);
-                understood += u64::from(self.take_line(index, &mut taking, line)?);
+                own_lines += u64::from(self.take_line(index, &mut collection, line)?);
                 taken += 1;
                 if taken % SHOW_EVERY == 0 {
-                    self.show();
+                    self.show_progress();
                 }
             }
-            taking.unreadable_lines += rows.skipped();
-            let is_unreadable = understood == 0 || taking.is_unreadable();
-            if of_file + rows.skipped() > 0 && is_unreadable {
+            collection.unreadable_lines += rows.skipped();
+            let is_unreadable = own_lines == 0 || collection.is_unreadable();
+            if line_count + rows.skipped() > 0 && is_unreadable {
                 return self.keep_unreadable_file(index, batches, file).await;
             }
         }
-        // Without a number that can be true, all of them.
-        let members = taking.members.len() as u64;
-        let told = if card.status == "completed" {
+        // A completed batch must have every row. Otherwise the reported number counts, if it is plausible.
+        let members = collection.members.len() as u64;
+        let expected = if object.status == "completed" {
             Some(members)
         } else {
-            card.rows.filter(|rows| (1..=members).contains(rows))
+            object.rows.filter(|rows| (1..=members).contains(rows))
         };
-        if let Some(told) = told.filter(|told| *told > taking.seen()) {
-            // The file may not be whole yet.
-            let message = format!("its files hold {} of {told} rows", taking.seen());
-            self.is_missing(index, &message)?;
+        if let Some(expected) = expected.filter(|expected| *expected > collection.readable_rows()) {
+            // The file may be incomplete.
+            let message = format!(
+                "its files hold {} of {expected} rows",
+                collection.readable_rows()
+            );
+            self.retry_missing(index, &message)?;
             self.progress
                 .note(&format!("a batch has ended, and {message}"));
         }
-        self.record_rest(index, &mut taking)?;
-        // What was answered and is nowhere may be billed.
-        let status = if has_lost_answers && card.status != "completed" {
+        self.record_rest(index, &mut collection)?;
+        // Answers that are in no file may be billed.
+        let status = if has_lost_answers && object.status != "completed" {
             "gone"
         } else {
-            &card.status
+            &object.status
         };
-        self.close(index, taking, status)
+        self.close_part(index, collection, status)
     }
 
-    /// Records the answers that are empty, or whose lines cannot be read: they were paid for.
-    pub(super) fn record_rest(&mut self, index: usize, taking: &mut PartCollection) -> Result<()> {
-        for row in 0..taking.fates.len() {
-            let completion = match taking.fates[row].take() {
+    /// Records empty answers and lines that cannot be parsed: they were paid for.
+    pub(super) fn record_rest(
+        &mut self,
+        index: usize,
+        collection: &mut PartCollection,
+    ) -> Result<()> {
+        for row in 0..collection.outcomes.len() {
+            let completion = match collection.outcomes[row].take() {
                 Some(RowOutcome::Blank(completion)) => *completion,
                 Some(RowOutcome::Unreadable { problem, body }) => {
-                    self.unreadable.keep(&taking.members[row].key, &body)?;
+                    self.unreadable.keep(&collection.members[row].key, &body)?;
                     Completion::unreadable(problem)
                 }
                 other => {
-                    taking.fates[row] = other;
+                    collection.outcomes[row] = other;
                     continue;
                 }
             };
-            self.answered(index, taking, row, completion)?;
-            taking.fates[row] = Some(RowOutcome::Answered);
+            self.answered(index, collection, row, completion)?;
+            collection.outcomes[row] = Some(RowOutcome::Answered);
         }
         Ok(())
     }
 
-    pub(super) fn open(&self, index: usize, card: &BatchObject) -> Result<PartCollection> {
+    pub(super) fn open_collection(
+        &self,
+        index: usize,
+        object: &BatchObject,
+    ) -> Result<PartCollection> {
         let nonce = &self.journal.parts[index].nonce;
         let members = self.journal.members(nonce)?;
-        let created = card
+        let created = object
             .created_at
             .and_then(|at| Timestamp::from_second(at).ok());
-        let seconds = card
+        let seconds = object
             .ended_at
-            .zip(card.created_at)
+            .zip(object.created_at)
             .map_or(0, |(to, from)| to - from);
         Ok(PartCollection {
             lines: members
@@ -286,7 +317,7 @@ impl Batches<'_> {
                 .enumerate()
                 .map(|(line, member)| (member.key.clone(), line))
                 .collect(),
-            fates: members.iter().map(|_| None).collect(),
+            outcomes: members.iter().map(|_| None).collect(),
             bodies: self.journal.bodies(nonce)?,
             timing: Timing {
                 sent_at: Timing::stamp(created.unwrap_or_else(|| self.clock.now())),
@@ -301,52 +332,54 @@ impl Batches<'_> {
         })
     }
 
-    /// Takes a line; true if it is of one of the part's rows. Only answers have an effect at once: the file
-    /// may break off, and is read again then.
+    /// Reads a line. Returns true if it names a row of the part. Only answers are recorded immediately: if the file
+    /// breaks off, it is read again.
     pub(super) fn take_line(
         &mut self,
         index: usize,
-        taking: &mut PartCollection,
+        collection: &mut PartCollection,
         line: Bytes,
     ) -> Result<bool> {
         let mut is_ours = false;
-        for outcome in results::read(&line) {
-            match outcome {
-                Some(outcome) => is_ours |= self.take_outcome(index, taking, outcome)?,
-                None => taking.keep_unreadable(&line),
+        for row_result in results::read(&line) {
+            match row_result {
+                Some(row_result) => {
+                    is_ours |= self.take_row_result(index, collection, row_result)?
+                }
+                None => collection.keep_unreadable(&line),
             }
         }
         Ok(is_ours)
     }
 
-    fn take_outcome(
+    fn take_row_result(
         &mut self,
         index: usize,
-        taking: &mut PartCollection,
-        outcome: RowResult,
+        collection: &mut PartCollection,
+        row_result: RowResult,
     ) -> Result<bool> {
         let RowResult {
             custom_id,
             mut result,
-        } = outcome;
-        if let Err(trouble) = &mut result {
-            let (_, transport) = self.lane_of(index)?;
-            trouble.clean(&transport.secrets());
+        } = row_result;
+        if let Err(error) = &mut result {
+            let (_, transport) = self.upstream_of(index)?;
+            error.clean(&transport.secrets());
         }
-        let row = taking.lines.get(&custom_id).copied();
-        // An answer counts, also after a line that has none.
-        let is_open = |row: &usize| match &taking.fates[*row] {
+        let row = collection.lines.get(&custom_id).copied();
+        // An answer replaces an earlier line without one.
+        let is_open = |row: &usize| match &collection.outcomes[*row] {
             None => true,
             Some(RowOutcome::Answered) => false,
             Some(_) => result.is_ok(),
         };
         let Some(row) = row.filter(is_open) else {
-            taking.ignored += 1;
+            collection.ignored += 1;
             return Ok(row.is_some());
         };
-        let fate = match result {
+        let outcome = match result {
             Ok(completion) if completion.has_content() => {
-                self.answered(index, taking, row, *completion)?;
+                self.answered(index, collection, row, *completion)?;
                 RowOutcome::Answered
             }
             Ok(completion) => RowOutcome::Blank(completion),
@@ -364,25 +397,25 @@ impl Batches<'_> {
             }
             Err(AttemptError::Claim(claim)) => RowOutcome::Claimed(claim),
         };
-        taking.fates[row] = Some(fate);
+        collection.outcomes[row] = Some(outcome);
         Ok(true)
     }
 
     fn answered(
         &mut self,
         index: usize,
-        taking: &mut PartCollection,
+        collection: &mut PartCollection,
         line: usize,
         mut completion: Completion,
     ) -> Result<()> {
-        if taking.members[line].is_answered(self.cache) {
+        if collection.members[line].is_answered(self.cache) {
             return Ok(());
         }
-        let (upstream, transport) = self.lane_of(index)?;
+        let (upstream, transport) = self.upstream_of(index)?;
         completion.clean(&transport.secrets());
-        let asking = &self.plan.templates[upstream];
-        let member = &taking.members[line];
-        let body: Value = taking.bodies.read(member)?;
+        let template = &self.plan.templates[upstream];
+        let member = &collection.members[line];
+        let body: Value = collection.bodies.read(member)?;
         let row = PlannedRow {
             prompt: 0,
             sample: member.sample,
@@ -393,35 +426,37 @@ impl Batches<'_> {
         let prompt = Prompt::plain(member.prompt_id.clone(), Vec::new());
         let timing = Timing {
             attempts: member.failed + 1,
-            ..taking.timing.clone()
+            ..collection.timing.clone()
         };
         let bound = member.bound();
-        let answered = EncodedAnswer::new(asking, &row, &prompt, body, bound, completion, timing)?;
-        let (bill, price) = (answered.bill(), asking.endpoint.price.clone());
-        let wants_logprobs = asking.wants_logprobs();
+        let answered =
+            EncodedAnswer::new(template, &row, &prompt, body, bound, completion, timing)?;
+        let charge = answered.charge();
+        let price = template.endpoint.price.clone();
+        let wants_logprobs = template.wants_logprobs();
         let append = |cache: &crate::cache::Cache| {
             cache
-                .append_encoded(&answered.sealed)
+                .append_encoded(&answered.encoded)
                 .map_err(|error| run_error::not_recorded(error, cache.safe_len()))
         };
-        // A kill in between counts it twice: once as spent, once as held for a row without a record.
+        // A kill between the two writes counts the row twice (spent and reserved), never zero times.
         let held = Dollars::at_least(member.usd);
         let unraised = Dollars::at_least(bound.cost(&price).unwrap_or(member.usd));
-        let account = &mut self.books.account;
-        account.settle_batch(held, unraised, 1, bill, &price)?;
+        let account = &mut self.run_files.account;
+        account.settle_batch(held, unraised, 1, charge, &price)?;
         append(self.cache)?;
         let part = &mut self.journal.parts[index];
-        part.live.held -= member.usd;
-        let is_planned = part.live.rows.get(line).copied().flatten().is_some();
+        part.progress.held -= member.usd;
+        let is_planned = part.progress.rows.get(line).copied().flatten().is_some();
         if is_planned {
-            self.summary.add(&answered.seen, wants_logprobs)
+            self.summary.add(&answered.facts, wants_logprobs)
         } else {
-            self.tally.besides += 1
+            self.counts.besides += 1
         }
         let upstream = &mut self.upstreams[upstream];
         upstream.has_answered = true;
-        for word in upstream.watch.check(&answered.seen) {
-            match word {
+        for alert in upstream.monitor.check(&answered.facts) {
+            match alert {
                 MonitorAlert::Note(text) => self.summary.warn(text),
                 MonitorAlert::Stop(error) => upstream.stop(error),
             }
@@ -430,7 +465,7 @@ impl Batches<'_> {
     }
 }
 
-/// Only compared with a date in `Retry-After`, which these replies have no use for.
+/// Time of a reply for parsing a date in `Retry-After`, which batch replies do not use.
 pub(super) fn now() -> std::time::SystemTime {
     std::time::SystemTime::UNIX_EPOCH
 }

@@ -1,4 +1,4 @@
-//! Results files are read over a connection that may break, and kept if nothing in them can be read.
+//! Reads results files over a connection that may break, and saves files that cannot be parsed.
 
 use std::io::Write;
 
@@ -16,14 +16,14 @@ use crate::client::outcome;
 use crate::client::transport::{BatchApi, FileDownload};
 use crate::harvest::{run_error, unreadable_bodies};
 
-/// How often a results file may fail to be read before the upstream stops.
-const NOT_READ: u32 = 20;
+/// Failed reads of a results file after which the upstream stops.
+const MAX_READ_FAILURES: u32 = 20;
 
-/// In bytes, in any of its forms.
+/// Maximum length of an API key in bytes, in any encoding.
 const LONGEST_KEY: usize = 16 << 10;
 
 impl Batches<'_> {
-    /// Opens a results file. Returns None if it is gone: its rows are in no file.
+    /// Opens a results file. Returns None if the file no longer exists.
     pub(super) async fn rows_of_file(
         &mut self,
         index: usize,
@@ -31,20 +31,20 @@ impl Batches<'_> {
         file: &str,
     ) -> Result<Option<ResultRows>, BatchStepError> {
         match batches.content(file).await {
-            Err(fault) => Err(self.not_read(index, outcome::classify_transport_error(fault))),
+            Err(fault) => Err(self.read_failures(index, outcome::classify_transport_error(fault))),
             Ok(FileDownload::Content(pieces)) => Ok(Some(ResultRows::new(FileLines::new(pieces)))),
             Ok(FileDownload::Refused(reply)) => match batch_object::check(Ok(reply), now()) {
                 Err(AttemptError::Refused(failure)) => {
-                    self.is_missing(index, &failure.message)?;
+                    self.retry_missing(index, &failure.message)?;
                     Ok(None)
                 }
-                Err(trouble) => Err(self.not_read(index, trouble)),
+                Err(error) => Err(self.read_failures(index, error)),
                 Ok(_) => Ok(None),
             },
         }
     }
 
-    /// The next line of a results file.
+    /// Reads the next line of a results file.
     pub(super) async fn next_row(
         &mut self,
         index: usize,
@@ -52,55 +52,56 @@ impl Batches<'_> {
     ) -> Result<Option<Bytes>, BatchStepError> {
         match rows.next().await {
             Ok(line) => Ok(line),
-            Err(fault) => Err(self.not_read(index, outcome::classify_transport_error(fault))),
+            Err(fault) => Err(self.read_failures(index, outcome::classify_transport_error(fault))),
         }
     }
 
-    /// A results file could not be read to its end. Other requests may succeed meanwhile, so the outage clock does
-    /// not bound this.
-    fn not_read(&mut self, index: usize, trouble: AttemptError) -> BatchStepError {
-        let live = &mut self.journal.parts[index].live;
-        live.not_read += 1;
-        let (count, upstream) = (live.not_read, live.upstream);
-        let message = trouble.message().to_owned();
+    /// Counts a failed read of a results file. The outage limit does not bound these failures, because other requests
+    /// may succeed meanwhile.
+    fn read_failures(&mut self, index: usize, error: AttemptError) -> BatchStepError {
+        let progress = &mut self.journal.parts[index].progress;
+        progress.read_failures += 1;
+        let count = progress.read_failures;
+        let upstream = progress.upstream;
+        let message = error.message().to_owned();
         if count == 1 {
             self.progress.note(&format!(
-                "a results file cannot be read ({message}): it is requested again"
+                "a results file cannot be read ({message}): requesting it again"
             ));
-        } else if count >= NOT_READ
+        } else if count >= MAX_READ_FAILURES
             && let Some(upstream) = upstream
         {
             self.upstreams[upstream].stop(run_error::results_not_read(count, &message));
         }
-        trouble.into()
+        error.into()
     }
 
-    /// No line of a results file is one of ours: what was paid for must not be bought again. The file is
-    /// kept, and the upstream stops; the batch is looked at again by the next run.
+    /// Saves a results file in which no line can be parsed, and stops the upstream so that paid answers are not bought
+    /// again. The next run reads the batch again.
     pub(super) async fn keep_unreadable_file(
         &mut self,
         index: usize,
         batches: &dyn BatchApi,
         file: &str,
     ) -> Result<(), BatchStepError> {
-        let (upstream, _) = self.lane_of(index)?;
+        let (upstream, _) = self.upstream_of(index)?;
         let folder = unreadable_bodies::dir(&self.config.run_dir);
         crate::fs::create_dir_all(&folder)?;
         let path = folder.join(format!("{}.results", self.journal.parts[index].nonce));
         let mut kept = crate::fs::AtomicFile::create(&path)?;
         let content = batches.content(file).await;
         let content = content
-            .map_err(|fault| self.not_read(index, outcome::classify_transport_error(fault)))?;
+            .map_err(|fault| self.read_failures(index, outcome::classify_transport_error(fault)))?;
         if let FileDownload::Content(mut pieces) = content {
-            let could_not = "could not keep a results file";
+            let could_not = "could not save a results file";
             let mut held = Vec::new();
             while let Some(piece) = pieces.next().await {
                 let piece = piece.map_err(|fault| {
-                    self.not_read(index, outcome::classify_transport_error(fault))
+                    self.read_failures(index, outcome::classify_transport_error(fault))
                 })?;
                 held.extend_from_slice(&piece);
                 held = batches.without_key(held.into()).into();
-                // A key may begin in one piece and end in the next one.
+                // A key may span two pieces.
                 let sure = held.len().saturating_sub(LONGEST_KEY);
                 kept.write_all(&held[..sure]).context(could_not)?;
                 held.drain(..sure);

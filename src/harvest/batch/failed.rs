@@ -1,4 +1,4 @@
-//! A batch that failed as a whole: most often before any row was asked.
+//! Handles a batch that failed as a whole, usually before any row was run.
 
 use std::collections::HashMap;
 
@@ -9,83 +9,84 @@ use crate::client::attempt_error::{RefusalClaim, RowFailure};
 use crate::client::batch_object::{BatchFileError, BatchObject};
 use crate::plan::queue::QueuedRow;
 
-/// Returns true if an answer may be in the line, which names none of the rows.
+/// Returns true if a line that names no row of the part may contain an answer.
 fn may_be_answer(line: &[u8], is_readable: bool) -> bool {
     let has = |field: &[u8]| memchr::memmem::find(line, field).is_some();
     has(b"\"choices\"") || !is_readable && has(results::ID)
 }
 
 impl Batches<'_> {
-    /// Reads the error file of a failed batch: it names the rows for which the input file was refused, and on
-    /// some servers it holds answers.
-    pub(super) async fn take_errors(
+    /// Reads the error file of a failed batch. It names the rows for which the input file was refused, and on some
+    /// servers it contains answers.
+    pub(super) async fn collect_error_file(
         &mut self,
         index: usize,
-        mut card: BatchObject,
+        mut object: BatchObject,
     ) -> Result<(), BatchStepError> {
-        let (_, transport) = self.lane_of(index)?;
+        let (_, transport) = self.upstream_of(index)?;
         let batches = batches(&transport)?;
-        let file = card.error_file.clone().unwrap_or_default();
+        let file = object.error_file.clone().unwrap_or_default();
         let Some(mut rows) = self.rows_of_file(index, batches, &file).await? else {
-            return self.failed(index, &card);
+            return self.end_failed_batch(index, &object);
         };
-        let mut taking = self.open(index, &card)?;
+        let mut collection = self.open_collection(index, &object)?;
         while let Some(line) = self.next_row(index, &mut rows).await? {
             if line.trim_ascii().is_empty() {
                 continue;
             }
             let line = batches.without_key(line);
-            let (kept, count) = (taking.unreadable.len(), taking.unreadable_lines);
-            if self.take_line(index, &mut taking, line.clone())? {
+            let kept = collection.unreadable.len();
+            let count = collection.unreadable_lines;
+            if self.take_line(index, &mut collection, line.clone())? {
                 continue;
             }
-            let is_readable = taking.unreadable_lines == count;
-            taking.unreadable.truncate(kept);
-            taking.unreadable_lines = count;
+            let is_readable = collection.unreadable_lines == count;
+            collection.unreadable.truncate(kept);
+            collection.unreadable_lines = count;
             if may_be_answer(&line, is_readable) {
-                taking.keep_unreadable(&line);
+                collection.keep_unreadable(&line);
             } else {
-                card.errors.extend(BatchFileError::from_line(&line));
+                object.errors.extend(BatchFileError::from_line(&line));
             }
         }
-        taking.unreadable_lines += rows.skipped();
-        if taking.seen() == 0 && taking.has_unreadable() {
-            // Answers may be among it.
+        collection.unreadable_lines += rows.skipped();
+        if collection.readable_rows() == 0 && collection.has_unreadable() {
+            // The lines may contain answers.
             return self.keep_unreadable_file(index, batches, &file).await;
         }
-        if taking.seen() == 0 {
-            return self.failed(index, &card);
+        if collection.readable_rows() == 0 {
+            return self.end_failed_batch(index, &object);
         }
-        for mistake in &card.errors {
+        for mistake in &object.errors {
             let line = mistake
                 .line
                 .and_then(|line| usize::try_from(line).ok()?.checked_sub(1));
-            if let Some(fate @ None) = line.and_then(|line| taking.fates.get_mut(line)) {
+            if let Some(outcome @ None) = line.and_then(|line| collection.outcomes.get_mut(line)) {
                 let failure = RowFailure::new(mistake.error.code.as_str(), &mistake.error.message);
-                *fate = Some(RowOutcome::Refused(failure));
+                *outcome = Some(RowOutcome::Refused(failure));
             }
         }
-        // Rows that the file does not name were not asked, unless a line of it cannot be read.
-        taking.rest_was_not_asked = taking.unreadable_lines == 0;
-        self.record_rest(index, &mut taking)?;
-        self.close(index, taking, "failed")
+        // Rows that the file does not name were not run, unless a line cannot be parsed.
+        collection.rest_was_not_asked = collection.unreadable_lines == 0;
+        self.record_rest(index, &mut collection)?;
+        self.close_part(index, collection, "failed")
     }
 
-    /// Lines that are bad fail, all others wait again.
-    pub(super) fn failed(
+    /// Ends a failed batch: refused lines fail, all other rows return to the queue.
+    pub(super) fn end_failed_batch(
         &mut self,
         index: usize,
-        card: &BatchObject,
+        object: &BatchObject,
     ) -> Result<(), BatchStepError> {
-        let (upstream, _) = self.lane_of(index)?;
-        let verdict = results::verdict(&card.errors);
+        let (upstream, _) = self.upstream_of(index)?;
+        let batch_failure = results::classify_batch_failure(&object.errors);
         let part = &self.journal.parts[index];
         let (rows, tokens, members) = (
-            part.live.rows.clone(),
+            part.progress.rows.clone(),
             part.tokens,
             self.journal.members(&part.nonce)?,
         );
-        let bad: HashMap<usize, RowFailure> = verdict.lines.into_iter().collect();
+        let bad: HashMap<usize, RowFailure> = batch_failure.lines.into_iter().collect();
         for (line, (member, row)) in members.iter().zip(rows).enumerate() {
             let Some(row) = row else { continue };
             let mut entry = QueuedRow {
@@ -98,7 +99,7 @@ impl Batches<'_> {
                     self.fail(upstream, entry, failure.clone());
                 }
                 None => {
-                    self.tally.asked_again += 1;
+                    self.counts.asked_again += 1;
                     self.upstreams[upstream].waiting.push_back(entry);
                 }
             }
@@ -110,28 +111,30 @@ impl Batches<'_> {
             .map(|index| self.journal.parts[index].tokens)
             .sum();
         self.end_part(index, "failed")?;
-        if let Some((reason, message)) = verdict.stop {
+        if let Some((reason, message)) = batch_failure.stop {
             let failure = RowFailure::new("failed batch", &message);
             self.upstreams[upstream]
                 .all_claimed(RefusalClaim { reason, failure }, &self.config.retry);
             return Ok(());
         }
         let retry = &self.config.retry;
-        let of_upstream = &mut self.upstreams[upstream];
-        match verdict.over_tokens {
-            Some(told) => {
-                let half = told.filter(|told| *told < enqueued).unwrap_or(enqueued / 2);
-                let limit = of_upstream.token_limit.unwrap_or(u64::MAX).min(half);
-                of_upstream.token_limit = Some(limit.max(1));
+        let upstream_state = &mut self.upstreams[upstream];
+        match batch_failure.over_tokens {
+            Some(stated) => {
+                let half = stated
+                    .filter(|stated| *stated < enqueued)
+                    .unwrap_or(enqueued / 2);
+                let limit = upstream_state.token_limit.unwrap_or(u64::MAX).min(half);
+                upstream_state.token_limit = Some(limit.max(1));
                 if members.len() == 1 && enqueued == tokens {
-                    of_upstream.no_room_for_one(tokens, retry);
+                    upstream_state.single_row_exceeds_limit(tokens, retry);
                 }
             }
             None => {
-                let message = verdict.message;
+                let message = batch_failure.message;
                 self.progress
                     .note(&format!("a batch of {} failed: {message}", members.len()));
-                of_upstream.batch_failed(&message, retry);
+                upstream_state.batch_failed(&message, retry);
             }
         }
         Ok(())

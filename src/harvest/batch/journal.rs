@@ -1,13 +1,13 @@
-//! `batches.json` in the run folder: every batch and how far it has come, written before each step
-//! that the endpoint may charge for, and `batches/`, which holds the rows of those under way.
+//! Journal of the batches: `batches.json` in the run folder has every batch and its state, written before each step
+//! that may cost money. The folder `batches/` has the rows of batches under way.
 //!
-//! | after a kill in state | the next run |
+//! | state at a kill | the next run |
 //! |---|---|
-//! | `planned` | uploads the file; one that was uploaded already costs nothing |
+//! | `planned` | uploads the file; a second upload costs nothing |
 //! | `uploaded` | creates the batch |
 //! | `creating` | looks for a batch with the nonce, and creates one if there is none |
-//! | `created`, `cancelling` | waits for the end and takes the answers that the cache does not hold |
-//! | `done` | removes what is left of it in `batches/` |
+//! | `created`, `cancelling` | waits for the end and records the answers that the cache does not hold |
+//! | `done` | removes its files from `batches/` |
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -26,17 +26,18 @@ use crate::plan::queue::QueuedRow;
 
 const VERSION: u32 = 1;
 
-/// What a line of a file of requests has around its key and its body.
+/// Text of a request line around its key, its URL and its body.
 const LINE: [&str; 3] = [
     "{\"custom_id\":\"",
     "\",\"method\":\"POST\",\"url\":\"",
     "\",\"body\":",
 ];
 
+/// Content of `batches.json`.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct BatchJournal {
     version: u32,
-    /// In the order in which they were made; indices stay.
+    /// Parts in the order of their creation; indices never change.
     pub parts: Vec<BatchPart>,
     #[serde(skip)]
     run_dir: PathBuf,
@@ -45,23 +46,24 @@ pub(crate) struct BatchJournal {
 /// Rows that are sent as one batch.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct BatchPart {
-    /// Its name here, and in the metadata of the batch.
+    /// Random name of the part, also in the metadata of the batch.
     pub nonce: String,
     pub teacher: String,
     pub endpoint: String,
     pub rows: u64,
-    /// As the endpoint's limit counts them, about.
+    /// Estimated tokens, as the endpoint's limit counts them.
     pub tokens: u64,
-    /// The most that it can cost.
+    /// Upper bound of its cost in US dollars.
     pub reserved_usd: f64,
-    /// Unix time.
+    /// Unix time in seconds.
     pub planned_at: i64,
     #[serde(flatten)]
     pub state: PartState,
     #[serde(skip)]
-    pub live: PartProgress,
+    pub progress: PartProgress,
 }
 
+/// State of a part, in the order of its steps.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub(crate) enum PartState {
@@ -69,14 +71,14 @@ pub(crate) enum PartState {
     Uploaded {
         file: String,
     },
-    /// The request has been sent, or is about to be.
+    /// The creation request may have been sent.
     Creating {
         file: String,
     },
     Created {
         batch: String,
     },
-    /// This side has asked for its end.
+    /// The run has asked the endpoint to cancel the batch.
     Cancelling {
         batch: String,
     },
@@ -85,40 +87,43 @@ pub(crate) enum PartState {
     },
 }
 
-/// What this run knows of a part.
+/// State of a part within this run; not written to the journal.
 #[derive(Debug, Default)]
 pub(crate) struct PartProgress {
-    /// None: no teacher of this config.
+    /// Index of its upstream; None if its teacher is not in the config.
     pub upstream: Option<usize>,
-    /// The row of the plan for each line; None for one that this run does not ask.
+    /// Row of the plan for each line; None if the plan does not have the row.
     pub rows: Vec<Option<u32>>,
-    /// Still set aside for it.
+    /// Budget still reserved for it, in US dollars.
     pub held: f64,
-    /// As the endpoint told it last.
+    /// Last status reported by the endpoint.
     pub status: String,
-    /// It may have been created without our knowing.
+    /// Its batch may exist although the creation had no reply.
     pub in_doubt: bool,
-    /// How often it was looked for, its file was not found, it or its answers were not there.
-    pub looked: usize,
-    pub missing: u32,
-    pub gone: u32,
-    /// How often a results file of its could not be read.
-    pub not_read: u32,
+    /// Number of searches for its batch.
+    pub lookups: usize,
+    /// Number of times that its input file was not found.
+    pub input_not_found: u32,
+    /// Number of times that its batch or a results file was not found.
+    pub not_found: u32,
+    /// Number of failed reads of its results files.
+    pub read_failures: u32,
+    /// Earliest time of its next step.
     pub not_before: Option<Instant>,
 }
 
-/// A line of `<nonce>.rows.jsonl`: what a record of the answer needs, whatever the next run asks.
+/// Line of `<nonce>.rows.jsonl`: all that the record of the answer needs, even if a later plan lacks the row.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct PartRow {
     pub key: String,
     pub prompt_id: String,
     pub sample: u32,
-    /// Attempts before this one that failed.
+    /// Number of failed attempts before this one.
     pub failed: u32,
     pub usd: f64,
     pub input_tokens: u64,
     pub output_tokens: u64,
-    /// Where its request body is in the file of requests.
+    /// Byte offset and length of its body in the file of requests.
     at: u64,
     bytes: u32,
 }
@@ -148,7 +153,7 @@ impl BatchPart {
         matches!(self.state, PartState::Done { .. })
     }
 
-    /// It counts against the endpoint's limit of enqueued tokens.
+    /// Returns true if it counts against the endpoint's limit of enqueued tokens.
     pub(crate) fn is_enqueued(&self) -> bool {
         !matches!(
             self.state,
@@ -156,7 +161,7 @@ impl BatchPart {
         )
     }
 
-    /// The id of its batch, if that is known.
+    /// Id of its batch, if known.
     pub(crate) fn batch(&self) -> Option<&str> {
         match &self.state {
             PartState::Created { batch } | PartState::Cancelling { batch } => Some(batch),
@@ -165,7 +170,7 @@ impl BatchPart {
     }
 }
 
-/// Bytes of the line that asks for a row whose key and body have so many.
+/// Length of a request line in bytes, from the lengths of its key and body.
 pub(crate) fn line_bytes(key: usize, body: usize) -> u64 {
     let around: usize = LINE.iter().map(|part| part.len()).sum();
     (around + ENDPOINT.len() + "}\n".len() + key + body) as u64
@@ -178,29 +183,29 @@ pub(crate) fn file(run_dir: &Path) -> PathBuf {
 /// Returns true if batches of earlier runs have not been collected yet.
 ///
 /// # Errors
-/// Where the journal is damaged.
+/// If the journal is damaged.
 pub(crate) fn is_under_way(run_dir: &Path) -> Result<bool> {
     let journal = BatchJournal::load(run_dir)?;
     Ok(journal.parts.iter().any(|part| !part.is_done()))
 }
 
-/// Refuses to ask one by one for what batches under way will answer.
+/// Checks that no batch is under way, so that real-time requests do not buy its answers again.
 pub(crate) fn check_none_under_way(run_dir: &Path) -> Result<()> {
     let journal = BatchJournal::load(run_dir)?;
     let parts = journal.parts.iter();
     let under_way = parts.filter(|part| part.is_enqueued()).count();
     if under_way > 0 {
         return Err(Exit::Usage(format!(
-            "{under_way} batches of this run folder are under way, and what they answer would be \
+            "{under_way} batches of this run folder are under way, and their answers would be \
              bought twice: set `schedule.mode = \"batch\"` to wait for them, and `schedule.deadline` \
-             to a time that has passed to cancel them and have the rest in real time"
+             to a time in the past to cancel them and ask for the rest in real time"
         ))
         .into());
     }
     Ok(())
 }
 
-/// Drops batches that no run has created yet: their rows are asked one by one.
+/// Drops parts without a batch: their rows are sent in real time.
 pub(crate) fn drop_uncreated(run_dir: &Path) -> Result<()> {
     let mut journal = BatchJournal::load(run_dir)?;
     let mut dropped = 0;
@@ -213,16 +218,18 @@ pub(crate) fn drop_uncreated(run_dir: &Path) -> Result<()> {
     }
     if dropped > 0 {
         tracing::warn!(
-            "{dropped} batches of this run folder were planned and never created: they are dropped, and \
-             their rows are asked in real time"
+            "{dropped} batches of this run folder were planned but not created: they are dropped, and \
+             their rows are sent in real time"
         );
     }
     Ok(())
 }
 
 impl BatchJournal {
+    /// Reads the journal; empty if the file does not exist.
+    ///
     /// # Errors
-    /// [`Exit::Damaged`] where the file is none: which batches are under way cannot be guessed.
+    /// [`Exit::Damaged`] if the file cannot be parsed: the batches under way are unknown.
     pub(crate) fn load(run_dir: &Path) -> Result<BatchJournal> {
         let path = file(run_dir);
         let mut journal = BatchJournal::default();
@@ -247,13 +254,13 @@ impl BatchJournal {
         Ok(journal)
     }
 
-    /// Durable once this returns.
+    /// Writes the journal durably.
     pub(crate) fn save(&mut self) -> Result<()> {
         self.version = VERSION;
         crate::fs::write_atomic(&file(&self.run_dir), &serde_json::to_vec_pretty(self)?)
     }
 
-    /// Gives a part its next state, durably.
+    /// Sets the state of a part, durably.
     pub(crate) fn set(&mut self, index: usize, state: PartState) -> Result<()> {
         self.parts[index].state = state;
         self.save()
@@ -271,7 +278,7 @@ impl BatchJournal {
         self.run_dir.join("batches")
     }
 
-    /// Writes the files of a part to come: what is uploaded, and whose lines these are.
+    /// Writes the files of a new part: the requests to upload, and the row of each line.
     pub(crate) fn write_rows(
         &self,
         nonce: &str,
@@ -314,7 +321,7 @@ impl BatchJournal {
         })
     }
 
-    /// The rows of a part, in the order of their lines.
+    /// Reads the rows of a part, in the order of their lines.
     pub(crate) fn members(&self, nonce: &str) -> Result<Vec<PartRow>> {
         let path = self.rows(nonce);
         let members = crate::fs::read_to_string(&path).and_then(|text| {
@@ -324,7 +331,7 @@ impl BatchJournal {
         members.map_err(|error| {
             Exit::Damaged(format!(
                 "the rows of a batch under way cannot be read ({error:#}): restore {}, or remove \
-                 the batch from {}; its answers are lost then",
+                 the batch from {}, which loses its answers",
                 path.display(),
                 file(&self.run_dir).display()
             ))
@@ -332,7 +339,7 @@ impl BatchJournal {
         })
     }
 
-    /// The request bodies of a part.
+    /// Opens the request bodies of a part.
     pub(crate) fn bodies(&self, nonce: &str) -> Result<RequestFile> {
         let path = self.requests(nonce);
         let file = std::fs::File::open(&path)
@@ -340,12 +347,12 @@ impl BatchJournal {
         Ok(RequestFile { file, path })
     }
 
-    /// Ends a part; what is left of it in `batches/` goes.
+    /// Ends a part and removes its files.
     pub(crate) fn end(&mut self, index: usize, status: &str) -> Result<()> {
         let status = status.to_owned();
         self.set(index, PartState::Done { status })?;
         let part = &mut self.parts[index];
-        part.live.rows = Vec::new();
+        part.progress.rows = Vec::new();
         let nonce = part.nonce.clone();
         for path in [self.requests(&nonce), self.rows(&nonce)] {
             if path.exists() {
@@ -355,8 +362,8 @@ impl BatchJournal {
         Ok(())
     }
 
-    /// Removes the files of parts that have ended, or were never noted.
-    pub(crate) fn tidy(&self) -> Result<()> {
+    /// Removes the files of parts that have ended or are not in the journal.
+    pub(crate) fn remove_stale_files(&self) -> Result<()> {
         let Ok(folder) = self.folder().read_dir() else {
             return Ok(());
         };
@@ -377,7 +384,7 @@ impl BatchJournal {
     }
 }
 
-/// A file of requests, read where it is asked for.
+/// File of requests, read by offset.
 pub(crate) struct RequestFile {
     file: std::fs::File,
     path: PathBuf,

@@ -1,14 +1,23 @@
-//! Batch mode: rows go to the endpoint as files, and come back within a day for half the price.
+//! Batch mode: rows are uploaded as files, and their answers arrive within a day for half the price.
 //!
 //! ```text
 //! rows --parts: how many fit--> part (journal) --submit: upload, create or adopt--> batch
-//!   --collect: poll, both files row by row, results--> cache | a later part | failed
+//!   --collect: poll, read both result files row by row--> cache | a later part | failed
 //! ```
 //!
-//! One loop moves every part as far as it goes, then sleeps until the next look. What has been done
-//! is in the `journal` before the next step begins, so the loop can be dropped at any await: by a
-//! signal, which leaves the batches to go on at the endpoint, or by a kill. `api` is the way to the
-//! endpoint (`http`, or a test's own), and what it says; `outlook` is for a dry run.
+//! | file | content |
+//! |---|---|
+//! | `mod` | main loop over the parts of every endpoint |
+//! | `parts`, `outlook` | number of rows that fit into a part; estimate for a dry run |
+//! | `journal`, `recover` | `batches.json` and the rows of each part; resumes the parts of earlier runs |
+//! | `submit` | uploads a part and creates its batch, or finds a batch that was already created |
+//! | `collect`, `download`, `rows`, `results`, `braces` | polls a batch; reads, splits and parses its result files |
+//! | `failed`, `closing` | a batch that failed as a whole; the outcome of every row when a part ends |
+//! | `upstream`, `show` | live state of an endpoint; progress text |
+//!
+//! Invariants: each step is in the journal before the next one begins, so the loop can be dropped at any await, by a
+//! signal or by a kill. Batches then continue at the endpoint, and the next run collects them. Every row of a part is
+//! answered, failed or returned to the queue exactly once.
 
 pub(crate) mod braces;
 pub(crate) mod closing;
@@ -42,7 +51,7 @@ use crate::config::Config;
 use crate::exit::Exit;
 use crate::harvest::run_files::RunFiles;
 use crate::harvest::unreadable_bodies::UnreadableBodies;
-use crate::harvest::window::{RequestWindow, WindowState as Time};
+use crate::harvest::window::{RequestWindow, WindowState};
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
 use crate::prompt::Prompt;
@@ -54,48 +63,50 @@ use crate::terminal::progress::Progress;
 use journal::BatchJournal;
 use upstream::BatchUpstream;
 
-/// A wait that is worth telling.
+/// Shortest wait that is shown to the user.
 const LONG_WAIT: Duration = Duration::from_secs(5);
 
-/// The wall clock is looked at so often: a window opens, a deadline comes.
-const LOOK_AT_CLOCK: Duration = Duration::from_secs(60);
+/// Interval between two checks of the wall clock for the window and the deadline.
+const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
-/// How long a batch may take to be cancelled; endpoints speak of ten minutes.
-const LONGEST_CANCEL: Duration = Duration::from_secs(1_200);
+/// Maximum time to wait for a cancelled batch; endpoints document ten minutes.
+const MAX_CANCEL_TIME: Duration = Duration::from_secs(1_200);
 
+/// State of a run in batch mode.
 pub(crate) struct Batches<'a> {
     config: &'a Config,
     plan: Plan,
     cache: &'a Cache,
     upstreams: Vec<BatchUpstream>,
     journal: BatchJournal,
-    books: RunFiles,
+    run_files: RunFiles,
     unreadable: UnreadableBodies,
     schedule: RequestWindow,
     clock: WallClock,
     summary: HarvestSummary,
-    tally: BatchCounts,
+    counts: BatchCounts,
     started: Instant,
-    /// Since when the deadline has passed.
-    over: Option<Instant>,
+    /// Time at which the loop found the deadline passed.
+    deadline_passed_at: Option<Instant>,
     progress: Progress,
 }
 
-/// What is left when batches have had their time.
+/// Result of a run in batch mode.
 pub(crate) enum BatchOutcome {
     Finished(Box<HarvestSummary>),
-    /// The deadline came first: the rest is for real time.
+    /// The deadline passed: the remaining rows are sent in real time.
     Rest(Box<RemainingRows>),
 }
 
+/// Rows that the batches did not answer before the deadline.
 pub(crate) struct RemainingRows {
     pub prompts: Vec<Prompt>,
-    /// Keys of rows that have failed, and of those in batches that would not be cancelled.
+    /// Keys of rows that have failed, and of rows in batches whose cancellation did not finish.
     pub not_to_ask: HashSet<String>,
-    /// Batches that would not be cancelled.
+    /// Number of batches whose cancellation did not finish.
     pub under_way: usize,
     pub summary: HarvestSummary,
-    pub books: RunFiles,
+    pub run_files: RunFiles,
     pub started: Instant,
 }
 
@@ -105,17 +116,17 @@ enum BatchRunEnd {
     Signal(u8),
 }
 
-/// Why a step was not done.
+/// Error of a step.
 enum BatchStepError {
-    /// The endpoint is in the way; the step comes again.
-    Trouble(AttemptError),
-    /// Nothing can go on.
+    /// A call to the endpoint failed; the step is tried again.
+    Attempt(AttemptError),
+    /// The run ends.
     Fatal(anyhow::Error),
 }
 
 impl From<AttemptError> for BatchStepError {
-    fn from(trouble: AttemptError) -> BatchStepError {
-        BatchStepError::Trouble(trouble)
+    fn from(error: AttemptError) -> BatchStepError {
+        BatchStepError::Attempt(error)
     }
 }
 
@@ -126,13 +137,13 @@ impl From<anyhow::Error> for BatchStepError {
 }
 
 impl<'a> Batches<'a> {
-    /// `config` has the prices of a batch.
+    /// `config` has batch prices.
     pub(crate) fn new(
         config: &'a Config,
         plan: Plan,
         cache: &'a Cache,
         transports: &[Arc<dyn Transport>],
-        books: RunFiles,
+        run_files: RunFiles,
         clock: WallClock,
         quiet: bool,
     ) -> Result<Self> {
@@ -146,22 +157,22 @@ impl<'a> Batches<'a> {
             summary: HarvestSummary {
                 arguments: config.arguments(),
                 before_training: crate::plan::prepare::before_training(config),
-                ..HarvestSummary::from_plan(&plan, &books.unanswered)
+                ..HarvestSummary::from_plan(&plan, &run_files.unanswered)
             },
-            tally: BatchCounts::default(),
+            counts: BatchCounts::default(),
             started: Instant::now(),
-            over: None,
+            deadline_passed_at: None,
             progress: Progress::new("harvest", plan.total, quiet),
             unreadable: UnreadableBodies::new(&config.run_dir),
             config,
             plan,
             cache,
-            books,
+            run_files,
             clock,
         })
     }
 
-    /// Runs until every row has ended, until the deadline, or until something stops it.
+    /// Runs until every row has ended, the deadline passes, or the run is stopped.
     pub(crate) async fn run(mut self, signals: &mut Signals) -> Result<BatchOutcome> {
         self.recover()?;
         let signal = async {
@@ -185,29 +196,29 @@ impl<'a> Batches<'a> {
         loop {
             self.summary.turns += 1;
             let time = self.schedule.state(self.clock.now());
-            if time == Time::Over && self.over.is_none() {
-                self.over = Some(Instant::now());
+            if time == WindowState::Over && self.deadline_passed_at.is_none() {
+                self.deadline_passed_at = Some(Instant::now());
                 self.progress
-                    .note("the deadline has come: batches under way are cancelled");
+                    .note("the deadline has passed: batches under way are cancelled");
             }
             for upstream in 0..self.upstreams.len() {
-                match self.advance(upstream, time == Time::Open).await {
+                match self.advance(upstream, time == WindowState::Open).await {
                     Ok(()) => {}
                     Err(BatchStepError::Fatal(error)) => return Err(error),
-                    Err(BatchStepError::Trouble(trouble)) => self.step_failed(upstream, trouble),
+                    Err(BatchStepError::Attempt(error)) => self.step_failed(upstream, error),
                 }
             }
             self.cache.check()?;
-            self.books.account.tick()?;
-            self.show();
-            if let Some(ended) = self.end() {
+            self.run_files.account.tick()?;
+            self.show_progress();
+            if let Some(ended) = self.run_end() {
                 return Ok(ended);
             }
             sleep_until(self.wake()).await;
         }
     }
 
-    /// Moves every part of a upstream as far as it goes.
+    /// Advances every part of an upstream until it waits for the endpoint.
     async fn advance(&mut self, upstream: usize, may_send: bool) -> Result<(), BatchStepError> {
         let now = Instant::now();
         if self.upstreams[upstream].is_stopped() || self.upstreams[upstream].not_before > now {
@@ -219,23 +230,25 @@ impl<'a> Batches<'a> {
             let pause = Duration::from_secs_f64(self.config.batch.poll_s * jitter);
             self.upstreams[upstream].next_poll = now + pause;
         }
-        // One part's trouble keeps no other from going on.
-        let mut halt: Result<(), BatchStepError> = Ok(());
+        // A failed call for one part does not hold up the others.
+        let mut result: Result<(), BatchStepError> = Ok(());
         for index in self.parts_of(upstream) {
-            let step = match self.journal.parts[index].batch().is_some() {
-                true if is_due => self.poll(index).await,
-                true => Ok(()),
-                // The window is for what leaves; what may be a batch already is found out at once.
-                false => self.submit(index, may_send).await,
+            let step = if self.journal.parts[index].batch().is_none() {
+                // Outside the window nothing is sent, but a batch in doubt is looked up at once.
+                self.submit(index, may_send).await
+            } else if is_due {
+                self.poll(index).await
+            } else {
+                Ok(())
             };
             match step {
-                Err(BatchStepError::Trouble(trouble)) if halt.is_ok() => halt = Err(trouble.into()),
+                Err(BatchStepError::Attempt(error)) if result.is_ok() => result = Err(error.into()),
                 Err(BatchStepError::Fatal(error)) => return Err(error.into()),
                 _ => {}
             }
         }
-        halt?;
-        while may_send && self.over.is_none() && self.may_plan(upstream) {
+        result?;
+        while may_send && self.deadline_passed_at.is_none() && self.may_plan(upstream) {
             let Some(index) = self.plan_part(upstream)? else {
                 break;
             };
@@ -251,29 +264,29 @@ impl<'a> Batches<'a> {
             && !upstream.waiting.is_empty()
     }
 
-    /// Its parts that have not ended.
+    /// Returns the parts of an upstream that have not ended.
     fn parts_of(&self, upstream: usize) -> Vec<usize> {
         let parts = self.journal.parts.iter().enumerate();
-        let own = parts.filter(|(_, part)| !part.is_done() && part.live.upstream == Some(upstream));
+        let own =
+            parts.filter(|(_, part)| !part.is_done() && part.progress.upstream == Some(upstream));
         own.map(|(index, _)| index).collect()
     }
 
-    fn step_failed(&mut self, upstream: usize, trouble: AttemptError) {
-        let (pause, message) = self.upstreams[upstream].call_failed(trouble, &self.config.retry);
+    fn step_failed(&mut self, upstream: usize, error: AttemptError) {
+        let (pause, message) = self.upstreams[upstream].call_failed(error, &self.config.retry);
         if pause >= LONG_WAIT {
             let pause = format_duration(pause);
-            self.progress
-                .note(&format!("waiting {pause}: the endpoint says {message}"));
+            self.progress.note(&format!("waiting {pause}: {message}"));
         }
     }
 
-    /// Is there nothing left to wait for?
-    fn end(&self) -> Option<BatchRunEnd> {
+    /// Returns how the run ends, or None while batches or rows remain.
+    fn run_end(&self) -> Option<BatchRunEnd> {
         let open = |upstream: &&BatchUpstream| !upstream.is_stopped();
         let is_under_way = |upstream: &BatchUpstream| !self.parts_of(upstream.index).is_empty();
         let under_way = self.upstreams.iter().filter(open).any(is_under_way);
-        if let Some(since) = self.over {
-            let is_enough = since.elapsed() >= LONGEST_CANCEL;
+        if let Some(since) = self.deadline_passed_at {
+            let is_enough = since.elapsed() >= MAX_CANCEL_TIME;
             return (!under_way || is_enough).then_some(BatchRunEnd::Deadline);
         }
         let waiting = self
@@ -284,7 +297,7 @@ impl<'a> Batches<'a> {
         (!under_way && !waiting).then_some(BatchRunEnd::AllDone)
     }
 
-    /// When there is something to do again, at the latest.
+    /// Returns the time of the next iteration.
     fn wake(&self) -> Instant {
         let now = Instant::now();
         let upstreams = self
@@ -293,22 +306,26 @@ impl<'a> Batches<'a> {
             .filter(|upstream| !upstream.is_stopped());
         let times = upstreams.map(|upstream| {
             let parts = self.parts_of(upstream.index).into_iter();
-            let parts = parts.filter_map(|index| self.journal.parts[index].live.not_before);
+            let parts = parts.filter_map(|index| self.journal.parts[index].progress.not_before);
             let next = parts
                 .filter(|at| *at > now)
                 .chain([upstream.next_poll])
                 .min()
                 .unwrap_or(now);
-            match upstream.not_before > now {
-                true => next.max(upstream.not_before),
-                false => next,
+            if upstream.not_before > now {
+                next.max(upstream.not_before)
+            } else {
+                next
             }
         });
         let least = now + Duration::from_millis(10);
-        times.min().unwrap_or(now).clamp(least, now + LOOK_AT_CLOCK)
+        times
+            .min()
+            .unwrap_or(now)
+            .clamp(least, now + CLOCK_CHECK_INTERVAL)
     }
 
-    /// The row ends without an answer.
+    /// Ends a row without an answer.
     fn fail(&mut self, upstream: usize, entry: QueuedRow, failure: RowFailure) {
         let row = FailedRow::new(&self.plan, upstream, entry, failure);
         self.summary.fail(row);
@@ -316,44 +333,45 @@ impl<'a> Batches<'a> {
 
     fn finish(mut self, ended: BatchRunEnd) -> Result<BatchOutcome> {
         self.cache.sync()?;
-        self.books.summarise(self.is_priced(), &mut self.summary);
+        self.run_files
+            .summarise(self.is_priced(), &mut self.summary);
         let under_way = self.parts_under_way();
         let count: u64 = under_way.values().sum();
         for (status, count) in under_way {
-            *self.tally.parts.entry(status).or_default() += count;
+            *self.counts.parts.entry(status).or_default() += count;
         }
-        self.summary.batches = Some(self.tally.clone());
+        self.summary.batches = Some(self.counts.clone());
         if matches!(ended, BatchRunEnd::Deadline) {
-            return self.leave_rest();
+            return self.into_remaining_rows();
         }
-        self.books.close(&mut [], 0)?;
+        self.run_files.close(&mut [], 0)?;
         let mut summary = self.summary;
         summary.pending = summary.total - summary.done();
         let max_attempts = self.config.retry.max_attempts;
-        summary.given_up = self.books.given_up(&summary.failed_rows, max_attempts);
+        summary.given_up = self.run_files.given_up(&summary.failed_rows, max_attempts);
         summary.seconds = self.started.elapsed().as_secs_f64();
-        let of_a_lane = self
+        let upstream_error = self
             .upstreams
             .iter_mut()
             .find_map(BatchUpstream::take_error);
         summary.error = match ended {
             BatchRunEnd::Signal(number) => {
                 let advice = format!(
-                    "{count} batches go on at the endpoint; rerun the command to collect them"
+                    "{count} batches continue at the endpoint; rerun the command to collect them"
                 );
                 let advice = match count {
-                    0 => "every answer is recorded; run the same command to resume".into(),
+                    0 => "every answer is recorded; rerun the command to resume".into(),
                     _ => advice,
                 };
                 Some(anyhow::Error::from(Exit::Signal(number)).context(advice))
             }
-            _ => of_a_lane.or(summary.error_of_rows(&self.config.run_dir)),
+            _ => upstream_error.or(summary.error_of_rows(&self.config.run_dir)),
         };
         crate::report::write(&mut summary, &self.config.run_dir)?;
         Ok(BatchOutcome::Finished(Box::new(summary)))
     }
 
-    fn leave_rest(self) -> Result<BatchOutcome> {
+    fn into_remaining_rows(self) -> Result<BatchOutcome> {
         let failed = self.summary.failed_rows.iter().map(|row| row.key.clone());
         let mut not_to_ask: HashSet<String> = failed.collect();
         let mut under_way = 0;
@@ -367,7 +385,7 @@ impl<'a> Batches<'a> {
             not_to_ask,
             under_way,
             summary: self.summary,
-            books: self.books,
+            run_files: self.run_files,
             started: self.started,
         })))
     }

@@ -1,28 +1,28 @@
-//! How many rows go into a batch. Pure.
+//! Decides how many rows go into a batch. Pure.
 
 use super::journal::line_bytes;
 use crate::config;
 use crate::plan::Plan;
 
-/// Bytes of an answer's line beside its tokens.
+/// Bytes of an answer's line in addition to its tokens.
 const OUTPUT_OVERHEAD: f64 = 1_000.0;
 
-/// Bytes of a token in a file of answers, by the logprobs that come with it, as measured.
+/// Measured bytes per token in a results file, by the number of top logprobs.
 const OUTPUT_BYTES: [(f64, f64); 3] = [(0.0, 88.0), (5.0, 442.0), (20.0, 1_505.0)];
 
-/// What a row takes of each limit.
+/// Size of a row for each limit.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct RowSize {
-    /// Of its line in the file of requests.
+    /// Bytes of its line in the file of requests.
     pub bytes: u64,
     pub output_bytes: f64,
-    /// Prompt estimate + max_tokens.
+    /// Estimated prompt tokens plus `max_tokens`.
     pub tokens: u64,
-    /// The most that it can cost.
+    /// Upper bound of its cost in US dollars.
     pub usd: f64,
 }
 
-/// What there is room for.
+/// Limits of a part.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PartLimits {
     pub rows: usize,
@@ -32,19 +32,19 @@ pub(crate) struct PartLimits {
     pub usd: f64,
 }
 
-/// What keeps the next row out.
+/// Limit that the next row would exceed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PartFull {
-    /// The batch is as large as it may be.
+    /// The part has reached its maximum size.
     Part,
     Tokens,
     Money,
-    /// The row is larger than a whole file may be.
+    /// The row is larger than the maximum file size.
     Never,
 }
 
 impl PartLimits {
-    /// In one batch; `tokens` and `usd` are what is left of what all of them share.
+    /// Limits of one batch; `tokens` and `usd` remain of the limits that all batches share.
     pub(crate) fn new(limits: &config::BatchConfig, tokens: Option<u64>, usd: f64) -> PartLimits {
         PartLimits {
             rows: limits.max_requests,
@@ -55,13 +55,13 @@ impl PartLimits {
         }
     }
 
-    /// How many of the rows fit, from the first one on, what they take together, and what keeps the
-    /// next one out.
+    /// Returns how many of the first rows fit, their total size, and the limit that the next row would exceed.
     pub(crate) fn take(
         &self,
         rows: impl Iterator<Item = RowSize>,
     ) -> (usize, RowSize, Option<PartFull>) {
-        let (mut count, mut sum) = (0, RowSize::default());
+        let mut count = 0;
+        let mut sum = RowSize::default();
         for row in rows {
             let with = RowSize {
                 bytes: sum.bytes + row.bytes,
@@ -70,7 +70,7 @@ impl PartLimits {
                 usd: sum.usd + row.usd,
             };
             let full = if row.bytes > self.bytes {
-                // What is before it leaves first.
+                // The rows before it make a part of their own.
                 Some(if count == 0 {
                     PartFull::Never
                 } else {
@@ -78,7 +78,7 @@ impl PartLimits {
                 })
             } else if count == self.rows
                 || with.bytes > self.bytes
-                // A guess keeps no row out for ever.
+                // The output size is an estimate: it never excludes a single row.
                 || (count > 0 && with.output_bytes > self.output_bytes)
             {
                 Some(PartFull::Part)
@@ -92,35 +92,38 @@ impl PartLimits {
             if full.is_some() {
                 return (count, sum, full);
             }
-            (count, sum) = (count + 1, with);
+            count = count + 1;
+            sum = with;
         }
         (count, sum, None)
     }
 }
 
-/// What a row takes that can cost so much.
+/// Returns the size of a row whose cost is at most `usd`.
 pub(crate) fn size(plan: &Plan, upstream: usize, row: usize, usd: f64) -> RowSize {
-    let asking = &plan.templates[upstream];
-    let logprobs = match asking.wants_logprobs() {
-        true => asking.endpoint.sampling.top_logprobs,
-        false => 0,
+    let template = &plan.templates[upstream];
+    let logprobs = if template.wants_logprobs() {
+        template.endpoint.sampling.top_logprobs
+    } else {
+        0
     };
     let planned = &plan.rows[row];
     RowSize {
         bytes: line_bytes(planned.key.len(), planned.bytes as usize),
-        output_bytes: output_bytes(asking.endpoint.sampling.max_tokens, logprobs),
+        output_bytes: output_bytes(template.endpoint.sampling.max_tokens, logprobs),
         tokens: plan.cost(upstream, row).tokens(),
         usd,
     }
 }
 
-/// Bytes of an answer of so many tokens, each with so many logprobs.
+/// Estimates the bytes of an answer, interpolated between the measurements.
 fn output_bytes(max_tokens: u32, top_logprobs: u32) -> f64 {
     let k = f64::from(top_logprobs);
     let [first, middle, last] = OUTPUT_BYTES;
-    let (from, to) = match k <= middle.0 {
-        true => (first, middle),
-        false => (middle, last),
+    let (from, to) = if k <= middle.0 {
+        (first, middle)
+    } else {
+        (middle, last)
     };
     let per_token = from.1 + (k - from.0) / (to.0 - from.0) * (to.1 - from.1);
     f64::from(max_tokens) * per_token + OUTPUT_OVERHEAD
@@ -132,7 +135,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn answers_are_as_long_as_was_measured() {
+    fn output_bytes_match_the_measurements() {
         let per_token = |k| (output_bytes(100, k) - OUTPUT_OVERHEAD) / 100.0;
         for (k, bytes) in OUTPUT_BYTES {
             assert!((per_token(k as u32) - bytes).abs() < 1e-9);
@@ -141,8 +144,8 @@ mod tests {
     }
 
     proptest! {
-        /// Every row is in exactly one part, or larger than a file; parts keep to all limits, and no
-        /// part could have taken the row after it.
+        /// Every row is in exactly one part or larger than a file. Parts respect all limits and are as large as
+        /// possible.
         #[test]
         fn rows_are_split_within_all_limits(
             rows in proptest::collection::vec((1u64..300, 1u64..500, 1u64..50), 0..200),
@@ -160,16 +163,17 @@ mod tests {
                     usd: tokens as f64,
                 })
                 .collect();
-            let room = PartLimits {
+            let limits = PartLimits {
                 rows: max_rows,
                 bytes,
                 output_bytes: output_bytes as f64,
                 tokens,
                 usd: 300.0,
             };
-            let (mut next, mut never) = (0, 0);
+            let mut next = 0;
+            let mut never = 0;
             while next < rows.len() {
-                let (count, sum, full) = room.take(rows[next..].iter().copied());
+                let (count, sum, full) = limits.take(rows[next..].iter().copied());
                 let part = &rows[next..next + count];
                 prop_assert!(count <= max_rows && sum.bytes <= bytes);
                 prop_assert!(count <= 1 || sum.output_bytes <= output_bytes as f64);

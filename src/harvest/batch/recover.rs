@@ -1,4 +1,4 @@
-//! What earlier runs have left under way.
+//! Resumes the batches that earlier runs left under way.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,9 +10,10 @@ use crate::budget::dollars::Dollars;
 use crate::terminal::{format_count, sanitise};
 
 impl Batches<'_> {
-    /// Takes up what earlier runs have left under way.
+    /// Resumes the batches that earlier runs left under way. Reserves their budget and removes their rows from the
+    /// queue.
     pub(super) fn recover(&mut self) -> Result<()> {
-        self.journal.tidy()?;
+        self.journal.remove_stale_files()?;
         let mut members = HashMap::new();
         for index in 0..self.journal.parts.len() {
             let part = &self.journal.parts[index];
@@ -30,18 +31,20 @@ impl Batches<'_> {
             let held = open.map(|member| member.usd).sum();
             if upstream.is_none() {
                 self.progress.note(&format!(
-                    "a batch of {} rows is under way at {}, which is no teacher of this config: it \
-                     is left alone",
+                    "a batch of {} rows is under way at {}, which is not a teacher of this config: it \
+                     is ignored",
                     format_count(part.rows),
                     sanitise(&part.teacher)
                 ));
             }
-            self.books.account.hold_for_batch(Dollars::at_least(held));
+            self.run_files
+                .account
+                .hold_for_batch(Dollars::at_least(held));
             let part = &mut self.journal.parts[index];
-            part.live.upstream = upstream;
-            part.live.held = held;
-            part.live.in_doubt = matches!(part.state, PartState::Creating { .. });
-            part.live.rows = vec![None; of_part.len()];
+            part.progress.upstream = upstream;
+            part.progress.held = held;
+            part.progress.in_doubt = matches!(part.state, PartState::Creating { .. });
+            part.progress.rows = vec![None; of_part.len()];
             for (line, member) in of_part.into_iter().enumerate() {
                 members.insert(member.key, (index, line));
             }
@@ -51,9 +54,9 @@ impl Batches<'_> {
         }
         let mut taken = HashSet::new();
         for (row, planned) in self.plan.rows.iter().enumerate() {
-            let of_old = || members.get(planned.old_key.as_deref()?);
-            if let Some(&(index, line)) = members.get(&planned.key).or_else(of_old) {
-                self.journal.parts[index].live.rows[line] = Some(row as u32);
+            let has_old_key = || members.get(planned.old_key.as_deref()?);
+            if let Some(&(index, line)) = members.get(&planned.key).or_else(has_old_key) {
+                self.journal.parts[index].progress.rows[line] = Some(row as u32);
                 taken.insert(row);
             }
         }

@@ -1,4 +1,4 @@
-//! A line of an output or an error file: whose it is, and what it means. Pure.
+//! Parses the lines of output and error files: the row of a line, and its result. Pure.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ use crate::client::response::error::{ApiError, is_error};
 use crate::client::response::json;
 use crate::client::transport::HttpReply;
 
-/// What a line brings.
+/// Result of a row.
 pub(crate) struct RowResult {
     pub custom_id: String,
     pub result: Result<Box<Completion>, AttemptError>,
@@ -40,13 +40,13 @@ struct Line<'a> {
 struct Response<'a> {
     status_code: Value,
     status: Value,
-    /// Left as it is, and read as the body of any reply is.
+    /// Parsed like the body of a real-time reply.
     #[serde(borrow)]
     body: Option<&'a RawValue>,
 }
 
-/// Reads a line: one outcome, or several where the file does not keep them on lines of their own. None for
-/// what names no row.
+/// Parses a line into one result, or several if the file has several rows on a line. None for an object that names
+/// no row.
 pub(crate) fn read(line: &Bytes) -> Vec<Option<RowResult>> {
     match read_json(line) {
         Some(outcome) => vec![Some(outcome)],
@@ -60,10 +60,11 @@ pub(super) const ID: &[u8] = b"\"custom_id\"";
 /// Levels of nesting down to a row.
 const DEEPEST: usize = 5;
 
-/// Rows of a line as objects: items of a list, consecutive objects, or fields of an object, whatever is between
-/// them. Invalid JSON is repaired.
+/// Splits a line into rows: items of a list, consecutive objects, or fields of an object, with any text between them.
+/// Invalid JSON is repaired.
 fn values(line: &Bytes) -> Vec<Bytes> {
-    let (mut rows, mut at) = (Vec::new(), 0);
+    let mut rows = Vec::new();
+    let mut at = 0;
     while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {
         let rest = line.slice(start..);
         let mut strict = serde_json::Deserializer::from_slice(&rest).into_iter::<&RawValue>();
@@ -74,11 +75,11 @@ fn values(line: &Bytes) -> Vec<Bytes> {
             rows.extend(repaired_rows(&rest.slice(..end)));
             at = start + end;
         } else if is_before(ID, b'{', &rest[1..]) {
-            // The end of the row is lost.
+            // The row is truncated.
             rows.extend(values_by_braces(&rest));
             break;
         } else {
-            // The end of what is around the rows is lost.
+            // The list or object around the rows is truncated.
             at = start + 1;
         }
     }
@@ -88,7 +89,7 @@ fn values(line: &Bytes) -> Vec<Bytes> {
     rows
 }
 
-/// Rows of an object that is not strict JSON.
+/// Splits an object that is not strict JSON into rows.
 fn repaired_rows(object: &Bytes) -> Vec<Bytes> {
     let Ok(text) = json::repaired(object).map(Bytes::from) else {
         return values_by_braces(object);
@@ -99,7 +100,7 @@ fn repaired_rows(object: &Bytes) -> Vec<Bytes> {
         .unwrap_or_else(|| values_by_braces(object))
 }
 
-/// Rows of a value, which is a part of `text`.
+/// Returns the rows in a value, which is a slice of `text`.
 fn rows_in(text: &Bytes, value: &RawValue) -> Vec<Bytes> {
     let mut found = Vec::new();
     add_rows(value, DEEPEST, &mut found);
@@ -109,13 +110,13 @@ fn rows_in(text: &Bytes, value: &RawValue) -> Vec<Bytes> {
         .collect()
 }
 
-/// Returns true if `text` contains `first`, and not after a `byte`.
+/// Returns true if `text` contains `first` before the first `byte`.
 fn is_before(first: &[u8], byte: u8, text: &[u8]) -> bool {
     let end = memchr::memchr(byte, text).unwrap_or(text.len());
     memchr::memmem::find(&text[..end], first).is_some()
 }
 
-/// Adds the rows in a value: objects with an id and an outcome, since other objects may repeat the id.
+/// Adds the rows in a value: objects with an id and a result, since other objects may repeat the id.
 fn add_rows<'a>(value: &'a RawValue, depth: usize, rows: &mut Vec<&'a RawValue>) {
     const OUTCOMES: [&str; 4] = ["response", "result", "error", "choices"];
     let Some(depth) = depth.checked_sub(1) else {
@@ -139,15 +140,16 @@ fn add_rows<'a>(value: &'a RawValue, depth: usize, rows: &mut Vec<&'a RawValue>)
     }
 }
 
-/// Rows of a text that cannot be repaired, by their braces.
+/// Splits a text that cannot be repaired by its braces.
 fn values_by_braces(line: &Bytes) -> Vec<Bytes> {
-    let (mut values, mut at) = (Vec::new(), 0);
+    let mut values = Vec::new();
+    let mut at = 0;
     while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {
         let rest = &line[start..];
         let ids: Vec<usize> = memchr::memmem::find_iter(rest, ID).take(2).collect();
         let end = object_end(rest).unwrap_or(rest.len());
         match ids[..] {
-            // It holds several rows, or the end of its first one is lost.
+            // The object has several rows, or its first row is truncated.
             [first, second] if second < end => {
                 let inner = brace_before(rest, first);
                 if inner > 0 {
@@ -170,8 +172,8 @@ fn values_by_braces(line: &Bytes) -> Vec<Bytes> {
     values
 }
 
-/// The brace of the object whose field is at `field`: the nearest one before it, unless that one is closed by
-/// then or begins the value of another field.
+/// Finds the opening brace of the object whose field is at `field`: the nearest one before it that is neither closed
+/// nor begins the value of another field.
 fn brace_before(text: &[u8], field: usize) -> usize {
     let mut end = field;
     if let Some(brace) = memchr::memrchr(b'{', &text[..field])
@@ -181,7 +183,7 @@ fn brace_before(text: &[u8], field: usize) -> usize {
     }
     while let Some(brace) = memchr::memrchr(b'{', &text[..end]) {
         let before = text[..brace].trim_ascii_end().last();
-        // Of a list, of what came before, or of the outermost one.
+        // The brace follows a list, an object or nothing.
         if matches!(before, None | Some(b'[' | b',' | b'}' | b']'))
             || !text[..brace].contains(&b':')
         {
@@ -192,7 +194,7 @@ fn brace_before(text: &[u8], field: usize) -> usize {
     0
 }
 
-/// Reads a value, repaired where it is not strict JSON.
+/// Parses a value, after a repair if it is not strict JSON.
 fn read_one(line: &Bytes) -> Option<RowResult> {
     if let Some(outcome) = read_json(line) {
         return Some(outcome);
@@ -210,7 +212,7 @@ fn read_one(line: &Bytes) -> Option<RowResult> {
     })
 }
 
-/// The row of a line that is otherwise not JSON.
+/// Finds the id of the row in a line that is not JSON.
 fn custom_id(line: &[u8]) -> Option<String> {
     let rest = &line[memchr::memmem::find(line, ID)? + ID.len()..];
     let rest = rest
@@ -240,16 +242,16 @@ fn read_json(line: &Bytes) -> Option<RowResult> {
     };
     let result = if status > 0 {
         let body = line.slice_ref(body);
-        // A batch line has no date header that the time would be compared with.
+        // A batch line has no `Retry-After` header, so the time is not used.
         let reply = HttpReply::without_headers(status, body);
         outcome::classify(Ok(reply), SystemTime::UNIX_EPOCH)
     } else {
-        Err(unanswered(&error))
+        Err(classify_without_response(&error))
     };
     Some(RowResult { custom_id, result })
 }
 
-/// Status of a response, 0 where it tells none, and its body: the response itself where that is left out.
+/// Returns the status of a response (0 if missing) and its body (the response itself if missing).
 fn reply(response: &RawValue) -> (u16, &[u8]) {
     let fields: Response = serde_json::from_str(response.get()).unwrap_or_default();
     let code = |value: &Value| -> Option<u16> {
@@ -264,9 +266,9 @@ fn reply(response: &RawValue) -> (u16, &[u8]) {
 }
 
 /// Classifies a row without a response by the code of its error.
-fn unanswered(error: &Value) -> AttemptError {
+fn classify_without_response(error: &Value) -> AttemptError {
     if !is_error(error) {
-        // Nothing says that it was not done.
+        // The row may have been run.
         return crate::client::attempt_error::connection_lost("no answer in the batch", "");
     }
     let error = &ApiError::from_value(error);
@@ -281,7 +283,7 @@ fn unanswered(error: &Value) -> AttemptError {
     if error.is_content_filter() {
         return AttemptError::Filtered(failure);
     }
-    if is_of_the_row(error) {
+    if is_row_specific(error) {
         AttemptError::Refused(failure)
     } else {
         AttemptError::Transient {
@@ -291,50 +293,51 @@ fn unanswered(error: &Value) -> AttemptError {
     }
 }
 
-/// Words of codes for what a row can never get an answer to. Others may pass, as `server_error` and
-/// `batch_expired` do.
-fn is_of_the_row(error: &ApiError) -> bool {
+/// Returns true if the code means that the row can never be answered. Other codes, like `server_error` and
+/// `batch_expired`, are transient.
+fn is_row_specific(error: &ApiError) -> bool {
     ["invalid", "content", "context", "unsupported", "policy"]
         .iter()
         .any(|word| error.code.contains(word) || error.kind.contains(word))
 }
 
-/// Why a batch failed as a whole.
+/// Reason why a batch failed as a whole.
 #[derive(Debug, Default)]
 pub(crate) struct BatchFailure {
-    /// More tokens are enqueued than the account may have; the limit, where it is told.
+    /// More tokens are enqueued than the account allows; the inner value is the limit, if stated.
     pub over_tokens: Option<Option<u64>>,
-    /// No batch can succeed.
+    /// Claim that no batch can succeed.
     pub stop: Option<(RefusalReason, String)>,
-    /// Lines of the file that the endpoint does not take, from 0.
+    /// Lines of the input file that the endpoint refuses, from 0.
     pub lines: Vec<(usize, RowFailure)>,
-    /// What it says first.
+    /// First error message.
     pub message: String,
 }
 
-pub(crate) fn verdict(mistakes: &[BatchFileError]) -> BatchFailure {
-    let mut verdict = BatchFailure {
-        message: "it does not say why".into(),
+/// Classifies the errors of a failed batch.
+pub(crate) fn classify_batch_failure(mistakes: &[BatchFileError]) -> BatchFailure {
+    let mut batch_failure = BatchFailure {
+        message: "no reason given".into(),
         ..BatchFailure::default()
     };
     for (index, BatchFileError { error, line }) in mistakes.iter().enumerate() {
         let failure = RowFailure::new(error.code.as_str(), &error.message);
         if index == 0 {
-            verdict.message = failure.message.clone();
+            batch_failure.message = failure.message.clone();
         }
         if error.code == "token_limit_exceeded" {
-            verdict.over_tokens = Some(stated_limit(&error.message));
+            batch_failure.over_tokens = Some(stated_limit(&error.message));
         } else if let Some(reason) = crate::client::refusal_reason::refusal_reason(error, false) {
-            verdict.stop.get_or_insert((reason, failure.message));
+            batch_failure.stop.get_or_insert((reason, failure.message));
         } else if let Some(line) = line.and_then(|line| usize::try_from(line).ok()?.checked_sub(1))
         {
-            verdict.lines.push((line, failure));
+            batch_failure.lines.push((line, failure));
         }
     }
-    verdict
+    batch_failure
 }
 
-/// The number of "Limit: 90,000 enqueued tokens".
+/// Parses the number in "Limit: 90,000 enqueued tokens".
 fn stated_limit(message: &str) -> Option<u64> {
     let (_, rest) = message.split_once("Limit: ")?;
     let digits = rest.chars().take_while(|char| !char.is_whitespace());

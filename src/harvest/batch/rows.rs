@@ -1,4 +1,4 @@
-//! The rows of a results file: its lines, and objects that are spread over several of them.
+//! Splits a results file into rows: lines, and objects that span several lines.
 
 use std::collections::VecDeque;
 
@@ -10,9 +10,10 @@ use super::results::ID;
 use crate::client::batch_object::{FileLines, MAX_LINE_LENGTH};
 use crate::client::transport::TransportError;
 
+/// Reader of the rows of a results file.
 pub(crate) struct ResultRows {
     lines: FileLines,
-    /// An object whose end has not come.
+    /// Object that has not ended yet.
     open: BytesMut,
     braces: Braces,
     ready: VecDeque<Bytes>,
@@ -28,7 +29,7 @@ impl ResultRows {
         }
     }
 
-    /// The next line, or object of several lines. None after the last one.
+    /// Returns the next line, or object of several lines. None after the last one.
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, TransportError> {
         loop {
             if let Some(row) = self.ready.pop_front() {
@@ -37,12 +38,12 @@ impl ResultRows {
             match self.lines.next().await? {
                 Some(line) => self.take(line),
                 None if self.open.is_empty() => return Ok(None),
-                None => self.give_up(),
+                None => self.flush_object(),
             }
         }
     }
 
-    /// Number of lines that were too long.
+    /// Number of lines that were skipped because they are too long.
     pub(crate) fn skipped(&self) -> u64 {
         self.lines.skipped
     }
@@ -52,7 +53,7 @@ impl ResultRows {
         let is_row = text.starts_with(b"{") && find(text, ID).is_some();
         let is_open = !self.open.is_empty();
         if is_open && (is_row || self.open.len() + line.len() > MAX_LINE_LENGTH) {
-            self.give_up();
+            self.flush_object();
         }
         let is_whole = text.ends_with(b"}") && is_closed(text);
         let begins = text.ends_with(b"{") || text.starts_with(b"{");
@@ -63,7 +64,7 @@ impl ResultRows {
         }
     }
 
-    /// Adds a line to the object. Where it ends, it is ready.
+    /// Adds a line to the open object; a complete object becomes ready.
     fn join(&mut self, line: Bytes) {
         let mut start = 0;
         for (at, byte) in line.iter().enumerate() {
@@ -75,7 +76,7 @@ impl ResultRows {
                 start = at;
             } else if self.braces.depth == 0 {
                 self.open.extend_from_slice(&line[start..=at]);
-                self.give_up();
+                self.flush_object();
                 start = at + 1;
             }
         }
@@ -86,8 +87,8 @@ impl ResultRows {
         }
     }
 
-    /// Hands out what has come of an object that does not end.
-    fn give_up(&mut self) {
+    /// Makes the open object ready, complete or not.
+    fn flush_object(&mut self) {
         self.braces = Braces::default();
         self.ready.push_back(self.open.split().freeze());
     }
@@ -119,8 +120,9 @@ mod tests {
     }
 
     #[test]
-    fn an_object_may_have_several_lines() {
-        let (a, b) = (row("a"), row("b"));
+    fn object_may_span_several_lines() {
+        let a = row("a");
+        let b = row("b");
         let pretty = |value: &Value| serde_json::to_string_pretty(value).unwrap();
         for text in [
             format!("{a}\n{b}\n"),
@@ -139,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_may_have_line_ends_that_are_not_escaped() {
+    fn string_may_contain_unescaped_line_breaks() {
         let raw = "{\"custom_id\":\"a\",\"text\":\"one {\ntwo\n}\"}";
         let b = row("b").to_string();
         assert_eq!(rows(&format!("{raw}\n{b}\n{raw}")), [raw, &b, raw]);
@@ -148,8 +150,9 @@ mod tests {
     }
 
     #[test]
-    fn an_object_without_an_end_costs_no_other_row() {
-        let (a, b) = (row("a"), row("b"));
+    fn truncated_object_loses_no_other_row() {
+        let a = row("a");
+        let b = row("b");
         let pretty = serde_json::to_string_pretty(&a).unwrap();
         let broken = &pretty[..pretty.len() - 20];
         let found = rows(&format!("{broken}\n{b}\n{pretty}"));

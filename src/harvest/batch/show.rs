@@ -1,4 +1,4 @@
-//! How the batches are doing, as the progress shows it.
+//! Progress text of batch mode: batches by status, and the amount spent.
 
 use std::collections::BTreeMap;
 
@@ -6,9 +6,12 @@ use super::Batches;
 use crate::terminal::{format_dollars, sanitise};
 
 impl Batches<'_> {
-    pub(super) fn show(&mut self) {
-        self.books.summarise(self.is_priced(), &mut self.summary);
-        let (parts, summary) = (self.parts_under_way(), &self.summary);
+    /// Updates the progress text.
+    pub(super) fn show_progress(&mut self) {
+        self.run_files
+            .summarise(self.is_priced(), &mut self.summary);
+        let parts = self.parts_under_way();
+        let summary = &self.summary;
         self.progress.update(summary.done(), || {
             let mut texts: Vec<String> = parts
                 .iter()
@@ -37,11 +40,11 @@ impl Batches<'_> {
             .any(|price| price.input.is_some() && price.output.is_some())
     }
 
-    /// By status.
+    /// Counts the batches under way by status.
     pub(super) fn parts_under_way(&self) -> BTreeMap<String, u64> {
         let mut parts = BTreeMap::new();
         for part in self.journal.parts.iter().filter(|part| !part.is_done()) {
-            let status = match part.live.status.as_str() {
+            let status = match part.progress.status.as_str() {
                 "" if part.batch().is_some() => "under way",
                 "" => "not created yet",
                 status => status,

@@ -1,4 +1,4 @@
-//! From rows that wait to a batch that the endpoint works on.
+//! Submits waiting rows: plans a part, uploads its file and creates its batch.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,18 +19,17 @@ use crate::client::batch_object::{BatchObject, ENDPOINT};
 use crate::client::transport::Transport;
 use crate::plan::queue::QueuedRow;
 
-/// A batch whose creation had no reply is looked for after so many seconds each; a list may lag.
-const LOOKS: [u64; 4] = [0, 5, 15, 40];
+/// Delays in seconds before each search for a batch whose creation had no reply; the list of batches may lag.
+const LOOKUP_DELAYS_S: [u64; 4] = [0, 5, 15, 40];
 
-/// How often a file that was uploaded may be "not found" before it is uploaded anew, and before
-/// that is given up.
-const MISSING: [u32; 2] = [6, 12];
+/// Number of times that an uploaded file may be "not found" before a second upload, and before its part fails.
+const FILE_NOT_FOUND_LIMITS: [u32; 2] = [6, 12];
 
-/// The nonce is looked for among batches that are at most so much older than its part: clocks differ.
-const CLOCKS_DIFFER_S: i64 = 86_400;
+/// Maximum clock skew in seconds: the search for a nonce covers batches that are older than its part by this much.
+const CLOCK_SKEW_S: i64 = 86_400;
 
 impl Batches<'_> {
-    /// Makes a part of the rows whose turn it is, as many as fit. None if none does for now.
+    /// Makes a part of the first waiting rows that fit. None if no row fits now.
     pub(super) fn plan_part(&mut self, upstream: usize) -> Result<Option<usize>> {
         let sizes: Vec<RowSize> = {
             let waiting = self.upstreams[upstream].waiting.iter();
@@ -47,16 +46,20 @@ impl Batches<'_> {
             .sum();
         let first = sizes.first().map_or(0, |size| size.tokens);
         let tokens = self.upstreams[upstream].token_limit.map(|limit| {
-            let room = limit.saturating_sub(enqueued);
-            // Alone a row is always tried: only the endpoint knows how it counts.
-            if enqueued == 0 { room.max(first) } else { room }
+            let available = limit.saturating_sub(enqueued);
+            // With nothing enqueued, one row is always tried: the token count is an estimate.
+            if enqueued == 0 {
+                available.max(first)
+            } else {
+                available
+            }
         });
-        let room = PartLimits::new(
+        let limits = PartLimits::new(
             &self.config.batch,
             tokens,
-            self.books.account.remaining().usd(),
+            self.run_files.account.remaining().usd(),
         );
-        let (count, sum, full) = room.take(sizes.iter().copied());
+        let (count, sum, full) = limits.take(sizes.iter().copied());
         if count == 0 {
             match full {
                 Some(PartFull::Never) => self.fail_too_large(upstream, sizes[0].bytes),
@@ -83,7 +86,7 @@ impl Batches<'_> {
             reserved_usd: sum.usd,
             planned_at: self.clock.now().as_second(),
             state: PartState::Planned,
-            live: PartProgress {
+            progress: PartProgress {
                 upstream: Some(upstream),
                 rows: entries
                     .iter()
@@ -93,7 +96,7 @@ impl Batches<'_> {
                 ..PartProgress::default()
             },
         });
-        self.books
+        self.run_files
             .account
             .hold_for_batch(Dollars::at_least(sum.usd));
         self.journal.save()?;
@@ -107,7 +110,7 @@ impl Batches<'_> {
             &self.plan,
             upstream,
             row,
-            self.books.account.bound(&bound, price).usd.usd(),
+            self.run_files.account.bound(&bound, price).usd.usd(),
         )
     }
 
@@ -116,13 +119,13 @@ impl Batches<'_> {
             return;
         };
         let message = format!(
-            "a request of {bytes} bytes fits into no batch of `batch.max_megabytes` = {}",
+            "a request of {bytes} bytes is larger than `batch.max_megabytes` = {}",
             self.config.batch.max_megabytes
         );
         self.fail(upstream, entry, RowFailure::new("over the limit", &message));
     }
 
-    /// Unless a batch under way turns out cheaper, nothing more can be asked.
+    /// Stops the upstream, unless a batch under way may still release budget.
     fn stop_without_money(&mut self, upstream: usize) {
         let mut open = self
             .upstreams
@@ -131,11 +134,11 @@ impl Batches<'_> {
         if open.any(|upstream| !self.parts_of(upstream.index).is_empty()) {
             return;
         }
-        let error = crate::budget::account::out_of_money(&self.books.account);
+        let error = crate::budget::account::out_of_money(&self.run_files.account);
         self.upstreams[upstream].stop(error);
     }
 
-    /// Brings a part to the endpoint, as far as it goes.
+    /// Advances a part until its batch is created, or it has to wait.
     pub(super) async fn submit(
         &mut self,
         index: usize,
@@ -144,21 +147,21 @@ impl Batches<'_> {
         loop {
             let part = &self.journal.parts[index];
             if part
-                .live
+                .progress
                 .not_before
                 .is_some_and(|until| until > Instant::now())
             {
                 return Ok(());
             }
-            let is_over = self.over.is_some();
+            let is_over = self.deadline_passed_at.is_some();
             match part.state.clone() {
-                PartState::Creating { file } if part.live.in_doubt => {
+                PartState::Creating { file } if part.progress.in_doubt => {
                     self.adopt(index, file).await?
                 }
                 PartState::Planned | PartState::Uploaded { .. } | PartState::Creating { .. }
                     if is_over =>
                 {
-                    self.give_back(index)?;
+                    self.return_rows(index)?;
                 }
                 _ if !may_send => return Ok(()),
                 PartState::Planned => self.upload(index).await?,
@@ -177,7 +180,7 @@ impl Batches<'_> {
 
     async fn upload(&mut self, index: usize) -> Result<(), BatchStepError> {
         let path = self.journal.requests(&self.journal.parts[index].nonce);
-        let (upstream, transport) = self.lane_of(index)?;
+        let (upstream, transport) = self.upstream_of(index)?;
         let reply = batches(&transport)?.upload(&path).await;
         let reply = batch_object::check(reply, self.clock.now().into())?;
         let file = batch_object::parse_file(&reply.body).ok_or_else(|| {
@@ -191,47 +194,48 @@ impl Batches<'_> {
     }
 
     async fn create(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
-        let (upstream, transport) = self.lane_of(index)?;
+        let (upstream, transport) = self.upstream_of(index)?;
         let body = json!({
             "input_file_id": file,
             "endpoint": ENDPOINT,
             "completion_window": self.config.batch.completion_window,
             "metadata": {"nonce": self.journal.parts[index].nonce},
         });
-        // From here until the reply is in, nobody knows whether there is a batch.
-        self.journal.parts[index].live.in_doubt = true;
+        // Until the reply arrives, the batch may or may not exist.
+        self.journal.parts[index].progress.in_doubt = true;
         let reply = batches(&transport)?.create(&body).await;
-        let live = &mut self.journal.parts[index].live;
+        let progress = &mut self.journal.parts[index].progress;
         let reply = match batch_object::check(reply, self.clock.now().into()) {
             Ok(reply) => reply,
             Err(AttemptError::Refused(failure))
-                if is_missing(&failure) && live.missing < MISSING[1] =>
+                if is_file_missing(&failure)
+                    && progress.input_not_found < FILE_NOT_FOUND_LIMITS[1] =>
             {
-                live.in_doubt = false;
-                live.missing += 1;
-                let pause = Duration::from_millis(500 << live.missing.min(6));
-                live.not_before = Some(Instant::now() + pause);
-                let state = if live.missing == MISSING[0] {
+                progress.in_doubt = false;
+                progress.input_not_found += 1;
+                let pause = Duration::from_millis(500 << progress.input_not_found.min(6));
+                progress.not_before = Some(Instant::now() + pause);
+                let state = if progress.input_not_found == FILE_NOT_FOUND_LIMITS[0] {
                     PartState::Planned
                 } else {
                     PartState::Uploaded { file }
                 };
                 return Ok(self.journal.set(index, state)?);
             }
-            Err(trouble) => {
-                live.looked = 0;
-                // A refusal is a refusal; what broke may have broken on its way back.
-                live.in_doubt = matches!(&trouble, AttemptError::Transient { failure, .. } if !failure.unreachable);
-                if !live.in_doubt {
+            Err(error) => {
+                progress.lookups = 0;
+                // A refusal creates no batch; a broken connection may have broken after the creation.
+                progress.in_doubt = matches!(&error, AttemptError::Transient { failure, .. } if !failure.unreachable);
+                if !progress.in_doubt {
                     self.journal.set(index, PartState::Uploaded { file })?;
                 }
-                return Err(trouble.into());
+                return Err(error.into());
             }
         };
         self.upstreams[upstream].success();
         self.upstreams[upstream].has_batches = true;
         match BatchObject::parse(&reply.body) {
-            Some(card) => self.created(index, card),
+            Some(object) => self.created(index, object),
             None => Err(crate::client::attempt_error::connection_lost(
                 "malformed",
                 "the reply to a creation names no batch",
@@ -240,100 +244,102 @@ impl Batches<'_> {
         }
     }
 
-    fn created(&mut self, index: usize, card: BatchObject) -> Result<(), BatchStepError> {
-        let batch = card.id;
+    fn created(&mut self, index: usize, object: BatchObject) -> Result<(), BatchStepError> {
+        let batch = object.id;
         self.journal.set(index, PartState::Created { batch })?;
         let part = &mut self.journal.parts[index];
-        part.live.in_doubt = false;
-        part.live.status = card.status;
+        part.progress.in_doubt = false;
+        part.progress.status = object.status;
         self.summary.requests += part.rows;
         Ok(())
     }
 
-    /// Looks for the batch that a creation without a reply may have made. It is in doubt until it is
-    /// found, or missing from every list of a minute.
+    /// Searches for the batch of a creation without a reply. The part is in doubt until the batch is found, or is
+    /// missing from every list for a minute.
     async fn adopt(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
-        let (upstream, transport) = self.lane_of(index)?;
+        let (upstream, transport) = self.upstream_of(index)?;
         let part = &self.journal.parts[index];
-        let (nonce, oldest) = (part.nonce.clone(), part.planned_at - CLOCKS_DIFFER_S);
+        let nonce = part.nonce.clone();
+        let oldest = part.planned_at - CLOCK_SKEW_S;
         let mut after: Option<String> = None;
         loop {
             let reply = batches(&transport)?.list(after.as_deref()).await;
             let reply = batch_object::check(reply, self.clock.now().into())?;
-            let (cards, has_more) = batch_object::parse_page(&reply.body).ok_or_else(|| {
+            let (objects, has_more) = batch_object::parse_page(&reply.body).ok_or_else(|| {
                 crate::client::attempt_error::connection_lost(
                     "malformed",
-                    "the reply is no list of batches",
+                    "the reply is not a list of batches",
                 )
             })?;
             self.upstreams[upstream].success();
-            after = cards.last().map(|card| card.id.clone());
+            after = objects.last().map(|object| object.id.clone());
             let is_last = !has_more
-                || cards
+                || objects
                     .last()
-                    .is_none_or(|card| card.created_at.is_some_and(|at| at < oldest));
-            if let Some(card) = cards.into_iter().find(|card| card.nonce == nonce) {
-                self.tally.adopted += 1;
-                return self.created(index, card);
+                    .is_none_or(|object| object.created_at.is_some_and(|at| at < oldest));
+            if let Some(object) = objects.into_iter().find(|object| object.nonce == nonce) {
+                self.counts.adopted += 1;
+                return self.created(index, object);
             }
             if is_last {
                 break;
             }
         }
-        let live = &mut self.journal.parts[index].live;
-        live.looked += 1;
-        match LOOKS.get(live.looked) {
+        let progress = &mut self.journal.parts[index].progress;
+        progress.lookups += 1;
+        match LOOKUP_DELAYS_S.get(progress.lookups) {
             Some(&pause) => {
-                live.not_before = Some(Instant::now() + Duration::from_secs(pause));
+                progress.not_before = Some(Instant::now() + Duration::from_secs(pause));
             }
             None => {
-                live.in_doubt = false;
+                progress.in_doubt = false;
                 self.journal.set(index, PartState::Uploaded { file })?;
             }
         }
         Ok(())
     }
 
-    /// Ends a part that was never sent.
-    fn give_back(&mut self, index: usize) -> Result<(), BatchStepError> {
-        let (upstream, _) = self.lane_of(index)?;
-        let rows = self.journal.parts[index].live.rows.iter().flatten();
+    /// Ends a part without a batch and returns its rows to the queue.
+    fn return_rows(&mut self, index: usize) -> Result<(), BatchStepError> {
+        let (upstream, _) = self.upstream_of(index)?;
+        let rows = self.journal.parts[index].progress.rows.iter().flatten();
         let entries: Vec<QueuedRow> = rows.map(|&row| QueuedRow::fresh(row as usize)).collect();
         self.upstreams[upstream].waiting.extend(entries);
         self.end_part(index, "never sent")
     }
 
-    /// Ends a part; what is still held for it was not spent.
+    /// Ends a part and releases its remaining reservation.
     pub(super) fn end_part(&mut self, index: usize, status: &str) -> Result<(), BatchStepError> {
-        let (upstream, _) = self.lane_of(index)?;
+        let (upstream, _) = self.upstream_of(index)?;
         let price = self.upstreams[upstream].settings.price.clone();
         let part = &mut self.journal.parts[index];
-        let (held, rows) = (std::mem::take(&mut part.live.held), part.rows);
+        let held = std::mem::take(&mut part.progress.held);
+        let rows = part.rows;
         let held = Dollars::at_least(held);
-        self.books
+        self.run_files
             .account
             .settle_batch(held, held, rows, Charge::Nothing, &price)?;
-        // The answers and the books first: only a part that has not ended is looked at again.
+        // Answers and account are written before the part ends: later runs do not read an ended part again.
         self.cache.sync()?;
-        self.books.account.tick()?;
-        *self.tally.parts.entry(status.to_owned()).or_default() += 1;
+        self.run_files.account.tick()?;
+        *self.counts.parts.entry(status.to_owned()).or_default() += 1;
         Ok(self.journal.end(index, status)?)
     }
 
-    /// The upstream of a part.
+    /// Returns the upstream of a part.
     ///
     /// # Errors
-    /// Where it has none: only parts of a upstream are taken up.
-    pub(super) fn lane_of(&self, index: usize) -> Result<(usize, Arc<dyn Transport>)> {
-        let upstream = self.journal.parts[index].live.upstream;
+    /// If its teacher is not in the config; such parts are never advanced.
+    pub(super) fn upstream_of(&self, index: usize) -> Result<(usize, Arc<dyn Transport>)> {
+        let upstream = self.journal.parts[index].progress.upstream;
         let upstream =
-            upstream.context("a batch is taken up whose teacher is not in the config")?;
+            upstream.context("internal error: the teacher of a batch is not in the config")?;
         Ok((upstream, Arc::clone(&self.upstreams[upstream].transport)))
     }
 }
 
-/// A file that has just been uploaded may not be there yet.
-fn is_missing(failure: &RowFailure) -> bool {
+/// Returns true if the endpoint does not find the input file: a new file may not be visible yet.
+fn is_file_missing(failure: &RowFailure) -> bool {
     let message = failure.message.to_lowercase();
     message.contains("file") && (message.contains("no such") || message.contains("not found"))
 }

@@ -1,4 +1,4 @@
-//! One teacher in a run in batch mode: its rows that wait, and whether it can be spoken to.
+//! Live state of one endpoint in batch mode: its waiting rows, and the failures of its calls and batches.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,45 +18,46 @@ use crate::harvest::run_error;
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
 
-/// Calls after which an address at which nothing has ever answered is given up.
+/// Failed calls after which an address that never answered is given up.
 const FIRST_CONTACT_CALLS: u32 = 3;
 
-/// Times in a row that an endpoint which has answered says that no request can succeed, before it is
-/// believed.
+/// Consecutive claims that no request can succeed after which an endpoint that has answered before is stopped.
 const CLAIMS: u32 = 4;
 
-/// Batches in a row that fail as a whole.
+/// Consecutive failed batches after which the upstream stops.
 const FAILED_BATCHES: u32 = 3;
 
+/// Live state of an endpoint.
 pub(crate) struct BatchUpstream {
     pub index: usize,
     pub settings: config::EndpointConfig,
     pub transport: Arc<dyn Transport>,
-    /// Rows that are in no batch.
+    /// Rows that are not in a batch.
     pub waiting: VecDeque<QueuedRow>,
-    /// Tokens in batches under way: as the user or a refusal says.
+    /// Maximum tokens in batches under way, from the config or a refusal.
     pub token_limit: Option<u64>,
-    /// An answer has come.
+    /// An answer has arrived.
     pub has_answered: bool,
-    /// Nothing is sent before.
+    /// Earliest time of the next call.
     pub not_before: Instant,
-    /// When the batches under way are looked at next.
+    /// Time of the next poll of the batches under way.
     pub next_poll: Instant,
-    /// Calls that failed since one succeeded, and when that was.
+    /// Number of failed calls since the last success.
     failures: u32,
+    /// Time of the last success.
     last_success: Instant,
-    /// Something has answered at this address.
+    /// The address has sent a reply.
     is_there: bool,
     failed_batches: u32,
-    /// The endpoint knows of batches of ours.
+    /// The endpoint has accepted a batch.
     pub has_batches: bool,
-    /// Batches since the last answered row in which every row says that no request can succeed.
+    /// Number of batches since the last answered row in which every row is a claim that no request can succeed.
     claims: u32,
-    /// Calls since the last successful one that were refused in this way.
-    claims_of_calls: u32,
+    /// Number of claims in reply to calls since the last success.
+    refused_calls: u32,
     /// Monitors the usefulness of its answers.
-    pub watch: AnswerMonitor,
-    /// Why nothing more is sent to it; the other upstreams go on.
+    pub monitor: AnswerMonitor,
+    /// Error that stopped it; other upstreams continue.
     stopped: Option<anyhow::Error>,
 }
 
@@ -84,8 +85,8 @@ impl BatchUpstream {
             failed_batches: 0,
             has_batches: false,
             claims: 0,
-            claims_of_calls: 0,
-            watch: AnswerMonitor::from_config(&plan.templates[index].endpoint, config),
+            refused_calls: 0,
+            monitor: AnswerMonitor::from_config(&plan.templates[index].endpoint, config),
             stopped: None,
         }
     }
@@ -104,25 +105,25 @@ impl BatchUpstream {
 
     pub(crate) fn success(&mut self) {
         self.failures = 0;
-        self.claims_of_calls = 0;
+        self.refused_calls = 0;
         self.last_success = Instant::now();
         self.is_there = true;
     }
 
-    /// A call failed. Returns for how long nothing is sent, and why.
+    /// Handles a failed call. Returns the pause before the next call, and its reason.
     pub(crate) fn call_failed(
         &mut self,
-        trouble: AttemptError,
+        error: AttemptError,
         retry: &config::RetryConfig,
     ) -> (Duration, String) {
         let now = Instant::now();
         self.failures += 1;
-        let (least, message) = match trouble {
+        let (least, message) = match error {
             AttemptError::Claim(claim) => return self.claimed(claim, retry),
             AttemptError::Refused(failure) | AttemptError::Filtered(failure) => {
                 self.stop(anyhow!(
-                    "the endpoint takes no batches ({}): set `schedule.mode = \"realtime\"`, or \
-                     change in `[batch]` what it names",
+                    "the endpoint accepts no batches ({}): set `schedule.mode = \"realtime\"`, or \
+                     change the field that it names in `[batch]`",
                     failure.message
                 ));
                 return (Duration::ZERO, failure.message);
@@ -148,25 +149,25 @@ impl BatchUpstream {
         if silence.as_secs_f64() >= retry.max_outage_s {
             self.stop(run_error::outage(silence, &message));
         }
-        // At least half of the pause is certain.
+        // Jitter applies to the upper half of the pause only.
         let random = 0.5 + fastrand::f64() / 2.0;
         let pause = outcome::backoff(self.failures, retry, random).max(least.unwrap_or_default());
         self.not_before = now + pause;
         (pause, message)
     }
 
-    /// A call says that no request can succeed. Before there is a batch that is believed at once; after that
-    /// only where it is said again and again.
+    /// Handles a claim that no request can succeed. It stops the upstream immediately before the first batch, later
+    /// after more than [`CLAIMS`] repetitions.
     fn claimed(&mut self, claim: RefusalClaim, retry: &config::RetryConfig) -> (Duration, String) {
-        self.claims_of_calls += 1;
+        self.refused_calls += 1;
         let pause = outcome::backoff(self.failures, retry, 1.0);
         self.not_before = Instant::now() + pause;
         let message = claim.failure.message.clone();
-        self.stop_if_confirmed(claim, self.has_batches, self.claims_of_calls);
+        self.stop_if_confirmed(claim, self.has_batches, self.refused_calls);
         (pause, message)
     }
 
-    /// As [`Lane::claimed`], for a batch in which every row says so.
+    /// Handles a batch in which every row is a claim, like [`BatchUpstream::claimed`].
     pub(crate) fn all_claimed(&mut self, claim: RefusalClaim, retry: &config::RetryConfig) {
         self.claims += 1;
         self.not_before = Instant::now() + outcome::backoff(self.claims, retry, 1.0);
@@ -191,31 +192,31 @@ impl BatchUpstream {
         }
     }
 
-    /// A batch has brought answers.
+    /// Records a batch with answers.
     pub(crate) fn batch_succeeded(&mut self) {
         self.failed_batches = 0;
         self.claims = 0;
     }
 
-    /// A batch has failed as a whole.
+    /// Handles a batch that failed as a whole.
     pub(crate) fn batch_failed(&mut self, message: &str, retry: &config::RetryConfig) {
         self.failed_batches += 1;
         if self.failed_batches >= FAILED_BATCHES {
             self.stop(anyhow!(
-                "the endpoint fails every batch ({message}): change what it names in `[batch]`, \
+                "the endpoint fails every batch ({message}): change the field that it names in `[batch]`, \
                  `[sampling]` or `[teacher]`, or set `schedule.mode = \"realtime\"`"
             ));
         }
         self.not_before = Instant::now() + outcome::backoff(self.failed_batches, retry, 1.0);
     }
 
-    /// Nothing else of ours is under way, and there is no room for a row of so many tokens.
-    pub(crate) fn no_room_for_one(&mut self, tokens: u64, retry: &config::RetryConfig) {
+    /// Handles a batch of one row that exceeds the limit of enqueued tokens although no other batch is under way.
+    pub(crate) fn single_row_exceeds_limit(&mut self, tokens: u64, retry: &config::RetryConfig) {
         self.failed_batches += 1;
         if self.failed_batches >= 2 * FAILED_BATCHES {
             let message = format!(
-                "the endpoint's limit of enqueued tokens leaves no room for a batch of {tokens}: \
-                 other batches of the account may be under way; run the same command later"
+                "the endpoint's limit of enqueued tokens has no room for a batch of {tokens} tokens: \
+                 other batches of the account may be under way; rerun the command later"
             );
             self.stop(Exit::Resumable(message).into());
         }
@@ -224,10 +225,10 @@ impl BatchUpstream {
     }
 }
 
-/// The way to an endpoint's batches.
+/// Returns the batch API of a transport.
 pub(crate) fn batches(transport: &Arc<dyn Transport>) -> Result<&dyn BatchApi, AttemptError> {
     transport.batches().ok_or_else(|| {
-        let message = "there is no way to its batches";
+        let message = "its transport has no batch API";
         AttemptError::Refused(RowFailure::new("no batches", message))
     })
 }

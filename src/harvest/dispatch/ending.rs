@@ -1,4 +1,4 @@
-//! The end of a run: the books are closed, and the summary is written.
+//! End of a run: closes the run files and writes the summary.
 
 use anyhow::Result;
 
@@ -11,11 +11,11 @@ use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, Line};
 use crate::report::summary::HarvestSummary;
 
-/// What is left of a dispatcher.
+/// Result of a dispatcher: the summary, and the parts that another dispatcher can reuse.
 pub(crate) struct DispatchEnd {
     pub summary: HarvestSummary,
     pub upstreams: Vec<Upstream>,
-    pub books: RunFiles,
+    pub run_files: RunFiles,
 }
 
 impl Dispatcher<'_> {
@@ -23,36 +23,36 @@ impl Dispatcher<'_> {
         let synced = self.cache.sync();
         synced.map_err(|error| run_error::not_recorded(error, self.cache.safe_len()))?;
         self.check_cache()?;
-        self.pass_time();
-        let still_in_flight = (self.in_flight.len() + self.room.take().len()) as u64;
+        self.record_time();
+        let still_in_flight = (self.in_flight.len() + self.held_answers.take().len()) as u64;
         let noted = self.note_suspects();
-        self.excuse(noted)?;
-        let closed = self.books.close(&mut self.upstreams, still_in_flight);
-        self.excuse(closed)?;
+        self.downgrade_write_error(noted)?;
+        let closed = self.run_files.close(&mut self.upstreams, still_in_flight);
+        self.downgrade_write_error(closed)?;
         self.note_dollars();
         let mut summary = std::mem::take(&mut self.summary);
         summary.attempts_lost += still_in_flight;
         summary.pending = summary.total - summary.done();
         let max_attempts = self.config.retry.max_attempts;
-        summary.given_up = self.books.given_up(&summary.failed_rows, max_attempts);
+        summary.given_up = self.run_files.given_up(&summary.failed_rows, max_attempts);
         summary.seconds = self.started.elapsed().as_secs_f64();
         summary.hours = std::mem::take(&mut self.timeline.hours);
-        // An hour that the run only just touched.
+        // Drop hours in which nothing happened.
         summary
             .hours
             .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
-        let of_a_lane = self.upstreams.iter_mut().find_map(Upstream::take_error);
-        let of_rows = summary.error_of_rows(&self.config.run_dir);
-        summary.error = self.stop.take().or(of_a_lane).or(of_rows);
-        self.excuse(crate::report::write(&mut summary, &self.config.run_dir))?;
+        let upstream_error = self.upstreams.iter_mut().find_map(Upstream::take_error);
+        let rows_error = summary.error_of_rows(&self.config.run_dir);
+        summary.error = self.stop.take().or(upstream_error).or(rows_error);
+        self.downgrade_write_error(crate::report::write(&mut summary, &self.config.run_dir))?;
         Ok(DispatchEnd {
             summary,
             upstreams: self.upstreams,
-            books: self.books,
+            run_files: self.run_files,
         })
     }
 
-    /// Notes the rows that the next run tries last.
+    /// Records the rows that the next run sends last.
     fn note_suspects(&mut self) -> Result<()> {
         for upstream in &self.upstreams {
             for row in upstream.suspects() {
@@ -65,7 +65,7 @@ impl Dispatcher<'_> {
                     &failure,
                     now,
                 );
-                let unanswered = &mut self.books.unanswered;
+                let unanswered = &mut self.run_files.unanswered;
                 if unanswered
                     .get(&line.key)
                     .is_none_or(|known| !known.is_suspect)
@@ -76,9 +76,9 @@ impl Dispatcher<'_> {
             let label = upstream.settings.teacher.label();
             let failed = self.summary.failed_rows.iter();
             for row in failed.filter(|row| upstream.has_succeeded() && row.teacher == label) {
-                let known = self.books.unanswered.get(&row.key);
+                let known = self.run_files.unanswered.get(&row.key);
                 if known.is_none_or(|known| known.failed_as != row.class) {
-                    self.books.unanswered.add(&row.line(self.clock.now()))?;
+                    self.run_files.unanswered.add(&row.line(self.clock.now()))?;
                 }
             }
         }
@@ -86,13 +86,13 @@ impl Dispatcher<'_> {
     }
 
     /// Downgrades a write error to a warning if the disk is full or the folder was moved.
-    fn excuse(&self, written: Result<()>) -> Result<()> {
+    fn downgrade_write_error(&self, written: Result<()>) -> Result<()> {
         match written {
             Err(error) if self.is_displaced => {
                 tracing::warn!("{error:#}");
                 Ok(())
             }
-            other => disk_full::excuse(other),
+            other => disk_full::downgrade_if_full(other),
         }
     }
 }

@@ -1,4 +1,14 @@
-//! The one task that decides what is sent, and what becomes of the replies.
+//! Real-time mode: the single task that decides which requests are sent and what each reply means.
+//!
+//! | file | content |
+//! |---|---|
+//! | `mod` | main loop: send, wait for a reply, a signal, a timer or a limiter event |
+//! | `recording` | writes answers to the cache, or holds them while the disk is full |
+//! | `settling` | settles the budget of a reply and decides about its row |
+//! | `ending` | closes the run files and writes the summary |
+//!
+//! Invariants: only this task changes queues, budget and summary. The budget is reserved before a request
+//! leaves, and a reply is settled only after its answer is in the cache.
 
 pub(crate) mod ending;
 pub(crate) mod recording;
@@ -34,51 +44,52 @@ use crate::signal::Signals;
 use crate::terminal::progress::Progress;
 pub(crate) use ending::DispatchEnd;
 
-/// Answers that are recorded by one write, at most.
-const LARGEST_GROUP: usize = 64;
+/// Maximum number of answers recorded by one write.
+const MAX_GROUP: usize = 64;
 
-/// While the window is closed the wall clock is looked at so often: it may be set.
-const LOOK_AT_CLOCK: Duration = Duration::from_secs(60);
+/// Interval between two checks of the wall clock while the window is closed: the clock may be adjusted.
+const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
+/// State of a real-time run.
 pub(crate) struct Dispatcher<'a> {
     config: &'a Config,
     plan: Arc<Plan>,
     cache: &'a Cache,
     upstreams: Vec<Upstream>,
-    books: RunFiles,
+    run_files: RunFiles,
     unreadable: UnreadableBodies,
     schedule: RequestWindow,
     clock: WallClock,
     in_flight: JoinSet<Result<FinishedAttempt>>,
-    room: HeldAnswers,
-    /// A limit that is shared has something to tell.
+    held_answers: HeldAnswers,
+    /// Notified when a shared limit has an event.
     wake: Arc<Notify>,
     summary: HarvestSummary,
     timeline: Timeline,
-    /// Why nothing is sent any more; what is in flight is still waited for.
+    /// Error that ends the run: no request is sent, requests in flight finish.
     stop: Option<anyhow::Error>,
-    /// A signal has come: the next one stops at once.
+    /// A first signal has arrived; the next one stops the run immediately.
     signalled: bool,
-    /// Files of the cache were moved or changed by somebody else.
+    /// Another process moved or changed the files of the cache.
     is_displaced: bool,
-    /// The window was closed when last looked at.
+    /// The window was closed at the last check.
     is_closed: bool,
     started: Instant,
     rates: Rates,
     progress: Progress,
 }
 
-/// What a request task has come to.
+/// Result of a request task, or the panic that ended it.
 type TaskResult = Result<Result<FinishedAttempt>, JoinError>;
 
-/// What came of trying to send one more request.
+/// Outcome of an attempt to send one more request.
 enum SendOutcome {
     Sent,
-    /// A limit says: not before then.
+    /// A limit allows the next request at this time.
     NotBefore(Instant),
-    /// Something has to come back first.
+    /// A reply has to arrive first.
     Full,
-    /// The budget does not cover it, unless something in flight turns out cheaper.
+    /// The budget does not cover the request, unless requests in flight cost less than reserved.
     NoMoney,
 }
 
@@ -88,7 +99,7 @@ impl<'a> Dispatcher<'a> {
         plan: Arc<Plan>,
         cache: &'a Cache,
         upstreams: Vec<Upstream>,
-        books: RunFiles,
+        run_files: RunFiles,
         clock: WallClock,
         progress: Progress,
     ) -> Result<Self> {
@@ -101,17 +112,17 @@ impl<'a> Dispatcher<'a> {
             used: used.collect(),
             arguments: config.arguments(),
             before_training: crate::plan::prepare::before_training(config),
-            ..HarvestSummary::from_plan(&plan, &books.unanswered)
+            ..HarvestSummary::from_plan(&plan, &run_files.unanswered)
         };
         Ok(Self {
             config,
             cache,
             upstreams,
-            books,
+            run_files,
             unreadable: UnreadableBodies::new(&config.run_dir),
             schedule: RequestWindow::new(&config.schedule, clock.now())?,
             in_flight: JoinSet::new(),
-            room: HeldAnswers::default(),
+            held_answers: HeldAnswers::default(),
             wake: Arc::default(),
             timeline: Timeline::new(now, clock.now()),
             stop: None,
@@ -127,13 +138,13 @@ impl<'a> Dispatcher<'a> {
         })
     }
 
-    /// Hears of the limits that are shared when it is woken by `wake`.
+    /// Sets the notifier of shared limits.
     pub(crate) fn with_waker(mut self, wake: Arc<Notify>) -> Self {
         self.wake = wake;
         self
     }
 
-    /// Goes on with what an earlier part of the run, begun then, has left.
+    /// Continues the summary of an earlier part of the run, which started at `started`.
     pub(crate) fn after(mut self, summary: HarvestSummary, started: Instant) -> Self {
         let used = std::mem::take(&mut self.summary.used);
         self.summary = HarvestSummary { used, ..summary };
@@ -142,29 +153,30 @@ impl<'a> Dispatcher<'a> {
         self
     }
 
-    /// Runs until every row has ended, or until something stops it and what was in flight is
-    /// recorded.
+    /// Runs until every row has ended, or until the run is stopped and the requests in flight have finished.
     pub(crate) async fn run(self, signals: Signals) -> Result<HarvestSummary> {
         Ok(self.run_to_end(signals).await?.summary)
     }
 
-    /// As [`Dispatcher::run`], of whose parts another one is to be made.
+    /// Runs like [`Dispatcher::run`] and returns the parts for another dispatcher.
     pub(crate) async fn run_to_end(mut self, mut signals: Signals) -> Result<DispatchEnd> {
         let upstreams = self.upstreams.iter();
         let most_in_flight = upstreams.map(|upstream| upstream.settings.limits.concurrency as u64);
-        self.books.account.expect_in_flight(most_in_flight.sum())?;
+        self.run_files
+            .account
+            .expect_in_flight(most_in_flight.sum())?;
         let mut seconds = interval(Duration::from_secs(1));
         seconds.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
             self.summary.turns += 1;
-            let wake = self.send_what_may_leave()?;
-            let is_over = self.stop.is_some() || self.is_done();
-            if is_over && self.in_flight.is_empty() && !self.room.is_waiting() {
+            let wake = self.send_ready_rows()?;
+            let is_ending = self.stop.is_some() || self.is_done();
+            if is_ending && self.in_flight.is_empty() && !self.held_answers.is_waiting() {
                 break;
             }
             tokio::select! {
                 Some(number) = signals.next() => {
-                    // Whoever stops it does not want to wait for compression.
+                    // Do not delay the exit by compression.
                     self.cache.stop_compressing();
                     if self.signalled(number) {
                         break;
@@ -186,10 +198,10 @@ impl<'a> Dispatcher<'a> {
         self.upstreams.iter().all(Upstream::is_done)
     }
 
-    /// Starts requests until the queues, the concurrency, the limits or the budget say no. Returns
-    /// when to try again; None: when something has come back.
-    fn send_what_may_leave(&mut self) -> Result<Option<Instant>> {
-        if let Some(until) = self.wait_for_room()? {
+    /// Sends requests until the queues, the concurrency, the limits or the budget are exhausted. Returns the time of
+    /// the next attempt; None if a reply has to arrive first.
+    fn send_ready_rows(&mut self) -> Result<Option<Instant>> {
+        if let Some(until) = self.wait_for_disk_space()? {
             return Ok(Some(until));
         }
         if let Some(until) = self.check_clock() {
@@ -218,12 +230,14 @@ impl<'a> Dispatcher<'a> {
         }
         if is_short_of_money && self.in_flight.is_empty() && wake.is_none() {
             self.stop
-                .get_or_insert(crate::budget::account::out_of_money(&self.books.account));
+                .get_or_insert(crate::budget::account::out_of_money(
+                    &self.run_files.account,
+                ));
         }
         Ok(wake)
     }
 
-    /// When to look again, while the window is closed. A deadline that has passed stops the run.
+    /// Returns the time of the next check while the window is closed. Stops the run after the deadline.
     fn check_clock(&mut self) -> Option<Instant> {
         let now = self.clock.now();
         let state = self.schedule.state(now);
@@ -233,7 +247,7 @@ impl<'a> Dispatcher<'a> {
             WindowState::Open => None,
             WindowState::Over if self.is_done() => None,
             WindowState::Over => {
-                self.stop.get_or_insert_with(window::over);
+                self.stop.get_or_insert_with(window::deadline_passed);
                 None
             }
             WindowState::Closed(_) if self.stop.is_some() || self.is_done() => None,
@@ -246,7 +260,7 @@ impl<'a> Dispatcher<'a> {
                 }
                 let left = Duration::try_from(until - now).unwrap_or_default();
                 let least = Duration::from_millis(10);
-                Some(Instant::now() + left.clamp(least, LOOK_AT_CLOCK))
+                Some(Instant::now() + left.clamp(least, CLOCK_CHECK_INTERVAL))
             }
         }
     }
@@ -261,8 +275,11 @@ impl<'a> Dispatcher<'a> {
             Err(wake) => return Ok(wake.map_or(SendOutcome::Full, SendOutcome::NotBefore)),
         };
         let bound = self.plan.bound(index, entry.row);
-        let reserved = self.books.account.bound(&bound, &upstream.settings.price);
-        match self.books.reserve(&reserved, upstream) {
+        let reserved = self
+            .run_files
+            .account
+            .bound(&bound, &upstream.settings.price);
+        match self.run_files.reserve(&reserved, upstream) {
             Ok(true) => {}
             Ok(false) => return Ok(SendOutcome::NoMoney),
             Err(error) if disk_full::is_full(&error) => {
@@ -272,21 +289,21 @@ impl<'a> Dispatcher<'a> {
             Err(error) => return Err(error),
         }
         let cost = self.plan.cost(index, entry.row);
-        let departure = match upstream.admit(cost) {
-            Ok(departure) => departure,
+        let ticket = match upstream.admit(cost) {
+            Ok(ticket) => ticket,
             Err(until) => {
-                self.books.account.release(&reserved);
-                self.note_day(index);
+                self.run_files.account.release(&reserved);
+                self.note_daily_limit(index);
                 return Ok(SendOutcome::NotBefore(until));
             }
         };
         upstream.queue.take(entry);
-        upstream.request_sent(&departure);
+        upstream.request_sent(&ticket);
         self.summary.requests += 1;
         let used = &mut self.summary.used[index];
         used.requests += 1;
         used.tokens += cost.tokens();
-        self.timeline.hour(departure.at).requests += 1;
+        self.timeline.hour(ticket.at).requests += 1;
         self.in_flight.spawn(attempt::run(
             Arc::clone(&self.plan),
             Arc::clone(&upstream.transport),
@@ -295,14 +312,14 @@ impl<'a> Dispatcher<'a> {
             Attempt {
                 upstream: index,
                 entry,
-                departure,
+                ticket,
                 reserved,
             },
         ));
         Ok(SendOutcome::Sent)
     }
 
-    fn note_day(&mut self, index: usize) {
+    fn note_daily_limit(&mut self, index: usize) {
         let Some((limit, wait)) = self.upstreams[index].daily_limit_notice() else {
             return;
         };
@@ -315,14 +332,14 @@ impl<'a> Dispatcher<'a> {
         ));
     }
 
-    /// The request that has ended, and those that end as soon as they are let: under a full load
-    /// each would otherwise be recorded by a write of its own.
+    /// Collects the finished request and all others that are ready, up to [`MAX_GROUP`], so that one write records
+    /// them all.
     async fn group(&mut self, first: TaskResult) -> Vec<TaskResult> {
         let mut group = vec![first];
         let mut is_growing = true;
         while std::mem::take(&mut is_growing) {
             tokio::task::yield_now().await;
-            while group.len() < LARGEST_GROUP
+            while group.len() < MAX_GROUP
                 && let Some(ended) = self.in_flight.try_join_next()
             {
                 group.push(ended);
@@ -332,27 +349,31 @@ impl<'a> Dispatcher<'a> {
         group
     }
 
-    /// Records the answers that have come, by one write, and decides about the other replies.
+    /// Records the answers of a group by one write and decides about the other replies.
     fn handle_result(&mut self, group: Vec<TaskResult>) -> Result<()> {
         self.check_cache()?;
-        let (mut finished, mut fault) = (Vec::with_capacity(group.len()), None);
+        let mut finished = Vec::with_capacity(group.len());
+        let mut fault = None;
         for ended in group {
             match ended.context("a request task failed").flatten() {
                 Ok(request) => finished.push(request),
                 Err(error) => fault = Some(error),
             }
         }
-        match self.room.is_waiting() {
-            true => self.room.hold(finished),
-            false => self.record(finished)?,
+        if self.held_answers.is_waiting() {
+            self.held_answers.hold(finished)
+        } else {
+            self.record(finished)?
         }
-        self.unless_disk_full(|books| books.account.flush())?;
+        self.unless_disk_full(|run_files| run_files.account.flush())?;
         self.check_cache()?;
         fault.map_or(Ok(()), Err)
     }
 
-    /// Nothing more is asked where the cache is not what this run has made of it, and nothing at all can go
-    /// on where it cannot be written.
+    /// Stops sending if another process changed the cache.
+    ///
+    /// # Errors
+    /// If the cache cannot be written.
     pub(super) fn check_cache(&mut self) -> Result<()> {
         let Err(error) = self.cache.check() else {
             return Ok(());
@@ -373,36 +394,36 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn tick_account(&mut self) -> Result<()> {
-        self.unless_disk_full(|books| books.account.tick())
+        self.unless_disk_full(|run_files| run_files.account.tick())
     }
 
-    /// Writes to the books. A full disk is met again by the next request, which must not be sent then;
-    /// until then what was written before is on the safe side.
+    /// Writes to the run files and ignores a full disk: the next reservation fails on it before a request is sent,
+    /// and the amounts on disk are upper bounds until then.
     fn unless_disk_full(&mut self, write: impl FnOnce(&mut RunFiles) -> Result<()>) -> Result<()> {
-        match write(&mut self.books) {
+        match write(&mut self.run_files) {
             Err(error) if disk_full::is_full(&error) => Ok(()),
-            // The whole folder may have been moved. What was written ahead there covers what is in flight.
+            // The whole folder may have been moved. Its reservations cover the requests in flight.
             Err(_) if self.is_displaced => Ok(()),
             other => other,
         }
     }
 
-    /// True for the second signal.
+    /// Handles a signal. Returns true for the second one.
     fn signalled(&mut self, number: u8) -> bool {
         let is_second = std::mem::replace(&mut self.signalled, true);
         let in_flight = self.in_flight.len();
         if is_second {
-            let told = format!(
-                "stopped at once: {in_flight} requests were in flight, and may be billed without an answer; \
-                 run the same command to resume"
+            let message = format!(
+                "stopped immediately: {in_flight} requests were in flight and may be billed without an answer; \
+                 rerun the command to resume"
             );
-            self.stop = Some(anyhow::Error::from(Exit::Signal(number)).context(told));
+            self.stop = Some(anyhow::Error::from(Exit::Signal(number)).context(message));
         } else {
             let error = anyhow::Error::from(Exit::Signal(number));
-            let advice = "every answer is recorded; run the same command to resume";
+            let advice = "every answer is recorded; rerun the command to resume";
             self.stop.get_or_insert(error.context(advice));
             self.progress.note(&format!(
-                "waiting for the {in_flight} answers in flight; press Ctrl-C again after a second to stop at once"
+                "waiting for {in_flight} requests in flight; press Ctrl-C again after a second to stop immediately"
             ));
         }
         is_second
@@ -420,17 +441,18 @@ impl<'a> Dispatcher<'a> {
 
     fn tick(&mut self) -> Result<()> {
         self.poll_limiter_events();
-        self.pass_time();
+        self.record_time();
         self.check_cache()?;
         self.tick_account()?;
         self.note_dollars();
         self.rates.note(Instant::now(), &self.summary);
-        let (rates, summary) = (&self.rates, &self.summary);
+        let rates = &self.rates;
+        let summary = &self.summary;
         self.progress.update(summary.done(), || rates.line(summary));
         Ok(())
     }
 
-    fn pass_time(&mut self) {
+    fn record_time(&mut self) {
         let now = Instant::now();
         let seconds = self.timeline.pass(now);
         let is_waiting = self.upstreams.iter().any(Upstream::is_waiting);
@@ -456,6 +478,6 @@ impl<'a> Dispatcher<'a> {
         let is_priced = self.upstreams.iter().any(|upstream| {
             upstream.settings.price.input.is_some() && upstream.settings.price.output.is_some()
         });
-        self.books.summarise(is_priced, &mut self.summary);
+        self.run_files.summarise(is_priced, &mut self.summary);
     }
 }

@@ -1,4 +1,4 @@
-//! What is answered goes into the cache, or waits until a full disk has room for it.
+//! Writes answers to the cache, or holds them in memory while the disk is full.
 
 use anyhow::Result;
 use tokio::time::Instant;
@@ -9,20 +9,20 @@ use crate::harvest::attempt::FinishedAttempt;
 use crate::harvest::{disk_full, run_error};
 
 impl Dispatcher<'_> {
-    /// Records the answers among these by one write, and decides about the other replies.
+    /// Records the answers of a group by one write and settles every reply.
     pub(super) fn record(&mut self, finished: Vec<FinishedAttempt>) -> Result<()> {
         let answers = finished
             .iter()
             .filter_map(|request| request.result.as_ref().ok());
         let appended = self
             .cache
-            .append_group(answers.map(|answered| &answered.sealed));
+            .append_group(answers.map(|answered| &answered.encoded));
         match appended {
             Ok(()) => finished
                 .into_iter()
                 .try_for_each(|request| self.settle(request)),
             Err(error) if disk_full::is_full(&error) => {
-                self.room.hold(finished);
+                self.held_answers.hold(finished);
                 self.note_full_disk(&error);
                 Ok(())
             }
@@ -31,40 +31,40 @@ impl Dispatcher<'_> {
     }
 
     pub(super) fn note_full_disk(&mut self, error: &anyhow::Error) {
-        if self.room.note(error) {
+        if self.held_answers.note(error) {
             self.progress.note(&format!(
-                "{error:#}: answers wait in memory, and nothing more is asked until there is room"
+                "{error:#}: answers are held in memory and no request is sent until there is disk space"
             ));
         }
     }
 
-    /// When to try again, while the disk is full.
-    pub(super) fn wait_for_room(&mut self) -> Result<Option<Instant>> {
-        let Some(retry_at) = self.room.retry_at() else {
+    /// Writes held answers again. Returns the time of the next attempt while the disk is full.
+    pub(super) fn wait_for_disk_space(&mut self) -> Result<Option<Instant>> {
+        let Some(retry_at) = self.held_answers.retry_at() else {
             return Ok(None);
         };
-        // A run that is to end does not wait: it tries once more.
+        // A run that is ending does not wait: it tries once more.
         let is_last = self.stop.is_some() && self.in_flight.is_empty();
         if !is_last && Instant::now() < retry_at {
             return Ok(Some(retry_at));
         }
-        let held = self.room.take();
+        let held = self.held_answers.take();
         self.record(held)?;
-        let is_held = self.room.holds_something();
-        match self.books.account.save() {
+        let is_held = self.held_answers.holds_something();
+        match self.run_files.account.save() {
             Ok(()) if !is_held => {
-                self.room.clear();
-                self.progress.note("there is room on the disk again");
+                self.held_answers.clear();
+                self.progress.note("the disk has space again");
                 return Ok(None);
             }
             Err(error) if !disk_full::is_full(&error) => return Err(error),
             _ => {}
         }
-        if (is_last || self.room.has_waited_long())
-            && let Some((lost, error)) = self.room.give_up(self.cache.safe_len())
+        if (is_last || self.held_answers.has_waited_long())
+            && let Some((lost, error)) = self.held_answers.give_up(self.cache.safe_len())
         {
             self.summary.attempts_lost += lost.len() as u64;
-            // A signal stays what ends the run, and what it has cost is said instead of "nothing is lost".
+            // The exit code stays that of the signal; the message reports the lost answers.
             let signal = self.stop.as_ref().and_then(Exit::signal_of);
             self.stop = Some(match signal {
                 Some(number) => {
@@ -73,6 +73,6 @@ impl Dispatcher<'_> {
                 None => error,
             });
         }
-        Ok(self.room.retry_at())
+        Ok(self.held_answers.retry_at())
     }
 }

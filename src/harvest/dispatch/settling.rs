@@ -1,4 +1,4 @@
-//! Settles a reply: the budget reservation, and the state of its row.
+//! Settles a reply: its budget reservation and the state of its row.
 
 use std::time::Duration;
 
@@ -19,10 +19,11 @@ use crate::report::answer_facts::AnswerFacts;
 use crate::report::failures::FailedRow;
 use crate::terminal::format_duration;
 
-/// A wait that is worth telling.
+/// Shortest wait that is shown to the user.
 const LONG_WAIT: Duration = Duration::from_secs(5);
 
 impl Dispatcher<'_> {
+    /// Settles the budget of a finished attempt, then counts its answer or decides about its row.
     pub(super) fn settle(&mut self, finished: FinishedAttempt) -> Result<()> {
         let FinishedAttempt {
             attempt,
@@ -32,31 +33,35 @@ impl Dispatcher<'_> {
         } = finished;
         let index = attempt.upstream;
         let upstream = &mut self.upstreams[index];
-        upstream.reply_received(&attempt.departure, &reports);
+        upstream.reply_received(&attempt.ticket, &reports);
         let price = upstream.settings.price.clone();
-        let trouble = match result {
+        let error = match result {
             Ok(answered) => {
-                upstream.answered(&attempt.departure, &reports, answered.seen.usage.as_ref());
-                let bill = answered.bill();
-                self.books.account.settle(&attempt.reserved, bill, &price);
-                self.count(index, &answered.seen);
+                upstream.answered(&attempt.ticket, &reports, answered.facts.usage.as_ref());
+                let charge = answered.charge();
+                self.run_files
+                    .account
+                    .settle(&attempt.reserved, charge, &price);
+                self.count(index, &answered.facts);
                 return Ok(());
             }
-            Err(trouble) => trouble,
+            Err(error) => error,
         };
-        let failure = match &trouble {
+        let failure = match &error {
             AttemptError::Refused(failure)
             | AttemptError::Filtered(failure)
             | AttemptError::Transient { failure, .. } => Some(failure),
             _ => None,
         };
         let billed = failure.filter(|failure| failure.may_be_billed);
-        let bill = match billed {
+        let charge = match billed {
             Some(_) => Charge::Possible,
             None => Charge::Nothing,
         };
         self.summary.attempts_lost += u64::from(billed.is_some());
-        self.books.account.settle(&attempt.reserved, bill, &price);
+        self.run_files
+            .account
+            .settle(&attempt.reserved, charge, &price);
         self.timeline.hour(Instant::now()).failed_attempts += 1;
         let mut entry = attempt.entry;
         let mut paid = 0;
@@ -65,22 +70,25 @@ impl Dispatcher<'_> {
             paid = self.note_paid(entry, failure)?;
         }
         let is_spent = paid >= self.config.retry.max_attempts;
-        self.judge(index, entry, &attempt.departure, trouble, is_spent)
+        self.decide(index, entry, &attempt.ticket, error, is_spent)
     }
 
-    /// Decides what becomes of a row whose attempt brought no answer.
-    fn judge(
+    /// Decides about a row whose attempt failed: retry, fail or stop.
+    fn decide(
         &mut self,
         index: usize,
         entry: QueuedRow,
-        departure: &SendTicket,
-        trouble: AttemptError,
+        ticket: &SendTicket,
+        error: AttemptError,
         is_spent: bool,
     ) -> Result<()> {
         let upstream = &mut self.upstreams[index];
-        let known = self.books.unanswered.get(&self.plan.rows[entry.row].key);
+        let known = self
+            .run_files
+            .unanswered
+            .get(&self.plan.rows[entry.row].key);
         let failed_as = known.map_or("", |known| known.failed_as.as_str());
-        let (verdict, message) = match trouble {
+        let (decision, message) = match error {
             AttemptError::Refused(failure) | AttemptError::Claim(RefusalClaim { failure, .. })
                 if failure.class == failed_as =>
             {
@@ -92,38 +100,38 @@ impl Dispatcher<'_> {
                 (upstream.refused(entry, failure), message)
             }
             AttemptError::Filtered(failure) => {
-                upstream.filtered(departure);
-                return self.filtered(index, entry, failure);
+                upstream.filtered(ticket);
+                return self.end_filtered(index, entry, failure);
             }
             AttemptError::Throttled { wait, message } => {
                 self.summary.used[index].throttled += 1;
                 let cost = self.plan.cost(index, entry.row);
-                let verdict = upstream.throttled(entry, cost, departure, wait, message.clone());
-                (verdict, message)
+                let decision = upstream.throttled(entry, cost, ticket, wait, message.clone());
+                (decision, message)
             }
             AttemptError::Transient { failure, wait } => {
                 let message = failure.message.clone();
                 match upstream.transient(entry, failure.clone(), wait) {
-                    // It has been bought as often as it may be.
+                    // The row has used up its possibly billed attempts.
                     RetryDecision::Again { .. } if is_spent => {
                         upstream.queue.remove(entry.row);
                         (RetryDecision::Failed(entry, failure), message)
                     }
-                    verdict => (verdict, message),
+                    decision => (decision, message),
                 }
             }
             AttemptError::Claim(claim) => {
                 let message = claim.failure.message.clone();
-                (upstream.claimed(entry, claim, departure), message)
+                (upstream.claimed(entry, claim, ticket), message)
             }
             AttemptError::KeyRenewed => {
                 upstream.key_renewed(entry);
                 return Ok(());
             }
-            // An attempt makes an answer of it.
+            // An attempt turns an unreadable reply into a quarantined answer.
             AttemptError::Unreadable { problem, .. } => bail!("a reply was left unread: {problem}"),
         };
-        match verdict {
+        match decision {
             RetryDecision::Failed(entry, failure) => {
                 upstream.row_given_up(entry.row);
                 let row = FailedRow::new(&self.plan, index, entry, failure);
@@ -133,7 +141,7 @@ impl Dispatcher<'_> {
                 .progress
                 .note(&format!("waiting {}: {message}", format_duration(pause))),
             RetryDecision::Again { .. } => {}
-            RetryDecision::Far(wait) => {
+            RetryDecision::LongWait(wait) => {
                 let now = self.clock.now();
                 let until = now.checked_add(wait).unwrap_or(jiff::Timestamp::MAX);
                 upstream.stop(run_error::long_wait(
@@ -146,7 +154,7 @@ impl Dispatcher<'_> {
         Ok(())
     }
 
-    /// Notes an attempt that may have been billed. Returns how many there were of the row, in all runs.
+    /// Records an attempt that may have been billed. Returns the number of such attempts of the row over all runs.
     fn note_paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
         let line = Line::new(
             &self.plan,
@@ -155,13 +163,13 @@ impl Dispatcher<'_> {
             failure,
             self.clock.now(),
         );
-        self.unless_disk_full(|books| books.unanswered.add(&line))?;
-        let known = self.books.unanswered.get(&line.key);
+        self.unless_disk_full(|run_files| run_files.unanswered.add(&line))?;
+        let known = self.run_files.unanswered.get(&line.key);
         Ok(known.map_or(0, |known| known.paid).max(entry.paid))
     }
 
-    /// The row ends as refused by a content filter.
-    fn filtered(&mut self, index: usize, entry: QueuedRow, failure: RowFailure) -> Result<()> {
+    /// Ends a row that a content filter refused.
+    fn end_filtered(&mut self, index: usize, entry: QueuedRow, failure: RowFailure) -> Result<()> {
         let line = Line::new(
             &self.plan,
             entry,
@@ -169,19 +177,19 @@ impl Dispatcher<'_> {
             &failure,
             self.clock.now(),
         );
-        self.unless_disk_full(|books| books.unanswered.add(&line))?;
+        self.unless_disk_full(|run_files| run_files.unanswered.add(&line))?;
         let row = FailedRow::new(&self.plan, index, entry, failure);
         self.summary.filtered(row);
         Ok(())
     }
 
-    fn count(&mut self, index: usize, seen: &AnswerFacts) {
+    fn count(&mut self, index: usize, facts: &AnswerFacts) {
         let wants_logprobs = self.plan.templates[index].wants_logprobs();
-        self.summary.add(seen, wants_logprobs);
+        self.summary.add(facts, wants_logprobs);
         self.timeline.hour(Instant::now()).answered += 1;
         let upstream = &mut self.upstreams[index];
-        for word in upstream.watch.check(seen) {
-            match word {
+        for alert in upstream.monitor.check(facts) {
+            match alert {
                 MonitorAlert::Note(text) => self.summary.warn(text),
                 MonitorAlert::Stop(error) => upstream.stop(error),
             }

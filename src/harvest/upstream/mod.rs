@@ -1,8 +1,13 @@
-//! One teacher in a run: its rows, its limits, its health.
+//! Live state of one endpoint in a real-time run: its queue of rows, its limits and its health.
 //!
-//! What a reply means for its row and for the run is decided here, by the reply (`retry`) and by what was
-//! answered before (`health`). The first request goes alone: a wrong key, model or address costs one.
-//! `refusals` holds what follows from a refusal.
+//! | file | content |
+//! |---|---|
+//! | `mod` | admission of requests, transient failures, outages |
+//! | `refusals` | decisions after a refusal: wait, try another row, fail the row or stop |
+//!
+//! A decision depends on the reply (`client::outcome`) and on earlier replies (`health`). The first request is sent
+//! alone, so a wrong key, model or address costs one request. During an outage one probe at a time is sent, and no
+//! row loses an attempt.
 
 pub(crate) mod refusals;
 
@@ -33,26 +38,27 @@ use crate::rate_limit::redis::{LimiterEvent, SharedLimits};
 use crate::rate_limit::send_ticket::SendTicket;
 use crate::terminal::format_duration;
 
-/// Failures after which an address at which nothing has ever answered is given up.
+/// Failed requests after which an address that never answered is given up.
 const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 
-/// The longest pause between the probes of an outage, as a multiple of `retry.max_s`.
-const OUTAGE_PAUSE: f64 = 5.0;
+/// Longest pause between two probes of an outage, as a multiple of `retry.max_s`.
+const OUTAGE_PAUSE_FACTOR: f64 = 5.0;
 
-/// If no more rows than these are left, they may be the rows that always fail.
+/// Number of remaining rows up to which all of them may be rows that always fail.
 const LAST_ROWS: usize = 50;
 
-/// Time in which all of them are tried once, and the part of `retry.max_outage_s` that it is at most.
+/// Time in which all last rows are tried once; at most the given fraction of `retry.max_outage_s`.
 const LAST_ROWS_WITHIN: Duration = Duration::from_secs(60);
-const PART_OF_OUTAGE: f64 = 0.25;
+const LAST_ROWS_OUTAGE_FRACTION: f64 = 0.25;
 
-/// Time between two notes about the requests of the day.
-const DAY_TOLD_EVERY: Duration = Duration::from_secs(3_600);
+/// Interval between two notices that the daily limit is used up.
+const DAILY_LIMIT_NOTICE_INTERVAL: Duration = Duration::from_secs(3_600);
 
-/// For how long the first request goes alone, where it is not answered. With a budget there is no such
-/// bound: its answer shows whether the endpoint keeps to `max_tokens`.
-const ALONE: Duration = Duration::from_secs(10);
+/// Time after which other requests are sent although the first one has no reply. A run with a budget waits without
+/// a limit: the first answer shows whether the endpoint respects `max_tokens`.
+const FIRST_REQUEST_ALONE: Duration = Duration::from_secs(10);
 
+/// Live state of an endpoint.
 pub(crate) struct Upstream {
     pub settings: config::EndpointConfig,
     pub transport: Arc<dyn Transport>,
@@ -62,24 +68,24 @@ pub(crate) struct Upstream {
     concurrency: ConcurrencyLimit,
     retry: config::RetryConfig,
     in_flight: usize,
-    /// When the request left that alone finds out whether the endpoint is back.
+    /// Send time of the probe in flight during an outage.
     probe: Option<Instant>,
-    /// When the request left that goes before all others.
+    /// Send time of the first request, while it has no reply.
     first: Option<Instant>,
-    /// Rows of it have been answered in earlier runs.
+    /// Earlier runs received answers from it.
     is_known: bool,
-    /// Some of its rows failed in an earlier run, or were the last ones there.
+    /// Some of its rows failed in an earlier run, or were in doubt when it ended.
     has_suspects: bool,
     has_budget: bool,
     /// Monitors the usefulness of its answers.
-    pub watch: AnswerMonitor,
-    /// Why nothing more is sent to it; the other upstreams go on.
+    pub monitor: AnswerMonitor,
+    /// Error that stopped it; other upstreams continue.
     stopped: Option<anyhow::Error>,
-    /// When the user was last told that the requests of the day are used up.
-    day_told: Option<Instant>,
+    /// Time of the last notice that the daily limit is used up.
+    daily_limit_noted_at: Option<Instant>,
 }
 
-/// The rows of a upstream, those last that an earlier run has failed at.
+/// Builds the queue of an upstream; rows that failed in an earlier run come last.
 fn queue(plan: &Plan, index: usize, now: Instant) -> RowQueue {
     let rows = plan.rows_by_endpoint[index].clone();
     let first_suspect = rows.end - plan.suspects[index];
@@ -94,18 +100,18 @@ fn queue(plan: &Plan, index: usize, now: Instant) -> RowQueue {
     queue
 }
 
-/// What a failed attempt leads to.
+/// Decision after a failed attempt.
 pub(crate) enum RetryDecision {
-    /// The row is in the queue again; it, or the whole upstream, waits this long.
+    /// The row is back in the queue; the row or the whole upstream pauses.
     Again { pause: Duration },
     /// The row ends without an answer.
     Failed(QueuedRow, RowFailure),
-    /// The endpoint is there again only after this long; the row is in the queue again.
-    Far(Duration),
+    /// The endpoint asks for a wait longer than [`LONGEST_WAIT`]; the row is back in the queue.
+    LongWait(Duration),
 }
 
 impl RetryDecision {
-    /// The row is in the queue again.
+    /// The row is back in the queue, without a pause.
     const AGAIN: RetryDecision = RetryDecision::Again {
         pause: Duration::ZERO,
     };
@@ -135,32 +141,37 @@ impl Upstream {
             is_known: plan.answered[index] > 0,
             has_suspects: plan.suspects[index] > 0,
             has_budget: config.budget.usd.is_some(),
-            watch: AnswerMonitor::from_config(&settings, config),
+            monitor: AnswerMonitor::from_config(&settings, config),
             stopped: None,
-            day_told: None,
+            daily_limit_noted_at: None,
             settings,
             transport,
         })
     }
 
-    /// Goes on with the rows of another plan.
+    /// Takes the rows of another plan.
     ///
     /// # Errors
-    /// Where a request could never leave.
+    /// If a request exceeds a limit.
     pub(crate) fn resume_with(&mut self, plan: &Plan, index: usize) -> Result<()> {
         self.limiter.allow_request_of(plan.largest(index))?;
         self.queue = queue(plan, index, Instant::now());
-        (self.in_flight, self.probe, self.first) = (0, None, None);
+        self.in_flight = 0;
+        self.probe = None;
+        self.first = None;
         Ok(())
     }
 
-    /// Nothing more is to be sent.
+    /// Returns true if no row is left to send, or the upstream is stopped.
     pub(crate) fn is_done(&self) -> bool {
         self.queue.is_empty() || self.stopped.is_some()
     }
 
-    /// Is there room for one more request? After a closed gate, in an outage and before the first answer,
-    /// for one alone. If not, the instant at which there may be (None: not before a reply).
+    /// Checks that one more request may be in flight. The maximum is one after a closed gate, in an outage and before
+    /// the first answer.
+    ///
+    /// # Errors
+    /// The time of the next check; None if a reply has to arrive first.
     pub(crate) fn free_slots(&self) -> Result<(), Option<Instant>> {
         if self.is_probing() {
             return if self.probe.is_none() {
@@ -174,8 +185,8 @@ impl Upstream {
             if self.has_budget {
                 return Err(None);
             }
-            if now < first + ALONE {
-                return Err(Some(first + ALONE));
+            if now < first + FIRST_REQUEST_ALONE {
+                return Err(Some(first + FIRST_REQUEST_ALONE));
             }
         }
         let must_drain = self.health.is_forbidding() && self.in_flight > 0;
@@ -186,11 +197,14 @@ impl Upstream {
         }
     }
 
-    /// The row to send next, or when there may be one.
+    /// Returns the row to send next.
+    ///
+    /// # Errors
+    /// The time of the next check; None if a reply has to arrive first.
     pub(crate) fn next_row(&self) -> Result<QueuedRow, Option<Instant>> {
         let now = Instant::now();
         if self.is_probing() || !self.health.has_succeeded() || self.health.is_in_doubt() {
-            // One that has not failed since shows whether it is the endpoint.
+            // A row that has not failed yet shows whether the endpoint is failing.
             let is_failing = |row| self.health.is_failing(row);
             let is_far = self.health.is_in_doubt();
             self.queue.peek_least_suspect(now, is_failing, is_far)
@@ -203,47 +217,50 @@ impl Upstream {
         self.health.is_outage() || self.limiter.is_half_open()
     }
 
-    /// Lets a request out, or says when to ask again.
+    /// Admits a request to the rate limits.
+    ///
+    /// # Errors
+    /// The time of the next check.
     pub(crate) fn admit(&mut self, cost: RequestCost) -> Result<SendTicket, Instant> {
-        let room = if self.is_probing() || !self.health.is_proven() {
+        let slots = if self.is_probing() || !self.health.is_proven() {
             1
         } else {
             self.concurrency.free_slots().saturating_sub(self.in_flight)
         };
-        self.limiter.admit(cost, room.min(self.queue.len()))
+        self.limiter.admit(cost, slots.min(self.queue.len()))
     }
 
-    /// Limit of requests a day and the wait for the next one, where the user is to be told of it now.
+    /// Returns the daily limit and the wait for the next request, if a notice is due.
     pub(crate) fn daily_limit_notice(&mut self) -> Option<(u64, Duration)> {
         let now = Instant::now();
         let (limit, until) = self.limiter.day.used_up(now)?;
         if self
-            .day_told
-            .is_some_and(|told| now < told + DAY_TOLD_EVERY)
+            .daily_limit_noted_at
+            .is_some_and(|noted_at| now < noted_at + DAILY_LIMIT_NOTICE_INTERVAL)
         {
             return None;
         }
-        self.day_told = Some(now);
+        self.daily_limit_noted_at = Some(now);
         Some((limit, until - now))
     }
 
-    /// Returns true if there is something to send, and the requests of the day are not used up.
+    /// Returns true if rows are left and the daily limit is not used up.
     pub(crate) fn may_send(&self) -> bool {
         !self.is_done() && self.limiter.day.used_up(Instant::now()).is_none()
     }
 
-    /// What the user is to know of the limits that are shared.
+    /// Handles an event of the shared limits. Returns a notice for the user.
     pub(crate) fn poll_limiter_event(&mut self) -> Option<String> {
         match self.limiter.poll_event()? {
             LimiterEvent::Silent(reason) => Some(format!(
-                "waiting: nothing leaves while the limits that are shared cannot be asked for \
+                "waiting: no request is sent while the shared limits cannot be read \
                  ({reason})"
             )),
             LimiterEvent::Back(silence) => {
-                self.health.excuse(silence);
+                self.health.exclude_wait(silence);
                 let silence = format_duration(silence);
                 Some(format!(
-                    "the limits that are shared can be asked for again, after {silence}"
+                    "the shared limits can be read again, after {silence}"
                 ))
             }
             LimiterEvent::Over(silence, reason) => {
@@ -253,71 +270,72 @@ impl Upstream {
         }
     }
 
-    pub(crate) fn request_sent(&mut self, departure: &SendTicket) {
+    pub(crate) fn request_sent(&mut self, ticket: &SendTicket) {
         self.in_flight += 1;
         if !self.health.is_proven() {
-            self.first.get_or_insert(departure.at);
+            self.first.get_or_insert(ticket.at);
         }
         if self.is_probing() {
-            self.probe = Some(departure.at);
+            self.probe = Some(ticket.at);
         }
     }
 
-    /// A reply, or the lack of one, has come.
-    pub(crate) fn reply_received(&mut self, departure: &SendTicket, reports: &[LimitReport]) {
+    /// Updates the limits after a reply or a failed request.
+    pub(crate) fn reply_received(&mut self, ticket: &SendTicket, reports: &[LimitReport]) {
         self.in_flight -= 1;
-        if self.probe == Some(departure.at) {
+        if self.probe == Some(ticket.at) {
             self.probe = None;
         }
-        if self.first == Some(departure.at) {
+        if self.first == Some(ticket.at) {
             self.first = None;
         }
-        if self.limiter.update_from_headers(reports, departure) {
+        if self.limiter.update_from_headers(reports, ticket) {
             self.concurrency.follow_limits();
         }
     }
 
+    /// Updates health, concurrency and limits after an answer.
     pub(crate) fn answered(
         &mut self,
-        departure: &SendTicket,
+        ticket: &SendTicket,
         reports: &[LimitReport],
         usage: Option<&Usage>,
     ) {
         let now = Instant::now();
-        self.health.success(departure.at, now);
+        self.health.success(ticket.at, now);
         if self.settings.limits.adapt {
             let is_full = self.in_flight + 1 >= self.concurrency.free_slots();
-            self.concurrency.answered(departure.at, now, is_full);
+            self.concurrency.answered(ticket.at, now, is_full);
         }
         let used = usage.map(|usage| RequestCost {
             input_tokens: usage.prompt_tokens,
             output_tokens: usage.completion_tokens,
         });
-        self.limiter.answered(reports, departure, used);
+        self.limiter.answered(reports, ticket, used);
     }
 
-    /// Rows that the next run tries last, though they have not failed: see [`Health::suspects`].
+    /// Returns the rows that the next run sends last; see [`EndpointHealth::suspects`].
     pub(crate) fn suspects(&self) -> Vec<usize> {
         self.health.suspects().collect()
     }
 
-    /// Has anything been answered in this run?
+    /// Returns true if a request of this run was answered.
     pub(crate) fn has_succeeded(&self) -> bool {
         self.health.has_succeeded()
     }
 
-    /// The content of the row is refused: the endpoint is in order.
-    pub(crate) fn filtered(&mut self, departure: &SendTicket) {
-        self.health.success(departure.at, Instant::now());
-        self.limiter.answered(&[], departure, None);
+    /// Counts a row that a content filter refused as a success of the endpoint.
+    pub(crate) fn filtered(&mut self, ticket: &SendTicket) {
+        self.health.success(ticket.at, Instant::now());
+        self.limiter.answered(&[], ticket, None);
     }
 
-    /// The row is to be asked again with a new key, at once.
+    /// Puts the row back in the queue, to be sent immediately with the renewed key.
     pub(crate) fn key_renewed(&mut self, entry: QueuedRow) {
         self.queue.delay(entry, Instant::now());
     }
 
-    /// The attempt failed in a way that may pass.
+    /// Decides after a transient failure.
     pub(crate) fn transient(
         &mut self,
         mut entry: QueuedRow,
@@ -325,7 +343,7 @@ impl Upstream {
         wait: Duration,
     ) -> RetryDecision {
         let now = Instant::now();
-        // A server cannot know that an error lasts for hours: a longer wait is ignored.
+        // A wait of hours after an error is a guess of the server: ignore it.
         let wait = if wait > LONGEST_WAIT {
             Duration::ZERO
         } else {
@@ -333,20 +351,20 @@ impl Upstream {
         };
         self.health
             .failure(entry.row, failure.unreachable, self.in_flight + 1, now);
-        // Itself, what waits, and what is on its way.
+        // This row, the queue, and the rows in flight.
         let remaining = 1 + self.queue.len() + self.in_flight;
         let is_in_order = self.health.has_succeeded() || self.is_known;
         let is_the_rows = is_in_order && !self.health.has_others(remaining);
         if self.health.is_outage() && !self.health.never_answered() && !is_the_rows {
-            // No row is to blame: it costs no attempt, and one probe at a time goes out.
-            let mut pause = self.firm_pause(self.health.probes(), OUTAGE_PAUSE);
+            // The endpoint is failing: the row keeps its attempts, and one probe at a time is sent.
+            let mut pause = self.backoff_pause(self.health.probes(), OUTAGE_PAUSE_FACTOR);
             if is_in_order && remaining <= LAST_ROWS && failure.may_be_row_specific() {
                 pause = pause.min(self.pause_of_last(remaining));
             }
             let pause = pause.max(wait);
             let was_open = self.limiter.close_until(now + pause);
             self.queue.delay(entry, now + wait);
-            self.stop_where_nothing_helps(&failure);
+            self.stop_if_endpoint_is_down(&failure);
             return RetryDecision::Again {
                 pause: if was_open { pause } else { Duration::ZERO },
             };
@@ -363,37 +381,36 @@ impl Upstream {
             if is_the_rows || !self.health.may_be_the_endpoint(entry.failed, remaining) {
                 return RetryDecision::Failed(entry, failure);
             }
-            // Half of its attempts come back: once the endpoint is in order again, one more accident
-            // must not end the row.
+            // Half of the attempts are restored, so that a single failure after the outage does not end the row.
             entry.failed = (entry.failed - 1).min(max_attempts.div_ceil(2));
         }
         let pause = outcome::backoff(entry.failed, &self.retry, fastrand::f64()).max(wait);
         self.queue.delay(entry, now + pause);
         if !self.health.has_succeeded() && !is_the_rows {
-            // The first requests go one by one, and not one after the other at once.
-            let pause = self.firm_pause(contacts, 1.0);
+            // The first requests are sent one by one, with a pause between them.
+            let pause = self.backoff_pause(contacts, 1.0);
             self.limiter.close_until(now + pause);
         }
-        self.stop_where_nothing_helps(&failure);
+        self.stop_if_endpoint_is_down(&failure);
         let holds_up = self.in_flight == 0 && self.queue.peek(now).is_err();
         RetryDecision::Again {
             pause: if holds_up { wait } else { Duration::ZERO },
         }
     }
 
-    /// The longest pause between the last rows in an outage, so that all of them are tried soon.
+    /// Returns the longest pause between the last rows in an outage, so that all of them are tried soon.
     fn pause_of_last(&self, remaining: usize) -> Duration {
-        let part = Duration::try_from_secs_f64(self.retry.max_outage_s * PART_OF_OUTAGE);
+        let part = Duration::try_from_secs_f64(self.retry.max_outage_s * LAST_ROWS_OUTAGE_FRACTION);
         let within = part.unwrap_or(LAST_ROWS_WITHIN).min(LAST_ROWS_WITHIN);
         within / remaining.max(1) as u32
     }
 
-    /// The row has ended without an answer.
+    /// Records that a row has ended without an answer.
     pub(crate) fn row_given_up(&mut self, row: usize) {
-        self.health.gave_up(row);
+        self.health.row_given_up(row);
     }
 
-    /// Sends nothing more to this endpoint; its rows stay pending.
+    /// Stops the upstream with an error; its rows stay pending.
     pub(crate) fn stop(&mut self, error: anyhow::Error) {
         self.stopped.get_or_insert(error);
     }
@@ -402,8 +419,8 @@ impl Upstream {
         self.stopped.take()
     }
 
-    /// A pause for everybody, at least half of which is certain.
-    fn firm_pause(&self, attempt: u32, stretch: f64) -> Duration {
+    /// Returns a back-off pause for all rows, with jitter over its upper half only.
+    fn backoff_pause(&self, attempt: u32, stretch: f64) -> Duration {
         let retry = config::RetryConfig {
             max_s: self.retry.max_s * stretch,
             ..self.retry.clone()
@@ -411,30 +428,30 @@ impl Upstream {
         outcome::backoff(attempt, &retry, 0.5 + fastrand::f64() / 2.0)
     }
 
-    /// Stops where the server fails at everything alike, and after a long silence.
-    fn stop_where_nothing_helps(&mut self, failure: &RowFailure) {
-        // A server that is starting up, or overloaded, has statuses of its own.
+    /// Stops after repeated identical server errors, or after an outage.
+    fn stop_if_endpoint_is_down(&mut self, failure: &RowFailure) {
+        // A server that is starting up or overloaded uses other statuses than 500.
         let is_error = failure.class == "http 500" && !failure.is_bodyless && !self.is_known;
         if is_error && self.health.failed_alike(&failure.message) {
             self.stop(run_error::failed_alike(&failure.message));
         }
-        self.stop_after_long_silence(&failure.message);
+        self.stop_after_outage(&failure.message);
     }
 
-    /// Judged when something has failed and not by a timer, so that a wait that the endpoint asked
-    /// for is waited to its end.
-    fn stop_after_long_silence(&mut self, message: &str) {
-        let silence = self.health.silence(Instant::now());
+    /// Stops if nothing has succeeded for `retry.max_outage_s`. Checked after a failure, not by a timer, so that a
+    /// wait requested by the endpoint is completed first.
+    fn stop_after_outage(&mut self, message: &str) {
+        let silence = self.health.time_without_success(Instant::now());
         if silence.as_secs_f64() >= self.retry.max_outage_s {
             self.stop(run_error::outage(silence, message));
         }
     }
 
-    /// Is the endpoint out of order, or has it asked for a pause?
+    /// Returns true during an outage or a pause that the endpoint requested.
     pub(crate) fn is_waiting(&self) -> bool {
         self.health.is_outage() || self.limiter.is_closed(Instant::now())
     }
 }
 
-/// A wait that is longer is not sat out: the run ends, and says until when.
+/// Longest requested wait that a run accepts. After a longer one it ends and reports the time to resume.
 pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(3_600);

@@ -1,4 +1,4 @@
-//! Rows at which every attempt fails: they keep no other row from its answer, in this run or the next one.
+//! Rows whose every attempt fails must not block the answers of other rows, in this run or the next one.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{Run, end, outcome};
 use crate::fault_server::{FaultServer, Reaction, answer, error, reply, reply_with};
 
-/// Replies that an endpoint may always give to one row.
+/// Replies that an endpoint may give to one row every time.
 fn reactions() -> Vec<Reaction> {
     let credit = error("your document says \"insufficient credits\"", "invalid");
     vec![
@@ -25,7 +25,7 @@ fn reactions() -> Vec<Reaction> {
     ]
 }
 
-/// As [`reactions`], with those that are believed at once before the first answer.
+/// [`reactions`], and replies that stop a run immediately before its first answer.
 fn all_reactions() -> Vec<Reaction> {
     let mut all = reactions();
     all.push(reply(401, error("no access", "")));
@@ -64,47 +64,47 @@ fn prompts(run: &Run, count: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_is_pending_from_an_earlier_run_does_not_block_new_ones() {
+async fn pending_row_of_earlier_run_does_not_block_new_rows() {
     for reaction in all_reactions() {
-        let told = format!("{reaction:?}");
+        let context = format!("{reaction:?}");
         let server = teacher(1, reaction).await;
         let run = two_at_once(&server);
         // The bad row comes amid answers, and is left.
         run.write("prompts.txt", "p1\np2\np0\np3");
         run.harvest().await;
-        assert_eq!(run.records().len(), 3, "{told}");
+        assert_eq!(run.records().len(), 3, "{context}");
         run.write("prompts.txt", "p0\np1\np2\np3\np4\np5\np6");
         run.harvest().await;
-        assert_eq!(run.records().len(), 6, "{told}");
+        assert_eq!(run.records().len(), 6, "{context}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_fail_at_the_head_cost_a_run_and_not_every_one() {
+async fn failing_first_rows_do_not_stop_every_run() {
     for reaction in reactions() {
-        let told = format!("{reaction:?}");
+        let context = format!("{reaction:?}");
         let server = teacher(4, reaction).await;
         let run = two_at_once(&server);
         prompts(&run, 12);
         for _ in 0..2 {
             run.harvest().await;
         }
-        assert_eq!(run.records().len(), 8, "{told}");
+        assert_eq!(run.records().len(), 8, "{context}");
         let rest = run.harvest().await;
-        // An account without credit is believed after three rows.
+        // Three rows without credit stop the run.
         let expected = if end(&rest).1.contains("credit") {
             (1, 0)
         } else {
             (3, 4)
         };
-        assert_eq!((end(&rest).0, rest.failed), expected, "{told}: {rest:?}");
+        assert_eq!((end(&rest).0, rest.failed), expected, "{context}: {rest:?}");
         // Up to six attempts at each bad row in each run.
-        assert!(server.count() < 100, "{told}: {}", server.count());
+        assert!(server.count() < 100, "{context}: {}", server.count());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_without_access_at_the_head_costs_one_run_of_one_request() {
+async fn forbidden_first_row_stops_one_run_after_one_request() {
     let server = teacher(1, reply(401, error("no access", ""))).await;
     let run = two_at_once(&server);
     prompts(&run, 6);
@@ -115,7 +115,7 @@ async fn a_row_without_access_at_the_head_costs_one_run_of_one_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_setting_costs_a_few_requests_in_each_run() {
+async fn wrong_setting_costs_few_requests_per_run() {
     let wrong = reply(
         404,
         error("The model `m` does not exist", "model_not_found"),
@@ -131,7 +131,7 @@ async fn a_wrong_setting_costs_a_few_requests_in_each_run() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_is_always_asked_to_wait_fails_once_it_is_all_that_is_left() {
+async fn always_throttled_last_row_fails() {
     for (status, header) in [(429, ""), (429, "0.02"), (503, "0.02")] {
         let reaction = if header.is_empty() {
             reply(status, error("slow down", ""))
@@ -144,31 +144,31 @@ async fn a_row_that_is_always_asked_to_wait_fails_once_it_is_all_that_is_left() 
         run.config.retry.max_outage_s = 60.0;
         prompts(&run, 12);
         let summary = run.harvest().await;
-        let told = format!("{status} {header}: {summary:?}");
-        assert_eq!((summary.ok, summary.failed), (11, 1), "{told}");
-        assert_eq!(end(&summary).0, 3, "{told}");
-        assert!(server.count() < 40, "{told}");
+        let context = format!("{status} {header}: {summary:?}");
+        assert_eq!((summary.ok, summary.failed), (11, 1), "{context}");
+        assert_eq!(end(&summary).0, 3, "{context}");
+        assert!(server.count() < 40, "{context}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn neighbours_that_always_fail_cost_no_other_row_its_answer() {
+async fn adjacent_failing_rows_do_not_affect_other_rows() {
     for reaction in all_reactions() {
         for concurrency in [1, 8] {
-            let told = format!("{reaction:?} {concurrency}");
+            let context = format!("{reaction:?} {concurrency}");
             let server = teacher_of(5..12, reaction.clone(), Duration::from_millis(40)).await;
             let mut run = Run::new(&server, &[]);
             run.config.sampling.top_logprobs = 0;
             run.config.limits.concurrency = concurrency;
             prompts(&run, 40);
             let summary = run.harvest().await;
-            assert_eq!(summary.ok, 33, "{told}: {summary:?}");
+            assert_eq!(summary.ok, 33, "{context}: {summary:?}");
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_rows_that_always_fail_end_as_failed_once_they_are_all_that_is_left() {
+async fn many_failing_last_rows_end_as_failed() {
     let server = teacher_of(10..45, reply(500, error("boom", "")), Duration::ZERO).await;
     let mut run = Run::new(&server, &[]);
     run.config.sampling.top_logprobs = 0;
@@ -182,7 +182,7 @@ async fn many_rows_that_always_fail_end_as_failed_once_they_are_all_that_is_left
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_failure_that_asks_for_a_day_is_tried_again_all_the_same() {
+async fn retry_after_of_a_day_on_server_error_is_ignored() {
     for (status, header, value) in [(500, "retry-after", "86400"), (504, "retry-after", "1e9")] {
         let reaction = reply_with(status, header, value, error("x", ""));
         let server = teacher(1, reaction).await;
@@ -194,7 +194,7 @@ async fn a_failure_that_asks_for_a_day_is_tried_again_all_the_same() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_failed_amid_answers_go_last_and_fail_again_alone() {
+async fn rows_failed_in_earlier_run_are_sent_last() {
     for status in [403, 404] {
         let reaction = reply(status, error("not this one", ""));
         let server = teacher_of(10..40, reaction, Duration::ZERO).await;
@@ -204,9 +204,9 @@ async fn rows_that_failed_amid_answers_go_last_and_fail_again_alone() {
         assert_eq!((first.ok, first.failed), (30, 30), "{status}: {first:?}");
         for _ in 0..2 {
             let again = run.harvest().await;
-            let told = format!("{status}: {again:?}");
-            assert_eq!((again.failed, again.requests), (30, 30), "{told}");
-            assert_eq!(end(&again).0, 3, "{told}");
+            let context = format!("{status}: {again:?}");
+            assert_eq!((again.failed, again.requests), (30, 30), "{context}");
+            assert_eq!(end(&again).0, 3, "{context}");
         }
         prompts(&run, 70);
         let more = run.harvest().await;
@@ -215,7 +215,7 @@ async fn rows_that_failed_amid_answers_go_last_and_fail_again_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_fail_in_different_ways_settle_with_few_requests() {
+async fn mixed_failing_rows_end_with_few_requests() {
     for status in [401, 402, 403, 404] {
         let server = FaultServer::start(move |seen| match seen.prompt() {
             "p3" => reply(status, error("not this one", "")),
@@ -230,8 +230,8 @@ async fn rows_that_fail_in_different_ways_settle_with_few_requests() {
             run.harvest().await;
         }
         let last = run.harvest().await;
-        let told = format!("{status}: {last:?}");
-        assert_eq!((last.failed, end(&last).0), (2, 3), "{told}");
-        assert!(server.count() < 60, "{}: {told}", server.count());
+        let context = format!("{status}: {last:?}");
+        assert_eq!((last.failed, end(&last).0), (2, 3), "{context}");
+        assert!(server.count() < 60, "{}: {context}", server.count());
     }
 }

@@ -1,5 +1,4 @@
-//! Row X1 of the test matrix: the API key, which servers repeat wherever they can, is in nothing that
-//! the binary prints, logs or keeps.
+//! Row X1 of the test matrix: the API key is in no output, log or file, although servers repeat it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,7 +17,7 @@ use crate::fault_server::{FaultServer, Reaction};
 const VARIABLE: &str = "CANARY_KEY";
 const KEY: &str = "sk-canary+/=0123456789abcdefghijklmnop";
 
-/// The key as it is, in a URL, and in base64 at each of the places that it can have in a longer text.
+/// The key plain, URL-encoded, and in base64 at each offset within a longer text.
 fn forms() -> Vec<String> {
     let mut forms = vec![
         KEY.to_string(),
@@ -28,7 +27,7 @@ fn forms() -> Vec<String> {
     ];
     forms.extend((0..3).map(|shift| {
         let text = STANDARD_NO_PAD.encode(format!("{}{KEY}", &"xxx"[..shift]));
-        // What depends on the neighbours is left out.
+        // Leave out the characters that depend on the neighbouring bytes.
         text[2 * shift..text.len() - 2].to_string()
     }));
     forms
@@ -50,9 +49,10 @@ fn assert_clean(place: &str, bytes: &[u8]) {
 fn assert_files_clean(dir: &Path) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => assert_files_clean(&path),
-            false => assert_clean(path.to_str().unwrap(), &fs::read(&path).unwrap()),
+        if path.is_dir() {
+            assert_files_clean(&path)
+        } else {
+            assert_clean(path.to_str().unwrap(), &fs::read(&path).unwrap())
         }
     }
 }
@@ -68,16 +68,17 @@ fn fault(kind: &str, conditions: &str) -> String {
     let is_error = ["http", "html", "insufficient", "redirect", "error"]
         .iter()
         .any(|start| kind.starts_with(start));
-    // It is told from other refusals by its code.
+    // An exhausted quota is recognised by its code.
     let code = match kind {
         "insufficient_quota" => kind,
         _ => KEY,
     };
-    let body = match is_error {
-        true => format!(
+    let body = if is_error {
+        format!(
             "body = '''{{\"error\":{{\"message\":\"Incorrect API key provided: {KEY}\",\"code\":\"{code}\"}}}}'''\n"
-        ),
-        false => String::new(),
+        )
+    } else {
+        String::new()
     };
     format!(
         "[[faults]]\nkind = \"{kind}\"\n{conditions}\n{body}\
@@ -85,7 +86,7 @@ fn fault(kind: &str, conditions: &str) -> String {
     )
 }
 
-/// A folder with a config for so many prompts.
+/// Makes a folder with a config for the given number of prompts.
 fn folder(base_url: &str, prompts: usize, more: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let lines: String = (0..prompts).map(|n| format!("number-{n:03}\n")).collect();
@@ -101,7 +102,7 @@ fn folder(base_url: &str, prompts: usize, more: &str) -> tempfile::TempDir {
     dir
 }
 
-/// Runs a verb with trace logs, and checks all that it says and all that it leaves.
+/// Runs a verb with trace logs, and checks its output and files for the key.
 fn run(dir: &Path, arguments: &[&str]) -> Output {
     let output = Command::new(env!("CARGO_BIN_EXE_distill"))
         .args(arguments)
@@ -123,7 +124,7 @@ fn errors(output: &Output) -> String {
 }
 
 #[test]
-fn the_key_is_in_no_output_whatever_the_teacher_does() {
+fn api_key_is_in_no_output_under_faults() {
     let answers = format!("[answers]\ntext = {{ fixed = \"your key is {KEY} I think\" }}\n");
     let (mut stopping, mut passing) = (BTreeSet::new(), BTreeSet::new());
     for (spelled, always) in FAULTS {
@@ -134,7 +135,7 @@ fn the_key_is_in_no_output_whatever_the_teacher_does() {
         };
     }
 
-    // Those that a run survives, each twice at a row of its own.
+    // Faults that a run survives, each twice at its own row.
     let script: String = passing
         .iter()
         .enumerate()
@@ -161,7 +162,7 @@ fn the_key_is_in_no_output_whatever_the_teacher_does() {
         "the teacher does not repeat the key"
     );
 
-    // Those that end it.
+    // Faults that end a run.
     for kind in stopping {
         let server = teacher(&format!("{answers}{}", fault(kind, "")));
         let dir = folder(&server.base_url(), 3, "");
@@ -172,7 +173,7 @@ fn the_key_is_in_no_output_whatever_the_teacher_does() {
         }
     }
 
-    // In batches, whose files repeat it too.
+    // Batches, whose files repeat the key too.
     let script = fault("http 500", "path = \"/content\"\nfirst = 1");
     let server = teacher(&format!(
         "{answers}{script}[batch]\nclock = 86400.0\nerror_rows = 2\n"
@@ -204,7 +205,7 @@ fn the_key_is_in_no_output_whatever_the_teacher_does() {
     assert!(errors(&output).contains(VARIABLE) && !errors(&output).contains(&other));
 }
 
-/// The key in forms that are not byte for byte, in each place of a reply.
+/// The key in encoded forms, in each place of a reply.
 fn disguised() -> Vec<Reaction> {
     let escaped: String = KEY.bytes().map(|b| format!("\\u{b:04x}")).collect();
     let in_part = KEY.replacen('c', "\\u0063", 1);
@@ -217,7 +218,7 @@ fn disguised() -> Vec<Reaction> {
         let answer = format!(
             r#"{{"choices":[{{"message":{{"content":"it is {form}"}},"finish_reason":"stop"}}],"odd":"{form}","usage":{{"prompt_tokens":1,"completion_tokens":9}}}}"#
         );
-        // Half of an answer, and text that is no answer at all.
+        // Half of an answer, and text that is not an answer.
         let half = format!(r#"{{"choices":[{{"message":{{"content":"it is {form}"#);
         for (status, body) in [
             (200, &answer),
@@ -238,7 +239,7 @@ fn disguised() -> Vec<Reaction> {
             reactions.push(Reaction::Reply(302, location, Vec::new()));
         }
     }
-    // In pieces, none of which is the key.
+    // The key split into pieces.
     let delta = |text: &str| {
         let delta = json!({"choices": [{"index": 0, "delta": {"content": text}}]});
         format!("data: {delta}\n\n")
@@ -253,7 +254,7 @@ fn disguised() -> Vec<Reaction> {
     reactions
 }
 
-/// As a reader of JSON sees it.
+/// Decodes the JSON escapes.
 fn unescaped(text: &str) -> String {
     let mut parts = text.split("\\u");
     let mut plain = parts.next().unwrap().to_string();
@@ -270,9 +271,9 @@ fn unescaped(text: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_key_is_in_no_output_whatever_form_it_has() {
+async fn api_key_in_any_encoding_is_in_no_output() {
     for reaction in disguised() {
-        let told = format!("{reaction:?}");
+        let context = format!("{reaction:?}");
         let server = FaultServer::start(move |_| reaction.clone()).await;
         let more = "max_attempts = 2\n";
         let dir = folder(&server.base_url, 2, more);
@@ -284,18 +285,18 @@ async fn the_key_is_in_no_output_whatever_form_it_has() {
             texts.push(fs::read_to_string(dir.path().join("run").join(name)).unwrap_or_default());
         }
         let is_shown = texts.iter().any(|text| text.contains("[key]"));
-        // Of half an answer, nothing is shown.
+        // Half of an answer is not shown.
         let is_half = texts.iter().any(|text| text.contains("ends early"));
-        assert!(is_shown || is_half, "{told}: {texts:?}");
+        assert!(is_shown || is_half, "{context}: {texts:?}");
         for text in texts {
             let plain = unescaped(&unescaped(&text.replace("\\\\", "\\")));
-            assert_clean(&told, plain.as_bytes());
+            assert_clean(&context, plain.as_bytes());
         }
     }
 }
 
 #[test]
-fn a_key_where_a_name_belongs_is_not_repeated() {
+fn api_key_in_place_of_variable_name_is_not_shown() {
     let dir = folder("http://127.0.0.1:9/v1", 1, "");
     let config = fs::read_to_string(dir.path().join("run.toml")).unwrap();
     let key = "sk-canary-0123456789abcdefghijklmnop";
@@ -354,7 +355,7 @@ fn a_key_where_a_name_belongs_is_not_repeated() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_key_is_in_no_logprobs() {
+async fn api_key_is_removed_from_logprobs() {
     let spelled = |text: &str| {
         json!({"token": text, "logprob": -0.5, "bytes": text.as_bytes(), "top_logprobs": [
             {"token": text, "logprob": -0.5, "bytes": text.as_bytes()}]})

@@ -1,4 +1,4 @@
-//! The disk fails while a harvest runs: what is answered waits for room, and what is safe is told.
+//! Disk failures during a harvest: answers are held while the disk is full, and the number of safe answers is reported.
 
 use std::fs::File;
 use std::io;
@@ -19,7 +19,7 @@ use super::{end, quietly};
 
 const CONCURRENCY: u64 = 8;
 
-/// A disk that fails in its own way from one moment of the run to another.
+/// A disk that fails during one interval of the run.
 #[derive(Clone)]
 struct Moody {
     kind: io::ErrorKind,
@@ -50,7 +50,7 @@ struct MoodyFile(File, Moody);
 impl Storage for MoodyFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if !self.1.fails_to_sync {
-            // What a full disk does: some of it still fits.
+            // A full disk writes a part of the data.
             if let Err(error) = self.1.mood() {
                 Storage::write(&mut self.0, &bytes[..bytes.len().min(10)])?;
                 return Err(error);
@@ -60,9 +60,10 @@ impl Storage for MoodyFile {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        match self.1.fails_to_sync {
-            true => self.1.mood(),
-            false => Ok(()),
+        if self.1.fails_to_sync {
+            self.1.mood()
+        } else {
+            Ok(())
         }
     }
 
@@ -79,7 +80,7 @@ fn night(prompts: usize) -> Night {
     })
 }
 
-/// A disk that fails so many seconds after now, for so long.
+/// A disk that starts to fail after the given seconds, for the given duration.
 fn moody(kind: io::ErrorKind, after: u64, seconds: u64) -> Moody {
     let from = Instant::now() + Duration::from_secs(after);
     Moody {
@@ -106,14 +107,14 @@ async fn harvest(
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_wait_for_room_on_a_full_disk() {
+async fn full_disk_holds_answers_until_there_is_space() {
     for kind in [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded] {
         let night = night(600);
         let disk = moody(kind, 30, 400);
         let (_sender, receiver) = unbounded_channel();
         let summary = harvest(&night, &disk, receiver).await.unwrap();
         assert_eq!((end(&summary).0, summary.ok), (0, 600), "{summary:?}");
-        // Tried every five seconds, and nothing was asked meanwhile.
+        // Writes were retried every five seconds, and no request was sent.
         let failures = disk.failures.load(Ordering::Relaxed);
         assert!((70..=90).contains(&failures), "{failures}");
         assert_eq!(night.mock.stats().billed.answers, 600);
@@ -122,7 +123,7 @@ async fn answers_wait_for_room_on_a_full_disk() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_disk_that_stays_full_ends_the_run_and_says_what_is_safe() {
+async fn full_disk_timeout_ends_run_with_count_of_safe_answers() {
     let night = night(600);
     let disk = moody(io::ErrorKind::StorageFull, 30, 1_000_000);
     let started = Instant::now();
@@ -138,7 +139,7 @@ async fn a_disk_that_stays_full_ends_the_run_and_says_what_is_safe() {
         "{message}"
     );
     assert!(message.contains("disk is full"), "{message}");
-    // Those in flight when it filled up, and no more.
+    // Only the answers in flight when the disk filled up are lost.
     let lost = night.mock.stats().billed.answers - safe;
     assert!((1..=CONCURRENCY).contains(&lost), "{lost}");
     assert!(
@@ -154,7 +155,7 @@ async fn a_disk_that_stays_full_ends_the_run_and_says_what_is_safe() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_signal_does_not_wait_for_room() {
+async fn signal_ends_run_while_disk_is_full() {
     let night = night(600);
     let disk = moody(io::ErrorKind::StorageFull, 30, 1_000_000);
     let (sender, receiver) = unbounded_channel();
@@ -175,7 +176,7 @@ async fn a_signal_does_not_wait_for_room() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn other_faults_of_the_disk_end_the_run_at_once() {
+async fn disk_errors_end_run_immediately() {
     for fails_to_sync in [false, true] {
         let night = night(600);
         let disk = Moody {
@@ -189,11 +190,11 @@ async fn other_faults_of_the_disk_end_the_run_at_once() {
         let message = format!("{error:#}");
         let in_file = night.run.records().len();
         let safe: usize = message
-            .split_once("nothing more is asked; ")
+            .split_once("stopped; ")
             .and_then(|(_, rest)| rest.split_once(' '))
             .map(|(number, _)| number.parse().unwrap())
             .unwrap_or_else(|| panic!("{message}"));
-        // A record that was written but not synced is in the file, and may not be on the disk.
+        // A record that was written but not synced is in the file, but possibly not on the disk.
         let in_doubt = if fails_to_sync {
             1..=CONCURRENCY as usize
         } else {

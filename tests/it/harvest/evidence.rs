@@ -1,4 +1,4 @@
-//! What ends a run, a row or nothing: by the reply, and by what was answered before.
+//! Whether a reply ends the run, fails the row or is retried, depending on earlier answers.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ fn run_of(server: &FaultServer, prompts: usize) -> Run {
     run
 }
 
-/// The endpoint's answer to each prompt but `p5`, which gets `reaction` at its first `times` requests.
+/// A server that answers each prompt except `p5`, whose first `times` requests get `reaction`.
 async fn amid_answers(times: usize, reaction: Reaction) -> FaultServer {
     FaultServer::start(move |seen| match seen.prompt() {
         "p5" if seen.repeat < times => reaction.clone(),
@@ -27,7 +27,7 @@ async fn amid_answers(times: usize, reaction: Reaction) -> FaultServer {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_first_request_goes_alone_and_a_mistake_costs_one() {
+async fn first_request_is_sent_alone() {
     let mistakes = [
         reply(401, error("Incorrect API key provided", "invalid_api_key")),
         reply(
@@ -47,16 +47,16 @@ async fn the_first_request_goes_alone_and_a_mistake_costs_one() {
         Reaction::After(Duration::from_millis(200), Box::new(reply(401, json!({})))),
     ];
     for mistake in mistakes {
-        let told = format!("{mistake:?}");
+        let context = format!("{mistake:?}");
         let server = FaultServer::start(move |_| mistake.clone()).await;
         let summary = run_of(&server, 50).harvest().await;
-        assert_eq!((end(&summary).0, summary.pending), (1, 50), "{told}");
-        assert_eq!(server.count(), 1, "{told}");
+        assert_eq!((end(&summary).0, summary.pending), (1, 50), "{context}");
+        assert_eq!(server.count(), 1, "{context}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_address_without_a_completions_path_is_named() {
+async fn wrong_base_url_path_is_reported() {
     let server = FaultServer::start(|seen| match seen.path.as_str() {
         "/v1/chat/completions" => answer(seen),
         _ => reply(404, json!({"detail": "Not Found"})),
@@ -74,7 +74,7 @@ async fn an_address_without_a_completions_path_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_odd_refusal_amid_answers_ends_nothing() {
+async fn single_refusal_between_answers_is_retried() {
     let passing = [
         reply(401, error("Incorrect API key provided", "invalid_api_key")),
         reply(
@@ -100,20 +100,20 @@ async fn one_odd_refusal_amid_answers_ends_nothing() {
         reply_with(302, "location", "/login", json!({})),
     ];
     for reaction in passing {
-        let told = format!("{reaction:?}");
+        let context = format!("{reaction:?}");
         let server = amid_answers(1, reaction).await;
         let summary = run_of(&server, 10).harvest().await;
         assert_eq!(
             (summary.ok, end(&summary).0),
             (10, 0),
-            "{told}: {summary:?}"
+            "{context}: {summary:?}"
         );
-        assert_eq!(summary.requests, 11, "{told}");
+        assert_eq!(summary.requests, 11, "{context}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_is_always_forbidden_fails_alone() {
+async fn always_forbidden_row_fails_alone() {
     let page = b"<!DOCTYPE html><title>Attention Required!</title>".to_vec();
     for reaction in [
         Reaction::Reply(403, Vec::new(), page),
@@ -129,7 +129,7 @@ async fn a_row_that_is_always_forbidden_fails_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_always_claims_the_end_fails_once_others_have_contradicted_it() {
+async fn contradicted_claim_fails_only_its_row() {
     let server = amid_answers(usize::MAX, reply(401, json!({}))).await;
     let mut run = run_of(&server, 60);
     run.config.limits.concurrency = 2;
@@ -138,7 +138,7 @@ async fn a_row_that_always_claims_the_end_fails_once_others_have_contradicted_it
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_account_that_runs_dry_or_is_locked_in_the_night_ends_as_resumable() {
+async fn exhausted_or_locked_account_exits_resumable() {
     for reaction in [
         reply(
             400,
@@ -157,7 +157,7 @@ async fn an_account_that_runs_dry_or_is_locked_in_the_night_ends_as_resumable() 
             error("You exceeded your current quota", "insufficient_quota"),
         ),
     ] {
-        let told = format!("{reaction:?}");
+        let context = format!("{reaction:?}");
         let server = FaultServer::start(move |seen| match seen.number {
             0..10 => answer(seen),
             // After the answers in flight.
@@ -168,19 +168,19 @@ async fn an_account_that_runs_dry_or_is_locked_in_the_night_ends_as_resumable() 
         run.config.limits.concurrency = 4;
         let summary = run.harvest().await;
         let (code, message) = end(&summary);
-        assert_eq!((code, summary.ok), (4, 10), "{told}: {message}");
+        assert_eq!((code, summary.ok), (4, 10), "{context}: {message}");
         // Five equal refusals end the run. On a busy machine an answer may still come late, and three of them may
         // each reset the count.
         assert!(
             summary.failed <= 20 && summary.requests < 60,
-            "{told}: {summary:?}"
+            "{context}: {summary:?}"
         );
         assert!(message.contains("rerun the command"), "{message}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusals_of_the_content_are_kept_and_count_against_nobody() {
+async fn content_filter_refusals_are_recorded_and_not_retried() {
     let filtered = error(
         "The response was filtered due to the prompt triggering the content management policy.",
         "content_filter",
@@ -197,7 +197,7 @@ async fn refusals_of_the_content_are_kept_and_count_against_nobody() {
             json!({"error": {"code": "content_filter", "message": "filtered"}}),
         ),
     ] {
-        // At the head of the source, one at a time: no rerun would get past them.
+        // The first rows of the source are refused, one request at a time.
         let server = FaultServer::start(move |seen| {
             let number: usize = seen.prompt()[1..].parse().unwrap();
             if number < 8 {
@@ -230,7 +230,7 @@ async fn refusals_of_the_content_are_kept_and_count_against_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_burst_of_refusals_waits_for_what_is_in_flight() {
+async fn burst_of_refusals_waits_for_requests_in_flight() {
     let server = FaultServer::start(|seen| {
         let number: usize = seen.prompt()[1..].parse().unwrap();
         match number {
@@ -246,9 +246,12 @@ async fn a_burst_of_refusals_waits_for_what_is_in_flight() {
 
 /// Throttles the first `times` requests. Returns how long the run took, in seconds.
 async fn throttled(times: usize, reaction: Reaction) -> f64 {
-    let server = FaultServer::start(move |seen: &Seen| match seen.number < times {
-        true => reaction.clone(),
-        false => answer(seen),
+    let server = FaultServer::start(move |seen: &Seen| {
+        if seen.number < times {
+            reaction.clone()
+        } else {
+            answer(seen)
+        }
     })
     .await;
     let started = Instant::now();
@@ -258,7 +261,7 @@ async fn throttled(times: usize, reaction: Reaction) -> f64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn waits_are_heeded_in_every_form() {
+async fn every_retry_after_format_is_respected() {
     let message = "You exceeded your current quota, please check your plan and billing details. Quota exceeded for metric: generate_requests_per_minute, limit: 15\nPlease retry in 0.6s.";
     let gemini =
         json!([{"error": {"code": 429, "message": message, "status": "RESOURCE_EXHAUSTED"}}]);
@@ -279,14 +282,14 @@ async fn waits_are_heeded_in_every_form() {
         reply_with(503, "retry-after-ms", "600", json!({})),
     ];
     for form in forms {
-        let told = format!("{form:?}");
+        let context = format!("{form:?}");
         let took = throttled(1, form).await;
-        assert!((0.6..3.0).contains(&took), "{told}: {took} s");
+        assert!((0.6..3.0).contains(&took), "{context}: {took} s");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wait_of_nothing_is_never_below_the_own_backoff() {
+async fn zero_retry_after_uses_backoff() {
     for value in ["0", "Wed, 21 Oct 2015 07:28:00 GMT", "-1"] {
         let server =
             FaultServer::start(move |_| reply_with(429, "retry-after", value, json!({}))).await;
@@ -305,7 +308,7 @@ async fn a_wait_of_nothing_is_never_below_the_own_backoff() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reset_hours_away_stops_the_run_and_says_when() {
+async fn reset_hours_away_stops_run_with_time() {
     let in_ten_hours = jiff::Timestamp::now().as_millisecond() + 36_000_000;
     let limit = |reset: String| {
         let headers = vec![
@@ -328,12 +331,15 @@ async fn a_reset_hours_away_stops_the_run_and_says_when() {
         ),
     ];
     for form in forms {
-        let told = format!("{form:?}");
+        let context = format!("{form:?}");
         for answered in [0, 3] {
             let form = form.clone();
-            let server = FaultServer::start(move |seen| match seen.number < answered {
-                true => answer(seen),
-                false => form.clone(),
+            let server = FaultServer::start(move |seen| {
+                if seen.number < answered {
+                    answer(seen)
+                } else {
+                    form.clone()
+                }
             })
             .await;
             let mut run = run_of(&server, 10);
@@ -344,7 +350,7 @@ async fn a_reset_hours_away_stops_the_run_and_says_when() {
             assert_eq!(
                 (code, summary.ok),
                 (4, answered as u64),
-                "{told}: {message}"
+                "{context}: {message}"
             );
             assert!(
                 message.contains("wait until") && message.contains("h "),
@@ -352,20 +358,20 @@ async fn a_reset_hours_away_stops_the_run_and_says_when() {
             );
             assert!(
                 summary.requests <= answered as u64 + 3,
-                "{told}: {summary:?}"
+                "{context}: {summary:?}"
             );
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_absurd_wait_among_good_replies_is_not_believed() {
+async fn single_absurd_wait_between_answers_is_ignored() {
     let took = throttled(1, reply_with(429, "retry-after", "99999999", json!({}))).await;
     assert!(took < 2.0, "{took} s");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_always_fail_end_in_seconds_once_only_they_remain() {
+async fn last_failing_rows_end_within_seconds() {
     let poison = |seen: &Seen| match seen.prompt()[1..].parse::<usize>().unwrap() {
         20.. => reply(500, error("boom", "")),
         _ => answer(seen),
@@ -377,18 +383,18 @@ async fn rows_that_always_fail_end_in_seconds_once_only_they_remain() {
     for round in 0..2 {
         let started = Instant::now();
         let summary = run.harvest().await;
-        let told = format!("round {round}: {summary:?}");
+        let context = format!("round {round}: {summary:?}");
         assert_eq!(
             (end(&summary).0, summary.failed, summary.pending),
             (3, 5, 0),
-            "{told}"
+            "{context}"
         );
-        assert!(started.elapsed() < Duration::from_secs(10), "{told}");
+        assert!(started.elapsed() < Duration::from_secs(10), "{context}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_always_fail_at_the_head_do_not_hide_the_others() {
+async fn failing_first_rows_do_not_block_other_rows() {
     for concurrency in [1, 3, 4, 32] {
         let poison = |seen: &Seen| match seen.prompt()[1..].parse::<usize>().unwrap() {
             0..4 => reply(502, error("boom", "")),
@@ -408,7 +414,7 @@ async fn rows_that_always_fail_at_the_head_do_not_hide_the_others() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_fails_at_everything_in_the_same_words_is_not_waited_for() {
+async fn identical_server_errors_stop_run() {
     let count = AtomicUsize::new(0);
     let server = FaultServer::start(move |_| {
         count.fetch_add(1, Ordering::Relaxed);
@@ -428,7 +434,7 @@ async fn a_server_that_fails_at_everything_in_the_same_words_is_not_waited_for()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_words_of_an_error_in_a_good_status_are_shown() {
+async fn error_message_with_status_200_is_shown() {
     for (body, words) in [
         (
             json!({"choices": null, "base_resp": {"status_code": 1000, "status_msg": "unknown error, please retry"}}),
@@ -448,7 +454,7 @@ async fn the_words_of_an_error_in_a_good_status_are_shown() {
         let mut run = run_of(&server, 2);
         run.config.retry.max_attempts = 2;
         let summary = run.harvest().await;
-        let told = format!("{} {:?}", end(&summary).1, run.failures());
-        assert!(told.contains(words), "{words} is not in: {told}");
+        let context = format!("{} {:?}", end(&summary).1, run.failures());
+        assert!(context.contains(words), "{words} is not in: {context}");
     }
 }

@@ -1,4 +1,4 @@
-//! A teacher that misbehaves.
+//! Faults of a teacher over real TCP: retries, failed rows and stopped runs.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use super::{Run, at_first, end};
 use crate::fault_server::{FaultServer, Reaction, answer, completion, error, reply, reply_with};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_retry_after_closes_the_gate_for_everybody_and_costs_no_attempt() {
+async fn retry_after_pauses_all_rows_without_an_attempt() {
     let server = FaultServer::start(|seen| match seen.number {
         0 => reply_with(
             429,
@@ -38,7 +38,7 @@ async fn a_retry_after_closes_the_gate_for_everybody_and_costs_no_attempt() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_may_pass_is_tried_again_and_counted() {
+async fn transient_failures_are_retried_and_counted() {
     let good = completion("A", 20).to_string();
     let cut = good.as_bytes()[..good.find("finish_reason").unwrap()].to_vec();
     let faults = [
@@ -73,7 +73,7 @@ async fn what_may_pass_is_tried_again_and_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_answer_whose_body_breaks_off_behind_it_is_bought_once() {
+async fn body_cut_off_after_the_answer_is_requested_once() {
     let good = completion("A", 20).to_string();
     let cut = good.as_bytes()[..good.find("usage").unwrap()].to_vec();
     for fault in [
@@ -89,7 +89,7 @@ async fn an_answer_whose_body_breaks_off_behind_it_is_bought_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_that_never_succeeds_fails_after_its_attempts_and_the_others_go_on() {
+async fn failing_row_uses_its_attempts_and_others_continue() {
     let server = FaultServer::start(|seen| match seen.prompt() {
         "bad" => reply(500, json!({})),
         _ => answer(seen),
@@ -104,7 +104,7 @@ async fn a_row_that_never_succeeds_fails_after_its_attempts_and_the_others_go_on
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refused_row_fails_and_the_others_finish() {
+async fn refused_row_fails_and_others_finish() {
     let server = FaultServer::start(|seen| match seen.prompt() {
         "bad" => reply(400, error("too long \u{1b}[31m", "context_length")),
         _ => answer(seen),
@@ -123,14 +123,14 @@ async fn a_refused_row_fails_and_the_others_finish() {
     assert_eq!(failure["class"], "http 400");
     assert_eq!(failure["message"], "400: too long \\u{1b}[31m");
 
-    // The file speaks of the last run only.
+    // The file lists the failures of the last run only.
     run.write("prompts.txt", "a\nb");
     assert_eq!(end(&run.harvest().await).0, 0);
     assert!(run.failures().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_no_request_can_survive_stops_the_run_at_once() {
+async fn fatal_replies_stop_run_immediately() {
     let quota = error("You exceeded your current quota", "insufficient_quota");
     let cases = [
         (
@@ -168,7 +168,7 @@ async fn what_no_request_can_survive_stops_the_run_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_endpoint_that_refuses_everything_alike_is_not_asked_for_every_row() {
+async fn identical_refusals_stop_run_after_few_rows() {
     let refusal = reply(400, error("unknown parameter: top_logprobs", ""));
     let server = FaultServer::start(at_first(usize::MAX, refusal)).await;
     let prompts: Vec<_> = (0..50).map(|number| format!("p{number}")).collect();
@@ -185,7 +185,7 @@ async fn an_endpoint_that_refuses_everything_alike_is_not_asked_for_every_row() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_without_end_is_not_read_to_its_end() {
+async fn oversized_body_is_cut_off_and_quarantined() {
     let huge = Reaction::Reply(200, Vec::new(), vec![b' '; 65 << 20]);
     let server = FaultServer::start(at_first(usize::MAX, huge)).await;
     let run = Run::new(&server, &["a"]);
@@ -194,12 +194,12 @@ async fn a_body_without_end_is_not_read_to_its_end() {
         (summary.quarantines["unreadable"], summary.requests),
         (1, 1)
     );
-    // It may have been paid for, and would come again.
+    // The answer may have been paid for, and a retry would return it again.
     assert_eq!(run.harvest().await.requests, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redirect_is_reported_and_not_followed() {
+async fn redirect_is_reported_and_not_followed() {
     let other = FaultServer::start(answer).await;
     let target = format!("{}/chat/completions", other.base_url);
     let server = {
@@ -217,13 +217,13 @@ async fn a_redirect_is_reported_and_not_followed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_address_where_nothing_answers_is_given_up_soon() {
+async fn unreachable_address_is_given_up_after_few_attempts() {
     let server = FaultServer::start(answer).await;
-    // More rows than go out at once: that many failures must not look like an outage to sit out.
+    // More rows than the concurrency: the failures must not be treated as an outage to wait out.
     let prompts: Vec<_> = (0..50).map(|number| format!("p{number}")).collect();
     let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
     let mut run = Run::new(&server, &prompts);
-    // Bound and dropped: nobody else listens there.
+    // Bound and dropped, so that no other process listens there.
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     run.config.teacher.base_url = format!("http://{}/v1", free.local_addr().unwrap());
     drop(free);
@@ -239,7 +239,7 @@ async fn an_address_where_nothing_answers_is_given_up_soon() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outage_gives_up_no_row_and_ends_as_resumable() {
+async fn outage_fails_no_row_and_exits_resumable() {
     let server = FaultServer::start(|seen| match seen.number {
         0 => answer(seen),
         _ => reply(503, json!({})),
@@ -258,7 +258,7 @@ async fn an_outage_gives_up_no_row_and_ends_as_resumable() {
         "{message}"
     );
     assert!(
-        message.contains("503") && message.contains("same command"),
+        message.contains("503") && message.contains("rerun the command"),
         "{message}"
     );
     assert!(
@@ -269,7 +269,7 @@ async fn an_outage_gives_up_no_row_and_ends_as_resumable() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_survive_an_outage_that_passes() {
+async fn rows_survive_a_temporary_outage() {
     let server = FaultServer::start(|seen| match seen.number {
         3..60 => reply(500, json!({})),
         _ => answer(seen),
@@ -286,7 +286,7 @@ async fn rows_survive_an_outage_that_passes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn odd_answers_are_kept_with_what_is_odd_about_them() {
+async fn unusual_answers_are_recorded_with_their_fields() {
     let server = FaultServer::start(|seen| {
         let mut body = completion("X", 20);
         let choice = &mut body["choices"][0];

@@ -1,4 +1,4 @@
-//! Which answers of a cache are trained on: those to the questions of the config.
+//! Groups of answers in a cache: only those that match the config are trained on.
 
 use distill::config::{Config, Groups};
 use distill::data::dataset::{self, Dataset};
@@ -29,14 +29,14 @@ fn kept(config: &Config) -> (u64, Vec<String>) {
     (report.kept, report.groups.lines())
 }
 
-/// Status and message.
+/// Exit code and message.
 fn refused(config: &Config) -> (u8, String) {
     let error = load(config).unwrap_err();
     (Exit::code_of(&error), format!("{error:#}"))
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_to_other_settings_are_left_out_and_mixed_only_by_name() {
+async fn groups_of_other_settings_are_used_only_by_name() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
     run.config.sampling.temperature = Some(1.0);
@@ -45,7 +45,7 @@ async fn answers_to_other_settings_are_left_out_and_mixed_only_by_name() {
     assert_eq!((count, lines.len()), (3, 1), "{lines:?}");
     assert!(lines[0].contains("m at http://localhost"), "{lines:?}");
 
-    // Nothing was harvested with these.
+    // No answer has these settings.
     type Change = fn(&mut Config);
     let changes: [(Change, &str); 3] = [
         (
@@ -83,14 +83,14 @@ async fn answers_to_other_settings_are_left_out_and_mixed_only_by_name() {
     assert_eq!((lines.len(), left_out.len()), (2, 1), "{lines:?}");
     run.config.data.groups = Groups::All;
     assert_eq!(kept(&run.config).0, 6);
-    // By the id that is shown.
+    // Selected by the displayed id.
     let (_, rest) = left_out[0].split_once("group ").unwrap();
     let id = rest.split(' ').next().unwrap();
     run.config.data.groups = Groups::Named(vec![id.into()]);
     assert_eq!(kept(&run.config).0, 3);
     run.config.data.groups = Groups::Named(vec!["m".into()]);
     assert_eq!(kept(&run.config).0, 6);
-    // A typing error beside a right name.
+    // A misspelled name next to a valid one.
     run.config.data.groups = Groups::Named(vec!["m".into(), "gpt".into()]);
     let (status, message) = refused(&run.config);
     assert_eq!(status, 2);
@@ -101,7 +101,7 @@ async fn answers_to_other_settings_are_left_out_and_mixed_only_by_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_to_prompts_that_have_changed_are_left_out() {
+async fn answers_to_changed_prompts_are_left_out() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
     harvested(&mut run).await;
@@ -115,13 +115,13 @@ async fn answers_to_prompts_that_have_changed_are_left_out() {
     );
     harvested(&mut run).await;
     assert_eq!(kept(&run.config).0, 2);
-    // Without its prompts, the rest decides.
+    // Without the prompts, the other settings decide.
     std::fs::remove_file(run.dir.path().join("prompts.txt")).unwrap();
     assert_eq!(kept(&run.config).0, 4);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_cache_of_another_run_is_used_if_it_has_one_group() {
+async fn cache_of_another_run_is_used_if_it_has_one_group() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
     harvested(&mut run).await;
@@ -133,7 +133,7 @@ async fn the_cache_of_another_run_is_used_if_it_has_one_group() {
     config.data.cache = Some(run.config.own_cache());
     config.data.validation_share = 0.0;
     assert_eq!(kept(&config).0, 3);
-    // Prompts of its own teachers decide, however few are shared.
+    // With the same teachers the prompts decide, however few are shared.
     let mut other = run.config.clone();
     other.run_dir = dir.path().join("other");
     other.data.cache = Some(run.config.own_cache());
@@ -155,7 +155,7 @@ async fn the_cache_of_another_run_is_used_if_it_has_one_group() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_of_a_mock_are_used_only_by_name() {
+async fn mock_answers_are_used_only_by_name() {
     let mut night = Night::new("", 5, |config| config.data.validation_share = 0.0);
     night.harvest().await;
     let config = &mut night.run.config;
@@ -168,12 +168,12 @@ async fn answers_of_a_mock_are_used_only_by_name() {
             "{message}"
         );
     }
-    // The name of what it stands for does not select it.
+    // The URL of the teacher does not select the mock's answers.
     config.data.groups = Groups::Named(vec![config.teacher.base_url.clone()]);
     assert!(refused(config).1.contains("no such group"));
     config.data.groups = Groups::Named(vec!["mock".into()]);
     assert_eq!(kept(config).0, 5);
-    // Nor does another endpoint take its answers over.
+    // Another endpoint does not adopt its answers.
     let address = std::mem::replace(&mut config.teacher.base_url, "http://other/v1".into());
     let adopted = distill::plan::adopt::adopt(config).unwrap();
     assert_eq!(
@@ -181,7 +181,7 @@ async fn answers_of_a_mock_are_used_only_by_name() {
         (0, 5, 0)
     );
     config.teacher.base_url = address;
-    // Neither as the only group of another run.
+    // Not even as the only group of another run.
     let dir = tempfile::tempdir().unwrap();
     config.data.cache = Some(config.own_cache());
     config.run_dir = dir.path().join("run");
@@ -191,9 +191,9 @@ async fn answers_of_a_mock_are_used_only_by_name() {
     assert!(matches!(selection, Selection::Config(_)));
 }
 
-/// The harvest takes them for answers, so training does.
+/// Training uses the answers that the harvest counts as cached.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_the_harvest_takes_for_an_answer_is_trained_on() {
+async fn harvested_answers_are_trained_on() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
     harvested(&mut run).await;
@@ -213,7 +213,7 @@ async fn what_the_harvest_takes_for_an_answer_is_trained_on() {
     assert_eq!(kept(config).0, 3, "adopted");
 }
 
-/// A run that trains on truncated answers, and a server that gives no others.
+/// A run that trains on truncated answers, and a server that sends only such answers.
 async fn truncated() -> (FaultServer, Run) {
     let server = FaultServer::start(|seen| {
         let mut body = completion(&format!("answer to {}", seen.prompt()), 0);
@@ -242,9 +242,9 @@ async fn truncated_answers_are_used_until_max_tokens_is_raised() {
     );
 }
 
-/// One answer to each row, though the cache holds several to its question.
+/// One answer per row is used, although the cache has several to the same question.
 #[tokio::test(flavor = "multi_thread")]
-async fn of_several_answers_to_a_row_one_is_trained_on() {
+async fn one_of_several_answers_to_a_row_is_trained_on() {
     let (_server, mut run) = truncated().await;
     for max_tokens in [16, 32] {
         run.config.sampling.max_tokens = max_tokens;

@@ -1,4 +1,4 @@
-//! The same question is the same question: what names a record, and what asks again.
+//! Cache keys: which settings identify a record, and which rows are requested again.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use super::{Run, end, quietly};
 use crate::data::dataset::write_cache;
 use crate::fault_server::{FaultServer, Reaction, Seen, answer, completion, error, reply};
 
-/// Answers as long as they are let be: `long` prompts want 100 tokens.
+/// Answers up to `max_tokens`: `long` prompts need 100 tokens.
 fn teacher(seen: &Seen) -> Reaction {
     let fields = ["max_tokens", "max_completion_tokens"];
     let most = fields.iter().find_map(|name| seen.body[name].as_u64());
@@ -42,7 +42,7 @@ async fn refusing(prompt: &'static str, refusal: Reaction) -> (FaultServer, Arc<
     (server.await, refuses)
 }
 
-/// Second halves of keys, which name questions.
+/// Second halves of the keys, which identify the question.
 fn halves(keys: &[String]) -> Vec<&str> {
     keys.iter().map(|key| &key[32..]).collect()
 }
@@ -64,7 +64,7 @@ async fn again(run: &Run, words: &[&str]) -> anyhow::Result<HarvestSummary> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_raised_max_tokens_asks_only_what_was_cut_off() {
+async fn raised_max_tokens_requests_only_truncated_answers() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &PROMPTS);
     assert_eq!(requests(&run).await, (0, 4));
@@ -85,7 +85,7 @@ async fn a_raised_max_tokens_asks_only_what_was_cut_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_endpoint_is_known_by_its_name_or_by_its_address_however_spelled() {
+async fn endpoint_identity_is_its_name_or_normalised_url() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a", "b"]);
     assert_eq!(requests(&run).await, (0, 2));
@@ -96,7 +96,7 @@ async fn the_endpoint_is_known_by_its_name_or_by_its_address_however_spelled() {
     assert_eq!(requests(&run).await, (2, 0), "it got a name");
     run.write("prompts.txt", "a\nb\nc");
     assert_eq!(requests(&run).await, (2, 1));
-    // By its name it is known wherever it is.
+    // A named endpoint keeps its identity at another URL.
     let moved = FaultServer::start(answer).await;
     run.config.teacher.base_url.clone_from(&moved.base_url);
     let summary = run.harvest().await;
@@ -104,7 +104,7 @@ async fn the_endpoint_is_known_by_its_name_or_by_its_address_however_spelled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_from_another_address_are_told_of_and_adopted() {
+async fn answers_of_another_url_are_reported_and_adopted() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &PROMPTS);
     assert_eq!(requests(&run).await, (0, 4));
@@ -120,7 +120,7 @@ async fn answers_from_another_address_are_told_of_and_adopted() {
     };
     let summary = harvest::run(&run.config, dry.clone()).await.unwrap();
     let estimate = summary.estimate.as_ref().unwrap();
-    // Also those that were cut off: no more tokens are asked for.
+    // Truncated answers too, because `max_tokens` was not raised.
     assert_eq!(estimate.cached.adoptable.values().sum::<u64>(), 4);
     let table = summary.to_table();
     assert!(
@@ -133,7 +133,7 @@ async fn answers_from_another_address_are_told_of_and_adopted() {
     assert_eq!(requests(&run).await, (4, 1));
     run.config.sampling.max_tokens = 100;
     assert_eq!(requests(&run).await, (3, 2));
-    // Of other settings, and of other prompts.
+    // Answers to other settings and other prompts.
     run.config.sampling.temperature = Some(0.5);
     run.write("prompts.txt", "short one\nnew");
     let summary = harvest::run(&run.config, dry).await.unwrap();
@@ -142,7 +142,7 @@ async fn answers_from_another_address_are_told_of_and_adopted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_named_is_asked_again_alone_and_the_old_answer_is_kept() {
+async fn again_requests_only_named_rows_and_keeps_old_answers() {
     let server = FaultServer::start(teacher).await;
     let run = Run::new(&server, &PROMPTS);
     assert_eq!(requests(&run).await, (0, 4));
@@ -163,7 +163,7 @@ async fn what_is_named_is_asked_again_alone_and_the_old_answer_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_with_a_complete_answer_is_not_asked_again_for_its_truncated_one() {
+async fn again_skips_truncated_answer_with_complete_one() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &PROMPTS);
     assert_eq!(requests(&run).await, (0, 4));
@@ -171,7 +171,7 @@ async fn a_row_with_a_complete_answer_is_not_asked_again_for_its_truncated_one()
     run.config.sampling.max_tokens = 100;
     assert_eq!(requests(&run).await, (2, 1));
     run.write("prompts.txt", "short one\nlong one\nshort two\nlong two");
-    // `long one` has its whole answer; `long two` has a truncated one.
+    // `long one` has a complete answer, `long two` a truncated one.
     let dry = HarvestOptions {
         dry_run: true,
         again: vec!["length".into()],
@@ -186,7 +186,7 @@ async fn a_row_with_a_complete_answer_is_not_asked_again_for_its_truncated_one()
     let replaced = std::fs::read_to_string(replaced).unwrap();
     assert_eq!(replaced.lines().count(), 1);
     assert_eq!(run.records().len(), 5);
-    // All of them are whole by now: the same command has nothing left to do.
+    // All answers are complete: a rerun has nothing to do.
     let summary = again(&run, &["length"]).await.unwrap();
     assert_eq!((end(&summary).0, summary.requests), (0, 0));
 }
@@ -213,7 +213,7 @@ async fn again_killed_after_its_last_answer_does_not_start_over() {
     let marker = run.config.run_dir.join("again.json");
     let first = again(&run, &["length"]).await.unwrap();
     assert_eq!((first.requests, marker.exists()), (2, false));
-    // As it was before the run removed it.
+    // The file as it was before the run removed it.
     let keys: Vec<String> = run
         .records()
         .into_iter()
@@ -231,7 +231,7 @@ async fn again_killed_after_its_last_answer_does_not_start_over() {
     assert_eq!(anew.requests, 2, "from the beginning");
 }
 
-/// Killed after the old answers were moved, and before the run was marked as begun.
+/// The run is killed after the old answers were moved, before it is marked as started.
 #[tokio::test(flavor = "multi_thread")]
 async fn again_killed_before_it_is_marked_asks_each_row_once() {
     let refusal = reply(401, error("Incorrect API key provided", "invalid_api_key"));
@@ -266,7 +266,7 @@ async fn adopt_prefers_complete_answers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_asked_again_before_a_stop_is_not_asked_once_more() {
+async fn again_after_a_stop_skips_answered_rows() {
     let refusal = reply(401, error("Incorrect API key provided", "invalid_api_key"));
     let (server, is_locked) = refusing("long two", refusal).await;
     let mut run = Run::new(&server, &PROMPTS);
@@ -278,7 +278,7 @@ async fn what_was_asked_again_before_a_stop_is_not_asked_once_more() {
     let marker = run.config.run_dir.join("again.json");
     assert!(marker.exists());
     is_locked.store(false, Relaxed);
-    // The new answer of `long one` is cut off as well, and stays.
+    // The new answer of `long one` is truncated too, and stays.
     let rest = again(&run, &["length"]).await.unwrap();
     assert_eq!((end(&rest).0, rest.requests, rest.ok), (0, 1, 1));
     assert!(!marker.exists());
@@ -287,7 +287,7 @@ async fn what_was_asked_again_before_a_stop_is_not_asked_once_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_that_were_given_up_are_asked_again_by_name() {
+async fn again_failed_requests_given_up_rows() {
     let broken = Reaction::ShortBody(completion("x", 0).to_string().into_bytes());
     let (server, is_broken) = refusing("bad", broken).await;
     is_broken.store(true, Relaxed);
@@ -323,13 +323,13 @@ fn old(run: &mut Run) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_cache_of_an_earlier_version_stays_valid() {
+async fn cache_of_earlier_version_stays_valid() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &[]);
     old(&mut run);
     assert_eq!(requests(&run).await, (12, 0));
     let before = run.records();
-    // With a new setting its records are of no use until they are adopted.
+    // With a new setting the records are unused until they are adopted.
     run.config.sampling.max_tokens = 40;
     let adopted = distill::plan::adopt::adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.questions), (12, 12));
@@ -349,7 +349,7 @@ async fn the_cache_of_an_earlier_version_stays_valid() {
     };
     assert_eq!(what(&before), what(&after));
     run.config.teacher.base_url.clone_from(&server.base_url);
-    // A mock has given these answers.
+    // These answers come from a mock.
     assert_eq!(distill::plan::adopt::adopt(&run.config).unwrap().records, 0);
     let others = after.into_iter().map(|record| Record {
         fingerprint: "fp_real".into(),
@@ -367,7 +367,7 @@ async fn the_cache_of_an_earlier_version_stays_valid() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_what_this_run_asks_leaves_the_cache_and_a_stopped_one_goes_on() {
+async fn again_removes_only_selected_records_and_resumes() {
     let is_locked = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let locked = std::sync::Arc::clone(&is_locked);
     let server = FaultServer::start(move |seen| {
@@ -381,7 +381,7 @@ async fn only_what_this_run_asks_leaves_the_cache_and_a_stopped_one_goes_on() {
     let mut run = Run::new(&server, &PROMPTS);
     assert_eq!(requests(&run).await, (0, 4));
     let whole = run.records();
-    // Other settings, other prompts, no money, a deadline that has passed: nothing leaves.
+    // Other settings, other prompts, no budget, a passed deadline: no record is removed.
     let good = run.config.clone();
     type Change = fn(&mut distill::config::Config);
     let changes: [(Change, u8); 4] = [
@@ -424,7 +424,7 @@ async fn only_what_this_run_asks_leaves_the_cache_and_a_stopped_one_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_answers_a_question_already_is_not_adopted_by_another_teacher() {
+async fn adopt_skips_answers_of_another_configured_teacher() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a", "b", "c", "d", "e", "f"]);
     let teacher = |name: &str| distill::config::TeacherConfig {

@@ -1,4 +1,4 @@
-//! The limits as the wire sees them, on the paused clock.
+//! Rate limits, measured on the requests as sent, on the paused clock.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -22,18 +22,18 @@ use super::nights::{Night, paused};
 use super::{Run, quietly};
 use crate::fault_server::completion;
 
-/// What left, when, and how large limits would call it.
+/// Times and sizes of the requests sent.
 #[derive(Debug, Clone, Copy)]
 struct Departure {
     at: Instant,
     tokens: u64,
 }
 
-/// A teacher that notes what it is sent, answers after `latency`, and refuses each `refuse`-th
-/// request with a `Retry-After`.
+/// A teacher that records its requests, answers after `latency`, and refuses every `refuse`-th request with a
+/// `Retry-After`.
 struct Watching {
     departures: Mutex<Vec<Departure>>,
-    /// When the gate may open again, as told with each refusal.
+    /// Time at which each `Retry-After` allows the next request.
     closed: Mutex<Vec<(Instant, Instant)>>,
     latency: Duration,
     refuse: usize,
@@ -85,7 +85,7 @@ async fn harvest(run: &Run, transports: Vec<Arc<dyn Transport>>) -> anyhow::Resu
     harvest::run_in(world, &run.config, quietly(), signals).await
 }
 
-/// The most that leaves in any minute.
+/// Largest amount sent in any minute.
 fn busiest_minute(departures: &[Departure], weight: impl Fn(&Departure) -> u64) -> u64 {
     let (mut first, mut sum, mut most) = (0, 0, 0);
     for departure in departures {
@@ -104,7 +104,7 @@ proptest! {
 
     /// Row L1 of the test matrix.
     #[test]
-    fn no_minute_sees_more_than_the_limits_and_nothing_leaves_early(
+    fn minute_limits_and_waits_are_respected(
         requests_per_minute in proptest::option::of(1u32..2_000),
         tokens_per_minute in proptest::option::of(200u32..200_000),
         concurrency in 1usize..100,
@@ -144,18 +144,18 @@ proptest! {
             let most = busiest_minute(&departures, |departure| departure.tokens);
             prop_assert!(most <= limit + (limit / 60).max(largest), "{} of {}", most, limit);
         }
-        for (told, until) in teacher.closed.lock().unwrap().iter() {
+        for (refused_at, until) in teacher.closed.lock().unwrap().iter() {
             let early = departures
                 .iter()
-                .filter(|departure| departure.at > *told && departure.at < *until);
+                .filter(|departure| departure.at > *refused_at && departure.at < *until);
             prop_assert_eq!(early.count(), 0);
         }
     }
 }
 
-/// Row L2: what the limits allow is used.
+/// Row L2: the limits are fully used.
 #[tokio::test(start_paused = true)]
-async fn the_limit_is_used_to_the_last_percent() {
+async fn rate_limit_is_fully_used() {
     for (requests, tokens) in [(3_000, None), (3_000, Some(100_000)), (60, None)] {
         let night = Night::new(
             "[answers]\nlatency_s = 2.0",
@@ -177,9 +177,9 @@ async fn the_limit_is_used_to_the_last_percent() {
     }
 }
 
-/// Limits that the server alone knows are learned from its headers and followed as they change.
+/// Limits that are not in the config are learned from the headers of the server and followed when they change.
 #[tokio::test(start_paused = true)]
-async fn what_the_headers_tell_is_followed_without_a_single_refusal() {
+async fn rate_limit_headers_prevent_refusals() {
     for dialect in ["openai", "groq", "anthropic", "together", "fireworks"] {
         let script = format!(
             r#"
@@ -196,9 +196,9 @@ async fn what_the_headers_tell_is_followed_without_a_single_refusal() {
         assert_eq!(summary.ok, 8_000, "{dialect}");
         let stats = night.mock.stats();
         let refused = stats.throttled as f64 / stats.requests as f64;
-        // When a limit halves, what is on its way is too much.
+        // When a limit halves, the requests in flight exceed it.
         assert!(refused < 0.02, "{dialect}: {refused} {stats:?}");
-        // 600 in the bucket, 600 a minute but for five minutes.
+        // 600 in the bucket, 600 per minute except for five minutes.
         let least = (8_000.0 - 600.0 + 1_500.0) / 600.0 * 60.0;
         assert!(
             stats.seconds < 1.15 * least + 60.0,
@@ -209,7 +209,7 @@ async fn what_the_headers_tell_is_followed_without_a_single_refusal() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn every_kind_of_limit_is_lived_with_unseen() {
+async fn server_limits_without_headers_are_adapted_to() {
     let limits = [
         "window = \"fixed_minute\"\nrequests_per_minute = 300",
         "window = \"sliding_minute\"\nrequests_per_minute = 300",
@@ -236,7 +236,7 @@ async fn every_kind_of_limit_is_lived_with_unseen() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_day_sees_more_than_its_requests_also_over_restarts() {
+async fn daily_limit_holds_over_restarts() {
     let night = Night::new("[answers]\nlatency_s = 1.0", 1_000, |config| {
         config.limits.requests_per_day = Some(300);
         config.limits.concurrency = 10;
@@ -252,7 +252,7 @@ async fn no_day_sees_more_than_its_requests_also_over_restarts() {
         let day = (Instant::now() - begun).as_secs() / 86_400 + 1;
         assert!(night.mock.stats().requests <= 300 * day);
     };
-    // The days in which nothing may leave are no fault of the concurrency.
+    // Waits for the daily limit do not lower the concurrency.
     assert!(summary.seconds > 100_000.0 && summary.used[0].open_s < 10_000.0);
     let stats = night.mock.stats();
     let days = stats.seconds / 86_400.0;
@@ -261,7 +261,7 @@ async fn no_day_sees_more_than_its_requests_also_over_restarts() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_never_fits_fails_alone_and_says_why() {
+async fn request_over_server_limit_fails_with_reason() {
     let script = r#"
         [limits]
         tokens_per_minute = 2000
@@ -284,10 +284,10 @@ async fn a_request_that_never_fits_fails_alone_and_says_why() {
     assert_eq!(Exit::code_of(summary.error.as_ref().unwrap()), 3);
 }
 
-/// A config that was never validated lets nothing out unlimited.
+/// A config that was not validated sends no unlimited requests.
 #[cfg(not(feature = "redis"))]
 #[tokio::test(start_paused = true)]
-async fn a_build_that_cannot_share_limits_asks_nothing_under_shared_ones() {
+async fn shared_limits_without_redis_feature_are_an_error() {
     let night = Night::new("", 3, |config| {
         config.limits.requests_per_minute = Some(60);
         config.limits.shared = Some("redis://localhost".into());
@@ -299,7 +299,7 @@ async fn a_build_that_cannot_share_limits_asks_nothing_under_shared_ones() {
 }
 
 #[test]
-fn teachers_have_limits_of_their_own_and_one_that_stops_leaves_the_others() {
+fn teachers_have_separate_limits_and_stop_separately() {
     let prompts: Vec<_> = (0..400).map(|number| number.to_string()).collect();
     let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
     let mut run = Run::at("http://localhost:1/v1", &prompts);

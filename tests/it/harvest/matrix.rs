@@ -1,5 +1,4 @@
-//! Row F of the test matrix: every fault of a teacher, once, twice and always, at one row among
-//! good ones.
+//! Row F of the test matrix: every fault of a teacher, once, twice and always, at one row among good rows.
 
 use std::collections::BTreeSet;
 
@@ -10,25 +9,25 @@ use distill::mock::script::fault_kind::FaultKind;
 use super::nights::Night;
 use super::{Run, end};
 
-/// What a fault that never ends does.
+/// Effect of a permanent fault.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Always {
-    /// The answer is kept, fault and all.
+    /// The answer is kept with its fault.
     Kept,
-    /// It is kept, and not to be trained on.
+    /// The answer is quarantined.
     Quarantined,
-    /// The row fails under this name, after so many attempts.
+    /// The row fails with this class after this number of attempts.
     Fails(&'static str, u64),
-    /// The run stops where nothing was ever answered. Amid answers the row fails under this name, or is asked
-    /// a few times more before the run ends as resumable.
+    /// The run stops if nothing was answered before. Between answers, the row fails with this class, or is tried a few
+    /// times more before the run exits as resumable.
     Stops(Amid),
-    /// The row fails once it is all that is left, after several waits.
+    /// The row fails once it is the last one, after several waits.
     Throttled,
-    /// The run waits as long as it is told to, and ends as resumable when nothing else is left.
+    /// The run waits as requested, and exits as resumable when no other row is left.
     Waits,
 }
 
-/// What a reply that says that no request can succeed does amid answers.
+/// Effect between answers of a claim that no request can succeed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Amid {
     Fails(&'static str),
@@ -37,7 +36,7 @@ pub enum Amid {
 
 use Always::{Fails, Kept, Quarantined, Stops, Throttled, Waits};
 
-/// The fault as the script spells it, and what it leads to.
+/// Name of each fault in the script, and its effect.
 pub const FAULTS: [(&str, Always); 56] = [
     ("kind = \"http 429\"\nretry_after = \"none\"", Throttled),
     (
@@ -132,20 +131,20 @@ fn night(fault: &str, when: &str) -> Night {
 }
 
 #[tokio::test(start_paused = true)]
-async fn once_or_twice_costs_attempts_and_always_costs_the_row_at_most() {
+async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
     for (fault, always) in FAULTS {
         for (times, when) in [(1, "first = 1"), (2, "first = 2")] {
             let night = night(fault, when);
             let summary = night.harvest().await;
-            let told = format!("{times} x {fault}: {summary:?}");
+            let context = format!("{times} x {fault}: {summary:?}");
             match always {
                 Stops(Amid::Fails(_)) | Fails(_, 1) => {
-                    assert_eq!((summary.ok, summary.failed), (3, 1), "{told}");
+                    assert_eq!((summary.ok, summary.failed), (3, 1), "{context}");
                 }
-                Kept | Quarantined => assert_eq!(summary.requests, 4, "{told}"),
+                Kept | Quarantined => assert_eq!(summary.requests, 4, "{context}"),
                 Stops(..) | Fails(..) | Throttled | Waits => {
-                    assert_eq!((summary.ok, end(&summary).0), (4, 0), "{told}");
-                    assert_eq!(summary.requests, 4 + times, "{told}");
+                    assert_eq!((summary.ok, end(&summary).0), (4, 0), "{context}");
+                    assert_eq!(summary.requests, 4 + times, "{context}");
                 }
             }
         }
@@ -153,46 +152,46 @@ async fn once_or_twice_costs_attempts_and_always_costs_the_row_at_most() {
         let night = night(fault, "");
         let summary = night.harvest().await;
         let (code, _) = end(&summary);
-        let told = format!("always {fault}: {summary:?}");
+        let context = format!("always {fault}: {summary:?}");
         match always {
-            Kept => assert_eq!((summary.ok, code), (4, 0), "{told}"),
-            Quarantined => assert_eq!((summary.ok, summary.quarantined), (3, 1), "{told}"),
+            Kept => assert_eq!((summary.ok, code), (4, 0), "{context}"),
+            Quarantined => assert_eq!((summary.ok, summary.quarantined), (3, 1), "{context}"),
             Fails(class, attempts) => {
-                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{told}");
-                assert_eq!(summary.failures.get(class), Some(&1), "{told}");
-                assert_eq!(summary.requests, 3 + attempts, "{told}");
+                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{context}");
+                assert_eq!(summary.failures.get(class), Some(&1), "{context}");
+                assert_eq!(summary.requests, 3 + attempts, "{context}");
             }
             Stops(Amid::Fails(class)) => {
-                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{told}");
-                assert_eq!(summary.failures.get(class), Some(&1), "{told}");
-                assert_eq!(summary.requests, 4, "{told}");
+                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{context}");
+                assert_eq!(summary.failures.get(class), Some(&1), "{context}");
+                assert_eq!(summary.requests, 4, "{context}");
             }
             Stops(Amid::Waits) => {
-                assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{told}");
-                // Up to two more for each answer that came in between.
-                assert!((8..=11).contains(&summary.requests), "{told}");
+                assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{context}");
+                // Up to two more attempts for each answer in between.
+                assert!((8..=11).contains(&summary.requests), "{context}");
             }
             Throttled => {
-                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{told}");
-                assert_eq!(summary.failures.get("throttled"), Some(&1), "{told}");
-                assert!((11..=14).contains(&summary.requests), "{told}");
+                assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{context}");
+                assert_eq!(summary.failures.get("throttled"), Some(&1), "{context}");
+                assert!((11..=14).contains(&summary.requests), "{context}");
             }
             Waits => {
-                assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{told}");
-                assert!(summary.requests < 200, "{told}");
+                assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{context}");
+                assert!(summary.requests < 200, "{context}");
             }
         }
         let stats = night.mock.stats();
         assert!(
             stats.bodies_by_times_billed.keys().all(|times| *times <= 6),
-            "{told}"
+            "{context}"
         );
     }
 }
 
-/// What the mock can do and the table does not hold is shown in tests of its own.
+/// Faults of the mock that are not in the table have tests of their own.
 #[test]
-fn no_fault_is_forgotten() {
+fn fault_matrix_covers_every_fault() {
     let elsewhere = [
         "huge body",
         "logprobs fewer",
@@ -214,7 +213,7 @@ fn no_fault_is_forgotten() {
 
 /// Below HTTP, over real TCP: each of these costs one attempt.
 #[tokio::test(flavor = "multi_thread")]
-async fn on_the_wire_it_is_the_same() {
+async fn fault_matrix_over_tcp_matches_simulation() {
     let faults = [
         "reset",
         "stall",
@@ -239,21 +238,21 @@ async fn on_the_wire_it_is_the_same() {
         run.config.teacher.model = "mock".into();
         run.config.teacher.timeout_s = 0.3;
         let summary = run.harvest().await;
-        let told = format!("{kind}: {summary:?}");
+        let context = format!("{kind}: {summary:?}");
         match kind {
-            // 64 MiB of answer are never asked for again.
-            "huge body" => assert_eq!((summary.ok, summary.quarantined), (2, 1), "{told}"),
-            // All of the answer has come.
-            "unfinished chunks" => assert_eq!((summary.ok, summary.requests), (3, 3), "{told}"),
-            _ => assert_eq!((summary.ok, summary.requests), (3, 4), "{told}"),
+            // An answer of 64 MiB is not requested again.
+            "huge body" => assert_eq!((summary.ok, summary.quarantined), (2, 1), "{context}"),
+            // The answer is complete.
+            "unfinished chunks" => assert_eq!((summary.ok, summary.requests), (3, 3), "{context}"),
+            _ => assert_eq!((summary.ok, summary.requests), (3, 4), "{context}"),
         }
         let stats = server.stop();
-        assert_eq!(stats.faults.values().sum::<u64>(), 1, "{told}");
+        assert_eq!(stats.faults.values().sum::<u64>(), 1, "{context}");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn broken_logprobs_cost_no_answer_and_are_counted() {
+async fn broken_logprobs_are_counted_and_answer_is_kept() {
     for (kind, without) in [
         ("logprobs null", 1),
         ("logprobs fewer", 1),
@@ -286,9 +285,9 @@ async fn broken_logprobs_cost_no_answer_and_are_counted() {
     }
 }
 
-/// Answers that are cut off or refused have been paid for: nobody buys them twice.
+/// Truncated and refused answers have been paid for and are not bought again.
 #[tokio::test(start_paused = true)]
-async fn nothing_that_was_answered_is_bought_again() {
+async fn answered_rows_are_not_requested_again() {
     for kind in ["length", "refusal", "content_filter", "null content"] {
         let night = night(&format!("kind = \"{kind}\""), "");
         night.harvest().await;

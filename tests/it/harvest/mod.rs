@@ -34,7 +34,7 @@ use tokio::sync::mpsc::unbounded_channel;
 
 use crate::fault_server::{FaultServer, Reaction, Seen, answer};
 
-/// A run folder with a config that points at `server`, quick to retry and without a key.
+/// A run folder with a config for a test server, with short retries and without a key.
 pub struct Run {
     pub dir: TempDir,
     pub config: Config,
@@ -56,7 +56,7 @@ impl Run {
         config.teacher.api_key_env = String::new();
         config.prompts.source = dir.path().join("prompts.txt");
         config.sampling.max_tokens = 16;
-        // Those servers send none.
+        // The fault server sends no logprobs.
         config.harvest.on_missing_logprobs = OnMissingLogprobs::Warn;
         config.retry.base_s = 0.002;
         config.retry.max_s = 0.02;
@@ -116,7 +116,7 @@ impl Run {
     }
 }
 
-/// Without progress.
+/// Options without progress output.
 pub fn quietly() -> HarvestOptions {
     HarvestOptions {
         quiet: true,
@@ -124,7 +124,7 @@ pub fn quietly() -> HarvestOptions {
     }
 }
 
-/// Every row has ended in one way.
+/// Checks that every row has exactly one outcome.
 #[track_caller]
 pub fn assert_adds_up(summary: &HarvestSummary) {
     let parts = [
@@ -137,7 +137,7 @@ pub fn assert_adds_up(summary: &HarvestSummary) {
     assert_eq!(parts.iter().sum::<u64>(), summary.total, "{summary:?}");
 }
 
-/// The exit status and the message that the process would end with.
+/// Returns the exit code and the message of a run.
 pub fn end(summary: &HarvestSummary) -> (u8, String) {
     match &summary.error {
         Some(error) => (Exit::code_of(error), format!("{error:#}")),
@@ -145,15 +145,18 @@ pub fn end(summary: &HarvestSummary) -> (u8, String) {
     }
 }
 
-/// How many rows were answered and how many failed, and the exit status.
+/// Returns the number of answered rows, of failed rows, and the exit code.
 pub fn outcome(summary: &HarvestSummary) -> (u64, u64, u8) {
     (summary.ok, summary.failed, end(summary).0)
 }
 
-/// Answers after the first `times` requests for each body, which get `fault`.
+/// Sends `fault` for the first `times` requests of each body, then answers.
 pub fn at_first(times: usize, fault: Reaction) -> impl Fn(&Seen) -> Reaction {
-    move |seen| match seen.repeat < times {
-        true => fault.clone(),
-        false => answer(seen),
+    move |seen| {
+        if seen.repeat < times {
+            fault.clone()
+        } else {
+            answer(seen)
+        }
     }
 }

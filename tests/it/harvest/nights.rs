@@ -1,5 +1,5 @@
-//! Whole nights against a scripted teacher, on the paused clock: everything goes wrong, the process
-//! is killed now and then, and in the morning every promise holds.
+//! Simulated runs of a night against a scripted teacher, on the paused clock, with faults and kills. All invariants
+//! must hold at the end.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{Run, assert_adds_up, quietly};
 
-/// A scripted teacher in the place of the network.
+/// A scripted teacher that replaces the network.
 pub struct Simulated {
     pub mock: Arc<Mock>,
     pub timeout: Duration,
@@ -73,7 +73,7 @@ pub fn whole(reply: distill::mock::response::HttpReply) -> HttpReply {
     HttpReply::whole(reply.status, headers, reply.body)
 }
 
-/// A night under way: the run folder, the teacher, and the wall clock, which goes with tokio's.
+/// A simulated night: the run folder, the teacher, and a wall clock that follows tokio's clock.
 pub struct Night {
     pub run: Run,
     pub mock: Arc<Mock>,
@@ -108,8 +108,7 @@ impl Night {
         }
     }
 
-    /// Runs until the harvest ends, or until it is killed after `life`: as by `kill -9`, nothing of
-    /// it runs on. None: it was killed.
+    /// Runs until the harvest ends, or drops it after `life`, like `kill -9`. Returns None if it was killed.
     pub async fn harvest_for(&self, life: Option<Duration>) -> Option<HarvestSummary> {
         let (_sender, receiver) = unbounded_channel();
         self.harvest_over(self.teacher(), life, receiver)
@@ -117,7 +116,7 @@ impl Night {
             .unwrap()
     }
 
-    /// As [`Night::harvest_for`], by another way to the teacher.
+    /// Runs like [`Night::harvest_for`], with another transport.
     pub async fn harvest_over(
         &self,
         transport: impl Transport + 'static,
@@ -153,13 +152,13 @@ impl Night {
         self.harvest_for(None).await.unwrap()
     }
 
-    /// Answers billed beyond one for each row.
+    /// Number of answers billed in excess of one per row.
     pub fn bought_twice(&self, stats: &MockStats) -> u64 {
         stats.billed.answers - self.run.records().len() as u64
     }
 }
 
-/// What a night did, over all its lives.
+/// Totals of a night, over all its processes.
 #[derive(Debug, Default)]
 struct Totals {
     requests: u64,
@@ -236,46 +235,49 @@ async fn night(seed: u64) {
         totals.requests += summary.requests;
         totals.turns += summary.turns;
         totals.lost += summary.attempts_lost;
-        // Six faults in a row meet one row in a few nights: the same command asks it again.
+        // In some nights one row meets six faults: rerun the command for it.
         if summary.pending + summary.failed == 0 || totals.lives > 200 {
             break summary;
         }
     };
     let stats = night.mock.stats();
-    let told = format!("seed {seed}: {totals:?} {last:?} {stats:?}");
+    let context = format!("seed {seed}: {totals:?} {last:?} {stats:?}");
 
-    // Every row has an answer, and one only.
+    // Every row has exactly one answer.
     let records = night.run.records();
     let mut ids: Vec<_> = records.iter().map(|record| &record.prompt_id).collect();
     ids.sort();
     ids.dedup();
-    assert_eq!((ids.len(), records.len()), (prompts, prompts), "{told}");
-    // What was bought twice was in flight at a kill, or lost on the way.
+    assert_eq!((ids.len(), records.len()), (prompts, prompts), "{context}");
+    // Only answers in flight at a kill, or lost by the network, are bought twice.
     let twice = night.bought_twice(&stats);
     assert!(
         twice <= totals.kills * concurrency + stats.faults.values().sum::<u64>(),
-        "{told}"
+        "{context}"
     );
-    // The bill is within the budget, and within what the tool said.
+    // The bill is within the budget and within the reported cost.
     let bill =
         (stats.billed.prompt_tokens as f64 + 4.0 * stats.billed.completion_tokens as f64) / 1e6;
     let said = last.run_folder_usd.unwrap();
-    assert!(bill <= said + 1e-9 && said <= 50.0, "{bill} {said} {told}");
-    // The limit holds, retries included; what the server told is followed closely.
+    assert!(
+        bill <= said + 1e-9 && said <= 50.0,
+        "{bill} {said} {context}"
+    );
+    // The configured limit holds, retries included, and limits reported by the server are followed.
     let is_paced = night.run.config.limits.requests_per_minute.is_some();
     if is_paced {
         let burst = u64::from(requests_per_minute.div_ceil(60)) + totals.lives;
         assert!(
             stats.most_requests_in_a_minute <= u64::from(requests_per_minute) + burst,
-            "{told}"
+            "{context}"
         );
     }
     let wasted = stats.requests - records.len() as u64;
-    assert!(wasted * 5 <= stats.requests, "{wasted} retries: {told}");
-    // Nobody spins: the dispatcher turns for a request, a reply or a second.
+    assert!(wasted * 5 <= stats.requests, "{wasted} retries: {context}");
+    // No busy loop: the dispatcher iterates once per request, reply or second.
     assert!(
         totals.turns <= 4 * totals.requests + 2 * 24 * 3_600,
-        "{told}"
+        "{context}"
     );
     println!(
         "seed {seed}: {} rows, 0 lost, {twice} bought twice over {} kills, {:.1} % retries, \
@@ -286,13 +288,13 @@ async fn night(seed: u64) {
     );
 }
 
-/// `DISTILL_NIGHTS=2000 cargo test nights` lives through more of them.
+/// `DISTILL_NIGHTS=2000 cargo test nights` simulates more nights.
 #[test]
-fn in_the_morning_every_promise_holds() {
+fn simulated_nights_keep_all_invariants() {
     on_paused_clocks(5, night);
 }
 
-/// Lives through a night for each seed: `usually` so many, or as many as `DISTILL_NIGHTS` says.
+/// Simulates one night per seed: `DISTILL_NIGHTS` seeds, or `usually` if it is unset.
 pub fn on_paused_clocks(usually: u64, night: impl AsyncFn(u64)) {
     let nights = std::env::var("DISTILL_NIGHTS");
     for seed in 0..nights.map_or(usually, |nights| nights.parse().unwrap()) {
@@ -309,7 +311,7 @@ pub fn paused() -> tokio::runtime::Runtime {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_leaves_outside_the_window_and_the_deadline_ends_the_run() {
+async fn requests_stay_in_window_and_deadline_ends_run() {
     let night = Night::new("[answers]\nlatency_s = 1.0", 10_000, |config| {
         config.limits.requests_per_minute = Some(10);
         config.schedule.window = Some("22:00-02:00".into());
@@ -318,7 +320,7 @@ async fn nothing_leaves_outside_the_window_and_the_deadline_ends_the_run() {
     let summary = night.harvest().await;
     let error = summary.error.as_ref().unwrap();
     assert_eq!(distill::exit::Exit::code_of(error), 4, "{error:#}");
-    // Four hours in each of two nights, and one of the third.
+    // Four hours in each of two nights, and one hour of the third.
     assert!((5_390..=5_410).contains(&summary.ok), "{summary:?}");
     for record in night.run.records() {
         let hour: u32 = record.timing.sent_at[11..13].parse().unwrap();
@@ -335,7 +337,7 @@ async fn nothing_leaves_outside_the_window_and_the_deadline_ends_the_run() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_wall_clock_may_jump_by_a_day_both_ways() {
+async fn wall_clock_jumps_of_a_day_are_survived() {
     for jump in [-86_400, 86_400] {
         let mut night = Night::new("[answers]\nlatency_s = 1.0", 3_000, |config| {
             config.limits.requests_per_minute = Some(20);
@@ -358,7 +360,7 @@ async fn the_wall_clock_may_jump_by_a_day_both_ways() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_budget_is_never_exceeded_whatever_fails() {
+async fn budget_is_never_exceeded_under_faults() {
     let script = r#"
         [answers]
         tokens = 100

@@ -1,4 +1,4 @@
-//! `distill probe` against mock teachers with different capabilities, and the effect of its findings on `harvest`.
+//! `distill probe` against different teachers, and the use of its findings by `harvest`.
 
 use distill::config::MaxTokensField;
 use distill::exit::Exit;
@@ -24,7 +24,7 @@ async fn probe(run: &Run) -> ProbedEndpoint {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn probe_records_all_capabilities_of_a_teacher() {
+async fn probe_detects_all_features() {
     let (_server, run) = teacher(
         "[answers]\ntoken = \"bytes\"\n[limits]\nrequests_per_minute = 6000\ntokens_per_minute = 60000",
     );
@@ -47,14 +47,14 @@ async fn probe_records_all_capabilities_of_a_teacher() {
         found.error_shape
     );
 
-    // Each record contains the hash of the findings.
+    // Each carry the findings about the findings.
     run.harvest().await;
     let hash = found.hash().unwrap();
     assert!(run.records().iter().all(|record| record.probe == hash));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tempered_logprobs_are_detected_and_refused_at_other_temperatures() {
+async fn probe_detects_tempered_logprobs() {
     let (server, mut run) = teacher("[answers]\ntempered = true\ntop_logprobs = 5");
     let found = probe(&run).await;
     assert_eq!(found.logprobs.kind, LogprobsKind::Tempered);
@@ -80,7 +80,7 @@ async fn tempered_logprobs_are_detected_and_refused_at_other_temperatures() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refused_parameters_are_found_one_by_one() {
+async fn probe_detects_refused_parameters() {
     let (_server, mut run) = teacher(
         "[answers]\nrefuse_parameters = [\"logprobs\", \"seed\", \"temperature\"]\n\
          max_tokens_field = \"max_tokens\"\nreasoning_tokens = 8",
@@ -95,14 +95,14 @@ async fn refused_parameters_are_found_one_by_one() {
     let refused: Vec<_> = found.refused.keys().map(String::as_str).collect();
     assert_eq!(refused, ["logprobs", "seed", "temperature"]);
 
-    // A config without these parameters is accepted.
+    // A config without the refused features works.
     run.config.sampling.reasoning = true;
     run.config.sampling.max_tokens_field = MaxTokensField::MaxTokens;
     assert_eq!(run.harvest().await.ok, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn probe_of_unreachable_endpoint_or_with_wrong_key_is_an_error() {
+async fn probe_of_unreachable_endpoint_or_wrong_key_is_an_error() {
     let (server, mut run) = teacher("key = \"sk-right\"");
     let error = distill::harvest::probe(&run.config).await.unwrap_err();
     assert!(error.to_string().contains("requires a key"), "{error}");

@@ -1,4 +1,4 @@
-//! Endpoints that want more than a key in the usual place.
+//! Endpoints with custom headers, query parameters, key headers and expiring keys.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ fn table(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn headers_query_and_the_keys_own_header_are_sent_with_each_request() {
+async fn custom_headers_query_and_key_header_are_sent() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a", "b"]);
     let teacher = &mut run.config.teacher;
@@ -41,10 +41,10 @@ async fn headers_query_and_the_keys_own_header_are_sent_with_each_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_expires_in_the_night_is_renewed_and_costs_no_attempt() {
+async fn expired_key_is_renewed_without_an_attempt() {
     let dir = tempfile::tempdir().unwrap();
     let count = dir.path().join("count");
-    // Each key is good for ten answers.
+    // Each key is valid for ten answers.
     let used = std::sync::Mutex::new(BTreeMap::<String, u32>::new());
     let server = FaultServer::start(move |seen| {
         let key = seen.header("authorization").unwrap().to_string();
@@ -84,10 +84,10 @@ async fn a_key_that_expires_in_the_night_is_renewed_and_costs_no_attempt() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_stays_wrong_ends_the_run_after_a_few_tries() {
+async fn wrong_renewed_key_ends_run_after_few_tries() {
     let server = FaultServer::start(|_| reply(401, error("no", "invalid_api_key"))).await;
     let mut run = Run::new(&server, &["a", "b", "c"]);
-    // A new one each time.
+    // A new key each time.
     run.config.teacher.api_key_command = Some("date +%s%N".into());
     let summary = run.harvest().await;
     let (code, message) = end(&summary);

@@ -1,4 +1,4 @@
-//! Replies with flaws: whatever holds an answer is kept, once.
+//! Malformed replies: every answer in them is kept, once.
 
 use std::io::Write;
 
@@ -8,10 +8,9 @@ use serde_json::{Value, json};
 use super::{Run, end};
 use crate::fault_server::{FaultServer, Reaction, completion, reply};
 
-/// Harvests two prompts from a server that answers each with this reply. Every one is to be answered at the
-/// first attempt.
+/// Harvests two prompts from a server that sends this reply. Both must be answered at the first attempt.
 async fn records(reaction: Reaction) -> Vec<Record> {
-    let told = format!("{reaction:?}")
+    let context = format!("{reaction:?}")
         .chars()
         .take(200)
         .collect::<String>();
@@ -21,10 +20,10 @@ async fn records(reaction: Reaction) -> Vec<Record> {
     assert_eq!(
         (end(&summary).0, summary.requests),
         (0, 2),
-        "{told}: {summary:?}"
+        "{context}: {summary:?}"
     );
     let records = run.records();
-    assert_eq!(records.len(), 2, "{told}");
+    assert_eq!(records.len(), 2, "{context}");
     records
 }
 
@@ -44,7 +43,7 @@ fn gzip(text: &str) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn flaws_of_encoding_and_json_cost_no_answer() {
+async fn encoding_and_json_errors_are_repaired() {
     let good = good();
     let with = |field: &str| format!("{},{field}}}", &good[..good.len() - 1]);
     let label = |label: &str| vec![("content-encoding", label.to_owned())];
@@ -70,7 +69,7 @@ async fn flaws_of_encoding_and_json_cost_no_answer() {
         raw(vec![], gzip(&good)),
         raw(label("gzip"), good.clone()),
         raw(label("zstd"), zstd),
-        // Whole, and then the connection breaks.
+        // The body is complete, then the connection breaks.
         Reaction::UnfinishedChunks(good.into_bytes()),
     ];
     for reaction in reactions {
@@ -86,7 +85,7 @@ async fn flaws_of_encoding_and_json_cost_no_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn compression_is_asked_for() {
+async fn request_accepts_compressed_replies() {
     let server = FaultServer::start(|_| reply(200, completion("hi", 0))).await;
     Run::new(&server, &["a"]).harvest().await;
     let accepted = server.seen()[0]
@@ -99,7 +98,7 @@ async fn compression_is_asked_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn half_characters_become_the_replacement_character() {
+async fn truncated_utf8_becomes_replacement_character() {
     let spelled = |text: &[u8]| {
         let body = completion("hi", 0).to_string().into_bytes();
         let at = memchr::memmem::find(&body, b"\"hi\"").unwrap() + 1;
@@ -120,7 +119,7 @@ async fn half_characters_become_the_replacement_character() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn parts_of_an_answer_are_told_apart_and_what_is_not_understood_is_kept() {
+async fn answer_fields_are_parsed_and_unknown_fields_kept() {
     let of = async |content: Value| {
         let mut body = completion("x", 0);
         body["choices"][0]["message"]["content"] = content;
@@ -163,7 +162,7 @@ async fn parts_of_an_answer_are_told_apart_and_what_is_not_understood_is_kept() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tool_calls_are_kept_whole() {
+async fn tool_calls_are_kept_unchanged() {
     let calls = json!([{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}}]);
     let mut body = completion("", 0);
     body["choices"][0]["message"] =
@@ -180,7 +179,7 @@ async fn tool_calls_are_kept_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_paid_for_without_an_answer_is_one_quarantined_record() {
+async fn paid_empty_answer_is_quarantined_once() {
     let usage = json!({"prompt_tokens": 12, "completion_tokens": 0, "total_tokens": 12});
     let cases = [
         (
@@ -212,7 +211,7 @@ async fn what_was_paid_for_without_an_answer_is_one_quarantined_record() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_read_is_kept_as_it_came_and_not_bought_again() {
+async fn unreadable_body_is_saved_and_not_requested_again() {
     let cases = [
         raw(
             vec![],
@@ -249,8 +248,8 @@ async fn what_cannot_be_read_is_kept_as_it_came_and_not_bought_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_row_is_bought_as_often_as_it_may_be_reruns_included() {
-    // A page in the place of an answer may have been billed, or not.
+async fn possibly_billed_attempts_are_limited_across_runs() {
+    // An HTML page in place of an answer may have been billed.
     let page = raw(vec![], "<html><title>Sign in</title></html>");
     let server = FaultServer::start(move |seen| match seen.prompt() {
         "a" => page.clone(),
@@ -282,7 +281,7 @@ async fn a_row_is_bought_as_often_as_it_may_be_reruns_included() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sixteen_large_answers_at_once_are_read_two_at_a_time() {
+async fn large_answers_are_read_two_at_a_time() {
     let mut body = completion("x", 0);
     body["choices"][0]["message"]["content"] = "z".repeat(6 << 20).into();
     let reaction = reply(200, body);

@@ -1,4 +1,4 @@
-//! What is asked, recorded, limited and shown.
+//! Requests, records, limits and output of plain runs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -65,7 +65,7 @@ async fn answers_are_recorded_once_with_their_logprobs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_what_changed_is_asked_again() {
+async fn only_changed_rows_are_requested_again() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &[]);
     run.config.prompts.source = run.dir.path().join("rows.jsonl");
@@ -112,7 +112,7 @@ async fn only_what_changed_is_asked_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn samples_of_a_prompt_differ_by_their_seed() {
+async fn samples_of_a_prompt_have_different_seeds() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a"]);
     run.config.prompts.samples = 3;
@@ -131,7 +131,7 @@ async fn samples_of_a_prompt_differ_by_their_seed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_larger_than_the_limit_is_an_error_before_anything_is_sent() {
+async fn request_over_limit_is_an_error_before_sending() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a"]);
     run.config.limits.tokens_per_minute = Some(50);
@@ -152,7 +152,7 @@ async fn a_request_larger_than_the_limit_is_an_error_before_anything_is_sent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_more_requests_are_in_flight_than_allowed() {
+async fn concurrency_limit_is_respected() {
     let server = FaultServer::start(|seen| {
         Reaction::After(Duration::from_millis(20), Box::new(answer(seen)))
     })
@@ -175,7 +175,7 @@ async fn no_more_requests_are_in_flight_than_allowed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_first_signal_drains_and_the_second_stops_at_once() {
+async fn first_signal_drains_and_second_stops_immediately() {
     let server = FaultServer::start(|seen| match seen.prompt() {
         "never" => Reaction::Stall,
         _ => Reaction::After(Duration::from_millis(100), Box::new(answer(seen))),
@@ -198,7 +198,7 @@ async fn the_first_signal_drains_and_the_second_stops_at_once() {
 
     let mut run = Run::new(&server, &["a", "b", "c", "d", "e"]);
     run.config.limits.concurrency = 2;
-    // The first one goes alone.
+    // The first request is sent alone.
     let drained = signal(&run, &[2], 3).await;
     assert_eq!((end(&drained).0, drained.ok, drained.pending), (130, 3, 2));
     assert_eq!(run.records().len(), 3);
@@ -211,14 +211,14 @@ async fn the_first_signal_drains_and_the_second_stops_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dry_run_sends_and_writes_nothing() {
+async fn dry_run_sends_and_writes_nothing() {
     let server = FaultServer::start(answer).await;
     let run = Run::new(&server, &["a", "b", "c"]);
     let options = HarvestOptions {
         dry_run: true,
         ..HarvestOptions::default()
     };
-    // All that the night would refuse is refused by now.
+    // A dry run reports every error of a run.
     type Change = fn(&mut distill::config::Config);
     let changes: [(Change, &str); 6] = [
         (
@@ -263,7 +263,7 @@ async fn a_dry_run_sends_and_writes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dry_run_tells_what_is_left_of_the_budget_and_what_is_waited_for() {
+async fn dry_run_shows_remaining_budget_and_waits() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a", "b", "c"]);
     let price = &mut run.config.price;
@@ -277,7 +277,7 @@ async fn a_dry_run_tells_what_is_left_of_the_budget_and_what_is_waited_for() {
         .map(|number| format!("prompt {number}\n"))
         .collect();
     run.write("prompts.txt", &prompts);
-    // Enough for one request, and not for a hundred.
+    // Enough for one request, but not for a hundred.
     run.config.budget.usd = Some(0.0002);
     let hour = |hours: i64| {
         let zoned = jiff::Zoned::now().in_tz("UTC").unwrap();
@@ -297,13 +297,13 @@ async fn a_dry_run_tells_what_is_left_of_the_budget_and_what_is_waited_for() {
     let table = summary.to_table();
     for part in [
         "are spent",
-        "the run may stop before its end",
+        "the run may stop early",
         "outside the window",
         "`limits.requests_per_day` of",
     ] {
         assert!(table.contains(part), "{part} is not in: {table}");
     }
-    // Enough for each request, and not beside what is spent.
+    // Enough for one request alone, but not in addition to the amount spent.
     let mut micros = 100..;
     let summary = loop {
         run.config.budget.usd = micros.next().map(|micros| f64::from(micros) / 1e6);
@@ -316,12 +316,12 @@ async fn a_dry_run_tells_what_is_left_of_the_budget_and_what_is_waited_for() {
     assert_eq!(std::fs::read(&ledger).unwrap(), before);
 }
 
-/// A key for [`the_key_is_sent_and_appears_nowhere_else`], as the environment of a test cannot be
-/// set without `unsafe`: PATH is always set, and long enough.
+/// Key of [`api_key_is_sent_and_never_shown_or_stored`]. The environment of a test cannot be set without `unsafe`, and
+/// PATH is always set and long enough.
 const KEY_VARIABLE: &str = "PATH";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_key_is_sent_and_appears_nowhere_else() {
+async fn api_key_is_sent_and_never_shown_or_stored() {
     let key = std::env::var(KEY_VARIABLE).unwrap();
     let echo = |seen: &Seen| seen.header("authorization").unwrap()["Bearer ".len()..].to_string();
     let server = FaultServer::start(move |seen| match seen.prompt() {
@@ -361,16 +361,17 @@ fn files(dir: &Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => found.extend(files(&path)),
-            false => found.push(path),
+        if path.is_dir() {
+            found.extend(files(&path))
+        } else {
+            found.push(path)
         }
     }
     found
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_are_held_to_a_schema_and_what_fails_is_kept_and_counted() {
+async fn schema_violations_are_quarantined_and_counted() {
     let server = FaultServer::start(|seen| match seen.prompt() {
         "good" => reply(200, completion("{\"n\": 1}", 0)),
         "wrong" => reply(200, completion("{\"n\": \"one\"}", 0)),
@@ -394,7 +395,7 @@ async fn answers_are_held_to_a_schema_and_what_fails_is_kept_and_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_budget_needs_prices_and_room_for_one_request() {
+async fn budget_needs_prices_and_covers_one_request() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a", "b"]);
     run.config.budget.usd = Some(1.0);

@@ -1,4 +1,4 @@
-//! Endpoints with a certificate authority of their own, and those that ask for a client certificate.
+//! Endpoints with a private certificate authority, and endpoints that require a client certificate.
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
@@ -19,7 +19,7 @@ fn golden(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// A server that answers each request with `hi`, once the handshake is good. Returns its base URL.
+/// Starts a server that answers `hi` after a successful handshake. Returns its base URL.
 fn serve(wants_client_certificate: bool) -> String {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut roots = RootCertStore::empty();
@@ -44,7 +44,7 @@ fn serve(wants_client_certificate: bool) -> String {
             let connection = ServerConnection::new(Arc::clone(&config)).unwrap();
             let mut stream = StreamOwned::new(connection, socket.unwrap());
             let mut request = vec![0; 1 << 16];
-            // A failed handshake is what some of the tests are about.
+            // Some tests expect a failed handshake.
             let Ok(1..) = stream.read(&mut request) else {
                 continue;
             };
@@ -62,7 +62,7 @@ fn serve(wants_client_certificate: bool) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_certificate_authority_is_named_with_the_setting_that_trusts_it() {
+async fn unknown_certificate_authority_error_names_ca_file() {
     let base_url = serve(false);
     let mut run = Run::at(&base_url, &["a"]);
     run.config.retry.max_attempts = 2;
@@ -76,14 +76,14 @@ async fn an_unknown_certificate_authority_is_named_with_the_setting_that_trusts_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_certificate_is_presented() {
+async fn client_certificate_is_presented() {
     let base_url = serve(true);
     let mut run = Run::at(&base_url, &["a"]);
     run.config.teacher.ca_file = Some(golden("ca.pem"));
     run.config.retry.max_attempts = 2;
     let summary = run.harvest().await;
     assert_eq!(summary.ok, 0, "without one");
-    // That may have been billed, for all that is known, and counts against the row's attempts.
+    // The request may have been billed, so it counts against the attempts of the row.
     run.config.run_dir = run.dir.path().join("another");
     run.config.teacher.client_certificate = Some(golden("client.pem"));
     let summary = run.harvest().await;
@@ -91,7 +91,7 @@ async fn a_client_certificate_is_presented() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_missing_or_malformed_certificate_file_is_a_usage_error() {
+async fn missing_or_malformed_certificate_file_is_a_usage_error() {
     let mut run = Run::at("https://127.0.0.1:9/v1", &["a"]);
     run.write("empty.pem", "no certificate");
     for name in ["none.pem", "empty.pem"] {

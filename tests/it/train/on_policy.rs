@@ -58,7 +58,7 @@ impl TextScorer for FailingScorer {
         if self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.fails {
             bail!("the teacher is gone");
         }
-        self.judge.judge(texts, stop)
+        self.judge.score(texts, stop)
     }
 }
 

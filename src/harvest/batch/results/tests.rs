@@ -1,16 +1,16 @@
 use super::*;
 use serde_json::json;
 
-/// The row, and its outcome in a word.
-fn sort(line: &str) -> Option<(String, String)> {
+/// Returns the id of the row and a word for its result.
+fn classify_line(line: &str) -> Option<(String, String)> {
     let mut read = read(&Bytes::copy_from_slice(line.as_bytes()));
     assert!(read.len() <= 1, "{line}");
-    word(read.pop()??)
+    label_of(read.pop()??)
 }
 
-fn word(outcome: RowResult) -> Option<(String, String)> {
+fn label_of(outcome: RowResult) -> Option<(String, String)> {
     let RowResult { custom_id, result } = outcome;
-    let word = match result {
+    let label = match result {
         Ok(completion) => format!("answer {}", completion.answer.text),
         Err(AttemptError::Claim(claim)) => format!("claim {:?}", claim.reason),
         Err(AttemptError::Filtered(failure)) => format!("filtered {}", failure.class),
@@ -20,7 +20,7 @@ fn word(outcome: RowResult) -> Option<(String, String)> {
         Err(AttemptError::Throttled { .. }) => "throttled".into(),
         Err(AttemptError::Transient { failure, .. }) => format!("again {}", failure.class),
     };
-    Some((custom_id, word))
+    Some((custom_id, label))
 }
 
 #[test]
@@ -40,17 +40,20 @@ fn rows_in_lists_and_objects_are_read_even_if_a_body_contains_custom_id() {
         format!("{}{},", first("a"), first("b")),
     ] {
         let read = read(&Bytes::copy_from_slice(line.as_bytes()));
-        let words: Vec<_> = read
+        let labels: Vec<_> = read
             .into_iter()
-            .map(|one| word(one.unwrap()).unwrap())
+            .map(|one| label_of(one.unwrap()).unwrap())
             .collect();
         let expected = ["a", "b"].map(|id| (id.to_owned(), "answer x".to_owned()));
-        assert_eq!(words, expected, "{line}");
+        assert_eq!(labels, expected, "{line}");
     }
-    assert_eq!(sort(&format!("{},", first("a"))).unwrap().1, "answer x");
+    assert_eq!(
+        classify_line(&format!("{},", first("a"))).unwrap().1,
+        "answer x"
+    );
 }
 
-/// JSON with what servers leave in it, and a body that repeats the id of its row.
+/// Invalid JSON as servers send it, and a body that repeats the id of its row.
 #[test]
 fn invalid_rows_are_repaired_one_by_one() {
     let flaws = [
@@ -82,12 +85,15 @@ fn invalid_rows_are_repaired_one_by_one() {
                 format!(r#"{{"data":[{flawed},{good}]}}"#),
             ] {
                 let read = read(&Bytes::copy_from_slice(line.as_bytes()));
-                let words = read.into_iter().map(|one| word(one.unwrap()).unwrap());
-                let words: Vec<_> = words.collect();
-                assert_eq!(words.len(), 2, "{line}: {words:?}");
-                for ((id, word), expected) in words.iter().zip(["a", "b"]) {
+                let labels = read.into_iter().map(|one| label_of(one.unwrap()).unwrap());
+                let labels: Vec<_> = labels.collect();
+                assert_eq!(labels.len(), 2, "{line}: {labels:?}");
+                for ((id, label_of), expected) in labels.iter().zip(["a", "b"]) {
                     assert_eq!(id, expected, "{line}");
-                    assert!(word.starts_with(&format!("answer {id} ")), "{line}: {word}");
+                    assert!(
+                        label_of.starts_with(&format!("answer {id} ")),
+                        "{line}: {label_of}"
+                    );
                 }
             }
         }
@@ -95,14 +101,14 @@ fn invalid_rows_are_repaired_one_by_one() {
 }
 
 #[test]
-fn lines_of_every_shape_are_sorted() {
+fn lines_of_every_shape_are_classified() {
     let body = r#"{"choices":[{"message":{"content":"x"}}]}"#;
     let cases = [
         (
             format!(r#"{{"custom_id":"r","response":{{"status_code":200,"body":{body}}},"error":null}}"#),
             "answer x",
         ),
-        // Without a field that might have been there, and with a status as text.
+        // Optional fields missing, and a status as text.
         (
             format!(r#"{{"response":{{"body":{body},"status_code":"200"}},"custom_id":"r"}}"#),
             "answer x",
@@ -190,20 +196,25 @@ fn lines_of_every_shape_are_sorted() {
         (r#"{"id":'x',"custom_id":"r","response":'broken"#.into(), "unreadable"),
     ];
     for (line, expected) in cases {
-        assert_eq!(sort(&line), Some(("r".into(), expected.into())), "{line}");
+        assert_eq!(
+            classify_line(&line),
+            Some(("r".into(), expected.into())),
+            "{line}"
+        );
     }
     for line in ["", "{", r#"{"id":"x"}"#, r#"{"custom_id":7}"#, "\u{2028}"] {
-        assert_eq!(sort(line), None, "{line}");
+        assert_eq!(classify_line(line), None, "{line}");
     }
 }
 
 #[test]
-fn several_rows_on_a_line_are_several_rows() {
+fn several_rows_on_one_line_are_split() {
     let row = |id: &str| {
         let body = format!(r#"{{"choices":[{{"message":{{"content":"{id}"}}}}]}}"#);
         format!(r#"{{"custom_id":"{id}","response":{{"status_code":200,"body":{body}}}}}"#)
     };
-    let (a, b) = (row("a"), row("b"));
+    let a = row("a");
+    let b = row("b");
     let broken = b.replace("\"content\"", "\"n\":NaN,\"content\"");
     for line in [
         format!("[{a},{b}]"),
@@ -222,16 +233,16 @@ fn several_rows_on_a_line_are_several_rows() {
         format!("{a} junk {b}"),
     ] {
         let outcomes = read(&Bytes::from(line.clone())).into_iter();
-        let words: Vec<_> = outcomes
-            .map(|outcome| word(outcome.unwrap()).unwrap())
+        let labels: Vec<_> = outcomes
+            .map(|outcome| label_of(outcome.unwrap()).unwrap())
             .collect();
         let expected = ["a", "b"].map(|id| (id.to_owned(), format!("answer {id}")));
-        assert_eq!(words, expected, "{line}");
+        assert_eq!(labels, expected, "{line}");
     }
 }
 
 #[test]
-fn a_truncated_line_fails_only_its_own_row() {
+fn truncated_line_fails_only_its_own_row() {
     let whole = r#"{"id":"x","custom_id":"b","response":{"status_code":200,"body":{"id":"y","choices":[{"message":{"content":"b"}}]}}}"#;
     for broken in [
         r#"{"id":"x","custom_id":"a","response":{"status_code":200,"body":{"choices":[{"mess"#,
@@ -239,38 +250,39 @@ fn a_truncated_line_fails_only_its_own_row() {
     ] {
         let line = Bytes::from(format!("{broken}{whole}"));
         let found = read(&line).into_iter().flatten();
-        let words: Vec<_> = found.filter_map(word).collect();
+        let labels: Vec<_> = found.filter_map(label_of).collect();
         assert!(
-            words.contains(&("b".into(), "answer b".into())),
-            "{words:?}"
+            labels.contains(&("b".into(), "answer b".into())),
+            "{labels:?}"
         );
         assert!(
-            words
+            labels
                 .iter()
-                .all(|(id, word)| id == "b" || !word.starts_with("answer"))
+                .all(|(id, label_of)| id == "b" || !label_of.starts_with("answer"))
         );
     }
 }
 
 #[test]
-fn a_failed_batch_says_whose_fault_it_is() {
-    let of = |mistakes: Value| {
+fn errors_of_failed_batch_are_classified() {
+    let classify = |mistakes: Value| {
         let card = json!({"id": "b", "errors": {"data": mistakes}}).to_string();
         let card = crate::client::batch_object::BatchObject::parse(card.as_bytes());
-        verdict(&card.unwrap().errors)
+        classify_batch_failure(&card.unwrap().errors)
     };
-    let told = "Enqueued token limit reached for m. Limit: 90,000 enqueued tokens. Try later.";
-    let tokens = of(json!([{"code": "token_limit_exceeded", "line": null, "message": told}]));
+    let message = "Enqueued token limit reached for m. Limit: 90,000 enqueued tokens. Try later.";
+    let tokens =
+        classify(json!([{"code": "token_limit_exceeded", "line": null, "message": message}]));
     assert_eq!(tokens.over_tokens, Some(Some(90_000)));
-    let tokens = of(json!([{"code": "token_limit_exceeded", "message": "no"}]));
+    let tokens = classify(json!([{"code": "token_limit_exceeded", "message": "no"}]));
     assert_eq!(tokens.over_tokens, Some(None));
-    let lines = of(json!([
+    let lines = classify(json!([
         {"code": "invalid_json_line", "line": 2, "message": "bad"},
         {"code": "empty_file", "line": null, "message": "odd"},
     ]));
     assert_eq!((lines.lines.len(), lines.lines[0].0), (1, 1));
     assert_eq!(lines.message, "bad");
-    let model = of(json!([{"code": "model_not_found", "line": 1, "message": "m"}]));
+    let model = classify(json!([{"code": "model_not_found", "line": 1, "message": "m"}]));
     assert_eq!(model.stop.unwrap().0, RefusalReason::Model);
-    assert!(of(json!(null)).message.contains("not say"));
+    assert!(classify(json!(null)).message.contains("no reason"));
 }

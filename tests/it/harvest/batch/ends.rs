@@ -1,4 +1,4 @@
-//! How batches end, and what becomes of their rows.
+//! Ends of batches, and the outcomes of their rows.
 
 use std::time::Duration;
 
@@ -10,8 +10,8 @@ use distill::harvest;
 use distill::harvest::options::HarvestOptions;
 
 #[tokio::test(start_paused = true)]
-async fn errors_of_every_shape_are_asked_again_or_fail_and_add_up() {
-    // The same six places of each batch: whose turn it is fails once more.
+async fn batch_row_errors_are_retried_or_failed_and_counted() {
+    // The same six positions of each batch fail.
     let script = "[batch]\nerror_rows = 6\nrequest_counts = \"all_completed\"";
     let night = night(script, 20, |config| config.retry.max_attempts = 3);
     let summary = harvest(&night).await;
@@ -31,7 +31,7 @@ async fn errors_of_every_shape_are_asked_again_or_fail_and_add_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_passes_is_asked_again_and_what_cannot_fails_alone() {
+async fn transient_batch_rows_are_retried_and_others_fail() {
     let script = r#"
         [[faults]]
         kind = "http 400"
@@ -53,7 +53,7 @@ async fn what_passes_is_asked_again_and_what_cannot_fails_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_endpoint_that_refuses_all_rows_alike_is_asked_no_more() {
+async fn identical_refusals_of_all_batch_rows_stop_run() {
     let script = "[answers]\nrefuse_parameters = [\"seed\"]";
     let night = night(script, 30, |config| {
         config.sampling.seed = Some(1);
@@ -68,11 +68,11 @@ async fn an_endpoint_that_refuses_all_rows_alike_is_asked_no_more() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn half_of_an_expired_or_cancelled_batch_is_taken_and_the_rest_asked_again() {
+async fn expired_batch_answers_are_recorded_and_rest_retried() {
     for outcome in ["expired", "cancelled"] {
         let night = night(&format!("[batch]\noutcome = \"{outcome}\""), 10, |_| {});
         let summary = harvest(&night).await;
-        // 5, 3, 2 and 1 are left; half of one is none, six times in all.
+        // 5, 3, 2 and 1 rows remain; half of one is none: six batches.
         assert_eq!((summary.ok, summary.failed), (9, 1), "{outcome}");
         assert_eq!(parts(&summary), [(outcome, 6)]);
         assert_eq!(summary.failures[&format!("batch_{outcome}")], 1);
@@ -81,7 +81,7 @@ async fn half_of_an_expired_or_cancelled_batch_is_taken_and_the_rest_asked_again
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_in_neither_file_are_counted_and_asked_again() {
+async fn rows_in_neither_batch_file_are_counted_and_retried() {
     for counts in ["right", "all_completed", "zero", "null"] {
         let script = format!("[batch]\nlost_rows = 2\nrequest_counts = \"{counts}\"");
         let night = night(&script, 20, |config| config.retry.max_attempts = 2);
@@ -96,11 +96,11 @@ async fn rows_in_neither_file_are_counted_and_asked_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_file_that_does_not_hold_all_rows_yet_is_read_again() {
+async fn incomplete_results_file_is_read_again() {
     let night = night("", 20, |_| {});
     let provider = Provider {
         halved: AtomicU32::new(3),
-        ..Provider::of(&night)
+        ..Provider::new(&night)
     };
     let summary = harvest_over(&night, provider).await;
     assert_eq!((summary.ok, summary.failed), (20, 0));
@@ -114,33 +114,33 @@ pub(super) async fn harvest_over(night: &Night, provider: Provider) -> HarvestSu
     summary.unwrap().unwrap()
 }
 
-/// A night whose cards are changed on their way.
-pub(super) async fn harvest_with_cards(
+/// A night whose batch objects are changed in transit.
+pub(super) async fn harvest_with_objects(
     night: &Night,
-    of_cards: fn(Value) -> Value,
+    change_object: fn(Value) -> Value,
 ) -> HarvestSummary {
     let provider = Provider {
-        of_cards,
-        ..Provider::of(night)
+        change_object,
+        ..Provider::new(night)
     };
     harvest_over(night, provider).await
 }
 
-/// A night whose results are changed on their way.
-async fn harvest_changed(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> HarvestSummary {
+/// A night whose results files are changed in transit.
+async fn harvest_changed(night: &Night, change_file: fn(Bytes) -> Bytes) -> HarvestSummary {
     let provider = Provider {
-        on_the_way,
-        ..Provider::of(night)
+        change_file,
+        ..Provider::new(night)
     };
     harvest_over(night, provider).await
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_with_answers_and_without_a_file_stops_the_run() {
+async fn completed_batch_without_file_stops_run() {
     let night = night("", 20, |_| {});
-    let summary = harvest_with_cards(&night, |mut card| {
-        card["output_file_id"] = Value::Null;
-        card
+    let summary = harvest_with_objects(&night, |mut object| {
+        object["output_file_id"] = Value::Null;
+        object
     })
     .await;
     let (code, message) = end(&summary);
@@ -152,17 +152,17 @@ async fn a_batch_with_answers_and_without_a_file_stops_the_run() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_occasional_403_on_a_batch_call_stops_nothing() {
+async fn occasional_403_on_batch_call_is_retried() {
     let night = night("", 20, |_| {});
     let provider = Provider {
         forbidden: AtomicU32::new(2),
-        ..Provider::of(&night)
+        ..Provider::new(&night)
     };
     let summary = harvest_over(&night, provider).await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0));
     let lasting = Provider {
         forbidden: AtomicU32::new(u32::MAX),
-        ..Provider::of(&night)
+        ..Provider::new(&night)
     };
     night.run.write("prompts.txt", "one more");
     let summary = harvest_over(&night, lasting).await;
@@ -170,7 +170,7 @@ async fn an_occasional_403_on_a_batch_call_stops_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_may_be_spread_over_several_lines() {
+async fn batch_rows_may_span_several_lines() {
     let night = night("", 20, |_| {});
     let summary = harvest_changed(&night, |content| {
         let rows = content.split(|byte| *byte == b'\n');
@@ -185,7 +185,7 @@ async fn rows_may_be_spread_over_several_lines() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_row_with_several_lines_takes_the_one_with_an_answer() {
+async fn batch_row_with_several_lines_uses_the_answer() {
     let night = night("", 20, |_| {});
     let summary = harvest_changed(&night, |content| {
         let rows = content.split(|byte| *byte == b'\n');
@@ -205,7 +205,7 @@ async fn a_row_with_several_lines_takes_the_one_with_an_answer() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn results_of_which_none_can_be_read_are_kept_and_stop_the_run() {
+async fn unreadable_results_file_is_saved_and_stops_run() {
     let night = night("", 20, |_| {});
     let summary = harvest_changed(&night, |content| {
         let content = String::from_utf8_lossy(&content);
@@ -219,14 +219,14 @@ async fn results_of_which_none_can_be_read_are_kept_and_stop_the_run() {
     assert_eq!(night.mock.stats().billed.answers, 20);
     let kept = std::fs::read_dir(night.run.config.run_dir.join("unreadable")).unwrap();
     assert_eq!(kept.count(), 1);
-    // The same command reads them again, and buys nothing.
+    // A rerun reads the files again and buys nothing.
     let summary = harvest(&night).await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0));
     assert_eq!(night.mock.stats().billed.answers, 20);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_without_an_answer_has_no_output_file() {
+async fn batch_without_answers_has_no_output_file() {
     let night = night("[batch]\nerror_rows = 100", 5, |config| {
         config.retry.max_attempts = 1;
     });
@@ -235,7 +235,7 @@ async fn a_batch_without_an_answer_has_no_output_file() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_wrong_model_stops_the_run_before_a_row_is_blamed() {
+async fn batch_with_wrong_model_stops_run_without_failed_rows() {
     let night = night("", 10, |config| config.teacher.model = "gpt".into());
     let summary = harvest(&night).await;
     let (code, message) = end(&summary);
@@ -244,7 +244,7 @@ async fn a_wrong_model_stops_the_run_before_a_row_is_blamed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_unknown_status_is_shown_and_waited_for() {
+async fn unknown_batch_status_is_shown_and_polled() {
     let mut night = night("[batch]\nstatus = \"queued\"", 5, |_| {});
     night.run.config.schedule.deadline = None;
     let (sender, receiver) = unbounded_channel();
@@ -265,8 +265,8 @@ async fn an_unknown_status_is_shown_and_waited_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_uploaded_file_that_is_not_there_yet_is_waited_for() {
-    // The second one stays away until it is uploaded anew.
+async fn uploaded_file_not_yet_visible_is_retried() {
+    // The second file stays missing until it is uploaded again.
     for missing in [1, 45] {
         let night = night(&format!("[batch]\nmissing_s = {missing}"), 5, |_| {});
         let summary = harvest(&night).await;
@@ -276,7 +276,7 @@ async fn an_uploaded_file_that_is_not_there_yet_is_waited_for() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_creation_without_a_reply_is_found_and_not_made_twice() {
+async fn batch_creation_without_reply_is_adopted() {
     let night = night("[batch]\nlost_creates = 5", 50, |config| {
         config.batch.max_requests = 10;
     });
@@ -287,7 +287,7 @@ async fn a_creation_without_a_reply_is_found_and_not_made_twice() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn faults_on_the_way_cost_time_and_nothing_else() {
+async fn batch_connection_faults_lose_nothing() {
     for (kind, path) in [
         ("http 500", "/v1/files"),
         ("reset", "/v1/batches"),
@@ -307,19 +307,19 @@ async fn faults_on_the_way_cost_time_and_nothing_else() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_endpoint_without_batches_is_named_and_asked_in_real_time() {
+async fn endpoint_without_batch_api_is_reported() {
     for path in ["/v1/files", "/v1/batches"] {
         let script = format!("[[faults]]\nkind = \"http 404\"\npath = \"{path}\"");
         let mut night = night(&script, 5, |_| {});
         let summary = harvest(&night).await;
         let (code, message) = end(&summary);
         assert_eq!((code, summary.pending), (1, 5), "{path}");
-        assert!(message.contains("takes no batches"), "{message}");
+        assert!(message.contains("accepts no batches"), "{message}");
 
         night.run.config.schedule.mode = RequestMode::Realtime;
         let summary = harvest(&night).await;
         assert_eq!(summary.ok, 5, "{summary:?}");
-        // Nothing is left of the batch that was planned.
+        // The planned batch was dropped.
         night.run.config.schedule.mode = RequestMode::Batch;
         let summary = harvest(&night).await;
         assert!(summary.error.is_none(), "{summary:?}");
@@ -328,7 +328,7 @@ async fn an_endpoint_without_batches_is_named_and_asked_in_real_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_outage_of_an_hour_is_waited_out_or_given_up() {
+async fn batch_outage_is_waited_out_or_exits_resumable() {
     for (most, code) in [(7_200.0, 0), (600.0, 4)] {
         let script =
             "[[faults]]\nkind = \"http 503\"\npath = \"/v1/\"\nfrom_s = 600.0\nto_s = 4200.0";
@@ -340,8 +340,8 @@ async fn an_outage_of_an_hour_is_waited_out_or_given_up() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_limit_of_enqueued_tokens_is_kept_to_or_found_out() {
-    // Some 20 tokens a row, as the endpoint counts.
+async fn enqueued_token_limit_is_respected_or_detected() {
+    // About 20 tokens per row, as the endpoint counts.
     let script = "[batch]\nenqueued_tokens = 300";
     for known in [None, Some(500)] {
         let night = night(script, 60, |config| {
@@ -357,7 +357,7 @@ async fn the_limit_of_enqueued_tokens_is_kept_to_or_found_out() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn no_room_for_a_single_row_ends_the_run_for_now() {
+async fn single_row_over_enqueued_token_limit_exits_resumable() {
     let night = night("[batch]\nenqueued_tokens = 3", 4, |_| {});
     let summary = harvest(&night).await;
     let (code, message) = end(&summary);
@@ -366,7 +366,7 @@ async fn no_room_for_a_single_row_ends_the_run_for_now() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nobody_spins_while_a_batch_takes_its_day() {
+async fn batch_polling_does_not_spin() {
     let night = night("[batch]\nin_progress_s = 80000.0", 5, |_| {});
     let start = Instant::now();
     let summary = harvest(&night).await;
@@ -377,20 +377,20 @@ async fn nobody_spins_while_a_batch_takes_its_day() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_window_holds_back_what_leaves_and_nothing_else() {
+async fn window_delays_batch_submission_only() {
     let night = night("", 5, |config| {
         config.schedule.window = Some("22:00-22:10".into());
     });
     let start = Instant::now();
     let summary = harvest(&night).await;
     assert_eq!(summary.ok, 5);
-    // The evening begins at 20:00, and the batch comes back when the window has closed.
+    // The run starts at 20:00, and the batch completes after the window has closed.
     let hours = start.elapsed().as_secs_f64() / 3_600.0;
     assert!((3.0..3.2).contains(&hours), "{hours}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_dry_run_tells_what_is_under_way_and_what_is_still_to_be_submitted() {
+async fn dry_run_shows_batches_under_way_and_to_submit() {
     let night = night("[batch]\nmax_rows = 40", 100, |config| {
         config.batch.max_requests = 40;
         config.batch.enqueued_tokens = Some(3_500);

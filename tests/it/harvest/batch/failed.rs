@@ -1,18 +1,18 @@
-//! Batches that fail, with answers or without.
+//! Failed batches, with and without answers.
 
 use super::super::end;
-use super::ends::{harvest_over, harvest_with_cards};
+use super::ends::{harvest_over, harvest_with_objects};
 use super::*;
 
 #[tokio::test(start_paused = true)]
-async fn what_a_batch_has_answered_before_it_failed_is_taken() {
+async fn answers_of_failed_batch_are_recorded() {
     let night = night("", 20, |_| {});
-    let summary = harvest_with_cards(&night, |mut card| {
-        if card["status"] == "completed" {
-            card["status"] = "failed".into();
-            card["errors"] = json!({"data": [{"code": "internal", "message": "broke"}]});
+    let summary = harvest_with_objects(&night, |mut object| {
+        if object["status"] == "completed" {
+            object["status"] = "failed".into();
+            object["errors"] = json!({"data": [{"code": "internal", "message": "broke"}]});
         }
-        card
+        object
     })
     .await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0));
@@ -20,17 +20,17 @@ async fn what_a_batch_has_answered_before_it_failed_is_taken() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_batch_without_an_output_file_is_billed_and_ends() {
+async fn failed_batch_without_output_file_is_billed() {
     let night = night("", 5, |config| {
         priced(config);
         config.retry.max_attempts = 1;
     });
-    let summary = harvest_with_cards(&night, |mut card| {
-        if card["status"] == "completed" {
-            card["status"] = "failed".into();
-            card["output_file_id"] = Value::Null;
+    let summary = harvest_with_objects(&night, |mut object| {
+        if object["status"] == "completed" {
+            object["status"] = "failed".into();
+            object["output_file_id"] = Value::Null;
         }
-        card
+        object
     })
     .await;
     assert_eq!((summary.failed, end(&summary).0), (5, 3), "{summary:?}");
@@ -39,7 +39,7 @@ async fn a_failed_batch_without_an_output_file_is_billed_and_ends() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_failed_batch_costs_the_rows_that_it_names_and_three_stop_the_run() {
+async fn failed_batch_fails_named_rows_and_three_stop_run() {
     let night = night("[batch]\noutcome = \"failed\"", 10, |_| {});
     let summary = harvest(&night).await;
     assert_eq!((summary.failed, summary.pending), (3, 7));
@@ -50,31 +50,31 @@ async fn a_failed_batch_costs_the_rows_that_it_names_and_three_stop_the_run() {
     assert_eq!(night.mock.stats().billed.answers, 0);
 }
 
-/// A completed batch as a server reports it that has refused one row: failed, with all its lines in the error file.
-fn failed_with_error_file(mut card: Value) -> Value {
-    if card["status"] == "completed" {
-        card["status"] = "failed".into();
-        card["error_file_id"] = card["output_file_id"].take();
-        card["request_counts"] = Value::Null;
+/// A completed batch as reported by a server that refused one row: failed, with all its lines in the error file.
+fn failed_with_error_file(mut object: Value) -> Value {
+    if object["status"] == "completed" {
+        object["status"] = "failed".into();
+        object["error_file_id"] = object["output_file_id"].take();
+        object["request_counts"] = Value::Null;
     }
-    card
+    object
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_in_the_error_file_of_a_failed_batch_are_taken() {
+async fn answers_in_error_file_of_failed_batch_are_recorded() {
     let night = night("", 20, |_| {});
-    let summary = harvest_with_cards(&night, failed_with_error_file).await;
+    let summary = harvest_with_objects(&night, failed_with_error_file).await;
     assert_eq!((summary.ok, end(&summary).0), (20, 0), "{summary:?}");
     assert_eq!(night.mock.stats().billed.answers, 20);
     assert_eq!(summary.attempts_lost, 0);
 }
 
-/// A night whose batches fail, with error files that are changed on their way.
-async fn harvest_failing(night: &Night, on_the_way: fn(Bytes) -> Bytes) -> HarvestSummary {
+/// A night whose batches fail, with error files changed in transit.
+async fn harvest_failing(night: &Night, change_file: fn(Bytes) -> Bytes) -> HarvestSummary {
     let provider = Provider {
-        of_cards: failed_with_error_file,
-        on_the_way,
-        ..Provider::of(night)
+        change_object: failed_with_error_file,
+        change_file,
+        ..Provider::new(night)
     };
     harvest_over(night, provider).await
 }
@@ -94,7 +94,7 @@ fn with_errors(content: Bytes, errors: impl Fn(Value) -> Vec<Value>) -> Bytes {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_named_in_the_error_file_of_a_failed_batch_fail_and_the_rest_is_asked_again() {
+async fn rows_named_in_error_file_fail_and_rest_is_retried() {
     let night = night("", 20, |_| {});
     let summary = harvest_failing(&night, |content| {
         with_errors(content, |id| {
@@ -106,7 +106,7 @@ async fn rows_named_in_the_error_file_of_a_failed_batch_fail_and_the_rest_is_ask
     assert_eq!((summary.ok, summary.failed), (19, 1), "{summary:?}");
     assert_eq!(parts(&summary), [("failed", 2)]);
     assert_eq!(night.run.failures()[0]["class"], "invalid_request");
-    // Rows that were not asked have lost no attempt.
+    // Rows that were not run keep their attempts.
     let batches = summary.batches.as_ref().unwrap();
     assert_eq!(
         (summary.attempts_lost, batches.lost, batches.asked_again),
@@ -115,7 +115,7 @@ async fn rows_named_in_the_error_file_of_a_failed_batch_fail_and_the_rest_is_ask
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_named_by_their_line_in_an_error_file_fail_unless_they_have_an_answer() {
+async fn rows_named_by_line_in_error_file_fail_unless_answered() {
     let night = night("", 20, |_| {});
     let summary = harvest_failing(&night, |content| {
             with_errors(content, |_| {
@@ -133,9 +133,9 @@ async fn rows_named_by_their_line_in_an_error_file_fail_unless_they_have_an_answ
     );
 }
 
-/// Failed batches whose answers cannot be read are not bought again.
+/// Unreadable answers of a failed batch are not bought again.
 #[tokio::test(start_paused = true)]
-async fn answers_that_cannot_be_read_in_an_error_file_are_kept_and_stop_the_run() {
+async fn unreadable_error_file_is_saved_and_stops_run() {
     type Change = fn(Bytes) -> Bytes;
     let changes: [Change; 2] = [
         |content| {
@@ -148,9 +148,9 @@ async fn answers_that_cannot_be_read_in_an_error_file_are_kept_and_stop_the_run(
             text.replace("\"custom_id\"", "\"customer\"").into()
         },
     ];
-    for on_the_way in changes {
+    for change_file in changes {
         let night = night("", 20, |_| {});
-        let summary = harvest_failing(&night, on_the_way).await;
+        let summary = harvest_failing(&night, change_file).await;
         let (status, message) = end(&summary);
         assert_eq!(
             (summary.ok, summary.pending, status),
@@ -160,14 +160,14 @@ async fn answers_that_cannot_be_read_in_an_error_file_are_kept_and_stop_the_run(
         assert_eq!(night.mock.stats().billed.answers, 20);
         let kept = std::fs::read_dir(night.run.config.run_dir.join("unreadable")).unwrap();
         assert_eq!(kept.count(), 1);
-        let summary = harvest_with_cards(&night, failed_with_error_file).await;
+        let summary = harvest_with_objects(&night, failed_with_error_file).await;
         assert_eq!((summary.ok, end(&summary).0), (20, 0));
         assert_eq!(night.mock.stats().billed.answers, 20);
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn plain_text_in_an_error_file_is_ignored() {
+async fn plain_text_in_error_file_is_ignored() {
     let night = night("", 20, |_| {});
     let summary = harvest_failing(&night, |content| {
         [b"2 rows failed, see below:\n\n".as_slice(), &content]
@@ -180,13 +180,13 @@ async fn plain_text_in_an_error_file_is_ignored() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_results_file_that_always_breaks_off_stops_the_run() {
-    for of_cards in [failed_with_error_file, |card| card] {
+async fn results_file_that_never_completes_stops_run() {
+    for change_object in [failed_with_error_file, |object| object] {
         let night = night("", 20, |_| {});
         let provider = Provider {
             breaks_files: true,
-            of_cards,
-            ..Provider::of(&night)
+            change_object,
+            ..Provider::new(&night)
         };
         let summary = harvest_over(&night, provider).await;
         let (status, message) = end(&summary);
@@ -196,7 +196,7 @@ async fn a_results_file_that_always_breaks_off_stops_the_run() {
             message.contains("could not be read 20 times (reset)"),
             "{message}"
         );
-        let summary = harvest_with_cards(&night, of_cards).await;
+        let summary = harvest_with_objects(&night, change_object).await;
         assert_eq!((summary.ok + summary.cached, end(&summary).0), (20, 0));
         assert_eq!(night.mock.stats().billed.answers, 20);
     }

@@ -1,4 +1,4 @@
-//! Batch mode killed at random moments, over and over.
+//! Batch mode, killed repeatedly at random times.
 
 use super::*;
 
@@ -48,7 +48,7 @@ async fn live_through(seed: u64) {
     let last = loop {
         lives += 1;
         assert!(lives < 2_000, "seed {seed} does not come to an end");
-        // Most are short, so that they end amid a creation or a download.
+        // Most processes are short, so that kills hit creations and downloads.
         let longest = random.choice([3_000, 30_000, 300_000]).unwrap();
         let life = (lives < 40).then(|| Duration::from_millis(random.u64(10..longest)));
         let (_sender, receiver) = unbounded_channel();
@@ -59,28 +59,32 @@ async fn live_through(seed: u64) {
         }
     };
     let (stats, records) = (night.mock.stats(), night.run.records());
-    let told = format!("seed {seed}, {kills} kills: {last:?} {stats:?}");
+    let context = format!("seed {seed}, {kills} kills: {last:?} {stats:?}");
     let mut keys: Vec<_> = records.iter().map(|record| &record.key).collect();
     keys.sort();
     keys.dedup();
-    // A batch of one row that ends halfway never comes to it.
+    // A batch of one row that ends halfway answers none.
     let answered = 300 - last.failed as usize;
-    assert!(last.failed == 0 || outcome != "completed", "{told}");
-    assert!(last.failed < 10, "{told}");
-    assert_eq!((keys.len(), records.len()), (answered, answered), "{told}");
+    assert!(last.failed == 0 || outcome != "completed", "{context}");
+    assert!(last.failed < 10, "{context}");
+    assert_eq!(
+        (keys.len(), records.len()),
+        (answered, answered),
+        "{context}"
+    );
     assert_eq!(
         stats.billed.answers, answered as u64,
-        "bought twice: {told}"
+        "bought twice: {context}"
     );
-    // Nothing was lost by a kill, and the books say what it cost: half of the price.
+    // No answer was lost, and the account has the cost: half of the price.
     let full =
         (stats.billed.prompt_tokens as f64 + 4.0 * stats.billed.completion_tokens as f64) / 1e6;
     let said = last.run_folder_usd.unwrap();
-    assert!((said - full / 2.0).abs() < 1e-9, "{said} {full} {told}");
+    assert!((said - full / 2.0).abs() < 1e-9, "{said} {full} {context}");
 }
 
-/// `DISTILL_NIGHTS=2000 cargo test batch` lives through more of them.
+/// `DISTILL_NIGHTS=2000 cargo test batch` runs more seeds.
 #[test]
-fn killed_at_any_moment_nothing_is_lost_and_nothing_bought_twice() {
+fn batch_kills_lose_nothing_and_buy_nothing_twice() {
     on_paused_clocks(12, live_through);
 }

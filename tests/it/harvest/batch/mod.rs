@@ -1,4 +1,4 @@
-//! `schedule.mode = "batch"` against a scripted teacher's files and batches, on the paused clock.
+//! Batch mode against the files and batches of a scripted teacher, on the paused clock.
 
 mod ends;
 mod failed;
@@ -31,19 +31,19 @@ use crate::mock::batch::batch_request;
 
 use super::nights::{Night, Simulated, on_paused_clocks, whole};
 
-/// A scripted teacher in the place of the network, its batches too.
+/// A scripted teacher with a batch API that replaces the network.
 struct Provider {
     chat: Simulated,
-    /// Each call takes up to so long on its way there, and again on its way back.
+    /// Maximum latency of each call, in each direction.
     latency: Duration,
-    /// Downloads that hold half of their file and end as if that were all.
+    /// Number of downloads that end normally after half of their file.
     halved: AtomicU32,
-    /// Do downloads break off?
+    /// Downloads break off.
     breaks_files: bool,
-    /// Changes the content of files on its way, and cards.
-    on_the_way: fn(Bytes) -> Bytes,
-    of_cards: fn(Value) -> Value,
-    /// Calls for cards and files that are refused with 403.
+    /// Changes the content of files and batch objects in transit.
+    change_file: fn(Bytes) -> Bytes,
+    change_object: fn(Value) -> Value,
+    /// Calls for batch objects and files that are refused with 403.
     forbidden: AtomicU32,
 }
 
@@ -58,19 +58,19 @@ impl Transport for Provider {
 }
 
 impl Provider {
-    fn of(night: &Night) -> Provider {
+    fn new(night: &Night) -> Provider {
         Provider {
             chat: night.teacher(),
             latency: Duration::ZERO,
             halved: AtomicU32::new(0),
             breaks_files: false,
-            on_the_way: |content| content,
-            of_cards: |card| card,
+            change_file: |content| content,
+            change_object: |object| object,
             forbidden: AtomicU32::new(0),
         }
     }
 
-    /// A refusal, if this call is to have one.
+    /// Returns the refusal of this call, if any.
     fn forbid(&self) -> Option<HttpReply> {
         let take = |left: u32| left.checked_sub(1);
         let is_forbidden = self.forbidden.fetch_update(Relaxed, Relaxed, take).is_ok();
@@ -133,8 +133,8 @@ impl BatchApi for Provider {
             }
             let path = format!("/v1/batches/{batch}");
             let mut reply = self.call("GET", &path, b"").await?;
-            if let Ok(card) = serde_json::from_slice(&reply.body) {
-                reply.body = (self.of_cards)(card).to_string().into();
+            if let Ok(object) = serde_json::from_slice(&reply.body) {
+                reply.body = (self.change_object)(object).to_string().into();
             }
             Ok(reply)
         }
@@ -147,7 +147,7 @@ impl BatchApi for Provider {
     ) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         let after = after.map_or(String::new(), |after| format!("&after={after}"));
         async move {
-            // Small pages, so that there are several.
+            // Small pages, so that the list has several.
             let path = format!("/v1/batches?limit=2{after}");
             self.call("GET", &path, b"").await
         }
@@ -176,7 +176,7 @@ impl BatchApi for Provider {
             if reply.status != 200 {
                 return Ok(FileDownload::Refused(whole(reply)));
             }
-            let content = (self.on_the_way)(reply.body);
+            let content = (self.change_file)(reply.body);
             let take = |left: u32| left.checked_sub(1);
             let is_halved = self.halved.fetch_update(Relaxed, Relaxed, take).is_ok();
             let length = if breaks || is_halved {
@@ -198,7 +198,7 @@ impl BatchApi for Provider {
     }
 }
 
-/// A night in batch mode.
+/// A simulated night in batch mode.
 fn night(script: &str, prompts: usize, change: impl FnOnce(&mut Config)) -> Night {
     Night::new(script, prompts, |config| {
         config.schedule.mode = RequestMode::Batch;
@@ -215,7 +215,7 @@ async fn harvest_with(
 ) -> anyhow::Result<Option<HarvestSummary>> {
     let provider = Provider {
         latency,
-        ..Provider::of(night)
+        ..Provider::new(night)
     };
     night.harvest_over(provider, life, signals).await
 }
@@ -226,7 +226,7 @@ async fn harvest(night: &Night) -> HarvestSummary {
     summary.unwrap().unwrap()
 }
 
-/// Batches by their status.
+/// Number of batches by status.
 fn parts(summary: &HarvestSummary) -> Vec<(&str, u64)> {
     let parts = &summary.batches.as_ref().unwrap().parts;
     parts
@@ -235,7 +235,7 @@ fn parts(summary: &HarvestSummary) -> Vec<(&str, u64)> {
         .collect()
 }
 
-/// The records by key, without what tells of time, and of what batches cost less.
+/// Records by key, without times and costs, which differ between the modes.
 fn timeless(records: Vec<Record>) -> BTreeMap<String, Record> {
     let records = records.into_iter().map(|mut record| {
         record.timing = Default::default();
@@ -253,7 +253,7 @@ fn priced(config: &mut Config) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_brings_the_records_that_real_time_brings_at_half_the_price() {
+async fn batch_records_match_real_time_at_half_price() {
     let script = "[answers]\ntokens = [5, 30]\n[batch]\nmax_rows = 40";
     let change = |config: &mut Config| {
         config.sampling.top_logprobs = 5;
@@ -282,7 +282,7 @@ async fn a_batch_brings_the_records_that_real_time_brings_at_half_the_price() {
     let costs: f64 = costs.iter().filter_map(|record| record.cost_usd).sum();
     assert!((costs - half).abs() < 1e-12);
 
-    // What is in the cache is not asked again, in whichever mode.
+    // Cached rows are not requested again in either mode.
     let seen = batched.mock.stats().requests;
     for mode in [RequestMode::Realtime, RequestMode::Batch] {
         let mut again = Night::new(script, 60, change);
@@ -297,13 +297,13 @@ async fn a_batch_brings_the_records_that_real_time_brings_at_half_the_price() {
     }
     assert_eq!(batched.mock.stats().requests, seen);
     assert_eq!(batched.bought_twice(&batched.mock.stats()), 0);
-    // Nothing is left but the journal.
+    // Only the journal remains.
     let left = batched.run.config.run_dir.join("batches");
     assert_eq!(left.read_dir().unwrap().count(), 0);
 }
 
 #[tokio::test(start_paused = true)]
-async fn samples_and_prompts_of_a_smaller_run_are_recorded_for_the_larger_one() {
+async fn batch_rows_of_smaller_run_count_for_larger_run() {
     let mut night = night("", 30, |_| {});
     let (_sender, receiver) = unbounded_channel();
     let killed = harvest_with(
@@ -323,7 +323,7 @@ async fn samples_and_prompts_of_a_smaller_run_are_recorded_for_the_larger_one() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_signal_leaves_batches_to_go_on_and_the_next_run_takes_them() {
+async fn signal_leaves_batches_for_next_run_to_collect() {
     let mut night = night("", 20, |_| {});
     let (sender, receiver) = unbounded_channel();
     tokio::spawn(async move {
@@ -335,13 +335,13 @@ async fn a_signal_leaves_batches_to_go_on_and_the_next_run_takes_them() {
     let summary = summary.unwrap().unwrap();
     let (code, message) = super::end(&summary);
     assert_eq!(code, 143);
-    assert!(message.contains("1 batches go on"), "{message}");
+    assert!(message.contains("1 batches continue"), "{message}");
     assert_eq!(
         (summary.pending, parts(&summary)),
         (20, vec![("in_progress", 1)])
     );
 
-    // Asked one by one now, they would be bought twice.
+    // Real-time requests would buy the answers twice.
     night.run.config.schedule.mode = RequestMode::Realtime;
     let (_sender, receiver) = unbounded_channel();
     let error = harvest_with(&night, Duration::ZERO, None, receiver).await;

@@ -1,4 +1,4 @@
-//! Batches under a budget, and the deadline after which the rest is asked at the full price.
+//! Batches under a budget, and the deadline after which the rest is sent at the full price.
 
 use super::super::end;
 use super::*;
@@ -14,8 +14,8 @@ fn bill(night: &Night) -> f64 {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_deadline_cancels_takes_what_is_done_and_asks_the_rest_in_real_time() {
-    // Twenty past nine: a third of the rows are done.
+async fn deadline_cancels_batches_and_sends_rest_in_real_time() {
+    // At 21:20 a third of the rows are done.
     let script = "[answers]\nlatency_s = 1.0\n[batch]\nin_progress_s = 14400.0";
     let night = night(script, 90, |config| {
         priced(config);
@@ -30,7 +30,7 @@ async fn the_deadline_cancels_takes_what_is_done_and_asks_the_rest_in_real_time(
     assert!((25..35).contains(&in_batch), "{in_batch}");
     assert_eq!(stats.billed.answers, 90);
     assert_eq!(summary.requests, 90 + 90 - in_batch);
-    // Half the price for some, the full one for the others.
+    // Half the price for batch rows, the full price for the others.
     let costs: Vec<_> = night.run.records();
     let cost_of = |record: &Record| {
         let usage = record.usage.unwrap();
@@ -44,12 +44,12 @@ async fn the_deadline_cancels_takes_what_is_done_and_asks_the_rest_in_real_time(
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_that_will_not_be_cancelled_is_left_and_its_rows_not_bought_twice() {
+async fn uncancellable_batch_rows_are_not_bought_twice() {
     let script = "[batch]\ncancelling_s = 90000.0\nin_progress_s = 14400.0";
     let mut night = night(script, 30, |config| {
         config.schedule.deadline = Some("2026-11-22T21:00:00Z".into());
     });
-    // A run of its own for what is asked in real time.
+    // A separate run for the real-time rows.
     let summary = harvest(&night).await;
     let (code, message) = end(&summary);
     assert_eq!((code, summary.pending), (4, 30), "{message}");
@@ -62,7 +62,7 @@ async fn a_batch_that_will_not_be_cancelled_is_left_and_its_rows_not_bought_twic
 }
 
 #[tokio::test(start_paused = true)]
-async fn rows_that_failed_stay_failed_when_the_rest_is_asked_in_real_time() {
+async fn failed_batch_rows_stay_failed_in_real_time() {
     let script = r#"
         [batch]
         outcome = "cancelled"
@@ -82,7 +82,7 @@ async fn rows_that_failed_stay_failed_when_the_rest_is_asked_in_real_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_is_made_smaller_to_fit_the_budget_which_is_never_exceeded() {
+async fn batch_size_is_reduced_to_fit_the_budget() {
     let script = "[answers]\ntokens = 16\n[batch]\nlost_rows = 1";
     let mut night = night(script, 400, |config| {
         priced(config);
@@ -96,7 +96,7 @@ async fn a_batch_is_made_smaller_to_fit_the_budget_which_is_never_exceeded() {
     let said = summary.run_folder_usd.unwrap();
     assert!(bill(&night) <= said && said <= 0.01, "{said}");
     assert!(said > 0.0095, "the budget is used: {said}");
-    // What was lost may have been billed, and counts.
+    // Lost answers may have been billed and count.
     assert!(summary.attempts_lost > 0 && summary.estimated_usd.unwrap() > 0.0);
 
     night.run.config.budget.usd = Some(1.0);
@@ -108,8 +108,8 @@ async fn a_batch_is_made_smaller_to_fit_the_budget_which_is_never_exceeded() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_under_way_stays_set_aside_over_a_kill() {
-    // Every answer costs what was set aside for it, and the budget pays for thirty.
+async fn batch_reservation_survives_a_kill() {
+    // Every answer costs its full reservation, and the budget covers thirty.
     let cap = 30.5 * 16.0 * 4.0 / 1e6 / 2.0;
     let night = night("[answers]\ntokens = 16", 20, |config| {
         priced(config);
@@ -120,7 +120,7 @@ async fn what_is_under_way_stays_set_aside_over_a_kill() {
     let life = Some(Duration::from_secs(100));
     let killed = harvest_with(&night, Duration::ZERO, life, receiver).await;
     assert!(killed.unwrap().is_none());
-    // More rows than what is left can pay while the batch is under way.
+    // More rows than the remaining budget covers while the batch is under way.
     let prompts: Vec<_> = (0..400)
         .map(|number| format!("prompt number {number}"))
         .collect();
@@ -130,7 +130,7 @@ async fn what_is_under_way_stays_set_aside_over_a_kill() {
     assert_eq!((summary.ok, summary.pending), (30, 370));
     let said = summary.run_folder_usd.unwrap();
     assert!((said - 30.0 / 30.5 * cap).abs() < 1e-12, "{said}");
-    // A batch is not lost by a kill.
+    // The batch survives the kill.
     assert_eq!(
         (summary.attempts_lost, summary.estimated_usd),
         (0, Some(0.0))

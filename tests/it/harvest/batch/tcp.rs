@@ -1,4 +1,4 @@
-//! Batch mode over real TCP, where a day takes a second.
+//! Batch mode over real TCP, with a day scaled to a second.
 
 use distill::mock::script::Script;
 use distill::mock::server::start;
@@ -22,7 +22,7 @@ fn run(script: &str, change: impl FnOnce(&mut Config)) -> (distill::mock::server
 }
 
 #[tokio::test]
-async fn files_go_up_and_come_down_in_pieces() {
+async fn batch_files_are_streamed_over_tcp() {
     let (server, run) = run("", |config| config.sampling.top_logprobs = 20);
     let summary = run.harvest().await;
     assert_eq!(end(&summary), (0, String::new()));
@@ -32,7 +32,7 @@ async fn files_go_up_and_come_down_in_pieces() {
 }
 
 #[tokio::test]
-async fn what_breaks_on_the_wire_is_done_again_and_bought_once() {
+async fn batch_connection_faults_are_retried_and_bought_once() {
     let script = r#"
         [[faults]]
         kind = "reset in body"
@@ -59,8 +59,8 @@ async fn what_breaks_on_the_wire_is_done_again_and_bought_once() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_refused_ends_the_run_and_is_not_shown() {
-    // The variable is not set in the mock's script, so every request is a 401.
+async fn batch_refused_key_ends_run_and_is_not_shown() {
+    // The mock's script does not set the variable, so every request gets a 401.
     let (_server, run) = run("key = \"sk-another-key-0123456789\"", |_| {});
     let summary = run.harvest().await;
     let (code, message) = end(&summary);

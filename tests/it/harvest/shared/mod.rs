@@ -1,4 +1,4 @@
-//! Limits that several harvests share through Redis.
+//! Rate limits that several harvests share through Redis.
 
 mod script;
 mod secrets;
@@ -25,7 +25,7 @@ use super::{Run, assert_adds_up, quietly};
 use crate::fault_server::completion;
 use server::Redis;
 
-/// A teacher that answers after `latency`, and notes when it was asked for how many tokens.
+/// A teacher that answers after `latency`, and records the time and tokens of each request.
 struct Noting {
     asked: Mutex<Vec<(Instant, u64)>>,
     latency: Duration,
@@ -43,7 +43,7 @@ impl Noting {
         self.asked.lock().unwrap().len()
     }
 
-    /// Waits until it was asked so often.
+    /// Waits until it has received the given number of requests.
     async fn until(&self, count: usize) {
         while self.count() < count {
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -65,7 +65,7 @@ impl Transport for Noting {
     }
 }
 
-/// A run of so many prompts under these limits, which `redis` keeps.
+/// A run of `rows` prompts under these limits, shared through `redis`.
 fn run(redis: &Redis, rows: usize, limits: LimitsConfig) -> Run {
     run_at(&redis.url(), rows, limits)
 }
@@ -115,7 +115,7 @@ async fn harvest_until(
     Ok(summary)
 }
 
-/// Lets so many harvests ask at the same time, and returns all departures.
+/// Runs several harvests concurrently, and returns the send times of all requests.
 async fn together(runs: &[Run]) -> Vec<(Instant, u64)> {
     let teacher = Noting::new(5);
     let summaries = join_all(runs.iter().map(|run| harvest(run, &teacher))).await;
@@ -130,8 +130,8 @@ async fn together(runs: &[Run]) -> Vec<(Instant, u64)> {
     std::mem::take(&mut teacher.asked.lock().unwrap())
 }
 
-/// Checks that in no time more leaves than flows in and a burst, and how much of that is used.
-/// A departure may trail its permit by a quarter of a second.
+/// Checks that no interval has more requests than its rate and burst allow, and how much of that is used.
+/// A request may be sent up to a quarter of a second after its permit.
 #[track_caller]
 fn assert_kept(departures: &[(Instant, u64)], per_second: f64, burst: f64, largest: f64) {
     for (first, (start, _)) in departures.iter().enumerate() {
@@ -150,7 +150,7 @@ fn assert_kept(departures: &[(Instant, u64)], per_second: f64, burst: f64, large
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn several_harvests_keep_to_one_limit_and_use_it() {
+async fn concurrent_harvests_share_one_request_limit() {
     for processes in [2, 4] {
         let redis = Redis::start();
         let runs: Vec<_> = (0..processes)
@@ -163,14 +163,14 @@ async fn several_harvests_keep_to_one_limit_and_use_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tokens_are_shared_as_well() {
+async fn concurrent_harvests_share_one_token_limit() {
     let redis = Redis::start();
     let limits = LimitsConfig {
         tokens_per_minute: Some(240_000),
         ..per_minute(60_000)
     };
     let mut runs: Vec<_> = (0..2).map(|_| run(&redis, 60, limits.clone())).collect();
-    // One of them has larger requests than the other.
+    // One harvest has larger requests than the other.
     runs[1].config.sampling.max_tokens = 48;
     let departures = together(&runs).await;
     assert_eq!(departures.len(), 120);
@@ -183,7 +183,7 @@ async fn tokens_are_shared_as_well() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_limit_but_the_shared_one_holds_a_harvest_back() {
+async fn shared_limits_admit_a_thousand_requests_per_second() {
     let redis = Redis::start();
     let limits = LimitsConfig {
         concurrency: 256,
@@ -201,7 +201,7 @@ async fn no_limit_but_the_shared_one_holds_a_harvest_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_that_never_fits_is_an_error_as_without_sharing() {
+async fn request_over_shared_limit_is_an_error() {
     let redis = Redis::start();
     let limits = LimitsConfig {
         tokens_per_minute: Some(10),
@@ -218,7 +218,7 @@ async fn a_request_that_never_fits_is_an_error_as_without_sharing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_day_is_shared_and_then_nothing_leaves() {
+async fn shared_daily_limit_blocks_further_requests() {
     let redis = Redis::start();
     let limits = LimitsConfig {
         requests_per_day: Some(50),
@@ -235,7 +235,7 @@ async fn a_day_is_shared_and_then_nothing_leaves() {
         teacher.until(40).await;
         tokio::time::sleep(Duration::from_millis(200)).await;
         for stop in &stop {
-            // One of them may have had all its rows.
+            // One harvest may have finished.
             let _ = stop.send(2);
         }
     };
@@ -243,9 +243,9 @@ async fn a_day_is_shared_and_then_nothing_leaves() {
     let ok = summaries.iter().map(|summary| summary.as_ref().unwrap().ok);
     let left = teacher.count();
     assert_eq!(ok.sum::<u64>(), left as u64);
-    // A permit that is held up is lost.
+    // A delayed permit is lost.
     assert!((45..=50).contains(&left), "{left}");
-    // A third one finds the day used up.
+    // A third harvest finds the daily limit used up.
     let late = run(&redis, 1, limits);
     let (_sender, signals) = unbounded_channel();
     let begun = tokio::time::timeout(

@@ -1,6 +1,6 @@
-//! The script that decides, against a plain model of what it should decide.
+//! The Redis rate-limit script against a reference model.
 //!
-//! The script takes its time from the server. Here, and nowhere else, another one is put into its text.
+//! The script reads the time of the server; these tests replace that in its text by a given time.
 
 use proptest::prelude::*;
 use redis::{Connection, Script};
@@ -12,14 +12,14 @@ const MINUTE: u64 = 60_000_000_000_000;
 const SLOT: u64 = 300_000_000;
 const DAY: u64 = 86_400_000_000;
 
-/// The script at times that the test gives.
+/// The script, run at times that the test chooses.
 fn at_given_times() -> Script {
     let clock = "redis.call('TIME')";
     assert_eq!(SCRIPT.matches(clock).count(), 1);
     Script::new(&SCRIPT.replace(clock, "{ ARGV[12], ARGV[13] }"))
 }
 
-/// One question, as `Rules::arguments` builds it.
+/// One call, with the arguments of `Rules::arguments`.
 #[derive(Debug, Clone, Copy)]
 struct Question {
     wanted: u64,
@@ -28,7 +28,7 @@ struct Question {
     limits: Limits,
 }
 
-/// A process's ceilings; 0 for none.
+/// Limits of a process; 0 for none.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
     per_minute: [u64; 2],
@@ -76,15 +76,15 @@ fn ask(
     invocation.invoke(redis).unwrap()
 }
 
-/// GCRA in its other form, by the theoretical arrival time, a request at a time; and the day as a
-/// list of all that was ever admitted.
+/// Reference model: GCRA by theoretical arrival time, one request at a time, and the day as a list of all admitted
+/// requests.
 #[derive(Default)]
 struct Model {
     buckets: [Option<TheoreticalArrival>; 2],
     day: Vec<(u64, u64)>,
 }
 
-/// All in picoseconds.
+/// Times in picoseconds.
 #[derive(Clone, Copy)]
 struct TheoreticalArrival {
     at: i128,
@@ -98,7 +98,7 @@ impl Model {
         let Question { each, limits, .. } = *question;
         let amounts = [1, i128::from(each)];
         let held = question.held.map(i128::from);
-        // Interval, tolerance, and the theoretical arrival as it stands.
+        // Interval, tolerance, and the current theoretical arrival time.
         let mut buckets = [None; 2];
         for index in [0, 1] {
             let [interval, burst, largest] = limits.bucket(index).map(i128::from);
@@ -111,7 +111,7 @@ impl Model {
                 largest,
             });
             arrival.largest = arrival.largest.max(largest);
-            // What was to wait before the clock was set back is still to wait.
+            // Waits from before the clock was set back still apply.
             arrival.at -= (arrival.written - now).max(0);
             arrival.at = arrival.at.max(now);
             buckets[index] = Some((interval, (burst - arrival.largest).max(0), arrival));
@@ -173,7 +173,7 @@ fn limit(most: u64) -> impl Strategy<Value = u64> {
     prop_oneof![Just(0), 1..100u64.min(most), 1..most]
 }
 
-/// Two processes, whose prompts are not equally long.
+/// Two processes with prompts of different lengths.
 fn processes() -> impl Strategy<Value = [Limits; 2]> {
     (
         limit(100_000),
@@ -212,7 +212,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 #[test]
-fn the_script_decides_as_the_model_does() {
+fn redis_script_matches_reference_model() {
     let redis = Redis::start();
     let script = at_given_times();
     let cases = ProptestConfig {
@@ -237,7 +237,7 @@ fn the_script_decides_as_the_model_does() {
     });
 }
 
-/// What leaves where everything leaves as soon as it may: times in microseconds.
+/// Send times in microseconds if every request is sent as soon as it is admitted.
 fn departures(redis: &Redis, limits: Limits, each: u64, count: usize) -> Vec<u64> {
     let (mut connection, script) = (redis.connect(), at_given_times());
     let mut now = 1_800_000_000_000_000u64;
@@ -266,12 +266,12 @@ fn busiest(times: &[u64], window: u64) -> usize {
 }
 
 #[test]
-fn no_minute_sees_more_than_a_limit_and_its_burst_and_all_of_it_is_used() {
+fn redis_script_respects_and_exhausts_minute_limit() {
     for (per_minute, each, largest, limit, burst) in [
         ([1, 0], 10, 10, 1, 1),
         ([159, 0], 10, 10, 159, 1),
         ([700, 0], 10, 10, 700, 8),
-        // 600 requests' worth of tokens.
+        // Tokens of 600 requests.
         ([7_001, 60_000], 100, 100, 600, 7),
         ([0, 60_000], 100, 7_000, 600, 70),
     ] {
@@ -290,7 +290,7 @@ fn no_minute_sees_more_than_a_limit_and_its_burst_and_all_of_it_is_used() {
 }
 
 #[test]
-fn no_day_sees_more_than_its_requests() {
+fn redis_script_respects_daily_limit() {
     let redis = Redis::start();
     let limits = Limits {
         per_minute: [10, 0],
@@ -301,7 +301,7 @@ fn no_day_sees_more_than_its_requests() {
     assert_eq!(busiest(&times, DAY), 300);
     let days = (times[1_199] - times[0]) as f64 / DAY as f64;
     assert!((3.0..3.1).contains(&days), "{days}");
-    // It is forgotten by the server, whatever happens to us.
+    // The key expires on the server even if the client dies.
     for name in ["requests", "day"] {
         let seconds: i64 = redis.ask(&format!("TTL {{x}}:{name}"));
         assert!((60..=2 * 86_400).contains(&seconds), "{name}: {seconds}");

@@ -30,19 +30,18 @@ fn distill(dir: &Path, arguments: &[&str], url: &str) -> (Option<i32>, String) {
 fn assert_files_clean(dir: &Path) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        match path.is_dir() {
-            true => assert_files_clean(&path),
-            false => {
-                let bytes = fs::read(&path).unwrap();
-                let text = String::from_utf8_lossy(&bytes);
-                assert!(!text.contains(PASSWORD), "{}", path.display());
-            }
+        if path.is_dir() {
+            assert_files_clean(&path);
+        } else {
+            let bytes = fs::read(&path).unwrap();
+            let text = String::from_utf8_lossy(&bytes);
+            assert!(!text.contains(PASSWORD), "{}", path.display());
         }
     }
 }
 
 #[test]
-fn the_password_of_the_server_is_in_no_output() {
+fn redis_password_is_in_no_output() {
     let script = Script::parse("mock.toml".as_ref(), "").unwrap();
     let teacher = distill::mock::server::start(script, [127, 0, 0, 1].into(), 0).unwrap();
     let dir = tempfile::tempdir().unwrap();

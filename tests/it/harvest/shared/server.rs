@@ -1,4 +1,4 @@
-//! A Redis server of a test's own.
+//! A Redis server for one test.
 
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use redis::{Connection, FromRedisValue, cmd};
 use tempfile::TempDir;
 
-/// Ends with its handle, and keeps nothing.
+/// A server without persistence that ends when dropped.
 pub struct Redis {
     process: Child,
     dir: TempDir,
@@ -23,7 +23,7 @@ impl Redis {
     pub fn with_password(password: Option<&str>) -> Redis {
         let dir = tempfile::tempdir().unwrap();
         let password = password.map(String::from);
-        // Somebody else may take the port before the server does.
+        // Another process may take the port before the server does.
         for _ in 0..5 {
             let port = free_port();
             if let Some(process) = launch(&dir, port, password.as_deref()) {
@@ -43,7 +43,7 @@ impl Redis {
         self.process.wait().unwrap();
     }
 
-    /// An empty server in the place of the one that was killed.
+    /// Starts an empty server on the port of the killed one.
     pub fn restart(&mut self) {
         let process = launch(&self.dir, self.port, self.password.as_deref());
         self.process = process.expect("redis-server does not start again");
@@ -64,7 +64,7 @@ impl Redis {
             .unwrap()
     }
 
-    /// What the server says to a command.
+    /// Sends a command and returns the reply.
     pub fn ask<T: FromRedisValue>(&self, words: &str) -> T {
         let mut words = words.split(' ');
         let mut command = cmd(words.next().unwrap());
@@ -82,13 +82,13 @@ impl Drop for Redis {
     }
 }
 
-/// A port of the loopback at which nobody listens.
+/// Returns an unused loopback port.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().port()
 }
 
-/// None: the server has ended at once.
+/// Returns None if the server has exited.
 fn launch(dir: &TempDir, port: u16, password: Option<&str>) -> Option<Child> {
     let mut command = Command::new("redis-server");
     command

@@ -8,7 +8,7 @@ use super::*;
 use crate::harvest::end;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_cannot_be_asked_at_the_start_is_an_error_that_says_what_to_do() {
+async fn unreachable_redis_at_start_is_an_error_with_advice() {
     let locked = Redis::with_password(Some("right"));
     let address = locked.url().replace(":right@", "");
     let nobody = free_port();
@@ -52,16 +52,17 @@ async fn a_server_that_cannot_be_asked_at_the_start_is_an_error_that_says_what_t
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_repeats_the_password_is_not_quoted() {
+async fn redis_error_with_password_is_not_shown() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         let mut command = [0; 1_000];
         while stream.read(&mut command).is_ok_and(|length| length > 0) {
-            let said = match command.windows(4).any(|word| word == b"AUTH") {
-                true => "+OK\r\n".repeat(3),
-                false => "-ERR no pa%20ss and no pa ss\r\n".into(),
+            let said = if command.windows(4).any(|word| word == b"AUTH") {
+                "+OK\r\n".repeat(3)
+            } else {
+                "-ERR no pa%20ss and no pa ss\r\n".into()
             };
             // Who has heard enough hangs up.
             let _ = stream.write_all(said.as_bytes());
@@ -82,7 +83,7 @@ async fn a_server_that_repeats_the_password_is_not_quoted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_leaves_once_the_server_is_gone_and_the_run_ends_so_that_it_can_go_on() {
+async fn redis_outage_blocks_requests_then_exits_resumable() {
     let mut redis = Redis::start();
     let run = run(&redis, 200, per_minute(6_000));
     let teacher = Noting::new(100);
@@ -99,14 +100,14 @@ async fn nothing_leaves_once_the_server_is_gone_and_the_run_ends_so_that_it_can_
     let (code, message) = end(&summary);
     assert_eq!(code, 4, "{message}");
     assert!(
-        message.contains("limits.shared") && message.contains("go on"),
+        message.contains("limits.shared") && message.contains("resume"),
         "{message}"
     );
     // `retry.max_outage_s` is half a second.
     let lasted = killed.elapsed();
     assert!(lasted >= Duration::from_millis(500), "{lasted:?}");
     assert!(lasted < Duration::from_secs(10), "{lasted:?}");
-    // A permit that was in hand may have left; whatever was in flight is recorded.
+    // One more request may use a permit granted before the outage; all answers in flight are recorded.
     assert!(
         teacher.count() <= before + 1,
         "{} {before}",
@@ -117,10 +118,10 @@ async fn nothing_leaves_once_the_server_is_gone_and_the_run_ends_so_that_it_can_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_goes_on_when_the_server_is_in_order_again() {
+async fn run_continues_after_redis_outage() {
     type Act = fn(&mut Redis);
     let nothing: Act = |_| {};
-    // What happens to it, what makes it good again, and does anything leave meanwhile?
+    // Fault of the server, its repair, and whether requests are sent during the fault.
     let cases: [(&str, Act, Act, bool); 4] = [
         ("killed", Redis::kill, Redis::restart, false),
         (
