@@ -46,7 +46,7 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
     past.has_schema_1 |=
         crate::harvest::batch::journal::is_under_way(&config.run_dir)? || !unanswered.is_empty();
     let max_attempts = config.retry.max_attempts;
-    let standing = |key: &str| Ok(unanswered.standing(key, known.contains(key), max_attempts));
+    let standing = |key: &str| Ok(unanswered.row_status(key, known.contains(key), max_attempts));
     let plan = if options.again.is_empty() {
         let scope = PlanScope {
             shard: options.shard,

@@ -118,7 +118,7 @@ impl RunFiles {
 
     /// Number of failed rows that no run asks again by itself.
     pub(crate) fn given_up(&self, rows: &[FailedRow], max_attempts: u32) -> u64 {
-        let standing = |row: &&FailedRow| self.unanswered.standing(&row.key, false, max_attempts);
+        let standing = |row: &&FailedRow| self.unanswered.row_status(&row.key, false, max_attempts);
         let given_up = |row: &&FailedRow| standing(row) == RowStatus::GivenUp;
         rows.iter().filter(given_up).count() as u64
     }

@@ -196,7 +196,7 @@ impl TextScorer {
         let standing = |key: &str| match books {
             Some(books) => {
                 let is_cached = self.cache.contains(key);
-                Ok(books.unanswered.standing(key, is_cached, max_attempts))
+                Ok(books.unanswered.row_status(key, is_cached, max_attempts))
             }
             None => Ok(RowStatus::Open),
         };
