@@ -42,7 +42,7 @@ impl Dispatcher<'_> {
             .hours
             .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
         let of_a_lane = self.upstreams.iter_mut().find_map(Upstream::take_error);
-        let of_rows = summary.error_of_rows(&self.config.run_dir);
+        let of_rows = summary.failed_rows_error(&self.config.run_dir);
         summary.error = self.stop.take().or(of_a_lane).or(of_rows);
         self.excuse(crate::report::write(&mut summary, &self.config.run_dir))?;
         Ok(DispatchEnd {

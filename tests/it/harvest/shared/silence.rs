@@ -40,7 +40,7 @@ async fn a_server_that_cannot_be_asked_at_the_start_is_an_error_that_says_what_t
         let teacher = Noting::new(0);
         let error = harvest(&run, &teacher).await.unwrap_err();
         let message = format!("{error:#}");
-        let is_a_mistake = message.contains("is no address");
+        let is_a_mistake = message.contains("is not a valid Redis address");
         let code = if is_a_mistake { 2 } else { 1 };
         assert_eq!(Exit::code_of(&error), code, "{message}");
         for part in parts {
