@@ -131,15 +131,15 @@ impl World {
         steps
     }
 
-    /// Every world that a step can lead to: it goes well, or the process dies at one of its writes.
+    /// Every world that a step can lead to: it goes well, or the process crash at one of its writes.
     fn after(&self, step: Step) -> Vec<World> {
         let deaths = (0..2).flat_map(|write| [Fault::Dies(write, false), Fault::Dies(write, true)]);
         let ways = std::iter::once(None).chain(deaths.map(Some));
         let mut worlds = Vec::new();
-        for dies in ways {
+        for crash in ways {
             let mut world = self.clone();
-            let has_died = world.take(step, dies);
-            if dies.is_none() || has_died {
+            let has_died = world.take(step, crash);
+            if crash.is_none() || has_died {
                 worlds.push(world);
             }
         }
@@ -147,11 +147,11 @@ impl World {
     }
 
     /// Takes a step. True if a process died on the way.
-    fn take(&mut self, step: Step, dies: Option<Fault>) -> bool {
+    fn take(&mut self, step: Step, crash: Option<Fault>) -> bool {
         match step {
             Step::Open(process) => {
                 let store = Mortal {
-                    fault: dies,
+                    fault: crash,
                     ..self.disk.open()
                 };
                 let opened = Account::open(
@@ -168,7 +168,7 @@ impl World {
                     }
                     Err(_) => {
                         // Whether the write was made can only be seen by making it.
-                        if dies == Some(Fault::Dies(0, true)) {
+                        if crash == Some(Fault::Dies(0, true)) {
                             let opened = Account::open(
                                 self.disk.open(),
                                 self.disk.read(),
@@ -184,7 +184,7 @@ impl World {
             }
             Step::Send(process, request) => {
                 let mut is_sent = false;
-                let died = self.run(process, dies, |account| {
+                let died = self.run(process, crash, |account| {
                     let amount = account.bound(&bound(request), &PRICE);
                     is_sent = account.reserve(&amount)?;
                     Ok(())
@@ -209,7 +209,7 @@ impl World {
                     return self.settle(
                         request,
                         Charge::Measured(usage(1)),
-                        dies,
+                        crash,
                         Request::Answered,
                     );
                 }
@@ -229,18 +229,18 @@ impl World {
                     (true, false) => (Charge::Answered(bound(request)), Request::Answered),
                     (false, _) => (Charge::Nothing, Request::Waiting),
                 };
-                self.settle(request, bill, dies, next)
+                self.settle(request, bill, crash, next)
             }
             Step::Lose(request) => {
                 let Request::InFlight { is_billed, .. } = self.requests[request] else {
                     unreachable!()
                 };
                 self.lost[request] += u8::from(!is_billed);
-                self.settle(request, Charge::Possible, dies, Request::Waiting)
+                self.settle(request, Charge::Possible, crash, Request::Waiting)
             }
             Step::Close(process) => {
                 let in_flight = self.leave(process);
-                let died = self.run(process, dies, |account| account.close(in_flight));
+                let died = self.run(process, crash, |account| account.close(in_flight));
                 self.processes[process] = None;
                 died
             }
@@ -253,12 +253,12 @@ impl World {
     }
 
     /// Settles a request, and writes it down, as the dispatcher does.
-    fn settle(&mut self, request: usize, bill: Charge, dies: Option<Fault>, next: Request) -> bool {
+    fn settle(&mut self, request: usize, bill: Charge, crash: Option<Fault>, next: Request) -> bool {
         let Request::InFlight { by, .. } = self.requests[request] else {
             unreachable!()
         };
         self.requests[request] = next;
-        self.run(by, dies, |account| {
+        self.run(by, crash, |account| {
             let amount = account.bound(&bound(request), &PRICE);
             account.settle(&amount, bill, &PRICE);
             account.flush()
@@ -269,12 +269,12 @@ impl World {
     fn run(
         &mut self,
         process: usize,
-        dies: Option<Fault>,
+        crash: Option<Fault>,
         what: impl FnOnce(&mut Account<Mortal>) -> anyhow::Result<()>,
     ) -> bool {
         let account = self.processes[process].as_mut().unwrap();
         let store = account.store();
-        (store.disk, store.fault) = (std::mem::take(&mut self.disk), dies);
+        (store.disk, store.fault) = (std::mem::take(&mut self.disk), crash);
         let has_died = what(account).is_err();
         self.disk = std::mem::take(&mut account.store().disk);
         if has_died {
@@ -372,7 +372,7 @@ fn usage(dollars: u64) -> Usage {
 }
 
 #[test]
-fn no_interleaving_of_two_processes_exceeds_the_cap() {
+fn interleavings_of_two_processes_never_exceed_the_cap() {
     let mut seen = HashSet::new();
     let mut waiting = vec![World::new()];
     seen.insert(waiting[0].key());

@@ -174,14 +174,14 @@ impl World {
         let result = what(account);
         let store = account.store();
         (self.disk, self.fault) = (std::mem::take(&mut store.disk), store.fault);
-        if result.is_err() && !self.lives_on() {
+        if result.is_err() && !self.survives() {
             self.die();
         }
         result.is_ok()
     }
 
     /// Writes fail, and the process lives.
-    fn lives_on(&self) -> bool {
+    fn survives(&self) -> bool {
         matches!(self.fault, Some(Fault::Fails(_)))
     }
 
@@ -235,7 +235,7 @@ impl World {
             &self.floor(),
         );
         let Ok((mut account, _)) = opened else {
-            assert!(self.lives_on());
+            assert!(self.survives());
             return;
         };
         // The journal of the batches brings what is held for them.
@@ -251,7 +251,7 @@ impl World {
     /// Opening does not die: what a process does then is like the first thing that another one does.
     fn store(&self) -> Mortal {
         Mortal {
-            fault: self.fault.filter(|_| self.lives_on()),
+            fault: self.fault.filter(|_| self.survives()),
             ..self.disk.open()
         }
     }
@@ -331,7 +331,7 @@ impl World {
 
     fn make_batch(&mut self, rows: u64, tokens: u64) {
         // Its journal is written before it.
-        if PRICES[self.price].output.is_none() || self.lives_on() {
+        if PRICES[self.price].output.is_none() || self.survives() {
             return;
         }
         let bound = TokenBound {
@@ -379,7 +379,7 @@ impl World {
     }
 
     fn merge(&mut self, cents: u64) {
-        if self.process.is_some() || self.lives_on() {
+        if self.process.is_some() || self.survives() {
             return;
         }
         let usd = Dollars::at_least(cents as f64 / 100.0);
@@ -487,7 +487,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn nothing_that_a_run_folder_goes_through_exceeds_the_cap(events in proptest::collection::vec(event(), 1..80)) {
+    fn event_sequences_never_exceed_the_cap(events in proptest::collection::vec(event(), 1..80)) {
         let mut world = World::new();
         for event in &events {
             world.step(event);
