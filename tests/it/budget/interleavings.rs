@@ -1,5 +1,5 @@
-//! A search over every interleaving: two processes, four requests, and a crash or a lost reply at every
-//! step. The account is the real one; only its files and the endpoint are made up.
+//! Search over every interleaving of two processes with four requests, and a crash or a lost reply at every step.
+//! The account is the real one; its files and the endpoint are simulated.
 
 use std::collections::HashSet;
 
@@ -9,13 +9,13 @@ use distill::budget::ledger::Spent;
 use distill::budget::price::TokenBound;
 use distill::cache::usage::Usage;
 
-use super::{Disk, Fault, Mortal, PRICE, after_a_kill, dollars};
+use super::{Disk, Fault, FaultyStore, PRICE, after_a_kill, dollars};
 
-/// Bounds of the requests, in dollars; all of them do not fit.
+/// Bounds of the requests in dollars; together they exceed the cap.
 const BOUNDS: [u64; 4] = [3, 3, 2, 2];
 const CAP: u64 = 7;
 
-/// Times that a request is sent at the most.
+/// Maximum number of times that a request is sent.
 const SENDS: u8 = 2;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -32,11 +32,11 @@ enum Request {
 #[derive(Debug, Clone)]
 struct World {
     disk: Disk,
-    /// One of them at a time: the lock.
-    processes: [Option<Account<Mortal>>; 2],
+    /// At most one is open at a time, because of the lock.
+    processes: [Option<Account<FaultyStore>>; 2],
     requests: [Request; 4],
     sends: [u8; 4],
-    /// Sent, given up, and possibly billed later on.
+    /// Number of attempts without a reply that may be billed later.
     lost: [u8; 4],
     billed: Dollars,
 }
@@ -53,13 +53,13 @@ type Key = (
 enum Step {
     Open(usize),
     Send(usize, usize),
-    /// The endpoint bills the request: all of its bound, or a dollar.
+    /// The endpoint bills the request: its full bound (if true), or one dollar.
     Bill(usize, bool),
-    /// It bills one that nobody waits for any more.
+    /// The endpoint bills an attempt whose reply was lost.
     BillLost(usize),
-    /// A reply comes: with usage or without where it was billed, a refusal where it was not.
+    /// The endpoint replies: with usage (if true) or without to a billed request, else with a refusal.
     Answer(usize, bool),
-    /// No reply comes.
+    /// The reply is lost.
     Lose(usize),
     Close(usize),
     Kill(usize),
@@ -133,7 +133,8 @@ impl World {
 
     /// Every world that a step can lead to: it goes well, or the process crash at one of its writes.
     fn after(&self, step: Step) -> Vec<World> {
-        let deaths = (0..2).flat_map(|write| [Fault::Dies(write, false), Fault::Dies(write, true)]);
+        let deaths =
+            (0..2).flat_map(|write| [Fault::Crash(write, false), Fault::Crash(write, true)]);
         let ways = std::iter::once(None).chain(deaths.map(Some));
         let mut worlds = Vec::new();
         for crash in ways {
@@ -150,7 +151,7 @@ impl World {
     fn take(&mut self, step: Step, crash: Option<Fault>) -> bool {
         match step {
             Step::Open(process) => {
-                let store = Mortal {
+                let store = FaultyStore {
                     fault: crash,
                     ..self.disk.open()
                 };
@@ -168,7 +169,7 @@ impl World {
                     }
                     Err(_) => {
                         // Whether the write was made can only be seen by making it.
-                        if crash == Some(Fault::Dies(0, true)) {
+                        if crash == Some(Fault::Crash(0, true)) {
                             let opened = Account::open(
                                 self.disk.open(),
                                 self.disk.read(),
@@ -253,7 +254,13 @@ impl World {
     }
 
     /// Settles a request, and writes it down, as the dispatcher does.
-    fn settle(&mut self, request: usize, bill: Charge, crash: Option<Fault>, next: Request) -> bool {
+    fn settle(
+        &mut self,
+        request: usize,
+        bill: Charge,
+        crash: Option<Fault>,
+        next: Request,
+    ) -> bool {
         let Request::InFlight { by, .. } = self.requests[request] else {
             unreachable!()
         };
@@ -270,7 +277,7 @@ impl World {
         &mut self,
         process: usize,
         crash: Option<Fault>,
-        what: impl FnOnce(&mut Account<Mortal>) -> anyhow::Result<()>,
+        what: impl FnOnce(&mut Account<FaultyStore>) -> anyhow::Result<()>,
     ) -> bool {
         let account = self.processes[process].as_mut().unwrap();
         let store = account.store();
@@ -338,7 +345,7 @@ impl World {
 
     /// All that what comes next depends on: not how many attempts were lost so far, say.
     fn key(&self) -> Key {
-        let account = |account: &Account<Mortal>| (account.spent(), account.remaining());
+        let account = |account: &Account<FaultyStore>| (account.spent(), account.remaining());
         let processes = self
             .processes
             .each_ref()
