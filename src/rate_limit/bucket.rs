@@ -100,8 +100,8 @@ impl ServerBucket {
         let filled = if missing <= 0.0 {
             now
         } else if let (Refill::AtReset, Some(end)) = (self.refill, self.ends) {
-            // A reset hours from now may be an error of the server: sending tells, as the server refuses if it
-            // is not.
+            // A reset hours from now may be an error of the server. The request is sent: if the reset time is right,
+            // the server refuses it.
             if end > now + FARTHEST_END { now } else { end }
         } else {
             let seconds = missing / self.rate().max(1e-9);

@@ -14,9 +14,9 @@
 //! | `cost`, `send_ticket` | cost of a request, and what a sent request was charged |
 //! | `wait` | parser of waiting times in headers and messages |
 //!
-//! Invariants: within any minute, requests and tokens stay below the user's limit plus one burst; within any
-//! 24 hours, requests stay below the daily limit, even after a kill; waiting uses the monotonic clock; no file
-//! here does network or disk access except `redis/connection`.
+//! Invariants: in any minute, requests and tokens are at most the user's limit plus one burst; in any 24 hours,
+//! requests are at most the daily limit, even after a kill; waiting uses the monotonic clock; only
+//! `redis/connection` accesses the network, and no file here accesses the disk.
 //!
 //! # How to add a rate-limit dialect
 //!

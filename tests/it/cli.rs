@@ -315,7 +315,7 @@ fn config_show_prints_origins_and_ignores_a_closed_pipe() {
 #[test]
 fn mock_serves_its_script_and_reports_billing_on_ctrl_c() {
     let dir = tempfile::tempdir().unwrap();
-    let script = dir.path().join("night.toml");
+    let script = dir.path().join("script.toml");
     std::fs::write(
         &script,
         "model = \"tiny\"\n[[faults]]\nkind = \"http 500\"\nfirst = 1\nmatching = \"say 3\"",
@@ -341,7 +341,7 @@ fn mock_serves_its_script_and_reports_billing_on_ctrl_c() {
             .unwrap()
             .success()
     );
-    let told: Vec<String> = lines.map(Result::unwrap).collect();
+    let printed: Vec<String> = lines.map(Result::unwrap).collect();
     assert_eq!(teacher.wait().unwrap().code(), Some(130));
     for (name, count) in [
         ("requests", "11"),
@@ -350,12 +350,12 @@ fn mock_serves_its_script_and_reports_billing_on_ctrl_c() {
         ("billed answers", "10"),
         ("  billed 1 times", "10"),
     ] {
-        let row = told
+        let row = printed
             .iter()
             .find(|line| line.starts_with(&format!("{name}  ")));
         assert!(
             row.is_some_and(|row| row.ends_with(&format!(" {count}"))),
-            "{name}: {told:?}"
+            "{name}: {printed:?}"
         );
     }
 
@@ -363,7 +363,7 @@ fn mock_serves_its_script_and_reports_billing_on_ctrl_c() {
     refused(
         &run(&["serve", "--mock", script]),
         2,
-        &["night.toml:2:1", "did you mean \"requests_per_minute\"?"],
+        &["script.toml:2:1", "did you mean \"requests_per_minute\"?"],
     );
     refused(
         &run(&["serve", "--mock", script, "--model", "x"]),

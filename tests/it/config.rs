@@ -209,7 +209,7 @@ fn shared_limits_need_the_redis_feature_and_a_limit() {
         );
         assert!(!format!("{config:?}").contains("secret"));
     }
-    // Mistakes in the file are told without the line that they are in.
+    // Error messages do not quote the line of the file.
     let unquoted = format!("[limits]\nshared = {address}");
     for text in [
         unquoted.as_str(),
