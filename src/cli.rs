@@ -96,7 +96,7 @@ pub struct DemoArgs {
 pub struct HarvestArgs {
     #[command(flatten)]
     pub config: ConfigFile,
-    /// Show what would be asked and what it would cost; send nothing
+    /// Show what would be requested and what it would cost; send nothing
     #[arg(long)]
     pub dry_run: bool,
     /// Maximum number of prompts
