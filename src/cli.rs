@@ -1,4 +1,4 @@
-//! The command line as given: clap types and nothing else.
+//! Command-line arguments: clap types only.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::plan::shard::Shard;
 
-/// As [`crate::exit::Exit`] decides.
+/// Exit statuses in the help; see [`crate::exit::Exit`].
 const EXIT_STATUS: &str = "\
 Exit status:
   0    done
@@ -15,13 +15,13 @@ Exit status:
   2    the command line, the config or the input files must be changed first
   3    done, and some rows failed: see failures.jsonl
   4    stopped by the budget, a window, a limit or an outage; run the same command to resume
-  5    a cache or a checkpoint is damaged, and going on could lose data
+  5    a cache or a checkpoint is damaged; continuing could lose data
   129, 130, 143  stopped by a hang-up, Ctrl-C or SIGTERM; run the same command to resume, `train` with --resume";
 
 /// Distill a hosted model into a small one that you own
 ///
-/// `distill harvest` asks the teacher, within limits, and keeps every answer in a crash-safe cache;
-/// `distill train` fine-tunes a student on it. `distill demo` shows the whole way on this machine.
+/// `distill harvest` collects the teacher's answers, within limits, in a crash-safe cache; `distill train`
+/// fine-tunes a student on them. `distill demo` runs the whole pipeline on this machine.
 #[derive(Debug, Parser)]
 #[command(version, arg_required_else_help = true, after_help = EXIT_STATUS)]
 pub struct Cli {
@@ -35,33 +35,33 @@ pub struct Cli {
 pub enum Verb {
     /// The whole pipeline on this machine: no key, no network, a few minutes
     Demo(DemoArgs),
-    /// Ask the teacher for every answer that the cache does not hold yet
+    /// Request every answer that is not in the cache from the teacher
     Harvest(HarvestArgs),
-    /// Find out what the endpoint really does, with about twenty cheap requests
+    /// Test what the endpoint supports, with about twenty cheap requests
     ///
-    /// They count in the budget. They are sent immediately: `[schedule]` and `[limits]` do not apply to them.
+    /// The requests count against the budget. They are sent immediately: `[schedule]` and `[limits]` do not apply.
     Probe(ProbeArgs),
-    /// Train the student on the cache, or on given conversations
+    /// Train the student on the cache, or on a file of conversations
     Train(TrainArgs),
-    /// The student against held-out truth and against its teacher
+    /// Evaluate the student against held-out answers and against its teacher
     Eval(EvalArgs),
     /// Serve a local model over the OpenAI API, or a scripted teacher to rehearse with
     Serve(ServeArgs),
     /// Answer one prompt with a local model, or chat with it
     Generate(GenerateArgs),
-    /// Look at examples as they are trained
+    /// Inspect training examples
     Data(DataArgs),
     /// Split a text into the tokens of a model
     Tokenize(TokenizeArgs),
-    /// Look into a cache, repair it, merge or export it
+    /// Inspect, repair, merge or export a cache
     Cache(CacheArgs),
-    /// Show the config as it is understood
+    /// Show the effective config
     Config(ConfigArgs),
     /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
 }
 
-/// Where the config comes from.
+/// Flags that select the config.
 #[derive(Debug, Clone, Args)]
 pub struct ConfigFile {
     /// The config file; config.example.toml documents every key
@@ -74,7 +74,7 @@ pub struct ConfigFile {
 
 #[derive(Debug, Clone, Args)]
 pub struct DemoArgs {
-    /// The run folder; a demo that was stopped goes on in it
+    /// Run folder; a demo that was stopped resumes in it
     #[arg(long, value_name = "DIR", default_value = "demo")]
     pub dir: PathBuf,
     /// Prompts to harvest, of the 12,000 that ship
@@ -96,19 +96,19 @@ pub struct DemoArgs {
 pub struct HarvestArgs {
     #[command(flatten)]
     pub config: ConfigFile,
-    /// Show what would be asked and what it would cost; send nothing
+    /// Show what would be requested and what it would cost; send nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Use only the first N prompts
+    /// Maximum number of prompts
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Request these answers again, and no others (comma-separated): length (truncated), quarantined, a
-    /// reason that the summary lists under quarantined, or failed (rows that were bought retry.max_attempts
-    /// times or refused by a content filter; the plain command asks every other row that failed); answers
-    /// move to responses.replaced.jsonl
+    /// Request only these answers again (comma-separated): length (truncated), quarantined, a reason that the summary
+    /// lists under quarantined, or failed (rows that used up retry.max_attempts paid attempts or were refused by a
+    /// content filter; the command without --again retries all other failed rows); old answers move to
+    /// responses.replaced.jsonl
     #[arg(long, value_name = "WHAT", value_delimiter = ',')]
     pub again: Vec<String>,
-    /// Ask only the I-th of N disjoint parts, each on a machine (or in a run_dir) of its own;
+    /// Request only the I-th of N disjoint parts; each part needs its own machine or run_dir, and
     /// `distill cache merge` joins them
     #[arg(long, value_name = "I/N")]
     pub shard: Option<Shard>,
@@ -124,13 +124,13 @@ pub struct ProbeArgs {
 pub struct TrainArgs {
     #[command(flatten)]
     pub config: ConfigFile,
-    /// Go on from the newest checkpoint
+    /// Resume from the newest checkpoint
     #[arg(long, conflicts_with = "fresh")]
     pub resume: bool,
-    /// Remove the checkpoints that are there and start over
+    /// Delete existing checkpoints and start over
     #[arg(long)]
     pub fresh: bool,
-    /// Also train on logprobs that do not belong to their answers, or of which few can be used
+    /// Also train on logprobs that do not match their answers, or of which few are usable
     #[arg(long)]
     pub force: bool,
 }
@@ -153,13 +153,13 @@ pub enum CacheAction {
     Stats(CachePlace),
     /// Check every line
     Verify(CachePlace),
-    /// Move what is damaged aside, so that its prompts are asked again
+    /// Move damaged records aside, so that their prompts are requested again
     Repair(CachePlace),
-    /// Take over the records of other caches, such as those of other machines
+    /// Copy the records of other caches into this one
     Merge {
         #[command(flatten)]
         place: CachePlace,
-        /// Cache folders, which stay as they are
+        /// Cache folders to copy from; they are not changed
         #[arg(required = true, value_name = "DIR")]
         sources: Vec<PathBuf>,
     },
@@ -169,13 +169,13 @@ pub enum CacheAction {
     Show {
         #[command(flatten)]
         place: CachePlace,
-        /// A key (or its beginning) or a prompt id; without one, the first records, up to `--limit`
+        /// Key (or a prefix of it) or prompt id [default: the first records, up to `--limit`]
         record: Option<String>,
         /// Print at most N records
         #[arg(long, value_name = "N", default_value_t = 10)]
         limit: usize,
     },
-    /// Write the answers that are worth training on for another trainer
+    /// Write the usable answers in the format of another trainer
     Export(ExportArgs),
 }
 
@@ -183,24 +183,24 @@ pub enum CacheAction {
 pub struct ExportArgs {
     #[command(flatten)]
     pub place: CachePlace,
-    /// What to write
+    /// Output format
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub to: ExportFormat,
-    /// Where to write it: a folder for `hf`, else a file
+    /// Output path: a folder for `hf`, else a file
     #[arg(short = 'o', long = "out", value_name = "OUT")]
     pub out: PathBuf,
-    /// Groups to write instead of `data.groups`: "all" but those of a mock, or ids, models and teachers
+    /// Groups to write instead of `data.groups`: "all" (except those of a mock), or ids, models and teachers
     #[arg(long, value_name = "GROUP", value_delimiter = ',')]
     pub groups: Vec<String>,
     /// The teacher's model folder (tokenizer.json, chat template), which `axolotl` needs
     #[arg(long, value_name = "DIR")]
     pub tokenizer: Option<PathBuf>,
-    /// Replace an export that is there
+    /// Replace an existing export
     #[arg(long)]
     pub force: bool,
 }
 
-/// Who is to read an export.
+/// Format of an export.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum ExportFormat {
     /// A Hugging Face dataset: train.jsonl and a card
@@ -215,7 +215,7 @@ pub enum ExportFormat {
     Parquet,
 }
 
-/// A cache folder, or the config of the run that it belongs to.
+/// A cache folder, given directly or by the config of its run.
 #[derive(Debug, Clone, Args)]
 #[group(required = true, multiple = false)]
 pub struct CachePlace {
@@ -235,11 +235,11 @@ pub struct ConfigArgs {
 
 #[derive(Debug, Clone, Subcommand)]
 pub enum ConfigAction {
-    /// Every value, and where it came from
+    /// Show every value and its origin
     Show(ConfigFile),
 }
 
-/// Flags of every verb.
+/// Flags of all commands.
 #[derive(Debug, Clone, Default, Args)]
 pub struct Global {
     /// Print the result as one JSON object
@@ -252,7 +252,7 @@ pub struct ServeArgs {
     /// Model folder (Hugging Face layout)
     #[arg(long, value_name = "DIR", required_unless_present = "mock")]
     pub model: Option<PathBuf>,
-    /// In place of a model, a teacher that does what this script says: limits, latency, faults;
+    /// Serve a mock teacher with the limits, latency and faults of this script instead of a model;
     /// tests/mock/example.toml documents every key
     #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "name", "batch_size", "queue"])]
     pub mock: Option<PathBuf>,
@@ -262,13 +262,13 @@ pub struct ServeArgs {
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
-    /// Name that requests ask for [default: the folder's name]
+    /// Model name in requests [default: the folder's name]
     #[arg(long)]
     pub name: Option<String>,
-    /// Answers generated at once
+    /// Number of answers generated in one batch
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub batch_size: usize,
-    /// Answers that may wait for a slot; further requests get 503
+    /// Maximum number of waiting answers; further requests get 503
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub queue: usize,
 }
@@ -281,9 +281,9 @@ pub struct DataArgs {
 
 #[derive(Debug, Clone, Subcommand)]
 pub enum DataCommand {
-    /// Show examples token by token: what is supervised, and the soft labels of each position
+    /// Show examples token by token, with the loss mask and the soft labels of each position
     ///
-    /// Tokens are separated by `|`; what is supervised stands between `>>>` and `<<<`.
+    /// Tokens are separated by `|`; supervised tokens are between `>>>` and `<<<`.
     Show(ShowDataArgs),
 }
 
@@ -291,8 +291,8 @@ pub enum DataCommand {
 pub struct ShowDataArgs {
     #[command(flatten)]
     pub config: ConfigFile,
-    /// Key of a record or at least six digits of it, a prompt id, or the line of a file [default: the first that make
-    /// an example]
+    /// Key of a record (at least its first six digits), prompt id, or line number of a file [default: the first usable
+    /// ones]
     #[arg(long, value_name = "ID")]
     pub id: Option<String>,
     /// Maximum number of examples [default: 1 without --id]
@@ -305,7 +305,7 @@ pub struct TokenizeArgs {
     /// Model folder (Hugging Face layout)
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
-    /// Take the text as the message of a user, and show the prompt that the chat template makes of it
+    /// Treat the text as a user message, and show the prompt rendered by the chat template
     #[arg(long)]
     pub chat: bool,
     /// The text; `-` reads it from stdin
@@ -320,18 +320,18 @@ pub struct GenerateArgs {
     /// System message
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// 0 takes the likeliest token at each step
+    /// Sampling temperature; 0 takes the most likely token at each step
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     pub temperature: f64,
-    /// Draw among the likeliest tokens that hold this share of the probability
+    /// Sample among the most likely tokens up to this cumulative probability
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     pub top_p: f64,
-    /// Repeats a drawn answer [default: another one each time]
+    /// Seed of the sampling [default: a random one]
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Longest answer, in tokens
+    /// Maximum length of the answer in tokens
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub max_tokens: usize,
-    /// The prompt; `-` reads it from stdin; none starts a chat on a terminal
+    /// The prompt; `-` reads it from stdin [default: a chat on the terminal]
     pub prompt: Option<String>,
 }

@@ -1,4 +1,4 @@
-//! Parse, set up logging, call the library, map the result to an exit status.
+//! Parses the arguments, sets up logging, runs the command, and maps its result to an exit status.
 
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
@@ -34,17 +34,18 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let (code, text) = (Exit::code_of(&error), format!("{error:#}"));
-            // A stop that was asked for is no error.
+            let code = Exit::code_of(&error);
+            let text = format!("{error:#}");
+            // A stop by a signal is not an error.
             let prefix = if code > 128 { "" } else { "error: " };
-            // Where nobody can read it, the exit status still says so.
+            // If stderr is closed, the exit status still shows the failure.
             let _ = writeln!(std::io::stderr(), "{prefix}{}", terminal::sanitise(&text));
             ExitCode::from(code)
         }
     }
 }
 
-/// `distill cache show | head` is no failure.
+/// Returns true if stdout was closed by its reader, as in `distill cache show | head`.
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause

@@ -1,4 +1,4 @@
-//! The account of a run folder while a process has it. Pure, but for its store.
+//! The account of a run folder in a running process. Pure, except for its store.
 
 use anyhow::Result;
 
@@ -10,14 +10,14 @@ use crate::cache::usage::Usage;
 use crate::config::Price;
 use crate::exit::Exit;
 
-/// The written-ahead reservation grows by this factor, so that it is written rarely.
+/// Growth factor of the reservation written ahead, so that it is written rarely.
 const STEP: f64 = 2.0;
 
-/// Upper bound of a request's cost: dollars, or tokens if no price is set.
+/// Upper bound of the cost of a request: dollars, or tokens if no price is set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Reservation {
     pub usd: Dollars,
-    /// The same before [`Ledger::excess`] raised it.
+    /// The bound before [`Ledger::excess`] raised it.
     pub unraised: Dollars,
     pub tokens: UnpricedTokens,
 }
@@ -25,43 +25,44 @@ pub struct Reservation {
 /// Outcome of a reservation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Charge {
-    /// The endpoint said how many tokens.
+    /// An answer with reported usage.
     Measured(Usage),
-    /// An answer came, with these tokens at the most.
+    /// An answer without usage, with an upper bound of its tokens.
     Answered(TokenBound),
-    /// It may have been billed in full: a time-out, a connection lost, a body that makes no sense.
+    /// Possibly billed in full: a timeout, a lost connection, an unreadable body.
     Possible,
     /// Refused, or never sent.
     Nothing,
 }
 
+/// Spending and reservations of a run folder.
 #[derive(Debug, Clone)]
 pub struct Account<S> {
     cap: Option<Dollars>,
-    /// As it would be written now.
+    /// Content of the next ledger.
     ledger: Ledger,
     reserved: Reservation,
-    /// Reserved for batches. Their own journal brings it over a kill, which they survive: it is no part of
-    /// what a kill may lose.
+    /// Part of `reserved` for batches. Batches survive a kill, and so does this amount, in their own journal: the
+    /// ledger does not write it ahead.
     in_batches: Dollars,
-    /// Spent, and not in the log yet: the reservations in the ledger still cover it.
+    /// Spent and not in the log yet; the reservations in the ledger cover it.
     pending: Spent,
     /// Spent by this process.
     now: Spent,
-    /// The ledger has changed in a way that the log does not tell.
+    /// True if the ledger has changed in a field that the log does not have.
     is_dirty: bool,
-    /// Something could not be written that must be before anything else is sent.
+    /// True if a write has failed that must succeed before the next request.
     is_overdue: bool,
     store: S,
 }
 
 impl<S: LedgerStore> Account<S> {
-    /// Takes over the account as it was left, and counts what a killed run left in flight as spent, which is
-    /// returned. `price` is that of tokens which were spent while none was set; `floor` what is known to
-    /// have been spent from elsewhere.
+    /// Opens the account. Requests that a killed run left in flight count as spent; they are returned. `price` applies
+    /// to tokens that were spent without a price; `floor` is the amount that other records, such as the cache, show as
+    /// spent.
     ///
     /// # Errors
-    /// Where the ledger cannot be written.
+    /// If the ledger cannot be written.
     pub fn open(
         store: S,
         mut ledger: Ledger,
@@ -96,7 +97,7 @@ impl<S: LedgerStore> Account<S> {
         Ok((account, lost))
     }
 
-    /// The most that a request can cost.
+    /// Upper bound of the cost of a request.
     pub fn bound(&self, bound: &TokenBound, price: &Price) -> Reservation {
         match bound.cost(price) {
             Some(usd) => Reservation {
@@ -116,10 +117,10 @@ impl<S: LedgerStore> Account<S> {
         }
     }
 
-    /// Reserves the amount, if it fits, and durably so before anything may be billed.
+    /// Reserves the amount, durably. Returns false if it exceeds the cap.
     ///
     /// # Errors
-    /// Where the ledger cannot be written: then nothing is reserved.
+    /// If the ledger cannot be written; then nothing is reserved.
     pub fn reserve(&mut self, amount: &Reservation) -> Result<bool> {
         if self
             .cap
@@ -127,7 +128,7 @@ impl<S: LedgerStore> Account<S> {
         {
             return Ok(false);
         }
-        // What is pending is covered by the reservations that it came from, and not by others.
+        // Pending amounts are covered only by the reservations that they came from.
         self.flush()?;
         self.add(amount);
         let usd = self.reserved.usd.minus(self.in_batches);
@@ -158,7 +159,7 @@ impl<S: LedgerStore> Account<S> {
         self.reserved.tokens.add(amount.tokens);
     }
 
-    /// Takes a reservation back on which nothing was sent.
+    /// Releases a reservation whose request was not sent.
     pub fn release(&mut self, amount: &Reservation) {
         let tokens = &mut self.reserved.tokens;
         tokens.prompt = tokens.prompt.saturating_sub(amount.tokens.prompt);
@@ -166,42 +167,42 @@ impl<S: LedgerStore> Account<S> {
         self.reserved.usd = self.reserved.usd.minus(amount.usd);
     }
 
-    /// Requests are to be sent one by one from here on, so many at once.
+    /// Records the maximum number of requests in flight from now on.
     ///
     /// # Errors
-    /// Where the ledger cannot be written.
+    /// If the ledger cannot be written.
     pub fn expect_in_flight(&mut self, requests: u64) -> Result<()> {
         self.ledger.in_flight.requests = requests;
         self.ledger.in_flight.budget_usd = self.cap;
         self.save()
     }
 
-    /// Reserves what a batch may cost, whether it fits or not: it may have been spent already. The batches'
-    /// journal has the amount before anything may be billed.
+    /// Reserves the maximum cost of a batch, even above the cap: a resumed batch may have been billed already. The
+    /// journal of the batches has the amount before the batch may be billed.
     pub fn hold_for_batch(&mut self, usd: Dollars) {
         self.reserved.usd = self.reserved.usd.plus(usd);
         self.in_batches = self.in_batches.plus(usd);
     }
 
-    /// Settles the amount held for a number of rows of a batch; `unraised` is their cost before the excess
-    /// factor. The amount spent is in the log when this returns.
+    /// Settles the amount held for `rows` rows of a batch; `unraised` is their cost before the excess factor. The
+    /// amount spent is in the log when this returns.
     ///
     /// # Errors
-    /// Where it cannot be written.
+    /// If the log cannot be written.
     pub fn settle_batch(
         &mut self,
         held: Dollars,
         unraised: Dollars,
         rows: u64,
-        bill: Charge,
+        charge: Charge,
         price: &Price,
     ) -> Result<()> {
         if rows == 0 {
             return Ok(());
         }
         self.in_batches = self.in_batches.minus(held);
-        if bill == Charge::Possible {
-            // One is counted below.
+        if charge == Charge::Possible {
+            // `settle` counts one of them.
             self.ledger.attempts_lost += rows - 1;
         }
         let amount = Reservation {
@@ -209,22 +210,22 @@ impl<S: LedgerStore> Account<S> {
             unraised,
             tokens: UnpricedTokens::default(),
         };
-        self.settle(&amount, bill, price);
+        self.settle(&amount, charge, price);
         self.flush()
     }
 
-    /// Turns a reservation into what was spent. [`Account::flush`] writes it.
-    pub fn settle(&mut self, reserved: &Reservation, bill: Charge, price: &Price) {
+    /// Settles a reservation by the outcome of its request. [`Account::flush`] writes the amount spent.
+    pub fn settle(&mut self, reserved: &Reservation, charge: Charge, price: &Price) {
         self.release(reserved);
         let mut spent = Spent::default();
-        match bill {
+        match charge {
             Charge::Measured(usage) => match price::cost(&usage, price) {
                 Some(usd) => spent.measured_usd = Dollars::at_least(usd),
                 None => spent.measured_tokens = usage.into(),
             },
             Charge::Answered(bound) => {
                 let at_most = self.bound(&bound, price);
-                // What was reserved is a bound, too, unless the endpoint itself reports more.
+                // The reservation is a bound, too, unless the endpoint itself reports more tokens.
                 spent.estimated_usd = at_most.usd.min(reserved.usd).max(at_most.unraised);
                 spent.estimated_tokens = at_most.tokens;
             }
@@ -234,19 +235,19 @@ impl<S: LedgerStore> Account<S> {
             }
             Charge::Nothing => {}
         }
-        let known = match bill {
+        let cost = match charge {
             Charge::Answered(bound) => self.bound(&bound, price).unraised,
             _ => spent.measured_usd,
         };
-        if !reserved.unraised.is_zero() && known > reserved.unraised {
-            // Not times the factor so far: many requests that were reserved at the same one may exceed it.
-            let excess = known.usd() / reserved.unraised.usd();
+        if !reserved.unraised.is_zero() && cost > reserved.unraised {
+            // Not multiplied by the current factor: many requests reserved at the same factor may exceed it.
+            let excess = cost.usd() / reserved.unraised.usd();
             if excess > self.ledger.excess {
                 self.ledger.excess = excess;
                 self.is_dirty = true;
             }
         }
-        if bill == Charge::Possible {
+        if charge == Charge::Possible {
             self.ledger.attempts_lost = self.ledger.attempts_lost.saturating_add(1);
             self.is_dirty = true;
         }
@@ -255,16 +256,16 @@ impl<S: LedgerStore> Account<S> {
         self.ledger.spent.add(&spent);
     }
 
-    /// Writes what was spent to the log.
+    /// Appends pending amounts to the log.
     ///
     /// # Errors
-    /// Where it cannot be written: it stays pending, and the reservations in the ledger cover it.
+    /// If the log cannot be written; the amounts stay pending, covered by the reservations in the ledger.
     pub fn flush(&mut self) -> Result<()> {
         if self.pending.is_nothing() {
             return Ok(());
         }
         if self.is_overdue {
-            // The log may end with part of a line, behind which nothing may follow.
+            // After a failed write the log may end with a torn line: nothing may be appended to it.
             return self.save();
         }
         let appended = self.store.append(&self.pending);
@@ -274,22 +275,22 @@ impl<S: LedgerStore> Account<S> {
         Ok(())
     }
 
-    /// Counts what was spent elsewhere: in a cache that is merged into this one.
+    /// Adds the spending of a merged cache.
     ///
     /// # Errors
-    /// Where it cannot be written.
+    /// If the log cannot be written.
     pub fn add_spent(&mut self, spent: &Spent) -> Result<()> {
         self.ledger.spent.add(spent);
         self.pending.add(spent);
         self.flush()
     }
 
-    /// Makes what was spent durable, and writes what else has changed; about once a second.
+    /// Makes the amounts spent durable, and writes the ledger if it has changed; called about once a second.
     ///
     /// # Errors
-    /// Where it cannot be written.
+    /// If the ledger or the log cannot be written.
     pub fn tick(&mut self) -> Result<()> {
-        // Files that somebody has removed are written anew: this process has all that they held.
+        // Removed or replaced files are written again: this process has their content.
         if self.is_dirty || !self.store.is_in_place() {
             return self.save();
         }
@@ -297,37 +298,38 @@ impl<S: LedgerStore> Account<S> {
         self.store.sync()
     }
 
-    /// Writes the ledger, also an unchanged one.
+    /// Writes the ledger, even if it is unchanged.
     ///
     /// # Errors
-    /// Where it cannot be written: nothing may be sent before it was.
+    /// If it cannot be written; then no request is sent before a later write succeeds.
     pub fn save(&mut self) -> Result<()> {
-        // It has what is pending.
         let saved = self.store.save(&self.ledger);
         self.is_overdue = saved.is_err();
         saved?;
-        (self.pending, self.is_dirty) = (Spent::default(), false);
+        // The ledger includes the pending amounts.
+        self.pending = Spent::default();
+        self.is_dirty = false;
         Ok(())
     }
 
-    /// Closes the account: what is still in flight, after a second signal, counts as possibly billed.
+    /// Closes the account. Requests still in flight, after a second signal, count as possibly billed.
     ///
     /// # Errors
-    /// Where it cannot be written.
+    /// If the ledger cannot be written.
     pub fn close(&mut self, still_in_flight: u64) -> Result<()> {
-        let left = Spent {
+        let unsettled = Spent {
             estimated_usd: self.reserved.usd.minus(self.in_batches),
             estimated_tokens: self.reserved.tokens,
             ..Spent::default()
         };
-        self.now.add(&left);
-        self.ledger.spent.add(&left);
+        self.now.add(&unsettled);
+        self.ledger.spent.add(&unsettled);
         self.ledger.attempts_lost = self.ledger.attempts_lost.saturating_add(still_in_flight);
         self.ledger.in_flight = InFlight::default();
         self.save()
     }
 
-    /// The slots of requests that earlier runs sent, by endpoint; to be changed before a save.
+    /// Slots of the daily request count, by endpoint. Marks the ledger as changed.
     pub fn day(&mut self) -> &mut std::collections::BTreeMap<String, Vec<(jiff::Timestamp, u64)>> {
         self.is_dirty = true;
         &mut self.ledger.day
@@ -338,7 +340,7 @@ impl<S: LedgerStore> Account<S> {
         self.spent().total().plus(self.reserved.usd)
     }
 
-    /// Everything that was ever spent.
+    /// Spent by all runs of the folder.
     pub fn spent(&self) -> Spent {
         self.ledger.spent
     }
@@ -348,7 +350,7 @@ impl<S: LedgerStore> Account<S> {
         self.now
     }
 
-    /// Dollars that are neither spent nor reserved.
+    /// Dollars below the cap that are neither spent nor reserved.
     pub fn remaining(&self) -> Dollars {
         self.cap
             .map_or(Dollars::MAX, |cap| cap.minus(self.committed()))
@@ -364,7 +366,7 @@ impl<S: LedgerStore> Account<S> {
     }
 }
 
-/// Turns tokens into dollars, once there is a price.
+/// Converts unpriced tokens to dollars, if there is a price.
 fn price_tokens(spent: &mut Spent, price: &Price) {
     let cost = |tokens: &mut UnpricedTokens| {
         let usage = Usage {
@@ -385,11 +387,11 @@ fn price_tokens(spent: &mut Spent, price: &Price) {
     spent.estimated_usd = spent.estimated_usd.plus(cost(&mut spent.estimated_tokens));
 }
 
-/// The next request may cost more than the rest of the budget.
+/// Error for a request whose maximum cost exceeds the rest of the budget.
 pub fn out_of_money<S: LedgerStore>(account: &Account<S>) -> anyhow::Error {
     let message = format!(
         "the budget is used up: {} of {} are spent, and the next request may cost more than the \
-         rest; raise `budget.usd` and run the same command to go on",
+         rest; raise `budget.usd` and run the same command to resume",
         account.spent().total(),
         account.cap().unwrap_or_default()
     );

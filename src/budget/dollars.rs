@@ -1,11 +1,10 @@
-//! US dollars, in whole picodollars: sums are exact, and never overflow.
+//! US dollars as whole picodollars: sums are exact, and saturate instead of overflowing.
 
 use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// An amount of US dollars, in picodollars (10^-12). The largest is 18.4 million dollars, beyond which
-/// amounts stay where they are.
+/// Amount of US dollars in picodollars (10^-12). Amounts saturate at 18.4 million dollars.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Dollars(u64);
 
@@ -15,13 +14,14 @@ impl Dollars {
     pub const ZERO: Dollars = Dollars(0);
     pub const MAX: Dollars = Dollars(u64::MAX);
 
-    /// Rounded up; nothing for what is negative or no number.
+    /// Converts from dollars, rounded up; negative numbers and NaN become zero.
     pub fn at_least(usd: f64) -> Dollars {
-        // `as` saturates, and makes 0 of NaN. A product that is off in its last bit is no whole picodollar.
+        // `as` saturates, and converts NaN to 0. The subtraction keeps a rounding error of the product from adding a
+        // picodollar.
         Dollars((usd * PICO - 1e-3).ceil() as u64)
     }
 
-    /// Rounded down; nothing for what is negative or no number.
+    /// Converts from dollars, rounded down; negative numbers and NaN become zero.
     pub fn at_most(usd: f64) -> Dollars {
         Dollars((usd * PICO + 1e-3).floor() as u64)
     }
@@ -39,7 +39,7 @@ impl Dollars {
         Dollars(self.0.saturating_add(other.0))
     }
 
-    /// Never less than nothing.
+    /// Difference, at least zero.
     #[must_use]
     pub fn minus(self, other: Dollars) -> Dollars {
         Dollars(self.0.saturating_sub(other.0))
@@ -65,11 +65,11 @@ impl Serialize for Dollars {
 
 impl<'de> Deserialize<'de> for Dollars {
     /// # Errors
-    /// For a negative amount: an account with one could be spent for ever.
+    /// For a negative amount: it would raise the budget.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let usd = f64::deserialize(deserializer)?;
         if usd < 0.0 {
-            return Err(de::Error::custom(format_args!("a negative amount, {usd}")));
+            return Err(de::Error::custom(format_args!("negative amount {usd}")));
         }
         Ok(Dollars((usd * PICO).round() as u64))
     }
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn amounts_are_exact_and_stay_within_their_bounds() {
+    fn dollar_sums_are_exact_and_saturate() {
         let tenth = Dollars::at_least(0.1);
         let sum = (0..10).fold(Dollars::ZERO, |sum, _| sum.plus(tenth));
         assert_eq!(sum, Dollars::at_most(1.0));
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn amounts_survive_a_file_and_negative_ones_are_refused() {
+    fn dollars_survive_serialisation_and_negative_amounts_are_refused() {
         for usd in [0.0, 1e-12, 0.000_123_456_789, 25.0, 8_999.123_456] {
             let amount = Dollars::at_least(usd);
             let text = serde_json::to_string(&amount).unwrap();

@@ -1,10 +1,8 @@
-//! `ledger.json` and its log in the run folder: the account on the disk, written so that a kill cannot make
-//! its promise untrue.
+//! `ledger.json` and its log in the run folder: the account on disk, whose guarantees survive a kill.
 //!
-//! The ledger holds what was spent, and the most that may be billed for what is in flight. What is spent
-//! after it was written is appended to `spent.N.log`, whose number the ledger names; the next ledger adds it
-//! up and begins the next log. A run that ends in good order leaves nothing in flight; one that is killed
-//! leaves its upper bound, which the next run counts as spent.
+//! The ledger has the amount spent, and an upper bound for the requests in flight. Amounts spent after it was written
+//! are appended to `spent.N.log`, where N is in the ledger. The next ledger includes the log, and starts log N + 1. A
+//! clean end of a run leaves nothing in flight. A kill leaves the upper bound, which the next run counts as spent.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,12 +19,12 @@ use crate::fs::lock::FileLock;
 
 const VERSION: u32 = 2;
 
-/// Tokens that have no price yet.
+/// Tokens of answers without a price.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct UnpricedTokens {
     pub prompt: u64,
-    /// Of these, from the provider's prompt cache.
+    /// Part of `prompt` from the provider's prompt cache.
     pub cached: u64,
     pub completion: u64,
 }
@@ -53,13 +51,13 @@ impl From<Usage> for UnpricedTokens {
     }
 }
 
-/// Spent dollars, and tokens of answers that came while no price was set.
+/// Dollars spent, and tokens of answers that were received without a price.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Spent {
-    /// By the usage that endpoints reported.
+    /// Cost by the usage that endpoints reported.
     pub measured_usd: Dollars,
-    /// Upper bounds: attempts that may have been billed, answers without usage, what kills have left.
+    /// Upper bounds for attempts that may have been billed, answers without usage, and requests in flight at a kill.
     pub estimated_usd: Dollars,
     #[serde(skip_serializing_if = "UnpricedTokens::is_none")]
     pub measured_tokens: UnpricedTokens,
@@ -84,32 +82,34 @@ impl Spent {
     }
 }
 
+/// Content of `ledger.json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Ledger {
     version: u32,
     #[serde(flatten)]
     pub spent: Spent,
-    /// At most; nothing after a run that ended in good order.
+    /// Upper bound; empty after a clean end of a run.
     pub in_flight: InFlight,
-    /// Attempts that may have been billed and brought no answer, kills included.
+    /// Number of attempts that may have been billed without an answer, kills included.
     pub attempts_lost: u64,
-    /// The most by which an answer has cost more than its bound, as a ratio; 0 for never.
+    /// Largest ratio of the cost of an answer to its bound, if above 1; otherwise 0.
     pub excess: f64,
-    /// By endpoint: requests as (slot, count).
+    /// Daily request counts by endpoint, as (slot, number of requests).
     pub day: BTreeMap<String, Vec<(Timestamp, u64)>>,
-    /// The number of the log that follows this ledger.
+    /// Number of the log that follows this ledger.
     pub log: u64,
 }
 
+/// Upper bound for the requests in flight.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct InFlight {
     pub requests: u64,
     pub usd: Dollars,
-    /// The budget that it was within, together with all that was spent.
+    /// Budget that held for this bound and the amount spent together.
     pub budget_usd: Option<Dollars>,
-    /// Of requests without a price.
+    /// Tokens of requests without a price.
     #[serde(skip_serializing_if = "UnpricedTokens::is_none")]
     pub tokens: UnpricedTokens,
 }
@@ -127,29 +127,29 @@ impl InFlight {
     }
 }
 
-/// Storage of the account: files, or a crashing store in tests.
+/// Storage of an account: files, or a crashing store in tests.
 pub trait LedgerStore {
-    /// Replaces the ledger, which has added up the log. Durable once this returns.
+    /// Replaces the ledger and starts a new log. Durable once this returns.
     fn save(&mut self, ledger: &Ledger) -> Result<()>;
 
-    /// Appends to the log. It survives a kill once this returns.
+    /// Appends to the log. The entry survives a kill once this returns.
     fn append(&mut self, spent: &Spent) -> Result<()>;
 
-    /// Returns false if its files were removed or replaced; the caller then saves them anew.
+    /// Returns false if the files were removed or replaced; the caller then saves the ledger again.
     fn is_in_place(&self) -> bool {
         true
     }
 
-    /// Makes what was appended durable.
+    /// Makes the appended entries durable.
     fn sync(&mut self) -> Result<()>;
 }
 
 impl Ledger {
-    /// Counts what a killed run left in flight as spent. Returns it.
+    /// Counts the requests in flight at a kill as spent, and returns them.
     pub fn settle_kill(&mut self) -> InFlight {
         let mut lost = std::mem::take(&mut self.in_flight);
         if let Some(cap) = lost.budget_usd {
-            // The bound was raised in steps; spent and reserved were never more than the cap.
+            // The bound was raised in steps, but spent and reserved together never exceeded the cap.
             lost.usd = lost.usd.min(cap.minus(self.spent.total()));
         }
         self.spent.add(&Spent {
@@ -162,7 +162,7 @@ impl Ledger {
     }
 }
 
-/// The files of the run folder, held by one process at a time.
+/// Files of the account in a run folder, locked by one process at a time.
 pub struct LedgerFiles {
     run_dir: PathBuf,
     log: Option<LogFile>,
@@ -178,20 +178,20 @@ fn log_file(run_dir: &Path, number: u64) -> PathBuf {
     run_dir.join(format!("spent.{number}.log"))
 }
 
-/// The account of the run folder as it was last written, read without taking it. The flag is that of
-/// [`Files::open`].
+/// Reads the account of the run folder as it was last written, without the lock. The flag is that of
+/// [`LedgerFiles::open`].
 ///
 /// # Errors
-/// [`Exit::Damaged`] where the file is no ledger.
+/// [`Exit::Damaged`] if a file is damaged or newer than this version.
 pub fn read_only(run_dir: &Path) -> Result<(Ledger, bool)> {
     let (mut ledger, is_complete) = load(run_dir)?;
-    for spent in logged(run_dir, ledger.log)? {
+    for spent in read_log(run_dir, ledger.log)? {
         ledger.spent.add(&spent);
     }
     Ok((ledger, is_complete))
 }
 
-/// A ledger as it was before this version, which kept no sum of what was measured.
+/// Version of a ledger; version 1 had no sum of the measured cost.
 #[derive(Deserialize)]
 struct Version {
     #[serde(default)]
@@ -199,12 +199,11 @@ struct Version {
 }
 
 impl LedgerFiles {
-    /// Opens the account of the run folder for this process. The flag says whether what was measured is
-    /// known: an older ledger leaves that to the cache.
+    /// Opens and locks the account of the run folder. The flag is true if the ledger has the measured cost; for an
+    /// older ledger, the caller computes it from the cache.
     ///
     /// # Errors
-    /// Where another process has it, and [`Exit::Damaged`] where the file is no ledger: what it held
-    /// cannot be guessed.
+    /// If another process has the lock; [`Exit::Damaged`] if a file is damaged or newer than this version.
     pub fn open(run_dir: &Path) -> Result<(LedgerFiles, Ledger, bool)> {
         crate::fs::create_dir_all(run_dir)?;
         let holds =
@@ -229,8 +228,8 @@ fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
     let text = crate::fs::read_to_string(&path)?;
     let damaged = |error: serde_json::Error| {
         Exit::Damaged(format!(
-            "{} is damaged ({error}): restore it, or delete it if no request of earlier runs need \
-             count against the budget and the day's limit beyond what the cache holds",
+            "{} is damaged ({error}): restore it, or delete it if only the answers in the cache need to count \
+             against the budget and the daily limit",
             path.display()
         ))
     };
@@ -246,8 +245,8 @@ fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
     Ok((ledger, version == VERSION))
 }
 
-/// Entries of the log. A kill may leave the last line torn, which was not acknowledged.
-fn logged(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
+/// Reads the entries of a log. Skips a torn last line, which a kill may leave: it was not acknowledged.
+fn read_log(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
     let path = log_file(run_dir, number);
     if !path.exists() {
         return Ok(Vec::new());
@@ -259,15 +258,14 @@ fn logged(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
     let spent: Result<Vec<Spent>, _> = spent.collect();
     spent.map_err(|error| {
         let message = format!(
-            "{} is damaged ({error}): restore it, or delete it if what it holds need not count \
-             against the budget",
+            "{} is damaged ({error}): restore it, or delete it if its amounts need not count against the budget",
             path.display()
         );
         Exit::Damaged(message).into()
     })
 }
 
-/// Storage of an account that is only looked at.
+/// Store for an account that is only read: discards all writes.
 #[derive(Debug)]
 pub struct ReadOnlyLedger;
 
@@ -292,15 +290,16 @@ impl LedgerStore for LedgerFiles {
             log: self.number + 1,
             ..ledger.clone()
         };
-        // One of that number is left of an account that somebody has deleted.
+        // A log with this number is left over from a deleted account.
         let stale = log_file(&self.run_dir, next.log);
         if stale.exists() {
             crate::fs::remove_file(&stale)?;
         }
         crate::fs::write_atomic(&file(&self.run_dir), &serde_json::to_vec_pretty(&next)?)?;
         let old = log_file(&self.run_dir, self.number);
-        (self.log, self.number) = (None, self.number + 1);
-        // The ledger no longer names it.
+        self.log = None;
+        self.number += 1;
+        // The new ledger includes the old log.
         if old.exists() {
             crate::fs::remove_file(&old)?;
         }
@@ -347,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_logged_is_added_up_once_whenever_the_process_dies() {
+    fn log_entries_count_once_after_a_kill_at_any_point() {
         let dir = tempfile::tempdir().unwrap();
         let open = || LedgerFiles::open(dir.path()).unwrap();
         let (mut files, ledger, is_complete) = open();
@@ -370,9 +369,9 @@ mod tests {
     }
 
     #[test]
-    fn files_that_are_removed_or_replaced_are_seen_and_written_anew() {
-        type Harm = fn(&Path);
-        let harms: [Harm; 3] = [
+    fn removed_or_replaced_ledger_files_are_written_again() {
+        type Tamper = fn(&Path);
+        let cases: [Tamper; 3] = [
             |dir| std::fs::remove_file(log_file(dir, 1)).unwrap(),
             |dir| std::fs::remove_file(file(dir)).unwrap(),
             |dir| {
@@ -381,7 +380,7 @@ mod tests {
                 std::fs::write(&path, "").unwrap();
             },
         ];
-        for harm in harms {
+        for tamper in cases {
             let dir = tempfile::tempdir().unwrap();
             let (files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
             let none = Spent::default();
@@ -389,7 +388,7 @@ mod tests {
             let mut account = opened.unwrap().0;
             account.add_spent(&measured(0.5)).unwrap();
             assert!(account.store().is_in_place());
-            harm(dir.path());
+            tamper(dir.path());
             assert!(!account.store().is_in_place());
             account.tick().unwrap();
             account.add_spent(&measured(0.25)).unwrap();
@@ -400,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn the_log_of_a_deleted_account_is_not_counted() {
+    fn log_of_a_deleted_ledger_is_not_counted() {
         let dir = tempfile::tempdir().unwrap();
         let (mut files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
         files.save(&ledger).unwrap();
@@ -416,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn one_process_at_a_time_has_the_account() {
+    fn ledger_lock_admits_one_process() {
         let dir = tempfile::tempdir().unwrap();
         let first = LedgerFiles::open(dir.path()).unwrap();
         let error = LedgerFiles::open(dir.path()).err().unwrap();
@@ -426,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn a_killed_run_leaves_its_upper_bound_within_its_budget() {
+    fn settle_kill_counts_the_bound_in_flight_up_to_the_budget() {
         let mut ledger = Ledger {
             in_flight: InFlight {
                 requests: 32,
@@ -437,19 +436,19 @@ mod tests {
             spent: measured(1.0),
             ..Ledger::default()
         };
-        let mut rich = ledger.clone();
+        let mut near_cap = ledger.clone();
         assert_eq!(ledger.settle_kill().requests, 32);
         assert_eq!(
             (ledger.spent.estimated_usd, ledger.attempts_lost),
             (usd(0.5), 32)
         );
         assert_eq!(ledger.settle_kill(), InFlight::default());
-        rich.spent = measured(1.7);
-        assert_eq!(rich.settle_kill().usd, usd(2.0).minus(usd(1.7)));
+        near_cap.spent = measured(1.7);
+        assert_eq!(near_cap.settle_kill().usd, usd(2.0).minus(usd(1.7)));
     }
 
     #[test]
-    fn an_older_ledger_is_read_and_a_damaged_or_newer_one_refused() {
+    fn older_ledger_is_read_and_damaged_or_newer_ledger_refused() {
         let dir = tempfile::tempdir().unwrap();
         let write = |text: &str| std::fs::write(file(dir.path()), text).unwrap();
         write(

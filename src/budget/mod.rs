@@ -1,27 +1,34 @@
-//! The budget as a promise: no request is sent unless its highest possible cost still fits.
+//! The budget: a request is sent only if its maximum cost fits the rest of `budget.usd`.
 //!
-//! **The invariant.** Everything in a run folder is one account, for ever: harvests, judging, probes and
-//! batches, in whatever order, killed or not; what was merged in; what was answered before a price was set;
-//! and what the cache no longer holds, because it was repaired or deleted. At every moment
+//! | file | content |
+//! |---|---|
+//! | `account` | reservations and spending of a run folder, in memory |
+//! | `ledger` | `ledger.json` and its log on disk, and the lock |
+//! | `price` | cost of a usage, and upper bounds of the tokens of a request |
+//! | `dollars` | exact amounts of US dollars |
+//!
+//! **The invariant.** A run folder has one account over its whole life. The account covers harvests, scoring, probes
+//! and batches in any order, killed or not; merged caches; answers from before a price was set; and answers that the
+//! cache has lost by a repair or a deletion. At every moment
 //!
 //! ```text
-//! what may have been billed  <=  spent + reserved  <=  cap            (1)
-//! spent + reserved           <=  what the files say after a kill      (2)
+//! amount that may have been billed  <=  spent + reserved  <=  cap     (1)
+//! spent + reserved                  <=  amount on disk after a kill   (2)
 //! ```
 //!
 //! at the prices in the config, as long as an answer costs no more than its bound: the bytes of the request
-//! as prompt tokens, `sampling.max_tokens` as completion tokens. An answer that costs more is counted as it
-//! is, and later bounds are raised by its ratio.
+//! as prompt tokens, `sampling.max_tokens` as completion tokens. An answer that costs more is counted in full, and
+//! later bounds are raised by its ratio.
 //!
-//! (1) `account`: before a request is sent its bound is reserved; when its reply is in, the reservation is
-//! settled: to what the usage says, to an upper bound where an attempt may have been billed without telling
-//! or the usage is missing, half or impossible, to nothing where it was refused.
+//! (1) `account`: the bound of a request is reserved before it is sent. Its reply settles the reservation: to the
+//! cost of the reported usage; to an upper bound if the attempt may have been billed without an answer, or the usage
+//! is missing, incomplete or impossible; to nothing if the request was refused.
 //!
-//! (2) `ledger`: what is spent is appended to a log, and what is reserved is written ahead, in steps, before
-//! it is sent. Both only grow while a run goes on. One process at a time has the account (a lock).
+//! (2) `ledger`: spending is appended to a log. Reservations are written ahead, in steps, before the request is sent.
+//! Both only grow during a run. A lock admits one process at a time.
 //!
-//! `tests/it/budget/` holds the invariant by a property test over all of these, and by a search over every
-//! interleaving of two processes with four requests, a crash or a lost reply at every step.
+//! `tests/it/budget/` checks the invariant by a property test over all of these, and by a search over every
+//! interleaving of two processes with four requests and a crash or a lost reply at every step.
 
 pub mod account;
 pub mod dollars;

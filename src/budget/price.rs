@@ -1,17 +1,16 @@
-//! What a request may use and what an answer cost. Pure.
+//! Token bounds of requests, and the cost of answers. Pure.
 
 use jiff::civil::Date;
 
 use crate::cache::usage::Usage;
 use crate::config::Price;
 
-/// Tokens of a prompt, about, as a rate limit counts them before the answer: four bytes to a token,
-/// on the whole body.
+/// Estimated tokens of a prompt, as rate limits count them before the answer: one per four bytes of the body.
 pub fn estimate_prompt(body_bytes: usize) -> u64 {
     body_bytes.div_ceil(4) as u64
 }
 
-/// The most tokens that a request can use.
+/// Upper bound of the tokens of a request.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct TokenBound {
     pub input_tokens: u64,
@@ -19,8 +18,8 @@ pub struct TokenBound {
 }
 
 impl TokenBound {
-    /// Of a request: no tokenizer makes more tokens of a text than it has bytes, and an endpoint
-    /// adds a few around each message. The body holds every message, and JSON only lengthens it.
+    /// Bounds the tokens of a request. A text has at most as many tokens as bytes, the JSON body is longer than its
+    /// messages, and an endpoint adds a few tokens per message.
     pub fn for_request(body_bytes: usize, messages: usize, max_tokens: u32) -> TokenBound {
         TokenBound {
             input_tokens: body_bytes as u64 + 8 * messages as u64,
@@ -28,7 +27,7 @@ impl TokenBound {
         }
     }
 
-    /// US dollars; None without a price for input and output.
+    /// Cost in US dollars; `None` without a price for input and output.
     pub fn cost(&self, price: &Price) -> Option<f64> {
         let usage = Usage {
             prompt_tokens: self.input_tokens,
@@ -39,9 +38,10 @@ impl TokenBound {
     }
 }
 
-/// US dollars; None without a price for input and output.
+/// Cost of a usage in US dollars; `None` without a price for input and output.
 pub fn cost(usage: &Usage, price: &Price) -> Option<f64> {
-    let (input, output) = (price.input?, price.output?);
+    let input = price.input?;
+    let output = price.output?;
     let cached_input = price.cached_input.unwrap_or(input);
     let cached = usage.cached_tokens.min(usage.prompt_tokens);
     let fresh = usage.prompt_tokens - cached;
@@ -51,10 +51,10 @@ pub fn cost(usage: &Usage, price: &Price) -> Option<f64> {
     Some(per_million / 1e6)
 }
 
-/// Prices that were read longer ago may have changed.
+/// Age in days after which prices are warned of.
 const OLD_AFTER_DAYS: i32 = 90;
 
-/// Why these prices should be looked at again.
+/// Returns a warning if the prices have no date or are old.
 pub fn price_warning(price: &Price, teacher: &str, today: Date) -> Option<String> {
     let Some(date) = price
         .as_of
@@ -62,15 +62,13 @@ pub fn price_warning(price: &Price, teacher: &str, today: Date) -> Option<String
         .and_then(|date| date.parse::<Date>().ok())
     else {
         return Some(format!(
-            "the prices of {teacher} have no date: set `price.as_of` to the day on which they were \
-             read"
+            "the prices of {teacher} have no date: set `price.as_of` to the day on which you looked them up"
         ));
     };
     let days = date.until(today).ok()?.get_days();
     (days > OLD_AFTER_DAYS).then(|| {
         format!(
-            "the prices of {teacher} were read {days} days ago: check them, and set `price.as_of` to \
-             the day of that"
+            "the prices of {teacher} were looked up {days} days ago: check them, and set `price.as_of` to today"
         )
     })
 }
@@ -80,29 +78,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prices_without_a_date_and_old_ones_are_doubted() {
+    fn price_warning_for_missing_and_old_dates() {
         let today = "2026-11-22".parse().unwrap();
-        let of = |as_of: Option<&str>| {
+        let warning = |as_of: Option<&str>| {
             let price = Price {
                 as_of: as_of.map(String::from),
                 ..Price::default()
             };
             price_warning(&price, "m", today)
         };
-        assert_eq!(of(Some("2026-11-22")), None);
-        assert_eq!(of(Some("2026-08-24")), None);
-        assert_eq!(of(Some("2027-01-01")), None);
-        assert!(of(Some("2026-08-23")).unwrap().contains("91 days ago"));
-        assert!(of(None).unwrap().contains("no date"));
+        assert_eq!(warning(Some("2026-11-22")), None);
+        assert_eq!(warning(Some("2026-08-24")), None);
+        assert_eq!(warning(Some("2027-01-01")), None);
+        assert!(warning(Some("2026-08-23")).unwrap().contains("91 days ago"));
+        assert!(warning(None).unwrap().contains("no date"));
     }
 
     #[test]
-    fn prompts_are_rounded_up() {
+    fn estimate_prompt_rounds_up() {
         assert_eq!([0, 1, 8, 9].map(estimate_prompt), [0, 1, 2, 3]);
     }
 
     #[test]
-    fn cost_counts_cached_input_apart_and_needs_both_prices() {
+    fn cost_prices_cached_input_separately_and_needs_both_prices() {
         let usage = Usage {
             prompt_tokens: 1_000_000,
             completion_tokens: 500_000,

@@ -1,4 +1,4 @@
-//! `distill config show`.
+//! `distill config show`: prints the effective config.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::cli::{ConfigAction, ConfigArgs, Global};
 use crate::terminal::sanitise;
 
-/// Prints every value and where it came from.
+/// Prints every value with its origin.
 pub fn run(args: &ConfigArgs, global: &Global) -> Result<()> {
     let ConfigAction::Show(file) = &args.action;
     let loaded = super::load_config(file)?;

@@ -1,4 +1,16 @@
-//! One thin file per verb: arguments in, library called, result printed.
+//! The commands, one thin file each: a command reads its arguments, calls the library and prints the result.
+//!
+//! | file | content |
+//! |---|---|
+//! | `demo` | the whole pipeline on this machine |
+//! | `harvest`, `probe` | requests to the teacher |
+//! | `train`, `eval` | training and evaluation of the student |
+//! | `serve`, `generate` | a local model behind the OpenAI API, and on the terminal |
+//! | `cache`, `export`, `data` | inspection and conversion of answers and examples |
+//! | `config`, `tokenize`, `completions` | small tools |
+//!
+//! Invariants: no file here has logic that a library user would miss; a result goes to stdout, everything else to
+//! stderr; with `--json`, stdout has exactly one JSON object.
 
 pub mod cache;
 pub mod completions;
@@ -24,12 +36,12 @@ use crate::config::load;
 use crate::config::load::LoadedConfig;
 use crate::terminal::escape_unsafe;
 
-/// Reads the config that the flags name.
+/// Loads the config that the flags select.
 fn load_config(file: &ConfigFile) -> Result<LoadedConfig> {
     load(&file.file, std::env::vars(), &file.set)
 }
 
-/// Prints a result as one JSON object, whose version is a promise to scripts.
+/// Prints a result as one JSON object. Its `version` field guarantees a format to scripts.
 fn print_json(value: &impl Serialize) -> Result<()> {
     print(&format!(
         "{}\n",
@@ -37,7 +49,7 @@ fn print_json(value: &impl Serialize) -> Result<()> {
     ))
 }
 
-/// Prints to stdout; a closed pipe is an error that `main` forgives, not a panic.
+/// Prints to stdout. A closed pipe is an error, not a panic; `main` ignores it.
 fn print(text: &str) -> Result<()> {
     Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
 }

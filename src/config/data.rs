@@ -7,20 +7,20 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
-    /// None: a cache. Else a JSONL file of `{"messages": [...]}` rows.
+    /// JSONL file of `{"messages": [...]}` rows; `None` for a cache.
     pub source: Option<PathBuf>,
-    /// The cache folder of another run. None: this run's.
+    /// Cache folder of another run; `None` for this run's cache.
     pub cache: Option<PathBuf>,
-    /// Which answers of a cache are used.
+    /// Selection of the answers of a cache.
     pub groups: Groups,
-    /// Share of the prompts that is held out for the validation loss.
+    /// Share of the prompts held out for the validation loss.
     pub validation_share: f64,
-    /// Longer examples are left out, and counted.
+    /// Maximum length of an example in tokens; longer examples are skipped and counted.
     pub max_length: usize,
     /// Merge the answers to a prompt into a trie: the shares of their next tokens become soft labels for answers
     /// without logprobs.
     pub sample_trie: bool,
-    /// Maximum number of alternatives at a position, the most likely ones; None: all.
+    /// Maximum number of alternatives at a position, the most likely ones; `None` for all.
     pub top_logprobs: Option<usize>,
     /// Model folder of the teacher, if its tokens are named by id (`token_id:N`).
     pub teacher_tokenizer: Option<PathBuf>,
@@ -34,7 +34,7 @@ pub struct DataConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "OneOrMany", into = "OneOrMany")]
 pub enum Groups {
-    /// Those to the questions of this config.
+    /// Answers to the questions of this config.
     Asked,
     All,
     Named(Vec<String>),
@@ -62,15 +62,17 @@ impl TryFrom<OneOrMany> for Groups {
 }
 
 impl Groups {
+    /// Parses the names of groups.
+    ///
     /// # Errors
-    /// If "asked" or "all" stands beside other names, or a name is missing.
+    /// If "asked" or "all" is combined with other names, or a name is empty.
     pub fn parse(names: Vec<String>) -> Result<Groups, String> {
-        let is_word = |name: &String| name == "asked" || name == "all";
+        let is_keyword = |name: &String| name == "asked" || name == "all";
         match names.as_slice() {
             [name] if name == "asked" => Ok(Groups::Asked),
             [name] if name == "all" => Ok(Groups::All),
-            _ if names.iter().any(is_word) => {
-                Err("\"asked\" and \"all\" stand alone, without other groups".into())
+            _ if names.iter().any(is_keyword) => {
+                Err("\"asked\" and \"all\" cannot be combined with other groups".into())
             }
             _ if names.is_empty() || names.iter().any(String::is_empty) => {
                 Err("name at least one group, or \"all\"".into())
@@ -103,7 +105,7 @@ pub enum Thinking {
 }
 
 impl DataConfig {
-    /// With no longer examples than a model of this context can read.
+    /// The same settings with `max_length` limited to the context length of a model.
     pub fn within(&self, context: usize) -> DataConfig {
         DataConfig {
             max_length: self.max_length.min(context),

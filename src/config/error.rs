@@ -1,14 +1,14 @@
-//! A mistake in a TOML file, told with its place and a way out.
+//! Error messages for mistakes in a TOML file, with their position and a hint.
 
 use std::path::Path;
 
 use crate::exit::Exit;
 
-/// Keys that a message lists.
-const FEW: usize = 12;
+/// Maximum number of valid keys that a message lists.
+const MAX_LISTED_KEYS: usize = 12;
 
-/// What does not fit in `text`, the content of `path`: file, line, column, and for an unknown key
-/// the nearest one that exists, or else `otherwise`.
+/// Formats an error in `text`, the content of `path`, with file, line and column. For an unknown key the message names
+/// the nearest valid key, or ends with `otherwise`.
 pub(crate) fn describe(
     path: &Path,
     text: &str,
@@ -22,14 +22,18 @@ pub(crate) fn describe(
         format!(":{line}:{column}")
     });
     let message = error.message();
-    // serde says: unknown field `x`, expected one of `a`, `b`
+    // serde's message: unknown field `x`, expected one of `a`, `b`
     let hint = match message.strip_prefix("unknown field `") {
         Some(rest) => {
             let mut quoted = rest.split('`').step_by(2);
             let unknown = quoted.next().unwrap_or_default();
             let fields: Vec<&str> = rest.split('`').skip(2).step_by(2).collect();
-            let all = format!("the keys here are {}; {otherwise}", fields.join(", "));
-            let otherwise = if fields.len() <= FEW { &all } else { otherwise };
+            let all = format!("valid keys are {}; {otherwise}", fields.join(", "));
+            let otherwise = if fields.len() <= MAX_LISTED_KEYS {
+                &all
+            } else {
+                otherwise
+            };
             return usage(format!(
                 "{}{place}: unknown key {unknown:?}{}",
                 path.display(),
@@ -41,7 +45,7 @@ pub(crate) fn describe(
     usage(format!("{}{place}: {hint}", path.display()))
 }
 
-/// `; did you mean ...?`, where something is near enough, or else `; ` and `otherwise`.
+/// Returns `; did you mean ...?` if a candidate is similar to `word`, else `; ` and `otherwise`.
 pub(crate) fn nearest<'a>(
     word: &str,
     candidates: impl Iterator<Item = &'a str>,
@@ -56,21 +60,21 @@ pub(crate) fn nearest<'a>(
         })
 }
 
-/// The user must change something first.
+/// Returns an [`Exit::Usage`] error.
 pub(crate) fn usage(message: String) -> anyhow::Error {
-    // A key may stand where it does not belong.
+    // The message may quote an API key that was written into the wrong field.
     Exit::Usage(hide_keys(&message)).into()
 }
 
-/// The same text without what looks like a key.
+/// Replaces API keys in a text by `[key]`.
 pub(crate) fn hide_keys(text: &str) -> String {
-    let is_of_key = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let is_key_char = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let mut hidden = String::with_capacity(text.len());
     let mut rest = text;
-    while let Some(start) = rest.find(is_of_key) {
+    while let Some(start) = rest.find(is_key_char) {
         hidden.push_str(&rest[..start]);
         let word = &rest[start..];
-        let end = word.find(|c| !is_of_key(c)).unwrap_or(word.len());
+        let end = word.find(|c| !is_key_char(c)).unwrap_or(word.len());
         let (word, after) = word.split_at(end);
         let is_key = word.len() >= SHORTEST_KEY
             && PREFIXES.iter().any(|prefix| word.starts_with(prefix))
@@ -82,7 +86,7 @@ pub(crate) fn hide_keys(text: &str) -> String {
     hidden
 }
 
-/// Shorter texts are placeholders or names.
+/// Minimum length of an API key; shorter texts are placeholders or names.
 pub(crate) const SHORTEST_KEY: usize = 16;
 
 /// Prefixes of the API keys of well-known providers.

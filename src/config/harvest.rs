@@ -1,4 +1,4 @@
-//! What `distill harvest` is told.
+//! Settings of `distill harvest`.
 
 use std::path::PathBuf;
 
@@ -10,15 +10,15 @@ use super::redis_url::RedisUrl;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PromptsConfig {
-    /// `.jsonl` (a JSON object a line) or any other extension for plain text (a prompt a line).
+    /// File of prompts; the extension determines its format.
     pub source: PathBuf,
-    /// A TOML file from `prompts/`. None: rows must carry `messages`, or be plain text.
+    /// Template file such as those in `prompts/`. Without one, rows must have `messages` or be plain text.
     pub template: Option<PathBuf>,
-    /// Answers to ask for per prompt.
+    /// Number of answers to request per prompt.
     pub samples: u32,
-    /// Use only the first so many prompts.
+    /// Maximum number of prompts, the first ones.
     pub limit: Option<usize>,
-    /// With several teachers: who is asked.
+    /// Assignment of prompts to teachers.
     pub teachers: Assignment,
     pub order: PromptOrder,
 }
@@ -48,32 +48,31 @@ pub enum Assignment {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PromptOrder {
-    /// Prompts that begin alike follow each other, so that the provider's prompt cache hits.
+    /// Prompts with a common prefix follow each other, so that the provider's prompt cache hits.
     Prefix,
-    /// As in the source.
+    /// The order of the source.
     Source,
 }
 
-/// What is sent with each prompt. Unset values are not sent, so the endpoint's defaults hold.
+/// Fields of each request. Unset values are not sent, so the endpoint's defaults apply.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SamplingConfig {
     pub max_tokens: u32,
-    /// The name under which `max_tokens` is sent.
+    /// Name of the field that carries `max_tokens`.
     pub max_tokens_field: MaxTokensField,
     pub temperature: Option<f64>,
     pub top_p: Option<f64>,
-    /// Logprobs to ask for per token, 0 to 20; 0 asks for none.
+    /// Number of logprobs to request per token, 0 to 20.
     pub top_logprobs: u32,
     pub seed: Option<i64>,
     pub stop: Vec<String>,
-    /// The model thinks first: temperature, top_p, logprobs and stop, which such models refuse,
-    /// are not sent.
+    /// The model is a reasoning model: temperature, top_p, logprobs and stop, which such models reject, are not sent.
     pub reasoning: bool,
     pub reasoning_effort: Option<String>,
-    /// A JSON schema that answers must satisfy; the endpoint gets it as `response_format`.
+    /// File of a JSON schema that answers must satisfy; it is sent as `response_format`.
     pub schema: Option<PathBuf>,
-    /// Further fields of the request body, sent as they stand.
+    /// Additional fields of the request body, sent unchanged.
     pub extra: Map<String, Value>,
 }
 
@@ -103,7 +102,7 @@ pub enum MaxTokensField {
 }
 
 impl MaxTokensField {
-    /// As it stands in a request body.
+    /// Name in a request body.
     pub fn name(self) -> &'static str {
         match self {
             MaxTokensField::MaxTokens => "max_tokens",
@@ -111,6 +110,7 @@ impl MaxTokensField {
         }
     }
 
+    /// The other name, for an endpoint that rejects this one.
     pub fn other(self) -> MaxTokensField {
         match self {
             MaxTokensField::MaxTokens => MaxTokensField::MaxCompletionTokens,
@@ -123,17 +123,17 @@ impl MaxTokensField {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HarvestConfig {
-    /// Reaction to 20 consecutive answers without usable logprobs, if `sampling.top_logprobs` requests them.
+    /// Action after 20 consecutive answers without usable logprobs, if `sampling.top_logprobs` requests them.
     pub on_missing_logprobs: OnMissingLogprobs,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnMissingLogprobs {
-    /// Ask nothing more.
+    /// Send no more requests.
     #[default]
     Stop,
-    /// Say so, and go on with the answers alone.
+    /// Warn, and continue with the text of the answers alone.
     Warn,
 }
 
@@ -141,23 +141,23 @@ pub enum OnMissingLogprobs {
 #[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
     pub requests_per_minute: Option<u32>,
-    /// Prompt estimate + max_tokens, as providers count.
+    /// Counted as providers do: prompt estimate + max_tokens.
     pub tokens_per_minute: Option<u32>,
     /// In any 24 hours, earlier runs in the same run folder included.
     pub requests_per_day: Option<u64>,
-    /// Where these three are kept for all processes that ask the same model of the same endpoint;
-    /// None: each process keeps its own.
+    /// Redis server that counts these three for all processes with the same model and endpoint; `None` to count in
+    /// each process.
     pub shared: Option<RedisUrl>,
-    /// Requests in flight at once.
+    /// Maximum number of requests in flight.
     pub concurrency: usize,
-    /// Lower the concurrency where the server is overloaded: on 429, or by its latency.
+    /// Lower the concurrency if the server is overloaded, as shown by 429s or its latency.
     pub adapt: bool,
-    /// Keep to the limits that the server's headers tell, where they are stricter.
+    /// Keep to the limits in the server's headers where they are stricter.
     pub follow_headers: bool,
 }
 
 impl LimitsConfig {
-    /// Those that this process keeps by itself.
+    /// The limits that this process counts by itself.
     pub fn own(&self) -> LimitsConfig {
         match self.shared {
             None => self.clone(),
@@ -188,13 +188,13 @@ impl Default for LimitsConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RetryConfig {
-    /// Attempts for a request that fails in a way that may pass (5xx, time-out, reset).
+    /// Maximum number of attempts for a request with transient failures (5xx, timeout, reset).
     pub max_attempts: u32,
-    /// First pause; each further one doubles, with full jitter.
+    /// First pause in seconds; each further one doubles, with full jitter.
     pub base_s: f64,
-    /// Longest pause.
+    /// Longest pause in seconds.
     pub max_s: f64,
-    /// Give up (exit 4) when nothing has succeeded for so long.
+    /// Seconds without a success after which the run stops (exit 4).
     pub max_outage_s: f64,
 }
 
@@ -216,12 +216,12 @@ pub struct Price {
     pub input: Option<f64>,
     pub cached_input: Option<f64>,
     pub output: Option<f64>,
-    /// The day on which these prices were read, `YYYY-MM-DD`.
+    /// Day on which these prices were looked up, `YYYY-MM-DD`.
     pub as_of: Option<String>,
 }
 
 impl Price {
-    /// What is left of it where only a share is to be paid.
+    /// The prices multiplied by `share`.
     pub fn at(&self, share: f64) -> Price {
         let at = |price: Option<f64>| price.map(|price| price * share);
         Price {
@@ -236,48 +236,48 @@ impl Price {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BudgetConfig {
-    /// The most that this run folder may ever cost, at the configured prices.
+    /// Maximum cost of all runs in this run folder, at the configured prices.
     pub usd: Option<f64>,
 }
 
-/// When requests may leave, and in which way.
+/// Time and mode of the requests.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ScheduleConfig {
     pub mode: RequestMode,
-    /// `"22:00-06:30"`: outside it nothing leaves.
+    /// Daily window in which requests are sent, such as `"22:00-06:30"`.
     pub window: Option<String>,
-    /// `"06:30"` (the next one), a date and time, or an RFC 3339 time stamp.
+    /// End of the run: the next `"06:30"`, a date and time, or an RFC 3339 time stamp.
     pub deadline: Option<String>,
-    /// Whose clock these times are read from, as `Europe/Berlin`; this machine's by default.
+    /// Time zone of these times, such as `Europe/Berlin`; this machine's by default.
     pub timezone: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RequestMode {
-    /// A request for each row, answered at once.
+    /// One request per row, answered immediately.
     #[default]
     Realtime,
-    /// Files of many rows, answered within a day, at `batch.discount` of the price.
+    /// Files of many rows, answered within a day, at `batch.discount` times the price.
     Batch,
 }
 
-/// How rows go into batches; for `schedule.mode = "batch"`.
+/// Sizes and polling of batches, for `schedule.mode = "batch"`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BatchConfig {
     pub max_requests: usize,
-    /// Of a file of requests.
+    /// Maximum size of a request file.
     pub max_megabytes: f64,
-    /// Of a file of answers, as long as `max_tokens` and `top_logprobs` let them become.
+    /// Maximum size of an answer file, estimated from `max_tokens` and `top_logprobs`.
     pub max_output_gigabytes: f64,
-    /// Prompt estimates + max_tokens of all batches under way.
+    /// Maximum of prompt estimates + max_tokens over all batches under way.
     pub enqueued_tokens: Option<u64>,
-    /// As the endpoint calls it.
+    /// Value of the field `completion_window` of the Batch API.
     pub completion_window: String,
     pub poll_s: f64,
-    /// The share of the price that an answer costs in a batch.
+    /// Price of an answer in a batch, as a share of `[price]`.
     pub discount: f64,
 }
 
@@ -314,9 +314,9 @@ impl Default for CacheConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Compression {
-    /// JSON lines as they are.
+    /// Uncompressed JSON lines.
     None,
-    /// Older lines move into zstd frames, beside the file of the newest ones.
+    /// Older lines move into a file of zstd frames.
     Zstd,
 }
 
@@ -325,8 +325,8 @@ pub enum Compression {
 pub enum Durability {
     /// Sync every 64 records or every second, whichever comes first.
     Batch,
-    /// Sync every record before it counts as done.
+    /// Sync every record before it counts as recorded.
     Record,
-    /// Leave it to the operating system: power loss may cost more than a second's work.
+    /// Leave syncing to the operating system: a power loss may cost more than a second of work.
     None,
 }

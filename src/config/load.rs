@@ -1,4 +1,4 @@
-//! Reads the config and remembers where each value came from.
+//! Reading of the config from file, environment and flags, with the origin of each value.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,21 +12,21 @@ use super::validate::validate;
 use crate::config::error::{describe, nearest, usage};
 
 const PREFIX: &str = "DISTILL_";
-/// For who has lost the way.
-const WHERE_KEYS_ARE: &str = "`distill config show` lists every key";
+/// Hint of the messages about unknown keys.
+const KEYS_HINT: &str = "`distill config show` lists every key";
 
-/// A config, and the origin of every value that is not a default.
+/// A config, with the origin of every value that is not a default.
 #[derive(Debug)]
 pub struct LoadedConfig {
     pub config: Config,
-    /// `section.key` to where it was set.
+    /// Origin by `section.key`.
     pub origins: BTreeMap<String, String>,
 }
 
 /// Reads the file at `path`, the `DISTILL_*` variables among `environment` and the `--set` flags.
 ///
 /// # Errors
-/// [`crate::exit::Exit::Usage`], with file, line, column and the nearest key, where something does not fit.
+/// [`crate::exit::Exit::Usage`] for the first mistake, with file, line, column and the nearest key.
 pub fn load(
     path: &Path,
     environment: impl Iterator<Item = (String, String)>,
@@ -34,7 +34,7 @@ pub fn load(
 ) -> Result<LoadedConfig> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         usage(format!(
-            "cannot read the config {}: {error}; copy config.example.toml to start one",
+            "cannot read the config {}: {error}; to create a config, copy config.example.toml",
             path.display()
         ))
     })?;
@@ -65,8 +65,8 @@ pub fn load(
                 .map(|key| format!("{PREFIX}{}", variable(key).to_uppercase()))
                 .collect();
             return Err(usage(format!(
-                "the environment variable {name} names no setting{}",
-                nearest(&name, keys.iter().map(String::as_str), WHERE_KEYS_ARE)
+                "the environment variable {name} does not match a setting{}",
+                nearest(&name, keys.iter().map(String::as_str), KEYS_HINT)
             )));
         };
         set(&mut table, key, &value);
@@ -82,8 +82,8 @@ pub fn load(
         let key = key.trim();
         if !known.iter().any(|known| known == key) {
             return Err(usage(format!(
-                "--set names no setting: {key}{}",
-                nearest(key, known.iter().map(String::as_str), WHERE_KEYS_ARE)
+                "--set: {key} is not a setting{}",
+                nearest(key, known.iter().map(String::as_str), KEYS_HINT)
             )));
         }
         set(&mut table, key, value);
@@ -92,7 +92,7 @@ pub fn load(
     }
     complete_teachers(&mut table);
     let mut config = Config::deserialize(table)
-        .map_err(|error| usage(format!("a value does not fit: {}", error.message())))?;
+        .map_err(|error| usage(format!("invalid value: {}", error.message())))?;
     let folder = path.parent().unwrap_or(Path::new(""));
     resolve_paths(&mut config, folder);
     config.file = Some(path.to_owned());
@@ -101,24 +101,25 @@ pub fn load(
     Ok(LoadedConfig { config, origins })
 }
 
-/// Parses the text of a config file without looking at anything else.
+/// Parses the text of a config file, without the environment and without validation.
 ///
 /// # Errors
-/// [`crate::exit::Exit::Usage`] with the place of the first mistake.
+/// [`crate::exit::Exit::Usage`] with the position of the first mistake.
 pub fn parse(path: &Path, text: &str) -> Result<Config> {
-    toml::from_str(text).map_err(|error| describe(path, text, &error, WHERE_KEYS_ARE))
+    toml::from_str(text).map_err(|error| describe(path, text, &error, KEYS_HINT))
 }
 
 fn check_file(path: &Path, text: &str) -> Result<Table> {
     parse(path, text)?;
     text.parse()
-        .with_context(|| format!("{} is no TOML file", path.display()))
+        .with_context(|| format!("{} is not a TOML file", path.display()))
 }
 
-/// Every `section.key` that exists.
+/// Returns every `section.key`.
 fn known_keys() -> Result<Vec<String>> {
-    // TOML leaves out unset options; JSON shows them as null.
-    let json = serde_json::to_value(Config::default()).context("defaults serialise")?;
+    // TOML omits unset options; JSON has them as null.
+    let json = serde_json::to_value(Config::default())
+        .context("internal error: cannot serialise the default config")?;
     let mut keys = Vec::new();
     for (section, value) in json.as_object().into_iter().flatten() {
         match value.as_object() {
@@ -129,7 +130,7 @@ fn known_keys() -> Result<Vec<String>> {
     Ok(keys)
 }
 
-/// Sets `section.key` to `value`, read as TOML, or as a string where it is none.
+/// Sets `section.key` to `value`, parsed as TOML, or as a string if it is not valid TOML.
 fn set(table: &mut Table, key: &str, value: &str) {
     let parsed = format!("value = {value}")
         .parse::<Table>()
@@ -151,28 +152,28 @@ fn set(table: &mut Table, key: &str, value: &str) {
     }
 }
 
-/// Refuses a value that is of another type than its setting, by the name of the setting. `origin` says where
-/// it was set.
+/// Checks the type of a value. The error names the setting and `origin`, the source of the value.
 fn check_value(key: &str, value: &str, origin: &str) -> Result<()> {
     let mut alone = Table::new();
     set(&mut alone, key, value);
     Config::deserialize(alone).map_err(|error| {
         let message = error.message();
         usage(format!(
-            "{origin}: {key} = {value:?} does not fit: {message}"
+            "{origin}: {key} = {value:?} is not valid: {message}"
         ))
     })?;
     Ok(())
 }
 
-/// Gives every teacher, in what it has of its own, the values of the sections that it leaves out.
+/// Fills keys that a teacher omits from `[teacher]`, and keys that its own `sampling`, `limits` and `price` omit from
+/// the sections of that name.
 fn complete_teachers(table: &mut Table) {
     let section = |name: &str| match table.get(name) {
         Some(Value::Table(section)) => section.clone(),
         _ => Table::new(),
     };
     let mut common = section("teacher");
-    // Those of the one teacher on this machine.
+    // These belong to the single local teacher in `[teacher]`.
     for name in ["local", "cotrain", "cotrain_rate"] {
         common.remove(name);
     }
@@ -204,6 +205,7 @@ fn fill(values: &mut Table, defaults: &Table) {
     }
 }
 
+/// Makes the paths of the config relative to `folder`.
 fn resolve_paths(config: &mut Config, folder: &Path) {
     let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
     resolve(&mut config.run_dir);

@@ -1,7 +1,22 @@
-//! File, environment and flags, merged into one validated [`Config`]. Nothing below sees clap.
+//! The config: file, environment and flags, merged into one validated [`Config`]. The config does not use clap.
 //!
-//! Precedence: `--set section.key=value` > `DISTILL_SECTION_KEY` > the file > the default. Relative
-//! paths of the file are relative to its folder.
+//! Precedence: `--set section.key=value` > `DISTILL_SECTION_KEY` > the file > the default. Relative paths are
+//! relative to the folder of the config file.
+//!
+//! | file | content |
+//! |---|---|
+//! | `load` | merging of the sources, and the origin of each value |
+//! | `validate` | checks beyond the types of the values |
+//! | `error` | messages about mistakes, with file, line, column and the nearest key |
+//! | `settings` | [`Config`], and values derived from several sections |
+//! | `teacher` | `[teacher]`: the endpoint and its API key |
+//! | `harvest` | `[prompts]` to `[cache]`: requests, limits, prices, schedule |
+//! | `student` | `[student]`, `[loss]`, `[lora]`, `[train]`, `[on_policy]`, `[eval]` |
+//! | `data` | `[data]`: selection of the training data |
+//! | `redis_url` | address of a Redis server that never shows its password |
+//!
+//! Invariants: `config.example.toml` has every key with its default (a test compares them); the names and the order
+//! of the `train` and `loss` fields are part of the checkpoint fingerprint; no message repeats an API key.
 
 pub(crate) mod data;
 pub(crate) mod error;

@@ -1,19 +1,19 @@
-//! The address of a Redis server: it holds a password, and shows it to nobody.
+//! Address of a Redis server. It may contain a password, which is never printed.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize, Serializer};
 
-/// To whoever shares limits in a build that has no way to Redis.
+/// Error message for shared limits in a build without the feature `redis`.
 pub const CANNOT_SHARE: &str = "this build cannot share limits: install with `--features redis`";
 
-/// `redis://user:password@host:6379/0`. However it is printed, user and password are left out.
+/// An address such as `redis://user:password@host:6379/0`. `Display`, `Debug` and `Serialize` omit user and password.
 #[derive(Clone, PartialEq, Deserialize)]
 #[serde(transparent)]
 pub struct RedisUrl(String);
 
 impl RedisUrl {
-    /// With user and password, for the connection alone.
+    /// Returns the address with user and password, for the connection only.
     pub fn reveal(&self) -> &str {
         &self.0
     }
@@ -27,12 +27,11 @@ impl From<&str> for RedisUrl {
 
 impl fmt::Display for RedisUrl {
     fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        // What is no URL may be a password that went into the wrong place.
+        // Text that is not a URL may be a password in the wrong field.
         let Some((scheme, rest)) = self.0.split_once("://") else {
             return formatter.write_str("[no URL]");
         };
-        // A password with an `@` or a `/` that should have been written `%40` or `%2F` is one all
-        // the same; the address of a socket has it behind the `?`.
+        // A password may contain an unescaped `@` or `/`. The address of a socket has the password after the `?`.
         let rest = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
         let host = rest.split(['?', '#']).next().unwrap_or_default();
         write!(formatter, "{scheme}://{host}")
@@ -56,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn user_and_password_are_not_shown() {
+    fn redis_url_hides_user_and_password() {
         for (url, shown) in [
             ("redis://host:6379/0", "redis://host:6379/0"),
             ("redis://user:secret@host", "redis://host"),

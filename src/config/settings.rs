@@ -1,5 +1,4 @@
-//! Every setting, its type and its default. `config.example.toml` documents them one by one, and a
-//! test holds the two equal.
+//! The whole config, and values derived from several sections. `config.example.toml` documents every setting.
 
 use std::path::PathBuf;
 
@@ -10,6 +9,7 @@ use super::harvest::*;
 use super::student::*;
 use super::teacher::*;
 
+/// All settings, one field per section of the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -19,10 +19,10 @@ pub struct Config {
     /// Values of the `--set` flags.
     #[serde(skip)]
     pub flags: Vec<String>,
-    /// Folder of this run: the cache, checkpoints, metrics and the student land here.
+    /// Folder of this run, for the cache, checkpoints, metrics and the student.
     pub run_dir: PathBuf,
     pub teacher: TeacherConfig,
-    /// Several teachers; what an entry leaves out is that of `[teacher]`.
+    /// Several teachers; keys that an entry omits have the values of `[teacher]`.
     pub teachers: Vec<TeacherConfig>,
     pub prompts: PromptsConfig,
     pub sampling: SamplingConfig,
@@ -44,7 +44,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// The flags that name this config on a command line, quoted for a shell; empty if it has no file.
+    /// Command-line flags that select this config, quoted for a shell; empty if the config has no file.
     pub fn arguments(&self) -> String {
         let Some(file) = &self.file else {
             return String::new();
@@ -58,11 +58,12 @@ impl Config {
         shlex::try_join(words).unwrap_or_default()
     }
 
-    /// Every endpoint that is asked, with its own settings.
+    /// Settings of each endpoint: those of `[[teachers]]`, or of `[teacher]` without a list.
     pub fn endpoints(&self) -> Vec<EndpointConfig> {
-        let teachers = match self.teachers.is_empty() {
-            true => std::slice::from_ref(&self.teacher),
-            false => &self.teachers,
+        let teachers = if self.teachers.is_empty() {
+            std::slice::from_ref(&self.teacher)
+        } else {
+            &self.teachers
         };
         let endpoint = |teacher: &TeacherConfig| EndpointConfig {
             teacher: teacher.clone(),
@@ -73,7 +74,7 @@ impl Config {
         teachers.iter().map(endpoint).collect()
     }
 
-    /// The same settings with the prices that hold in a batch.
+    /// The same settings with the prices of batches.
     pub fn at_batch_prices(&self) -> Config {
         let mut config = self.clone();
         let discount = self.batch.discount;
@@ -84,40 +85,40 @@ impl Config {
         config
     }
 
-    /// The same settings with no more requests in flight at once than `most`, by each endpoint's part.
-    pub fn with_at_most_in_flight(&self, most: usize) -> Config {
-        let wanted: usize = self
+    /// The same settings with the concurrency of the endpoints scaled down to a total of about `max_in_flight`.
+    pub fn with_at_most_in_flight(&self, max_in_flight: usize) -> Config {
+        let total: usize = self
             .endpoints()
             .iter()
             .map(|endpoint| endpoint.limits.concurrency)
             .sum();
-        let part = |limits: &mut LimitsConfig| {
-            limits.concurrency = (limits.concurrency * most / wanted.max(1)).max(1);
+        let scale = |limits: &mut LimitsConfig| {
+            limits.concurrency = (limits.concurrency * max_in_flight / total.max(1)).max(1);
         };
         let mut config = self.clone();
-        part(&mut config.limits);
+        scale(&mut config.limits);
         for teacher in config.teachers.iter_mut().chain([&mut config.teacher]) {
-            teacher.limits.iter_mut().for_each(part);
+            teacher.limits.iter_mut().for_each(scale);
         }
         config
     }
 
-    /// The folder of this run's cache, which `harvest` writes.
+    /// Cache folder of this run, which `harvest` writes.
     pub fn own_cache(&self) -> PathBuf {
         self.run_dir.join("cache")
     }
 
-    /// The folder of what an endpoint says of the student's own answers: a run folder within the run's.
+    /// Run folder, within `run_dir`, for an endpoint's scores of the student's own answers.
     pub fn judged_dir(&self) -> PathBuf {
         self.run_dir.join("judged")
     }
 
-    /// The folder of the cache that `train` and `eval` read.
+    /// Cache folder that `train` and `eval` read.
     pub fn training_cache(&self) -> PathBuf {
         self.data.cache.clone().unwrap_or_else(|| self.own_cache())
     }
 
-    /// The folder that `train` writes the student to.
+    /// Model folder that `train` writes the student to.
     pub fn student_dir(&self) -> PathBuf {
         self.run_dir.join("student")
     }

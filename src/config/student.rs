@@ -1,4 +1,4 @@
-//! What `distill train` and `distill eval` are told.
+//! Settings of `distill train` and `distill eval`.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 #[serde(default, deny_unknown_fields)]
 pub struct StudentConfig {
     pub init: StudentInit,
-    /// A Hugging Face model folder. With `init = "random"` only its tokenizer and chat template
-    /// are used, and the shape below.
+    /// Hugging Face model folder. With `init = "random"` only its tokenizer and chat template are used, with the
+    /// shape below.
     pub path: PathBuf,
     /// Variables of the chat template, such as `enable_thinking`.
     pub template_args: BTreeMap<String, serde_json::Value>,
@@ -24,7 +24,7 @@ pub struct StudentConfig {
     pub tie_word_embeddings: bool,
     pub rope_theta: f64,
     pub max_position_embeddings: usize,
-    /// The number type of the weights in the student's folder; training itself is in f32.
+    /// Number type of the saved weights; training is in f32.
     pub save_dtype: SaveDtype,
 }
 
@@ -53,7 +53,7 @@ impl Default for StudentConfig {
 #[serde(try_from = "String", into = "String")]
 pub enum TemplateDate {
     Fixed(jiff::civil::Date),
-    /// When the record's request was sent, in UTC.
+    /// Date of the record's request, in UTC.
     Record,
 }
 
@@ -101,20 +101,20 @@ pub enum StudentInit {
 #[serde(default, deny_unknown_fields)]
 pub struct LossConfig {
     pub kd: KdMode,
-    /// The share of the soft-label term where a position has soft labels. None: see
+    /// Weight of the soft-label term at positions with soft labels; the default is
     /// `train::soft_labels::default_weight`.
     pub kd_weight: Option<f64>,
-    /// For `kd = "damped"`: the weight of the likelihood of an emitted token outside the top-k, among the tokens there.
+    /// For `kd = "damped"`: weight of the likelihood of an emitted token outside the top-k, among the tokens there.
     pub tail_weight: f64,
-    /// The weight of the likelihoods of chunks that several tokens of the teacher spell.
+    /// Weight of the likelihoods of text chunks where the tokens of teacher and student differ.
     pub alm_weight: f64,
-    /// tau, for `kd = "temperature"`.
+    /// Temperature tau of `kd = "temperature"`.
     pub temperature: f64,
-    /// For `kd = "jsd"`: near 0 it is the forward KL, near 1 the reverse one.
+    /// For `kd = "jsd"`: near 0 the loss is the forward KL, near 1 the reverse KL.
     pub beta: f64,
-    /// For `kd = "skew_kl"` and "skew_reverse_kl": how much of one side is mixed into the other.
+    /// For `kd = "skew_kl"` and "skew_reverse_kl": share of one distribution that is mixed into the other.
     pub alpha: f64,
-    /// The share of cross-entropy that is taken against the uniform distribution.
+    /// Share of the cross-entropy that is taken against the uniform distribution.
     pub label_smoothing: f64,
 }
 
@@ -140,13 +140,13 @@ pub enum KdMode {
     None,
     /// `Damped` for the answers whose sampling settings allow it, `Tail` for the others.
     Auto,
-    /// KL on the teacher's top-k plus one bucket for all the rest.
+    /// KL on the teacher's top-k plus one bucket for all other tokens.
     Tail,
-    /// `Tail`, with the emitted token as a sample of what is in the bucket.
+    /// `Tail`, with the emitted token as a sample of the bucket.
     Unbiased,
     /// `Unbiased`, with a lower weight of that sample.
     Damped,
-    /// The top-k at a temperature, and the bucket.
+    /// KL on the top-k and the bucket at a temperature.
     Temperature,
     ReverseKl,
     Jsd,
@@ -154,14 +154,14 @@ pub enum KdMode {
     SkewReverseKl,
     /// Total variation distance.
     Tvd,
-    /// For comparison: the teacher's top-k as if it were all there is.
+    /// For comparison: KL with the teacher's top-k renormalised to 1.
     Renormalize,
-    /// For comparison: the same on both sides.
+    /// For comparison: KL with the top-k of teacher and student renormalised to 1.
     RenormalizeBoth,
 }
 
 impl KdMode {
-    /// As the config file spells it.
+    /// Name in the config file.
     pub fn name(self) -> String {
         let value = serde_json::to_value(self).unwrap_or_default();
         value.as_str().unwrap_or_default().to_owned()
@@ -171,12 +171,11 @@ impl KdMode {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
-    /// Rank of the adapters that are trained in place of the weights; 0: the weights themselves.
+    /// Rank of the adapters; 0 trains the weights themselves.
     pub rank: usize,
-    /// What an adapter adds is multiplied by `alpha` / `rank`.
+    /// The output of an adapter is multiplied by `alpha` / `rank`.
     pub alpha: f64,
-    /// Linear layers that get an adapter: regular expressions, any of which matches a part of the
-    /// name. Empty: all of them.
+    /// Linear layers that get an adapter, as regular expressions for a part of the name; empty for all.
     pub targets: Vec<String>,
 }
 
@@ -194,84 +193,81 @@ impl Default for LoraConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
     pub seed: u64,
-    /// Optimizer steps. None: as many as `epochs` makes.
+    /// Number of optimizer steps; `None` for the number of steps in `epochs`.
     pub steps: Option<u64>,
     pub epochs: f64,
     /// Examples per optimizer step.
     pub batch_size: usize,
     /// Examples per forward and backward pass; gradients accumulate up to `batch_size`.
     pub micro_batch_size: usize,
-    /// Tokens per forward and backward pass, in place of `micro_batch_size`; 0: that decides.
+    /// Maximum number of tokens per forward and backward pass; 0 to use `micro_batch_size` instead.
     pub micro_batch_tokens: usize,
     pub learning_rate: f64,
-    /// The rate at the end, as a share of `learning_rate`.
+    /// Final learning rate, as a share of `learning_rate`.
     pub min_learning_rate_ratio: f64,
     pub warmup_steps: u64,
     pub schedule: LrSchedule,
-    /// The share of the steps, at their end, over which "wsd" decays.
+    /// Share of the steps, at the end, over which "wsd" decays.
     pub decay_share: f64,
     pub weight_decay: f64,
-    /// Parameters without weight decay besides norms and biases: regular expressions, any of which
-    /// matches a part of the name.
+    /// Parameters without weight decay, besides norms and biases, as regular expressions for a part of the name.
     pub no_decay: Vec<String>,
-    /// Parameters that stay as they are: regular expressions, as `no_decay`.
+    /// Parameters that are not trained, as regular expressions for a part of the name.
     pub freeze: Vec<String>,
     pub beta1: f64,
     pub beta2: f64,
     pub epsilon: f64,
-    /// Largest global norm of the gradient; 0 for no clipping.
+    /// Maximum global norm of the gradient; 0 for no clipping.
     pub max_grad_norm: f64,
-    /// Validation and metrics line every so many steps; 0: at the end only.
+    /// Number of steps between validations; 0 to validate only at the end.
     pub eval_every: u64,
-    /// Checkpoint every so many steps; 0: at the end only.
+    /// Number of steps between checkpoints; 0 for one only at the end.
     pub checkpoint_every: u64,
-    /// Checkpoints kept; the newest ones.
+    /// Number of checkpoints to keep, the newest ones.
     pub keep_checkpoints: usize,
-    /// Weight of the past in a running average of the weights, which is what is evaluated and
-    /// becomes the student; 0 for none.
+    /// Decay of the exponential moving average of the weights, which is evaluated and becomes the student; 0 for none.
     pub ema_decay: f64,
-    /// The validation metric whose best checkpoint is kept and becomes the student.
+    /// Validation metric whose best checkpoint is kept and becomes the student.
     pub best: BestMetric,
-    /// Validations in a row without a better `best` after which training ends; 0: never.
+    /// Number of consecutive validations without a better `best` after which training ends; 0 for no limit.
     pub patience: u64,
-    /// Let the student answer a part of the prompts itself, for the teacher to judge.
+    /// Train on answers that the student writes and the teacher scores.
     pub on_policy: bool,
-    /// Where the arithmetic runs.
+    /// Device of the computation.
     pub device: Device,
-    /// What factors of matrix products are rounded to. Weights, sums and the optimizer are f32.
+    /// Number type of the factors of matrix products. Weights, sums and the optimizer are f32.
     pub dtype: ComputeDtype,
-    /// Compute activations twice instead of keeping them: slower, less memory, the same numbers.
+    /// Recompute activations in the backward pass: slower, less memory, the same numbers.
     pub activation_checkpointing: bool,
-    /// Threads for the arithmetic; 0: one per core. The numbers do not depend on it.
+    /// Number of threads; 0 for one per core. The numbers do not depend on it.
     pub threads: usize,
 }
 
-/// How a student writes answers itself; for `train.on_policy`.
+/// Answers that the student writes itself, for `train.on_policy`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OnPolicyConfig {
-    /// The share of each step's prompts that it answers; the others are learnt as they are.
+    /// Share of each step's prompts that the student answers; the others keep their cached answers.
     pub share: f64,
-    /// What its answers are judged by.
+    /// Divergence on the student's answers.
     pub kd: KdMode,
-    /// Who judges them.
+    /// Source of the teacher's logprobs for the student's answers.
     pub judge: ScoredBy,
-    /// The folder of the teacher's tokenizer, for a judge behind an API. None: its tokens are known by
-    /// their texts alone.
+    /// Folder of the teacher's tokenizer, for a teacher behind an API. `None` if the texts of its tokens suffice.
     pub tokenizer: Option<PathBuf>,
     pub max_tokens: u32,
     pub temperature: f64,
 }
 
-/// Who judges what a student writes.
+/// Source of the teacher's logprobs for the student's answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ScoredBy {
-    /// The model in `teacher.local`, by its whole distributions.
+    /// The model in `teacher.local`, with full distributions.
     Local,
-    /// The endpoint of `teacher`, by vLLM's chat completions with `prompt_logprobs`.
+    /// The endpoint of `teacher`, with vLLM's chat completions and `prompt_logprobs`.
     PromptLogprobs,
-    /// The endpoint of `teacher`, by text completions with `echo` and `logprobs`.
+    /// The endpoint of `teacher`, with text completions, `echo` and `logprobs`.
     Echo,
 }
 
@@ -291,7 +287,7 @@ impl Default for OnPolicyConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Device {
-    /// A GPU that this program was built for, where there is one; else the CPU.
+    /// A GPU that this build supports, if the machine has one; else the CPU.
     Auto,
     Cpu,
     Cuda,
@@ -301,7 +297,7 @@ pub enum Device {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ComputeDtype {
-    /// bf16 where the device is faster with it (AMX, AVX512-BF16 of AMD, CUDA), f32 elsewhere.
+    /// bf16 if the device is faster with it (AMX, AVX512-BF16 of AMD, CUDA), else f32.
     Auto,
     F32,
     Bf16,
@@ -369,19 +365,19 @@ pub enum LrSchedule {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvalConfig {
-    /// Held-out rows with truth, as JSONL; rendered through `prompts.template`.
+    /// JSONL file of held-out rows with true answers, rendered through `prompts.template`.
     pub source: Option<PathBuf>,
-    /// The field of a row that holds the true answer.
+    /// Field of a row with the true answer.
     pub truth: String,
     pub matching: AnswerMatching,
-    /// The cache folder of teacher answers to held-out prompts: perplexity, agreement and KL are
-    /// taken on it. None: the validation part of the training data.
+    /// Cache folder of teacher answers to held-out prompts, for perplexity, agreement and KL; `None` for the
+    /// validation part of the training data.
     pub teacher_cache: Option<PathBuf>,
-    /// The model folder to evaluate. None: the student of this run.
+    /// Model folder to evaluate; `None` for the student of this run.
     pub model: Option<PathBuf>,
     pub max_tokens: u32,
     pub batch_size: usize,
-    /// Use only the first so many rows.
+    /// Maximum number of rows, the first ones.
     pub limit: Option<usize>,
 }
 
@@ -403,8 +399,8 @@ impl Default for EvalConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AnswerMatching {
-    /// The same text, white space at both ends aside.
+    /// The same text, except for leading and trailing white space.
     Exact,
-    /// The same JSON value, whatever its key order and white space.
+    /// The same JSON value, in any key order.
     Json,
 }

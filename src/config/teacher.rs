@@ -1,4 +1,4 @@
-//! The endpoint that is asked, and how it is reached.
+//! Settings of the teacher: the endpoint, its API key and its connection.
 
 use crate::config::error::SHORTEST_KEY;
 use crate::config::error::hide_keys;
@@ -14,48 +14,48 @@ use crate::config::error::usage;
 
 const DEFAULT_VARIABLE: &str = "OPENAI_API_KEY";
 
-/// The endpoint that is asked, or the model on this machine.
+/// Settings of a teacher: an endpoint, or a model on this machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherConfig {
-    /// How the summary and the config's own messages call it; empty for the model's name.
+    /// Name in the summary and in messages; empty for the model's name.
     pub name: String,
-    /// Its part of the prompts, relative to the other teachers' shares.
+    /// Part of the prompts, relative to the shares of the other teachers.
     pub share: f64,
     pub base_url: String,
     pub model: String,
-    /// Name of the environment variable that holds the key; empty for an endpoint without one.
+    /// Name of the environment variable with the key; empty for an endpoint without a key.
     pub api_key_env: String,
-    /// A file that holds the key, in place of a variable; read again when the endpoint refuses the key.
+    /// File with the key, instead of a variable; read again when the endpoint rejects the key.
     pub api_key_file: Option<PathBuf>,
-    /// A command that prints the key, by the shell; run again when the endpoint refuses the key.
+    /// Shell command that prints the key, instead of a variable; run again when the endpoint rejects the key.
     pub api_key_command: Option<String>,
-    /// The header that carries the key; `Authorization` carries it as `Bearer`.
+    /// Header for the key; in `Authorization` the key follows `Bearer`.
     pub api_key_header: String,
-    /// Further headers of every request; `${NAME}` stands for an environment variable.
+    /// Additional headers of every request; `${NAME}` is replaced by the environment variable.
     pub headers: BTreeMap<String, String>,
-    /// The query of every request's address; `${NAME}` likewise.
+    /// Query parameters of every request; `${NAME}` is replaced by the environment variable.
     pub query: BTreeMap<String, String>,
     /// Value of the `OpenAI-Organization` header; empty to leave it out.
     pub organization: String,
     pub project: String,
-    /// Plain http to another machine than this one.
+    /// Permission for unencrypted http to another machine.
     pub allow_http: AllowHttp,
-    /// Certificates, in PEM, of who signs the endpoint's, beside those that this machine trusts.
+    /// PEM file of certificate authorities to trust in addition to the system's.
     pub ca_file: Option<PathBuf>,
-    /// A certificate with its key, in PEM, for an endpoint that asks for one.
+    /// PEM file of a client certificate with its private key.
     pub client_certificate: Option<PathBuf>,
     pub connect_timeout_s: f64,
-    /// For the whole answer. Generous, since a request that timed out may have been billed.
+    /// Timeout for the whole answer. Generous, since a request that timed out may have been billed.
     pub timeout_s: f64,
-    /// A model folder: a teacher on this machine for `distill train`, whose whole distributions are the
-    /// soft labels, in place of those of the cache.
+    /// Model folder of a teacher on this machine. `distill train` uses its full distributions as soft labels, instead
+    /// of the logprobs in the cache.
     pub local: Option<PathBuf>,
-    /// Train that one along, by cross-entropy on the same examples.
+    /// Train the local teacher along with the student, by cross-entropy on the same examples.
     pub cotrain: bool,
-    /// Its learning rate, as a share of `train.learning_rate`.
+    /// Learning rate of the local teacher, as a share of `train.learning_rate`.
     pub cotrain_rate: f64,
-    /// What is this teacher's own; a key that is missing here has the value of the section.
+    /// Settings of this teacher alone; keys that are missing here have the values of the section.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sampling: Option<SamplingConfig>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -64,7 +64,7 @@ pub struct TeacherConfig {
     pub price: Option<Price>,
 }
 
-/// One endpoint with everything that holds for it.
+/// Settings of one endpoint.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EndpointConfig {
     pub teacher: TeacherConfig,
@@ -74,7 +74,7 @@ pub struct EndpointConfig {
 }
 
 impl TeacherConfig {
-    /// The name that people know it by.
+    /// Name in messages.
     pub fn label(&self) -> &str {
         match self.name.as_str() {
             "" => &self.model,
@@ -119,9 +119,9 @@ impl Default for TeacherConfig {
 pub enum AllowHttp {
     #[default]
     No,
-    /// To an endpoint that has no key.
+    /// To an endpoint without a key.
     WithoutKey,
-    /// Insisted upon.
+    /// Also with a key, which is sent unencrypted.
     WithKey,
 }
 
@@ -133,7 +133,7 @@ impl TryFrom<serde_json::Value> for AllowHttp {
             (Some(false), _) => Ok(AllowHttp::No),
             (Some(true), _) => Ok(AllowHttp::WithoutKey),
             (_, Some("with_key")) => Ok(AllowHttp::WithKey),
-            _ => Err("teacher.allow_http is true, false or \"with_key\""),
+            _ => Err("teacher.allow_http must be true, false or \"with_key\""),
         }
     }
 }
@@ -167,7 +167,10 @@ impl TeacherConfig {
         }
     }
 
-    /// Refuses what cannot be meant, without repeating what may be a key.
+    /// Checks the API key settings. The messages never repeat a value that may be a key.
+    ///
+    /// # Errors
+    /// [`crate::exit::Exit::Usage`] for several sources of the key, or a key in a field for other values.
     pub fn check(&self) -> Result<()> {
         let sources = [
             self.api_key_command.is_some(),
@@ -176,15 +179,15 @@ impl TeacherConfig {
         ];
         if sources.into_iter().filter(|is_set| *is_set).count() > 1 {
             return Err(usage(
-                "the key comes from one place: set one of teacher.api_key_env, api_key_file and \
+                "the API key has several sources: set only one of teacher.api_key_env, api_key_file and \
                  api_key_command"
                     .into(),
             ));
         }
         if !self.api_key_env.is_empty() && !is_name(&self.api_key_env) {
             return Err(usage(
-                "teacher.api_key_env takes the name of the environment variable that holds the key, and \
-                 what stands there is none (it is not repeated here, as it may be the key itself): run \
+                "teacher.api_key_env must be the name of the environment variable that holds the key; its value \
+                 is not a valid name (it is not repeated here, as it may be the key itself): run \
                  `export TEACHER_KEY=...` and set teacher.api_key_env = \"TEACHER_KEY\""
                     .into(),
             ));
@@ -197,7 +200,7 @@ impl TeacherConfig {
                 && !value.contains("${")
             {
                 return Err(usage(format!(
-                    "teacher.headers.{name} holds what looks like a key (it is not repeated here): put it \
+                    "teacher.headers.{name} seems to contain a key (it is not repeated here): put it \
                      into an environment variable and write ${{NAME}} in its place"
                 )));
             }
@@ -205,7 +208,7 @@ impl TeacherConfig {
         let in_query = self.query.values().find(|value| looks_like_key(value));
         if in_query.is_some() || looks_like_key(&self.base_url) {
             return Err(usage(
-                "teacher.base_url or teacher.query holds what looks like a key (it is not repeated here): \
+                "teacher.base_url or teacher.query seems to contain a key (it is not repeated here): \
                  put it into an environment variable and write ${NAME} in its place"
                     .into(),
             ));
@@ -220,7 +223,7 @@ fn is_name(text: &str) -> bool {
     let first = bytes.next().unwrap_or(b'0');
     let is_identifier = (first.is_ascii_alphabetic() || first == b'_')
         && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
-    // Names are words; in keys, digits and letters are mixed.
+    // Names consist of words; keys mix digits and letters.
     let digits = text.bytes().filter(u8::is_ascii_digit).count();
     let has_lower_case = text.bytes().any(|byte| byte.is_ascii_lowercase());
     let most_digits = if has_lower_case { 0 } else { 3 };
@@ -233,7 +236,7 @@ fn looks_like_key(text: &str) -> bool {
     hide_keys(text) != text
 }
 
-/// The base URL as records name it: as the config has it, without a slash at the end.
+/// Identity of an endpoint in cache keys and records: the base URL without a trailing slash.
 pub fn identity(settings: &config::TeacherConfig) -> &str {
     settings.base_url.trim_end_matches('/')
 }
@@ -243,7 +246,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_may_be_a_key_is_never_repeated() {
+    fn key_in_api_key_env_is_rejected_and_not_repeated() {
         for value in [
             "sk-realkey0123456789abcdef",
             "gsk_0123456789abcdefghij",
@@ -282,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_belongs_into_a_variable_wherever_it_is_written() {
+    fn keys_in_headers_query_and_url_are_rejected() {
         let with = |change: fn(&mut TeacherConfig)| {
             let mut teacher = TeacherConfig::default();
             change(&mut teacher);
@@ -319,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn plain_http_is_a_choice_of_three() {
+    fn allow_http_parses_three_values() {
         let parse = |text: &str| toml::from_str::<TeacherConfig>(&format!("allow_http = {text}"));
         assert_eq!(parse("true").unwrap().allow_http, AllowHttp::WithoutKey);
         assert_eq!(parse("false").unwrap().allow_http, AllowHttp::No);

@@ -1,4 +1,4 @@
-//! What the types of the settings cannot say.
+//! Checks of the config beyond the types of the values.
 
 use anyhow::Result;
 
@@ -10,15 +10,18 @@ use super::student::{BestMetric, KdMode, ScoredBy, StudentInit, TemplateDate};
 use super::teacher::EndpointConfig;
 use crate::config::error::usage;
 
-fn check(holds: bool, message: &str) -> Result<()> {
-    if holds {
+fn check(is_valid: bool, message: &str) -> Result<()> {
+    if is_valid {
         Ok(())
     } else {
         Err(usage(message.to_string()))
     }
 }
 
-/// Refuses a config that cannot be meant.
+/// Checks ranges, and combinations of settings.
+///
+/// # Errors
+/// [`crate::exit::Exit::Usage`] for the first mistake.
 pub(crate) fn validate(config: &Config) -> Result<()> {
     let share = |value: f64| (0.0..=1.0).contains(&value);
     harvest(config)?;
@@ -48,7 +51,7 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
     )?;
     check(
         0.0 < config.loss.beta && config.loss.beta < 1.0,
-        "loss.beta must lie between 0 and 1, and be neither: kd = \"tail\" and \"reverse_kl\" are its ends",
+        "loss.beta must be above 0 and below 1: its limits are kd = \"tail\" and \"reverse_kl\"",
     )?;
     check(
         share(config.loss.alpha) && config.loss.alpha < 1.0,
@@ -65,7 +68,7 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
     let teacher = &config.teacher;
     check(
         teacher.local.is_some() || !teacher.cotrain,
-        "teacher.cotrain trains the model in teacher.local: set that, too",
+        "teacher.cotrain trains the model in teacher.local: set teacher.local",
     )?;
     check(
         teacher.cotrain_rate.is_finite() && teacher.cotrain_rate > 0.0,
@@ -75,13 +78,13 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
         config
             .teachers
             .iter()
-            .all(|one| one.local.is_none() && !one.cotrain),
-        "`local` and `cotrain` belong into [teacher]: a student has one teacher on this machine",
+            .all(|teacher| teacher.local.is_none() && !teacher.cotrain),
+        "set `local` and `cotrain` in [teacher], not in [[teachers]]: a student has one teacher on this machine",
     )?;
     check(
         !config.train.on_policy || config.data.thinking != Thinking::Context,
-        "train.on_policy writes answers from the generation prompt, without the teacher's thinking: set \
-         data.thinking to \"supervise\" or \"drop\"",
+        "train.on_policy generates answers without the teacher's thinking: set data.thinking to \
+         \"supervise\" or \"drop\"",
     )?;
     let is_of_record = config.student.template_date == Some(TemplateDate::Record);
     check(
@@ -90,25 +93,25 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
     )?;
     check(
         !is_of_record || !config.train.on_policy || config.on_policy.tokenizer.is_none(),
-        "student.template_date = \"record\" leaves on_policy.tokenizer without a date: set one",
+        "student.template_date = \"record\" has no date for on_policy.tokenizer: set a date",
     )?;
-    let written = &config.on_policy;
-    let is_local = written.judge == ScoredBy::Local;
+    let on_policy = &config.on_policy;
+    let is_local = on_policy.judge == ScoredBy::Local;
     check(
         !config.train.on_policy || is_local == teacher.local.is_some(),
-        "train.on_policy needs a teacher that judges what the student writes: teacher.local with \
-         on_policy.judge = \"local\"; or, without teacher.local, on_policy.judge = \"prompt_logprobs\" \
+        "train.on_policy needs a teacher that scores the student's answers: set teacher.local and \
+         on_policy.judge = \"local\"; or, without teacher.local, set on_policy.judge = \"prompt_logprobs\" \
          (vLLM) or \"echo\" for the endpoint in [teacher]",
     )?;
     check(
-        written.judge != ScoredBy::Echo || written.tokenizer.is_some(),
+        on_policy.judge != ScoredBy::Echo || on_policy.tokenizer.is_some(),
         "on_policy.judge = \"echo\" needs the teacher's chat template: set on_policy.tokenizer to the \
          folder of its tokenizer",
     )?;
     let endpoints = config.endpoints();
     check(
         is_local || !config.train.on_policy || endpoints.len() == 1,
-        "what the student writes is judged by one teacher: name it in [teacher], without [[teachers]]",
+        "the student's answers are scored by one teacher: set it in [teacher], without [[teachers]]",
     )?;
     check(
         is_local
@@ -116,19 +119,19 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
             || endpoints
                 .iter()
                 .all(|endpoint| endpoint.sampling.top_logprobs > 0),
-        "on_policy.judge asks for sampling.top_logprobs logprobs a token: set that to 1 or more",
+        "on_policy.judge requests sampling.top_logprobs logprobs per token: set it to 1 or more",
     )?;
     check(
-        share(written.share) && written.max_tokens > 0,
+        share(on_policy.share) && on_policy.max_tokens > 0,
         "on_policy.share must lie between 0 and 1, and on_policy.max_tokens be at least 1",
     )?;
     check(
-        written.temperature.is_finite() && written.temperature >= 0.0,
+        on_policy.temperature.is_finite() && on_policy.temperature >= 0.0,
         "on_policy.temperature must be finite and not negative",
     )?;
     check(
-        written.kd != KdMode::None && config.loss.kd != KdMode::None || !config.train.on_policy,
-        "train.on_policy judges by a divergence: neither on_policy.kd nor loss.kd may be \"none\"",
+        on_policy.kd != KdMode::None && config.loss.kd != KdMode::None || !config.train.on_policy,
+        "train.on_policy trains on a divergence: neither on_policy.kd nor loss.kd may be \"none\"",
     )?;
     let train = &config.train;
     check(
@@ -157,7 +160,7 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
     )?;
     check(
         train.patience == 0 || train.best != BestMetric::Last,
-        "train.patience needs a metric to watch: set train.best to \"ce\", \"kl\" or \"token_accuracy\"",
+        "train.patience needs a metric: set train.best to \"ce\", \"kl\" or \"token_accuracy\"",
     )?;
     check(
         train.patience == 0 || train.eval_every > 0,
@@ -181,7 +184,7 @@ pub(crate) fn validate(config: &Config) -> Result<()> {
 fn harvest(config: &Config) -> Result<()> {
     check(
         (1..=1_000_000_000).contains(&config.prompts.samples),
-        "prompts.samples must be at least 1, and at most a billion",
+        "prompts.samples must be between 1 and 1,000,000,000",
     )?;
     check(
         config.retry.max_attempts > 0,
@@ -192,7 +195,7 @@ fn harvest(config: &Config) -> Result<()> {
             .budget
             .usd
             .is_none_or(|usd| usd.is_finite() && usd > 0.0),
-        "budget.usd must be above 0; leave it out for no limit",
+        "budget.usd must be above 0; omit it for no limit",
     )?;
     let retry = &config.retry;
     let mut waits = vec![retry.base_s, retry.max_s, retry.max_outage_s];
@@ -214,7 +217,7 @@ fn harvest(config: &Config) -> Result<()> {
             endpoints[..index]
                 .iter()
                 .all(|other| other.teacher.label() != label),
-            &format!("two teachers are called {label:?}: give each a `name` of its own"),
+            &format!("two teachers have the name {label:?}: give each a `name` of its own"),
         )?;
     }
     Ok(())
@@ -231,11 +234,11 @@ fn batch(batch: &BatchConfig) -> Result<()> {
     )?;
     check(
         is_above_0(batch.poll_s) && batch.poll_s <= 86_400.0,
-        "batch.poll_s must be above 0, and a day at most",
+        "batch.poll_s must be above 0 and at most 86,400 seconds",
     )?;
     check(
         (0.0..=1.0).contains(&batch.discount),
-        "batch.discount is the share of the price that a batch costs: it must lie between 0 and 1",
+        "batch.discount must lie between 0 and 1: it is the price of a batch as a share of [price]",
     )
 }
 
@@ -243,15 +246,15 @@ fn check_endpoint(endpoint: &EndpointConfig) -> Result<()> {
     endpoint.teacher.check()?;
     check(
         endpoint.sampling.top_logprobs <= 20,
-        "sampling.top_logprobs goes up to 20, the most that endpoints offer",
+        "sampling.top_logprobs can be up to 20, the maximum of most endpoints",
     )?;
     check(
         (endpoint.sampling.temperature).is_none_or(|value| (0.0..=100.0).contains(&value)),
-        "sampling.temperature must lie between 0 and 100; most endpoints take up to 2",
+        "sampling.temperature must lie between 0 and 100; most endpoints accept up to 2",
     )?;
     check(
         (endpoint.sampling.top_p).is_none_or(|value| 0.0 < value && value <= 1.0),
-        "sampling.top_p must be above 0, and at most 1",
+        "sampling.top_p must be above 0 and at most 1",
     )?;
     check(
         endpoint.sampling.max_tokens > 0,
@@ -261,21 +264,21 @@ fn check_endpoint(endpoint: &EndpointConfig) -> Result<()> {
         endpoint.limits.concurrency > 0,
         "limits.concurrency must be at least 1",
     )?;
-    let ceilings = [
+    let limits = [
         endpoint.limits.requests_per_minute.map(u64::from),
         endpoint.limits.tokens_per_minute.map(u64::from),
         endpoint.limits.requests_per_day,
     ];
-    for limit in ceilings {
+    for limit in limits {
         check(
             limit != Some(0),
-            "a limit per minute or day must be at least 1; leave it out for none",
+            "a limit per minute or day must be at least 1; omit it for no limit",
         )?;
     }
     if endpoint.limits.shared.is_some() {
         check(cfg!(feature = "redis"), CANNOT_SHARE)?;
         check(
-            ceilings.iter().any(Option::is_some),
+            limits.iter().any(Option::is_some),
             "limits.shared has no limit to share: set limits.requests_per_minute, \
              tokens_per_minute or requests_per_day",
         )?;
@@ -290,7 +293,7 @@ fn check_endpoint(endpoint: &EndpointConfig) -> Result<()> {
             .as_of
             .as_ref()
             .is_none_or(|date| date.parse::<jiff::civil::Date>().is_ok()),
-        "price.as_of must be a date, as \"2026-11-22\"",
+        "price.as_of must be a date such as \"2026-11-22\"",
     )?;
     for price in [
         endpoint.price.input,

@@ -47,7 +47,7 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
     past.has_schema_1 |=
         crate::harvest::batch::journal::is_under_way(&config.run_dir)? || !unanswered.is_empty();
     let max_attempts = config.retry.max_attempts;
-    let row_status = |key: &str| Ok(unanswered.standing(key, cached.contains(key), max_attempts));
+    let row_status = |key: &str| Ok(unanswered.row_status(key, cached.contains(key), max_attempts));
     let plan = if options.again.is_empty() {
         let scope = PlanScope {
             shard: options.shard,

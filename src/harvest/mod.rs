@@ -266,7 +266,7 @@ impl Run<'_> {
                 return Ok(RowStatus::Answered);
             }
             let unanswered = &rest.run_files.unanswered;
-            Ok(unanswered.standing(key, self.cache.contains(key), max_attempts))
+            Ok(unanswered.row_status(key, self.cache.contains(key), max_attempts))
         })?;
         let dispatcher = self.dispatcher(&config, plan, rest.run_files).await?;
         let dispatcher = dispatcher.after(rest.summary, rest.started);
@@ -323,7 +323,7 @@ impl Run<'_> {
         self.stop.check()?;
         let max_attempts = self.config.retry.max_attempts;
         let is_cached = self.cache.contains(key);
-        Ok(self.unanswered.standing(key, is_cached, max_attempts))
+        Ok(self.unanswered.row_status(key, is_cached, max_attempts))
     }
 
     /// Opens the run files and takes over `self.unanswered`.

@@ -119,7 +119,8 @@ impl RunFiles {
 
     /// Number of failed rows that later runs do not ask again unless `--again` selects them.
     pub(crate) fn given_up(&self, rows: &[FailedRow], max_attempts: u32) -> u64 {
-        let row_status = |row: &&FailedRow| self.unanswered.standing(&row.key, false, max_attempts);
+        let row_status =
+            |row: &&FailedRow| self.unanswered.row_status(&row.key, false, max_attempts);
         let given_up = |row: &&FailedRow| row_status(row) == RowStatus::GivenUp;
         rows.iter().filter(given_up).count() as u64
     }

@@ -197,7 +197,9 @@ impl TextScorer {
         let row_status = |key: &str| match run_files {
             Some(run_files) => {
                 let is_cached = self.cache.contains(key);
-                Ok(run_files.unanswered.standing(key, is_cached, max_attempts))
+                Ok(run_files
+                    .unanswered
+                    .row_status(key, is_cached, max_attempts))
             }
             None => Ok(RowStatus::Open),
         };

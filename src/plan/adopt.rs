@@ -1,5 +1,5 @@
-//! `cache adopt`: answers to the questions of a config that another endpoint gave, or that were kept by an
-//! earlier version, get the keys of this one.
+//! `cache adopt`: gives cached answers the keys of the current config. The answers may come from another
+//! endpoint or from an earlier version of distill.
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
@@ -22,17 +22,17 @@ use crate::prompt;
 /// Result of [`adopt`].
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Adopted {
-    /// Records that answer questions of the config now.
+    /// Number of records that got a new key.
     pub records: u64,
-    /// Answers of a mock at another address, which are not taken over.
+    /// Number of answers of a mock at another address; they are not adopted.
     pub mocks: u64,
-    /// Questions of the config.
+    /// Number of questions of the config.
     pub questions: u64,
-    /// Of these, answered now, adopted answers included.
+    /// Number of questions with an answer, adopted answers included.
     pub answered: u64,
 }
 
-/// A question of the config.
+/// A question of the config that may adopt an answer.
 struct AdoptableRow<'a> {
     key: &'a str,
     teacher: &'a str,
@@ -41,7 +41,7 @@ struct AdoptableRow<'a> {
 }
 
 impl AdoptableRow<'_> {
-    /// Key of an answer that was truncated at `cut_at` tokens; 0 if it is complete.
+    /// Key of an answer that was truncated at `cut_at` tokens; 0 for a complete answer.
     fn key_of_answer(&self, cut_at: u32) -> String {
         match cut_at {
             0 => self.key.to_owned(),
@@ -54,27 +54,26 @@ impl AdoptableRow<'_> {
     }
 }
 
-/// Returns true if one of the rows is asked at this address.
-fn is_asked(rows: &[AdoptableRow], base_url: &str) -> bool {
+/// Returns true if one of the rows is sent to this address.
+fn is_sent_to(rows: &[AdoptableRow], base_url: &str) -> bool {
     let address = question::endpoint("", base_url);
     rows.iter()
         .any(|row| question::endpoint("", row.base_url) == address)
 }
 
-/// Takes over the answers in the cache of the run folder.
+/// Adopts the answers in the cache of the run folder.
 ///
 /// # Errors
-/// Where the config, the prompts or the cache cannot be read, or another process has the cache.
+/// If the config, the prompts or the cache cannot be read, or another process has the cache open.
 pub fn adopt(config: &Config) -> Result<Adopted> {
     let prompts = prompt::load(&config.prompts, || Ok(()))?;
     let open = |_: &str| Ok(RowStatus::Open);
-    let (scope, past) = (PlanScope::default(), KeyVariants::default());
     let plan = Plan::new(
         prompts,
         request_templates(config, &[])?,
         &config.prompts,
-        scope,
-        &past,
+        PlanScope::default(),
+        &KeyVariants::default(),
         open,
     )?;
     let mut rows = HashMap::<&str, Vec<AdoptableRow>>::new();
@@ -93,7 +92,8 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     let dir = config.own_cache();
     let known = crate::cache::open::peek(&dir)?;
     let mut targets = HashMap::<String, (String, &str)>::new();
-    let (mut taken, mut answered) = (HashSet::new(), HashSet::new());
+    let mut taken = HashSet::new();
+    let mut answered = HashSet::new();
     let records = if cache::exists(&dir) {
         Some(crate::cache::reader::read(&dir)?)
     } else {
@@ -108,15 +108,15 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
         let Some(of_question) = rows.get(half.as_str()) else {
             continue;
         };
-        // What answers a question of this config already stays where it is.
+        // An answer that already has a key of this config keeps it.
         let is_ours = |row: &&AdoptableRow| row.key_of_answer(cut_at) == record.key;
         match of_question.iter().find(is_ours) {
             Some(row) if row.is_answered_by(cut_at) => {
                 answered.insert(row.key);
             }
             Some(_) => {}
-            // A mock may only have stood in for the teacher.
-            None if is_mock(&record.fingerprint) && !is_asked(of_question, &record.endpoint) => {
+            // A mock at another address may have been a rehearsal of this teacher.
+            None if is_mock(&record.fingerprint) && !is_sent_to(of_question, &record.endpoint) => {
                 mocks += 1;
             }
             None => others.push((cut_at, half, record.key)),
@@ -127,15 +127,16 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
     for (cut_at, half, record) in others {
         let of_question = rows.get(half.as_str()).into_iter().flatten();
         let mut free = of_question.filter(|row| {
-            // A truncated answer is adopted if there is no other.
-            let least = if row.is_answered_by(cut_at) {
+            // A truncated answer is adopted only if the cache has no other answer to the question.
+            let min_length = if row.is_answered_by(cut_at) {
                 row.max_tokens
             } else {
                 0
             };
-            let mut cut_keys = known.past.truncated_keys(row.key, least);
-            let is_there = known.contains(row.key) || cut_keys.any(|key| known.contains(&key));
-            !is_there && !taken.contains(row.key)
+            let mut truncated_keys = known.past.truncated_keys(row.key, min_length);
+            let is_cached =
+                known.contains(row.key) || truncated_keys.any(|key| known.contains(&key));
+            !is_cached && !taken.contains(row.key)
         });
         if let Some(row) = free.next() {
             taken.insert(row.key);

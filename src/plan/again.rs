@@ -1,8 +1,8 @@
-//! `harvest --again`: rows that have an answer, or are given up, and are to be asked once more.
+//! `harvest --again`: requests rows a second time that have an answer or were given up.
 //!
-//! An answer leaves the cache only when all that a night refuses has been looked at, and only if this run
-//! asks its question. A run that was stopped goes on by the same command: what is in the file of
-//! replaced answers is named as well.
+//! An answer leaves the cache only after all checks of the run have passed, and only if this run requests its
+//! row. After a stop, the same command resumes: the selection includes the answers in the file of replaced
+//! answers.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -27,41 +27,41 @@ use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::prompt::Prompt;
 use crate::terminal::format_count;
 
-/// The keys of the rows that are to be asked.
+/// Keys of the rows to request.
 pub(crate) type RowKeys = HashSet<String>;
 
-/// Finds the rows that `words` name and that this run asks for. Changes nothing.
+/// Finds the rows of this run that `selectors` name. Changes nothing.
 ///
 /// # Errors
-/// [`Exit::Usage`] where nothing is of that name, and whatever the night would refuse.
+/// [`Exit::Usage`] if `selectors` name no row, or a row exceeds a limit or the budget.
 pub(crate) fn select(
     config: &Config,
-    words: &[String],
+    selectors: &[String],
     shard: Option<Shard>,
     prompts: &[Prompt],
     unanswered: &Unanswered,
 ) -> Result<RowsToRepeat> {
     let dir = config.own_cache();
-    if let Some(under_way) = AgainFile::load(&config.run_dir, words)? {
+    if let Some(under_way) = AgainFile::load(&config.run_dir, selectors)? {
         let known = crate::cache::open::peek(&dir)?;
         let is_kept = |key: &str| known.contains(key);
-        let mut asked = asked(config, shard, prompts, &under_way.keys, is_kept)?;
-        // Also with no rows left: the last run ended before `finish`.
-        if asked.plan.total > 0 {
-            asked.is_resumed = true;
-            return Ok(asked);
+        let mut rows = select_rows(config, shard, prompts, &under_way.keys, is_kept)?;
+        // Resumes with no open rows, too: the last run ended before `finish`.
+        if rows.plan.total > 0 {
+            rows.is_resumed = true;
+            return Ok(rows);
         }
     }
     let mut found = FoundAnswers::default();
     if cache::exists(&dir) {
         for record in crate::cache::reader::read(&dir)? {
-            found.add(&record?, words, true);
+            found.add(&record?, selectors, true);
         }
     }
     for record in read_replaced(&dir)? {
-        found.add(&record?, words, false);
+        found.add(&record?, selectors, false);
     }
-    if names_failed(words) {
+    if names_failed(selectors) {
         found.names.extend(unanswered.keys().map(str::to_owned));
     }
     let is_kept = |key: &str| {
@@ -69,106 +69,106 @@ pub(crate) fn select(
             .kept
             .contains(&crate::cache::fingerprint::fingerprint(key))
     };
-    let asked = asked(config, shard, prompts, &found.names, is_kept)?;
-    if asked.plan.total == 0 {
-        return Err(found.nothing(words));
+    let rows = select_rows(config, shard, prompts, &found.names, is_kept)?;
+    if rows.plan.total == 0 {
+        return Err(found.no_match_error(selectors));
     }
-    for endpoint in 0..asked.plan.rows_by_endpoint.len() {
-        check_fits(config, &asked.plan, endpoint)?;
+    for endpoint in 0..rows.plan.rows_by_endpoint.len() {
+        check_fits(config, &rows.plan, endpoint)?;
     }
-    Ok(asked)
+    Ok(rows)
 }
 
-/// Takes the answers to the selected rows out of the cache of the run folder, and forgets such rows
-/// without an answer. The cache must be open nowhere.
+/// Moves the answers to the selected rows out of the cache of the run folder, and removes the recorded
+/// failures of the selected rows. No process may have the cache open.
 ///
 /// # Errors
-/// Where the cache is damaged, or the disk fails.
+/// If the cache is damaged, or the disk fails.
 pub(crate) fn remove_from_cache(
     config: &Config,
-    words: &[String],
-    asked: RowsToRepeat,
+    selectors: &[String],
+    rows: RowsToRepeat,
     unanswered: &mut Unanswered,
 ) -> Result<RowKeys> {
     let dir = config.own_cache();
-    if asked.is_resumed {
-        let (left, done) = (asked.plan.rows.len() as u64, asked.plan.cached);
-        match left {
+    if rows.is_resumed {
+        let done = format_count(rows.plan.cached);
+        match rows.plan.rows.len() as u64 {
             0 => tracing::warn!(
-                "all {} rows that were to be asked again have their new answer; run the same command once \
-                 more to start over",
-                format_count(done)
+                "all {done} rows selected by `--again` have a new answer; rerun the command to select them \
+                 once more"
             ),
-            left => tracing::warn!(
-                "{} rows are still to be asked again; {} have their new answer",
-                format_count(left),
-                format_count(done)
+            open => tracing::warn!(
+                "resuming `--again`: {} rows are pending, {done} have a new answer",
+                format_count(open)
             ),
         }
-        if names_failed(words) {
-            forget(config, words, &asked, unanswered)?;
+        if names_failed(selectors) {
+            forget(config, selectors, &rows, unanswered)?;
         }
-        return Ok(asked.wanted());
+        return Ok(rows.open_keys());
     }
     let moved = rewrite(&dir, &config.cache, &|line| {
         let record = line::decode(line)?;
-        Ok(if is_named(&record, words) && asked.answers(&record) {
-            RewriteDecision::Remove
-        } else {
-            RewriteDecision::Keep
-        })
+        Ok(
+            if is_selected(&record, selectors) && rows.has_answer(&record) {
+                RewriteDecision::Remove
+            } else {
+                RewriteDecision::Keep
+            },
+        )
     })?;
-    // After the old answers have left the cache: a resumed run takes those that it finds there for new.
-    let wanted = asked.wanted();
+    // Written after the old answers were moved: a resumed run counts any answer in the cache as new.
+    let open_keys = rows.open_keys();
     AgainFile {
-        words: words.to_vec(),
-        keys: wanted.clone(),
+        selectors: selectors.to_vec(),
+        keys: open_keys.clone(),
         has_forgotten: false,
     }
     .save(&config.run_dir)?;
-    let forgotten = if names_failed(words) {
-        forget(config, words, &asked, unanswered)?
+    let forgotten = if names_failed(selectors) {
+        forget(config, selectors, &rows, unanswered)?
     } else {
         0
     };
     tracing::warn!(
-        "{} rows are asked again: {} answers moved to {}, {} rows without an answer start over{}; if it \
-         is stopped, run the same command to resume",
-        format_count(asked.plan.rows.len() as u64),
+        "requesting {} rows again: {} answers moved to {}, the failures of {} rows were cleared{}; after a \
+         stop, rerun the command to resume",
+        format_count(rows.plan.rows.len() as u64),
         format_count(moved),
         replaced_file(&dir).display(),
         format_count(forgotten),
-        match asked.plan.cached {
+        match rows.plan.cached {
             0 => String::new(),
-            count => format!(", {} have another answer by now", format_count(count)),
+            count => format!(", {} rows have another answer", format_count(count)),
         }
     );
-    Ok(wanted)
+    Ok(open_keys)
 }
 
-/// Removes the failures of the rows from the books, once.
+/// Removes the failures of the rows from `unanswered.jsonl`, once per selection. Returns the number of rows.
 fn forget(
     config: &Config,
-    words: &[String],
-    asked: &RowsToRepeat,
+    selectors: &[String],
+    rows: &RowsToRepeat,
     unanswered: &mut Unanswered,
 ) -> Result<u64> {
-    let Some(mut under_way) = AgainFile::load(&config.run_dir, words)? else {
+    let Some(mut under_way) = AgainFile::load(&config.run_dir, selectors)? else {
         return Ok(0);
     };
     if under_way.has_forgotten {
         return Ok(0);
     }
-    let forgotten = unanswered.forget(|key, _| asked.keys.contains(key))?;
+    let forgotten = unanswered.forget(|key, _| rows.keys.contains(key))?;
     under_way.has_forgotten = true;
     under_way.save(&config.run_dir)?;
     Ok(forgotten.len() as u64)
 }
 
-/// Ends what `--again` has begun: every row of a run has ended.
+/// Removes `again.json` after every selected row has ended.
 ///
 /// # Errors
-/// Where the file cannot be removed.
+/// If the file cannot be removed.
 pub(crate) fn finish(run_dir: &Path) -> Result<()> {
     let path = AgainFile::file(run_dir);
     if !path.exists() {
@@ -177,13 +177,14 @@ pub(crate) fn finish(run_dir: &Path) -> Result<()> {
     crate::fs::remove_file(&path)
 }
 
-/// `again.json` in the run folder: rows whose answers have left the cache and are being asked for again. After
-/// a stop, the same command asks for the rest, and not again for those that have their new answer.
+/// `again.json` in the run folder: rows whose old answers have left the cache. After a stop, the same command
+/// requests only those of them without a new answer.
 #[derive(Serialize, Deserialize)]
 struct AgainFile {
-    words: Vec<String>,
+    #[serde(rename = "words")]
+    selectors: Vec<String>,
     keys: RowKeys,
-    /// The failures of these rows have been removed from the books.
+    /// True if the failures of these rows have been removed from `unanswered.jsonl`.
     #[serde(default)]
     has_forgotten: bool,
 }
@@ -193,8 +194,8 @@ impl AgainFile {
         run_dir.join("again.json")
     }
 
-    /// None where nothing was begun with these words.
-    fn load(run_dir: &Path, words: &[String]) -> Result<Option<AgainFile>> {
+    /// Returns `None` if no selection with these selectors is under way.
+    fn load(run_dir: &Path, selectors: &[String]) -> Result<Option<AgainFile>> {
         let path = AgainFile::file(run_dir);
         if !path.exists() {
             return Ok(None);
@@ -202,12 +203,12 @@ impl AgainFile {
         let text = crate::fs::read(&path)?;
         let under_way: AgainFile = serde_json::from_slice(&text).map_err(|error| {
             let message = format!(
-                "{} is damaged ({error}): delete it, and `--again` starts over",
+                "{} is damaged ({error}): delete it, and `--again` selects its rows anew",
                 path.display()
             );
             Exit::Damaged(message)
         })?;
-        Ok((under_way.words == words).then_some(under_way))
+        Ok((under_way.selectors == selectors).then_some(under_way))
     }
 
     fn save(&self, run_dir: &Path) -> Result<()> {
@@ -215,8 +216,8 @@ impl AgainFile {
     }
 }
 
-fn names_failed(words: &[String]) -> bool {
-    words.iter().any(|word| word == "failed")
+fn names_failed(selectors: &[String]) -> bool {
+    selectors.iter().any(|selector| selector == "failed")
 }
 
 /// Answers selected by `--again`.
@@ -224,22 +225,22 @@ fn names_failed(words: &[String]) -> bool {
 struct FoundAnswers {
     /// Question halves of the selected keys, or whole keys.
     names: HashSet<String>,
-    /// Number of cached answers by reason or finish reason.
-    known: BTreeMap<String, u64>,
-    /// Keys of cached answers that are complete and not selected.
+    /// Number of cached answers by quarantine reason or, without one, finish reason.
+    cached_reasons: BTreeMap<String, u64>,
+    /// Fingerprints of the keys of complete cached answers that are not selected.
     kept: KeySet,
 }
 
 impl FoundAnswers {
-    fn add(&mut self, record: &Record, words: &[String], is_in_cache: bool) {
+    fn add(&mut self, record: &Record, selectors: &[String], is_in_cache: bool) {
         if is_in_cache {
-            let name = match record.reason.as_str() {
+            let reason = match record.reason.as_str() {
                 "" => record.answer.finish_reason.as_str(),
                 reason => reason,
             };
-            *self.known.entry(name.to_owned()).or_default() += 1;
+            *self.cached_reasons.entry(reason.to_owned()).or_default() += 1;
         }
-        if is_named(record, words) {
+        if is_selected(record, selectors) {
             self.names.insert(question_half_of(record));
         } else if is_in_cache && record.cut_at == 0 {
             self.kept
@@ -247,76 +248,81 @@ impl FoundAnswers {
         }
     }
 
-    fn nothing(&self, words: &[String]) -> anyhow::Error {
-        let words = words.join(",");
-        let known = self.known.iter();
-        let known: Vec<_> = known
+    /// Error for selectors without a row to request.
+    fn no_match_error(&self, selectors: &[String]) -> anyhow::Error {
+        let selectors = selectors.join(",");
+        let reasons = self.cached_reasons.iter();
+        let reasons: Vec<_> = reasons
             .map(|(name, count)| format!("{name:?} ({count})"))
             .collect();
-        if words == "failed" && self.names.is_empty() {
-            let message = "`--again failed` names nothing: no row was bought `retry.max_attempts` times or \
-                           refused by a filter, and the command without `--again` asks every other one";
+        if selectors == "failed" && self.names.is_empty() {
+            let message = "`--again failed` matches no row: no row has used up `retry.max_attempts` paid \
+                           attempts or was refused by a content filter; the command without `--again` requests \
+                           every other failed row";
             return Exit::Usage(message.into()).into();
         }
-        let message = match (self.names.is_empty(), known.is_empty()) {
+        let message = match (self.names.is_empty(), reasons.is_empty()) {
             (false, _) => format!(
-                "`--again {words}` names answers, and none of them is to a question of this config and \
-                 these flags: nothing was changed"
+                "`--again {selectors}` matches answers, but none to a question of this config and these \
+                 flags: nothing was changed"
             ),
-            (true, true) => format!("`--again {words}` names nothing: the cache holds no answers"),
+            (true, true) => {
+                format!("`--again {selectors}` matches no answer: the cache is empty")
+            }
             (true, false) => format!(
-                "`--again {words}` names nothing: the answers in the cache are {}; rows that \
-                 failed are asked again by the command without `--again`, or by `--again failed` if they were \
-                 bought `retry.max_attempts` times or refused by a content filter",
-                known.join(", ")
+                "`--again {selectors}` matches no answer: the answers in the cache are {}; rows that failed are \
+                 requested by the command without `--again`, or by `--again failed` if they used up \
+                 `retry.max_attempts` paid attempts or were refused by a content filter",
+                reasons.join(", ")
             ),
         };
         Exit::Usage(message).into()
     }
 }
 
-/// Returns true if one of the words selects the record.
-fn is_named(record: &Record, words: &[String]) -> bool {
-    words.iter().any(|word| match word.as_str() {
+/// Returns true if one of the selectors matches the record.
+fn is_selected(record: &Record, selectors: &[String]) -> bool {
+    selectors.iter().any(|selector| match selector.as_str() {
         "quarantined" => record.status == Status::Quarantined,
         "length" => matches!(
             record.answer.finish_reason.as_str(),
             "length" | "max_tokens"
         ),
-        word => {
+        selector => {
             let reason = record.reason.as_str();
             let kind = reason.split(':').next().unwrap_or_default();
-            !word.is_empty() && [reason, kind, &record.answer.finish_reason].contains(&word)
+            !selector.is_empty() && [reason, kind, &record.answer.finish_reason].contains(&selector)
         }
     })
 }
 
 /// Rows of this run that `--again` selects.
 pub(crate) struct RowsToRepeat {
-    /// Those that have another answer by now are cached.
+    /// The selected rows; those with another answer count as cached.
     pub plan: Plan,
-    /// All keys of theirs.
+    /// Keys of the rows, by every schema.
     keys: HashSet<String>,
-    /// Number of selected rows by question.
-    of_question: HashMap<String, usize>,
-    /// An earlier run has begun with them, and their answers have left the cache.
+    /// Number of selected rows by question half.
+    rows_by_question: HashMap<String, usize>,
+    /// True if an earlier run has moved their answers out of the cache.
     is_resumed: bool,
 }
 
 impl RowsToRepeat {
-    fn wanted(&self) -> RowKeys {
+    /// Keys of the rows without a new answer.
+    fn open_keys(&self) -> RowKeys {
         self.plan.rows.iter().map(|row| row.key.clone()).collect()
     }
 
     /// Returns true if the record answers one of the rows.
-    fn answers(&self, record: &Record) -> bool {
+    fn has_answer(&self, record: &Record) -> bool {
         if self.keys.contains(&record.key) {
             return true;
         }
         let half = question_half_of(record);
-        match self.of_question.get(&half) {
+        match self.rows_by_question.get(&half) {
             None => false,
-            // Of another address, name or place of the cut.
+            // The answer of another address or name, or one truncated at another length.
             Some(1) => true,
             Some(_) => {
                 let mut keys = self
@@ -329,46 +335,47 @@ impl RowsToRepeat {
     }
 }
 
-fn asked(
+/// Plans the rows of this run that `names` contains, by question half or key.
+fn select_rows(
     config: &Config,
     shard: Option<Shard>,
     prompts: &[Prompt],
     names: &HashSet<String>,
     is_kept: impl Fn(&str) -> bool,
 ) -> Result<RowsToRepeat> {
-    let past = crate::cache::open::peek(&config.own_cache())?.past;
+    let variants = crate::cache::open::peek(&config.own_cache())?.past;
     let scope = PlanScope {
         shard,
         only: Some(names),
     };
-    let standing = |key: &str| {
+    let key_status = |key: &str| {
         Ok(if is_kept(key) {
             RowStatus::Answered
         } else {
             RowStatus::Open
         })
     };
-    let askings = request_templates(config, &[])?;
     let plan = Plan::new(
         prompts.to_vec(),
-        askings,
+        request_templates(config, &[])?,
         &config.prompts,
         scope,
-        &past,
-        standing,
+        &variants,
+        key_status,
     )?;
-    let (mut keys, mut of_question) = (HashSet::new(), HashMap::new());
+    let mut keys = HashSet::new();
+    let mut rows_by_question = HashMap::new();
     for row in &plan.rows {
         keys.insert(row.key.clone());
         keys.extend(row.old_key.as_deref().map(str::to_owned));
-        *of_question
+        *rows_by_question
             .entry(question::question_half(&row.key).to_owned())
             .or_default() += 1;
     }
     Ok(RowsToRepeat {
         plan,
         keys,
-        of_question,
+        rows_by_question,
         is_resumed: false,
     })
 }

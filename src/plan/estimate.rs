@@ -1,4 +1,4 @@
-//! What the remaining rows will use, before any of them is asked. Pure.
+//! Estimate of the tokens, dollars, time and disk space of the open rows, for `--dry-run`. Pure.
 
 use serde::Serialize;
 
@@ -6,36 +6,37 @@ use crate::budget::price;
 use crate::cache::stats::CacheStats;
 use crate::cache::unused_answers::UnusedAnswers;
 use crate::cache::usage::Usage;
-
 use crate::plan::Plan;
 
-/// Records from which the lengths of answers to come are guessed, at the least.
-const ENOUGH: u64 = 20;
+/// Minimum number of cached records for an estimate of the answer length or the disk space.
+const MIN_RECORDS: u64 = 20;
 
+/// Estimated consumption of the open rows of a plan.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Estimate {
     pub requests: u64,
     pub prompt_tokens: u64,
-    /// At most: every answer as long as `sampling.max_tokens`.
+    /// Upper bound: `sampling.max_tokens` for every answer.
     pub completion_tokens: u64,
-    /// As in the answers that the cache holds; none where it holds too few.
+    /// At the mean length of the cached answers; `None` below [`MIN_RECORDS`] records.
     pub likely_completion_tokens: Option<u64>,
-    /// US dollars for empty and for longest answers; none where a price is missing.
+    /// US dollars if all answers are empty, and if all have `sampling.max_tokens`; `None` without a price.
     pub cost_usd: Option<(f64, f64)>,
     pub likely_cost_usd: Option<f64>,
-    /// The time that the limits alone demand; none for batches, which have limits of their own.
+    /// Minimum number of minutes under the configured limits; 0 without limits, and for batches.
     pub minutes: f64,
     pub batches: Option<BatchEstimate>,
-    /// Bytes of cache to come, as in the records that it holds.
+    /// Bytes that the cache will grow by, at the mean size of its records.
     pub disk_bytes: Option<u64>,
     /// Cached answers that this run does not use.
     pub cached: UnusedAnswers,
-    /// The body of the request that would be sent first.
+    /// Body of the request that would be sent first.
     pub first_request: Option<serde_json::Value>,
 }
 
 impl Estimate {
-    /// `stats` are those of some records of the cache, each of which takes about so many bytes.
+    /// Estimates the open rows of `plan`. `stats` counts a sample of the cache's records, whose mean size is
+    /// `bytes_per_record`.
     pub fn new(plan: &Plan, stats: &CacheStats, bytes_per_record: f64) -> Estimate {
         let mut estimate = Estimate {
             cost_usd: Some((0.0, 0.0)),
@@ -43,18 +44,18 @@ impl Estimate {
             ..Estimate::default()
         };
         let answered = stats.records - stats.without_usage;
-        let likely_length =
-            (answered >= ENOUGH).then(|| stats.usage.completion_tokens as f64 / answered as f64);
+        let likely_length = (answered >= MIN_RECORDS)
+            .then(|| stats.usage.completion_tokens as f64 / answered as f64);
         if likely_length.is_some() {
             estimate.likely_completion_tokens = Some(0);
         }
-        for (endpoint, asking) in plan.templates.iter().enumerate() {
+        for (endpoint, template) in plan.templates.iter().enumerate() {
             let requests = plan.rows_by_endpoint[endpoint].len() as u64;
             let prompt_tokens: u64 = plan.rows_by_endpoint[endpoint]
                 .clone()
                 .map(|row| plan.cost(endpoint, row).input_tokens)
                 .sum();
-            let most = requests * u64::from(asking.endpoint.sampling.max_tokens);
+            let most = requests * u64::from(template.endpoint.sampling.max_tokens);
             let likely = likely_length.map(|length| ((length * requests as f64) as u64).min(most));
             let dollars = |completion_tokens| {
                 let usage = Usage {
@@ -62,7 +63,7 @@ impl Estimate {
                     completion_tokens,
                     ..Usage::default()
                 };
-                price::cost(&usage, &asking.endpoint.price)
+                price::cost(&usage, &template.endpoint.price)
             };
             estimate.requests += requests;
             estimate.prompt_tokens += prompt_tokens;
@@ -79,34 +80,36 @@ impl Estimate {
                 .likely_cost_usd
                 .zip(likely.and_then(dollars))
                 .map(|(sum, more)| sum + more);
-            let limits = &asking.endpoint.limits;
+            let limits = &template.endpoint.limits;
             let minutes = |amount: u64, limit: Option<u32>| {
                 limit.map_or(0.0, |limit| amount as f64 / f64::from(limit))
             };
             let days = limits
                 .requests_per_day
                 .map_or(0, |limit| requests.saturating_sub(1) / limit);
-            // Teachers work side by side.
+            // The endpoints are used in parallel.
             estimate.minutes = estimate
                 .minutes
                 .max(minutes(requests, limits.requests_per_minute))
                 .max(minutes(prompt_tokens + most, limits.tokens_per_minute))
                 .max(days as f64 * 1_440.0);
         }
-        estimate.disk_bytes = (stats.records >= ENOUGH)
+        estimate.disk_bytes = (stats.records >= MIN_RECORDS)
             .then_some((bytes_per_record * estimate.requests as f64) as u64);
         estimate
     }
 }
 
+/// Estimated batches of a dry run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct BatchEstimate {
-    /// To be submitted.
+    /// Number of batches to submit.
     pub batches: u64,
-    /// At the endpoint already, and so many of the rows with them.
+    /// Number of batches that were submitted before and have not ended.
     pub under_way: u64,
+    /// Number of rows in these.
     pub rows_under_way: u64,
-    /// How often `batch.enqueued_tokens` has to be free again, the first time included.
+    /// Number of times that `batch.enqueued_tokens` is filled.
     pub rounds: u64,
 }
 
@@ -122,13 +125,13 @@ mod tests {
     use crate::prompt::message::Message;
 
     #[test]
-    fn the_range_is_what_the_limits_allow_and_the_guess_what_was_seen() {
+    fn estimate_ranges_follow_max_tokens_and_likely_values_follow_cached_answers() {
         let mut config = Config::default();
         config.sampling.max_tokens = 100;
         config.price.input = Some(1.0);
         config.price.output = Some(2.0);
         config.limits.requests_per_minute = Some(2);
-        let askings = config
+        let templates = config
             .endpoints()
             .into_iter()
             .map(RequestTemplate::plain)
@@ -141,7 +144,7 @@ mod tests {
         });
         let plan = Plan::new(
             prompts.collect(),
-            askings,
+            templates,
             &config.prompts,
             PlanScope::default(),
             &KeyVariants::default(),

@@ -1,14 +1,34 @@
-//! What is to be asked: every prompt, teacher and sample that the cache does not hold.
+//! The plan of a harvest: one row for every prompt, teacher and sample, less the answers in the cache.
+//!
+//! A [`Plan`] is built from the prompts, the request templates of the endpoints and the status of each cache
+//! key. It is the input of the harvest, of its dry run and of the selection of training data.
+//!
+//! | file | content |
+//! |---|---|
+//! | `prepare` | loading and checks before the first request, for runs and dry runs |
+//! | `prefix_order` | order of the prompts for the provider's prompt cache |
+//! | `shard` | `--shard I/N`: a disjoint part of the rows |
+//! | `queue` | rows waiting to be sent, and retries with their earliest time |
+//! | `unanswered` | `unanswered.jsonl`: paid attempts, filtered rows and failures of earlier runs |
+//! | `again` | `--again`: rows that are requested a second time |
+//! | `estimate` | tokens, dollars, time and disk space of the rows, for `--dry-run` |
+//! | `questions` | selection of the cached answers to the questions of a config |
+//! | `adopt` | `cache adopt`: new keys for answers from another endpoint or version |
+//!
+//! Invariants: a row is planned at most once, whatever the number of prompts with the same request; the rows of
+//! an endpoint are contiguous, and its suspects come last; building a plan sends nothing and writes nothing.
 
 pub mod adopt;
 pub(crate) mod again;
 pub(crate) mod estimate;
+pub(crate) mod prefix_order;
 pub(crate) mod prepare;
 pub mod questions;
 pub(crate) mod queue;
 pub(crate) mod shard;
 pub(crate) mod unanswered;
-use std::collections::{HashMap, HashSet};
+
+use std::collections::HashSet;
 use std::ops::Range;
 
 use anyhow::Result;
@@ -28,59 +48,56 @@ use crate::plan::shard::Shard;
 use crate::prompt::Prompt;
 use crate::rate_limit::cost::RequestCost;
 
-/// Prompts that begin with the same so many bytes share a provider's prompt cache: OpenAI's begins
-/// at 1,024 tokens.
-const SHARED_PREFIX: usize = 4_096;
-
-/// One answer to ask for.
+/// A request of the plan, without an answer in the cache.
 #[derive(Debug)]
 pub struct PlannedRow {
     /// Index in [`Plan::prompts`].
     pub prompt: u32,
     pub sample: u32,
-    /// Names the record; see [`question`].
+    /// Cache key of the answer; see [`question`].
     pub key: String,
-    /// The name that versions up to schema 1 would have given it, where there may be such records.
+    /// Cache key by schema 1; `None` if the cache has no records of that schema.
     pub old_key: Option<Box<str>>,
-    /// Length of the request body.
+    /// Length of the request body in bytes.
     pub bytes: u32,
 }
 
-/// How a request stands before a run.
+/// Status of a row before a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RowStatus {
     Open,
     /// Open; an earlier run ended because of it, or it failed while other rows were answered.
     Suspect,
-    /// In the cache, or refused by a filter.
+    /// In the cache, or refused by a content filter.
     Answered,
-    /// All its attempts have been spent.
+    /// Without an answer after `retry.max_attempts` paid attempts.
     GivenUp,
 }
 
+/// Rows to request, with their prompts and endpoints.
 pub struct Plan {
     pub prompts: Vec<Prompt>,
-    /// What is asked of each teacher.
+    /// Request template of each endpoint.
     pub templates: Vec<RequestTemplate>,
-    /// Still to be asked, teacher by teacher, in the order in which they are sent.
+    /// Rows to request, endpoint by endpoint, in sending order.
     pub rows: Vec<PlannedRow>,
-    /// The rows of each teacher.
+    /// Range of each endpoint in `rows`.
     pub rows_by_endpoint: Vec<Range<usize>>,
-    /// Prompts times samples, for every teacher that is asked; of a shard, those in it.
+    /// Number of prompts times samples over all endpoints, within the shard.
     pub total: u64,
-    /// Of these, answered already.
+    /// Number of rows in `total` that need no request, `repeated` included.
     pub cached: u64,
-    /// Of these, by teacher.
+    /// Number of rows by endpoint whose own answer is in the cache.
     pub answered: Vec<u64>,
-    /// The last rows of each teacher that are [`Standing::Suspect`].
+    /// Number of [`RowStatus::Suspect`] rows by endpoint; they come last in its range.
     pub suspects: Vec<usize>,
-    /// Rows whose attempts have been spent by earlier runs, with their teacher.
+    /// Rows with status [`RowStatus::GivenUp`], each with the index of its endpoint.
     pub given_up: Vec<(usize, PlannedRow)>,
-    /// Of the cached ones, those that ask word for word the same as an earlier row of this run.
+    /// Number of rows with the same request as an earlier row of this run.
     pub repeated: u64,
-    /// Keys of all its rows.
+    /// Keys of all rows.
     pub keys: KeySet,
-    /// Question halves of all its rows; see [`question::half`].
+    /// Question halves of all rows; see [`question::question_half`].
     pub questions: KeySet,
 }
 
@@ -88,42 +105,42 @@ pub struct Plan {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PlanScope<'a> {
     pub shard: Option<Shard>,
-    /// Only rows of these question halves or keys.
+    /// Question halves or keys of the rows to consider; `None` for all rows.
     pub only: Option<&'a HashSet<String>>,
 }
 
 impl PlanScope<'_> {
-    fn holds(&self, fingerprint: &Fingerprint, names: &CacheKeys) -> bool {
+    fn contains(&self, fingerprint: &Fingerprint, keys: &CacheKeys) -> bool {
         let is_wanted = self.only.is_none_or(|only| {
-            only.contains(question::question_half(&names.key))
-                || names.iter().any(|name| only.contains(name))
+            only.contains(question::question_half(&keys.key))
+                || keys.iter().any(|key| only.contains(key))
         });
-        is_wanted && self.shard.is_none_or(|shard| shard.holds(fingerprint))
+        is_wanted && self.shard.is_none_or(|shard| shard.contains(fingerprint))
     }
 }
 
 /// Inputs of the loop that adds rows to a plan.
 struct PlanBuilder<'a, S> {
     endpoints: Vec<KeyEndpoint>,
-    /// By sample, for the current teacher; empty if the full request is needed.
+    /// By sample, for the current endpoint; empty if keys need the full request body.
     templates: Vec<QuestionTemplate>,
     scope: PlanScope<'a>,
-    past: &'a KeyVariants,
-    standing: S,
+    variants: &'a KeyVariants,
+    key_status: S,
 }
 
 impl<S: Fn(&str) -> Result<RowStatus>> PlanBuilder<'_, S> {
-    /// State of a row: answered if the answer is under any of its names, complete or truncated no earlier than
-    /// at `max_tokens`.
-    fn standing(&self, names: &CacheKeys, max_tokens: u32) -> Result<RowStatus> {
-        let cut = names
+    /// Returns the status of a row. A row is answered if one of its keys has an answer that is complete or
+    /// was truncated at `max_tokens` or later.
+    fn row_status(&self, keys: &CacheKeys, max_tokens: u32) -> Result<RowStatus> {
+        let truncated = keys
             .iter()
-            .flat_map(|name| self.past.truncated_keys(name, max_tokens));
-        let all = names.iter().map(str::to_owned).chain(cut);
-        // An answer under another name counts more than a failure.
+            .flat_map(|key| self.variants.truncated_keys(key, max_tokens));
+        let all = keys.iter().map(str::to_owned).chain(truncated);
+        // An answer under one key takes precedence over a failure under another.
         let mut found = RowStatus::Open;
-        for name in all {
-            match (self.standing)(&name)? {
+        for key in all {
+            match (self.key_status)(&key)? {
                 RowStatus::Answered => return Ok(RowStatus::Answered),
                 RowStatus::Open => {}
                 other if found != RowStatus::GivenUp => found = other,
@@ -135,30 +152,30 @@ impl<S: Fn(&str) -> Result<RowStatus>> PlanBuilder<'_, S> {
 }
 
 impl Plan {
-    /// Everything, or the part of it in `shard`. `past` is what the cache holds under other keys than plain
-    /// ones, and `standing` tells how a key stands.
+    /// Plans the rows in `scope`. `variants` are the cached keys of truncated answers and of schema 1;
+    /// `key_status` returns the status of one key.
     ///
     /// # Errors
-    /// Those of `standing`.
+    /// Those of `key_status`.
     pub fn new(
         prompts: Vec<Prompt>,
-        askings: Vec<RequestTemplate>,
+        templates: Vec<RequestTemplate>,
         settings: &config::PromptsConfig,
         scope: PlanScope<'_>,
-        past: &KeyVariants,
-        standing: impl Fn(&str) -> Result<RowStatus>,
+        variants: &KeyVariants,
+        key_status: impl Fn(&str) -> Result<RowStatus>,
     ) -> Result<Plan> {
         let order = match settings.order {
             PromptOrder::Source => (0..prompts.len()).collect(),
-            PromptOrder::Prefix => by_prefix(&prompts),
+            PromptOrder::Prefix => prefix_order::by_prefix(&prompts),
         };
-        let shares: Vec<f64> = askings
+        let shares: Vec<f64> = templates
             .iter()
-            .map(|asking| asking.endpoint.teacher.share)
+            .map(|template| template.endpoint.teacher.share)
             .collect();
         let mut plan = Plan {
             prompts,
-            templates: askings,
+            templates,
             rows: Vec::new(),
             rows_by_endpoint: Vec::new(),
             total: 0,
@@ -170,16 +187,16 @@ impl Plan {
             keys: KeySet::default(),
             questions: KeySet::default(),
         };
-        let endpoint = |asking: &RequestTemplate| {
-            let teacher = &asking.endpoint.teacher;
+        let endpoint = |template: &RequestTemplate| {
+            let teacher = &template.endpoint.teacher;
             KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher))
         };
-        let mut adding = PlanBuilder {
+        let mut builder = PlanBuilder {
             endpoints: plan.templates.iter().map(endpoint).collect(),
             templates: Vec::new(),
             scope,
-            past,
-            standing,
+            variants,
+            key_status,
         };
         if scope.shard.is_none() && scope.only.is_none() {
             let rows = order.len() * settings.samples as usize;
@@ -187,16 +204,18 @@ impl Plan {
             plan.questions.reserve(rows);
         }
         for endpoint in 0..shares.len() {
-            adding.templates = plan.templates[endpoint].templates(settings.samples);
+            builder.templates = plan.templates[endpoint].templates(settings.samples);
             let start = plan.rows.len();
             let mut suspects = Vec::new();
             for &prompt in &order {
-                let is_asked = match settings.teachers {
+                let is_assigned = match settings.teachers {
                     Assignment::All => true,
-                    Assignment::Share => chosen(&plan.prompts[prompt].id, &shares) == endpoint,
+                    Assignment::Share => {
+                        assigned_endpoint(&plan.prompts[prompt].id, &shares) == endpoint
+                    }
                 };
-                if is_asked {
-                    let found = plan.add(endpoint, prompt, settings.samples, &mut adding)?;
+                if is_assigned {
+                    let found = plan.add(endpoint, prompt, settings.samples, &mut builder)?;
                     suspects.extend(found);
                 }
             }
@@ -207,36 +226,36 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Adds the rows of a prompt, but for those that are returned as suspects.
+    /// Adds the rows of a prompt, except for the suspects, which it returns.
     fn add(
         &mut self,
         endpoint: usize,
         prompt: usize,
         samples: u32,
-        adding: &mut PlanBuilder<'_, impl Fn(&str) -> Result<RowStatus>>,
+        builder: &mut PlanBuilder<'_, impl Fn(&str) -> Result<RowStatus>>,
     ) -> Result<Vec<PlannedRow>> {
         let mut suspects = Vec::new();
         for sample in 0..samples {
             let max_tokens = self.templates[endpoint].endpoint.sampling.max_tokens;
-            let with_old = adding.past.has_schema_1 || adding.scope.only.is_some();
-            let asked = &self.prompts[prompt];
-            let template = adding.templates.get(sample as usize);
-            let template = template.filter(|_| asked.raw.is_none() && !with_old);
-            let identity = &adding.endpoints[endpoint];
-            let (question, names) = match template {
+            let with_schema_1 = builder.variants.has_schema_1 || builder.scope.only.is_some();
+            let content = &self.prompts[prompt];
+            let template = builder.templates.get(sample as usize);
+            let template = template.filter(|_| content.raw.is_none() && !with_schema_1);
+            let identity = &builder.endpoints[endpoint];
+            let (question, keys) = match template {
                 Some(template) => {
-                    let question = template.question(&asked.messages);
+                    let question = template.question(&content.messages);
                     (question, CacheKeys::new(&question, identity, None))
                 }
                 None => {
                     let body = self.body(endpoint, prompt, sample);
                     let question = Question::new(&body, sample);
-                    let old = with_old.then_some((&body, sample));
-                    (question, CacheKeys::new(&question, identity, old))
+                    let schema_1 = with_schema_1.then_some((&body, sample));
+                    (question, CacheKeys::new(&question, identity, schema_1))
                 }
             };
-            let fingerprint = crate::cache::fingerprint::fingerprint(&names.key);
-            if !adding.scope.holds(&fingerprint, &names) {
+            let fingerprint = crate::cache::fingerprint::fingerprint(&keys.key);
+            if !builder.scope.contains(&fingerprint, &keys) {
                 continue;
             }
             self.total += 1;
@@ -246,15 +265,15 @@ impl Plan {
                 self.repeated += 1;
                 continue;
             }
-            let standing = adding.standing(&names, max_tokens)?;
+            let status = builder.row_status(&keys, max_tokens)?;
             let row = PlannedRow {
                 prompt: prompt as u32,
                 sample,
-                key: names.key,
-                old_key: names.schema_1.map(String::into_boxed_str),
+                key: keys.key,
+                old_key: keys.schema_1.map(String::into_boxed_str),
                 bytes: question.bytes as u32,
             };
-            match standing {
+            match status {
                 RowStatus::Answered => {
                     self.cached += 1;
                     self.answered[endpoint] += 1;
@@ -271,19 +290,19 @@ impl Plan {
     pub fn repeats_warning(&self) -> Option<String> {
         (self.repeated > 0).then(|| {
             format!(
-                "{} requests ask word for word what another one asks: each such answer is bought once; \
-                 `prompts.samples` asks for several",
+                "{} requests are identical to another one: each such answer is requested once; to get \
+                 several, raise `prompts.samples`",
                 self.repeated
             )
         })
     }
 
-    /// The request body of a row; built anew each time, since a run can have a million of them.
+    /// Builds the request body of a row. Bodies are not kept: a run can have a million of them.
     pub fn body(&self, endpoint: usize, prompt: usize, sample: u32) -> Value {
         self.templates[endpoint].body_for_prompt(&self.prompts[prompt], sample)
     }
 
-    /// What a limit will count for the row before it is answered.
+    /// Estimated cost of the row, as rate limits count it before the answer.
     pub fn cost(&self, endpoint: usize, row: usize) -> RequestCost {
         RequestCost {
             input_tokens: price::estimate_prompt(self.rows[row].bytes as usize),
@@ -291,7 +310,7 @@ impl Plan {
         }
     }
 
-    /// The most that the row can use.
+    /// Upper bound of the tokens of the row.
     pub fn bound(&self, endpoint: usize, row: usize) -> TokenBound {
         let row = &self.rows[row];
         let messages = self.prompts[row.prompt as usize].messages.len();
@@ -299,7 +318,7 @@ impl Plan {
         TokenBound::for_request(row.bytes as usize, messages, max_tokens)
     }
 
-    /// The most that a request to this teacher will use.
+    /// Largest estimated cost of a row of this endpoint.
     pub fn largest(&self, endpoint: usize) -> RequestCost {
         let rows = self.rows_by_endpoint[endpoint].clone();
         let costs = rows.map(|row| self.cost(endpoint, row));
@@ -307,9 +326,8 @@ impl Plan {
     }
 }
 
-/// The teacher whose turn it is for this prompt: the same one each time, and each as often as its
-/// share says.
-fn chosen(prompt_id: &str, shares: &[f64]) -> usize {
+/// Returns the index of the endpoint for a prompt, by a hash of the prompt's id in proportion to `shares`.
+fn assigned_endpoint(prompt_id: &str, shares: &[f64]) -> usize {
     let hash = blake3::hash(prompt_id.as_bytes());
     let mut bytes = [0; 8];
     bytes.copy_from_slice(&hash.as_bytes()[..8]);
@@ -324,39 +342,6 @@ fn chosen(prompt_id: &str, shares: &[f64]) -> usize {
     shares.len().saturating_sub(1)
 }
 
-/// The prompts in an order that lets a provider's prompt cache hit: those that begin alike, over a
-/// length that such a cache looks at, follow the first of them, sorted. All others stay where they
-/// are, so that a run that ends early has not asked the beginning of the alphabet.
-fn by_prefix(prompts: &[Prompt]) -> Vec<usize> {
-    let text = |prompt: &Prompt| -> Vec<u8> {
-        let parts = prompt.messages.iter().flat_map(|message| {
-            [
-                message.role.as_bytes(),
-                b"\n",
-                message.content.as_bytes(),
-                b"\n",
-            ]
-        });
-        parts.flatten().copied().collect()
-    };
-    let mut first_of = HashMap::new();
-    let mut keys: Vec<(usize, Vec<u8>, usize)> = Vec::with_capacity(prompts.len());
-    for (index, prompt) in prompts.iter().enumerate() {
-        let text = text(prompt);
-        match text.get(..SHARED_PREFIX) {
-            None => keys.push((index, Vec::new(), index)),
-            Some(prefix) => {
-                let group = *first_of
-                    .entry(*blake3::hash(prefix).as_bytes())
-                    .or_insert(index);
-                keys.push((group, text, index));
-            }
-        }
-    }
-    keys.sort();
-    keys.into_iter().map(|(_, _, index)| index).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -368,12 +353,12 @@ mod tests {
     }
 
     fn plan(prompts: Vec<Prompt>, config: &Config, is_cached: impl Fn(&str) -> bool) -> Plan {
-        let askings = config
+        let templates = config
             .endpoints()
             .into_iter()
             .map(RequestTemplate::plain)
             .collect();
-        let standing = |key: &str| {
+        let key_status = |key: &str| {
             if is_cached(key) {
                 Ok(RowStatus::Answered)
             } else {
@@ -382,17 +367,17 @@ mod tests {
         };
         Plan::new(
             prompts,
-            askings,
+            templates,
             &config.prompts,
             PlanScope::default(),
             &KeyVariants::default(),
-            standing,
+            key_status,
         )
         .unwrap()
     }
 
     #[test]
-    fn only_what_is_new_is_planned_and_all_is_counted() {
+    fn plan_has_uncached_rows_and_counts_all() {
         let mut config = Config::default();
         config.prompts.samples = 2;
         config.sampling.max_tokens = 100;
@@ -421,33 +406,33 @@ mod tests {
     }
 
     #[test]
-    fn answer_under_another_name_beats_a_failure() {
+    fn row_status_prefers_an_answer_under_another_key_to_a_failure() {
         let config = Config::default();
         let key = plan(vec![prompt("a", "x")], &config, |_| false).rows[0]
             .key
             .clone();
-        let mut past = KeyVariants::default();
-        past.insert(2, config.sampling.max_tokens);
+        let mut variants = KeyVariants::default();
+        variants.insert(2, config.sampling.max_tokens);
         for failure in [RowStatus::GivenUp, RowStatus::Suspect] {
-            let standing = |name: &str| {
-                Ok(if name == key {
+            let key_status = |other: &str| {
+                Ok(if other == key {
                     failure
                 } else {
                     RowStatus::Answered
                 })
             };
-            let askings = config
+            let templates = config
                 .endpoints()
                 .into_iter()
                 .map(RequestTemplate::plain)
                 .collect();
             let plan = Plan::new(
                 vec![prompt("a", "x")],
-                askings,
+                templates,
                 &config.prompts,
                 PlanScope::default(),
-                &past,
-                standing,
+                &variants,
+                key_status,
             )
             .unwrap();
             assert_eq!((plan.cached, plan.rows.len()), (1, 0), "{failure:?}");
@@ -455,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn teachers_share_the_prompts_or_all_get_all() {
+    fn assignment_splits_prompts_by_share_or_sends_all_to_every_teacher() {
         let teacher = |name: &str, share| TeacherConfig {
             name: name.into(),
             model: name.into(),
@@ -487,18 +472,5 @@ mod tests {
             (all.total, all.rows_by_endpoint),
             (800, vec![0..400, 400..800])
         );
-    }
-
-    #[test]
-    fn prompts_that_share_a_long_beginning_follow_each_other() {
-        let long = |start: char, end: &str| format!("{}{end}", start.to_string().repeat(5_000));
-        let prompts = [
-            prompt("0", &long('z', "2")),
-            prompt("1", "short"),
-            prompt("2", &long('a', "1")),
-            prompt("3", &long('z', "1")),
-            prompt("4", "also short"),
-        ];
-        assert_eq!(by_prefix(&prompts), [3, 0, 1, 2, 4]);
     }
 }

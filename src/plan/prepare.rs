@@ -1,4 +1,4 @@
-//! Loading and checks that a run and a dry run share, before the first request.
+//! Loading and checks before the first request, shared by runs and dry runs.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -28,13 +28,13 @@ use crate::signal::StopFlag;
 use crate::terminal::format_dollars;
 use crate::terminal::progress::ReadProgress;
 
-/// Request template of each teacher; `probes` are the hashes of their probe results.
+/// Builds the request template of each endpoint. `probes` are the hashes of the probe results by endpoint.
 pub(crate) fn request_templates(
     config: &Config,
     probes: &[String],
 ) -> Result<Vec<RequestTemplate>> {
     let endpoints = config.endpoints().into_iter().enumerate();
-    let asking = |(index, endpoint): (usize, config::EndpointConfig)| {
+    let template = |(index, endpoint): (usize, config::EndpointConfig)| {
         let schema = endpoint.sampling.schema.as_deref();
         Ok(RequestTemplate {
             structured: schema.map(StructuredOutput::load).transpose()?,
@@ -43,10 +43,10 @@ pub(crate) fn request_templates(
             endpoint,
         })
     };
-    endpoints.map(asking).collect()
+    endpoints.map(template).collect()
 }
 
-/// Advice after the run: changes to the config without which it cannot train on the answers.
+/// Advice after the run: changes to the config that training needs; empty if there are none.
 pub(crate) fn before_training(config: &Config) -> &'static str {
     if config.data.cache.is_some() {
         "unset data.cache, which is the cache of another run, and then "
@@ -57,17 +57,17 @@ pub(crate) fn before_training(config: &Config) -> &'static str {
     }
 }
 
-/// Refuses what no limit and no budget will ever let go.
+/// Checks that every row of the endpoint fits its limits and the budget.
 ///
 /// # Errors
-/// [`Exit::Usage`] where a row of the endpoint could never be sent.
+/// [`Exit::Usage`] if a row of the endpoint can never be sent.
 pub(crate) fn check_fits(config: &Config, plan: &Plan, endpoint: usize) -> Result<()> {
     if plan.rows_by_endpoint[endpoint].is_empty() {
         return Ok(());
     }
     let settings = &plan.templates[endpoint].endpoint;
-    let day = DailyLimit::new(settings.limits.own().requests_per_day, &[], Instant::now());
-    Pacer::new(&settings.limits.own(), plan.largest(endpoint), day, None)?;
+    let daily = DailyLimit::new(settings.limits.own().requests_per_day, &[], Instant::now());
+    Pacer::new(&settings.limits.own(), plan.largest(endpoint), daily, None)?;
     let cost = |bound: &TokenBound| {
         bound
             .cost(&settings.price)
@@ -81,10 +81,10 @@ pub(crate) fn check_fits(config: &Config, plan: &Plan, endpoint: usize) -> Resul
     )
 }
 
-/// Refuses a budget that the most expensive request does not fit into.
+/// Checks that the most expensive request fits the budget.
 ///
 /// # Errors
-/// [`Exit::Usage`].
+/// [`Exit::Usage`] if it does not.
 pub(crate) fn check_budget(
     plan: &Plan,
     endpoint: usize,
@@ -105,8 +105,8 @@ pub(crate) fn check_budget(
     }
 }
 
-/// Counts the answers of a cache with `known` keys that the plan does not use. Reads the cache only if
-/// it holds more keys than the plan's answered rows, and then at most `limit` records.
+/// Counts the answers of a cache with `known` keys that the plan does not use. Reads at most `limit` records,
+/// and none if the cache has no more keys than the plan has answered rows.
 pub(crate) fn unused_answers(
     dir: &Path,
     plan: &Plan,
@@ -114,15 +114,15 @@ pub(crate) fn unused_answers(
     limit: u64,
     stop: &StopFlag,
 ) -> Result<UnusedAnswers> {
-    let of_ours: u64 = plan.answered.iter().sum();
-    if plan.rows.is_empty() || known as u64 <= of_ours {
+    let answered: u64 = plan.answered.iter().sum();
+    if plan.rows.is_empty() || known as u64 <= answered {
         return Ok(UnusedAnswers::default());
     }
     let mut open = HashMap::new();
-    for (asking, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
+    for (template, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
         for row in &plan.rows[rows.clone()] {
             let half = question::question_fingerprint(&row.key);
-            open.insert(half, asking.endpoint.sampling.max_tokens);
+            open.insert(half, template.endpoint.sampling.max_tokens);
         }
     }
     let ids: HashSet<&str> = plan
@@ -143,7 +143,8 @@ pub(crate) fn unused_answers(
     )
 }
 
-/// Compares the config with what `distill probe` found. Returns the hash of that, for each endpoint.
+/// Compares the config with the findings of `distill probe`. Returns the hash of the findings by endpoint, which
+/// is empty for an endpoint that was not probed.
 pub(crate) fn check_endpoints(config: &Config) -> Result<Vec<String>> {
     let known = findings::load(&config.run_dir)?;
     let mut hashes = Vec::new();
@@ -166,6 +167,7 @@ pub(crate) fn check_endpoints(config: &Config) -> Result<Vec<String>> {
     Ok(hashes)
 }
 
+/// Loads the first `limit` prompts.
 pub(crate) fn prompts(
     settings: &config::PromptsConfig,
     limit: Option<usize>,
@@ -176,6 +178,7 @@ pub(crate) fn prompts(
     Ok(prompts)
 }
 
+/// Opens the cache of the run folder, with progress on the terminal unless `quiet`.
 pub(crate) fn open_cache(
     config: &Config,
     quiet: bool,
@@ -183,16 +186,19 @@ pub(crate) fn open_cache(
     stop: &StopFlag,
 ) -> Result<Cache> {
     let mut reading = ReadProgress::new("opening the cache", quiet);
-    let (dir, settings) = (config.own_cache(), &config.cache);
+    let dir = config.own_cache();
     cache::open_file::check_nothing_displaced(&dir)?;
     cache::open_file::remove_move_note(&dir)?;
-    Cache::open_with(&dir, settings, storage, &mut |done, total| {
+    Cache::open_with(&dir, &config.cache, storage, &mut |done, total| {
         reading.update(done, total);
         stop.check()
     })
 }
 
-/// A budget holds by the prices: without them, or with old ones, it says nothing.
+/// Checks that the budget has current prices to work with.
+///
+/// # Errors
+/// [`Exit::Usage`] if a budget is set and an endpoint has no price.
 pub(crate) fn check_money(
     config: &Config,
     shard: Option<Shard>,
@@ -203,7 +209,7 @@ pub(crate) fn check_money(
     };
     if let Some(shard) = shard {
         tracing::warn!(
-            "the budget of {} is that of shard {shard} alone: each shard keeps its own books",
+            "the budget of {} applies to shard {shard} alone: each shard has its own ledger",
             format_dollars(usd)
         );
     }
@@ -224,13 +230,13 @@ pub(crate) fn check_money(
     Ok(())
 }
 
-/// The first records of a cache in numbers, for a guess at those to come. Read without the lock, so that a
-/// dry run may look over the shoulder of a running harvest.
+/// Counts the first records of a cache, as a sample for estimates. Takes no lock: a dry run may read the cache
+/// of a running harvest.
 pub(crate) fn sample_stats(dir: &Path) -> Result<CacheStats> {
-    const ENOUGH: usize = 1_000;
+    const SAMPLE_RECORDS: usize = 1_000;
     let mut stats = CacheStats::default();
     if cache::exists(dir) {
-        for record in crate::cache::reader::read(dir)?.take(ENOUGH) {
+        for record in crate::cache::reader::read(dir)?.take(SAMPLE_RECORDS) {
             stats.add(&record?);
         }
     }

@@ -1,4 +1,4 @@
-//! Questions of a config: which records of a cache are answers to them.
+//! Selection of the cached answers that `train`, `eval` and `export` use, by `data.groups`.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -21,23 +21,23 @@ use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::prompt;
 use crate::prompt::Prompt;
 
-/// Selection of `data.groups`.
+/// Returns the selection by `data.groups`.
 ///
 /// # Errors
-/// If a schema of the config or the cache cannot be read; [`Exit::Usage`] for a name that no group has.
+/// If a schema of the config or the cache cannot be read; [`Exit::Usage`] if no group has one of the names.
 pub fn selection(config: &Config) -> Result<Selection> {
     match &config.data.groups {
         Groups::All => Ok(Selection::All),
         Groups::Named(names) => named(&config.training_cache(), names.clone()),
         Groups::Asked if config.data.source.is_some() => Ok(Selection::All),
-        Groups::Asked => asked(config),
+        Groups::Asked => questions_of(config),
     }
 }
 
-/// Selects the groups of these names.
+/// Selects groups by name.
 ///
 /// # Errors
-/// If the cache cannot be read; [`Exit::Usage`] for a name that no group has.
+/// If the cache cannot be read; [`Exit::Usage`] if no group has one of the names.
 pub fn named(dir: &Path, names: Vec<String>) -> Result<Selection> {
     let mut unknown = names.clone();
     let mut groups = BTreeMap::new();
@@ -47,16 +47,16 @@ pub fn named(dir: &Path, names: Vec<String>) -> Result<Selection> {
         groups.entry(group.id()).or_insert(group);
         !unknown.is_empty()
     })?;
-    // Without a cache, its absence is reported when it is read.
+    // A missing cache is reported when it is read.
     if let (Some(name), true) = (unknown.first(), cache::exists(dir)) {
         let lines = groups.iter().map(|(id, group)| format!("\n{id}: {group}"));
-        let of_mocks = if groups.values().any(|group| group.is_mock) {
-            "\nThose of a mock are named by id, or all of them by \"mock\""
+        let mock_hint = if groups.values().any(|group| group.is_mock) {
+            "\nselect groups of a mock by id, or all of them by \"mock\""
         } else {
             ""
         };
         bail!(Exit::Usage(format!(
-            "data.groups (or --groups) names \"{name}\", and {} has no such group, but:{}{of_mocks}",
+            "data.groups (or --groups) names \"{name}\", but {} has no such group; its groups are:{}{mock_hint}",
             dir.display(),
             lines.collect::<String>()
         )));
@@ -64,7 +64,7 @@ pub fn named(dir: &Path, names: Vec<String>) -> Result<Selection> {
     Ok(Selection::Named(names))
 }
 
-/// Calls `each` with the records of a cache until it returns false.
+/// Calls `each` with the identity of each record of a cache until `each` returns false.
 fn each_candidate(dir: &Path, mut each: impl FnMut(RecordIdentity) -> bool) -> Result<()> {
     if !cache::exists(dir) {
         return Ok(());
@@ -79,16 +79,17 @@ fn each_candidate(dir: &Path, mut each: impl FnMut(RecordIdentity) -> bool) -> R
     Ok(())
 }
 
-fn asked(config: &Config) -> Result<Selection> {
-    let askings = request_templates(config, &[])?;
-    let teachers = askings.iter().map(|asking| {
-        let teacher = &asking.endpoint.teacher;
-        TeacherIdentity::new(&teacher.name, &teacher.base_url, &asking.body(&[], 0))
+/// Selects the answers to the questions of the config.
+fn questions_of(config: &Config) -> Result<Selection> {
+    let templates = request_templates(config, &[])?;
+    let teachers = templates.iter().map(|template| {
+        let teacher = &template.endpoint.teacher;
+        TeacherIdentity::new(&teacher.name, &teacher.base_url, &template.body(&[], 0))
     });
     let teachers = teachers.collect();
     let prompts = prompt::load(&config.prompts, || Ok(()));
-    let (rows, problem) = match prompts {
-        Ok(prompts) => (Some(rows(config, prompts, askings)?), None),
+    let (rows, load_error) = match prompts {
+        Ok(prompts) => (Some(planned_rows(config, prompts, templates)?), None),
         Err(error) => (None, Some(error)),
     };
     let selection = Selection::Config(ConfigSelection { rows, teachers });
@@ -96,19 +97,20 @@ fn asked(config: &Config) -> Result<Selection> {
         && let Some(only) = only_group_of(dir, &selection)?
     {
         tracing::warn!(
-            "data.cache has no answers of this config's teacher, model and sampling: its only group is used"
+            "data.cache has no answers for this config's teacher, model and sampling: using its only group"
         );
         return Ok(Selection::Named(vec![only]));
     }
-    if let Some(error) = problem {
+    if let Some(error) = load_error {
         tracing::warn!(
-            "the prompts cannot be read, so answers are selected by endpoint, model and sampling alone: {error:#}"
+            "cannot read the prompts, selecting answers by endpoint, model and sampling alone: {error:#}"
         );
     }
     Ok(selection)
 }
 
-/// Id of the only group of another run's cache, if none of its answers is of a mock or of this config's teachers.
+/// Returns the id of the only group of another run's cache. Returns `None` if the cache has several groups, or an
+/// answer of a mock or of this config's teachers.
 fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
     let mut groups = BTreeMap::new();
     let mut has_answers = false;
@@ -131,32 +133,32 @@ fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
     })
 }
 
-/// Rows of the plan, each with the name of its answer in the cache: the first of several, in the order of the harvest.
-fn rows(
+/// Plans the questions of the config, and collects the cache key of each answer. Of several answers to a question,
+/// the first in harvest order counts.
+fn planned_rows(
     config: &Config,
     prompts: Vec<Prompt>,
     request_templates: Vec<RequestTemplate>,
 ) -> Result<PlannedRows> {
     let known = crate::cache::open::peek(&config.training_cache())?;
     let rows = RefCell::new(PlannedRows::default());
-    let standing = |name: &str| {
-        if !known.contains(name) {
+    let key_status = |key: &str| {
+        if !known.contains(key) {
             return Ok(RowStatus::Open);
         }
         let mut rows = rows.borrow_mut();
         rows.keys
-            .insert(crate::cache::fingerprint::fingerprint(name));
-        rows.answered.insert(question::question_fingerprint(name));
+            .insert(crate::cache::fingerprint::fingerprint(key));
+        rows.answered.insert(question::question_fingerprint(key));
         Ok(RowStatus::Answered)
     };
-    let scope = PlanScope::default();
     let plan = Plan::new(
         prompts,
         request_templates,
         &config.prompts,
-        scope,
+        PlanScope::default(),
         &known.past,
-        standing,
+        key_status,
     )?;
     Ok(PlannedRows {
         questions: plan.questions,

@@ -1,4 +1,4 @@
-//! The rows that wait: fresh ones in order, and retries until their time has come.
+//! Queue of the rows of an endpoint: fresh rows in order, and delayed retries. Pure.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -6,25 +6,25 @@ use std::ops::Range;
 
 use tokio::time::Instant;
 
-/// A row with its history.
+/// A row with the history of its attempts in this run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct QueuedRow {
     /// Index in [`crate::plan::Plan::rows`].
     pub row: usize,
-    /// Attempts that failed for a reason of their own; throttling and an outage are none.
+    /// Number of failed attempts, except for throttled ones and those during an outage.
     pub failed: u32,
-    /// Attempts of this run that may have been billed and brought no answer.
+    /// Number of attempts that may have been billed without an answer.
     pub paid: u32,
-    /// Times that the endpoint asked to wait on this row's account.
+    /// Number of replies that throttled this row.
     pub throttled: u32,
-    /// Times that its reply said that no request can succeed.
+    /// Number of replies that claimed that no request can succeed.
     pub claimed: u32,
-    /// When the first of [`Entry::throttled`] was.
+    /// Time of the first reply in [`QueuedRow::throttled`].
     pub throttled_at: Option<Instant>,
 }
 
 impl QueuedRow {
-    /// A row that has not been tried.
+    /// Creates an entry for a row without attempts.
     pub fn fresh(row: usize) -> QueuedRow {
         QueuedRow {
             row,
@@ -32,21 +32,22 @@ impl QueuedRow {
         }
     }
 
-    /// Replies that were not answers.
+    /// Number of replies without an answer.
     fn setbacks(&self) -> u32 {
         self.failed + self.paid + self.throttled + self.claimed
     }
 }
 
+/// Rows of an endpoint that are to be sent.
 pub(crate) struct RowQueue {
-    /// In order, none of them empty.
+    /// Ascending ranges, none of them empty.
     fresh: Vec<Range<usize>>,
-    /// Earliest first.
+    /// Retries with their earliest time, earliest first.
     delayed: BinaryHeap<Reverse<(Instant, QueuedRow)>>,
 }
 
 impl RowQueue {
-    /// All of these rows, fresh.
+    /// Creates a queue of fresh rows.
     pub(crate) fn new(rows: Range<usize>) -> Self {
         Self {
             fresh: Vec::from_iter(Some(rows).filter(|rows| !rows.is_empty())),
@@ -54,7 +55,7 @@ impl RowQueue {
         }
     }
 
-    /// Rows that wait.
+    /// Number of rows in the queue.
     pub(crate) fn len(&self) -> usize {
         self.fresh.iter().map(Range::len).sum::<usize>() + self.delayed.len()
     }
@@ -63,13 +64,13 @@ impl RowQueue {
         self.fresh.is_empty() && self.delayed.is_empty()
     }
 
-    /// Puts a row back until `not_before`.
+    /// Adds a retry that is due at `not_before`.
     pub(crate) fn delay(&mut self, entry: QueuedRow, not_before: Instant) {
         self.delayed.push(Reverse((not_before, entry)));
     }
 
-    /// The row whose turn it is, or the instant at which there may be one (None: not before
-    /// another is put back). Retries that are due go first: they have waited.
+    /// Returns the next row, a due retry before a fresh row. If no row is due, the error is the instant at which
+    /// the first retry is due, or `None` if there is no retry.
     pub(crate) fn peek(&self, now: Instant) -> Result<QueuedRow, Option<Instant>> {
         let due = self.delayed.peek().map(|Reverse(delayed)| *delayed);
         match due {
@@ -81,9 +82,11 @@ impl RowQueue {
         }
     }
 
-    /// As [`Queue::peek`], of the row that has least to do with what is wrong: those that always fail must
-    /// not be all that is tried of an endpoint. `is_failing` says whether a row has failed of late. Rows that
-    /// fail may be neighbours: if `is_far` is set, the fresh one that is farthest from those that were taken.
+    /// Returns the next row as [`RowQueue::peek`] does, but prefers rows that have failed least: an endpoint must
+    /// not be judged only by rows that always fail.
+    ///
+    /// `is_failing` returns true for rows that failed recently. Rows that fail may be neighbours: with `is_far`, the
+    /// fresh row in the middle of the longest untouched range is taken.
     pub(crate) fn peek_least_suspect(
         &self,
         now: Instant,
@@ -110,25 +113,25 @@ impl RowQueue {
         }
     }
 
-    /// Returns true if every row that waits is one of these.
-    pub(crate) fn all(&self, is_one: impl Fn(&QueuedRow) -> bool) -> bool {
+    /// Returns true if the queue has no fresh rows and every retry satisfies `predicate`.
+    pub(crate) fn all(&self, predicate: impl Fn(&QueuedRow) -> bool) -> bool {
         let mut delayed = self.delayed.iter();
-        self.fresh.is_empty() && delayed.all(|Reverse((_, entry))| is_one(entry))
+        self.fresh.is_empty() && delayed.all(|Reverse((_, entry))| predicate(entry))
     }
 
-    /// Takes a row out that was put back.
+    /// Removes the retries of a row.
     pub(crate) fn remove(&mut self, row: usize) {
         self.delayed.retain(|Reverse((_, entry))| entry.row != row);
     }
 
-    /// Takes what one of the two has shown.
+    /// Removes an entry that [`RowQueue::peek`] or [`RowQueue::peek_least_suspect`] returned.
     pub(crate) fn take(&mut self, entry: QueuedRow) {
-        let at = self.fresh.iter().position(|rows| rows.contains(&entry.row));
-        if let Some(at) = at.filter(|_| entry == QueuedRow::fresh(entry.row)) {
-            let rows = self.fresh[at].clone();
+        let index = self.fresh.iter().position(|rows| rows.contains(&entry.row));
+        if let Some(index) = index.filter(|_| entry == QueuedRow::fresh(entry.row)) {
+            let rows = self.fresh[index].clone();
             let around = [rows.start..entry.row, entry.row + 1..rows.end];
-            let left = around.into_iter().filter(|rows| !rows.is_empty());
-            self.fresh.splice(at..=at, left);
+            let rest = around.into_iter().filter(|rows| !rows.is_empty());
+            self.fresh.splice(index..=index, rest);
             return;
         }
         match self.delayed.peek() {
@@ -146,7 +149,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn due_retries_go_first_and_others_wait_their_time() {
+    fn peek_returns_due_retries_before_fresh_rows() {
         let now = Instant::now();
         let at = |seconds| now + Duration::from_secs(seconds);
         let mut queue = RowQueue::new(0..2);
@@ -168,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_is_tried_with_rows_that_have_not_failed() {
+    fn peek_least_suspect_prefers_rows_without_failures() {
         let now = Instant::now();
         let mut queue = RowQueue::new(2..3);
         let entry = |row, failed| QueuedRow {
@@ -189,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn the_next_fresh_row_is_the_first_or_one_from_the_middle() {
+    fn peek_least_suspect_takes_the_first_fresh_row_or_the_middle_of_the_longest_range() {
         let now = Instant::now();
         let mut queue = RowQueue::new(0..8);
         let order = [

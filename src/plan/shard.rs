@@ -1,11 +1,11 @@
-//! `--shard I/N`: one part of the requests of a config, for harvesting on several machines. Pure.
+//! `--shard I/N`: a disjoint part of the requests of a config, for harvests on several machines. Pure.
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::cache::fingerprint::Fingerprint;
 
-/// The I-th of N parts, from 1. Together they are everything, and no request is in two of them.
+/// The I-th of N disjoint parts, counted from 1. Every request is in exactly one part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shard {
     index: u64,
@@ -13,10 +13,11 @@ pub struct Shard {
 }
 
 impl Shard {
-    /// Is the request of this key in it? By the key, which is a hash of what is asked: the same on
-    /// each machine and in each order of the prompts, and word for word the same requests are in one
-    /// part.
-    pub fn holds(&self, key: &Fingerprint) -> bool {
+    /// Returns true if the request with this key is in the shard.
+    ///
+    /// The key is a hash of the request, so the part depends neither on the machine nor on the order of the
+    /// prompts, and identical requests are in the same part.
+    pub fn contains(&self, key: &Fingerprint) -> bool {
         let mut bytes = [0; 8];
         bytes.copy_from_slice(&key[..8]);
         u64::from_le_bytes(bytes) % self.count == self.index - 1
@@ -48,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_parts_are_disjoint_and_everything() {
+    fn shards_are_disjoint_and_cover_all_keys() {
         let mut sizes = [0; 7];
         for n in 0..7000u32 {
             let key = crate::cache::fingerprint::fingerprint(
@@ -59,7 +60,7 @@ mod tests {
                     index: *index,
                     count: 7,
                 }
-                .holds(&key)
+                .contains(&key)
             });
             let parts: Vec<u64> = parts.collect();
             assert_eq!(parts.len(), 1, "key {n}");
@@ -69,14 +70,14 @@ mod tests {
             sizes.iter().all(|size| (880..1120).contains(size)),
             "{sizes:?}"
         );
-        // For ever the same, whatever the machine.
+        // A fixed value: the assignment of keys to shards must not change between versions.
         let key =
             crate::cache::fingerprint::fingerprint(blake3::hash(b"a request").to_hex().as_str());
-        assert!(Shard { index: 1, count: 3 }.holds(&key));
+        assert!(Shard { index: 1, count: 3 }.contains(&key));
     }
 
     #[test]
-    fn it_is_written_as_one_of_so_many() {
+    fn shard_parses_i_of_n_and_rejects_other_text() {
         let shard: Shard = "2/4".parse().unwrap();
         assert_eq!(
             (shard.index, shard.count, shard.to_string()),

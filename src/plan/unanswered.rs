@@ -1,6 +1,9 @@
-//! `unanswered.jsonl` in the run folder: rows that a content filter refuses, which are not asked again; attempts
-//! that may have been billed and brought no answer, so that no row is bought more often than
-//! `retry.max_attempts` times, reruns included; and rows that failed, which the next run asks last.
+//! `unanswered.jsonl` in the run folder: what later runs need to know about rows without an answer.
+//!
+//! - Rows refused by a content filter; later runs do not request them.
+//! - Attempts that may have been billed without an answer. Over all runs, a row gets at most
+//!   `retry.max_attempts` of them.
+//! - Rows that failed; the next run requests them last.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,19 +16,20 @@ use crate::client::attempt_error::RowFailure;
 use crate::plan::queue::QueuedRow;
 use crate::plan::{Plan, RowStatus};
 
-/// What is known of a row without an answer.
+/// History of a row without an answer, over all runs.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct UnansweredRow {
-    /// Attempts that may have been billed.
+    /// Number of attempts that may have been billed.
     pub paid: u32,
-    /// The class and the message of the last of them.
+    /// Failure class of the last paid attempt or refusal.
     pub class: String,
+    /// Message of the last paid attempt or refusal.
     pub message: String,
-    /// A filter refuses it.
+    /// Refused by a content filter.
     pub is_filtered: bool,
-    /// A run ended because of its reply, or would have, had nothing else been answered.
+    /// True after a [`Kind::Suspect`] or [`Kind::Failed`] line.
     pub is_suspect: bool,
-    /// Class of the failure with which it ended while other rows were answered; empty if it did not.
+    /// Class of the last [`Kind::Failed`] line; empty without one.
     pub failed_as: String,
 }
 
@@ -42,16 +46,17 @@ pub struct Line {
     pub at: String,
 }
 
+/// Kind of a [`Line`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
-    /// May have been billed, and brought no answer.
+    /// An attempt that may have been billed without an answer.
     PaidAttempt,
-    /// Refused by a content filter.
+    /// The row was refused by a content filter.
     Filtered,
-    /// A run ended because of its reply, or would have, had nothing else been answered.
+    /// The reply to the row ended the run, or would have ended it without answers to other rows.
     Suspect,
-    /// Has failed while other rows were answered.
+    /// The row failed while other rows were answered.
     Failed,
 }
 
@@ -76,6 +81,7 @@ impl Line {
     }
 }
 
+/// Content of the file, by cache key.
 #[derive(Debug, Default)]
 pub struct Unanswered {
     path: PathBuf,
@@ -87,7 +93,7 @@ pub(crate) fn file(run_dir: &Path) -> PathBuf {
 }
 
 impl Unanswered {
-    /// Reads the file of the run folder, if there is one. A line that is torn or damaged costs itself.
+    /// Reads the file of the run folder, if it exists. Skips torn and damaged lines with a warning.
     pub fn load(run_dir: &Path) -> Result<Unanswered> {
         let mut unanswered = Unanswered {
             path: file(run_dir),
@@ -115,7 +121,7 @@ impl Unanswered {
             .collect();
         if damaged > 0 {
             tracing::warn!(
-                "{}: {damaged} lines are damaged and left out: their rows may be asked once more",
+                "{}: skipped {damaged} damaged lines: their rows may be requested again",
                 self.path.display()
             );
         }
@@ -141,8 +147,8 @@ impl Unanswered {
         known.message.clone_from(&line.message);
     }
 
-    /// How the row with this key stands before a run.
-    pub fn standing(&self, key: &str, is_cached: bool, max_attempts: u32) -> RowStatus {
+    /// Status of the row with this key before a run.
+    pub fn row_status(&self, key: &str, is_cached: bool, max_attempts: u32) -> RowStatus {
         if is_cached {
             return RowStatus::Answered;
         }
@@ -154,7 +160,7 @@ impl Unanswered {
         }
     }
 
-    /// Does a filter refuse the row with this key?
+    /// Returns true if the row with this key was refused by a content filter.
     pub fn is_filtered(&self, key: &str) -> bool {
         self.get(key).is_some_and(|known| known.is_filtered)
     }
@@ -163,19 +169,19 @@ impl Unanswered {
         self.rows.is_empty()
     }
 
-    /// The keys of all rows that were paid for or refused.
+    /// Keys of the rows with paid attempts or a refusal.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         let rows = self.rows.iter();
         let rows = rows.filter(|(_, known)| known.paid > 0 || known.is_filtered);
         rows.map(|(key, _)| key.as_str())
     }
 
-    /// What is known of the row with this key.
+    /// History of the row with this key.
     pub fn get(&self, key: &str) -> Option<&UnansweredRow> {
         self.rows.get(key)
     }
 
-    /// Adds what has become of an attempt. It survives a kill of this process once this returns.
+    /// Appends a line. It survives a kill of this process once this returns.
     pub fn add(&mut self, line: &Line) -> Result<()> {
         let mut text = serde_json::to_vec(line)?;
         text.push(b'\n');
@@ -184,8 +190,8 @@ impl Unanswered {
         Ok(())
     }
 
-    /// Forgets the rows that `is_wanted` names, so that they are asked again, after those that have not failed.
-    /// Returns their keys.
+    /// Removes the refusals and paid attempts of the rows that satisfy `is_wanted`, so that later runs request
+    /// them. Keeps their failures, so that they are requested last. Returns their keys.
     pub fn forget(
         &mut self,
         is_wanted: impl Fn(&str, &UnansweredRow) -> bool,
@@ -193,19 +199,20 @@ impl Unanswered {
         let wanted = |key: &String, known: &UnansweredRow| is_wanted(key, known);
         let rows = self.rows.iter().filter(|(key, known)| wanted(key, known));
         let forgotten: Vec<String> = rows.map(|(key, _)| key.clone()).collect();
-        let (mut kept, mut left) = (Vec::new(), Unanswered::default());
+        let mut kept_text = Vec::new();
+        let mut kept = Unanswered::default();
         for line in self.lines()? {
             let known = self.rows.get(&line.key);
             let is_wanted = known.is_some_and(|known| wanted(&line.key, known));
             if !is_wanted || line.kind == Kind::Failed {
-                serde_json::to_writer(&mut kept, &line)?;
-                kept.push(b'\n');
-                left.count(&line);
+                serde_json::to_writer(&mut kept_text, &line)?;
+                kept_text.push(b'\n');
+                kept.count(&line);
             }
         }
-        self.rows = left.rows;
+        self.rows = kept.rows;
         if !forgotten.is_empty() {
-            crate::fs::write_atomic(&self.path, &kept)?;
+            crate::fs::write_atomic(&self.path, &kept_text)?;
         }
         Ok(forgotten)
     }
@@ -228,13 +235,13 @@ mod tests {
     }
 
     #[test]
-    fn attempts_add_up_over_runs_and_can_be_forgotten() {
+    fn unanswered_file_sums_attempts_over_runs_and_forgets_selected_rows() {
         let dir = tempfile::tempdir().unwrap();
         let mut first = Unanswered::load(dir.path()).unwrap();
         first.add(&line("a", Kind::PaidAttempt)).unwrap();
         first.add(&line("b", Kind::Filtered)).unwrap();
         let mut text = std::fs::read(file(dir.path())).unwrap();
-        // As a kill leaves it.
+        // A torn line, as after a kill.
         text.extend_from_slice(b"{\"key\":\"a\",\"pro");
         std::fs::write(file(dir.path()), text).unwrap();
 
@@ -258,8 +265,8 @@ mod tests {
             (known(&fourth, "a"), known(&fourth, "b")),
             (Some((2, false)), None)
         );
-        // That it has failed is remembered: others go before it.
+        // Its failure is kept, so that other rows are requested first.
         assert_eq!(known(&fourth, "c"), Some((0, false)));
-        assert_eq!(fourth.standing("c", false, 1), RowStatus::Suspect);
+        assert_eq!(fourth.row_status("c", false, 1), RowStatus::Suspect);
     }
 }

@@ -1,4 +1,4 @@
-//! One limit of a server's: what is left of it, how it comes back, and how fast it may be used up.
+//! One limit of the server: its remaining amount, its refill, and the pace at which it may be used. Pure.
 
 use std::time::Duration;
 
@@ -7,42 +7,45 @@ use tokio::time::Instant;
 use crate::rate_limit::headers::{LimitReport, Refill};
 use crate::rate_limit::send_ticket::SendTicket;
 
-/// A full bucket is used up over about this long rather than at once: servers that grant 60 a
-/// minute may well refuse the second one within a second.
+/// Time over which a full bucket is used up. A server with a limit of 60 per minute may refuse the second request
+/// within one second.
 const SPREAD: Duration = Duration::from_secs(60);
 
-/// Burst allowed ahead of an even pace.
+/// Time by which requests may run ahead of an even pace.
 const BURST: Duration = Duration::from_secs(1);
 
-/// Reset times are rounded, and replies take their time: the end of a window may move by so much.
-const ROUNDED: Duration = Duration::from_secs(3);
+/// Tolerance for the end of a window: reset times are rounded, and replies arrive late.
+const RESET_TOLERANCE: Duration = Duration::from_secs(3);
 
-/// A window is no shorter, where no header says that it is.
+/// Minimum length of a window, unless a header reports its length.
 const SHORTEST_WINDOW: Duration = Duration::from_secs(10);
 
-/// A window that ends later is not waited out.
+/// Maximum wait for the end of a window.
 const FARTHEST_END: Duration = Duration::from_secs(3_600);
 
-/// The period of a limit whose server does not tell it.
-const USUAL_PERIOD: Duration = Duration::from_secs(60);
+/// Assumed period of a limit if the server does not report it.
+const DEFAULT_PERIOD: Duration = Duration::from_secs(60);
 
+/// Estimate of one limit of the server, from its reply headers.
 #[derive(Debug)]
 pub(crate) struct ServerBucket {
-    /// As reported; while only `remaining` is, the most that has been seen of it.
+    /// Reported limit; if the server reports only the remaining amount, the maximum of that.
     pub(crate) limit: Option<f64>,
     refill: Refill,
-    /// Length of a window, if the server reports it.
+    /// Length of the window, if the server reports it.
     window: Option<Duration>,
-    /// Amount that remained at the instant `at`; may be negative.
+    /// Remaining amount at the instant `at`; may be negative.
     pub(crate) level: f64,
     at: Instant,
-    /// For a window: its end, and what that was when it was first told.
+    /// End of the current window, for a limit with a window.
     ends: Option<Instant>,
+    /// End of the window as it was first reported.
     first_end: Option<Instant>,
-    /// The reset time moves with usage, so the limit has no fixed window.
-    is_no_window: bool,
-    /// Departure of the request whose reply is believed.
+    /// True if the reset time moves with usage, so the limit has no fixed window.
+    has_no_window: bool,
+    /// Send time of the request whose reply set the level.
     pub(crate) as_of: Option<Instant>,
+    /// Amount charged so far, over all requests.
     pub(crate) charged: f64,
     /// Instant at which an even pace catches up with the usage.
     paced_until: Instant,
@@ -58,7 +61,7 @@ impl ServerBucket {
             at: now,
             ends: None,
             first_end: None,
-            is_no_window: false,
+            has_no_window: false,
             as_of: None,
             charged: 0.0,
             paced_until: now,
@@ -68,11 +71,11 @@ impl ServerBucket {
     pub(crate) fn period(&self) -> Duration {
         match self.refill {
             Refill::Constant(period) => period,
-            Refill::AtReset | Refill::Unknown => self.window.unwrap_or(USUAL_PERIOD),
+            Refill::AtReset | Refill::Unknown => self.window.unwrap_or(DEFAULT_PERIOD),
         }
     }
 
-    /// Units a second that flow back.
+    /// Refill rate in units per second; 0 for a limit that refills at its reset.
     fn rate(&self) -> f64 {
         match (self.refill, self.limit) {
             (Refill::AtReset, _) | (_, None) => 0.0,
@@ -89,21 +92,21 @@ impl ServerBucket {
         limit.min(self.level + self.rate() * elapsed)
     }
 
-    /// Earliest instant for a request that uses `amount`.
+    /// Earliest instant at which a request that uses `amount` may be sent.
     pub(crate) fn free_at(&self, amount: f64, now: Instant) -> Instant {
         let limit = self.limit.unwrap_or(f64::INFINITY);
-        // What is larger than the limit goes out at a full bucket: the server will say no itself.
+        // A request above the limit is sent once the bucket is full: the server refuses it with its own message.
         let missing = amount.min(limit) - self.level(now);
         let filled = if missing <= 0.0 {
             now
         } else if let (Refill::AtReset, Some(end)) = (self.refill, self.ends) {
-            // A window that ends hours from now may be a mistake of the server's: it is asked, and refuses
-            // if it is none.
+            // A reset hours from now may be an error of the server. The request is sent: if the reset time is right,
+            // the server refuses it.
             if end > now + FARTHEST_END { now } else { end }
         } else {
             let seconds = missing / self.rate().max(1e-9);
             now + Duration::try_from_secs_f64(seconds)
-                .unwrap_or(USUAL_PERIOD)
+                .unwrap_or(DEFAULT_PERIOD)
                 .clamp(Duration::from_millis(1), Duration::from_secs(86_400))
         };
         let paced = self.paced_until.checked_sub(BURST).unwrap_or(now);
@@ -126,16 +129,16 @@ impl ServerBucket {
         self.level = level - amount;
         self.at = now;
         if pace.is_finite() && pace > 0.0 {
-            let time = Duration::try_from_secs_f64(amount / pace).unwrap_or(USUAL_PERIOD);
-            self.paced_until = self.paced_until.max(now) + time.min(USUAL_PERIOD);
+            let time = Duration::try_from_secs_f64(amount / pace).unwrap_or(DEFAULT_PERIOD);
+            self.paced_until = self.paced_until.max(now) + time.min(DEFAULT_PERIOD);
         }
     }
 
-    /// Refill behaviour of the limit, from this report and earlier ones.
+    /// Classifies the refill of the limit by this report and earlier ones.
     ///
-    /// A bucket that holds a second's worth of a limit a minute looks like a window that is about to
-    /// end, until that end has come and gone and the next one is as near again.
-    fn refill_of(&mut self, report: &LimitReport, now: Instant) -> Refill {
+    /// A bucket whose capacity is one second of a limit per minute looks like a window that is about to end. The
+    /// difference shows when the reported end moves with each reply.
+    fn classify_refill(&mut self, report: &LimitReport, now: Instant) -> Refill {
         let refill = report.refill();
         let (Refill::AtReset, Some(reset)) = (refill, report.reset) else {
             return refill;
@@ -145,60 +148,61 @@ impl ServerBucket {
         let moved = end.saturating_duration_since(first);
         if moved >= SHORTEST_WINDOW {
             self.first_end = Some(end);
-        } else if moved > ROUNDED {
-            self.is_no_window = true;
+        } else if moved > RESET_TOLERANCE {
+            self.has_no_window = true;
         }
-        if self.is_no_window {
+        if self.has_no_window {
             Refill::Unknown
         } else {
             refill
         }
     }
 
-    /// Nothing is left of a limit of unknown size: waits for its reset, if the server reports one, and else no
-    /// longer than the refusal itself asks for.
-    fn close(&mut self, report: &LimitReport, departure: &SendTicket, now: Instant) {
+    /// Handles an exhausted limit of unknown size: waits for its reset, if the server reports one.
+    fn close(&mut self, report: &LimitReport, ticket: &SendTicket, now: Instant) {
         let Some(reset) = report.reset else { return };
-        self.as_of = Some(departure.at);
+        self.as_of = Some(ticket.at);
         self.refill = Refill::AtReset;
         (self.level, self.at) = (0.0, now);
         self.ends = Some(now + reset);
     }
 
+    /// Sets the level by a report. `charged_then` is the amount in [`ServerBucket::charged`] when the request of
+    /// `ticket` was sent. Ignores reports that are older than the last one.
     pub(crate) fn sync(
         &mut self,
         report: &LimitReport,
-        departure: &SendTicket,
+        ticket: &SendTicket,
         charged_then: f64,
         now: Instant,
     ) {
-        if self.as_of.is_some_and(|as_of| departure.at < as_of) {
+        if self.as_of.is_some_and(|as_of| ticket.at < as_of) {
             return;
         }
         self.window = report.window.or(self.window);
-        let told = report.limit.filter(|limit| *limit > 0.0);
-        if report.remaining == Some(0.0) && self.limit.or(told).is_none() {
-            self.close(report, departure, now);
+        let reported = report.limit.filter(|limit| *limit > 0.0);
+        if report.remaining == Some(0.0) && self.limit.or(reported).is_none() {
+            self.close(report, ticket, now);
             return;
         }
-        let was_known = self.as_of.replace(departure.at).is_some();
-        self.limit = told.or(match (self.limit, report.remaining) {
+        let was_known = self.as_of.replace(ticket.at).is_some();
+        self.limit = reported.or(match (self.limit, report.remaining) {
             (Some(limit), Some(remaining)) => Some(limit.max(remaining)),
             (limit, remaining) => limit.or(remaining),
         });
-        match (self.refill, self.refill_of(report, now)) {
-            (_, Refill::Unknown) if !self.is_no_window => {}
-            // One reply that looks like the end of a window may be a rounded reset time.
+        match (self.refill, self.classify_refill(report, now)) {
+            (_, Refill::Unknown) if !self.has_no_window => {}
+            // After one reply that looks like the end of a window the reset time may have been rounded.
             (Refill::Constant(_), Refill::AtReset) if was_known => self.refill = Refill::Unknown,
             (_, refill) => self.refill = refill,
         }
-        let since = self.charged - charged_then;
+        let charged_since = self.charged - charged_then;
         if let Some(remaining) = report.remaining {
-            let back = self.rate() * (now - departure.at).as_secs_f64();
+            let refilled = self.rate() * (now - ticket.at).as_secs_f64();
             let limit = self.limit.unwrap_or(f64::INFINITY);
-            self.level = (remaining + back).min(limit) - since;
+            self.level = (remaining + refilled).min(limit) - charged_since;
         } else if !was_known {
-            self.level = self.limit.unwrap_or(f64::INFINITY) - since;
+            self.level = self.limit.unwrap_or(f64::INFINITY) - charged_since;
         } else {
             self.level = self.level(now);
         }

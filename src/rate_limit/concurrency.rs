@@ -1,111 +1,120 @@
-//! How many requests may be in flight: additive increase, multiplicative decrease on 429; by the
-//! gradient of latency where a server never answers 429.
+//! Maximum number of requests in flight (the window): additive increase and multiplicative decrease on 429s, or
+//! the gradient of latency for a server that never answers 429. Pure.
 //!
-//! A server that queues shows its limit as latency alone: once it is saturated, half as many
-//! requests at once take half as long each, and nothing is lost by sending fewer. So from time to
-//! time a smaller window is tried, and kept if latency fell in proportion; a larger one likewise,
-//! and kept if latency did not rise in proportion. By Little's law this compares throughputs.
+//! A server with a queue shows its limit only by latency: once it is saturated, half the window halves the
+//! latency, and the throughput stays the same. From time to time a smaller window is tried, and kept if latency
+//! fell in proportion; or a larger one, and kept if latency did not rise in proportion. By Little's law this
+//! compares throughputs.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The share of the window that is tried.
+/// Ratio of the smaller to the larger window of a trial.
 const STEP: f64 = 0.75;
 
-/// Latency that follows the window by at least so much (1: in proportion, 0: not at all) shows
-/// that the server is saturated.
+/// Minimum slope of log latency over log window at which the server counts as saturated; 1 means in proportion, 0
+/// no dependence.
 const SATURATED: f64 = 0.8;
 
-/// Answers over which a latency is measured, at the least.
+/// Minimum number of answers per latency measurement.
 const SAMPLES: f64 = 128.0;
 
-/// Measurements without a trial, at most, after trials that led nowhere.
-const LONGEST_REST: u32 = 64;
+/// Maximum number of measurements between trials; it doubles after each failed trial.
+const LONGEST_PAUSE: u32 = 64;
 
+/// Window of one endpoint.
 #[derive(Debug)]
 pub(crate) struct ConcurrencyLimit {
-    ceiling: f64,
+    /// `limits.concurrency`.
+    max_window: f64,
     window: f64,
-    /// A refusal of a request that left before this was answered by the cut then made.
-    last_cut: Option<Instant>,
+    /// Time of the last decrease. Refusals of requests that were sent before it cause no further decrease.
+    last_decrease: Option<Instant>,
     gradient: Gradient,
 }
 
 /// The search for the smallest window that keeps a queueing server busy.
 #[derive(Debug)]
 struct Gradient {
-    /// Only of a server that never asks to wait and tells no limits.
-    is_on: bool,
-    /// Answers to requests that left from here on count.
+    /// False once the server has throttled a request or reported a limit.
+    is_active: bool,
+    /// Start of the measurement: answers to requests sent before it do not count.
     since: Option<Instant>,
+    /// Sum of the measured latencies in seconds.
     sum: f64,
+    /// Number of measured latencies.
     count: u32,
-    /// Window and mean latency before the trial that is on.
+    /// Window and mean latency before the current trial.
     before: Option<(f64, f64)>,
-    /// The next trial is upwards.
+    /// True if the next trial has a larger window.
     upwards: bool,
-    rest: u32,
-    resting: u32,
+    /// Number of measurements to skip after the next failed trial.
+    pause: u32,
+    /// Number of measurements to skip before the next trial.
+    paused: u32,
 }
 
 impl ConcurrencyLimit {
-    pub(crate) fn new(ceiling: usize) -> Self {
-        let ceiling = ceiling.max(1) as f64;
+    pub(crate) fn new(max_window: usize) -> Self {
+        let max_window = max_window.max(1) as f64;
         Self {
-            ceiling,
-            window: ceiling,
-            last_cut: None,
+            max_window,
+            window: max_window,
+            last_decrease: None,
             gradient: Gradient {
-                is_on: true,
+                is_active: true,
                 since: None,
                 sum: 0.0,
                 count: 0,
                 before: None,
                 upwards: false,
-                rest: 1,
-                resting: 0,
+                pause: 1,
+                paused: 0,
             },
         }
     }
 
-    /// Requests that may be in flight.
+    /// Number of requests that may be in flight.
     pub(crate) fn free_slots(&self) -> usize {
         self.window as usize
     }
 
-    /// An answer came to a request that left at `departed`. `is_full`: the window, and not a
-    /// limit or the end of the queue, decides how many are in flight.
-    pub(crate) fn answered(&mut self, departed: Instant, now: Instant, is_full: bool) {
-        if !self.gradient.is_on {
-            self.window = (self.window + 1.0 / self.window).min(self.ceiling);
+    /// Records an answer to a request that was sent at `sent_at`. `is_full` is true if the window, not a rate limit
+    /// or the end of the queue, bounds the number of requests in flight.
+    pub(crate) fn answered(&mut self, sent_at: Instant, now: Instant, is_full: bool) {
+        if !self.gradient.is_active {
+            self.window = (self.window + 1.0 / self.window).min(self.max_window);
         } else if is_full {
-            self.measure(departed, now);
+            self.measure(sent_at, now);
         }
     }
 
-    /// The server refused a request for its rate. One cut answers all that were in flight then.
-    pub(crate) fn throttled(&mut self, departed: Instant, now: Instant) {
+    /// Records a throttled request. All requests that were in flight together cause one decrease.
+    pub(crate) fn throttled(&mut self, sent_at: Instant, now: Instant) {
         self.follow_limits();
-        if self.last_cut.is_some_and(|cut| departed < cut) {
+        if self
+            .last_decrease
+            .is_some_and(|decrease| sent_at < decrease)
+        {
             return;
         }
         self.window = (self.window / 2.0).max(1.0);
-        self.last_cut = Some(now);
+        self.last_decrease = Some(now);
     }
 
-    /// The server has limits of its own and tells them: its latency means nothing.
+    /// Stops the search by latency: the server throttles or reports limits, so latency does not show its capacity.
     pub(crate) fn follow_limits(&mut self) {
-        self.gradient.is_on = false;
+        self.gradient.is_active = false;
     }
 
-    fn measure(&mut self, departed: Instant, now: Instant) {
+    fn measure(&mut self, sent_at: Instant, now: Instant) {
         let gradient = &mut self.gradient;
         let since = *gradient.since.get_or_insert(now);
-        if departed < since {
+        if sent_at < since {
             return;
         }
-        gradient.sum += (now - departed).max(Duration::from_micros(1)).as_secs_f64();
+        gradient.sum += (now - sent_at).max(Duration::from_micros(1)).as_secs_f64();
         gradient.count += 1;
         if f64::from(gradient.count) < SAMPLES.max(4.0 * self.window) {
             return;
@@ -113,35 +122,33 @@ impl ConcurrencyLimit {
         let latency = gradient.sum / f64::from(gradient.count);
         (gradient.since, gradient.sum, gradient.count) = (Some(now), 0.0, 0);
         let Some((window, before)) = gradient.before.take() else {
-            if gradient.resting > 0 {
-                gradient.resting -= 1;
+            if gradient.paused > 0 {
+                gradient.paused -= 1;
                 return;
             }
             gradient.before = Some((self.window, latency));
-            let tried = match gradient.upwards {
-                true => (self.window / STEP).ceil().min(self.ceiling),
-                false => (self.window * STEP).floor().max(1.0),
+            let trial = if gradient.upwards {
+                (self.window / STEP).ceil().min(self.max_window)
+            } else {
+                (self.window * STEP).floor().max(1.0)
             };
-            if tried == self.window {
+            if trial == self.window {
                 gradient.before = None;
                 gradient.upwards = !gradient.upwards;
             }
-            self.window = tried;
+            self.window = trial;
             return;
         };
         // d log(latency) / d log(window)
         let slope = (latency / before).ln() / (self.window / window).ln();
-        let is_better = match gradient.upwards {
-            true => slope < SATURATED,
-            false => slope >= SATURATED,
-        };
-        if is_better {
-            gradient.rest = 1;
+        let is_saturated = slope >= SATURATED;
+        if is_saturated != gradient.upwards {
+            gradient.pause = 1;
         } else {
             self.window = window;
             gradient.upwards = !gradient.upwards;
-            gradient.resting = gradient.rest;
-            gradient.rest = (gradient.rest * 2).min(LONGEST_REST);
+            gradient.paused = gradient.pause;
+            gradient.pause = (gradient.pause * 2).min(LONGEST_PAUSE);
         }
     }
 }
@@ -151,25 +158,25 @@ mod tests {
     use super::*;
 
     /// Windows over time against a server whose latency is `latency(requests in flight)` seconds.
-    fn windows(ceiling: usize, rounds: usize, latency: impl Fn(f64) -> f64) -> Vec<usize> {
-        let mut concurrency = ConcurrencyLimit::new(ceiling);
+    fn windows(max_window: usize, rounds: usize, latency: impl Fn(f64) -> f64) -> Vec<usize> {
+        let mut concurrency = ConcurrencyLimit::new(max_window);
         let mut now = Instant::now();
         (0..rounds)
             .map(|_| {
-                let room = concurrency.free_slots();
-                let departed = now;
-                now += Duration::from_secs_f64(latency(room as f64));
-                for _ in 0..room {
-                    concurrency.answered(departed, now, true);
+                let slots = concurrency.free_slots();
+                let sent_at = now;
+                now += Duration::from_secs_f64(latency(slots as f64));
+                for _ in 0..slots {
+                    concurrency.answered(sent_at, now, true);
                 }
-                room
+                slots
             })
             .collect()
     }
 
     #[test]
-    fn a_saturated_server_is_left_its_queue_and_kept_busy() {
-        // 16 at a time; the rest waits.
+    fn concurrency_of_a_queueing_server_settles_near_its_capacity() {
+        // The server works on 16 requests at a time, and queues the others.
         let windows = windows(200, 3_000, |in_flight| 0.5 * (in_flight / 16.0).max(1.0));
         let last = &windows[windows.len() / 2..];
         let mean = last.iter().sum::<usize>() as f64 / last.len() as f64;
@@ -178,14 +185,14 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_does_not_queue_is_sent_all_that_is_allowed() {
+    fn concurrency_of_a_server_without_a_queue_stays_at_the_limit() {
         let windows = windows(64, 2_000, |_| 0.5);
         let mean = windows.iter().sum::<usize>() as f64 / windows.len() as f64;
         assert!(mean > 62.0, "{mean}");
     }
 
     #[test]
-    fn a_429_halves_once_for_all_in_flight_and_answers_bring_it_back() {
+    fn throttling_halves_concurrency_once_per_flight_and_answers_restore_it() {
         let start = Instant::now();
         let mut concurrency = ConcurrencyLimit::new(32);
         let at = |seconds| start + Duration::from_secs(seconds);

@@ -1,8 +1,8 @@
-//! TODO
+//! Cost of a request in the units that rate limits count.
 
 use crate::rate_limit::headers::Resource;
 
-/// How much of each resource a request uses.
+/// Tokens of a request, estimated before it is sent or reported by its answer.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct RequestCost {
     pub input_tokens: u64,
@@ -14,6 +14,7 @@ impl RequestCost {
         self.input_tokens + self.output_tokens
     }
 
+    /// Amount of a resource that the request uses.
     pub fn get(&self, resource: Resource) -> f64 {
         let amount = match resource {
             Resource::Requests => 1,

@@ -1,7 +1,7 @@
-//! The user's ceiling of requests a day: in no 24 hours do more leave, restarts included.
+//! The user's limit of requests per day: it holds in any 24 hours, restarts included. Pure.
 //!
-//! Requests are counted by slots of five minutes, so that a day is a short list. What is written to
-//! the ledger of the run runs ahead of what has left, so that a kill can only make it count too many.
+//! Requests are counted in slots of five minutes, which keeps the list short. The count in the ledger runs ahead of
+//! the requests sent, so a kill can only make it too high.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -11,28 +11,29 @@ use tokio::time::Instant;
 const DAY: i64 = 86_400;
 const SLOT: i64 = 300;
 
-/// The ledger is written ahead by this share of the limit.
-const AHEAD: u64 = 200;
+/// The count in the ledger runs ahead by the limit divided by this number.
+const AHEAD_DIVISOR: u64 = 200;
 
+/// Count of the requests of the last 24 hours.
 #[derive(Debug)]
 pub(crate) struct DailyLimit {
     limit: Option<u64>,
     start: Instant,
-    /// Slots as (seconds from `start` to the slot's beginning, requests), oldest first.
+    /// Slots as (seconds from `start` to the beginning of the slot, number of requests), oldest first.
     slots: VecDeque<(i64, u64)>,
     total: u64,
-    /// Requests that may still leave before the ledger must be written again.
+    /// Number of requests that may be sent before the ledger must be written again.
     ahead: u64,
-    /// The limit is used up until then.
+    /// Instant until which the limit is used up.
     full_until: Option<Instant>,
 }
 
 impl DailyLimit {
-    /// `earlier` holds the slots of earlier runs as (age in seconds, requests).
+    /// `earlier` has the slots of earlier runs as (age in seconds, number of requests).
     pub(crate) fn new(limit: Option<u64>, earlier: &[(i64, u64)], now: Instant) -> DailyLimit {
         let mut slots: Vec<(i64, u64)> = earlier
             .iter()
-            // A wall clock that was set back makes an age negative: count it as just now.
+            // After the wall clock was set back an age may be negative: it counts as 0.
             .map(|&(age, count)| (-age.clamp(0, DAY), count))
             .collect();
         slots.sort();
@@ -46,7 +47,7 @@ impl DailyLimit {
         }
     }
 
-    /// Whether one more may leave; if not, when the oldest slot is a day old.
+    /// Returns `Ok` if one more request may be sent, else the instant at which the oldest slot expires.
     pub(crate) fn check(&mut self, now: Instant) -> Result<(), Instant> {
         let Some(limit) = self.limit else {
             return Ok(());
@@ -68,11 +69,12 @@ impl DailyLimit {
         self.full_until.map_or(Ok(()), Err)
     }
 
-    /// The limit, and the instant until which it is used up.
+    /// Returns the limit and the instant until which it is used up, if it is.
     pub(crate) fn used_up(&self, now: Instant) -> Option<(u64, Instant)> {
         self.limit.zip(self.full_until.filter(|until| *until > now))
     }
 
+    /// Counts a request that is sent.
     pub(crate) fn count(&mut self, now: Instant) {
         if self.limit.is_none() {
             return;
@@ -87,18 +89,22 @@ impl DailyLimit {
         self.ahead = self.ahead.saturating_sub(1);
     }
 
-    /// Whether the ledger must be written before one more leaves.
+    /// Returns true if the ledger must be written before the next request.
     pub(crate) fn must_be_written(&self) -> bool {
         self.limit.is_some() && self.ahead == 0
     }
 
-    /// The slots for the ledger, as (age in seconds, requests), with some requests to come in the
-    /// newest one unless this is the `last` time.
+    /// Returns the slots for the ledger as (age in seconds, number of requests). Unless this is the `last` write of
+    /// the run, the newest slot includes some requests ahead of time.
     pub(crate) fn written(&mut self, now: Instant, last: bool) -> Vec<(i64, u64)> {
         let Some(limit) = self.limit else {
             return Vec::new();
         };
-        self.ahead = if last { 0 } else { (limit / AHEAD).max(1) };
+        self.ahead = if last {
+            0
+        } else {
+            (limit / AHEAD_DIVISOR).max(1)
+        };
         let elapsed = (now - self.start).as_secs() as i64;
         let mut slots: Vec<_> = self
             .slots
@@ -121,31 +127,32 @@ mod tests {
     }
 
     #[test]
-    fn no_day_sees_more_than_the_limit() {
+    fn daily_limit_holds_in_any_24_hours() {
         let start = Instant::now();
         let mut day = DailyLimit::new(Some(100), &[], start);
-        let (mut now, mut left) = (start, Vec::new());
+        let mut now = start;
+        let mut sent = Vec::new();
         while now < at(start, 72.0) {
             match day.check(now) {
                 Ok(()) => {
                     day.count(now);
-                    left.push(now);
+                    sent.push(now);
                     now += Duration::from_secs(200);
                 }
                 Err(until) => now = until,
             }
         }
-        for &from in &left {
-            let within = left
+        for &from in &sent {
+            let within = sent
                 .iter()
                 .filter(|&&time| time >= from && time < at(from, 24.0));
             assert!(within.count() <= 100);
         }
-        assert!(left.len() >= 290, "{}", left.len());
+        assert!(sent.len() >= 290, "{}", sent.len());
     }
 
     #[test]
-    fn a_restart_goes_on_counting_and_a_kill_counts_too_many_at_most() {
+    fn daily_count_survives_restarts_and_a_kill_never_lowers_it() {
         let start = Instant::now();
         let mut day = DailyLimit::new(Some(1_000), &[], start);
         let mut written = Vec::new();

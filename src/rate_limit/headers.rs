@@ -1,15 +1,15 @@
-//! What a server says about its limits, in any dialect. Pure.
+//! Parser of rate-limit headers, in all dialects. Pure.
 //!
-//! One grammar reads them all: a family of names (`x-ratelimit-`, `anthropic-ratelimit-`,
-//! `x-tokenlimit-`, the IETF's `ratelimit-`), and in the rest of the name, in any order, a figure
-//! (`limit`, `remaining`, `reset`), what is counted (`requests`, `tokens`, `input-tokens`,
-//! `tokens-generated`, ...) and at times a period (`minute`, `day`).
+//! One grammar covers them: a header name begins with a family prefix (`x-ratelimit-`, `anthropic-ratelimit-`,
+//! `x-tokenlimit-`, the IETF's `ratelimit-`). The rest of the name has, in any order, a figure (`limit`,
+//! `remaining`, `reset`), a resource (`requests`, `tokens`, `input-tokens`, `tokens-generated`, ...) and sometimes a
+//! period (`minute`, `day`).
 
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::HeaderMap;
 
-/// What a limit counts.
+/// Resource that a limit counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Resource {
     Requests,
@@ -27,7 +27,7 @@ impl Resource {
         Resource::OutputTokens,
     ];
 
-    /// As messages name it.
+    /// Name in messages.
     pub fn name(self) -> &'static str {
         match self {
             Resource::Requests => "requests",
@@ -38,21 +38,21 @@ impl Resource {
     }
 }
 
-/// What one reply says about one limit.
+/// Figures of one limit in the headers of one reply.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct LimitReport {
     pub resource: Resource,
     pub limit: Option<f64>,
     pub remaining: Option<f64>,
-    /// Until the limit is whole again.
+    /// Time until the full limit is available again.
     pub reset: Option<Duration>,
-    /// Length of its window, if the server reports it.
+    /// Length of the window, if the server reports it.
     pub window: Option<Duration>,
-    /// The period of the limit, where the dialect or the name fixes it.
+    /// Period of the limit, if the dialect or the header name fixes it.
     period: Option<Duration>,
-    /// The names say neither what is counted nor over which period.
+    /// True if the header names have neither a resource nor a period.
     is_bare: bool,
-    /// The reset time is the end of a window, as the IETF has it.
+    /// True if the reset time is the end of a window, as in the IETF's dialect.
     is_window: bool,
 }
 
@@ -61,25 +61,25 @@ const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3_600);
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// How a limit comes back, as far as one reply tells.
+/// Refill behaviour of a limit, as far as one reply shows it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Refill {
-    /// At a constant rate, all of it in this time: `reset` is when the bucket is full.
+    /// At a constant rate, the full limit in this time; `reset` is the time until the bucket is full.
     Constant(Duration),
-    /// All at once, when the window ends after `reset`.
+    /// All at once, at the end of the window after `reset`.
     AtReset,
-    /// Too little is said, or nothing is used yet.
+    /// The reply reports too little, or nothing has been used yet.
     Unknown,
 }
 
 impl LimitReport {
-    /// Tells a bucket from a fixed window, and a minute from a day, by the reset time.
+    /// Distinguishes a bucket from a fixed window, and a period of a minute from that of a day, by the reset time.
     ///
-    /// The same names mean a minute at one endpoint and a day at another (Groq's requests). But a
-    /// bucket that refills at a constant rate needs `period * used / limit` to be full again, so
-    /// the reset time gives the period away once something is used; where no usual period fits, it
-    /// is the end of a window. An empty bucket that is full in a second is more likely to hold a
-    /// second's worth of a limit a minute than to be 60 times as generous.
+    /// The same header name means a minute at one endpoint and a day at another (requests at Groq). A bucket with
+    /// a constant refill rate needs `period * used / limit` to be full again, so the reset time determines the
+    /// period once something is used. If no usual period fits, the reset time is the end of a window. If an almost
+    /// empty bucket reports that it is full within a second, its capacity is probably one second of a limit per
+    /// minute, not a limit per second; the result is `Unknown` then.
     pub(crate) fn refill(&self) -> Refill {
         if let Some(period) = self.period {
             return Refill::Constant(period);
@@ -108,10 +108,10 @@ impl LimitReport {
     }
 }
 
-/// A reset further away than this is none of a limit by the second.
+/// Reset time above which a limit is not a limit per second.
 const LONGER_THAN_A_SECOND: Duration = Duration::from_secs(5);
 
-/// Every limit that these headers speak of, at most one report for each resource and period.
+/// Parses all limits in the headers. Returns at most one report per resource and period.
 pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<LimitReport> {
     let mut reports: Vec<LimitReport> = Vec::new();
     for (name, value) in headers {
@@ -119,7 +119,7 @@ pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<LimitReport> {
             continue;
         };
         let Ok(value) = value.to_str() else { continue };
-        let report = report_of(&mut reports, field.resource, field.period);
+        let report = find_or_insert(&mut reports, field.resource, field.period);
         match field.figure {
             Figure::Limit => report.limit = amount(value),
             Figure::Remaining => report.remaining = amount(value),
@@ -129,7 +129,7 @@ pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<LimitReport> {
         report.is_window |= name.as_str().starts_with("ratelimit-");
     }
     for report in &mut reports {
-        // OpenRouter's bare names are those of a day, Together's of a second.
+        // Bare names mean a limit per day at OpenRouter, per second at Together.
         if report.is_bare
             && report
                 .reset
@@ -143,7 +143,8 @@ pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<LimitReport> {
     reports
 }
 
-fn report_of(
+/// Returns the report of a resource and period; creates it if it is missing.
+fn find_or_insert(
     reports: &mut Vec<LimitReport>,
     resource: Resource,
     period: Option<Duration>,
@@ -167,31 +168,29 @@ fn report_of(
     &mut reports[index]
 }
 
-/// The IETF's fields in one line: `RateLimit: "default";r=50;t=30` with `RateLimit-Policy:
-/// "default";q=100;w=60`, and the older `RateLimit: limit=100, remaining=50, reset=30`
-/// (draft-ietf-httpapi-ratelimit-headers).
+/// Parses the IETF's structured fields (draft-ietf-httpapi-ratelimit-headers): `RateLimit: "default";r=50;t=30`
+/// with `RateLimit-Policy: "default";q=100;w=60`, and the older `RateLimit: limit=100, remaining=50, reset=30`.
 fn structured(headers: &HeaderMap, now: SystemTime, reports: &mut Vec<LimitReport>) {
     let line = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     let figures = line("ratelimit").into_iter().flat_map(parameters);
     let policy = line("ratelimit-policy").into_iter().flat_map(parameters);
-    let mut found = [None; 4];
+    let mut limit = None;
+    let mut remaining = None;
+    let mut reset = None;
+    let mut window = None;
     for (name, value) in policy.chain(figures) {
         match name {
-            "q" | "limit" => found[0] = amount(value),
-            "r" | "remaining" => found[1] = amount(value),
-            "w" => found[3] = amount(value),
-            "t" | "reset" => {
-                found[2] =
-                    crate::rate_limit::wait::until(value, now).map(|reset| reset.as_secs_f64())
-            }
+            "q" | "limit" => limit = amount(value),
+            "r" | "remaining" => remaining = amount(value),
+            "w" => window = amount(value),
+            "t" | "reset" => reset = crate::rate_limit::wait::until(value, now),
             _ => {}
         }
     }
-    let [limit, remaining, reset, window] = found;
     if remaining.is_none() {
         return;
     }
-    let report = report_of(reports, Resource::Requests, None);
+    let report = find_or_insert(reports, Resource::Requests, None);
     report.is_window = true;
     let seconds = |seconds: f64| {
         Duration::try_from_secs_f64(seconds)
@@ -201,12 +200,10 @@ fn structured(headers: &HeaderMap, now: SystemTime, reports: &mut Vec<LimitRepor
     report.window = window.and_then(seconds);
     report.limit = report.limit.or(limit);
     report.remaining = report.remaining.or(remaining);
-    report.reset = report
-        .reset
-        .or(reset.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()));
+    report.reset = report.reset.or(reset);
 }
 
-/// The `name=value` pairs of a structured field.
+/// Returns the `name=value` pairs of a structured field.
 fn parameters(line: &str) -> impl Iterator<Item = (&str, &str)> {
     let parts = line.split([',', ';']);
     parts.filter_map(|part| {
@@ -222,15 +219,16 @@ enum Figure {
     Reset,
 }
 
+/// Meaning of a header name.
 struct Field {
     figure: Figure,
     resource: Resource,
     period: Option<Duration>,
-    /// Its name says neither what is counted nor over which period.
+    /// True if the name has neither a resource nor a period.
     is_bare: bool,
 }
 
-/// Families of names: the prefix, whether they count tokens, and whether bare names count by the second.
+/// Families of header names as (prefix, counts tokens, bare names count per second).
 const FAMILIES: [(&str, bool, bool); 7] = [
     ("x-tokenlimit-", true, true),
     ("x-ratelimitbysize-", true, false),
@@ -263,7 +261,7 @@ impl Field {
                 "minute" | "min" => period = Some(MINUTE),
                 "hour" => period = Some(HOUR),
                 "day" => period = Some(DAY),
-                // Limits of something that we do not use, images or audio, say.
+                // Limits of a resource that is not used here, such as images or audio.
                 _ => return None,
             }
         }
@@ -286,7 +284,7 @@ impl Field {
     }
 }
 
-/// The first number of a value, as in `100, 100;w=60`.
+/// Parses the first number of a value such as `100, 100;w=60`.
 fn amount(value: &str) -> Option<f64> {
     let first = value.split([',', ';']).next()?;
     let amount: f64 = first.trim().parse().ok()?;
@@ -309,7 +307,7 @@ mod tests {
         reports
     }
 
-    /// `resource remaining/limit per period`, with `?` for what is unknown.
+    /// Formats the reports as `resource remaining/limit per period`, with `?` for unknown figures.
     fn summary(headers: &[(&'static str, &str)]) -> String {
         let show = |value: Option<f64>| value.map_or("?".into(), |value| value.to_string());
         reports(headers)
@@ -332,9 +330,9 @@ mod tests {
     }
 
     #[test]
-    fn every_dialect_is_read() {
+    fn rate_limit_headers_of_all_dialects_are_parsed() {
         let cases: [(&[(&str, &str)], &str); 14] = [
-            // OpenAI: the reset time is that of a bucket filled in a minute.
+            // OpenAI: the reset time is that of a bucket that refills in a minute.
             (
                 &[
                     ("x-ratelimit-limit-requests", "3500"),
@@ -358,7 +356,7 @@ mod tests {
                 ],
                 "requests 14370/14400 per 86400, tokens 17997/18000 per 60",
             ),
-            // Azure: no limits, no reset.
+            // Azure: neither limits nor reset times.
             (
                 &[
                     ("x-ratelimit-remaining-requests", "9"),
@@ -377,7 +375,7 @@ mod tests {
                 ],
                 "requests 25/50 per 60, input tokens 1000/1000 ?, output tokens 8000/? ?",
             ),
-            // Together: by the second.
+            // Together: limits per second.
             (
                 &[
                     ("x-ratelimit-limit", "10"),
@@ -388,7 +386,7 @@ mod tests {
                 ],
                 "requests 9/10 per 1, tokens 2000/3000 per 1",
             ),
-            // Fireworks: prompt and generated tokens apart.
+            // Fireworks: prompt and generated tokens are counted separately.
             (
                 &[
                     ("x-ratelimit-limit-requests", "600"),
@@ -406,7 +404,7 @@ mod tests {
                 ],
                 "requests ?/14400 per 86400, tokens ?/60000 per 60",
             ),
-            // A fixed window ends in 59 s, whatever is used.
+            // A fixed window: its end does not depend on usage.
             (
                 &[
                     ("x-ratelimit-limit-requests", "100"),
@@ -415,7 +413,7 @@ mod tests {
                 ],
                 "requests 99/100 at reset",
             ),
-            // OpenRouter: bare names, and a reset that is no second's.
+            // OpenRouter: bare names, and a reset hours away.
             (
                 &[
                     ("x-ratelimit-limit", "50"),
@@ -455,7 +453,7 @@ mod tests {
                 &[("ratelimit", "limit=100, remaining=50, reset=17")],
                 "requests 50/100 at reset",
             ),
-            // Nonsense is nothing.
+            // Invalid values are ignored.
             (
                 &[
                     ("x-ratelimit-limit-requests", "many"),

@@ -1,14 +1,5 @@
-//! When a request may leave: the user's ceilings, the server's own limits as its headers tell them,
-//! the day's allowance, and one gate for everybody.
-//!
-//! | file | holds |
-//! |---|---|
-//! | `ceiling` | the user's requests and tokens a minute, by governor |
-//! | `day` | the user's requests a day, across restarts |
-//! | `headers` | what a server says about its limits, in any dialect |
-//! | `mirror` | the server's buckets as we believe them to stand |
-//! | `concurrency` | how many requests may be in flight |
-//! | `shared` | the user's ceilings, kept in Redis for several processes (feature `redis`) |
+//! All rate limits of one endpoint behind one call: the user's limits, the daily limit, the server's limits, and a
+//! gate that refusals close.
 
 use anyhow::Result;
 use tokio::time::Instant;
@@ -22,25 +13,26 @@ pub(crate) use crate::rate_limit::send_ticket::SendTicket;
 use crate::rate_limit::server_limits::ServerLimits;
 use crate::rate_limit::user_limits::UserLimits;
 
+/// Decides when the requests of one endpoint may be sent.
 pub(crate) struct Pacer {
-    /// Those that are not shared.
-    ceilings: UserLimits,
+    /// The user's limits that this process counts by itself.
+    user_limits: UserLimits,
+    /// The user's limits that Redis counts for several processes.
     shared: Option<SharedLimits>,
-    mirror: ServerLimits,
+    server_limits: ServerLimits,
     pub day: DailyLimit,
-    /// Nothing leaves before.
+    /// No request is sent before this instant.
     closed_until: Option<Instant>,
-    /// The gate has just been closed by a refusal: one request goes first, to see.
+    /// True after the gate was closed: one request is sent first, to test the server.
     is_half_open: bool,
     limits: LimitsConfig,
 }
 
 impl Pacer {
-    /// `largest` is the most that a request to come will use; `shared` keeps what other processes
-    /// share.
+    /// `largest` is the cost of the largest request to come; `shared` has the limits shared with other processes.
     ///
     /// # Errors
-    /// Where a request could never leave.
+    /// If the largest request can never be sent.
     pub(crate) fn new(
         limits: &LimitsConfig,
         largest: RequestCost,
@@ -49,9 +41,9 @@ impl Pacer {
     ) -> Result<Pacer> {
         let limits = limits.own();
         Ok(Pacer {
-            ceilings: UserLimits::new(&limits, largest.tokens())?,
+            user_limits: UserLimits::new(&limits, largest.tokens())?,
             shared,
-            mirror: ServerLimits::new(Instant::now()),
+            server_limits: ServerLimits::new(Instant::now()),
             day,
             closed_until: None,
             is_half_open: false,
@@ -59,16 +51,17 @@ impl Pacer {
         })
     }
 
-    /// Makes room for a request that is larger than was known when it was made.
+    /// Raises the cost of the largest request to come.
     ///
     /// # Errors
-    /// Where it could never leave.
+    /// If that request can never be sent.
     pub(crate) fn allow_request_of(&mut self, largest: RequestCost) -> Result<()> {
-        self.ceilings.allow_request_of(largest.tokens())
+        self.user_limits.allow_request_of(largest.tokens())
     }
 
-    /// Lets a request out, or says when to ask again. There is room for `room` such requests.
-    pub(crate) fn admit(&mut self, cost: RequestCost, room: usize) -> Result<SendTicket, Instant> {
+    /// Admits a request, or returns the instant at which to try again. `slots` is the number of such requests that
+    /// could be sent now.
+    pub(crate) fn admit(&mut self, cost: RequestCost, slots: usize) -> Result<SendTicket, Instant> {
         let now = Instant::now();
         if let Some(until) = self.closed_until
             && until > now
@@ -76,49 +69,49 @@ impl Pacer {
             return Err(until);
         }
         self.day.check(now)?;
-        self.mirror.check(&cost, now)?;
-        // Last, since what it grants cannot be given back.
-        self.ceilings.admit(cost.tokens())?;
+        self.server_limits.check(&cost, now)?;
+        // Last, because a grant cannot be returned.
+        self.user_limits.admit(cost.tokens())?;
         if let Some(shared) = &mut self.shared {
-            shared.take(cost.tokens(), room, now)?;
+            shared.take(cost.tokens(), slots, now)?;
         }
         self.day.count(now);
-        Ok(self.mirror.charge(cost, now))
+        Ok(self.server_limits.charge(cost, now))
     }
 
-    /// What is new about the limits that are shared.
+    /// Returns a change in the state of the shared limits, if there is one.
     pub(crate) fn poll_event(&mut self) -> Option<LimiterEvent> {
         self.shared.as_mut().and_then(SharedLimits::poll_event)
     }
 
-    /// Learns from the headers of a reply, be it an answer or a refusal. True if there were any.
+    /// Updates the server's limits from the headers of an answer or a refusal. Returns true if there were any.
     pub(crate) fn update_from_headers(
         &mut self,
         reports: &[LimitReport],
-        departure: &SendTicket,
+        ticket: &SendTicket,
     ) -> bool {
         if self.limits.follow_headers {
-            self.mirror.sync(reports, departure, Instant::now());
+            self.server_limits.sync(reports, ticket, Instant::now());
         }
         !reports.is_empty()
     }
 
-    /// An answer came: the gate is open, and tokens that it did not use are given back.
+    /// Records an answer: opens the gate, and refunds the tokens that the answer did not use.
     pub(crate) fn answered(
         &mut self,
         reports: &[LimitReport],
-        departure: &SendTicket,
+        ticket: &SendTicket,
         used: Option<RequestCost>,
     ) {
-        if self.closed_until.is_none_or(|until| departure.at >= until) {
+        if self.closed_until.is_none_or(|until| ticket.at >= until) {
             self.is_half_open = false;
         }
         if let Some(used) = used {
-            self.mirror.refund(departure, &used, reports);
+            self.server_limits.refund(ticket, &used, reports);
         }
     }
 
-    /// Closes the gate until then, or leaves it closed for longer. True if it was open.
+    /// Closes the gate until the given instant or a later one set before. Returns true if the gate was open.
     pub(crate) fn close_until(&mut self, until: Instant) -> bool {
         let was_open = self
             .closed_until
@@ -128,31 +121,34 @@ impl Pacer {
         was_open
     }
 
-    /// After the gate was closed one request goes first, and the others when it is answered.
+    /// Returns true if only one request may be sent, until its answer shows that the server accepts requests.
     pub(crate) fn is_half_open(&self) -> bool {
         self.is_half_open
     }
 
-    /// Nothing leaves for now: the gate is closed, or a limit that is shared cannot be asked for.
+    /// Returns true if no request may be sent: the gate is closed, or the shared limits are unavailable.
     pub(crate) fn is_closed(&self, now: Instant) -> bool {
         self.closed_until.is_some_and(|until| until > now)
-            || self.shared.as_ref().is_some_and(SharedLimits::is_silent)
+            || self
+                .shared
+                .as_ref()
+                .is_some_and(SharedLimits::is_unavailable)
     }
 
-    /// The server's limit that is too small for a request of this cost, however long it waits.
+    /// Returns the server's limit that is smaller than the cost of a request, if there is one.
     pub(crate) fn too_small(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
-        self.mirror.too_small(cost)
+        self.server_limits.too_small(cost)
     }
 
-    /// What all the limits together grant in a minute: requests, tokens. Of a limit that is shared
-    /// nobody knows this process's part.
+    /// Requests and tokens per minute that all limits together allow. Shared limits are not included: the part of
+    /// this process is unknown.
     pub(crate) fn per_minute(&self) -> (Option<f64>, Option<f64>) {
         let mut requests = self.limits.requests_per_minute.map(f64::from);
         let mut tokens = self.limits.tokens_per_minute.map(f64::from);
         let at_most = |limit: &mut Option<f64>, other: f64| {
             *limit = Some(limit.map_or(other, |limit| limit.min(other)));
         };
-        for (resource, per_minute) in self.mirror.per_minute() {
+        for (resource, per_minute) in self.server_limits.per_minute() {
             match resource {
                 Resource::Requests => at_most(&mut requests, per_minute),
                 Resource::Tokens => at_most(&mut tokens, per_minute),
@@ -174,7 +170,7 @@ mod tests {
     };
 
     #[tokio::test(start_paused = true)]
-    async fn nothing_leaves_while_the_gate_is_closed_and_then_one_goes_first() {
+    async fn closed_gate_admits_nothing_and_then_one_request_first() {
         let mut limiter = Pacer::new(
             &LimitsConfig::default(),
             ONE,
@@ -193,7 +189,7 @@ mod tests {
         tokio::time::advance(Duration::from_secs(20)).await;
         let first = limiter.admit(ONE, 1).unwrap();
         assert!(limiter.is_half_open());
-        // What left before the gate closed shows nothing.
+        // The answer to a request sent before the gate closed does not open it.
         limiter.answered(&[], &early, None);
         assert!(limiter.is_half_open());
         limiter.answered(&[], &first, None);
@@ -202,7 +198,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_smaller_of_the_users_and_the_servers_limits_counts() {
+    async fn stricter_of_user_and_server_limits_applies() {
         let limits = LimitsConfig {
             requests_per_minute: Some(600),
             ..LimitsConfig::default()
@@ -214,7 +210,7 @@ mod tests {
             None,
         )
         .unwrap();
-        let departure = limiter.admit(ONE, 1).unwrap();
+        let ticket = limiter.admit(ONE, 1).unwrap();
         let headers = [
             ("x-ratelimit-limit-requests", "60"),
             ("x-ratelimit-remaining-requests", "0"),
@@ -226,7 +222,7 @@ mod tests {
             .collect();
         let reports =
             crate::rate_limit::headers::parse(&headers, std::time::SystemTime::UNIX_EPOCH);
-        assert!(limiter.update_from_headers(&reports, &departure));
+        assert!(limiter.update_from_headers(&reports, &ticket));
         assert_eq!(limiter.per_minute(), (Some(60.0), Some(9_000.0)));
         let wait = limiter.admit(ONE, 1).unwrap_err() - Instant::now();
         assert!((0.9..1.1).contains(&wait.as_secs_f64()), "{wait:?}");

@@ -1,14 +1,14 @@
-//! TODO
+//! Ticket of a sent request.
 
 use crate::rate_limit::cost::RequestCost;
 use crate::rate_limit::headers::Resource;
 use tokio::time::Instant;
 
-/// What a request that has left remembers, so that its reply can be understood.
+/// Time and charges of a sent request, with which its reply is interpreted.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SendTicket {
     pub at: Instant,
     pub(crate) cost: RequestCost,
-    /// What each bucket had been charged in all, this request included.
+    /// Total charged to each bucket so far, this request included.
     pub(crate) charged: [f64; Resource::ALL.len()],
 }

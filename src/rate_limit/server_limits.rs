@@ -1,16 +1,17 @@
-//! The server's own limits, as its headers tell them: one bucket for each thing that it counts.
+//! The server's limits as its headers report them: one bucket per resource. Pure.
 //!
-//! A reply's headers are as old as its request. What has left since is taken off and what has
-//! flowed back since is added, so the belief is right whether the server counted when the request
-//! came in or when the answer went out, as long as we send about as much as the limit lets in.
+//! The figures in a reply are as old as its request. Amounts sent since are subtracted, and amounts refilled since
+//! are added. The estimate is right whether the server counts at the request or at the answer, as long as the send
+//! rate is close to the limit.
 
-use crate::rate_limit::cost::RequestCost;
-use crate::rate_limit::send_ticket::SendTicket;
 use tokio::time::Instant;
 
 use crate::rate_limit::bucket::ServerBucket;
+use crate::rate_limit::cost::RequestCost;
 use crate::rate_limit::headers::{LimitReport, Resource};
+use crate::rate_limit::send_ticket::SendTicket;
 
+/// Buckets of the server's limits, by resource.
 #[derive(Debug)]
 pub(crate) struct ServerLimits {
     buckets: [ServerBucket; Resource::ALL.len()],
@@ -23,7 +24,7 @@ impl ServerLimits {
         }
     }
 
-    /// Whether a request may leave as far as the server's limits go; if not, when to ask again.
+    /// Returns `Ok` if the server's limits allow a request, else the instant at which to try again.
     pub(crate) fn check(&self, cost: &RequestCost, now: Instant) -> Result<(), Instant> {
         let waits = self.each(cost).filter_map(|(bucket, amount)| {
             let until = bucket.free_at(amount, now);
@@ -32,7 +33,7 @@ impl ServerLimits {
         waits.max().map_or(Ok(()), Err)
     }
 
-    /// Takes note that the request leaves.
+    /// Charges a request that is sent.
     pub(crate) fn charge(&mut self, cost: RequestCost, now: Instant) -> SendTicket {
         let mut charged = [0.0; Resource::ALL.len()];
         for (index, resource) in Resource::ALL.into_iter().enumerate() {
@@ -47,36 +48,35 @@ impl ServerLimits {
         }
     }
 
-    /// Believes what the reply to `departure` says.
-    pub(crate) fn sync(&mut self, reports: &[LimitReport], departure: &SendTicket, now: Instant) {
+    /// Updates the buckets by the reply to the request of `ticket`.
+    pub(crate) fn sync(&mut self, reports: &[LimitReport], ticket: &SendTicket, now: Instant) {
         for report in reports {
             let index = report.resource as usize;
-            self.buckets[index].sync(report, departure, departure.charged[index], now);
+            self.buckets[index].sync(report, ticket, ticket.charged[index], now);
         }
     }
 
-    /// Gives back what was charged for tokens that were not used, where the reply did not say
-    /// what remains.
+    /// Refunds tokens that were charged and not used, unless the reply reports the remaining amount.
     pub(crate) fn refund(
         &mut self,
-        departure: &SendTicket,
+        ticket: &SendTicket,
         used: &RequestCost,
         reports: &[LimitReport],
     ) {
         for (index, resource) in Resource::ALL.into_iter().enumerate() {
-            let told = reports
+            let is_reported = reports
                 .iter()
                 .any(|report| report.resource == resource && report.remaining.is_some());
-            let unused = departure.cost.get(resource) - used.get(resource);
+            let unused = ticket.cost.get(resource) - used.get(resource);
             let bucket = &mut self.buckets[index];
-            if !told && unused > 0.0 && resource != Resource::Requests {
+            if !is_reported && unused > 0.0 && resource != Resource::Requests {
                 bucket.level += unused;
                 bucket.charged -= unused;
             }
         }
     }
 
-    /// The limits known, with what they grant in a minute.
+    /// Returns the known limits, in units per minute.
     pub(crate) fn per_minute(&self) -> impl Iterator<Item = (Resource, f64)> {
         Resource::ALL
             .into_iter()
@@ -87,7 +87,7 @@ impl ServerLimits {
             })
     }
 
-    /// The limit that is too small for a request of this cost, however long it waits.
+    /// Returns the limit that is smaller than the cost of a request, if there is one.
     pub(crate) fn too_small(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
         let known = Resource::ALL.into_iter().zip(&self.buckets);
         known
@@ -96,6 +96,7 @@ impl ServerLimits {
             .find(|(resource, limit)| cost.get(*resource) > *limit)
     }
 
+    /// Returns the buckets with a known level, with the amount that a request uses.
     fn each(&self, cost: &RequestCost) -> impl Iterator<Item = (&ServerBucket, f64)> {
         Resource::ALL
             .into_iter()
@@ -133,13 +134,13 @@ mod tests {
         now + Duration::from_secs_f64(seconds)
     }
 
-    /// How many leave in the `seconds` from `start` when nothing but the mirror holds them.
-    fn departures(mirror: &mut ServerLimits, start: Instant, seconds: f64) -> u32 {
+    /// Number of requests that `limits` admits in the `seconds` from `start`.
+    fn count_sent(limits: &mut ServerLimits, start: Instant, seconds: f64) -> u32 {
         let (mut now, mut count) = (start, 0);
         while now < after(start, seconds) {
-            match mirror.check(&ONE, now) {
+            match limits.check(&ONE, now) {
                 Ok(()) => {
-                    mirror.charge(ONE, now);
+                    limits.charge(ONE, now);
                     count += 1;
                 }
                 Err(until) => now = until,
@@ -149,83 +150,83 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_says_nothing_holds_nothing_back() {
+    fn server_without_headers_has_no_limits() {
         let now = Instant::now();
-        let mut mirror = ServerLimits::new(now);
+        let mut limits = ServerLimits::new(now);
         for _ in 0..10_000 {
-            mirror.check(&ONE, now).unwrap();
-            mirror.charge(ONE, now);
+            limits.check(&ONE, now).unwrap();
+            limits.charge(ONE, now);
         }
-        assert_eq!(mirror.per_minute().count(), 0);
+        assert_eq!(limits.per_minute().count(), 0);
     }
 
     #[test]
-    fn an_empty_bucket_is_used_at_its_rate_and_a_full_one_over_about_a_minute() {
+    fn empty_bucket_is_used_at_its_rate_and_a_full_one_within_a_minute() {
         let now = Instant::now();
-        let mut mirror = ServerLimits::new(now);
-        let departure = mirror.charge(ONE, now);
-        mirror.sync(&reports("600", "0", "60s"), &departure, now);
-        let count = departures(&mut mirror, now, 60.0);
+        let mut limits = ServerLimits::new(now);
+        let ticket = limits.charge(ONE, now);
+        limits.sync(&reports("600", "0", "60s"), &ticket, now);
+        let count = count_sent(&mut limits, now, 60.0);
         assert!((590..=611).contains(&count), "{count}");
         assert_eq!(
-            mirror.per_minute().next(),
+            limits.per_minute().next(),
             Some((Resource::Requests, 600.0))
         );
 
-        let mut mirror = ServerLimits::new(now);
-        let departure = mirror.charge(ONE, now);
-        mirror.sync(&reports("600", "599", "100ms"), &departure, now);
-        let first = departures(&mut mirror, now, 1.0);
+        let mut limits = ServerLimits::new(now);
+        let ticket = limits.charge(ONE, now);
+        limits.sync(&reports("600", "599", "100ms"), &ticket, now);
+        let first = count_sent(&mut limits, now, 1.0);
         assert!((20..=45).contains(&first), "{first} in the first second");
-        let count = first + departures(&mut mirror, after(now, 1.0), 59.0);
+        let count = first + count_sent(&mut limits, after(now, 1.0), 59.0);
         assert!((900..=1_200).contains(&count), "{count}");
     }
 
     #[test]
-    fn what_has_left_since_is_taken_off_and_older_replies_are_not_believed() {
+    fn sync_subtracts_later_requests_and_ignores_older_replies() {
         let now = Instant::now();
-        let mut mirror = ServerLimits::new(now);
-        let first = mirror.charge(ONE, now);
-        let second = mirror.charge(ONE, after(now, 0.1));
+        let mut limits = ServerLimits::new(now);
+        let first = limits.charge(ONE, now);
+        let second = limits.charge(ONE, after(now, 0.1));
         for _ in 0..4 {
-            mirror.charge(ONE, after(now, 0.1));
+            limits.charge(ONE, after(now, 0.1));
         }
         let reply = after(now, 0.1);
-        mirror.sync(&reports("60", "5", "55s"), &second, reply);
-        assert!((mirror.buckets[0].level(reply) - 1.0).abs() < 1e-9);
-        mirror.sync(&reports("60", "59", "1s"), &first, reply);
-        assert!((mirror.buckets[0].level(reply) - 1.0).abs() < 1e-9);
+        limits.sync(&reports("60", "5", "55s"), &second, reply);
+        assert!((limits.buckets[0].level(reply) - 1.0).abs() < 1e-9);
+        limits.sync(&reports("60", "59", "1s"), &first, reply);
+        assert!((limits.buckets[0].level(reply) - 1.0).abs() < 1e-9);
     }
 
     #[test]
-    fn nothing_left_of_a_limit_that_is_not_told_holds_back_until_its_reset_alone() {
+    fn exhausted_limit_of_unknown_size_waits_for_its_reset_only() {
         let now = Instant::now();
         for (limit, reset, seconds) in [("", "", 0.0), ("", "2s", 2.0), ("0", "2s", 2.0)] {
-            let mut mirror = ServerLimits::new(now);
-            let departure = mirror.charge(ONE, now);
-            mirror.sync(&reports(limit, "0", reset), &departure, now);
-            let until = mirror.check(&ONE, now).err().unwrap_or(now);
+            let mut limits = ServerLimits::new(now);
+            let ticket = limits.charge(ONE, now);
+            limits.sync(&reports(limit, "0", reset), &ticket, now);
+            let until = limits.check(&ONE, now).err().unwrap_or(now);
             assert_eq!(until, after(now, seconds));
             let then = after(now, seconds);
             for _ in 0..1_000 {
-                mirror.check(&ONE, then).unwrap();
-                mirror.charge(ONE, then);
+                limits.check(&ONE, then).unwrap();
+                limits.charge(ONE, then);
             }
-            assert_eq!(mirror.too_small(&ONE), None);
+            assert_eq!(limits.too_small(&ONE), None);
         }
     }
 
     #[test]
-    fn the_length_of_a_window_is_that_of_its_policy() {
+    fn window_length_is_taken_from_the_policy_header() {
         let now = Instant::now();
         let mut headers = HeaderMap::new();
         headers.insert("ratelimit", "\"d\";r=0;t=2".parse().unwrap());
         headers.insert("ratelimit-policy", "\"d\";q=5;w=2".parse().unwrap());
         let reports = headers::parse(&headers, SystemTime::UNIX_EPOCH);
-        let mut mirror = ServerLimits::new(now);
-        let departure = mirror.charge(ONE, now);
-        mirror.sync(&reports, &departure, now);
-        let count = departures(&mut mirror, now, 62.0);
+        let mut limits = ServerLimits::new(now);
+        let ticket = limits.charge(ONE, now);
+        limits.sync(&reports, &ticket, now);
+        let count = count_sent(&mut limits, now, 62.0);
         assert!(
             (100..=160).contains(&count),
             "{count} in 60 s, of 5 every 2 s"
@@ -233,50 +234,52 @@ mod tests {
     }
 
     #[test]
-    fn limits_that_change_are_followed() {
+    fn changed_limits_are_followed() {
         let now = Instant::now();
-        let mut mirror = ServerLimits::new(now);
-        let departure = mirror.charge(ONE, now);
-        mirror.sync(&reports("600", "0", "60s"), &departure, now);
-        let departure = mirror.charge(ONE, after(now, 1.0));
-        mirror.sync(&reports("60", "0", "60s"), &departure, after(now, 1.0));
-        let count = departures(&mut mirror, after(now, 1.0), 60.0);
+        let mut limits = ServerLimits::new(now);
+        let ticket = limits.charge(ONE, now);
+        limits.sync(&reports("600", "0", "60s"), &ticket, now);
+        let ticket = limits.charge(ONE, after(now, 1.0));
+        limits.sync(&reports("60", "0", "60s"), &ticket, after(now, 1.0));
+        let count = count_sent(&mut limits, after(now, 1.0), 60.0);
         assert!((55..=62).contains(&count), "{count}");
     }
 
     #[test]
-    fn a_window_that_is_used_up_is_waited_for() {
+    fn exhausted_window_waits_for_its_end() {
         let now = Instant::now();
-        let mut mirror = ServerLimits::new(now);
-        let departure = mirror.charge(ONE, now);
-        mirror.sync(&reports("100", "0", "20"), &departure, now);
-        assert_eq!(mirror.check(&ONE, now), Err(after(now, 20.0)));
-        assert_eq!(mirror.check(&ONE, after(now, 20.0)), Ok(()));
+        let mut limits = ServerLimits::new(now);
+        let ticket = limits.charge(ONE, now);
+        limits.sync(&reports("100", "0", "20"), &ticket, now);
+        assert_eq!(limits.check(&ONE, now), Err(after(now, 20.0)));
+        assert_eq!(limits.check(&ONE, after(now, 20.0)), Ok(()));
     }
 
-    /// A server with `size` units and 50 a second more, 3,000 a minute as it says, whose replies take
-    /// a second: what leaves in two minutes, and how much of it is refused.
+    /// Simulates two minutes with a server whose bucket has `size` units, refills 50 per second, and reports a limit
+    /// of 3,000 per minute. Replies take a second. Returns the number of requests sent, and of those refused.
     fn two_minutes(size: f64) -> (u32, u32) {
         let start = Instant::now();
-        let mut mirror = ServerLimits::new(start);
-        let (mut server, mut at) = (size, start);
+        let mut limits = ServerLimits::new(start);
+        let mut server = size;
+        let mut at = start;
         let mut replies = std::collections::VecDeque::new();
         let (mut now, mut sent, mut refused) = (start, 0, 0);
         while now < after(start, 120.0) {
-            let until = match mirror.check(&ONE, now) {
-                // Until the first reply has come, one goes.
-                Ok(()) if sent == 0 || mirror.buckets[0].as_of.is_some() => {
-                    let departure = mirror.charge(ONE, now);
+            let until = match limits.check(&ONE, now) {
+                // Before the first reply only one request is sent.
+                Ok(()) if sent == 0 || limits.buckets[0].as_of.is_some() => {
+                    let ticket = limits.charge(ONE, now);
                     server = (server + 50.0 * (now - at).as_secs_f64()).min(size);
                     at = now;
                     sent += 1;
-                    match server >= 1.0 {
-                        true => server -= 1.0,
-                        false => refused += 1,
+                    if server >= 1.0 {
+                        server -= 1.0;
+                    } else {
+                        refused += 1;
                     }
                     let reset = format!("{:.0}ms", (size - server) / 50.0 * 1e3);
                     let report = reports("3000", &format!("{}", server.floor()), &reset);
-                    replies.push_back((after(now, 1.0), departure, report));
+                    replies.push_back((after(now, 1.0), ticket, report));
                     continue;
                 }
                 Ok(()) => replies[0].0,
@@ -284,26 +287,26 @@ mod tests {
             };
             now = until;
             while replies.front().is_some_and(|reply| reply.0 <= now) {
-                let Some((_, departure, report)) = replies.pop_front() else {
+                let Some((_, ticket, report)) = replies.pop_front() else {
                     break;
                 };
-                mirror.sync(&report, &departure, now);
+                limits.sync(&report, &ticket, now);
             }
         }
         (sent, refused)
     }
 
     #[test]
-    fn a_bucket_of_a_second_is_no_window_that_ends_all_the_time() {
+    fn bucket_with_a_capacity_of_one_second_is_not_taken_for_a_window() {
         let (sent, refused) = two_minutes(50.0);
         assert!(sent >= 5_900, "{sent}");
         assert!(refused * 50 <= sent, "{refused} of {sent} are refused");
     }
 
     #[test]
-    fn unused_tokens_come_back_where_the_server_does_not_count_them_itself() {
+    fn unused_tokens_are_refunded_unless_the_server_reports_the_remaining_amount() {
         let now = Instant::now();
-        let mut mirror = ServerLimits::new(now);
+        let mut limits = ServerLimits::new(now);
         let cost = RequestCost {
             input_tokens: 10,
             output_tokens: 90,
@@ -316,23 +319,23 @@ mod tests {
             }
             headers::parse(&headers, SystemTime::UNIX_EPOCH)
         };
-        let departure = mirror.charge(cost, now);
+        let ticket = limits.charge(cost, now);
         let used = RequestCost {
             input_tokens: 10,
             output_tokens: 40,
         };
-        mirror.sync(&report("500"), &departure, now);
-        mirror.refund(&departure, &used, &report("500"));
+        limits.sync(&report("500"), &ticket, now);
+        limits.refund(&ticket, &used, &report("500"));
         let tokens = Resource::Tokens as usize;
-        assert_eq!(mirror.buckets[tokens].level(now), 500.0);
-        let departure = mirror.charge(cost, now);
-        mirror.refund(&departure, &used, &report(""));
-        assert_eq!(mirror.buckets[tokens].level(now), 450.0);
+        assert_eq!(limits.buckets[tokens].level(now), 500.0);
+        let ticket = limits.charge(cost, now);
+        limits.refund(&ticket, &used, &report(""));
+        assert_eq!(limits.buckets[tokens].level(now), 450.0);
         let huge = RequestCost {
             input_tokens: 2_000,
             output_tokens: 0,
         };
-        assert_eq!(mirror.too_small(&huge), Some((Resource::Tokens, 1000.0)));
-        assert_eq!(mirror.too_small(&cost), None);
+        assert_eq!(limits.too_small(&huge), Some((Resource::Tokens, 1000.0)));
+        assert_eq!(limits.too_small(&cost), None);
     }
 }

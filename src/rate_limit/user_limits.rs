@@ -1,8 +1,7 @@
-//! The user's own ceilings: requests and tokens a minute.
+//! The user's limits of requests and tokens per minute.
 //!
-//! governor's GCRA does the pacing on tokio's clock, so that tests can pause it. It is asked by the
-//! dispatcher alone, one request at a time in the order of the queue: it is not fair among waiters
-//! and cannot give back what it granted.
+//! The pacing is governor's GCRA on tokio's clock, which tests can pause. Only the dispatcher calls it, one request
+//! at a time in queue order: governor is not fair among waiters, and a grant cannot be returned.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -17,7 +16,7 @@ use tokio::time::Instant;
 use crate::config::LimitsConfig;
 use crate::exit::Exit;
 
-/// The time since the limiter was made, on tokio's clock.
+/// Clock of a limiter: the time since its creation, on tokio's clock.
 #[derive(Clone)]
 struct TokioClock {
     start: Instant,
@@ -33,29 +32,33 @@ impl Clock for TokioClock {
 
 type Gcra = RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Duration>>;
 
+/// Limiters for requests and tokens per minute.
 pub(crate) struct UserLimits {
     clock: TokioClock,
     requests: Option<Gcra>,
     tokens: Option<Gcra>,
-    /// What has been granted to the head of the queue, which still waits for the rest; a grant
-    /// cannot be returned, so it is kept for whoever is asked about next.
+    /// Tokens granted to the head of the queue while it waits for a request permit. A grant cannot be returned, so
+    /// it is kept for the next call.
     granted_tokens: u32,
     limits: LimitsConfig,
-    /// Tokens that may leave at once at least.
+    /// Minimum burst in tokens: the size of the largest request.
     largest: u64,
 }
 
 impl UserLimits {
-    /// `largest` is the estimate of tokens of the largest request to come.
+    /// `largest` is the estimated number of tokens of the largest request to come.
     ///
-    /// A burst is less than a second's worth, but at least one request. In any minute no more leaves than the
-    /// limit and one burst. A request that could never leave is an error.
+    /// A burst is less than one second of the limit, but at least one request. In any minute, at most the limit and
+    /// one burst are admitted.
+    ///
+    /// # Errors
+    /// If the largest request can never be sent.
     pub(crate) fn new(limits: &LimitsConfig, largest: u64) -> Result<UserLimits> {
         check_largest(limits, largest)?;
         let clock = TokioClock {
             start: Instant::now(),
         };
-        let gcra = |per_minute, least| gcra(per_minute, least, clock.clone());
+        let gcra = |per_minute, min_burst| gcra(per_minute, min_burst, clock.clone());
         Ok(UserLimits {
             requests: limits
                 .requests_per_minute
@@ -72,11 +75,11 @@ impl UserLimits {
         })
     }
 
-    /// Makes room for a request that is larger than was known. What it is let out by must first come in:
-    /// no minute sees more for it.
+    /// Raises the burst to a larger request. The new limiter starts empty, so no minute exceeds the limit because
+    /// of it.
     ///
     /// # Errors
-    /// As [`Ceilings::new`].
+    /// Those of [`UserLimits::new`].
     pub(crate) fn allow_request_of(&mut self, largest: u64) -> Result<()> {
         let Some(limit) = self
             .limits
@@ -88,7 +91,7 @@ impl UserLimits {
         check_largest(&self.limits, largest)?;
         let tokens = gcra(limit, largest as u32, self.clock.clone())?;
         if let Some(all) = NonZeroU32::new(burst(limit).max(largest as u32)) {
-            // A new one begins full.
+            // A new limiter starts with a full burst: use it up.
             let _ = tokens.check_n(all);
         }
         (self.tokens, self.largest) = (Some(tokens), largest);
@@ -96,7 +99,7 @@ impl UserLimits {
         Ok(())
     }
 
-    /// May a request of about so many tokens leave now? If not, when to ask again.
+    /// Admits a request of about `tokens` tokens, or returns the instant at which to try again.
     pub(crate) fn admit(&mut self, tokens: u64) -> Result<(), Instant> {
         if let Some(limiter) = &self.tokens {
             let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
@@ -104,7 +107,7 @@ impl UserLimits {
                 match limiter.check_n(missing) {
                     Ok(Ok(())) => self.granted_tokens += missing.get(),
                     Ok(Err(not_until)) => return Err(self.instant(not_until.earliest_possible())),
-                    // The burst holds the largest request, so no request is larger than it.
+                    // Unreachable: the burst is at least the largest request.
                     Err(_) => return Err(Instant::now() + Duration::from_secs(60)),
                 }
             }
@@ -119,40 +122,41 @@ impl UserLimits {
     }
 
     fn instant(&self, reference: Duration) -> Instant {
-        // A timer may fire a little early by governor's nanoseconds.
+        // tokio's timers have milliseconds, so one may fire before governor's nanosecond.
         self.clock.start + reference + Duration::from_millis(1)
     }
 }
 
-/// Refuses a limit that the largest request, of about so many tokens, never fits into.
+/// Checks that the largest request, of about `largest` tokens, fits the token limit.
 pub(crate) fn check_largest(limits: &LimitsConfig, largest: u64) -> Result<()> {
     if let Some(limit) = limits.tokens_per_minute
         && largest > u64::from(limit)
     {
         return Err(Exit::Usage(format!(
-            "a request may use about {largest} tokens (prompt and `sampling.max_tokens`), more \
-             than `limits.tokens_per_minute` = {limit} ever allows: lower \
-             `sampling.max_tokens` or raise the limit"
+            "a request may use about {largest} tokens (prompt and `sampling.max_tokens`), which exceeds \
+             `limits.tokens_per_minute` = {limit}: lower `sampling.max_tokens` or raise the limit"
         ))
         .into());
     }
     Ok(())
 }
 
-/// What may leave at once: three quarters of a second's worth. A server whose bucket holds a second's
-/// worth, and whose clock differs a little, then never has to refuse.
+/// Burst of a limit: three quarters of a second. A server whose bucket has the capacity of one second then never
+/// refuses, even if its clock runs a little differently.
 pub(crate) fn burst(per_minute: u32) -> u32 {
     per_minute / 80
 }
 
-/// A limiter of so many cells a minute with a burst of `least` at least.
-fn gcra(per_minute: u32, least: u32, clock: TokioClock) -> Result<Gcra> {
-    // Rounded up: rounding down would let out a little more than the limit.
+/// Creates a limiter of `per_minute` cells with a burst of at least `min_burst`.
+fn gcra(per_minute: u32, min_burst: u32, clock: TokioClock) -> Result<Gcra> {
+    // Rounded up: rounding down would admit a little more than the limit.
     let period = Duration::from_nanos(60_000_000_000u64.div_ceil(u64::from(per_minute.max(1))));
     let quota = Quota::with_period(period)
         .filter(|_| per_minute > 0)
-        .ok_or_else(|| Exit::Usage("a limit of 0 a minute lets nothing out: remove it".into()))?;
-    let burst = NonZeroU32::new(burst(per_minute).max(least)).unwrap_or(NonZeroU32::MIN);
+        .ok_or_else(|| {
+            Exit::Usage("a limit of 0 per minute blocks every request: remove it".into())
+        })?;
+    let burst = NonZeroU32::new(burst(per_minute).max(min_burst)).unwrap_or(NonZeroU32::MIN);
     Ok(RateLimiter::direct_with_clock(
         quota.allow_burst(burst),
         clock,
@@ -171,8 +175,8 @@ mod tests {
         }
     }
 
-    /// Lets requests of these sizes out as fast as they may, and returns when each left, in seconds.
-    async fn departures(
+    /// Sends requests of these sizes as fast as the limiter admits them. Returns the send times in seconds.
+    async fn send_times(
         limiter: &mut UserLimits,
         sizes: impl IntoIterator<Item = u64>,
     ) -> Vec<f64> {
@@ -187,7 +191,7 @@ mod tests {
         times
     }
 
-    /// The most that leaves in any minute, each departure weighing its size.
+    /// Maximum total size of the requests in any minute.
     fn busiest_minute(times: &[f64], sizes: &[u64]) -> u64 {
         let weight = |start: f64| -> u64 {
             let inside = times
@@ -203,15 +207,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn no_minute_sees_more_requests_than_the_limit_and_a_burst() {
+    async fn requests_in_any_minute_stay_within_limit_and_burst() {
         for limit in [1, 7, 60, 500, 6_000] {
             let mut limiter = UserLimits::new(&limits(Some(limit), None), 1).unwrap();
             let count = 3 * limit as usize;
-            let times = departures(&mut limiter, vec![1; count]).await;
+            let times = send_times(&mut limiter, vec![1; count]).await;
             let burst = u64::from((limit / 60).max(1));
             let busiest = busiest_minute(&times, &vec![1; count]);
             assert!(busiest <= u64::from(limit) + burst, "{busiest} of {limit}");
-            // And the limit is used: three minutes' worth takes about three minutes.
+            // The limit is used: three times the limit takes about three minutes.
             assert!(
                 (110.0..190.0).contains(times.last().unwrap()),
                 "{limit}: {times:?}"
@@ -220,27 +224,28 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn no_minute_sees_more_tokens_than_the_limit_and_a_burst() {
+    async fn tokens_in_any_minute_stay_within_limit_and_burst() {
         let sizes: Vec<u64> = (0..600).map(|index| 50 + index * 37 % 400).collect();
         let mut limiter = UserLimits::new(&limits(Some(600), Some(40_000)), 449).unwrap();
-        let times = departures(&mut limiter, sizes.iter().copied()).await;
+        let times = send_times(&mut limiter, sizes.iter().copied()).await;
         let busiest = busiest_minute(&times, &sizes);
         assert!(busiest <= 40_000 + 666, "{busiest}");
         assert!(busiest >= 39_000, "{busiest}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn room_for_a_larger_request_lets_no_more_out() {
+    async fn raising_the_largest_request_does_not_exceed_the_limit() {
         let mut limiter = UserLimits::new(&limits(None, Some(6_000)), 100).unwrap();
         let start = Instant::now();
-        let (mut times, mut sizes) = (Vec::new(), Vec::new());
+        let mut times = Vec::new();
+        let mut sizes = Vec::new();
         for round in 1..=20 {
             let largest = 100 * round;
             limiter.allow_request_of(largest).unwrap();
             let before = start.elapsed().as_secs_f64();
             let more = [largest, 50, 100, 50];
-            let left = departures(&mut limiter, more).await;
-            times.extend(left.into_iter().map(|time| before + time));
+            let sent = send_times(&mut limiter, more).await;
+            times.extend(sent.into_iter().map(|time| before + time));
             sizes.extend(more);
         }
         let busiest = busiest_minute(&times, &sizes);
@@ -252,17 +257,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn tokens_granted_to_a_waiting_request_are_not_lost() {
         let mut limiter = UserLimits::new(&limits(Some(60), Some(6_000)), 6_000).unwrap();
-        assert_eq!(departures(&mut limiter, [100]).await, [0.0]);
-        // Tokens are there, but the next request has to wait a second for its turn.
+        assert_eq!(send_times(&mut limiter, [100]).await, [0.0]);
+        // Tokens are available, but the next request permit comes after a second.
         for _ in 0..50 {
             assert!(limiter.admit(5_000).is_err());
         }
-        let times = departures(&mut limiter, [5_000, 900]).await;
+        let times = send_times(&mut limiter, [5_000, 900]).await;
         assert!(times[1] < 2.1, "{times:?}");
     }
 
     #[test]
-    fn a_request_that_can_never_leave_is_an_error() {
+    fn request_above_the_token_limit_is_an_error() {
         let error = UserLimits::new(&limits(None, Some(1_000)), 1_500)
             .err()
             .unwrap();

@@ -1,11 +1,13 @@
-//! TODO
+//! Parser of the waiting times in headers and error messages. Pure.
 
 use std::time::Duration;
 use std::time::SystemTime;
 
-/// The time to a point that is given as seconds from now, a Unix time in seconds or milliseconds, a date
-/// of HTTP or RFC 3339, or a duration (`2m59.56s`). Of a list, as a proxy makes it of two headers, the
-/// longest. A point that has passed is now.
+/// Parses the waiting time in a header value.
+///
+/// The value is a number of seconds, a Unix time in seconds or milliseconds, a date of HTTP or RFC 3339, or a duration
+/// such as `2m59.56s`. For a list, which a proxy may make of two headers, the longest time counts. For an instant in
+/// the past the result is zero.
 pub(crate) fn until(text: &str, now: SystemTime) -> Option<Duration> {
     let text = text.trim().trim_matches('"').trim();
     if let Some(number) = amount(text) {
@@ -26,7 +28,7 @@ pub(crate) fn until(text: &str, now: SystemTime) -> Option<Duration> {
     duration(text)
 }
 
-/// A date of RFC 3339, in UTC where it names no zone, or of HTTP, also where that has another name for GMT.
+/// Parses a date of RFC 3339 (in UTC if it has no zone) or of HTTP (also with another name for GMT).
 pub(crate) fn date(text: &str) -> Option<SystemTime> {
     if let Ok(date) = text.parse::<jiff::Timestamp>() {
         return Some(date.into());
@@ -44,7 +46,7 @@ pub(crate) fn date(text: &str) -> Option<SystemTime> {
     httpdate::parse_http_date(&format!("{} GMT", date.trim_end())).ok()
 }
 
-/// `1h2m3.5s`, `17ms`, `2 minutes`, `PT1M30S`: numbers and units, one after the other.
+/// Parses a duration such as `1h2m3.5s`, `17ms`, `2 minutes` or `PT1M30S`.
 pub(crate) fn duration(text: &str) -> Option<Duration> {
     let lower = text.trim().to_ascii_lowercase();
     let lower = lower.strip_prefix("pt").unwrap_or(&lower);
@@ -52,7 +54,7 @@ pub(crate) fn duration(text: &str) -> Option<Duration> {
     rest.trim().is_empty().then_some(total)
 }
 
-/// The duration that a text in lower case begins with, and what follows it.
+/// Parses the duration at the beginning of a text in lower case. Returns it with the rest of the text.
 pub(crate) fn leading(text: &str) -> Option<(Duration, &str)> {
     let (mut rest, mut total, mut is_any) = (text, 0.0, false);
     loop {
@@ -64,13 +66,12 @@ pub(crate) fn leading(text: &str) -> Option<(Duration, &str)> {
         let digits = start
             .find(|char: char| !char.is_ascii_digit() && char != '.')
             .unwrap_or(start.len());
-        // The full stop of a sentence is no part of a number.
+        // A full stop after the number ends the sentence.
         let number: f64 = match start[..digits].trim_end_matches('.').parse() {
             Ok(number) => number,
             Err(_) => break,
         };
-        let behind = &start[digits..];
-        let unit_start = behind.trim_start();
+        let unit_start = start[digits..].trim_start();
         let letters = unit_start
             .find(|char: char| !char.is_alphabetic())
             .unwrap_or(unit_start.len());
@@ -85,7 +86,7 @@ pub(crate) fn leading(text: &str) -> Option<(Duration, &str)> {
     Some((total, rest))
 }
 
-/// Seconds of a unit.
+/// Length of a time unit in seconds.
 pub(crate) fn unit(name: &str) -> Option<f64> {
     Some(match name {
         "d" | "day" | "days" => 86_400.0,
@@ -99,15 +100,16 @@ pub(crate) fn unit(name: &str) -> Option<f64> {
     })
 }
 
+/// Parses a number that is not negative.
 pub(crate) fn amount(text: &str) -> Option<f64> {
     let amount: f64 = text.trim().parse().ok()?;
     (!amount.is_nan() && amount >= 0.0).then_some(amount)
 }
 
-/// Less than nothing is now.
+/// Converts seconds to a duration, clamped to 0 and [`LONGEST`].
 pub(crate) fn seconds(seconds: f64) -> Option<Duration> {
     Duration::try_from_secs_f64(seconds.clamp(0.0, LONGEST)).ok()
 }
 
-/// Longer waits than this are as good as for ever.
+/// Maximum waiting time in seconds.
 pub(crate) const LONGEST: f64 = 10.0 * 366.0 * 86_400.0;

@@ -1,4 +1,4 @@
-//! What to do after a run, from its summary. Pure.
+//! Advice for the next steps after a run, from its summary. Pure.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::terminal::{format_count, format_share};
 /// Exit code of [`Exit::SomeFailed`].
 const SOME_FAILED: u8 = 3;
 
-/// One sentence a step, the most pressing first.
+/// Returns one sentence per step, the most urgent first.
 pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<String> {
     let mut steps = Vec::new();
     let config = &summary.arguments;
@@ -19,42 +19,42 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
             steps.push(text);
         }
     };
-    // Every other error says itself what to do before the next run.
-    let goes_on = summary.error.as_ref().is_none_or(|error| {
+    // The message of every other error says what must change before the next run.
+    let can_rerun = summary.error.as_ref().is_none_or(|error| {
         Exit::signal_of(error).is_some() || Exit::code_of(error) == SOME_FAILED
     });
     step(
-        summary.pending > 0 && goes_on,
+        summary.pending > 0 && can_rerun,
         format!(
-            "run the same command again: {} rows are pending, and nothing is asked twice",
+            "rerun the command: {} rows are pending, and cached answers are not requested again",
             format_count(summary.pending)
         ),
     );
     step(
         summary.failed > 0,
-        format!("look into {}: {}", failures.display(), again(summary)),
+        format!("see {}: {}", failures.display(), retry_advice(summary)),
     );
     let refusals = summary.quarantines.get("refusal").copied().unwrap_or(0);
     step(
         refusals * 20 > asked,
         format!(
-            "the teacher refused {} of the questions, and none of these is trained on: `distill harvest {config} \
-             --again refusal` asks them once more",
+            "the teacher refused {} of the questions, which are not used for training: `distill harvest {config} \
+             --again refusal` requests them again",
             format_share(refusals, asked)
         ),
     );
     step(
         summary.cut_off * 20 > asked,
         format!(
-            "raise `sampling.max_tokens`: it cut off {} of the answers (this asks for those alone)",
+            "raise `sampling.max_tokens`: it cut off {} of the answers (only these are requested again)",
             format_share(summary.cut_off, asked)
         ),
     );
     step(
         summary.without_logprobs * 20 > asked,
         format!(
-            "{} of the answers came without usable logprobs: `distill probe {config}` tells what the \
-             endpoint offers",
+            "{} of the answers have no usable logprobs: `distill probe {config}` shows what the endpoint \
+             supports",
             format_share(summary.without_logprobs, asked)
         ),
     );
@@ -62,7 +62,7 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
         step(
             used.throttled * 100 > used.requests,
             format!(
-                "{} refused {} of the requests for their rate: lower `limits.requests_per_minute`, \
+                "{} throttled {} of the requests: lower `limits.requests_per_minute`, \
                  `limits.tokens_per_minute` or `limits.concurrency`",
                 used.teacher,
                 format_share(used.throttled, used.requests)
@@ -72,7 +72,7 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
         step(
             share < 0.5 && summary.seconds > 600.0 && used.throttled == 0,
             format!(
-                "raise `limits.concurrency`: {} was used to {:.0} % of its rate limit",
+                "raise `limits.concurrency`: the run used {1:.0} % of the rate limit of {0}",
                 used.teacher,
                 share * 100.0
             ),
@@ -82,7 +82,7 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
         let first = if summary.warnings.is_empty() {
             ""
         } else {
-            "look at the warnings, and then "
+            "read the warnings, and then "
         };
         let before = summary.before_training;
         steps.push(match config.as_str() {
@@ -93,18 +93,18 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
     steps
 }
 
-/// How the failed rows are asked again.
-fn again(summary: &HarvestSummary) -> String {
+/// Advice on how to request the failed rows again.
+fn retry_advice(summary: &HarvestSummary) -> String {
     let config = &summary.arguments;
-    let asks = format!("`distill harvest {config} --again failed` asks");
+    let again = format!("`distill harvest {config} --again failed`");
     match summary.given_up {
-        0 => "the same command asks these rows again".into(),
+        0 => "rerun the command to retry these rows".into(),
         count if count == summary.failed => {
-            format!("they have been bought `retry.max_attempts` times, and {asks} them again")
+            format!("these rows used up `retry.max_attempts` paid attempts; {again} retries them")
         }
         count => format!(
-            "the same command asks these rows again, but for {} that have been bought \
-             `retry.max_attempts` times, which {asks}",
+            "rerun the command to retry these rows, except for {} that used up `retry.max_attempts` paid \
+             attempts; {again} retries those",
             format_count(count)
         ),
     }
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_good_run_leads_to_training_and_others_to_what_is_wrong() {
+    fn advice_is_to_train_after_a_good_run_and_names_the_problems_of_others() {
         let good = HarvestSummary {
             ok: 100,
             ..HarvestSummary::default()
@@ -135,7 +135,7 @@ mod tests {
         });
         assert_eq!(
             odd,
-            "look at the warnings, and then train: `distill train -c run.toml`"
+            "read the warnings, and then train: `distill train -c run.toml`"
         );
         let bad = steps(HarvestSummary {
             ok: 90,
@@ -165,9 +165,9 @@ mod tests {
             "8 rows are pending",
             "run/failures.jsonl",
             "it cut off 50.0 %",
-            "100.0 % of the answers came without",
-            "slow was used to 10 %",
-            "strict refused 30.0 %",
+            "100.0 % of the answers have no usable logprobs",
+            "the run used 10 % of the rate limit of slow",
+            "strict throttled 30.0 %",
             "refused 10.0 % of the questions",
         ] {
             assert!(bad.contains(part), "{part} is not in:\n{bad}");
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn rows_bought_max_attempts_times_are_advised_again_failed() {
-        let of = |failed, given_up| {
+        let advice = |failed, given_up| {
             steps(HarvestSummary {
                 ok: 90,
                 failed,
@@ -184,25 +184,25 @@ mod tests {
                 ..HarvestSummary::default()
             })
         };
-        assert!(!of(2, 0).contains("--again"));
-        assert!(of(2, 1).contains("but for 1 that"));
-        assert!(of(2, 2).contains("they have been bought"));
+        assert!(!advice(2, 0).contains("--again"));
+        assert!(advice(2, 1).contains("except for 1 that"));
+        assert!(advice(2, 2).contains("these rows used up"));
     }
 
     #[test]
-    fn the_same_command_is_advised_only_where_nothing_must_change_first() {
-        let after = |error: Exit| {
+    fn rerun_is_advised_only_if_nothing_must_change_first() {
+        let advises_rerun = |error: Exit| {
             let summary = HarvestSummary {
                 ok: 90,
                 pending: 10,
                 error: Some(error.into()),
                 ..HarvestSummary::default()
             };
-            steps(summary).contains("run the same command again")
+            steps(summary).contains("rerun the command")
         };
-        assert!(after(Exit::Signal(2)));
-        assert!(after(Exit::SomeFailed("2 failed".into())));
-        assert!(!after(Exit::Resumable("raise `budget.usd`".into())));
-        assert!(!after(Exit::Usage("change it".into())));
+        assert!(advises_rerun(Exit::Signal(2)));
+        assert!(advises_rerun(Exit::SomeFailed("2 failed".into())));
+        assert!(!advises_rerun(Exit::Resumable("raise `budget.usd`".into())));
+        assert!(!advises_rerun(Exit::Usage("change it".into())));
     }
 }

@@ -1,4 +1,4 @@
-//! What became of the batches of a run.
+//! Counters of a run in batch mode.
 
 use std::collections::BTreeMap;
 
@@ -6,24 +6,25 @@ use serde::Serialize;
 
 use crate::terminal::{format_count, sanitise};
 
+/// Counters of the batches of a run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct BatchCounts {
-    /// Batches by their status, as the endpoint told it last.
+    /// Number of batches by the last status that the endpoint reported.
     pub parts: BTreeMap<String, u64>,
-    /// Batches whose creation had no reply, found by their nonce.
+    /// Number of batches whose creation got no reply and that were found by their nonce.
     pub adopted: u64,
-    /// Rows that a batch gave back without an answer, and that went into another one.
+    /// Number of rows that a batch returned without an answer and that were submitted in another one.
     pub asked_again: u64,
-    /// Rows that were in neither file of a completed batch.
+    /// Number of rows that were in neither file of a completed batch.
     pub lost: u64,
-    /// Lines that named no row of their batch, or one that had ended.
+    /// Number of result lines for an unknown row, or for one that had ended.
     pub ignored: u64,
-    /// Answers to prompts that this run does not ask; recorded all the same.
+    /// Number of recorded answers to prompts outside this run's plan.
     pub besides: u64,
 }
 
 impl BatchCounts {
-    /// For the summary's table.
+    /// Rows of the summary's table.
     pub fn rows(&self) -> Vec<[String; 2]> {
         let count = |name: &str, number| [name.to_string(), format_count(number)];
         let mut rows = vec![count("batches", self.parts.values().sum())];
@@ -32,7 +33,7 @@ impl BatchCounts {
         }
         for (name, number) in [
             ("  found by their nonce", self.adopted),
-            ("rows asked again", self.asked_again),
+            ("rows requested again", self.asked_again),
             ("  lost in batches", self.lost),
             ("lines ignored", self.ignored),
             ("answers to other prompts", self.besides),

@@ -1,5 +1,4 @@
-//! `failures.jsonl`: the rows that ended without an answer, and why: failed ones, and those that a
-//! content filter refused.
+//! `failures.jsonl`: the rows of a run that failed or were refused by a content filter, with the reason.
 
 use std::path::{Path, PathBuf};
 
@@ -18,7 +17,7 @@ pub struct FailedRow {
     pub teacher: String,
     pub prompt_id: String,
     pub sample: u32,
-    /// The key that an answer would have been recorded under.
+    /// Cache key of the missing answer.
     pub key: String,
     pub class: String,
     pub message: String,
@@ -39,7 +38,7 @@ impl FailedRow {
         }
     }
 
-    /// The line of `unanswered.jsonl` that tells the next run of this failure.
+    /// Line of `unanswered.jsonl` that records this failure for later runs.
     pub fn line(&self, now: jiff::Timestamp) -> Line {
         Line {
             key: self.key.clone(),
@@ -52,7 +51,7 @@ impl FailedRow {
         }
     }
 
-    /// A row that earlier runs have bought as often as it may be.
+    /// Describes a row that used up `retry.max_attempts` paid attempts in earlier runs.
     pub fn given_up(
         plan: &Plan,
         endpoint: usize,
@@ -75,8 +74,7 @@ pub(crate) fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("failures.jsonl")
 }
 
-/// Replaces the file by the rows of this run: an older one would speak of rows that have been
-/// answered since.
+/// Replaces the file by the rows of this run: rows of an older file may have an answer by now.
 pub(crate) fn write(run_dir: &Path, rows: &[FailedRow]) -> Result<()> {
     let path = file(run_dir);
     if rows.is_empty() && !path.exists() {

@@ -1,4 +1,4 @@
-//! How the run is going: what is done, how fast, what it costs, how long it will take.
+//! The progress line of a run: remaining time, counters, rates and cost.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -8,10 +8,10 @@ use tokio::time::Instant;
 use crate::report::summary::HarvestSummary;
 use crate::terminal::{format_count, format_dollars, format_duration};
 
-/// Rates are those of the last minute.
+/// Period over which rates are averaged.
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// Counters over the last minute.
+/// Rates over the last minute, from samples of the summary.
 pub(crate) struct Rates {
     samples: VecDeque<Sample>,
 }
@@ -31,7 +31,7 @@ impl Rates {
         }
     }
 
-    /// Takes note of where the run stands; call it about once a second.
+    /// Adds a sample; call it about once a second.
     pub(crate) fn note(&mut self, now: Instant, summary: &HarvestSummary) {
         while self.samples.len() > 1 && now - self.samples[1].at >= WINDOW {
             self.samples.pop_front();
@@ -39,15 +39,15 @@ impl Rates {
         self.samples.push_back(sample(now, summary));
     }
 
-    /// The state of the run as one line.
+    /// Formats the state of the run as one line.
     pub(crate) fn line(&self, summary: &HarvestSummary) -> String {
         let mut parts = Vec::new();
         // First, since a narrow terminal cuts off the end.
         let done = self.per_minute(|sample| sample.done);
         if done > 0.0 {
             let minutes = summary.total.saturating_sub(summary.done()) as f64 / done;
-            let left = Duration::from_secs_f64(minutes * 60.0);
-            parts.push(format!("{} left", format_duration(left)));
+            let remaining = Duration::from_secs_f64(minutes * 60.0);
+            parts.push(format!("{} left", format_duration(remaining)));
         }
         for (count, name) in [
             (summary.failed, "failed"),
@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_line_is_about_the_last_minute() {
+    fn progress_line_shows_rates_of_the_last_minute() {
         let start = Instant::now();
         let mut summary = HarvestSummary {
             total: 1_000,

@@ -1,4 +1,4 @@
-//! What a run has done, for people and for programs: the table at the end (`table`), and `summary.json`.
+//! Summary of a run: its counters, and `summary.json` with the history of the run folder.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,77 +19,77 @@ use crate::report::failures;
 use crate::report::failures::FailedRow;
 use crate::report::timeline::{HourStats, LimitUse};
 
-/// The version of the object that `--json` prints and `summary.json` holds.
+/// Version of the JSON object that `--json` prints and `summary.json` contains.
 pub const SUMMARY_VERSION: u32 = 1;
 
-/// Every row ends as one of `cached`, `ok`, `quarantined`, `failed` and `pending`: they add up to
-/// `total`.
+/// Counters of a run. `cached`, `ok`, `quarantined`, `failed` and `pending` add up to `total`.
 #[derive(Debug, Default, Serialize)]
 pub struct HarvestSummary {
     pub version: Version,
-    /// Prompts times samples, for every teacher that is asked.
+    /// Number of rows: prompts times samples, for every teacher.
     pub total: u64,
-    /// Answered before this run, or by another row of it that asks the same.
+    /// Number of rows with an answer from an earlier run, or with the same request as another row.
     pub cached: u64,
-    /// Of these, rows that ask word for word what another one asks.
+    /// Number of rows in `cached` with the same request as another row.
     pub repeated: u64,
     pub ok: u64,
-    /// Recorded, but not to be trained on; by reason in `quarantines`.
+    /// Number of answers that are recorded but not used for training; by reason in `quarantines`.
     pub quarantined: u64,
-    /// Ended without an answer; by class in `failures`, one by one in `failures.jsonl`.
+    /// Number of rows that ended without an answer; by class in `failures`, in full in `failures.jsonl`.
     pub failed: u64,
-    /// Of these, bought `retry.max_attempts` times: only `harvest --again failed` asks them again.
+    /// Number of rows in `failed` that used up `retry.max_attempts` paid attempts: only `harvest --again failed`
+    /// requests them again.
     pub given_up: u64,
-    /// Not asked to the end; the next run goes on with them.
+    /// Number of rows that have not ended; the next run resumes with them.
     pub pending: u64,
-    /// Requests sent, retries included.
+    /// Number of requests sent, retries included.
     pub requests: u64,
     pub usage: Usage,
-    /// Cost of the answers of this run by their usage; none without prices.
+    /// Cost of the answers of this run by their usage, in US dollars; `None` without prices.
     pub cost_usd: Option<f64>,
-    /// Upper bound for attempts of this run that may have been billed, and answers without usage.
+    /// Upper bound for attempts of this run that may have been billed, and for answers without usage.
     pub estimated_usd: Option<f64>,
-    /// Everything that this run folder ever cost, upper bounds included.
+    /// Cost of all runs in this run folder, upper bounds included.
     pub run_folder_usd: Option<f64>,
     pub budget_usd: Option<f64>,
-    /// Attempts of this run that may have been billed and brought no answer.
+    /// Number of attempts of this run that may have been billed without an answer.
     pub attempts_lost: u64,
     pub seconds: f64,
-    /// Answers that were asked for logprobs and came without usable ones.
+    /// Number of answers without usable logprobs although the request asked for logprobs.
     pub without_logprobs: u64,
     pub without_logprobs_because: BTreeMap<String, u64>,
-    /// Answers that `sampling.max_tokens` cut off.
+    /// Number of answers that `sampling.max_tokens` cut off.
     pub cut_off: u64,
     pub quarantines: BTreeMap<String, u64>,
     pub failures: BTreeMap<String, u64>,
-    /// By teacher: what was used of what the limits allowed.
+    /// Use of the rate limits, by teacher.
     pub used: Vec<LimitUse>,
     pub hours: Vec<HourStats>,
-    /// Of a run in batch mode.
+    /// Batch mode only.
     pub batches: Option<BatchCounts>,
     /// Warnings about the answers that were logged during the run.
     pub warnings: Vec<String>,
-    /// What to do next.
+    /// Next steps, the most urgent first.
     pub advice: Vec<String>,
-    /// Turns of the dispatcher's loop, for tests: it must not spin.
+    /// Iterations of the dispatcher's loop, for tests that it does not spin.
     #[serde(skip)]
     pub turns: u64,
-    /// What is still to be asked; of a dry run only.
+    /// Dry run only: estimate of the open rows.
     pub estimate: Option<Estimate>,
     /// Earlier runs in this folder, and this one.
     pub runs: Vec<PastRun>,
-    /// The flags that name this config, for commands in what to do next; see [`Config::arguments`].
+    /// Flags that name this config, for the commands in `advice`; see [`Config::arguments`].
     ///
     /// [`Config::arguments`]: crate::config::Config::arguments
     #[serde(skip)]
     pub arguments: String,
-    /// Changes to the config without which it cannot train; empty if there are none.
+    /// Changes to the config that training needs; empty if there are none.
     #[serde(skip)]
     pub before_training: &'static str,
-    /// The rows of `failed`, and those that a filter refused, for `failures.jsonl`.
+    /// Rows that failed or were refused by a content filter, for `failures.jsonl`.
     #[serde(skip)]
     pub failed_rows: Vec<FailedRow>,
-    /// Why the process must not end with status 0: a fatal error, an outage, a signal, failed rows.
+    /// Reason for a nonzero exit status: a fatal error, an outage, a signal, failed rows.
     #[serde(serialize_with = "as_text")]
     pub error: Option<anyhow::Error>,
 }
@@ -128,7 +128,7 @@ pub struct PastRun {
 }
 
 impl PastRun {
-    pub(crate) fn of(summary: &HarvestSummary) -> PastRun {
+    pub(crate) fn new(summary: &HarvestSummary) -> PastRun {
         PastRun {
             at: Timing::stamp(jiff::Timestamp::now()),
             ok: summary.ok,
@@ -143,10 +143,10 @@ impl PastRun {
     }
 }
 
-/// Of these, the last ones are kept.
-const MOST_RUNS: usize = 1_000;
+/// Maximum number of entries in the run history; older ones are dropped.
+const MAX_RUNS: usize = 1_000;
 
-/// The runs that the summary of the run folder tells of; none where it cannot be read.
+/// Returns the history in `summary.json` of the run folder; empty if the file cannot be read.
 pub(crate) fn past_runs(run_dir: &Path) -> Vec<PastRun> {
     #[derive(Deserialize)]
     struct Runs {
@@ -156,23 +156,23 @@ pub(crate) fn past_runs(run_dir: &Path) -> Vec<PastRun> {
     let text = crate::fs::read(&file(run_dir)).unwrap_or_default();
     let mut runs =
         serde_json::from_slice::<Runs>(&text).map_or_else(|_| Vec::new(), |past| past.runs);
-    runs.drain(..runs.len().saturating_sub(MOST_RUNS - 1));
+    runs.drain(..runs.len().saturating_sub(MAX_RUNS - 1));
     runs
 }
 
-/// Answers that earlier runs have recorded in this folder, as far as the summary tells.
+/// Number of answers that earlier runs recorded in this folder, according to `summary.json`.
 pub fn recorded_before(run_dir: &Path) -> u64 {
     let runs = past_runs(run_dir);
     runs.iter().map(|run| run.ok + run.quarantined).sum()
 }
 
-/// Warns where earlier runs have recorded answers and the cache is empty: it may have been moved.
+/// Warns if the cache is empty although earlier runs have recorded answers: it may have been moved.
 pub(crate) fn warn_of_empty_cache(run_dir: &Path, cache_dir: &Path, records: usize) {
     let before = recorded_before(run_dir);
     if records == 0 && before > 0 {
         tracing::warn!(
-            "earlier runs have recorded {} answers, and the cache in {} is empty: they are bought again; if it \
-             was moved or compressed by hand, stop this run and put it back",
+            "earlier runs recorded {} answers, but the cache in {} is empty: this run pays for them again; if the \
+             cache was moved or compressed by hand, stop this run and restore it",
             format_count(before),
             cache_dir.display()
         );
@@ -184,7 +184,7 @@ pub fn file(run_dir: &Path) -> PathBuf {
 }
 
 impl HarvestSummary {
-    /// The summary of a run in which all went well; otherwise its error.
+    /// Returns the summary, or its error if it has one.
     pub fn into_result(mut self) -> Result<HarvestSummary> {
         match self.error.take() {
             Some(error) => Err(error),
@@ -192,31 +192,35 @@ impl HarvestSummary {
         }
     }
 
-    /// Rows that have ended, cached ones included.
+    /// Number of rows that have ended, cached ones included.
     pub fn done(&self) -> u64 {
         self.cached + self.ok + self.quarantined + self.failed
     }
 
     /// Counts an answer.
-    pub fn add(&mut self, seen: &AnswerFacts, wants_logprobs: bool) {
-        match seen.status {
+    pub fn add(&mut self, answer: &AnswerFacts, wants_logprobs: bool) {
+        match answer.status {
             Status::Ok => self.ok += 1,
             Status::Quarantined => {
                 self.quarantined += 1;
-                *self.quarantines.entry(seen.reason.clone()).or_default() += 1;
+                *self.quarantines.entry(answer.reason.clone()).or_default() += 1;
             }
         }
-        if let Some(usage) = &seen.usage {
+        if let Some(usage) = &answer.usage {
             self.usage.add(usage);
         }
-        self.cut_off += u64::from(seen.is_cut_off);
-        // What has no text to train on has no tokens either.
-        let is_asked = wants_logprobs && seen.text.1 > 0;
-        if let Some(why) = seen.without_logprobs.as_ref().filter(|_| is_asked) {
+        self.cut_off += u64::from(answer.is_cut_off);
+        // An empty answer has no tokens, and so no logprobs.
+        let expects_logprobs = wants_logprobs && answer.text.1 > 0;
+        if let Some(reason) = answer
+            .without_logprobs
+            .as_ref()
+            .filter(|_| expects_logprobs)
+        {
             self.without_logprobs += 1;
             *self
                 .without_logprobs_because
-                .entry(why.clone())
+                .entry(reason.clone())
                 .or_default() += 1;
         }
     }
@@ -227,14 +231,14 @@ impl HarvestSummary {
         self.warnings.push(text);
     }
 
-    /// A row ends without an answer.
+    /// Counts a row that ended without an answer.
     pub fn fail(&mut self, row: FailedRow) {
         self.failed += 1;
         *self.failures.entry(row.class.clone()).or_default() += 1;
         self.failed_rows.push(row);
     }
 
-    /// What is known before anything is asked.
+    /// Creates the summary of a run before its first request.
     pub fn from_plan(plan: &Plan, unanswered: &Unanswered) -> HarvestSummary {
         let mut summary = HarvestSummary {
             total: plan.total,
@@ -243,23 +247,23 @@ impl HarvestSummary {
             ..HarvestSummary::default()
         };
         for (endpoint, row) in &plan.given_up {
-            let of_old = || unanswered.get(row.old_key.as_deref()?);
-            let known = unanswered.get(&row.key).or_else(of_old).cloned();
-            let known = known.unwrap_or_default();
-            summary.fail(FailedRow::given_up(plan, *endpoint, row, known));
+            let by_old_key = || unanswered.get(row.old_key.as_deref()?);
+            let history = unanswered.get(&row.key).or_else(by_old_key).cloned();
+            let history = history.unwrap_or_default();
+            summary.fail(FailedRow::given_up(plan, *endpoint, row, history));
         }
         summary
     }
 
-    /// A content filter refuses a row: it ends without an answer, and is not asked again.
+    /// Counts a row that a content filter refused.
     pub fn filtered(&mut self, row: FailedRow) {
         self.quarantined += 1;
         *self.quarantines.entry(row.class.clone()).or_default() += 1;
         self.failed_rows.push(row);
     }
 
-    /// Rows that failed keep a run from having succeeded.
-    pub fn error_of_rows(&self, run_dir: &Path) -> Option<anyhow::Error> {
+    /// Returns [`Exit::SomeFailed`] if rows failed.
+    pub fn failed_rows_error(&self, run_dir: &Path) -> Option<anyhow::Error> {
         let message = format!(
             "{} of {} rows failed: see {}",
             self.failed,

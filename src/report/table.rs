@@ -1,4 +1,4 @@
-//! The summary as a table, for people.
+//! The summary as a table for people.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::terminal::{
 };
 
 impl HarvestSummary {
-    /// The summary as a table.
+    /// Formats the summary as a table, followed by advice and cost, or by the notes of a dry run.
     pub fn to_table(&self) -> String {
         let count = |name: &str, number| [name.to_string(), format_count(number)];
         let mut rows = vec![
@@ -20,7 +20,7 @@ impl HarvestSummary {
             count("cached before", self.cached - self.repeated),
         ];
         if self.repeated > 0 {
-            rows.push(count("the same as another", self.repeated));
+            rows.push(count("identical requests", self.repeated));
         }
         match &self.estimate {
             Some(estimate) => rows.extend(estimate_rows(self, estimate)),
@@ -28,7 +28,7 @@ impl HarvestSummary {
         }
         let mut text = table(&rows);
         if let Some(estimate) = &self.estimate {
-            return text + &self.outlook(estimate);
+            return text + &self.dry_run_notes(estimate);
         }
         for step in &self.advice {
             text.push_str(&format!("next: {}\n", sanitise(step)));
@@ -73,13 +73,13 @@ impl HarvestSummary {
         }
         rows.push(count("completion tokens", self.usage.completion_tokens));
         if self.usage.reasoning_tokens > 0 {
-            rows.push(count("  of them reasoning", self.usage.reasoning_tokens));
+            rows.push(count("  for reasoning", self.usage.reasoning_tokens));
         }
         if self.without_logprobs > 0 {
             rows.push(count("without logprobs", self.without_logprobs));
             let because = self.without_logprobs_because.iter();
             rows.extend(
-                because.map(|(why, &number)| count(&format!("  {}", sanitise(why)), number)),
+                because.map(|(reason, &number)| count(&format!("  {}", sanitise(reason)), number)),
             );
         }
         if self.cut_off > 0 {
@@ -94,6 +94,7 @@ impl HarvestSummary {
         rows
     }
 
+    /// Rows about the rate limits of each teacher.
     fn use_rows(&self) -> Vec<[String; 2]> {
         let mut rows = Vec::new();
         for used in &self.used {
@@ -101,17 +102,17 @@ impl HarvestSummary {
                 1 => String::new(),
                 _ => format!(" ({})", sanitise(&used.teacher)),
             };
-            // What may leave at once is a large part of a shorter time.
+            // Over a shorter time the initial burst would distort the share.
             let is_long = used.open_s >= 60.0;
             if let Some(share) = used.share().filter(|_| is_long) {
                 rows.push([
-                    format!("of the rate limit{name}"),
+                    format!("rate limit used{name}"),
                     format!("{:.1} %", share * 100.0),
                 ]);
             }
             if used.throttled > 0 {
                 rows.push([
-                    format!("refused for the rate{name}"),
+                    format!("throttled requests{name}"),
                     format_count(used.throttled),
                 ]);
             }
@@ -119,8 +120,8 @@ impl HarvestSummary {
         rows
     }
 
-    /// Notes and the first request of a dry run, below its table.
-    fn outlook(&self, estimate: &Estimate) -> String {
+    /// Notes and the first request of a dry run.
+    fn dry_run_notes(&self, estimate: &Estimate) -> String {
         let mut text = String::new();
         for warning in self
             .warnings
@@ -129,26 +130,26 @@ impl HarvestSummary {
         {
             text.push_str(&format!("note: {}\n", sanitise(warning)));
         }
-        for (count, what) in [
+        for (count, question) in [
             (
                 estimate.cached.other_settings,
-                "the same prompts, asked with other settings",
+                "the same prompts with other settings",
             ),
             (estimate.cached.other_prompts, "other prompts"),
         ] {
             if count > 0 {
                 let count = format_count(count);
-                text.push_str(&format!("note: {count} cached answers are to {what}\n"));
+                text.push_str(&format!("note: {count} cached answers are to {question}\n"));
             }
         }
         if let Some(request) = &estimate.first_request {
             let request = serde_json::to_string_pretty(request).unwrap_or_default();
-            text.push_str(&format!("the first request:\n{}\n", sanitise(&request)));
+            text.push_str(&format!("first request:\n{}\n", sanitise(&request)));
         }
         text
     }
 
-    /// `$1.20 measured + at most $0.03 estimated`, and what the run folder cost in all.
+    /// Formats the cost, as in `$1.20 measured + at most $0.03 estimated`, and the use of the budget.
     fn cost_text(&self) -> String {
         let Some(measured) = self.cost_usd else {
             return "no price is set".into();
@@ -191,10 +192,10 @@ fn estimate_rows(summary: &HarvestSummary, estimate: &Estimate) -> Vec<[String; 
     };
     let disk = match estimate.disk_bytes {
         Some(bytes) => format!("about {}", format_bytes(bytes)),
-        None => "not known before the first answers".into(),
+        None => "unknown before the first answers".into(),
     };
     let mut rows = vec![
-        ("to be asked", format_count(summary.pending)),
+        ("to be requested", format_count(summary.pending)),
         (
             "prompt tokens",
             format!("about {}", format_count(estimate.prompt_tokens)),
@@ -215,14 +216,14 @@ fn estimate_rows(summary: &HarvestSummary, estimate: &Estimate) -> Vec<[String; 
     }
     rows.extend([("time", time), ("disk", disk)]);
     if summary.failed > 0 {
-        // Bought as often as they may be: `--again failed` starts over with them.
+        // These rows used up `retry.max_attempts` paid attempts.
         rows.insert(0, ("given up", format_count(summary.failed)));
     }
     let rows = rows.into_iter();
     rows.map(|(name, value)| [name.into(), value]).collect()
 }
 
-/// A provider takes a day for a batch at the most, and often an hour or two.
+/// Formats the time of the batches: a provider may take a day for each, and often takes an hour or two.
 fn batch_time(batches: &BatchEstimate) -> String {
     let to_submit = match batches.batches {
         0 => "no new batch".to_owned(),
@@ -232,7 +233,7 @@ fn batch_time(batches: &BatchEstimate) -> String {
     let under_way = match batches.under_way {
         0 => String::new(),
         count => format!(
-            " beside {} under way with {} of these rows",
+            ", besides {} under way with {} of these rows",
             format_count(count),
             format_count(batches.rows_under_way)
         ),
@@ -242,7 +243,9 @@ fn batch_time(batches: &BatchEstimate) -> String {
     }
     let rounds = match batches.rounds {
         0 | 1 => "up to 24 h".to_owned(),
-        rounds => format!("{rounds} rounds by `batch.enqueued_tokens`, up to 24 h each"),
+        rounds => {
+            format!("{rounds} rounds because of `batch.enqueued_tokens`, up to 24 h each")
+        }
     };
     format!("{to_submit}{under_way}: {rounds}")
 }
@@ -253,8 +256,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     #[test]
-    fn a_dry_run_of_batches_shows_what_is_under_way() {
-        let of = |batches, under_way, rounds| {
+    fn batch_time_shows_new_batches_and_those_under_way() {
+        let time = |batches, under_way, rounds| {
             batch_time(&BatchEstimate {
                 batches,
                 under_way,
@@ -262,20 +265,20 @@ mod tests {
                 rounds,
             })
         };
-        assert_eq!(of(0, 0, 0), "no batch is needed");
-        assert_eq!(of(1, 0, 1), "1 batch: up to 24 h");
+        assert_eq!(time(0, 0, 0), "no batch is needed");
+        assert_eq!(time(1, 0, 1), "1 batch: up to 24 h");
         assert_eq!(
-            of(0, 2, 0),
-            "no new batch beside 2 under way with 500 of these rows: up to 24 h"
+            time(0, 2, 0),
+            "no new batch, besides 2 under way with 500 of these rows: up to 24 h"
         );
         assert_eq!(
-            of(3, 0, 3),
-            "3 batches: 3 rounds by `batch.enqueued_tokens`, up to 24 h each"
+            time(3, 0, 3),
+            "3 batches: 3 rounds because of `batch.enqueued_tokens`, up to 24 h each"
         );
     }
 
     #[test]
-    fn the_table_shows_every_row_and_reason() {
+    fn summary_table_shows_counters_reasons_and_cost() {
         let summary = HarvestSummary {
             total: 1_010,
             cached: 1_000,
@@ -307,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dry_run_shows_ranges() {
+    fn dry_run_table_shows_ranges() {
         let summary = HarvestSummary {
             pending: 10,
             estimate: Some(Estimate {

@@ -1,9 +1,9 @@
-//! How the run went over time: hour by hour, and what was used of what the limits allowed.
+//! Statistics of a run by hour, and its use of the rate limits.
 
 use serde::Serialize;
 use tokio::time::Instant;
 
-/// What the run did in one hour of its own, counted from its start.
+/// Statistics of one hour of the run, counted from the start of the run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct HourStats {
     /// RFC 3339, in UTC.
@@ -11,37 +11,36 @@ pub struct HourStats {
     pub requests: u64,
     pub answered: u64,
     pub failed_attempts: u64,
-    /// Seconds of this hour that belong to the run.
+    /// Seconds of this hour within the run.
     pub seconds: f64,
-    /// Of these, outside the window.
+    /// Seconds of these outside `schedule.window`.
     pub closed_s: f64,
-    /// Of these, waiting because an endpoint asked for it or was out of order.
+    /// Seconds of these spent waiting for an endpoint that throttled or was down.
     pub waiting_s: f64,
 }
 
-/// What one endpoint was sent, beside what its limits and the user's allowed while there was
-/// something to send.
+/// Requests and tokens sent to one endpoint, and the amounts that the limits of the endpoint and of the user
+/// allowed while rows were waiting.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct LimitUse {
     pub teacher: String,
     pub requests: u64,
-    /// None where no limit is known.
+    /// `None` without a known limit.
     pub requests_allowed: Option<f64>,
-    /// As limits count them: prompt estimate and `max_tokens`.
+    /// Prompt estimates and `max_tokens`, as limits count them.
     pub tokens: u64,
     pub tokens_allowed: Option<f64>,
     pub throttled: u64,
-    /// Seconds in which there was something to send.
+    /// Seconds in which rows were waiting to be sent.
     pub open_s: f64,
 }
 
 impl LimitUse {
-    /// Adds a stretch of time in which the endpoint had something to send.
-    pub fn pass(&mut self, seconds: f64, per_minute: (Option<f64>, Option<f64>)) {
+    /// Adds seconds in which rows were waiting to be sent. `per_minute` are the limits of requests and tokens.
+    pub fn advance(&mut self, seconds: f64, per_minute: (Option<f64>, Option<f64>)) {
         let add = |allowed: &mut Option<f64>, per_minute: Option<f64>, before: f64| {
             if let Some(per_minute) = per_minute {
-                // A limit that is learned from headers held from the start, when about a second's
-                // worth may leave at once.
+                // A limit that headers report later is assumed since the start, with a burst of one second.
                 let earlier = per_minute * (before + 1.0) / 60.0;
                 *allowed = Some(allowed.unwrap_or(earlier) + per_minute * seconds / 60.0);
             }
@@ -51,7 +50,7 @@ impl LimitUse {
         self.open_s += seconds;
     }
 
-    /// The share of the limit that was used, of whichever limit was closest.
+    /// Used share of the limit that was closest to exhaustion.
     pub fn share(&self) -> Option<f64> {
         let share = |used: u64, allowed: Option<f64>| {
             allowed
@@ -67,7 +66,7 @@ impl LimitUse {
     }
 }
 
-/// The hours of a run, and the time that has not been told to anybody yet.
+/// Hours of a run, and the time up to which they are counted.
 #[derive(Debug)]
 pub(crate) struct Timeline {
     started: Instant,
@@ -88,7 +87,7 @@ impl Timeline {
         timeline
     }
 
-    /// The hour that it is.
+    /// Returns the statistics of the hour at `now`.
     pub(crate) fn hour(&mut self, now: Instant) -> &mut HourStats {
         let index = (now - self.started).as_secs() / 3_600;
         while self.hours.len() as u64 <= index {
@@ -103,8 +102,8 @@ impl Timeline {
         &mut self.hours[index as usize]
     }
 
-    /// The seconds since the last call, which are the hour's.
-    pub(crate) fn pass(&mut self, now: Instant) -> f64 {
+    /// Adds the seconds since the last call to the current hour, and returns them.
+    pub(crate) fn advance(&mut self, now: Instant) -> f64 {
         let seconds = (now - self.last).as_secs_f64();
         self.last = now;
         self.hour(now).seconds += seconds;
@@ -112,7 +111,8 @@ impl Timeline {
     }
 }
 
-/// The hour with the fewest answers for the time in which it was allowed to ask, among whole ones.
+/// Returns the hour with the fewest answers per second within `schedule.window`, among hours with at least half
+/// an hour of it.
 pub(crate) fn slowest(hours: &[HourStats]) -> Option<&HourStats> {
     let rate = |hour: &HourStats| hour.answered as f64 / (hour.seconds - hour.closed_s);
     hours
@@ -127,13 +127,13 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn the_slowest_hour_is_found_among_those_that_could_ask() {
+    fn slowest_hour_excludes_hours_outside_the_window() {
         let start = Instant::now();
         let wall = "2026-11-22T22:00:00Z".parse().unwrap();
         let mut timeline = Timeline::new(start, wall);
         for minute in 0..180 {
             let now = start + Duration::from_secs(60 * minute + 59);
-            timeline.pass(now);
+            timeline.advance(now);
             timeline.hour(now).answered += if minute / 60 == 1 { 3 } else { 10 };
         }
         assert_eq!(timeline.hours.len(), 3);
@@ -148,17 +148,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_used_is_compared_with_what_was_allowed() {
+    fn limit_use_share_compares_sent_with_allowed_amounts() {
         let mut used = LimitUse {
             requests: 90,
             tokens: 100,
             ..LimitUse::default()
         };
         assert_eq!(used.share(), None);
-        used.pass(29.0, (None, None));
-        used.pass(30.0, (Some(100.0), None));
+        used.advance(29.0, (None, None));
+        used.advance(30.0, (Some(100.0), None));
         assert_eq!(used.share(), Some(0.9));
-        used.pass(60.0, (Some(50.0), Some(50.0)));
+        used.advance(60.0, (Some(50.0), Some(50.0)));
         assert_eq!(used.requests_allowed, Some(150.0));
         assert_eq!(used.share(), Some(1.0));
     }

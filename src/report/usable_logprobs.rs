@@ -1,12 +1,12 @@
-//! Checks during the harvest whether an answer's logprobs can become soft labels. Pure.
+//! Check during the harvest whether the logprobs of an answer can become soft labels. Pure.
 
 use crate::cache::record::Logprobs;
 use crate::data::align::candidates::{EXCESS, is_usable};
 use crate::data::align::token_ids;
 
-/// Reason for which training cannot use these logprobs of `text`.
+/// Returns the reason why training cannot use these logprobs of `text`, or `None` if it can.
 pub(crate) fn problem(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
-    // The text of tokens that are named by id is known to their tokenizer.
+    // For tokens named by id the text is known only to the tokenizer.
     if !logprobs.matches_text
         && !token_ids::are_ids(&logprobs.token)
         && !crate::data::align::teacher::spells(&logprobs.into(), text.as_bytes())
@@ -27,7 +27,7 @@ pub(crate) fn problem(logprobs: &Logprobs, text: &str) -> Option<&'static str> {
     None
 }
 
-/// The sum of the probabilities at a position; one that is listed twice counts once.
+/// Sum of the probabilities at a position. A token that is listed twice counts once.
 fn mass(top: &[String], values: &[Option<f32>]) -> f64 {
     let sum = |is_new: &dyn Fn(usize) -> bool| -> f64 {
         let usable = values.iter().enumerate();
@@ -41,7 +41,7 @@ fn mass(top: &[String], values: &[Option<f32>]) -> f64 {
     if all <= 1.0 + EXCESS {
         return all;
     }
-    // Bytes that are no text are all "" here.
+    // Tokens that are not valid UTF-8 all have the text "", so they are not compared.
     sum(&|rank| top[rank].is_empty() || !top[..rank].contains(&top[rank]))
 }
 
@@ -61,11 +61,11 @@ mod tests {
     }
 
     #[test]
-    fn what_training_cannot_use_is_seen_at_once() {
+    fn unusable_logprobs_are_reported_with_a_reason() {
         let of = |tokens: &[&str], top: &[f32]| problem(&logprobs(tokens, top), "a b");
         assert_eq!(of(&["a", " b"], &[-0.5, -1.5]), None);
         assert_eq!(of(&["a", " b", "<|im_end|>"], &[-0.5]), None);
-        // What training aligns: thinking before it, white space, a stop string, raw vocabulary entries.
+        // Training aligns these: preceding thinking, white space, a stop string, raw vocabulary entries.
         for tokens in [
             &["<think>", "x", "</think>", "a", " b"][..],
             &["\n", "a", " b", "\n"],

@@ -122,7 +122,7 @@ fn trained_teacher(dir: &Path) -> std::path::PathBuf {
 }
 
 #[test]
-fn harvest_train_and_evaluate_from_one_config() {
+fn harvest_train_and_eval_from_one_config() {
     let teacher_dir = tempfile::tempdir().unwrap();
     let teacher_model = trained_teacher(teacher_dir.path());
     let teacher = Teacher::start(&teacher_model);
@@ -182,7 +182,7 @@ fn harvest_train_and_evaluate_from_one_config() {
 }
 
 #[test]
-fn bad_input_is_refused_with_a_way_out() {
+fn invalid_input_is_refused_with_a_hint() {
     let (dir, config) = folder("http://127.0.0.1:9/v1");
     let set = |value: &str| run(&["harvest", "-c", &config, "--set", value]);
 
@@ -236,7 +236,7 @@ fn bad_input_is_refused_with_a_way_out() {
 }
 
 #[test]
-fn a_model_name_that_the_endpoint_does_not_know_stops_the_run() {
+fn unknown_model_name_stops_the_harvest() {
     let teacher_dir = tempfile::tempdir().unwrap();
     tiny::write_model(teacher_dir.path(), 5, 128);
     let teacher = Teacher::start(teacher_dir.path());
@@ -246,7 +246,7 @@ fn a_model_name_that_the_endpoint_does_not_know_stops_the_run() {
 }
 
 #[test]
-fn a_damaged_or_newer_cache_is_refused() {
+fn damaged_or_newer_cache_is_refused() {
     let (dir, config) = folder("http://127.0.0.1:9/v1");
     let cache = dir.path().join("run/cache");
     std::fs::create_dir_all(&cache).unwrap();
@@ -271,7 +271,7 @@ fn a_damaged_or_newer_cache_is_refused() {
 }
 
 #[test]
-fn a_second_process_on_the_same_cache_is_told_who_holds_it() {
+fn cache_lock_error_names_the_process() {
     let (dir, config) = folder("http://127.0.0.1:9/v1");
     let held = distill::cache::Cache::open(
         &dir.path().join("run/cache"),
@@ -288,7 +288,7 @@ fn a_second_process_on_the_same_cache_is_told_who_holds_it() {
 }
 
 #[test]
-fn the_config_is_shown_with_its_origins_and_a_closed_pipe_is_no_error() {
+fn config_show_prints_origins_and_ignores_a_closed_pipe() {
     let (_dir, config) = folder("http://127.0.0.1:9/v1");
     let shown = distill(&["config", "show", "-c", &config, "--set", "train.seed=5"])
         .env("DISTILL_TRAIN_EPOCHS", "2.5")
@@ -313,9 +313,9 @@ fn the_config_is_shown_with_its_origins_and_a_closed_pipe_is_no_error() {
 }
 
 #[test]
-fn a_mock_serves_its_script_and_tells_on_ctrl_c_what_it_billed() {
+fn mock_serves_its_script_and_reports_billing_on_ctrl_c() {
     let dir = tempfile::tempdir().unwrap();
-    let script = dir.path().join("night.toml");
+    let script = dir.path().join("script.toml");
     std::fs::write(
         &script,
         "model = \"tiny\"\n[[faults]]\nkind = \"http 500\"\nfirst = 1\nmatching = \"say 3\"",
@@ -341,7 +341,7 @@ fn a_mock_serves_its_script_and_tells_on_ctrl_c_what_it_billed() {
             .unwrap()
             .success()
     );
-    let told: Vec<String> = lines.map(Result::unwrap).collect();
+    let printed: Vec<String> = lines.map(Result::unwrap).collect();
     assert_eq!(teacher.wait().unwrap().code(), Some(130));
     for (name, count) in [
         ("requests", "11"),
@@ -350,12 +350,12 @@ fn a_mock_serves_its_script_and_tells_on_ctrl_c_what_it_billed() {
         ("billed answers", "10"),
         ("  billed 1 times", "10"),
     ] {
-        let row = told
+        let row = printed
             .iter()
             .find(|line| line.starts_with(&format!("{name}  ")));
         assert!(
             row.is_some_and(|row| row.ends_with(&format!(" {count}"))),
-            "{name}: {told:?}"
+            "{name}: {printed:?}"
         );
     }
 
@@ -363,7 +363,7 @@ fn a_mock_serves_its_script_and_tells_on_ctrl_c_what_it_billed() {
     refused(
         &run(&["serve", "--mock", script]),
         2,
-        &["night.toml:2:1", "did you mean \"requests_per_minute\"?"],
+        &["script.toml:2:1", "did you mean \"requests_per_minute\"?"],
     );
     refused(
         &run(&["serve", "--mock", script, "--model", "x"]),
@@ -375,7 +375,7 @@ fn a_mock_serves_its_script_and_tells_on_ctrl_c_what_it_billed() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_template_that_doubles_its_text_ends_before_the_memory_does() {
+fn template_output_is_limited_to_512_mib() {
     let dir = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
     write("prompts.txt", "one\ntwo\n");

@@ -54,7 +54,7 @@ fn is_key(text: &str) -> bool {
 }
 
 #[test]
-fn the_example_is_equal_to_the_defaults_and_has_every_key() {
+fn example_config_equals_defaults_and_has_every_key() {
     assert_eq!(parse(Path::new("x"), EXAMPLE).unwrap(), Config::default());
     let full = uncommented();
     let parsed = parse(Path::new("x"), &full).unwrap();
@@ -78,7 +78,7 @@ fn load_text(text: &str, environment: &[(&str, &str)], flags: &[&str]) -> anyhow
 }
 
 #[test]
-fn a_flag_beats_the_environment_beats_the_file_beats_the_default() {
+fn config_precedence_is_flag_environment_file_default() {
     let file = "[train]\nsteps = 1\nseed = 1\nbatch_size = 7";
     let environment = [
         ("DISTILL_TRAIN_STEPS", "2"),
@@ -103,7 +103,7 @@ fn a_flag_beats_the_environment_beats_the_file_beats_the_default() {
 }
 
 #[test]
-fn paths_are_relative_to_the_file() {
+fn config_paths_are_relative_to_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("run.toml");
     std::fs::write(
@@ -121,12 +121,12 @@ fn paths_are_relative_to_the_file() {
 }
 
 #[test]
-fn the_variable_of_the_log_is_no_setting() {
+fn log_variable_is_not_a_setting() {
     assert!(load_text("", &[("DISTILL_LOG", "debug")], &[]).is_ok());
 }
 
 /// A config's text, environment and flags, and parts of the message that they earn.
-type Mistake = (
+type ErrorCase = (
     &'static str,
     &'static [(&'static str, &'static str)],
     &'static [&'static str],
@@ -134,8 +134,8 @@ type Mistake = (
 );
 
 #[test]
-fn mistakes_are_told_with_their_place_and_a_way_out() {
-    let cases: [Mistake; 9] = [
+fn config_errors_have_a_position_and_a_hint() {
+    let cases: [ErrorCase; 9] = [
         (
             "[teacher]\nmodl = \"x\"",
             &[],
@@ -182,7 +182,7 @@ fn mistakes_are_told_with_their_place_and_a_way_out() {
 }
 
 #[test]
-fn sharing_limits_takes_a_way_to_share_and_a_limit() {
+fn shared_limits_need_the_redis_feature_and_a_limit() {
     let address = "redis://user:secret@host:1/0";
     let refused = |more: &str| {
         let text = format!("[limits]\nshared = \"{address}\"\n{more}");
@@ -209,7 +209,7 @@ fn sharing_limits_takes_a_way_to_share_and_a_limit() {
         );
         assert!(!format!("{config:?}").contains("secret"));
     }
-    // Mistakes in the file are told without the line that they are in.
+    // Error messages do not quote the line of the file.
     let unquoted = format!("[limits]\nshared = {address}");
     for text in [
         unquoted.as_str(),
@@ -221,7 +221,7 @@ fn sharing_limits_takes_a_way_to_share_and_a_limit() {
 }
 
 #[test]
-fn a_value_of_another_type_is_named_with_its_setting() {
+fn type_errors_of_flags_and_variables_name_the_setting() {
     let error = |environment: &[(&str, &str)], flags: &[&str]| {
         let error = load_text("", environment, flags).unwrap_err();
         assert_eq!(distill::exit::Exit::code_of(&error), 2);
@@ -235,7 +235,7 @@ fn a_value_of_another_type_is_named_with_its_setting() {
 }
 
 #[test]
-fn a_teacher_fills_what_it_leaves_out_from_the_sections() {
+fn teacher_entries_inherit_keys_from_the_sections() {
     let text = r#"
         [teacher]
         base_url = "http://localhost:1/v1"
@@ -295,7 +295,7 @@ fn a_teacher_fills_what_it_leaves_out_from_the_sections() {
 }
 
 #[test]
-fn a_teacher_on_this_machine_is_one_and_what_needs_it_says_so() {
+fn local_teacher_and_on_policy_settings_are_validated() {
     let config = load_text("", &[], &["teacher.local=\"model\""]).unwrap();
     assert!(config.teacher.local.unwrap().ends_with("model"));
     let on_policy = "[teacher]\nlocal = \"model\"\n[train]\non_policy = true\n";

@@ -1,12 +1,12 @@
-//! Tests of the account's promises.
+//! Tests of the account's guarantees.
 
 use crate::budget::account::*;
 
-/// Keeps nothing.
+/// Store that discards all writes.
 #[derive(Debug, Clone)]
-struct Nowhere;
+struct NullStore;
 
-impl LedgerStore for Nowhere {
+impl LedgerStore for NullStore {
     fn save(&mut self, _: &Ledger) -> Result<()> {
         Ok(())
     }
@@ -27,8 +27,8 @@ const PRICE: Price = Price {
     as_of: None,
 };
 
-fn account(cap: f64, ledger: Ledger, price: &Price) -> Account<Nowhere> {
-    let opened = Account::open(Nowhere, ledger, Some(cap), price, &Spent::default());
+fn account(cap: f64, ledger: Ledger, price: &Price) -> Account<NullStore> {
+    let opened = Account::open(NullStore, ledger, Some(cap), price, &Spent::default());
     opened.unwrap().0
 }
 
@@ -41,7 +41,7 @@ fn usage(prompt_tokens: u64, completion_tokens: u64) -> Usage {
 }
 
 #[test]
-fn a_reservation_is_settled_by_what_is_known() {
+fn reservation_is_settled_by_the_charge() {
     let bound = TokenBound {
         input_tokens: 1_000,
         output_tokens: 900,
@@ -71,7 +71,7 @@ fn a_reservation_is_settled_by_what_is_known() {
 }
 
 #[test]
-fn a_model_that_exceeds_its_bound_is_reserved_more_for_in_later_runs_too() {
+fn excess_over_the_bound_raises_later_reservations_across_runs() {
     let bound = TokenBound {
         input_tokens: 0,
         output_tokens: 100,
@@ -86,7 +86,7 @@ fn a_model_that_exceeds_its_bound_is_reserved_more_for_in_later_runs_too() {
 }
 
 #[test]
-fn many_requests_that_exceed_their_bound_alike_raise_the_factor_once() {
+fn equal_excess_of_many_requests_raises_the_factor_once() {
     let bound = TokenBound {
         input_tokens: 0,
         output_tokens: 100,
@@ -103,18 +103,18 @@ fn many_requests_that_exceed_their_bound_alike_raise_the_factor_once() {
     let raised = account.bound(&bound, &PRICE);
     assert!(account.reserve(&raised).unwrap());
     account.settle(&raised, Charge::Measured(usage(0, 150)), &PRICE);
-    assert_eq!(account.ledger.excess, 1.5, "what was reserved covered it");
+    assert_eq!(account.ledger.excess, 1.5, "the reservation covered it");
     let held = amount.usd.times(3.0);
     account.hold_for_batch(held);
-    let bill = Charge::Measured(usage(0, 200));
+    let charge = Charge::Measured(usage(0, 200));
     account
-        .settle_batch(held, amount.usd, 1, bill, &PRICE)
+        .settle_batch(held, amount.usd, 1, charge, &PRICE)
         .unwrap();
     assert_eq!(account.ledger.excess, 2.0);
 }
 
 #[test]
-fn what_was_spent_without_a_price_is_counted_at_the_first_one() {
+fn tokens_spent_without_a_price_are_charged_at_the_first_price() {
     let bound = TokenBound {
         input_tokens: 1_000,
         output_tokens: 1_000,
@@ -125,10 +125,10 @@ fn what_was_spent_without_a_price_is_counted_at_the_first_one() {
     assert!(first.reserve(&amount).unwrap() && first.reserve(&amount).unwrap());
     first.settle(&amount, Charge::Measured(usage(1_000, 100)), &free);
     assert_eq!(first.spent().total(), Dollars::ZERO);
-    // The other one is in flight when the process is killed.
+    // The other request is in flight when the process is killed.
     let next = account(1.0, first.ledger.clone(), &PRICE);
     assert_eq!(next.spent().measured_usd, Dollars::at_least(0.002));
-    // It was written ahead in steps: two and two again.
+    // The reservations were written ahead in steps: two requests, then two more.
     assert_eq!(next.spent().estimated_usd, Dollars::at_least(0.022));
     assert!(next.spent().measured_tokens.is_none() && next.spent().estimated_tokens.is_none());
 }

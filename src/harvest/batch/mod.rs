@@ -365,7 +365,7 @@ impl<'a> Batches<'a> {
                 };
                 Some(anyhow::Error::from(Exit::Signal(number)).context(advice))
             }
-            _ => upstream_error.or(summary.error_of_rows(&self.config.run_dir)),
+            _ => upstream_error.or(summary.failed_rows_error(&self.config.run_dir)),
         };
         crate::report::write(&mut summary, &self.config.run_dir)?;
         Ok(BatchOutcome::Finished(Box::new(summary)))

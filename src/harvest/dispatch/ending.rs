@@ -42,7 +42,7 @@ impl Dispatcher<'_> {
             .hours
             .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
         let upstream_error = self.upstreams.iter_mut().find_map(Upstream::take_error);
-        let rows_error = summary.error_of_rows(&self.config.run_dir);
+        let rows_error = summary.failed_rows_error(&self.config.run_dir);
         summary.error = self.stop.take().or(upstream_error).or(rows_error);
         self.downgrade_write_error(crate::report::write(&mut summary, &self.config.run_dir))?;
         Ok(DispatchEnd {

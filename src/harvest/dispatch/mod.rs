@@ -454,7 +454,7 @@ impl<'a> Dispatcher<'a> {
 
     fn record_time(&mut self) {
         let now = Instant::now();
-        let seconds = self.timeline.pass(now);
+        let seconds = self.timeline.advance(now);
         let is_waiting = self.upstreams.iter().any(Upstream::is_waiting);
         let hour = self.timeline.hour(now);
         if self.is_closed {
@@ -469,7 +469,7 @@ impl<'a> Dispatcher<'a> {
         }
         for (upstream, used) in self.upstreams.iter().zip(&mut self.summary.used) {
             if upstream.may_send() {
-                used.pass(seconds, upstream.limiter.per_minute());
+                used.advance(seconds, upstream.limiter.per_minute());
             }
         }
     }

@@ -1,10 +1,10 @@
--- Admits as many of the requests that are asked for as every ceiling allows, in all of them or in none.
+-- Admits as many of the wanted requests as every limit allows, and charges them to all limits or to none.
 --
 -- KEYS     1, 2: the buckets of requests and tokens, each "<level> <as of> <largest>"
 --          3: the day, a hash of slots with their requests, their total, the first and the last slot
--- ARGV     1 requests wanted, 2 tokens of each; 3, 4 requests and tokens in hand
---          5-7 for requests, 8-10 for tokens: interval (0: no ceiling), base, largest
---          11 requests a day (0: no ceiling)
+-- ARGV     1 requests wanted, 2 tokens of each; 3, 4 requests and tokens in local permits
+--          5-7 for requests, 8-10 for tokens: interval (0: no limit), base, largest
+--          11 requests a day (0: no limit)
 -- Returns  requests and tokens charged; where none, microseconds until there is room for one
 --
 -- Levels and intervals are whole picoseconds, times whole microseconds: all of them below 2^53, where
@@ -16,7 +16,7 @@ local wanted, each = tonumber(ARGV[1]), tonumber(ARGV[2])
 local held = { tonumber(ARGV[3]), tonumber(ARGV[4]) }
 local admitted, wait = wanted, 0
 
--- A ceiling has room for `count`; where that is none, for one in so many microseconds.
+-- Applies a limit that allows `count` requests now; if none, it allows one after `microseconds`.
 local function allow(count, microseconds)
   admitted = math.min(admitted, math.max(count, 0))
   if count < 1 then

@@ -1,4 +1,4 @@
-//! The way to the Redis server.
+//! Connection to the Redis server.
 
 use std::time::Duration;
 
@@ -10,15 +10,16 @@ use crate::config::redis_url::RedisUrl;
 use crate::exit::Exit;
 use crate::rate_limit::redis::rules::{ANSWERS, Arguments, KEYS};
 
-/// For a connection, and for an answer.
+/// Timeout of a connection attempt, and of a reply.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-const NO_ADDRESS: &str = "write it as \"redis://user:password@host:6379/0\" (`rediss` for TLS), what \
-                          is special in the password as %40";
+const ADDRESS_HINT: &str = "write it as \"redis://user:password@host:6379/0\" (`rediss` for TLS), with \
+                            special characters of the password percent-encoded, such as %40";
 
+/// Connection that reconnects after errors.
 pub(crate) struct Connection {
     client: Client,
-    /// As it stands in the address, and as the server gets it.
+    /// The password as written in the address, and decoded.
     passwords: Vec<String>,
     open: Option<MultiplexedConnection>,
     script: Script,
@@ -29,14 +30,14 @@ impl Connection {
     /// Connects, and loads the script.
     ///
     /// # Errors
-    /// With what to do about it, where the server cannot be asked.
+    /// If the address is invalid, or the server refuses the user or is unavailable.
     pub(crate) async fn open(url: &RedisUrl, keys: [String; KEYS]) -> Result<Connection> {
         let address = url.reveal();
         let client = Client::open(address)
-            // The crate's words for it might repeat a part of the address.
+            // The message of the crate might contain a part of the address.
             .map_err(|_| {
                 Exit::Usage(format!(
-                    "`limits.shared` is no address of a Redis server: {NO_ADDRESS}"
+                    "`limits.shared` is not a valid Redis address: {ADDRESS_HINT}"
                 ))
             })?;
         let decoded = client.get_connection_info().redis_settings().password();
@@ -54,16 +55,17 @@ impl Connection {
         opened.map_err(|error| {
             let is_refused = error.kind() == ErrorKind::AuthenticationFailed
                 || matches!(error.code(), Some("NOAUTH" | "WRONGPASS" | "NOPERM"));
-            let words = connection.words(&error);
-            match is_refused {
-                true => anyhow!(
-                    "the Redis server at {url} refuses the user or the password ({words}): correct \
+            let message = connection.describe(&error);
+            if is_refused {
+                anyhow!(
+                    "the Redis server at {url} refuses the user or the password ({message}): correct \
                      them in `limits.shared`"
-                ),
-                false => anyhow!(
-                    "the limits are shared, and the Redis server at {url} cannot be asked ({words}): \
+                )
+            } else {
+                anyhow!(
+                    "the limits are shared, but the Redis server at {url} is unavailable ({message}): \
                      start it, or correct `limits.shared`"
-                ),
+                )
             }
         })?;
         Ok(connection)
@@ -72,13 +74,13 @@ impl Connection {
     /// Runs the script.
     ///
     /// # Errors
-    /// Why it could not be run. Nobody knows then whether it was.
-    pub(crate) async fn ask(&mut self, arguments: &Arguments) -> Result<[u64; ANSWERS], String> {
+    /// The reason, as text. The script may have run all the same.
+    pub(crate) async fn admit(&mut self, arguments: &Arguments) -> Result<[u64; ANSWERS], String> {
         let answer = self.run(arguments).await;
         answer.map_err(|error| {
-            // A server that has become a replica, say: its address may lead to another one by now.
+            // Reconnect: if the server has become a replica, the address may lead to the new primary.
             self.open = None;
-            self.words(&error)
+            self.describe(&error)
         })
     }
 
@@ -88,7 +90,7 @@ impl Connection {
         Ok(())
     }
 
-    /// A server that does not have the script, since it was restarted, is given it again.
+    /// Runs the script. Loads it again if the server was restarted.
     async fn run(&mut self, arguments: &Arguments) -> Result<[u64; ANSWERS], RedisError> {
         let script = self.script.clone();
         let mut invocation = script.prepare_invoke();
@@ -116,10 +118,10 @@ impl Connection {
         Ok(self.open.insert(open))
     }
 
-    /// An error in one line, without the password, whoever has put it there.
-    fn words(&self, error: &RedisError) -> String {
-        let words = error.to_string();
-        let line = words.split_whitespace().collect::<Vec<_>>().join(" ");
+    /// Formats an error in one line, with the password removed.
+    fn describe(&self, error: &RedisError) -> String {
+        let message = error.to_string();
+        let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
         let hide = |line: String, password: &String| line.replace(password, "[password]");
         self.passwords.iter().fold(line, hide)
     }

@@ -1,31 +1,31 @@
-//! Permits that have been granted and not used yet. Pure.
+//! Permits that the server has granted and this process has not used yet. Pure.
 //!
-//! Requests and tokens are counted apart: a permit may have been asked for on behalf of another row
-//! than the one whose turn it is when it comes.
+//! Requests and tokens are counted separately: a permit may be granted for one row and used by another.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A permit that is older is lost: what leaves long after it was admitted would leave together with
-/// what is admitted then.
+/// Maximum age of a permit. Older ones are dropped: used late, they would add to the permits granted by then.
 pub(crate) const HELD: Duration = Duration::from_millis(250);
 
-/// Permits asked for at once, at most.
+/// Maximum number of permits per call.
 const LARGEST_BATCH: u64 = 64;
 
+/// Unused permits of one endpoint.
 #[derive(Debug)]
 pub(crate) struct LocalPermits {
     /// Oldest first.
     grants: VecDeque<Grant>,
-    /// Permits to ask for at once: more of them where they leave at once, fewer where something else
-    /// holds them up.
+    /// Number of permits to request per call. It doubles while permits are used immediately, and halves while
+    /// something else delays the requests.
     batch: u64,
-    /// When the last grant came, if nothing has been asked for since.
+    /// Time of the last grant, if there was no call since.
     granted: Option<Instant>,
 }
 
+/// Unused part of one grant.
 #[derive(Debug)]
 struct Grant {
     at: Instant,
@@ -44,6 +44,7 @@ impl Default for LocalPermits {
 }
 
 impl LocalPermits {
+    /// Adds a grant of the server.
     pub(crate) fn add(&mut self, requests: u64, tokens: u64, at: Instant) {
         if requests + tokens > 0 {
             self.granted = Some(at);
@@ -55,7 +56,7 @@ impl LocalPermits {
         }
     }
 
-    /// Takes a permit for a request of so many tokens, if there is one.
+    /// Takes a permit for a request of `tokens` tokens. Returns false if there is none.
     pub(crate) fn take(&mut self, tokens: u64, now: Instant) -> bool {
         while let Some(oldest) = self.grants.front()
             && now.saturating_duration_since(oldest.at) > HELD
@@ -65,35 +66,39 @@ impl LocalPermits {
             }
             self.grants.pop_front();
         }
-        let held = self.held();
-        if held.0 < 1 || held.1 < tokens {
+        let (held_requests, held_tokens) = self.held();
+        if held_requests < 1 || held_tokens < tokens {
             return false;
         }
-        let mut missing = (1, tokens);
+        let mut missing_requests = 1;
+        let mut missing_tokens = tokens;
         for grant in &mut self.grants {
-            let part = (grant.requests.min(missing.0), grant.tokens.min(missing.1));
-            grant.requests -= part.0;
-            grant.tokens -= part.1;
-            missing = (missing.0 - part.0, missing.1 - part.1);
+            let requests = grant.requests.min(missing_requests);
+            let tokens = grant.tokens.min(missing_tokens);
+            grant.requests -= requests;
+            grant.tokens -= tokens;
+            missing_requests -= requests;
+            missing_tokens -= tokens;
         }
         true
     }
 
-    /// Requests and tokens that are there.
+    /// Number of unused requests and tokens.
     pub(crate) fn held(&self) -> (u64, u64) {
-        let sum = |of: fn(&Grant) -> u64| self.grants.iter().map(of).sum();
+        let sum = |amount: fn(&Grant) -> u64| self.grants.iter().map(amount).sum();
         (sum(|grant| grant.requests), sum(|grant| grant.tokens))
     }
 
-    /// How many to ask for, where there is room for so many.
-    pub(crate) fn wanted(&mut self, room: usize, now: Instant) -> u64 {
+    /// Number of permits to request, at most `slots`.
+    pub(crate) fn wanted(&mut self, slots: usize, now: Instant) -> u64 {
         if let Some(granted) = self.granted.take() {
-            self.batch = match now.saturating_duration_since(granted) < HELD / 4 {
-                true => (self.batch * 2).min(LARGEST_BATCH),
-                false => (self.batch / 2).max(1),
+            self.batch = if now.saturating_duration_since(granted) < HELD / 4 {
+                (self.batch * 2).min(LARGEST_BATCH)
+            } else {
+                (self.batch / 2).max(1)
             };
         }
-        self.batch.min(room.max(1) as u64)
+        self.batch.min(slots.max(1) as u64)
     }
 }
 
@@ -106,40 +111,40 @@ mod tests {
     }
 
     #[test]
-    fn a_permit_covers_any_row_that_is_no_larger_and_is_lost_when_it_is_old() {
+    fn permit_covers_any_row_that_fits_and_expires() {
         let now = Instant::now();
-        let mut hand = LocalPermits::default();
-        assert!(!hand.take(0, now));
-        hand.add(2, 200, now);
-        hand.add(1, 50, after(now, 100));
-        assert!(hand.take(150, now));
-        assert_eq!(hand.held(), (2, 100));
+        let mut permits = LocalPermits::default();
+        assert!(!permits.take(0, now));
+        permits.add(2, 200, now);
+        permits.add(1, 50, after(now, 100));
+        assert!(permits.take(150, now));
+        assert_eq!(permits.held(), (2, 100));
         // The rest of the first grant and a part of the second.
-        assert!(!hand.take(101, now));
-        assert!(hand.take(60, now));
-        assert_eq!(hand.held(), (1, 40));
-        assert!(!hand.take(41, after(now, 251)), "the first one is lost");
-        assert_eq!(hand.held(), (1, 40));
-        assert!(!hand.take(1, after(now, 351)));
-        assert_eq!(hand.held(), (0, 0));
+        assert!(!permits.take(101, now));
+        assert!(permits.take(60, now));
+        assert_eq!(permits.held(), (1, 40));
+        assert!(!permits.take(41, after(now, 251)), "the first one expired");
+        assert_eq!(permits.held(), (1, 40));
+        assert!(!permits.take(1, after(now, 351)));
+        assert_eq!(permits.held(), (0, 0));
     }
 
     #[test]
-    fn as_many_are_asked_for_as_leave_at_once() {
+    fn wanted_doubles_while_permits_are_used_immediately() {
         let now = Instant::now();
-        let mut hand = LocalPermits::default();
-        assert_eq!(hand.wanted(1_000, now), 1);
+        let mut permits = LocalPermits::default();
+        assert_eq!(permits.wanted(1_000, now), 1);
         for expected in [2, 4, 8, 16, 32, 64, 64] {
-            hand.add(1, 1, now);
-            assert!(hand.take(1, now));
-            assert_eq!(hand.wanted(1_000, after(now, 1)), expected);
+            permits.add(1, 1, now);
+            assert!(permits.take(1, now));
+            assert_eq!(permits.wanted(1_000, after(now, 1)), expected);
         }
-        assert_eq!(hand.wanted(5, now), 5);
-        assert_eq!(hand.wanted(0, now), 1);
-        hand.add(1, 1, now);
-        assert_eq!(hand.wanted(1_000, after(now, 100)), 32, "they were held up");
-        hand.add(1, 1, now);
-        assert!(!hand.take(1, after(now, 300)));
-        assert_eq!(hand.wanted(1_000, after(now, 300)), 1, "one was lost");
+        assert_eq!(permits.wanted(5, now), 5);
+        assert_eq!(permits.wanted(0, now), 1);
+        permits.add(1, 1, now);
+        assert_eq!(permits.wanted(1_000, after(now, 100)), 32, "used late");
+        permits.add(1, 1, now);
+        assert!(!permits.take(1, after(now, 300)));
+        assert_eq!(permits.wanted(1_000, after(now, 300)), 1, "one expired");
     }
 }

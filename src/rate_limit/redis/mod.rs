@@ -1,37 +1,37 @@
-//! The user's ceilings, kept in Redis for every process that asks the same model of the same endpoint.
+//! The user's limits, counted in Redis for all processes that use the same model of the same endpoint.
 //!
-//! | file | holds |
+//! | file | content |
 //! |---|---|
-//! | `rules` | the ceilings in the numbers of the script; the names of its keys |
-//! | `admit.lua` | the decision, one step of the server |
-//! | `connection` | the way to the server (feature `redis`; `no_connection` without it) |
-//! | `hand` | permits that have been granted and not used yet |
+//! | `rules` | the limits as arguments of the script, and the names of its keys |
+//! | `admit.lua` | the decision, as one atomic script of the server |
+//! | `connection` | the connection to the server (feature `redis`; `no_connection` without it) |
+//! | `local_permits` | permits that were granted and not used yet |
 //!
 //! # The arithmetic
 //!
-//! Each ceiling of a minute is the Generic Cell Rate Algorithm in its form as a continuous-state leaky
+//! Each limit per minute is the Generic Cell Rate Algorithm in its form as a continuous-state leaky
 //! bucket (ITU-T I.371, annex A; ATM Forum TM 4.0, section 4.4.2). A bucket has a level X, last written
 //! at LCT, and an increment I, the time that one unit takes at the limit. At the time t it has drained
 //! to X' = max(0, X - (t - LCT)). If X' > L the request waits for X' - L; else X becomes X' + n I for a
-//! request of n units, and LCT becomes t. What is admitted in a time w is then at most
+//! request of n units, and LCT becomes t. The amount admitted in a time w is then at most
 //! (w + L) / I plus the last request. With L = burst - largest, where `largest` is the largest request
-//! that any of the processes may send, that is limit + burst in a minute, with the burst of
-//! [`crate::rate_limit::user_limits::burst`] or the largest request, whichever is more: as for one process alone.
-//! The condition does not depend on n, so that no process with small requests keeps out another one
-//! with large ones.
+//! of any process, that is limit + burst in a minute. The burst is that of
+//! [`crate::rate_limit::user_limits::burst`] or the largest request, whichever is more, as for one process alone.
+//! The condition does not depend on n, so a process with small requests cannot starve another one with large
+//! requests.
 //!
-//! Several requests may be granted in one answer, and one bucket may have been paid for before the
-//! other (see [`hand`]): what is in hand counts as not yet in the bucket.
+//! One reply may grant several requests, and permits of one bucket may be left over from an earlier reply (see
+//! [`local_permits`]): the script counts local permits as not yet charged.
 //!
-//! A day is counted by slots of five minutes, each of which counts until its end is a day ago.
+//! A day is counted in slots of five minutes. A slot counts until 24 hours after its end.
 //!
-//! # What is promised
+//! # Guarantees
 //!
-//! All times are those of the server's clock, which is asked within the script. A permit leaves within
-//! [`crate::rate_limit::redis::local_permits::HELD`] or not at all, so that in any minute limit + burst + `HELD`'s worth may leave:
-//! the limit and one second's worth. A permit that is not used is lost. While the server cannot be
-//! asked nothing leaves. A server that forgets (a restart without persistence, an eviction) lets out one
-//! burst more, and begins the day anew.
+//! All times are read from the server's clock within the script. A permit is used within
+//! [`crate::rate_limit::redis::local_permits::HELD`] or dropped. In any minute, at most the limit, one burst and the
+//! amount of `HELD` are sent: together the limit and one second of it. While the server is unavailable no request is
+//! sent. After a server has lost its data (a restart without persistence, an eviction) one more burst is admitted,
+//! and the count of the day starts at 0.
 
 #[cfg(feature = "redis")]
 pub(crate) mod connection;
@@ -57,60 +57,59 @@ use crate::rate_limit::redis::local_permits::LocalPermits;
 use crate::rate_limit::redis::rules::{Arguments, SharedCharge, SharedRules};
 use crate::rate_limit::user_limits;
 
-/// The longest time until the server is asked again: it may have forgotten, or its clock may have been
-/// set.
+/// Maximum time until the script runs again: the server may have lost its data, or its clock may have been set.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
-/// When to look for an answer that should have come: it wakes the dispatcher by itself.
+/// Time after which the dispatcher looks for a reply. Usually the reply wakes it earlier.
 const OVERDUE: Duration = Duration::from_secs(1);
 
-/// Pauses between attempts to reach the server.
+/// First and longest pause between attempts to reach an unavailable server.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// The ceilings as one endpoint sees them. One question at a time is on its way.
+/// Shared limits of one endpoint. At most one call of the script is in progress.
 pub(crate) struct SharedLimits {
     rules: SharedRules,
-    questions: Sender<Arguments>,
-    answers: Receiver<Answer>,
-    is_asking: bool,
-    hand: LocalPermits,
-    /// There is no room before, or the server is not asked before.
+    calls: Sender<Arguments>,
+    replies: Receiver<ScriptReply>,
+    is_call_pending: bool,
+    permits: LocalPermits,
+    /// Earliest instant of the next call: the limits are used up, or the server is unavailable.
     not_before: Option<Instant>,
-    silence: Option<RedisOutage>,
-    /// For so long a silence is borne.
-    patience: Duration,
+    outage: Option<RedisOutage>,
+    /// Length of an outage after which the run ends.
+    max_outage: Duration,
 }
 
-/// When it came, and what was charged, or why nobody knows.
-type Answer = (Instant, Result<SharedCharge, String>);
+/// Time of a reply, and the amounts charged or the error.
+type ScriptReply = (Instant, Result<SharedCharge, String>);
 
-/// The server cannot be asked.
+/// Outage of the server.
 struct RedisOutage {
     since: Instant,
     pause: Duration,
 }
 
-/// What the user is to know.
+/// Change in the availability of the server, for a message to the user.
 pub(crate) enum LimiterEvent {
-    /// The server cannot be asked, for this reason: nothing leaves.
+    /// The server has become unavailable, with the reason. No request is sent.
     Silent(String),
-    /// It can again, after so long.
+    /// The server is available again, with the length of the outage.
     Back(Duration),
-    /// It could not be asked for longer than is borne.
+    /// The outage has exceeded its maximum, with its length and the reason.
     Over(Duration, String),
 }
 
 impl SharedLimits {
-    /// Connects to the server that keeps the ceilings of `endpoint`, if they are shared. `largest` is the
-    /// most that a request to come will use; `wake` is notified when there is something to hear.
+    /// Connects to the server if the limits of `endpoint` are shared. `largest` is the cost of the largest request to
+    /// come; `wake` is notified of each reply.
     ///
     /// # Errors
-    /// Where a request could never leave, or the server cannot be asked.
+    /// If the largest request can never be sent, or the server is unavailable.
     pub(crate) async fn connect(
         endpoint: &config::EndpointConfig,
         largest: RequestCost,
-        patience: Duration,
+        max_outage: Duration,
         wake: &Arc<Notify>,
     ) -> Result<Option<SharedLimits>> {
         let Some(url) = &endpoint.limits.shared else {
@@ -118,94 +117,96 @@ impl SharedLimits {
         };
         user_limits::check_largest(&endpoint.limits, largest.tokens())?;
         let connection = Connection::open(url, rules::keys(&endpoint.teacher)).await?;
-        let (questions, asked) = mpsc::channel(1);
-        let (answer, answers) = mpsc::channel(1);
-        tokio::spawn(answer_all(connection, asked, answer, Arc::clone(wake)));
+        let (calls, pending_calls) = mpsc::channel(1);
+        let (reply, replies) = mpsc::channel(1);
+        let wake = Arc::clone(wake);
+        tokio::spawn(run_calls(connection, pending_calls, reply, wake));
         Ok(Some(SharedLimits {
             rules: SharedRules::new(&endpoint.limits, largest.tokens()),
-            questions,
-            answers,
-            is_asking: false,
-            hand: LocalPermits::default(),
+            calls,
+            replies,
+            is_call_pending: false,
+            permits: LocalPermits::default(),
             not_before: None,
-            silence: None,
-            patience,
+            outage: None,
+            max_outage,
         }))
     }
 
-    /// Takes a permit for a request of so many tokens from the hand, or sees to it that one comes:
-    /// then when to ask again, unless there is something to hear before. There is room for `room`
-    /// such requests.
-    pub(crate) fn take(&mut self, tokens: u64, room: usize, now: Instant) -> Result<(), Instant> {
-        if self.hand.take(tokens, now) {
+    /// Takes a local permit for a request of `tokens` tokens. Without one, calls the script for more, and returns the
+    /// instant at which to try again unless a reply comes first. `slots` is the number of such requests that could be
+    /// sent now.
+    pub(crate) fn take(&mut self, tokens: u64, slots: usize, now: Instant) -> Result<(), Instant> {
+        if self.permits.take(tokens, now) {
             return Ok(());
         }
         if let Some(until) = self.not_before.filter(|until| *until > now) {
             return Err(until);
         }
-        if !self.is_asking {
-            let wanted = self.hand.wanted(room, now);
-            let arguments = self.rules.arguments(wanted, tokens, self.hand.held());
-            // A channel whose other end has gone is found out by `hear`.
-            self.is_asking = self.questions.try_send(arguments).is_ok();
+        if !self.is_call_pending {
+            let wanted = self.permits.wanted(slots, now);
+            let arguments = self.rules.arguments(wanted, tokens, self.permits.held());
+            // `poll_event` detects a closed channel.
+            self.is_call_pending = self.calls.try_send(arguments).is_ok();
         }
         Err(now + OVERDUE)
     }
 
-    /// Takes in the answer that has come, if one has.
+    /// Processes the reply of the server, if there is one.
     pub(crate) fn poll_event(&mut self) -> Option<LimiterEvent> {
-        let (at, answer) = match self.answers.try_recv() {
-            Ok(answer) => answer,
+        let (at, reply) = match self.replies.try_recv() {
+            Ok(reply) => reply,
             Err(TryRecvError::Empty) => return None,
             Err(TryRecvError::Disconnected) => {
                 (Instant::now(), Err("its connection has failed".into()))
             }
         };
-        self.is_asking = false;
-        match answer {
+        self.is_call_pending = false;
+        match reply {
             Ok(charged) => {
                 self.not_before = (charged.requests + charged.tokens == 0)
                     .then(|| at + charged.wait.min(LONGEST_WAIT));
-                self.hand.add(charged.requests, charged.tokens, at);
-                let silence = self.silence.take()?;
-                Some(LimiterEvent::Back(at - silence.since))
+                self.permits.add(charged.requests, charged.tokens, at);
+                let outage = self.outage.take()?;
+                Some(LimiterEvent::Back(at - outage.since))
             }
             Err(reason) => self.fail(at, reason),
         }
     }
 
     fn fail(&mut self, now: Instant, reason: String) -> Option<LimiterEvent> {
-        let is_new = self.silence.is_none();
-        let silence = self.silence.get_or_insert(RedisOutage {
+        let is_new = self.outage.is_none();
+        let outage = self.outage.get_or_insert(RedisOutage {
             since: now,
             pause: FIRST_PAUSE,
         });
-        let lasted = now - silence.since;
-        if lasted >= self.patience {
-            return Some(LimiterEvent::Over(lasted, reason));
+        let length = now - outage.since;
+        if length >= self.max_outage {
+            return Some(LimiterEvent::Over(length, reason));
         }
-        // The last attempt is made when the patience is at its end.
-        self.not_before = Some(now + silence.pause.min(self.patience - lasted));
-        silence.pause = (silence.pause * 2).min(LONGEST_PAUSE);
+        // The last attempt is made when the outage reaches its maximum.
+        self.not_before = Some(now + outage.pause.min(self.max_outage - length));
+        outage.pause = (outage.pause * 2).min(LONGEST_PAUSE);
         is_new.then_some(LimiterEvent::Silent(reason))
     }
 
-    /// The server cannot be asked.
-    pub(crate) fn is_silent(&self) -> bool {
-        self.silence.is_some()
+    /// Returns true during an outage of the server.
+    pub(crate) fn is_unavailable(&self) -> bool {
+        self.outage.is_some()
     }
 }
 
-/// Puts the questions to the server, one after the other, for as long as anybody has one.
-async fn answer_all(
+/// Runs the calls of the script one after the other, until the sender or the receiver is dropped.
+async fn run_calls(
     mut connection: Connection,
-    mut asked: Receiver<Arguments>,
-    answer: Sender<Answer>,
+    mut calls: Receiver<Arguments>,
+    reply: Sender<ScriptReply>,
     wake: Arc<Notify>,
 ) {
-    while let Some(arguments) = asked.recv().await {
-        let charged = connection.ask(&arguments).await.map(SharedCharge::new);
-        if answer.send((Instant::now(), charged)).await.is_err() {
+    while let Some(arguments) = calls.recv().await {
+        let charged = connection.admit(&arguments).await;
+        let charged = charged.map(SharedCharge::new);
+        if reply.send((Instant::now(), charged)).await.is_err() {
             return;
         }
         wake.notify_one();

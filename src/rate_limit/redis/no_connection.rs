@@ -1,4 +1,4 @@
-//! A build without the feature `redis`: there is no way to a server.
+//! Stub of `connection` for a build without the feature `redis`.
 
 use std::convert::Infallible;
 
@@ -15,7 +15,7 @@ impl Connection {
         Err(Exit::Usage(CANNOT_SHARE.into()).into())
     }
 
-    pub(crate) async fn ask(&mut self, _: &Arguments) -> Result<[u64; ANSWERS], String> {
+    pub(crate) async fn admit(&mut self, _: &Arguments) -> Result<[u64; ANSWERS], String> {
         match self.0 {}
     }
 }

@@ -1,4 +1,4 @@
-//! The ceilings in the numbers of `admit.lua`. Pure.
+//! Arguments and reply of `admit.lua`. Pure.
 
 use std::time::Duration;
 
@@ -9,39 +9,40 @@ use crate::rate_limit::user_limits::burst;
 pub(crate) const KEYS: usize = 3;
 pub(crate) const ANSWERS: usize = 3;
 
-/// What the script is told with each question.
+/// Arguments of the script, in the order of `ARGV`.
 pub(crate) type Arguments = [u64; 11];
 
-/// A minute in picoseconds: whole numbers of them are fine enough for any limit, and small enough to
-/// be exact in the doubles that Lua counts with.
+/// A minute in picoseconds: fine enough for any limit, and exact in the doubles of Lua.
 const MINUTE: u64 = 60_000_000_000_000;
 
-/// The largest number that is.
+/// Largest integer up to which a double is exact.
 const LARGEST_EXACT: u64 = 1 << 53;
 
-/// The names of the script's keys. What stands in braces is the same in all of them, so that a
-/// cluster keeps them in one place.
+/// Returns the names of the script's keys. The part in braces is the same in all of them, so that a cluster keeps
+/// them on one node.
 pub(crate) fn keys(teacher: &TeacherConfig) -> [String; KEYS] {
-    let asked = format!("{}\n{}", identity(teacher), teacher.model);
-    let hash = blake3::hash(asked.as_bytes()).to_hex();
+    let endpoint = format!("{}\n{}", identity(teacher), teacher.model);
+    let hash = blake3::hash(endpoint.as_bytes()).to_hex();
     ["requests", "tokens", "day"].map(|name| format!("distill:limit:{{{}}}:{name}", &hash[..32]))
 }
 
+/// The user's limits in the units of the script.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SharedRules {
     requests: Bucket,
     tokens: Bucket,
-    /// 0 for no ceiling.
+    /// 0 for no limit.
     requests_per_day: u64,
 }
 
-/// In picoseconds at the limit; all 0 where there is none.
+/// A limit per minute, in picoseconds; all fields are 0 without a limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Bucket {
-    /// What one unit takes.
+    /// Time of one unit.
     interval: u64,
-    /// What the burst takes, before it is raised to the largest request.
+    /// Time of the burst, before it is raised to the largest request.
     burst: u64,
+    /// Time of the largest request.
     largest: u64,
 }
 
@@ -50,7 +51,7 @@ impl Bucket {
         let Some(per_minute) = per_minute else {
             return Bucket::default();
         };
-        // Rounded up: rounding down would let out a little more than the limit.
+        // Rounded up: rounding down would admit a little more than the limit.
         let interval = MINUTE.div_ceil(u64::from(per_minute.max(1)));
         Bucket {
             interval,
@@ -61,7 +62,7 @@ impl Bucket {
 }
 
 impl SharedRules {
-    /// `largest` is the estimate of tokens of the largest request to come.
+    /// `largest` is the estimated number of tokens of the largest request to come.
     pub(crate) fn new(limits: &LimitsConfig, largest: u64) -> SharedRules {
         let per_day = limits.requests_per_day.unwrap_or(0);
         SharedRules {
@@ -71,7 +72,8 @@ impl SharedRules {
         }
     }
 
-    /// Asks for up to `wanted` requests of so many tokens each; `held` requests and tokens are there.
+    /// Returns the arguments for up to `wanted` requests of `tokens` tokens each. `held` is the number of requests and
+    /// tokens in local permits.
     pub(crate) fn arguments(&self, wanted: u64, tokens: u64, held: (u64, u64)) -> Arguments {
         let (requests, by_tokens) = (self.requests, self.tokens);
         [
@@ -90,12 +92,12 @@ impl SharedRules {
     }
 }
 
-/// What the script answers.
+/// Reply of the script.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct SharedCharge {
     pub requests: u64,
     pub tokens: u64,
-    /// Where nothing was charged: until there is room for one request.
+    /// Time until the limits admit one request, if nothing was charged.
     pub wait: Duration,
 }
 
@@ -114,13 +116,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_is_rounded_to_the_safe_side_and_every_number_is_exact() {
+    fn shared_bucket_intervals_are_rounded_up_and_exact_in_doubles() {
         for per_minute in [1, 7, 60, 159, 6_000, 2_000_000, u32::MAX] {
             for largest in [1, 1_000, u64::from(per_minute)] {
                 let bucket = Bucket::new(Some(per_minute), largest);
                 let minute = bucket.interval * u64::from(per_minute);
                 assert!(minute >= MINUTE && minute - MINUTE < u64::from(per_minute));
-                // The highest level, and what drains in the two minutes that the script looks back.
+                // The highest level, plus the amount that drains in the two minutes that the script looks back.
                 assert!(bucket.burst + 2 * bucket.largest + 2 * MINUTE < LARGEST_EXACT);
             }
         }
@@ -128,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn endpoint_and_model_share_a_limit_and_a_place_in_a_cluster() {
+    fn redis_keys_depend_on_endpoint_and_model_and_share_a_hash_tag() {
         let keys_of = |base_url: &str, model: &str| {
             keys(&TeacherConfig {
                 base_url: base_url.into(),

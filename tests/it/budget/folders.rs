@@ -281,7 +281,7 @@ fn end(mut child: Child, longest: Duration) -> String {
 }
 
 #[test]
-fn no_run_folder_is_billed_more_than_its_cap() {
+fn run_folder_billing_never_exceeds_the_cap() {
     let (folders, steps) = if nightly() { (60, 30) } else { (4, 16) };
     for seed in 0..folders {
         let mut folder = Folder::new(seed);

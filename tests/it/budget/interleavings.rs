@@ -1,5 +1,5 @@
-//! A search over every interleaving: two processes, four requests, and a crash or a lost reply at every
-//! step. The account is the real one; only its files and the endpoint are made up.
+//! Search over every interleaving of two processes with four requests, and a crash or a lost reply at every step.
+//! The account is the real one; its files and the endpoint are simulated.
 
 use std::collections::HashSet;
 
@@ -9,13 +9,13 @@ use distill::budget::ledger::Spent;
 use distill::budget::price::TokenBound;
 use distill::cache::usage::Usage;
 
-use super::{Disk, Fault, Mortal, PRICE, after_a_kill, dollars};
+use super::{Disk, Fault, FaultyStore, PRICE, after_a_kill, dollars};
 
-/// Bounds of the requests, in dollars; all of them do not fit.
+/// Bounds of the requests in dollars; together they exceed the cap.
 const BOUNDS: [u64; 4] = [3, 3, 2, 2];
 const CAP: u64 = 7;
 
-/// Times that a request is sent at the most.
+/// Maximum number of times that a request is sent.
 const SENDS: u8 = 2;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -32,11 +32,11 @@ enum Request {
 #[derive(Debug, Clone)]
 struct World {
     disk: Disk,
-    /// One of them at a time: the lock.
-    processes: [Option<Account<Mortal>>; 2],
+    /// At most one is open at a time, because of the lock.
+    processes: [Option<Account<FaultyStore>>; 2],
     requests: [Request; 4],
     sends: [u8; 4],
-    /// Sent, given up, and possibly billed later on.
+    /// Number of attempts without a reply that may be billed later.
     lost: [u8; 4],
     billed: Dollars,
 }
@@ -53,13 +53,13 @@ type Key = (
 enum Step {
     Open(usize),
     Send(usize, usize),
-    /// The endpoint bills the request: all of its bound, or a dollar.
+    /// The endpoint bills the request: its full bound (if true), or one dollar.
     Bill(usize, bool),
-    /// It bills one that nobody waits for any more.
+    /// The endpoint bills an attempt whose reply was lost.
     BillLost(usize),
-    /// A reply comes: with usage or without where it was billed, a refusal where it was not.
+    /// The endpoint replies: with usage (if true) or without to a billed request, else with a refusal.
     Answer(usize, bool),
-    /// No reply comes.
+    /// The reply is lost.
     Lose(usize),
     Close(usize),
     Kill(usize),
@@ -131,15 +131,16 @@ impl World {
         steps
     }
 
-    /// Every world that a step can lead to: it goes well, or the process dies at one of its writes.
+    /// Every world that a step can lead to: it goes well, or the process crash at one of its writes.
     fn after(&self, step: Step) -> Vec<World> {
-        let deaths = (0..2).flat_map(|write| [Fault::Dies(write, false), Fault::Dies(write, true)]);
+        let deaths =
+            (0..2).flat_map(|write| [Fault::Crash(write, false), Fault::Crash(write, true)]);
         let ways = std::iter::once(None).chain(deaths.map(Some));
         let mut worlds = Vec::new();
-        for dies in ways {
+        for crash in ways {
             let mut world = self.clone();
-            let has_died = world.take(step, dies);
-            if dies.is_none() || has_died {
+            let has_died = world.take(step, crash);
+            if crash.is_none() || has_died {
                 worlds.push(world);
             }
         }
@@ -147,11 +148,11 @@ impl World {
     }
 
     /// Takes a step. True if a process died on the way.
-    fn take(&mut self, step: Step, dies: Option<Fault>) -> bool {
+    fn take(&mut self, step: Step, crash: Option<Fault>) -> bool {
         match step {
             Step::Open(process) => {
-                let store = Mortal {
-                    fault: dies,
+                let store = FaultyStore {
+                    fault: crash,
                     ..self.disk.open()
                 };
                 let opened = Account::open(
@@ -168,7 +169,7 @@ impl World {
                     }
                     Err(_) => {
                         // Whether the write was made can only be seen by making it.
-                        if dies == Some(Fault::Dies(0, true)) {
+                        if crash == Some(Fault::Crash(0, true)) {
                             let opened = Account::open(
                                 self.disk.open(),
                                 self.disk.read(),
@@ -184,7 +185,7 @@ impl World {
             }
             Step::Send(process, request) => {
                 let mut is_sent = false;
-                let died = self.run(process, dies, |account| {
+                let died = self.run(process, crash, |account| {
                     let amount = account.bound(&bound(request), &PRICE);
                     is_sent = account.reserve(&amount)?;
                     Ok(())
@@ -209,7 +210,7 @@ impl World {
                     return self.settle(
                         request,
                         Charge::Measured(usage(1)),
-                        dies,
+                        crash,
                         Request::Answered,
                     );
                 }
@@ -229,18 +230,18 @@ impl World {
                     (true, false) => (Charge::Answered(bound(request)), Request::Answered),
                     (false, _) => (Charge::Nothing, Request::Waiting),
                 };
-                self.settle(request, bill, dies, next)
+                self.settle(request, bill, crash, next)
             }
             Step::Lose(request) => {
                 let Request::InFlight { is_billed, .. } = self.requests[request] else {
                     unreachable!()
                 };
                 self.lost[request] += u8::from(!is_billed);
-                self.settle(request, Charge::Possible, dies, Request::Waiting)
+                self.settle(request, Charge::Possible, crash, Request::Waiting)
             }
             Step::Close(process) => {
                 let in_flight = self.leave(process);
-                let died = self.run(process, dies, |account| account.close(in_flight));
+                let died = self.run(process, crash, |account| account.close(in_flight));
                 self.processes[process] = None;
                 died
             }
@@ -253,12 +254,18 @@ impl World {
     }
 
     /// Settles a request, and writes it down, as the dispatcher does.
-    fn settle(&mut self, request: usize, bill: Charge, dies: Option<Fault>, next: Request) -> bool {
+    fn settle(
+        &mut self,
+        request: usize,
+        bill: Charge,
+        crash: Option<Fault>,
+        next: Request,
+    ) -> bool {
         let Request::InFlight { by, .. } = self.requests[request] else {
             unreachable!()
         };
         self.requests[request] = next;
-        self.run(by, dies, |account| {
+        self.run(by, crash, |account| {
             let amount = account.bound(&bound(request), &PRICE);
             account.settle(&amount, bill, &PRICE);
             account.flush()
@@ -269,12 +276,12 @@ impl World {
     fn run(
         &mut self,
         process: usize,
-        dies: Option<Fault>,
-        what: impl FnOnce(&mut Account<Mortal>) -> anyhow::Result<()>,
+        crash: Option<Fault>,
+        what: impl FnOnce(&mut Account<FaultyStore>) -> anyhow::Result<()>,
     ) -> bool {
         let account = self.processes[process].as_mut().unwrap();
         let store = account.store();
-        (store.disk, store.fault) = (std::mem::take(&mut self.disk), dies);
+        (store.disk, store.fault) = (std::mem::take(&mut self.disk), crash);
         let has_died = what(account).is_err();
         self.disk = std::mem::take(&mut account.store().disk);
         if has_died {
@@ -338,7 +345,7 @@ impl World {
 
     /// All that what comes next depends on: not how many attempts were lost so far, say.
     fn key(&self) -> Key {
-        let account = |account: &Account<Mortal>| (account.spent(), account.remaining());
+        let account = |account: &Account<FaultyStore>| (account.spent(), account.remaining());
         let processes = self
             .processes
             .each_ref()
@@ -372,7 +379,7 @@ fn usage(dollars: u64) -> Usage {
 }
 
 #[test]
-fn no_interleaving_of_two_processes_exceeds_the_cap() {
+fn interleavings_of_two_processes_never_exceed_the_cap() {
     let mut seen = HashSet::new();
     let mut waiting = vec![World::new()];
     seen.insert(waiting[0].key());

@@ -1,4 +1,4 @@
-//! The invariant of the budget (see `distill::budget`): what may have been billed never exceeds the cap.
+//! The invariant of the budget (see `distill::budget`): the amount that may have been billed never exceeds the cap.
 
 mod folders;
 mod interleavings;
@@ -10,7 +10,7 @@ use distill::budget::dollars::Dollars;
 use distill::budget::ledger::{Ledger, LedgerStore, Spent};
 use distill::config::Price;
 
-/// A dollar a million tokens of either kind: with whole millions, sums are easy to read.
+/// One dollar per million tokens of either kind, so that sums of whole millions are easy to read.
 pub const PRICE: Price = Price {
     input: Some(1.0),
     cached_input: None,
@@ -22,8 +22,9 @@ pub const PRICE: Price = Price {
 #[derive(Debug, Clone, Default)]
 pub struct Disk {
     pub ledger: Ledger,
-    /// The number of the log that the ledger names, and what that holds.
+    /// Number of the log that the ledger names.
     number: u64,
+    /// Sum of the entries of that log.
     pub logged: Spent,
 }
 
@@ -36,8 +37,8 @@ impl Disk {
     }
 
     /// The store of a process that opens these files.
-    pub fn open(&self) -> Mortal {
-        Mortal {
+    pub fn open(&self) -> FaultyStore {
+        FaultyStore {
             number: self.number,
             disk: self.clone(),
             fault: None,
@@ -48,32 +49,32 @@ impl Disk {
 /// Faults of the next writes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Fault {
-    /// The process dies after so many of them: before the next one is made, or before it can say so.
-    Dies(usize, bool),
-    /// Each of them fails, made or not, and the process lives.
-    Fails(bool),
+    /// The process dies after this number of writes, before or (if true) after the next one reaches the disk.
+    Crash(usize, bool),
+    /// Each write returns an error, and (if true) still reaches the disk; the process survives.
+    Error(bool),
 }
 
 /// A store whose writes can go wrong.
 #[derive(Debug, Clone, Default)]
-pub struct Mortal {
+pub struct FaultyStore {
     pub disk: Disk,
-    /// The number of the log that it appends to.
+    /// Number of the log that it appends to.
     number: u64,
     pub fault: Option<Fault>,
 }
 
-impl Mortal {
-    /// Lets the write go well or wrong.
+impl FaultyStore {
+    /// Applies a write to the disk, or the next fault.
     fn write(&mut self, write: impl FnOnce(&mut Disk)) -> Result<()> {
         match &mut self.fault {
-            Some(Fault::Dies(0, is_made) | Fault::Fails(is_made)) => {
+            Some(Fault::Crash(0, is_made) | Fault::Error(is_made)) => {
                 if *is_made {
                     write(&mut self.disk);
                 }
                 bail!("a fault");
             }
-            Some(Fault::Dies(left, _)) => *left -= 1,
+            Some(Fault::Crash(left, _)) => *left -= 1,
             None => {}
         }
         write(&mut self.disk);
@@ -81,7 +82,7 @@ impl Mortal {
     }
 }
 
-impl LedgerStore for Mortal {
+impl LedgerStore for FaultyStore {
     fn save(&mut self, ledger: &Ledger) -> Result<()> {
         let next = Disk {
             ledger: ledger.clone(),
@@ -96,7 +97,7 @@ impl LedgerStore for Mortal {
     fn append(&mut self, spent: &Spent) -> Result<()> {
         let number = self.number;
         self.write(|disk| {
-            // Another log than the one that the ledger names is not read.
+            // Only the log that the ledger names is read.
             if disk.number == number {
                 disk.logged.add(spent);
             }

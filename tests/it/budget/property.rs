@@ -1,6 +1,5 @@
-//! The invariant over everything that a run folder can go through, at random: processes that harvest,
-//! judge or probe one after the other, batches, kills, prices that are set, changed or taken away, a cap
-//! that comes late or moves, caches that are repaired, deleted and merged.
+//! Property test of the invariant over random events in a run folder: processes that harvest, score or probe, batches,
+//! kills, changes of prices and of the cap, and caches that are repaired, deleted or merged.
 
 use distill::budget::account::{Account, Charge, Reservation};
 use distill::budget::dollars::Dollars;
@@ -11,36 +10,37 @@ use distill::cache::usage::Usage;
 use distill::config::Price;
 use proptest::prelude::*;
 
-use super::{Disk, Fault, Mortal, after_a_kill};
+use super::{Disk, Fault, FaultyStore, after_a_kill};
 
 #[derive(Debug, Clone)]
 enum Event {
-    /// A process opens the account: to harvest, to judge, to probe.
+    /// A process opens the account.
     Open,
-    /// It sends a request with so many tokens in and out.
+    /// The process sends a request with these bounds of input and output tokens.
     Send(u64, u64),
-    /// The reply to one of those in flight; what it cost is written at once, or later.
+    /// A request in flight gets its reply; its cost is written immediately (if true) or later.
     Reply(usize, Reply, bool),
-    /// A batch of so many requests of a size is made; one of its rows comes back.
+    /// The process submits a batch with this number of rows and of tokens per row.
     Batch(u64, u64),
+    /// A row of the batch gets its reply.
     Row(Reply),
     Tick,
     Close,
-    /// The next writes go wrong, or go well again.
+    /// Sets or clears the fault of the next writes.
     Fault(Option<Fault>),
     Price(u8),
     Cap(u8),
-    /// A share of the cache is lost: repaired, or deleted.
+    /// The cache loses a share of its records, by a repair or a deletion.
     Forget(f64),
     Merge(u64),
 }
 
 #[derive(Debug, Clone, Copy)]
 enum Reply {
-    /// Billed to this share of its bound, and told.
+    /// Billed to this share of its bound, with usage.
     Measured(f64),
     /// Billed to this share of its bound, without usage.
-    Untold(f64),
+    WithoutUsage(f64),
     Lost(f64),
     Refused,
 }
@@ -52,13 +52,13 @@ struct Sent {
     price: usize,
 }
 
-/// A row of a batch that is under way, with what is held for it.
+/// A row of a batch under way, with the amount held for it.
 #[derive(Debug, Clone, Copy)]
 struct Row {
     bound: TokenBound,
     held: Dollars,
     price: usize,
-    /// Known from the moment when the endpoint has answered it; the row is held for until it is recorded.
+    /// Charge of the reply; `None` before it. The amount is held until the reply is recorded.
     bill: Option<Charge>,
 }
 
@@ -82,7 +82,7 @@ const fn price(input: Option<f64>, output: Option<f64>) -> Price {
 
 struct World {
     disk: Disk,
-    process: Option<Account<Mortal>>,
+    process: Option<Account<FaultyStore>>,
     price: usize,
     cap: usize,
     in_flight: Vec<Sent>,
@@ -165,7 +165,7 @@ impl World {
     }
 
     /// Lets the process use its account. False if that failed, of which it may die.
-    fn run(&mut self, what: impl FnOnce(&mut Account<Mortal>) -> anyhow::Result<()>) -> bool {
+    fn run(&mut self, what: impl FnOnce(&mut Account<FaultyStore>) -> anyhow::Result<()>) -> bool {
         let Some(account) = &mut self.process else {
             return false;
         };
@@ -174,15 +174,15 @@ impl World {
         let result = what(account);
         let store = account.store();
         (self.disk, self.fault) = (std::mem::take(&mut store.disk), store.fault);
-        if result.is_err() && !self.lives_on() {
+        if result.is_err() && !self.survives() {
             self.die();
         }
         result.is_ok()
     }
 
     /// Writes fail, and the process lives.
-    fn lives_on(&self) -> bool {
-        matches!(self.fault, Some(Fault::Fails(_)))
+    fn survives(&self) -> bool {
+        matches!(self.fault, Some(Fault::Error(_)))
     }
 
     fn die(&mut self) {
@@ -235,7 +235,7 @@ impl World {
             &self.floor(),
         );
         let Ok((mut account, _)) = opened else {
-            assert!(self.lives_on());
+            assert!(self.survives());
             return;
         };
         // The journal of the batches brings what is held for them.
@@ -249,9 +249,9 @@ impl World {
     }
 
     /// Opening does not die: what a process does then is like the first thing that another one does.
-    fn store(&self) -> Mortal {
-        Mortal {
-            fault: self.fault.filter(|_| self.lives_on()),
+    fn store(&self) -> FaultyStore {
+        FaultyStore {
+            fault: self.fault.filter(|_| self.survives()),
             ..self.disk.open()
         }
     }
@@ -317,7 +317,7 @@ impl World {
     fn bill_of(&mut self, bound: &TokenBound, price: usize, reply: Reply) -> Charge {
         match reply {
             Reply::Measured(share) => Charge::Measured(self.bill(bound, price, share)),
-            Reply::Untold(share) => {
+            Reply::WithoutUsage(share) => {
                 self.bill(bound, price, share);
                 Charge::Answered(*bound)
             }
@@ -330,8 +330,8 @@ impl World {
     }
 
     fn make_batch(&mut self, rows: u64, tokens: u64) {
-        // Its journal is written before it.
-        if PRICES[self.price].output.is_none() || self.lives_on() {
+        // The journal of a batch is written before the batch is submitted.
+        if PRICES[self.price].output.is_none() || self.survives() {
             return;
         }
         let bound = TokenBound {
@@ -370,7 +370,7 @@ impl World {
         let price = &PRICES[row.price];
         if !self.run(|account| account.settle_batch(row.held, row.held, 1, bill, price)) {
             self.die();
-            // It has no record: the next process holds for it, and finds the same answer.
+            // The row has no record: the next process holds its amount, and gets the same reply.
             self.batch.push(Row {
                 bill: Some(bill),
                 ..row
@@ -379,7 +379,7 @@ impl World {
     }
 
     fn merge(&mut self, cents: u64) {
-        if self.process.is_some() || self.lives_on() {
+        if self.process.is_some() || self.survives() {
             return;
         }
         let usd = Dollars::at_least(cents as f64 / 100.0);
@@ -448,7 +448,7 @@ fn reply() -> impl Strategy<Value = Reply> {
     let share = 0.0..=1.0;
     prop_oneof![
         share.clone().prop_map(Reply::Measured),
-        share.clone().prop_map(Reply::Untold),
+        share.clone().prop_map(Reply::WithoutUsage),
         share.prop_map(Reply::Lost),
         Just(Reply::Refused),
     ]
@@ -456,8 +456,8 @@ fn reply() -> impl Strategy<Value = Reply> {
 
 fn fault() -> impl Strategy<Value = Fault> {
     prop_oneof![
-        (0usize..4, any::<bool>()).prop_map(|(writes, is_made)| Fault::Dies(writes, is_made)),
-        any::<bool>().prop_map(Fault::Fails),
+        (0usize..4, any::<bool>()).prop_map(|(writes, is_made)| Fault::Crash(writes, is_made)),
+        any::<bool>().prop_map(Fault::Error),
     ]
 }
 
@@ -487,7 +487,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn nothing_that_a_run_folder_goes_through_exceeds_the_cap(events in proptest::collection::vec(event(), 1..80)) {
+    fn event_sequences_never_exceed_the_cap(events in proptest::collection::vec(event(), 1..80)) {
         let mut world = World::new();
         for event in &events {
             world.step(event);

@@ -40,7 +40,7 @@ async fn unreachable_redis_at_start_is_an_error_with_advice() {
         let teacher = Noting::new(0);
         let error = harvest(&run, &teacher).await.unwrap_err();
         let message = format!("{error:#}");
-        let is_a_mistake = message.contains("is no address");
+        let is_a_mistake = message.contains("is not a valid Redis address");
         let code = if is_a_mistake { 2 } else { 1 };
         assert_eq!(Exit::code_of(&error), code, "{message}");
         for part in parts {

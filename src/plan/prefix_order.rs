@@ -1,0 +1,66 @@
+//! Order of the prompts for `prompts.order = "prefix"`. Pure.
+
+use std::collections::HashMap;
+
+use crate::prompt::Prompt;
+
+/// Length in bytes of the common prefix by which prompts are grouped. OpenAI's prompt cache begins at
+/// 1,024 tokens.
+const SHARED_PREFIX: usize = 4_096;
+
+/// Returns the indices of the prompts in an order that lets a provider's prompt cache hit.
+///
+/// Prompts with the same first [`SHARED_PREFIX`] bytes follow the first of them, sorted. All others keep
+/// their place: a run that ends early must not have covered only the beginning of the alphabet.
+pub(crate) fn by_prefix(prompts: &[Prompt]) -> Vec<usize> {
+    let prompt_text = |prompt: &Prompt| -> Vec<u8> {
+        let parts = prompt.messages.iter().flat_map(|message| {
+            [
+                message.role.as_bytes(),
+                b"\n",
+                message.content.as_bytes(),
+                b"\n",
+            ]
+        });
+        parts.flatten().copied().collect()
+    };
+    let mut first_by_prefix = HashMap::new();
+    let mut keys: Vec<(usize, Vec<u8>, usize)> = Vec::with_capacity(prompts.len());
+    for (index, prompt) in prompts.iter().enumerate() {
+        let text = prompt_text(prompt);
+        match text.get(..SHARED_PREFIX) {
+            None => keys.push((index, Vec::new(), index)),
+            Some(prefix) => {
+                let group = *first_by_prefix
+                    .entry(*blake3::hash(prefix).as_bytes())
+                    .or_insert(index);
+                keys.push((group, text, index));
+            }
+        }
+    }
+    keys.sort();
+    keys.into_iter().map(|(_, _, index)| index).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::prompt::message::Message;
+
+    fn prompt(id: &str, content: &str) -> Prompt {
+        Prompt::plain(id, vec![Message::new("user", content)])
+    }
+
+    #[test]
+    fn prefix_order_groups_prompts_with_a_long_common_prefix() {
+        let long = |start: char, end: &str| format!("{}{end}", start.to_string().repeat(5_000));
+        let prompts = [
+            prompt("0", &long('z', "2")),
+            prompt("1", "short"),
+            prompt("2", &long('a', "1")),
+            prompt("3", &long('z', "1")),
+            prompt("4", "also short"),
+        ];
+        assert_eq!(by_prefix(&prompts), [3, 0, 1, 2, 4]);
+    }
+}
