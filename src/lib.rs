@@ -65,6 +65,7 @@ pub mod harvest;
 pub mod log;
 pub mod mock;
 pub mod model;
+#[allow(unsafe_code, reason = "mapped files, SIMD and calls of the C library")]
 pub mod ops;
 pub mod plan;
 pub mod probe;

@@ -172,7 +172,7 @@ pub struct PlannedRows {
     pub keys: KeySet,
     /// Questions of the answered rows.
     pub answered: KeySet,
-    /// Questions of all rows; see [`question::fingerprint`].
+    /// Questions of all rows; see `cache::question::fingerprint`.
     pub questions: KeySet,
 }
 

@@ -110,9 +110,10 @@ fn flipped_bits_are_damage_and_not_a_torn_tail() {
         let some = (0..original.len()).step_by(2).chain([original.len() - 1]);
         let some = some.map(|at| (at, (at / 2 + index) % 8));
         let every = (0..original.len()).flat_map(|at| (0..8).map(move |bit| (at, bit)));
-        let flips: Vec<_> = match nightly() {
-            true => every.collect(),
-            false => some.collect(),
+        let flips: Vec<_> = if nightly() {
+            every.collect()
+        } else {
+            some.collect()
         };
         for (at, bit) in flips {
             let mut flipped = file.clone();

@@ -266,9 +266,10 @@ impl Failing {
         let Mishap {
             at, lasts, kind, ..
         } = self.mishap;
-        match (at..at.saturating_add(lasts)).contains(&number) {
-            true => Err(kind.into()),
-            false => Ok(()),
+        if (at..at.saturating_add(lasts)).contains(&number) {
+            Err(kind.into())
+        } else {
+            Ok(())
         }
     }
 }

@@ -1,5 +1,8 @@
 //! One file per verb or promise.
 
+// A test fails by panicking.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
 mod budget;
 mod cache;
 mod cache_compressed;

@@ -92,7 +92,7 @@ impl PartLimits {
             if full.is_some() {
                 return (count, sum, full);
             }
-            count = count + 1;
+            count += 1;
             sum = with;
         }
         (count, sum, None)
