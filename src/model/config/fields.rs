@@ -32,3 +32,8 @@ pub(crate) fn check_layer_count(layers: usize) -> Result<()> {
     }
     Ok(())
 }
+
+/// Default of `initializer_range`.
+pub(super) fn default_range() -> f64 {
+    0.02
+}

@@ -19,7 +19,7 @@ struct Gpt2Json {
     n_inner: Option<usize>,
     #[serde(default = "default_eps")]
     layer_norm_epsilon: f64,
-    #[serde(default = "super::default_range")]
+    #[serde(default = "super::fields::default_range")]
     initializer_range: f64,
     #[serde(default = "default_activation")]
     activation_function: String,

@@ -26,7 +26,7 @@ struct LlamaJson {
     max_position_embeddings: usize,
     #[serde(default)]
     tie_word_embeddings: bool,
-    #[serde(default = "super::default_range")]
+    #[serde(default = "super::fields::default_range")]
     initializer_range: f64,
     #[serde(default = "default_activation")]
     hidden_act: String,

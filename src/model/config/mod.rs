@@ -23,7 +23,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
 use crate::config::StudentConfig;
-use crate::model::config::fields::{check_layer_count, config_error};
+use crate::model::config::fields::{check_layer_count, config_error, default_range};
 pub use crate::model::config::shape::LlamaVariant;
 use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::ops::attention::Heads;
@@ -35,11 +35,6 @@ const MAX_POSITIONS: usize = 1 << 17;
 
 /// Maximum of the vocabulary, hidden, feed-forward and attention sizes.
 const MAX_WIDTH: usize = 1 << 24;
-
-/// Default of `initializer_range`.
-fn default_range() -> f64 {
-    0.02
-}
 
 impl ModelConfig {
     /// Reads `config.json` of a model folder.

@@ -138,12 +138,12 @@ async fn full_disk_timeout_ends_run_with_count_of_safe_answers() {
         message.contains(&format!("{safe} answers are safe")),
         "{message}"
     );
-    assert!(message.contains("disk is full"), "{message}");
+    assert!(message.contains("disk has been full"), "{message}");
     // Only the answers in flight when the disk filled up are lost.
     let lost = night.mock.stats().billed.answers - safe;
     assert!((1..=CONCURRENCY).contains(&lost), "{lost}");
     assert!(
-        message.contains(&format!("{lost} answers that waited")),
+        message.contains(&format!("{lost} answers held in memory are lost")),
         "{message}"
     );
     assert_eq!(summary.attempts_lost, lost);
