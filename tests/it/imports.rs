@@ -328,7 +328,10 @@ fn reversed_imports_are_found() {
         inline,
         ["ops/rope.rs imports {\"Model\"} from model/mod.rs"]
     );
-    let circle = with("fs/lock.rs", "use super::write_atomic;\n");
-    assert_eq!(circle.in_circles(), ["fs/lock.rs", "fs/mod.rs"]);
+    let circle = with("cache/fingerprint.rs", "use super::keys::identity;\n");
+    let files = circle.in_circles();
+    for file in ["cache/fingerprint.rs", "cache/keys.rs"] {
+        assert!(files.iter().any(|name| name == file), "{file}: {files:?}");
+    }
     assert_eq!(circle.upward(), Vec::<String>::new());
 }
