@@ -25,7 +25,7 @@ pub(crate) fn learning_rate(train: &TrainConfig, step: u64, total: u64) -> f64 {
 
 /// Note for the user if the warmup is at least as long as the run.
 pub(crate) fn warmup_note(train: &TrainConfig, total: u64) -> Option<String> {
-    (train.warmup_steps >= total).then(|| {
+    (total > 0 && train.warmup_steps >= total).then(|| {
         format!(
             "train.warmup_steps = {} is not less than the {total} steps of this run: the learning rate rises until the \
              last step",
