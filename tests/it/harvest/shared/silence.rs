@@ -31,10 +31,16 @@ async fn unreachable_redis_at_start_is_an_error_with_advice() {
         ),
         (
             "redis://:secret@[".into(),
-            vec!["no address".into(), "redis://user".into()],
+            vec!["not a valid Redis address".into(), "redis://user".into()],
         ),
-        ("http://:secret@host".into(), vec!["no address".into()]),
-        ("secret".into(), vec!["no address".into(), "%40".into()]),
+        (
+            "http://:secret@host".into(),
+            vec!["not a valid Redis address".into()],
+        ),
+        (
+            "secret".into(),
+            vec!["not a valid Redis address".into(), "%40".into()],
+        ),
     ] {
         let run = run_at(&url, 3, per_minute(600));
         let teacher = Noting::new(0);
