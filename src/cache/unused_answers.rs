@@ -24,6 +24,9 @@ pub struct UnusedAnswers {
     /// Answers to the same prompts with other settings.
     pub other_settings: u64,
     pub other_prompts: u64,
+    /// Number of records that were counted, if that is not all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub counted_records: Option<u64>,
 }
 
 impl UnusedAnswers {
@@ -115,7 +118,11 @@ pub(crate) fn count_unused(
     }
     let mut lines = CacheLines::open(dir)?;
     let mut records = 0;
-    while records < limit && lines.advance().map_err(|error| lines.refuse_scan(error))? {
+    while lines.advance().map_err(|error| lines.refuse_scan(error))? {
+        if records == limit {
+            unused_answers.counted_records = Some(records);
+            break;
+        }
         records += 1;
         check()?;
         let origin = RecordOrigin::from_line(lines.line()).map_err(|fault| lines.refuse(fault))?;

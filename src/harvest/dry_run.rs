@@ -75,8 +75,7 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
         )?);
     }
     if options.again.is_empty() {
-        estimate.cached =
-            unused_answers(&dir, &plan, cached.len(), u64::MAX, &StopFlag::default())?;
+        estimate.cached = unused_answers(&dir, &plan, cached.len(), &StopFlag::default())?;
     }
     estimate.first_request = first_request(&plan);
     let mut summary = HarvestSummary {

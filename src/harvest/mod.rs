@@ -79,10 +79,6 @@ use batch::journal;
 use batch::{BatchOutcome, Batches};
 use dispatch::Dispatcher;
 
-/// Maximum number of cached records that a run searches for unused answers of other endpoints; a dry run
-/// searches all of them.
-const MAX_UNUSED_SEARCHED: u64 = 20_000;
-
 /// Asks the teacher for every answer that the run's cache does not hold.
 ///
 /// Once the first request is sent, failures are reported in the summary's `error`; see
@@ -311,7 +307,7 @@ impl Run<'_> {
         if self.again.is_none() {
             let dir = config.own_cache();
             let known = self.cache.len();
-            let unused = unused_answers(&dir, &plan, known, MAX_UNUSED_SEARCHED, &self.stop)?;
+            let unused = unused_answers(&dir, &plan, known, &self.stop)?;
             if let Some(advice) = unused.advice(&config.arguments()) {
                 tracing::warn!("{advice}");
             }

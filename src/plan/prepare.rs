@@ -105,13 +105,15 @@ pub(crate) fn check_budget(
     }
 }
 
-/// Counts the answers of a cache with `known` keys that the plan does not use. Reads at most `limit` records,
-/// and none if the cache has no more keys than the plan has answered rows.
+/// Maximum number of records that are read in search of unused answers: 0.2 s.
+const MAX_UNUSED_SEARCHED: u64 = 20_000;
+
+/// Counts the answers of a cache with `known` keys that the plan does not use. Reads at most
+/// [`MAX_UNUSED_SEARCHED`] records, and none if the cache has no more keys than the plan has answered rows.
 pub(crate) fn unused_answers(
     dir: &Path,
     plan: &Plan,
     known: usize,
-    limit: u64,
     stop: &StopFlag,
 ) -> Result<UnusedAnswers> {
     let answered: u64 = plan.answered.iter().sum();
@@ -138,7 +140,7 @@ pub(crate) fn unused_answers(
         &plan.questions,
         &open,
         is_prompt,
-        limit,
+        MAX_UNUSED_SEARCHED,
         check,
     )
 }

@@ -139,7 +139,14 @@ impl HarvestSummary {
         ] {
             if count > 0 {
                 let count = format_count(count);
-                text.push_str(&format!("note: {count} cached answers are to {question}\n"));
+                let of_first = estimate
+                    .cached
+                    .counted_records
+                    .map(|records| format!(" of the first {} records", format_count(records)));
+                let of_first = of_first.unwrap_or_default();
+                text.push_str(&format!(
+                    "note: {count} cached answers{of_first} are to {question}\n"
+                ));
             }
         }
         if let Some(request) = &estimate.first_request {

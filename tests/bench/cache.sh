@@ -30,6 +30,14 @@ median() { sort -n | awk '{ v[NR] = $1 } END { print (NR % 2 ? v[(NR + 1) / 2] :
 # miss TEXT CONDITION (awk)
 miss() { if awk "BEGIN { exit !($2) }"; then missed+="$1"$'\n'; fi; }
 
+# measure FILE COMMAND: seconds and peak MiB of a command that writes to FILE.
+measure() {
+    python3 -c 'import resource, subprocess, sys, time
+start = time.monotonic()
+subprocess.run(sys.argv[2:], check=True, stdout=open(sys.argv[1], "w"))
+print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)' "$@"
+}
+
 # row LABEL DIR THREADS (1, 0 for all) INDEX (keep or none)
 row() {
     local times=() peaks=() out bytes=0
@@ -52,6 +60,29 @@ printf '%-34s %9s %10s %13s\n' "" time peak read
 row "by its index" "$folder/plain" 0 keep
 miss "by its index: $seconds s (aim: under 5)" "$seconds >= 5"
 miss "by its index: $peak MiB (aim: under 200)" "$peak >= 200"
+mkdir "$folder/run"
+mv "$folder/plain" "$folder/run/cache"
+printf 'question %d\n' $(seq 1000) > "$folder/prompts.txt"
+cat > "$folder/dry.toml" << 'END'
+[teacher]
+base_url = "http://127.0.0.1:9/v1"
+model = "teacher-1"
+api_key_env = ""
+[prompts]
+source = "prompts.txt"
+END
+times=() peaks=()
+for ((round = 0; round <= rounds; round++)); do
+    read -r seconds peak < <(measure "$folder/dry.out" "$distill" harvest --dry-run -c "$folder/dry.toml")
+    [ "$round" = 0 ] || { times+=("$seconds"); peaks+=("$peak"); }
+done
+grep -q "of the first 20,000 records" "$folder/dry.out" || [ "$records" -le 20000 ]
+seconds=$(printf '%s\n' "${times[@]}" | median)
+peak=$(printf '%s\n' "${peaks[@]}" | median)
+printf '%-34s %7.2f s %6d MiB %13s\n' "harvest --dry-run, 1,000 prompts" "$seconds" "$peak" -
+miss "dry run: $seconds s (aim: under 1)" "$seconds >= 1"
+miss "dry run: $peak MiB (aim: under 200)" "$peak >= 200"
+mv "$folder/run/cache" "$folder/plain"
 row "whole, one core" "$folder/plain" 1 none
 miss "whole, one core: $rate GB/s (aim: 1)" "$rate < 1"
 row "whole, $(nproc) cores" "$folder/plain" 0 none

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 
+use distill::cache;
 use distill::cache::record::Record;
 use distill::config::MaxTokensField;
 use distill::harvest;
@@ -13,6 +14,7 @@ use distill::report::summary::HarvestSummary;
 use serde_json::json;
 
 use super::{Run, end, quietly};
+use crate::cache_samples;
 use crate::data::dataset::write_cache;
 use crate::fault_server::{FaultServer, Reaction, Seen, answer, completion, error, reply};
 
@@ -139,6 +141,7 @@ async fn answers_of_another_url_are_reported_and_adopted() {
     let summary = harvest::run(&run.config, dry).await.unwrap();
     let cached = summary.estimate.unwrap().cached;
     assert_eq!((cached.other_settings, cached.other_prompts), (1, 6));
+    assert_eq!(cached.counted_records, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -442,4 +445,28 @@ async fn adopt_skips_answers_of_another_configured_teacher() {
     let summary = harvest::run(&run.config, dry).await.unwrap();
     assert_eq!((summary.cached, summary.pending), (6, 6));
     assert!(summary.estimate.unwrap().cached.adoptable.is_empty());
+}
+
+/// A dry run of a large cache takes under a second.
+#[tokio::test]
+async fn dry_run_counts_unused_answers_of_the_first_records() {
+    let server = FaultServer::start(teacher).await;
+    let run = Run::new(&server, &PROMPTS);
+    let dir = run.config.own_cache();
+    std::fs::create_dir_all(&dir).unwrap();
+    let records = (0..20_001).map(cache_samples::sample);
+    std::fs::write(cache::plain_file(&dir), cache_samples::encode(records)).unwrap();
+    let dry = HarvestOptions {
+        dry_run: true,
+        ..quietly()
+    };
+    let summary = harvest::run(&run.config, dry).await.unwrap();
+    let cached = &summary.estimate.as_ref().unwrap().cached;
+    assert_eq!(
+        (cached.counted_records, cached.other_prompts),
+        (Some(20_000), 20_000)
+    );
+    let table = summary.to_table();
+    let note = "20,000 cached answers of the first 20,000 records are to other prompts";
+    assert!(table.contains(note), "{table}");
 }
