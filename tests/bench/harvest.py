@@ -156,10 +156,10 @@ def main():
     peers = [name for name in arguments.peers.split(",") if name]
     scale = 10 if arguments.quick else 1
     cases = {
-        "P1": ("no limit, no latency, 300 bytes asked, 500 answered, 256 at a time", dict(
+        "P1": ("no limit, no latency, 300-byte requests, 500-byte replies, 256 in flight", dict(
             rows=100_000 // scale, slow_rows=5_000 // scale, concurrency=256, top=0, max_tokens=32,
             script='[answers]\ntext = { fixed = "ok" }\n[limits]\nheaders = "none"\n')),
-        "P2": ("2 s of latency, 2,000 at a time", dict(
+        "P2": ("2 s of latency, 2,000 in flight", dict(
             rows=12_000 // scale, slow_rows=3_000 // scale, concurrency=2_000, top=0, max_tokens=32,
             script='[answers]\ntext = { fixed = "ok" }\nlatency_s = 2.0\n[limits]\nheaders = "none"\n')),
         "P3": ("top-20 logprobs of 500 tokens", dict(

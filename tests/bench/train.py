@@ -178,7 +178,7 @@ def table(options):
             if memory_aim and memory > memory_aim:
                 missed.append(f"{label}: {memory:.2f} x PyTorch's memory (aim: {memory_aim})")
     if not options.quick and not options.cases:
-        print("\nHow the cost grows (tiny shape, or 135M where it says so; distill alone):")
+        print("\nHow the cost grows (tiny shape, or 135M where named; distill only):")
         for what, shape, settings in GROWTH:
             for setting in settings:
                 result = run([options.program, "--shape", shape, "--steps", "3", *setting])
