@@ -1,30 +1,31 @@
 #!/usr/bin/env bash
 # Builds `distill` with candle's CUDA support on a machine that may have no GPU,
-# no driver and no CUDA toolkit. Everything lands under target/cuda; the usual
-# target folder is left alone.
+# no driver and no CUDA toolkit. All files are written to target/cuda; the usual
+# build folder is not used.
 #
-#   tests/build_cuda.sh [more options for cargo, e.g. -j1 or --locked]
+#   tests/build_cuda.sh [options for cargo, such as -j1 or --locked]
 #
-# Needed: cargo, gcc and g++ (nvcc compiles the host side with them), and, where
-# nvcc is not on PATH, python3 with venv. target/cuda grows to about 4 GB.
+# Needs cargo, gcc and g++ (nvcc compiles the host code with them), and python3
+# with venv if nvcc is not on PATH. target/cuda takes about 4 GB.
 #
-# CUDA_COMPUTE_CAP chooses the GPU (80 is A100, 86 RTX 30, 89 RTX 40 and L4,
-# 90 H100 and H200). Unset, nvidia-smi is asked; without it, 80, whose kernels also
-# run on newer GPUs; from 90 on, all but those for quantized weights and for
-# mixtures of experts, which hold machine code for one generation only.
+# CUDA_COMPUTE_CAP selects the GPU (80: A100, 86: RTX 30, 89: RTX 40 and L4, 90: H100
+# and H200). The default is the GPU that nvidia-smi reports, or 80 without nvidia-smi.
+# Kernels for 80 also run on newer GPUs; from 90 on, the kernels for quantized weights
+# and for mixtures of experts do not, because they contain machine code for one
+# generation only.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out="$PWD/target/cuda"
 if command -v nvcc >/dev/null; then
-    # An installed toolkit. Its folder is the one above nvcc's.
+    # An installed toolkit: the parent of the folder that contains nvcc.
     CUDA_HOME="${CUDA_HOME:-$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")}"
 else
-    # NVIDIA publishes the toolkit as wheels; 13.x unpack into one folder that
-    # already looks like a toolkit. 13.0 and no later: the kernels are embedded as
-    # PTX, which the driver compiles at run time, and a driver reads PTX only from
-    # a toolkit no newer than itself. 13.0 suits every driver from release 580 on.
-    # (The wheels of CUDA 12 have no nvcc in them.)
+    # NVIDIA publishes the toolkit as wheels; those of 13.x unpack into one folder with
+    # the layout of a toolkit. The version is 13.0 because the kernels are embedded as
+    # PTX, which the driver compiles at run time, and a driver reads PTX only from a
+    # toolkit that is not newer than itself. 13.0 works with every driver from release
+    # 580 on. (The wheels of CUDA 12 do not contain nvcc.)
     wheels='cuda-toolkit[nvcc,cudart,cccl,cublas,curand,nvrtc]==13.0.*'
     if [ ! -e "$out/wheels-done" ]; then
         python3 -m venv --clear "$out/venv"
@@ -34,14 +35,14 @@ else
     "$out/venv/bin/pip" list --disable-pip-version-check | grep -E '^(cuda|nvidia)-'
     CUDA_HOME="$(echo "$out"/venv/lib/python3*/site-packages/nvidia/cu13)"
 
-    # What the wheels lack beside a real toolkit: lib64, the names without a version
-    # that the linker looks for, and a stand-in for the driver's own libcuda.
+    # The wheels lack three parts of a toolkit: lib64, library names without a version,
+    # which the linker needs, and a stub of the driver's libcuda.
     ln -sfn lib "$CUDA_HOME/lib64"
     for library in "$CUDA_HOME"/lib/lib{cudart,cublas,cublasLt,curand,nvrtc}.so.*; do
         ln -sf "$(basename "$library")" "${library%%.so.*}.so"
     done
-    # Every function that cuda.h declares, in its old and new versions. Each returns
-    # CUDA_ERROR_STUB_LIBRARY (34), as the functions of NVIDIA's own stub do.
+    # The stub has every function that cuda.h declares, in its old and new versions. Each
+    # returns CUDA_ERROR_STUB_LIBRARY (34), like the functions of NVIDIA's own stub.
     mkdir -p "$CUDA_HOME/lib64/stubs"
     echo '#include <cuda.h>' |
         gcc -E -P -D__CUDA_API_VERSION_INTERNAL -I"$CUDA_HOME/include" -x c - |
@@ -51,17 +52,17 @@ else
             -o "$CUDA_HOME/lib64/stubs/libcuda.so" -x c -
 fi
 
-# cudarc finds the libraries by CUDA_HOME and asks the nvcc on PATH for its version;
-# candle's kernels are compiled by that nvcc too.
+# cudarc finds the libraries by CUDA_HOME and reads the version from the nvcc on PATH,
+# which also compiles candle's kernels.
 export CUDA_HOME PATH="$CUDA_HOME/bin:$PATH"
 if ! command -v nvidia-smi >/dev/null; then
     export CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-80}"
 fi
 nvcc --version | grep release
 
-# `cargo rustc` is `cargo build` with options for the last step alone: the program
-# remembers where the CUDA libraries lie. The stubs are not in that folder, so they
-# can never be taken for the driver.
+# `cargo rustc` is `cargo build` with options for the last step only. The rpath is the
+# folder of the CUDA libraries. It does not contain the stub, which therefore cannot
+# replace the driver.
 cargo rustc --release --features cuda --bin distill --target-dir "$out/build" "$@" -- \
     -C link-arg="-Wl,-rpath,$CUDA_HOME/lib64"
 
@@ -69,12 +70,12 @@ program="$out/build/release/distill"
 echo "built: $program"
 ldd "$program"
 if ldd "$program" | grep -q 'libcuda.so.1 => not found'; then
-    # libcuda.so.1 belongs to the driver. Without one the program cannot even start,
-    # so the stand-in takes its place for this one check. What runs on the CPU then
-    # works; every call to a GPU returns an error.
+    # libcuda.so.1 belongs to the driver, and the program does not start without it. The
+    # stub replaces it for this check only: the CPU works, and every call to a GPU
+    # returns an error.
     mkdir -p "$out/no-driver"
     ln -sf "$CUDA_HOME/lib64/stubs/libcuda.so" "$out/no-driver/libcuda.so.1"
     export LD_LIBRARY_PATH="$out/no-driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-    echo "no driver here; started with LD_LIBRARY_PATH=$LD_LIBRARY_PATH:"
+    echo "no driver is installed; started with LD_LIBRARY_PATH=$LD_LIBRARY_PATH:"
 fi
 "$program" --version

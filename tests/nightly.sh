@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What CI runs in small, at the sizes of a night: kills, signals, damage, crash images, the fuzz targets, a soak.
+# Long versions of CI checks: kills, signals, damage, crash images, simulated overnight runs, fuzz targets and a soak test.
 #
-# usage: tests/nightly.sh [FUZZ_SECONDS]      (default: 1200 for each target; about five hours in all)
+# usage: tests/nightly.sh [FUZZ_SECONDS]      (per target; default 1200, about five hours in total)
 #
-# Fuzzing needs a nightly toolchain and cargo-fuzz, which is installed under target/ if it is missing.
+# Fuzzing needs a nightly toolchain, and cargo-fuzz, which is installed under target/ if it is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fuzz_seconds=${1:-1200}
@@ -13,10 +13,10 @@ step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 step "K1 to K8: kills, cuts, flipped bits, failing disks, power losses, two processes, signals"
 NIGHTLY=1 cargo test --locked --test it -- --nocapture cache kills harvest::disk
 
-step "S1: simulated nights"
+step "S1: simulated overnight runs"
 DISTILL_NIGHTS=${NIGHTS:-2000} cargo test --locked --test it -- --nocapture simulated_nights | tail -n 5
 
-step "S3: soak"
+step "S3: soak test"
 cargo build --locked --release --quiet --bin distill
 tests/soak.sh 100000 900 none
 tests/soak.sh 100000 900 zstd

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Holds the README to what the program does.
+# Checks the commands and configs of the README against the program.
 #
-# usage: tests/readme.sh DEMO_DIR      (a folder that `distill demo` left)
+# usage: tests/readme.sh DEMO_DIR      (the folder of a finished `distill demo`)
 #
-# Every ```toml block must be a valid config; every `distill` command in a ```sh block must parse
-# (it is given --help, which unknown verbs and flags do not survive); and the commands that read a
-# finished demo are run on DEMO_DIR.
+# Every ```toml block must be a valid config. Every `distill` command in a ```sh block must parse:
+# it is run with --help, which fails for unknown commands and flags. Commands that read a finished
+# demo are run on DEMO_DIR.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 demo=$1
@@ -28,7 +28,7 @@ awk '/^```sh$/ { inside = 1; next } /^```$/ { inside = 0 } inside' README.md |
 test -s "$scratch/commands"
 while IFS= read -r line; do
     eval "arguments=($line)"
-    "$distill" "${arguments[@]}" --help > /dev/null || { echo "the README's 'distill $line' does not parse" >&2; exit 1; }
+    "$distill" "${arguments[@]}" --help > /dev/null || { echo "'distill $line' in README.md does not parse" >&2; exit 1; }
     echo "ok: distill $line"
 done < "$scratch/commands"
 

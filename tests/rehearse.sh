@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The real binary through a short night against `distill serve --mock`: probed, killed, gone on with, out of budget,
-# and in batches. Nothing may be lost, and the summary must add up.
+# Rehearses a short overnight run of the release binary against `distill serve --mock`: probe, kill, resume, exhausted
+# budget, and batches. No answer may be lost, and the counts of the summary must be consistent.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 distill=$PWD/${DISTILL:-target/release/distill}
@@ -58,26 +58,26 @@ poll_s = 0.2
 END
 }
 
-echo "-- a probe, and a harvest that is killed and gone on with"
-config night 0.5 realtime
-"$distill" probe -c night.toml
-"$distill" harvest -c night.toml --dry-run
-"$distill" harvest -c night.toml > /dev/null 2>&1 &
+echo "-- a probe, and a harvest that is killed and resumed"
+config overnight 0.5 realtime
+"$distill" probe -c overnight.toml
+"$distill" harvest -c overnight.toml --dry-run
+"$distill" harvest -c overnight.toml > /dev/null 2>&1 &
 victim=$!
 sleep 2
 kill -9 "$victim"
 wait "$victim" 2> /dev/null || true
-"$distill" harvest -c night.toml
-"$distill" cache verify -c night.toml
-test "$(wc -l < night/cache/responses.jsonl)" = 600
+"$distill" harvest -c overnight.toml
+"$distill" cache verify -c overnight.toml
+test "$(wc -l < overnight/cache/responses.jsonl)" = 600
 
-echo "-- a budget that does not suffice"
+echo "-- a budget that is too small"
 config poor 0.01 realtime
 code=0
 "$distill" harvest -c poor.toml || code=$?
 test "$code" = 4
 
-echo "-- the same through the Batch API"
+echo "-- the same prompts through the Batch API"
 config batch 0.5 batch
 "$distill" harvest -c batch.toml --dry-run
 code=0

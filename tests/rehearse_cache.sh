@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The cache through what may happen to it, on the real binary: killed while it compresses, harvested in shards and merged,
-# damaged and repaired, exported, and on a disk that is full.
+# Rehearses the cache of the release binary: killed during compression, harvested in shards and merged, damaged and repaired,
+# exported, and on a full disk.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 distill=$PWD/${DISTILL:-target/release/distill}
@@ -43,7 +43,7 @@ END
 }
 records() { "$distill" cache stats -c "$1.toml" --json | sed 's/.*"stats":{"records":\([0-9]*\).*/\1/'; }
 
-echo "-- killed while it compresses, and gone on with"
+echo "-- killed during compression, and resumed"
 config packed zstd 20
 for life in 0.8 1.2; do
     "$distill" harvest -c packed.toml > /dev/null 2>&1 &
@@ -71,7 +71,7 @@ test "$(records whole)" = 600
 "$distill" harvest -c whole.toml | grep -E "cached|requests sent"
 "$distill" cache merge -c whole.toml shard-2/cache
 
-echo "-- damaged, refused, repaired, asked again"
+echo "-- damaged, rejected, repaired, requested again"
 python3 - << 'END'
 with open("whole/cache/responses.jsonl", "r+b") as file:
     lines = file.readlines()
@@ -89,7 +89,7 @@ echo "-- exported"
 "$distill" cache export --to trl -c whole.toml --groups mock -o trl.jsonl
 test "$(wc -l < trl.jsonl)" = 600
 
-echo "-- a full disk, on which somebody makes room"
+echo "-- a full disk that gets free space"
 mkdir small
 if unshare --map-root-user --mount true 2> /dev/null; then
     config full none 0
@@ -102,7 +102,7 @@ before=\$(wc -l < small/run/cache/responses.jsonl)
 sleep 2
 kill -0 \$victim
 test "\$before" = "\$(wc -l < small/run/cache/responses.jsonl)"
-echo "\$before records, and waiting"
+echo "\$before records, waiting for disk space"
 mount -o remount,size=20m small
 wait \$victim
 grep -E "answered|failed|pending|requests sent" full.out
@@ -111,5 +111,5 @@ END
     unshare --map-root-user --mount bash -euo pipefail full.sh || { cat full.err; exit 1; }
     cat full.err
 else
-    echo "no mount namespace here: left out"
+    echo "skipped: no mount namespace"
 fi

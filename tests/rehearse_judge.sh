@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The real binary trains a student on answers of its own that an endpoint judges: by both dialects, killed and gone on
-# with, and out of budget.
+# Rehearses on-policy training of the release binary, scored by an endpoint: with both APIs, killed and resumed, stopped by
+# Ctrl-C, and out of budget.
 #
 #     tests/rehearse_judge.sh DEMO_DIR [BASE_URL MODEL]
 #
-# DEMO_DIR is what `distill demo` left: its teacher judges, its student without soft labels goes on from there. We serve the
-# teacher ourselves, or another server does as MODEL at BASE_URL:
+# DEMO_DIR is the folder of a finished `distill demo`. Its teacher scores; its student without soft labels is the start of
+# the training. The script serves the teacher itself, unless another server offers it as MODEL at BASE_URL:
 #
 #     vllm serve demo/teacher --served-model-name teacher --max-model-len 512 --dtype float32
 #     tests/rehearse_judge.sh demo http://127.0.0.1:8000/v1 teacher
@@ -64,13 +64,13 @@ END
 }
 
 for judge in prompt_logprobs echo; do
-    echo "-- judged by $judge"
+    echo "-- scored by $judge"
     config "$judge" "$judge" 1 12
     "$distill" train -c "$judge.toml"
     "$distill" cache verify --dir "$judge/judged/cache"
 done
 
-echo "-- killed after a step that no checkpoint has, and gone on with"
+echo "-- killed between two checkpoints, and resumed"
 config whole prompt_logprobs 1 30
 config killed prompt_logprobs 1 30
 "$distill" train -c whole.toml
@@ -80,13 +80,13 @@ until grep -q '"step":10,' killed/metrics.jsonl 2> /dev/null; do sleep 0.02; don
 kill -9 "$victim"
 wait "$victim" 2> /dev/null || true
 "$distill" train -c killed.toml --resume
-# All but how fast it went.
+# Everything except the speed.
 diff <(sed 's/,"tokens_per_s.*//' whole/metrics.jsonl) <(sed 's/,"tokens_per_s.*//' killed/metrics.jsonl)
 cmp whole/student/model.safetensors killed/student/model.safetensors
 sha256sum {whole,killed}/student/model.safetensors
 test "$(wc -l < whole/judged/cache/responses.jsonl)" = "$(wc -l < killed/judged/cache/responses.jsonl)"
 
-echo "-- stopped by Ctrl-C while it waits for a limit"
+echo "-- stopped by Ctrl-C during a wait for a rate limit"
 config stopped prompt_logprobs 1 30
 sed -i 's/^\[price\]/[limits]\nrequests_per_minute = 240\n[price]/' stopped.toml
 "$distill" train -c stopped.toml 2> stopped.err &
@@ -99,7 +99,7 @@ test "$code" = 130
 grep "resume with --resume" stopped.err
 test "$(ls stopped/checkpoints)" = "step-$(printf %06d "$(wc -l < stopped/metrics.jsonl)")"
 
-echo "-- a budget that does not suffice"
+echo "-- a budget that is too small"
 config poor prompt_logprobs 0.002 30
 code=0
 "$distill" train -c poor.toml || code=$?

@@ -1,5 +1,5 @@
-# Sourced by the rehearsals. Starts `$distill serve` in the background, to be ended with the script, and waits until it
-# listens: `server` is its process then, `url` its address.
+# Sourced by the rehearsals. Starts `$distill serve` in the background and waits until it listens. Sets `server` to its
+# process id, which the script must kill, and `url` to its address.
 #
 #     serve ARGUMENTS
 

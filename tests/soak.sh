@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Row S3: a long harvest against `distill serve --mock`, whose memory, threads and open files must stay flat.
+# S3 of tests/nightly.sh: a long harvest against `distill serve --mock`. Its memory, threads and open files must not grow.
 #
 # usage: tests/soak.sh [REQUESTS] [SECONDS] [none|zstd]      (default: 100000 900 none)
 set -euo pipefail
@@ -60,7 +60,7 @@ harvest=
 "$distill" cache verify -c run.toml
 test "$("$distill" cache stats -c run.toml --json | sed 's/.*"stats":{"records":\([0-9]*\).*/\1/')" = "$requests"
 
-# What a quarter of the time has warmed up, beside the last quarter.
+# Compares the maxima of the second quarter of the run, after the warm-up, with those of the last quarter.
 awk -v compression="$compression" '
     NF == 3 { memory[++n] = $1; threads[n] = $2; files[n] = $3 }
     function most(of, from, to,  i, high) { for (i = from; i <= to; i++) if (of[i] > high) high = of[i]; return high }

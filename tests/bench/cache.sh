@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Times the opening of a cache of a million records, and measures what a token takes with top-20 logprobs.
+# Times the opening of a cache of a million records, and measures the bytes per token with top-20 logprobs.
 #
 #     tests/bench/cache.sh [--quick] [--check] [DEMO_DIR]
 #
-# The files are in the page cache: what is timed is the work, not the disk. With DEMO_DIR (made by `distill demo`)
-# its prompts are harvested again with compression, from its teacher. --check exits 1 and names what misses its aim.
+# The files are in the page cache, so the times do not depend on the disk. With DEMO_DIR (a finished `distill demo`) its
+# prompts are harvested again from its teacher, without and with compression. --check exits 1 and names each result that
+# misses its aim.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 records=1000000 rounds=5 check= demo=
@@ -15,7 +16,7 @@ for argument in "$@"; do
         *) demo=$argument ;;
     esac
 done
-# Apart: together with an example, the program would get the features of the tests' dependencies.
+# Two builds: in one build with an example, the program would get the features of the tests' dependencies.
 cargo build --locked --release --quiet --example cache
 cargo build --locked --release --quiet --bin distill
 cache=target/release/examples/cache
@@ -105,13 +106,13 @@ if [ -n "$demo" ]; then
         bytes=$(sed 's/.*"dir":"[^"]*","bytes":\([0-9]*\).*/\1/' <<< "$stats")
         each=$(awk "BEGIN { printf \"%.0f\", $bytes / $tokens }")
         alone=$(number logprob_bytes_per_token "$stats")
-        printf 'the demo'\''s cache, %s: %d bytes, %d a token of %d' "$compression" "$bytes" "$each" "$tokens"
+        printf 'cache of the demo, %s: %d bytes, %d per token of %d' "$compression" "$bytes" "$each" "$tokens"
         if [ "$compression" = none ]; then
-            printf ', of which logprobs %.0f (the API'\''s own JSON: %.0f)\n' "$alone" "$(number openai_bytes_per_token "$stats")"
-            miss "plain logprobs: $alone bytes a token (aim: under 450)" "$alone >= 450"
+            printf ', logprobs alone %.0f (as sent by the API: %.0f)\n' "$alone" "$(number openai_bytes_per_token "$stats")"
+            miss "plain logprobs: $alone bytes per token (aim: under 450)" "$alone >= 450"
         else
-            printf ', everything included\n'
-            miss "compressed: $each bytes a token (aim: under 130)" "$each >= 130"
+            printf ', with all other fields\n'
+            miss "compressed: $each bytes per token (aim: under 130)" "$each >= 130"
         fi
     done
 fi

@@ -1,11 +1,11 @@
-"""Does rounding the factors of matrix products to bf16 cost quality? The demo's student, 3 seeds each.
+"""Compares training in bf16 with training in f32, on the demo's student with 3 seeds each.
 
 usage: dtype.py DISTILL DEMO_DIR [--seeds N] [--steps N] [--check]
 
-Trains the student of `DEMO_DIR/kl.toml` (which `distill demo` made) in f32 and in bf16 with the same
-seeds and prints the means over the seeds, with the least and the most. The difference that bf16
-makes must lie within what another seed makes: --check exits 1 where it does not. What is rounded,
-and where, is the same on a CPU without bf16 instructions, so this can be run on any.
+Trains the student of `DEMO_DIR/kl.toml` (written by `distill demo`) in f32 and in bf16 with the same
+seeds, and prints mean, minimum and maximum over the seeds. --check exits 1 if the difference between
+bf16 and f32 exceeds the difference between seeds. The script runs on any CPU: one without bf16
+instructions rounds the same values.
 """
 
 import argparse
@@ -20,7 +20,7 @@ EVERY = 100
 
 
 def train(options, dtype, seed):
-    """The training losses, step by step, and the last validation."""
+    """Trains a student; returns the training loss of each step and the means of the last validation."""
     run = options.demo / "dtype" / f"{dtype}-{seed}"
     shutil.rmtree(run, ignore_errors=True)
     settings = {"train.dtype": dtype, "train.seed": seed, "train.steps": options.steps,
@@ -63,9 +63,9 @@ def main():
         difference = statistics.mean(bf16) - statistics.mean(f32)
         spread = max(f32) - min(f32)
         print(f"{name:32}{show(f32):>28}{show(bf16):>28}{difference:+12.4f}{spread:9.4f}", flush=True)
-        # One seed alone has no spread.
+        # A single seed has no spread.
         if options.seeds > 1 and abs(difference) > spread:
-            missed.append(f"{name}: bf16 differs by {difference:+.4f}, another seed by {spread:.4f}")
+            missed.append(f"{name}: bf16 differs by {difference:+.4f}, seeds differ by {spread:.4f}")
     for miss in missed:
         print(f"missed: {miss}")
     return 1 if missed and options.check else 0

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Harvest beside its peers on loopback; called by harvest.sh, which makes the environment.
+"""Times `distill harvest` beside other clients on loopback; called by harvest.sh, which creates the environment.
 
-Contestants run in turn, A B C A B C ..., each as a process of its own on one core, against `distill serve --mock`
-on another. A figure is the median over the rounds; rows/s counts the whole life of the process.
+Contestants run in turn, each as a separate process on one core, against `distill serve --mock` on another. A figure is
+the median over the rounds; rows/s includes the start and the end of the process.
 """
 
 import argparse
@@ -25,12 +25,12 @@ HERE = Path(__file__).resolve().parent
 PEERS = str(HERE / "peers.py")
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, CLIENT_CORE = CORES[0], CORES[-1]
-# How many of a case's rows for slow ones a slow one gets.
+# Rows of a slow contestant, as a multiple of the case's `slow_rows`.
 SHARE = {"openai": 1, "curator": 4, "aiohttp": 4}
 
 
 class Server:
-    """A mock on a free port, on a core of its own."""
+    """A mock teacher on a free port, pinned to its own core."""
 
     def __init__(self, distill, script, folder):
         path = Path(folder) / "mock.toml"
@@ -57,7 +57,7 @@ class Server:
 
 
 def measure(command, limit=900):
-    """Seconds, CPU seconds, peak MiB."""
+    """Runs the command; returns seconds, CPU seconds and peak MiB."""
     start = time.monotonic()
     process = subprocess.Popen(["taskset", "-c", str(CLIENT_CORE)] + command,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -110,13 +110,13 @@ def command(name, arguments, folder, url, case):
 
 
 def run_case(title, case, contestants, arguments):
-    """Rows of figures by contestant."""
+    """Returns the figures of each round by contestant."""
     figures = {name: [] for name in contestants}
     for round_number in range(min(arguments.rounds, case.get("rounds", 99)) + 1):
-        # What a run leaves to be written back slows the next one: each is next to be slowed.
+        # Unwritten pages of a run slow the next one: the order alternates, so that this affects all contestants.
         for name in contestants if round_number % 2 else reversed(contestants):
             os.sync()
-            # Slow peers get fewer rows: rows/s is what is compared.
+            # Slow peers get fewer rows; rows/s does not depend on it.
             mine = dict(case, rows=min(case["rows"], case.get("slow_rows", case["rows"]) * SHARE.get(name, 1_000)))
             if round_number == 0 and not arguments.quick:
                 mine["rows"] //= 10  # the warm-up
@@ -147,7 +147,7 @@ def main():
     parser.add_argument("--bare", required=True)
     parser.add_argument("--folder", required=True)
     parser.add_argument("--peers", default="aiohttp,openai,curator")
-    parser.add_argument("--before", help="another distill, measured in the same rounds")
+    parser.add_argument("--before", help="another distill binary to measure in the same rounds")
     parser.add_argument("--cases", default="P1,P2,P3,P3gzip,P4")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
@@ -156,16 +156,16 @@ def main():
     peers = [name for name in arguments.peers.split(",") if name]
     scale = 10 if arguments.quick else 1
     cases = {
-        "P1": ("no limit, no latency, 300 bytes asked, 500 answered, 256 at a time", dict(
+        "P1": ("no limit, no latency, 300-byte requests, 500-byte replies, 256 in flight", dict(
             rows=100_000 // scale, slow_rows=5_000 // scale, concurrency=256, top=0, max_tokens=32,
             script='[answers]\ntext = { fixed = "ok" }\n[limits]\nheaders = "none"\n')),
-        "P2": ("2 s of latency, 2,000 at a time", dict(
+        "P2": ("2 s of latency, 2,000 in flight", dict(
             rows=12_000 // scale, slow_rows=3_000 // scale, concurrency=2_000, top=0, max_tokens=32,
             script='[answers]\ntext = { fixed = "ok" }\nlatency_s = 2.0\n[limits]\nheaders = "none"\n')),
         "P3": ("top-20 logprobs of 500 tokens", dict(
             rows=2_000 // scale, slow_rows=100 // scale, concurrency=64, top=20, max_tokens=500,
             script='[answers]\ntokens = 500\n[limits]\nheaders = "none"\n')),
-        # As "P3", from a server that compresses: what decoding costs in CPU, and saves on the wire.
+        # Like "P3", with compressed replies: shows the CPU time of decompression.
         "P3gzip": ("top-20 logprobs of 500 tokens, gzip", dict(
             rows=2_000 // scale, slow_rows=100 // scale, concurrency=64, top=20, max_tokens=500,
             script='[answers]\ntokens = 500\ngzip = true\n[limits]\nheaders = "none"\n')),
@@ -203,7 +203,7 @@ def main():
         ours = figures["distill"]
         if key == "P1":
             share = median(ours, "rows/s") / median(figures["bare reqwest"], "rows/s")
-            print("distill has %.0f %% of the bare loop's rows/s, with durable writes" % (100 * share))
+            print("distill reaches %.0f %% of the bare loop's rows/s, with durable writes" % (100 * share))
             aim(share >= 0.6, "P1: %.0f %% of the bare loop, aim 60 %%" % (100 * share))
             if "curator" in figures:
                 ratio = median(figures["curator"], "cpu") / median(ours, "cpu")
@@ -219,7 +219,7 @@ def main():
                 out = subprocess.run([arguments.bare, server.url, "1", "1", "20", "500"], capture_output=True, text=True)
                 size = int(out.stdout)
             rate = size * 1000 / median(ours, "cpu") / 1e6
-            print("distill reads, compacts and keeps %.0f MB of JSON in a CPU second (%d bytes a reply)" % (rate, size))
+            print("distill reads, compacts and keeps %.0f MB of JSON per CPU second (%d bytes per reply)" % (rate, size))
             aim(rate >= 150, "P3: %.0f MB/s of JSON per core, aim 150" % rate)
         if key == "P4":
             share = median(ours, "rows/s") * 60 / 3000

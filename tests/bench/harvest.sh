@@ -3,13 +3,12 @@
 #
 #     tests/bench/harvest.sh [--quick] [--check] [--cases P1,P3] [--peers aiohttp] [--rounds 5] [--before DISTILL]
 #
-# --before measures another build of distill in the same rounds.
-#
-# Makes its own Python environment under target/. --check exits 1 and names the figure that misses its aim.
+# --before measures another build of distill in the same rounds. --check exits 1 and names each result that misses its
+# aim. The Python environment is created under target/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-# Apart: together with an example, the program would get the features of the tests' dependencies.
+# Two builds: in one build with an example, the program would get the features of the tests' dependencies.
 cargo build --locked --release --quiet --example bare
 cargo build --locked --release --quiet --bin distill
 folder=target/bench

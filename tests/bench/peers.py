@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The Python contestants of tests/bench/harvest.sh: peers.py NAME URL ROWS CONCURRENCY TOP_LOGPROBS MAX_TOKENS OUT
 
-Each asks ROWS times, CONCURRENCY at once, and keeps every answer in the file OUT, as its users would.
+Each sends ROWS requests, at most CONCURRENCY at a time, and writes every answer to OUT.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import sys
 
 
 def prompt(row):
-    """What makes a request of about 300 bytes."""
+    """A prompt whose request has about 300 bytes."""
     return ("prompt number %d " % row).ljust(200, ".")
 
 
@@ -70,7 +70,7 @@ def with_curator():
     os.environ["CURATOR_CACHE_DIR"] = OUT
     import tiktoken
 
-    # Its tokens are counted with a vocabulary that it would download. Bytes in its place are never slower.
+    # Curator would download the vocabulary that it counts tokens with. Counting bytes instead is never slower.
     vocabulary = {bytes([byte]): byte for byte in range(256)}
     count = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=vocabulary, special_tokens={})
     tiktoken.get_encoding = tiktoken.encoding_for_model = lambda _: count

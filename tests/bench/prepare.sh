@@ -3,9 +3,9 @@
 #
 #     tests/bench/prepare.sh [--quick] [--check] [RECORDS]
 #
-# A record takes 120 KB of disk, and its prepared example 36 KB more. The cache is read once before, as
-# far as memory goes: what is timed is the work, not the disk. --check exits 1 and names what misses
-# its aim; the aims are those for 100,000 records (the default) and are scaled down to fewer.
+# A record takes 120 KB of disk, and its prepared example 36 KB more. The cache is read once before, so
+# as far as it fits into memory the times do not depend on the disk. --check exits 1 and names each
+# result that misses its aim; the aims for 100,000 records (the default) are scaled to RECORDS.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 records=100000 check=

@@ -1,7 +1,7 @@
-"""Which soft labels come closest to the teacher? See tests/bench/softlabels.sh.
+"""Compares students of each loss on soft labels with their teacher; called by softlabels.sh.
 
-A teacher is trained on text with real entropy and asked over HTTP; small students are trained on its answers, the same steps
-and seeds for each treatment, and compared with the teacher's whole distributions on prompts that nobody has seen.
+A teacher is trained on text with entropy and queried over HTTP. Small students are trained on its answers, with the same steps
+and seeds for each treatment, and compared with the teacher's full distributions on held-out prompts.
 """
 
 import argparse
@@ -21,24 +21,24 @@ from typing import NamedTuple
 import softlabels_text as text
 
 KS = [1, 5, 12, 20]
-# Weights of KD beside cross-entropy, and of the sampled tail token (`loss.tail_weight`; 1 is `unbiased`, 0 `tail`).
+# Values of `loss.kd_weight`, and of `loss.tail_weight` (1 is `unbiased`, 0 is `tail`).
 WEIGHTS = [0.5, 0.8, 0.9, 1.0]
 LAMBDAS = [1.0, 0.7, 0.5, 0.35, 0.2, 0.1]
 DAMPED = 0.35
 DIVERGENCES = ["temperature", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "renormalize", "renormalize_both"]
 STUDENTS = "students.jsonl"
-# Examples in a step.
+# Examples per step.
 BATCH = 32
-# How many times as many answers and steps some students get.
+# Multiples of the number of answers and steps.
 TIMES = [1, 2, 4]
 MORE = TIMES[-1]
-# The temperature of answers that are no samples of what their logprobs tell.
+# Sampling temperature of answers that are not samples of their logprobs' distribution.
 COOL = 0.7
 SHAPE = {"teacher": (192, 512, 4), "student": (96, 256, 2)}
 
 
 class Student(NamedTuple):
-    """How a student is trained."""
+    """Settings of a student's training."""
 
     kd: str
     k: int | None = None
@@ -64,7 +64,7 @@ def damped(k, tail_weight=DAMPED, weight=1.0, **others):
 
 
 def toml(value):
-    """Sections of keys as TOML; JSON's strings, numbers and booleans are TOML's."""
+    """Formats sections of keys as TOML, whose strings, numbers and booleans are those of JSON."""
     lines = [f"{key} = {json.dumps(item)}" for key, item in value.items() if not isinstance(item, dict)]
     for name, section in value.items():
         if isinstance(section, dict):
@@ -78,12 +78,12 @@ class Bench:
         self.folder = Path(options.folder)
         self.lock = Lock()
         self.running = 0
-        # Reports by student and seed: an interrupted run goes on with --resume.
+        # Reports by student and seed, also those of an interrupted run with --resume.
         self.known = {}
         if (self.folder / STUDENTS).exists():
             lines = (self.folder / STUDENTS).read_text().splitlines()
             self.known = {key: (report, data) for key, report, data in map(json.loads, lines)}
-        # As many prompts as the students see examples: each answer is learnt from once.
+        # One prompt per training example, so each answer is seen once.
         self.rows = {"teacher": 24_000, "prompts": MORE * options.steps * BATCH, "heldout": 400}
         self.steps = {"teacher": 2_000, "student": options.steps}
         if options.quick:
@@ -112,7 +112,7 @@ class Bench:
                 "dtype": self.options.dtype}
 
     def make_teacher(self):
-        """The texts, the tokenizers, a teacher and its answers. Returns what is known of the grammar."""
+        """Makes the texts, the tokenizers, a teacher and its answers. Returns log-probability and size of the grammar's texts."""
         known = text.make(self.folder, self.rows, self.options.seed)
         text.tokenizers(self.folder, {"bytelevel": 1024, "pieces": 1500, "large": 4096}, self.options.seed)
         config = self.config("teacher", run_dir="teacher", data={"source": "teacher.jsonl", "max_length": 256},
@@ -142,7 +142,7 @@ class Bench:
         return self.distill("eval", "-c", config)["teacher"]
 
     def student(self, student, seed, steps=None):
-        """Trains a student; returns its report on the held-out answers, and the report on its data."""
+        """Trains a student; returns its evaluation on the held-out answers and the report of its training data."""
         key = json.dumps([student._asdict(), seed, steps])
         with self.lock:
             if key in self.known:
@@ -178,7 +178,7 @@ class Bench:
         return self.known[key]
 
     def students(self, students, seeds):
-        """Reports of each student on the held-out answers, a seed each."""
+        """Returns the evaluations of each student on the held-out answers, one per seed."""
         students = list(dict.fromkeys(students))
         with ThreadPoolExecutor(self.options.jobs) as pool:
             runs = {(student, seed): pool.submit(self.student, student, seed) for seed in seeds for student in students}
@@ -201,7 +201,7 @@ def mean(reports, name="kl"):
 
 
 def table(found, rows):
-    """Rows of label and student."""
+    """Prints one line per pair of label and student in `rows`."""
     print(f"{'':28}{'k':>4}{'KL to the teacher':>26}{'calibration error':>26}{'top-1 of the teacher':>26}")
     for label, student in rows:
         cells = [spread([report[name] for report in found[student]])
@@ -211,7 +211,7 @@ def table(found, rows):
 
 
 def grid(found, title, rows, columns, of):
-    """KL to the teacher, a row and a column each; of those students that were trained."""
+    """Prints the KL to the teacher by k and weight, for the students that were trained."""
     print(f"\n{title:28}" + "".join(f"{column:>26}" for column in columns))
     for row in rows:
         cells = [found.get(of(row, column)) for column in columns]
@@ -220,7 +220,7 @@ def grid(found, title, rows, columns, of):
 
 
 def worth(found, student, seeds):
-    """How many answers without logprobs one of this student's is worth, by seed: (KL_CE / KL)^(1 / s), with s the slope
+    """Number of text-only answers that one answer of this student is worth, by seed: (KL_CE / KL)^(1 / s), with -s the slope
     of the line through ln KL of cross-entropy alone over ln of the number of answers."""
     values = []
     for at in range(len(seeds)):
@@ -232,7 +232,7 @@ def worth(found, student, seeds):
 
 
 def losses(bench, seeds):
-    """Every treatment of the top-k, beside the answers alone and the whole distribution."""
+    """Trains and prints all losses on the top-k, beside the answers alone and the full distribution."""
     ks = [5] if bench.options.quick else KS
     weights, lambdas = ([1.0], [DAMPED]) if bench.options.quick else (WEIGHTS, LAMBDAS)
     few = [("cross-entropy alone", CE)]
@@ -265,7 +265,7 @@ def losses(bench, seeds):
 
 
 def tokenizers(bench, seeds):
-    """Students with a tokenizer of their own."""
+    """Trains and prints students with another tokenizer."""
     size = bench.heldout_bytes()
     own = bench.evaluate("teacher/student", data={"max_length": 256}, eval={"teacher_cache": "heldout/cache"})
     floor = own["ce"] * own["positions"] / size
@@ -288,7 +288,7 @@ def tokenizers(bench, seeds):
 
 
 def svg(found, path):
-    """KL to the teacher over k, a line a treatment."""
+    """Draws the KL to the teacher over k, one line per treatment."""
     width, height, left, right, top, bottom = 720, 360, 64, 150, 28, 44
     of = {"renormalize": lambda k: Student("renormalize", k, 0.5), "tail": lambda k: tail(k, 0.8),
           "unbiased": lambda k: damped(k, 1.0), "damped": damped}
@@ -337,7 +337,7 @@ def svg(found, path):
 
 
 def misses(found, others):
-    """What must come out for the README to be true."""
+    """Returns the claims of tests/bench/README.md that do not hold."""
     def kl(student):
         return mean(found[student])
 
@@ -375,8 +375,8 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", default="f32")
     parser.add_argument("--svg")
-    parser.add_argument("--jobs", type=int, default=1, help="students that are trained at once")
-    parser.add_argument("--resume", action="store_true", help="keep the students of a run that was interrupted")
+    parser.add_argument("--jobs", type=int, default=1, help="number of students trained in parallel")
+    parser.add_argument("--resume", action="store_true", help="keep the students of an interrupted run")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
@@ -394,13 +394,13 @@ def main():
     known = json.loads(made.read_text())
     grammar = bench.evaluate("teacher/student", data={"source": "grammar.jsonl", "validation_share": 0.98})
     truth = known["log"] / known["bytes"]
-    print(f"grammar: {truth:.4f} nats a byte are its entropy; the teacher's cross-entropy a token is {grammar['ce']:.4f}\n")
+    print(f"grammar: {truth:.4f} nats per byte of entropy; cross-entropy of the teacher per token: {grammar['ce']:.4f}\n")
     seeds = range(1 if options.quick else options.seeds)
     found = losses(bench, seeds)
     others = tokenizers(bench, seeds)
     if options.svg and not options.quick:
         svg(found, options.svg)
-    print(f"\n{time.time() - began:.0f} s in all")
+    print(f"\n{time.time() - began:.0f} s in total")
     missed = [] if options.quick else misses(found, others)
     for miss in missed:
         print(f"missed: {miss}")

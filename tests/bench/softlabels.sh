@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The proof: what each treatment of a top-k brings a student, beside the answers alone and the teacher's whole
-# distributions; and a student with another tokenizer.
+# Measures the students of each loss on the top-k, beside students of the answers alone and of the teacher's full
+# distributions, and students with another tokenizer.
 #
-#     tests/bench/softlabels.sh [--quick] [--check] [--seeds N] [--steps N]
+#     tests/bench/softlabels.sh [--quick] [--check] [--resume] [--jobs N] [--seeds N] [--steps N]
 #
-# The text is a grammar of known probabilities and the documentation of our own dependencies, read from cargo's folder.
-# --quick goes through it once, in small; --check exits 1 and names the claim of the README that does not hold. The whole
-# of it also draws tests/bench/softlabels.svg. DISTILL_BENCH_PYTHON names a Python that has `tokenizers`.
+# The text is a grammar with known probabilities and the documentation of our dependencies, read from cargo's folder.
+# --quick runs a small version; --check exits 1 and names each claim of tests/bench/README.md that does not hold. The full
+# version also draws tests/bench/softlabels.svg. DISTILL_BENCH_PYTHON is the path of a Python with `tokenizers`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${DISTILL_BENCH_PYTHON:-target/bench/softlabels/bin/python}

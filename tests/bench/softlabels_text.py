@@ -1,5 +1,5 @@
-"""The text that tests/bench/softlabels.py trains its teacher on: a grammar whose probabilities are known, and the prose of
-programmers, from the sources of our own dependencies. Both as conversations, and two tokenizers for them."""
+"""Training text for the teacher of tests/bench/softlabels.py: a grammar with known probabilities, and documentation from the
+sources of our dependencies. Both are conversations. Also makes the tokenizers."""
 
 import glob
 import json
@@ -14,8 +14,8 @@ CONTROL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
 class Grammar:
-    """Sentences of subject, verb and object, each drawn from what its topic and the word before allow. No text can be made
-    in two ways, so its probability is the product of the choices that made it."""
+    """Sentences of subject, verb and object, each drawn from the words that the topic and the preceding word allow. Each text
+    has a single derivation, so its probability is the product of the probabilities of its choices."""
 
     TOPICS = ["garden", "harbour", "kitchen", "library", "market", "mountain", "office", "station", "theatre", "workshop"]
     SYLLABLES = ["ba", "do", "fen", "gri", "hal", "ku", "lo", "mir", "no", "pel", "ra", "sti", "tor", "ul", "ves", "wen"]
@@ -35,7 +35,7 @@ class Grammar:
         return taken
 
     def zipf(self, words):
-        """Words with probabilities that fall as one over their rank, in an order of their own."""
+        """Shuffles the words; returns them with probabilities proportional to 1 / (rank + 1.5)."""
         words = self.random.sample(words, len(words))
         weights = [1 / (rank + 1.5) for rank in range(len(words))]
         return words, [weight / sum(weights) for weight in weights]
@@ -53,7 +53,7 @@ class Grammar:
         return self.of_subject[key]
 
     def text(self, topic, source):
-        """Sentences about a topic, and the logarithm of their probability."""
+        """Generates sentences about a topic; returns them with their log-probability."""
         self.log = 0.0
         sentences = []
         for _ in range(self.draw(source, ([1, 2, 3], [0.3, 0.4, 0.3]))):
@@ -69,7 +69,7 @@ class Grammar:
 
 
 def paragraphs(seed, limit):
-    """Sentences from documentation comments and READMEs of the crates that this project is built from."""
+    """Paragraphs from documentation comments and READMEs of the crates that this project is built from."""
     home = os.environ.get("CARGO_HOME", os.path.expanduser("~/.cargo"))
     comment = re.compile(r"^\s*//[/!] ?(.*)$")
     found = set()
@@ -105,14 +105,15 @@ def paragraphs(seed, limit):
 
 
 def cut(text, most):
-    """A beginning of a few words, and at most so many characters of how it goes on."""
+    """Splits a text into its first five words and at most `most` characters of the rest."""
     words = text.split(" ")
     begin, rest = " ".join(words[:5]), " ".join(words[5:])
     return begin, rest if len(rest) <= most else rest[:most].rsplit(" ", 1)[0]
 
 
 def make(folder, rows, seed):
-    """Writes `teacher.jsonl`, `prompts.jsonl`, `heldout.jsonl` and `grammar.jsonl`; returns what is known of the grammar."""
+    """Writes `teacher.jsonl`, `prompts.jsonl`, `heldout.jsonl` and `grammar.jsonl`; returns the negative log-probability
+    and the size in bytes of the texts in `grammar.jsonl`."""
     grammar, source = Grammar(seed), random.Random(seed + 1)
     conversations, prompts = [], []
     prose = paragraphs(seed, 3 * rows["teacher"])
@@ -159,8 +160,8 @@ def make(folder, rows, seed):
 
 
 def tokenizers(folder, sizes, seed):
-    """Writes the model folders `bytelevel` and `large`, byte-level BPE of two sizes, and `pieces`, BPE in the manner of
-    SentencePiece with bytes for what it does not know; each trained on texts of its own."""
+    """Writes the model folders `bytelevel` and `large` (byte-level BPE of two sizes) and `pieces` (SentencePiece-style BPE with
+    byte fallback). `bytelevel` is trained on all texts, the others on half of them."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     with open(os.path.join(folder, "teacher.jsonl")) as file:
@@ -190,7 +191,7 @@ def tokenizers(folder, sizes, seed):
     trainer = trainers.BpeTrainer(vocab_size=sizes["pieces"], special_tokens=special, show_progress=False)
     part = random.Random(seed).sample(texts, len(texts) // 2)
     two.train_from_iterator(part, trainer)
-    # The bytes are tokens of the vocabulary, not control tokens.
+    # The byte tokens belong to the vocabulary and are not control tokens.
     described = json.loads(two.to_str())
     described["added_tokens"] = [token for token in described["added_tokens"] if not token["content"].startswith("<0x")]
     write("pieces", json.dumps(described))

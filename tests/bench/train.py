@@ -1,7 +1,7 @@
-"""Training steps of PyTorch and transformers on random tokens, and the table beside `distill`.
+"""Times training steps of PyTorch and transformers on random tokens, and prints them beside those of `distill`.
 
-`train.py step OPTIONS` times PyTorch and prints a line of JSON, like the example program `train`
-does with the same options; `train.py table PROGRAM` runs both in turn and prints the table.
+`train.py step OPTIONS` times PyTorch and prints a line of JSON, like the example program `train` with
+the same options. `train.py table PROGRAM` runs both in turn and prints the table.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def peak_mib():
 
 
 def step(options):
-    """Times `options.steps` steps after one that warms up."""
+    """Times `options.steps` steps after a warm-up step."""
     import contextlib
 
     import torch
@@ -106,7 +106,7 @@ def step(options):
     }))
 
 
-# label, options, which peers, (least speed ratio, most memory ratio) by peer; None is reported only.
+# Label, options, and for each peer: its options, minimum speed ratio, maximum memory ratio (None: no aim).
 CASES = [
     ("135M, f32", ["--shape", "135m"], [([], 1.25, 0.68)]),
     ("135M, f32, half prompt", ["--shape", "135m", "--prompt", "0.5"],
@@ -122,7 +122,7 @@ BF16_CASES = [
      [([], 1.5, 0.68), (["--skip-prompt"], None, None)]),
     ("tiny, bf16", ["--shape", "tiny", "--dtype", "bf16"], [([], 1.2, 0.3), (["--compile"], None, None)]),
 ]
-# How our own cost grows: one thing at a time, away from a shape.
+# Growth of the cost of distill: each series varies one dimension of a shape.
 GROWTH = [
     ("length", "tiny", [["--length", str(n), "--batch", str(4096 // n)] for n in (256, 512, 1024, 2048, 4096)]),
     ("batch", "tiny", [["--batch", str(n)] for n in (1, 2, 4, 8, 16)]),
@@ -178,7 +178,7 @@ def table(options):
             if memory_aim and memory > memory_aim:
                 missed.append(f"{label}: {memory:.2f} x PyTorch's memory (aim: {memory_aim})")
     if not options.quick and not options.cases:
-        print("\nHow the cost grows (tiny shape, or 135M where it says so; distill alone):")
+        print("\nHow the cost grows (tiny shape, or 135M where named; distill only):")
         for what, shape, settings in GROWTH:
             for setting in settings:
                 result = run([options.program, "--shape", shape, "--steps", "3", *setting])

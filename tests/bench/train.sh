@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Training steps beside PyTorch and transformers, in turn: speed and peak memory.
+# Times training steps beside PyTorch and transformers, in turn: speed and peak memory.
 #
 #     tests/bench/train.sh [--quick] [--check] [--rounds N] [--cases "NAME;NAME"] [--bf16]
 #
-# --quick takes the tiny shape only, once. --check exits 1 and names what misses its aim. bf16 is timed where the CPU has
-# instructions for it, or with --bf16. Speeds are tokens/s of whole steps (forward, backward, clipping, AdamW);
-# "net" is the ratio of memory without what PyTorch takes to be imported. DISTILL_BENCH_PYTHON names a Python that has
-# what it needs already.
+# --quick runs one round of the tiny shape. --check exits 1 and names each result that misses its aim. bf16 is timed if the
+# CPU has instructions for it, or with --bf16. Speeds are tokens/s of whole steps (forward, backward, clipping, AdamW).
+# "net" is the memory ratio without the memory of PyTorch's imports. DISTILL_BENCH_PYTHON is the path of a Python with
+# the packages of train-requirements.txt.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${DISTILL_BENCH_PYTHON:-target/bench/train/bin/python}

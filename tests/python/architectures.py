@@ -1,10 +1,10 @@
-"""Students of each architecture, begun by transformers, trained by `distill train`, read back.
+"""Trains a student of each architecture, initialised by transformers, with `distill train`.
 
 usage: architectures.py DISTILL DEMO_DIR FOLDER
 
-A small decoder of each architecture with fresh weights is written into FOLDER by `save_pretrained`,
-with the tokenizer of the demo's teacher, and trained for some steps on the demo's cache: all of its
-weights, or adapters in the case `lora`. transformers_check.py compares the students.
+Writes a small decoder of each architecture with random weights into FOLDER by `save_pretrained`, with
+the tokenizer of the demo's teacher, and trains it for some steps on the demo's cache: all weights, or
+adapters in the case `lora`. transformers_check.py compares the students.
 """
 
 import json

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What other people's programs make of our files and our server: makes its own Python environment.
+# Checks our files and our server with other programs, in a Python environment under target/.
 #
 # usage: tests/python/check.sh [DEMO_DIR [PARQUET_DISTILL]]
 #
-# DEMO_DIR is made by `distill demo` (default: demo); PARQUET_DISTILL is a program that was built with
-# the feature `parquet`, whose check is left out without one.
+# DEMO_DIR is the folder of a finished `distill demo` (default: demo). PARQUET_DISTILL is a distill binary
+# with the feature `parquet`; without it the check of the Parquet export is skipped.
 #
-# 1. transformers: a student loads by its Auto classes; logits within 1e-3, equal greedy text; so does
-#    one of each architecture.
-# 2. datasets and jq: the cache as it is.
-# 3. the official openai client against `distill serve`.
-# 4. datasets, openai, TRL, axolotl, pyarrow, pandas and duckdb: what `distill cache export` writes.
+# 1. transformers: a student loads by its Auto classes, with logits within 1e-3 and equal greedy text; also
+#    a student of each architecture.
+# 2. datasets and jq read the cache directly.
+# 3. The official openai client against `distill serve`.
+# 4. datasets, openai, TRL, axolotl, pyarrow, pandas and duckdb read the files of `distill cache export`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 demo=${1:-demo}
@@ -24,8 +24,8 @@ for needed in "$distill" "$demo/kl/student/config.json"; do
         exit 2
     fi
 done
-# axolotl pins versions of half the ecosystem, gradio and cloud file systems among it; what its KD
-# plugin imports is in the requirements.
+# Installed without dependencies: axolotl pins the versions of many packages, gradio and cloud file systems
+# among them. The packages that its KD plugin imports are in requirements.txt.
 axolotl="axolotl>=0.19,<0.20"
 wanted="$(cat tests/python/requirements.txt) $axolotl"
 if [ "$(cat "$environment/ready" 2> /dev/null)" != "$wanted" ]; then
@@ -42,7 +42,7 @@ for model in kl/student teacher; do
     "$python" tests/python/transformers_check.py "$distill" "$demo/$model" "$demo/test.jsonl"
 done
 
-echo "== transformers: a student of each architecture, begun by it and trained by us"
+echo "== transformers: a student of each architecture, initialised by transformers and trained by distill"
 students=target/architectures
 "$python" tests/python/architectures.py "$distill" "$demo" "$students"
 for student in "$students"/*/{full,lora}/student; do
@@ -52,16 +52,16 @@ for student in "$students"/*/{full,lora}/student; do
     fi
 done
 
-echo "== datasets: the cache as it is"
+echo "== datasets: reads the cache directly"
 "$python" tests/python/load_cache.py "$demo/harvest/cache/responses.jsonl"
 
 if command -v jq > /dev/null; then
-    echo "== jq: the cache as it is"
+    echo "== jq: reads the cache directly"
     jq -r '[.prompt_id, .answer.text, (.logprobs.token | length)] | @tsv' \
         "$demo/harvest/cache/responses.jsonl" | tail -n 2
 fi
 
-echo "== exports, by the tools that they are for"
+echo "== exports, read by their target tools"
 "$python" tests/python/exports.py "$distill" "$demo" ${parquet_distill:+"$parquet_distill"}
 
 echo "== the openai client against distill serve"

@@ -1,9 +1,9 @@
-"""Loads each `distill cache export` as the tool that it is for does.
+"""Loads each format of `distill cache export` with the tools that read it.
 
 usage: python exports.py DISTILL DEMO_DIR [DISTILL_WITH_PARQUET]
 
-The exports are made of the demo's cache by the program itself. Stops with a traceback, and so a
-non-zero exit status, at the first check that fails.
+Exports the demo's cache with DISTILL first. The first check that fails ends the script with a
+traceback and a non-zero exit status.
 """
 
 import json
@@ -19,7 +19,7 @@ import transformers
 
 distill, demo, with_parquet = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 config, teacher = demo / "harvest.toml", demo / "teacher"
-# datasets keeps its files open.
+# datasets keeps its files open, which can make the cleanup fail.
 folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 scratch = Path(folder.name)
 datasets.disable_progress_bars()
@@ -119,7 +119,7 @@ def check_trl():
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     for labels, conversation in zip(batch["labels"], conversations):
         learnt = tokenizer.decode(labels[labels != -100])
-        # The loss is on the answer and what ends its turn.
+        # The loss is on the answer and its end-of-turn token.
         assert learnt.startswith(conversation[-1]["content"] + "<|im_end|>"), learnt
     loss = trainer.train().training_loss
     assert math.isfinite(loss)
@@ -138,8 +138,7 @@ def check_axolotl():
     assert len(rows) == report["rows"] and len(rows) + sum(report["left_out"].values()) == len(records)
     assert len(rows) >= 0.98 * len(used), report
 
-    # The teacher as its own student: where the entries stand at the right positions, it has nothing
-    # to learn from them.
+    # The teacher is its own student: the KL is zero if the entries are at the right positions.
     tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
     model = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     cfg = DictDefault(
@@ -154,7 +153,7 @@ def check_axolotl():
         supervised = [i for i, label in enumerate(sample["labels"]) if label != -100]
         assert all(sample["target_mask"][i][0] == 1 for i in supervised)
         for i in supervised[:-1]:
-            assert ids[i + 1] in entries[i], "an entry is not of the token that comes next"
+            assert ids[i + 1] in entries[i], "the entries of a position lack its next token"
     batch = DataCollatorForKD(tokenizer)(samples)
     with torch.no_grad():
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -163,7 +162,7 @@ def check_axolotl():
     loss = LigerFusedLinearKLTopKLogprobLoss(0.0, 1.0, beta=0.0, compiled=False)
 
     def kl(entries):
-        # What follows the end of a turn is no answer of the teacher's.
+        # The tokens after the end of a turn are not part of the teacher's answer.
         mask = batch["target_mask"] * (batch["labels"] != tokenizer.eos_token_id)[:, :, None]
         arguments = (entries("target_token_ids"), entries("target_logprobs"), mask)
         total = loss(lm_head, hidden, *arguments, true_labels=batch["labels"])
@@ -192,7 +191,7 @@ def check_parquet(program):
             assert row[name] == same[name] == record[name], name
         assert row["messages"] == same["messages"] == record["request"]["messages"]
         assert row["answer"] == record["answer"]["text"]
-        # No price is null here and 0 in the cache.
+        # A missing price is null in Parquet and 0 in the cache.
         assert (row["cost_usd"] or 0) == record["cost_usd"]
         assert row["completion_tokens"] == record["usage"]["completion_tokens"]
         ours, theirs = row["logprobs"], record["logprobs"]

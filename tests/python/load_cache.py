@@ -1,9 +1,9 @@
-"""Loads a cache file as people do, without distill: line by line, and by `datasets`.
+"""Loads a cache file without distill: line by line, and with `datasets`.
 
 usage: python load_cache.py responses.jsonl
 
-Not one option of `datasets` is needed, except that a run which began without logprobs and got them
-later wants `chunksize` above the size of that first part.
+`datasets` needs no options, with one exception: if the first records have no logprobs and later ones
+do, `chunksize` must exceed the size of the records without logprobs.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Logits, loss and the gradient of every parameter by PyTorch, for `tests/it/gradients/torch.rs`.
+"""Writes logits, loss and the gradient of every parameter by PyTorch, for `tests/it/gradients/torch.rs`.
 
 usage: make_gradient_golden.py OUTPUT_DIR
 
-Small decoders of transformers with random weights, in double precision; the sequences are run one
-by one, so neither padding nor packing is involved. Writes NAME.safetensors with `weight.*` (f32, what
-both sides start from), `gradient.*` and `logits.*` (a sequence each), and NAME.json with the rest.
-In the case `lora`, PEFT's adapters are what is trained.
+The models are small decoders of transformers with random weights, in double precision. Each sequence is
+a batch of its own, without padding or packing. NAME.safetensors has `weight.*` (the initial weights in
+f32), `gradient.*` and `logits.*` (one tensor per sequence); NAME.json has all other data. In the case
+`lora`, PEFT's adapters are trained.
 The loss is (1/N) sum [(1 - lambda) CE + lambda KD], KD the divergence on the top-k and the tail.
 """
 
@@ -73,7 +73,7 @@ def make(name, kind, settings, folder):
                 continue
             chosen = torch.randperm(61)[:K]
             p = torch.rand(K).double() * 0.9 / K
-            # What the other side reads are logprobs in single precision.
+            # The Rust test reads logprobs in single precision.
             logprobs = p.log().float()
             p = logprobs.double().exp()
             kept = logq[position, chosen]
@@ -92,7 +92,7 @@ def make(name, kind, settings, folder):
 
 
 def plain(name):
-    """The name of a parameter without what PEFT puts into it."""
+    """Name of a parameter without the parts that PEFT adds."""
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
 

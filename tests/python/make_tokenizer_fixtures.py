@@ -1,4 +1,4 @@
-"""Makes small tokenizers in the formats of real models, and what transformers makes of them.
+"""Makes small tokenizers in the formats of real models, with golden outputs of transformers.
 
     pip install transformers jinja2
     python tests/python/make_tokenizer_fixtures.py
@@ -109,7 +109,7 @@ def save(name, tokenizer, template, **special):
     folder.mkdir(parents=True, exist_ok=True)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     state = json.loads(tokenizer.to_str())
-    # Byte tokens were special for the trainer only.
+    # Byte tokens are special only for the trainer.
     state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
     (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
@@ -159,7 +159,7 @@ def metaspace():
     save("metaspace", tokenizer, LLAMA3, bos_token="<s>", eos_token="<|eot_id|>", unk_token="<unk>")
 
 
-# Ways in which real templates are written: the layout of tags, and what they call.
+# Templates with the tag layouts, filters and methods of real models.
 TEMPLATES = {
     "blocks on lines": """
 {% for message in messages %}

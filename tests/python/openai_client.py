@@ -1,10 +1,10 @@
-"""Drives a running `distill serve` with the official Python client.
+"""Tests a running `distill serve` with the official Python client.
 
     distill serve --model DIR --port 8000
     python tests/python/openai_client.py http://127.0.0.1:8000/v1
 
-Works with any model, a random one too. Prints a line for each check; stops with a traceback, and
-so a non-zero exit status, at the first that fails. Needs `pip install openai`.
+Works with any model, also with random weights. Prints a line per check; the first check that fails
+ends the script with a traceback and a non-zero exit status. Needs `pip install openai`.
 """
 
 import math
@@ -26,14 +26,14 @@ def passed(what):
     print("ok:", what)
 
 
-def refused(error, code=None, **options):
+def rejected(error, code=None, **options):
     try:
         chat(**options)
     except error as caught:
         assert caught.code == code, caught
         assert caught.type == "invalid_request_error", caught
         return caught
-    raise AssertionError(f"not refused: {options}")
+    raise AssertionError(f"not rejected: {options}")
 
 
 model = client.models.list().data[0].id
@@ -73,17 +73,17 @@ for p in positions:
     assert sum(math.exp(t.logprob) for t in p.top_logprobs) <= 1
     same = [t.logprob for t in p.top_logprobs if (t.token, t.bytes) == (p.token, p.bytes)]
     assert not p.bytes or not same or same == [p.logprob]
-passed(f"logprobs: {len(positions)} positions with 20 alternatives, whose bytes are the content")
+passed(f"logprobs: {len(positions)} positions with 20 alternatives; their bytes equal the content")
 
 again = chat(temperature=1, seed=5, logprobs=True, top_logprobs=20)
 assert again.choices[0].message.content == answer.choices[0].message.content
 assert again.system_fingerprint == answer.system_fingerprint
-passed("seed: the same answer again")
+passed("seed: the same answer twice")
 
 answers = chat(temperature=1, seed=5, n=4).choices
 assert [c.index for c in answers] == [0, 1, 2, 3]
 assert answers[0].message.content == answer.choices[0].message.content
-passed("n: four answers, the first of them that of n=1")
+passed("n: four answers, the first equal to the answer of n=1")
 
 letter = next((c for c in choice.message.content[1:] if c.isalnum()), None)
 if letter:
@@ -109,7 +109,7 @@ assert all(len(top) <= 5 for top in columns.top_logprobs[1:]) and columns.text_o
 read = client.completions.create(model=model, prompt=prompt, max_tokens=0, echo=True, logprobs=0).choices[0]
 assert read.text == prompt and read.logprobs.tokens == columns.tokens[: len(read.logprobs.tokens)]
 assert all(abs(a - b) < 1e-3 for a, b in zip(read.logprobs.token_logprobs[1:], columns.token_logprobs[1:]))
-passed(f"completions: {len(read.logprobs.tokens)} tokens of the prompt with their logprobs, written and read alike")
+passed(f"completions: {len(read.logprobs.tokens)} tokens of the prompt, with equal logprobs when generated and when scored")
 
 dialect = {"prompt_logprobs": 3, "continue_final_message": True, "add_generation_prompt": False, "return_token_ids": True}
 said = messages + [{"role": "assistant", "content": "It is wide and blue."}]
@@ -119,23 +119,23 @@ assert positions[0] is None and len(positions) == told.usage.prompt_tokens == le
 own = [position[str(token)] for position, token in zip(positions[1:], told.prompt_token_ids[1:])]
 assert "".join(token["decoded_token"] for token in own).endswith("It is wide and blue.")
 assert all(token["logprob"] <= 0 for token in own) and all(3 <= len(position) <= 4 for position in positions[1:])
-passed(f"vLLM's prompt_logprobs: {len(positions)} positions, which end with the answer that was given")
+passed(f"vLLM's prompt_logprobs: {len(positions)} positions, which end with the given answer")
 
 with ThreadPoolExecutor(16) as pool:
     together = list(pool.map(lambda _: chat().choices[0].message.content, range(16)))
 assert together == [choice.message.content] * 16
-passed("concurrency: 16 requests at once, 16 times the same greedy answer")
+passed("concurrency: 16 concurrent requests, 16 equal greedy answers")
 
-refused(openai.NotFoundError, "model_not_found", model="no-such-model")
-passed("NotFoundError: another model's name")
-refused(openai.BadRequestError, temperature=3)
-refused(openai.BadRequestError, top_logprobs=2)
-refused(openai.BadRequestError, logprobs=True, top_logprobs=21)
-refused(openai.BadRequestError, n=0)
-refused(openai.BadRequestError, messages=[])
-caught = refused(openai.BadRequestError, extra_body={"max_tokens": "many"})
+rejected(openai.NotFoundError, "model_not_found", model="no-such-model")
+passed("NotFoundError: unknown model name")
+rejected(openai.BadRequestError, temperature=3)
+rejected(openai.BadRequestError, top_logprobs=2)
+rejected(openai.BadRequestError, logprobs=True, top_logprobs=21)
+rejected(openai.BadRequestError, n=0)
+rejected(openai.BadRequestError, messages=[])
+caught = rejected(openai.BadRequestError, extra_body={"max_tokens": "many"})
 assert caught.param == "max_tokens"
 passed("BadRequestError: values of the wrong type or out of range, with the field's name")
 too_long = [{"role": "user", "content": "sea " * 200_000}]
-refused(openai.BadRequestError, "context_length_exceeded", messages=too_long)
+rejected(openai.BadRequestError, "context_length_exceeded", messages=too_long)
 passed("BadRequestError: context_length_exceeded")

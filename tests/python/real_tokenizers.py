@@ -1,8 +1,8 @@
-"""Holds `distill` against transformers with the tokenizers of real models.
+"""Compares `distill` with transformers on the tokenizers of real models.
 
 usage: python real_tokenizers.py DISTILL FOLDER      (FOLDER/models/NAME/tokenizer.json, see real_tokenizers.sh)
 
-Exits with 1 and names what differs.
+Prints each difference, and exits with 1 if there is one.
 """
 
 import http.server
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 FAMILIES = ["qwen3", "gemma3", "llama3_1", "gpt4o", "deepseek_v3"]
 
-# For tokenizers without a template.
+# Chat template for tokenizers without one.
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}"
     "{{ eos_token }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -60,7 +60,7 @@ ANSWERS = [
     '{"name": "Ann", "age": 30, "tags": ["a", "b"], "ok": true}',
 ]
 
-# Least share of positions with soft labels if teacher and student have the same tokenizer.
+# Minimum share of positions with soft labels if teacher and student have the same tokenizer.
 LEAST_SHARE = 0.95
 
 failures = []
@@ -78,7 +78,7 @@ def run(arguments, **options):
 
 
 def tokens(distill, model, reference):
-    """Ids and bytes of all texts."""
+    """Checks the ids and bytes of all texts; returns the number of texts with equal ids."""
     equal = 0
     for text in TEXTS:
         code, out, error = run([distill, "--json", "tokenize", "--model", model, "-"], input=text)
@@ -92,7 +92,7 @@ def tokens(distill, model, reference):
         spelled = [token["bytes"] for token in found]
         if all(part is not None for part in spelled):
             joined = bytes(sum(spelled, []))
-            # SentencePiece may put a space in front, and Qwen composes characters.
+            # SentencePiece may add a leading space, and Qwen composes characters.
             forms = (text, " " + text, unicodedata.normalize("NFC", text))
             fits = joined in [form.encode() for form in forms]
             check(fits, f"{model}: bytes of {text[:40]!r}: {joined[:60]!r}")
@@ -103,17 +103,17 @@ def tokens(distill, model, reference):
 
 
 def generation_prompt(tokenizer, reference, messages):
-    """Ids that a model continues."""
+    """Ids of the prompt that the model continues."""
     options = {"add_generation_prompt": True, "return_dict": False}
     if not os.path.exists(os.path.join(tokenizer.name_or_path, "chat_template.jinja")):
         return tokenizer.apply_chat_template(messages, tokenize=True, **options)
-    # transformers splits words in GPT-2's way where tokenizer_config.json names GPT2Tokenizer, as for GPT-4o.
+    # transformers uses GPT-2's word splitting if tokenizer_config.json names GPT2Tokenizer, as for GPT-4o.
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     return reference.encode(text, add_special_tokens=False).ids
 
 
 def prompts(distill, folder, name, model, reference):
-    """The prompt of each answer is the generation prompt, and the end of the turn is supervised."""
+    """Checks that the prompt of each answer is the generation prompt, and that the end of the turn is supervised."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     place = os.path.join(folder, "prompts", name)
     os.makedirs(place, exist_ok=True)
@@ -133,7 +133,7 @@ def prompts(distill, folder, name, model, reference):
     for example in json.loads(out)["examples"]:
         line, _, message = example["key"].partition(":")
         messages = rows[int(line) - 1]
-        # Of the example's last answer: earlier ones are checked by the spans before it.
+        # Spans of supervised tokens, one per answer.
         spans, ids = [], [token["id"] for token in example["tokens"]]
         for at, token in enumerate(example["tokens"]):
             if token["is_supervised"] and (not spans or spans[-1][1] != at):
@@ -154,7 +154,7 @@ def prompts(distill, folder, name, model, reference):
 
 
 class Teacher:
-    """An endpoint that tells the tokens of its answers, with four alternatives."""
+    """An endpoint that returns the tokens of its answers, with four alternatives."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -167,7 +167,7 @@ class Teacher:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def pieces(self, answer):
-        """Bytes of each token: those that it adds to the text before it."""
+        """Bytes that each token adds to the text before it."""
         ids = self.tokenizer.encode(answer, add_special_tokens=False).ids
         whole = answer.encode()
         pieces, at, start = [], 0, 0
@@ -175,7 +175,7 @@ class Teacher:
             text = self.text(ids[start:end])
             if "\ufffd" in text:
                 continue
-            # Bytes of a character that several tokens share go to the first.
+            # The bytes of a character that several tokens share are assigned to the first one.
             length = len(text.encode())
             if start == 0 and not whole.startswith(text.encode()):
                 length = len(text.lstrip().encode())
@@ -249,11 +249,11 @@ def harvest(distill, folder, name, reference):
 
 
 def share(distill, folder, cache, teacher, student):
-    """Share of the supervised positions with soft labels."""
+    """Share of supervised positions with soft labels."""
     place = os.path.join(folder, "pairs", f"{teacher}-{student}")
     os.makedirs(place, exist_ok=True)
     model = os.path.abspath(os.path.join(folder, "models", student))
-    # Otherwise an empty thinking block is a part of the answer, which no teacher has spelled.
+    # Otherwise the answer starts with an empty block of thinking, which no teacher has tokenized.
     thinking = "template_args = { enable_thinking = false }\n" if student == "qwen3" else ""
     with open(os.path.join(place, "run.toml"), "w", encoding="utf-8") as file:
         file.write(

