@@ -222,7 +222,7 @@ pub struct Price {
 
 impl Price {
     /// The prices multiplied by `share`.
-    pub fn at(&self, share: f64) -> Price {
+    pub fn discounted(&self, share: f64) -> Price {
         let at = |price: Option<f64>| price.map(|price| price * share);
         Price {
             input: at(self.input),

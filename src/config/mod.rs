@@ -13,6 +13,7 @@
 //! | `harvest` | `[prompts]` to `[cache]`: requests, limits, prices, schedule |
 //! | `student` | `[student]`, `[loss]`, `[lora]`, `[train]`, `[on_policy]`, `[eval]` |
 //! | `data` | `[data]`: selection of the training data |
+//! | `request_fields` | fields that `sampling.extra` must not contain |
 //! | `redis_url` | address of a Redis server that never shows its password |
 //!
 //! Invariants: `config.example.toml` has every key with its default (a test compares them); the names and the order
@@ -23,6 +24,7 @@ pub(crate) mod error;
 pub(crate) mod harvest;
 pub mod load;
 pub(crate) mod redis_url;
+pub(crate) mod request_fields;
 pub(crate) mod settings;
 pub(crate) mod student;
 pub(crate) mod teacher;

@@ -9,6 +9,7 @@ use super::settings::Config;
 use super::student::{BestMetric, KdMode, ScoredBy, StudentInit, TemplateDate};
 use super::teacher::EndpointConfig;
 use crate::config::error::usage;
+use crate::config::request_fields::check_extra;
 
 fn check(is_valid: bool, message: &str) -> Result<()> {
     if is_valid {
@@ -18,11 +19,13 @@ fn check(is_valid: bool, message: &str) -> Result<()> {
     }
 }
 
+impl Config {
 /// Checks ranges, and combinations of settings.
 ///
 /// # Errors
 /// [`crate::exit::Exit::Usage`] for the first mistake.
-pub(crate) fn validate(config: &Config) -> Result<()> {
+pub(crate) fn validate(&self) -> Result<()> {
+    let config = self;
     let share = |value: f64| (0.0..=1.0).contains(&value);
     harvest(config)?;
     check(
@@ -244,6 +247,7 @@ fn batch(batch: &BatchConfig) -> Result<()> {
 
 fn check_endpoint(endpoint: &EndpointConfig) -> Result<()> {
     endpoint.teacher.check()?;
+    check_extra(&endpoint.sampling.extra)?;
     check(
         endpoint.sampling.top_logprobs <= 20,
         "sampling.top_logprobs can be up to 20, the maximum of most endpoints",

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Var};
 use regex::Regex;
 
 use super::{device, folder};
-use crate::config::{Config, SaveDtype, StudentInit};
+use crate::config::{LoraConfig, SaveDtype, StudentConfig, StudentInit, TrainConfig};
 use crate::exit::Exit;
 use crate::fs;
 use crate::model::config::shape::ModelConfig;
@@ -25,13 +25,16 @@ pub struct TrainableModel {
 }
 
 impl TrainableModel {
-    /// Loads or initialises the student of the config.
+    /// Loads or initialises the student.
     ///
     /// # Errors
     /// If the folder does not load, or its tokenizer has ids beyond the embedding.
-    pub fn student(config: &Config, tokenizer: &Tokenizer) -> Result<Self> {
-        let settings = &config.student;
-        let train = &config.train;
+    pub fn student(
+        settings: &StudentConfig,
+        adapters: &LoraConfig,
+        train: &TrainConfig,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self> {
         let (mut shape, weights) = match settings.init {
             StudentInit::Pretrained => decoder::load(&settings.path)?,
             StudentInit::Random => {
@@ -44,28 +47,33 @@ impl TrainableModel {
         };
         tokenizer.check_fits(shape.vocab_size)?;
         let device = device::open(train)?;
-        let adapters = match config.lora.rank {
+        let new_adapters = match adapters.rank {
             0 => Tensors::new(),
             rank => {
-                shape.adapter_scale = config.lora.alpha / rank as f64;
+                shape.adapter_scale = adapters.alpha / rank as f64;
                 lora::new_adapters(
                     &shape,
                     rank,
-                    &parse_patterns(&config.lora.targets)?,
+                    &parse_patterns(&adapters.targets)?,
                     train.seed,
                 )?
             }
         };
-        if config.lora.rank > 0 && adapters.is_empty() {
+        if adapters.rank > 0 && new_adapters.is_empty() {
             bail!(Exit::Usage(format!(
                 "lora.targets matches no linear layer of the student; its layers are named like {}",
                 lora::first_projection_name(&shape)
             )));
         }
         let weights = weights::to_device(&weights, &device)?;
-        let adapters = weights::to_device(&adapters, &device)?;
-        let mut student = Self::new(shape, weights, adapters, &parse_patterns(&train.freeze)?)
-            .with_context(|| format!("cannot load the student {}", settings.path.display()))?;
+        let new_adapters = weights::to_device(&new_adapters, &device)?;
+        let mut student = Self::new(
+            shape,
+            weights,
+            new_adapters,
+            &parse_patterns(&train.freeze)?,
+        )
+        .with_context(|| format!("cannot load the student {}", settings.path.display()))?;
         let matches_parameter = |pattern: &Regex| {
             let names = student.vars.keys().chain(student.frozen.keys());
             names.into_iter().any(|name| pattern.is_match(name))

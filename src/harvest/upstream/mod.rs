@@ -22,10 +22,10 @@ use crate::client::attempt_error::RowFailure;
 use crate::client::outcome;
 use crate::client::transport::Transport;
 use crate::config;
-use crate::config::Config;
 use crate::harvest::health::EndpointHealth;
 use crate::harvest::run_error;
 use crate::plan::queue::{QueuedRow, RowQueue};
+use crate::plan::run_settings::RunSettings;
 
 use crate::harvest::answer_monitor::AnswerMonitor;
 use crate::plan::Plan;
@@ -124,7 +124,7 @@ impl Upstream {
         transport: Arc<dyn Transport>,
         day: DailyLimit,
         shared: Option<SharedLimits>,
-        config: &Config,
+        run: &RunSettings,
     ) -> Result<Upstream> {
         let settings = plan.templates[index].endpoint.clone();
         let now = Instant::now();
@@ -134,14 +134,14 @@ impl Upstream {
             queue: queue(plan, index, now),
             health: EndpointHealth::new(now),
             concurrency: ConcurrencyLimit::new(concurrency),
-            retry: config.retry.clone(),
+            retry: run.retry.clone(),
             in_flight: 0,
             probe: None,
             first: None,
             is_known: plan.answered[index] > 0,
             has_suspects: plan.suspects[index] > 0,
-            has_budget: config.budget.usd.is_some(),
-            monitor: AnswerMonitor::from_config(&settings, config),
+            has_budget: run.budget_usd.is_some(),
+            monitor: AnswerMonitor::from_settings(&settings, run),
             stopped: None,
             daily_limit_noted_at: None,
             settings,

@@ -13,7 +13,7 @@ use distill::harvest::options::HarvestOptions;
 use distill::report::summary::HarvestSummary;
 use serde_json::json;
 
-use super::{Run, end, quietly};
+use super::{Run, adopt, end, quietly};
 use crate::cache_samples;
 use crate::data::dataset::write_cache;
 use crate::fault_server::{FaultServer, Reaction, Seen, answer, completion, error, reply};
@@ -130,7 +130,7 @@ async fn answers_of_another_url_are_reported_and_adopted() {
         "{table}"
     );
     assert!(table.contains("\"content\": \"short one\""), "{table}");
-    let adopted = distill::plan::adopt::adopt(&run.config).unwrap();
+    let adopted = adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.questions), (4, 5));
     assert_eq!(requests(&run).await, (4, 1));
     run.config.sampling.max_tokens = 100;
@@ -263,7 +263,7 @@ async fn adopt_prefers_complete_answers() {
     assert_eq!(requests(&run).await, (0, 2));
     // The first endpoint has truncated answers to both, the second one complete ones.
     run.config.teacher.base_url.clone_from(&server.base_url);
-    let adopted = distill::plan::adopt::adopt(&run.config).unwrap();
+    let adopted = adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.answered), (2, 2));
     assert_eq!(requests(&run).await, (2, 0));
 }
@@ -334,7 +334,7 @@ async fn cache_of_earlier_version_stays_valid() {
     let before = run.records();
     // With a new setting the records are unused until they are adopted.
     run.config.sampling.max_tokens = 40;
-    let adopted = distill::plan::adopt::adopt(&run.config).unwrap();
+    let adopted = adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.questions), (12, 12));
     let after = run.records();
     let what = |records: &[Record]| -> Vec<_> {
@@ -353,7 +353,7 @@ async fn cache_of_earlier_version_stays_valid() {
     assert_eq!(what(&before), what(&after));
     run.config.teacher.base_url.clone_from(&server.base_url);
     // These answers come from a mock.
-    assert_eq!(distill::plan::adopt::adopt(&run.config).unwrap().records, 0);
+    assert_eq!(adopt(&run.config).unwrap().records, 0);
     let others = after.into_iter().map(|record| Record {
         fingerprint: "fp_real".into(),
         ..record
@@ -362,7 +362,7 @@ async fn cache_of_earlier_version_stays_valid() {
     std::fs::remove_dir_all(&cache).unwrap();
     write_cache(&cache, &others.collect::<Vec<_>>());
     assert_eq!(
-        distill::plan::adopt::adopt(&run.config).unwrap().records,
+        adopt(&run.config).unwrap().records,
         12
     );
     // Eight were cut off at 24 tokens.
@@ -437,7 +437,7 @@ async fn adopt_skips_answers_of_another_configured_teacher() {
     run.config.teachers = vec![teacher("A"), teacher("B")];
     assert_eq!(requests(&run).await, (0, 6));
     run.config.prompts.teachers = distill::config::Assignment::All;
-    assert_eq!(distill::plan::adopt::adopt(&run.config).unwrap().records, 0);
+    assert_eq!(adopt(&run.config).unwrap().records, 0);
     let dry = HarvestOptions {
         dry_run: true,
         ..quietly()
