@@ -33,20 +33,6 @@ const MAX_OUTPUT: u64 = 1 << 16;
 /// Time to wait for remaining output after the command has ended.
 const OUTPUT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Headers that the HTTP client controls.
-const CONNECTION_HEADERS: [&str; 10] = [
-    "Host",
-    "Connection",
-    "Content-Length",
-    "Content-Type",
-    "Content-Encoding",
-    "Accept-Encoding",
-    "Transfer-Encoding",
-    "TE",
-    "Upgrade",
-    "Expect",
-];
-
 /// Maximum number of consecutive new keys that the endpoint rejects before renewal stops.
 const MAX_REJECTED_KEYS: u32 = 2;
 
@@ -90,24 +76,6 @@ impl Credentials {
         let own = own.into_iter().filter(|(_, value)| !value.is_empty());
         let others = settings.headers.iter();
         for (name, value) in own.chain(others.map(|(name, value)| (name.as_str(), value))) {
-            if CONNECTION_HEADERS
-                .iter()
-                .any(|header| name.eq_ignore_ascii_case(header))
-            {
-                let message = format!(
-                    "`teacher.headers.{name}` cannot be set: the HTTP client controls this header"
-                );
-                return Err(Exit::Usage(message).into());
-            }
-            if name.eq_ignore_ascii_case(header.as_str())
-                && settings.key_source() != KeySource::None
-            {
-                let message = format!(
-                    "`teacher.headers.{name}` is already the header of the key: remove it, or set \
-                     `teacher.api_key_env = \"\"`"
-                );
-                return Err(Exit::Usage(message).into());
-            }
             let setting = format!("teacher.headers.{name}");
             let expanded = expand(&setting, value)?;
             headers.insert(

@@ -62,7 +62,7 @@ impl HttpTeacher {
             completions,
             client: Client::build(http.http.clone(), endpoint).with_http_service(once),
             http,
-            timeout: connection::seconds("timeout_s", settings.timeout_s)?,
+            timeout: settings.timeout,
         })
     }
 

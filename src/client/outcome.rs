@@ -126,13 +126,13 @@ pub(crate) fn classify_transport_error(error: TransportError) -> AttemptError {
 }
 
 /// Returns the pause after the `attempt`-th failure (from 1) with full jitter: uniform between 0 and
-/// `min(base_s * 2^(attempt - 1), max_s)` seconds. `random` is uniform in [0, 1).
+/// `min(base * 2^(attempt - 1), max)`. `random` is uniform in [0, 1).
 ///
 /// See "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
 pub(crate) fn backoff(attempt: u32, retry: &config::RetryConfig, random: f64) -> Duration {
     let doublings = attempt.saturating_sub(1).min(32);
-    let ceiling = retry.base_s * 2f64.powi(doublings as i32);
-    Duration::try_from_secs_f64(ceiling.min(retry.max_s) * random).unwrap_or_default()
+    let ceiling = retry.base.as_secs_f64() * 2f64.powi(doublings as i32);
+    Duration::from_secs_f64(ceiling.min(retry.max.as_secs_f64()) * random)
 }
 
 #[cfg(test)]

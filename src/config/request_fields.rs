@@ -1,9 +1,8 @@
 //! Checks that `sampling.extra` has no field that the rest of the config sets.
 
-use anyhow::Result;
 use serde_json::{Map, Value};
 
-use crate::config::error::usage;
+use super::error::Mistake;
 
 const SAMPLES: &str = "set `prompts.samples` instead, so that each answer has its own record";
 const MAX_TOKENS: &str = "set `sampling.max_tokens` and, for its name in the request, \
@@ -41,11 +40,11 @@ const CONTAINERS: [&str; 6] = [
 /// Rejects fields that change a request in a way that the budget does not account for.
 ///
 /// # Errors
-/// [`crate::exit::Exit::Usage`] with the setting to use instead.
-pub(crate) fn check_extra(extra: &Map<String, Value>) -> Result<()> {
+/// The setting to use instead.
+pub(crate) fn check_extra(extra: &Map<String, Value>) -> Result<(), Mistake> {
     let refuse = |field: &str, advice: &str| {
         let message = format!("`sampling.extra` must not contain `{field}`: {advice}");
-        Err(usage(message))
+        Err(Mistake::new("sampling.extra", message))
     };
     for (field, advice) in RESERVED {
         if extra.contains_key(field) {
@@ -72,7 +71,7 @@ mod tests {
     fn reserved_fields_are_rejected() {
         let refuse = |extra: Value, field: &str| {
             let error = check_extra(extra.as_object().unwrap()).unwrap_err();
-            assert!(error.to_string().contains(&format!("`{field}`")), "{error}");
+            assert!(error.message.contains(&format!("`{field}`")), "{error:?}");
         };
         for (field, _) in RESERVED {
             refuse(json!({ field: 2 }), field);

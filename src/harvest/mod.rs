@@ -45,7 +45,6 @@ pub(crate) mod upstream;
 pub(crate) mod window;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Result;
 use tokio::sync::Notify;
@@ -388,7 +387,7 @@ impl Run<'_> {
         if plan.rows_by_endpoint[upstream].is_empty() {
             return Ok(None);
         }
-        let patience = Duration::try_from_secs_f64(self.settings.retry.max_outage_s)?;
+        let patience = self.settings.retry.max_outage;
         let settings = &plan.templates[upstream].endpoint;
         SharedLimits::connect(settings, plan.largest(upstream), patience, wake).await
     }

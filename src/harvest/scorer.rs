@@ -5,7 +5,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -197,7 +196,7 @@ impl EndpointScorer {
                     limits
                 }
                 None => {
-                    let patience = Duration::try_from_secs_f64(settings.retry.max_outage_s)?;
+                    let patience = settings.retry.max_outage;
                     let shared =
                         SharedLimits::connect(upstream, plan.largest(0), patience, &wake).await?;
                     let day = run_files.daily_limit(upstream);

@@ -58,7 +58,7 @@ impl TrainingState {
         let student = TrainableModel::student(&config.student, &config.lora, train, tokenizer)?;
         let has_ema = train.ema_decay > 0.0;
         Ok(Self {
-            optimizer: Optimizer::new(&student, &trainable::parse_patterns(&train.no_decay)?)?,
+            optimizer: Optimizer::new(&student, &train.no_decay)?,
             ema: has_ema
                 .then(|| Ema::new(&student, train.ema_decay))
                 .transpose()?,

@@ -51,12 +51,7 @@ impl TrainableModel {
             0 => Tensors::new(),
             rank => {
                 shape.adapter_scale = adapters.alpha / rank as f64;
-                lora::new_adapters(
-                    &shape,
-                    rank,
-                    &parse_patterns(&adapters.targets)?,
-                    train.seed,
-                )?
+                lora::new_adapters(&shape, rank, &adapters.targets, train.seed)?
             }
         };
         if adapters.rank > 0 && new_adapters.is_empty() {
@@ -67,19 +62,16 @@ impl TrainableModel {
         }
         let weights = weights::to_device(&weights, &device)?;
         let new_adapters = weights::to_device(&new_adapters, &device)?;
-        let mut student = Self::new(
-            shape,
-            weights,
-            new_adapters,
-            &parse_patterns(&train.freeze)?,
-        )
+        let mut student = Self::new(shape, weights, new_adapters, |name| {
+            train.freeze.iter().any(|pattern| pattern.is_match(name))
+        })
         .with_context(|| format!("cannot load the student {}", settings.path.display()))?;
         let matches_parameter = |pattern: &Regex| {
             let names = student.vars.keys().chain(student.frozen.keys());
             names.into_iter().any(|name| pattern.is_match(name))
         };
-        for pattern in parse_patterns(&train.freeze)? {
-            if !matches_parameter(&pattern) {
+        for pattern in &train.freeze {
+            if !matches_parameter(pattern) {
                 bail!(Exit::Usage(format!(
                     "train.freeze: {:?} matches no parameter",
                     pattern.as_str()
@@ -95,8 +87,8 @@ impl TrainableModel {
         Ok(student)
     }
 
-    /// A model over the given weights. All weights are trained, or only the adapters if there are any. Parameters that
-    /// match a pattern of `freeze` are not trained.
+    /// A model over the given weights. All weights are trained, or only the adapters if there are any. Parameters for which
+    /// `is_frozen` returns true are not trained.
     ///
     /// # Errors
     /// If weights are missing or their shapes differ from `config`.
@@ -104,7 +96,7 @@ impl TrainableModel {
         config: ModelConfig,
         mut weights: Tensors,
         adapters: Tensors,
-        freeze: &[Regex],
+        is_frozen: impl Fn(&str) -> bool,
     ) -> Result<Self> {
         let mut vars = BTreeMap::new();
         let mut frozen = Tensors::new();
@@ -120,7 +112,7 @@ impl TrainableModel {
             .chain(adapters.into_iter().map(|adapter| (true, adapter)))
         {
             let trains = all_weights_train || is_adapter;
-            if trains && !freeze.iter().any(|pattern| pattern.is_match(&name)) {
+            if trains && !is_frozen(&name) {
                 vars.insert(name, Var::from_tensor(&tensor)?);
             } else {
                 frozen.insert(name, tensor);
@@ -215,20 +207,4 @@ pub fn restore(vars: &BTreeMap<String, Var>, file: &weights::SafetensorsFile) ->
             .with_context(|| format!("{name} has another shape in the checkpoint"))?;
     }
     Ok(())
-}
-
-/// Compiles regular expressions of the config.
-///
-/// # Errors
-/// [`Exit::Usage`] if one is not valid.
-pub fn parse_patterns(texts: &[String]) -> Result<Vec<Regex>> {
-    let pattern = |text: &String| {
-        Regex::new(text).map_err(|error| {
-            Exit::Usage(format!(
-                "{text:?} is not a valid regular expression: {error}"
-            ))
-            .into()
-        })
-    };
-    texts.iter().map(pattern).collect()
 }

@@ -48,7 +48,12 @@ pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
         CacheAction::Adopt(file) => {
             let config = load_config(file)?.config;
             let dir = config.own_cache();
-            let done = crate::plan::adopt::adopt(&config.prompts, &config.endpoints(), &dir, &config.cache)?;
+            let done = crate::plan::adopt::adopt(
+                &config.prompts,
+                &config.endpoints(),
+                &dir,
+                &config.cache,
+            )?;
             maintenance::adopted(&dir, &done, global.json)
         }
         CacheAction::Show {

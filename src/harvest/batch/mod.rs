@@ -227,7 +227,7 @@ impl<'a> Batches<'a> {
         let is_due = self.upstreams[upstream].next_poll <= now;
         if is_due {
             let jitter = 0.75 + fastrand::f64() / 2.0;
-            let pause = Duration::from_secs_f64(self.settings.batch.poll_s * jitter);
+            let pause = self.settings.batch.poll.mul_f64(jitter);
             self.upstreams[upstream].next_poll = now + pause;
         }
         // A failed call for one part does not hold up the others.

@@ -147,7 +147,7 @@ impl BatchUpstream {
             }
         };
         let silence = now - self.last_success;
-        if silence.as_secs_f64() >= retry.max_outage_s {
+        if silence >= retry.max_outage {
             self.stop(run_error::outage(silence, &message));
         }
         // Jitter applies to the upper half of the pause only.

@@ -361,10 +361,7 @@ async fn cache_of_earlier_version_stays_valid() {
     let cache = run.config.run_dir.join("cache");
     std::fs::remove_dir_all(&cache).unwrap();
     write_cache(&cache, &others.collect::<Vec<_>>());
-    assert_eq!(
-        adopt(&run.config).unwrap().records,
-        12
-    );
+    assert_eq!(adopt(&run.config).unwrap().records, 12);
     // Eight were cut off at 24 tokens.
     assert_eq!(requests(&run).await, (4, 8));
 }
@@ -395,12 +392,12 @@ async fn again_removes_only_selected_records_and_resumes() {
                 config.budget.usd = Some(1e-9);
                 config.price.input = Some(1.0);
                 config.price.output = Some(1.0);
-                config.price.as_of = Some(jiff::Zoned::now().date().to_string());
+                config.price.as_of = Some(jiff::Zoned::now().date().to_string().parse().unwrap());
             },
             2,
         ),
         (
-            |config| config.schedule.deadline = Some("2020-01-01 00:00".into()),
+            |config| config.schedule.deadline = Some("2020-01-01 00:00".parse().unwrap()),
             4,
         ),
     ];

@@ -258,7 +258,7 @@ async fn student_distilled_from_itself_has_zero_gradient() {
         );
         let mut teacher = Model::load(dir.path()).unwrap();
         let (shape, weights) = decoder::load(dir.path()).unwrap();
-        let mut student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
+        let mut student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
         for (precision, largest) in [
             (Precision::F32, LARGEST),
             (Precision::Bf16, LARGEST_ROUNDED),
@@ -330,7 +330,7 @@ async fn trained_model_distilled_from_itself_has_a_tiny_gradient() {
     )
     .unwrap();
     let (shape, weights) = decoder::load(&dir).unwrap();
-    let student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
+    let student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
     let chain = Gradients {
         student: &student,
         teacher: None,
@@ -370,7 +370,7 @@ async fn student_distilled_from_itself_without_end_logprobs_has_no_bias() {
     );
     assert!(choice.notes.join("\n").contains(&note), "{choice:?}");
     let (shape, weights) = decoder::load(dir.path()).unwrap();
-    let student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
+    let student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
     let deviation_of = |divergence, end| {
         let chain = Gradients {
             student: &student,
