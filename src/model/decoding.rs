@@ -42,10 +42,20 @@ impl Model {
             input_ids.extend_from_slice(tokens);
             segments.push(start..input_ids.len());
         }
-        let last: Vec<u32> = segments.iter().map(|s| s.end as u32 - 1).collect();
-        let keys = KeyValueSource::Caches(caches);
-        let mut tape = Tape::new(self.tape_settings(), &segments, keys, Activations::Discard);
-        let root = self.decoder.hidden(&mut tape, &input_ids, &last)?;
+        let last_positions: Vec<u32> = segments
+            .iter()
+            .map(|segment| segment.end as u32 - 1)
+            .collect();
+        let key_value_source = KeyValueSource::Caches(caches);
+        let mut tape = Tape::new(
+            self.tape_settings(),
+            &segments,
+            key_value_source,
+            Activations::Discard,
+        );
+        let root = self
+            .decoder
+            .hidden(&mut tape, &input_ids, &last_positions)?;
         let hidden_BD = tape.value(&root)?;
         drop(tape);
         for (segment, cache) in segments.iter().zip(caches.iter_mut()) {

@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 
 use super::matmul::{Precision, matmul};
-use super::{Gradient, ROWS_PER_TASK};
+use super::{GradientMut, ROWS_PER_TASK};
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 
 /// A linear layer of `inputs` (I) and `outputs` (O) features.
@@ -47,7 +47,7 @@ impl Linear {
     }
 
     /// dx = dy W.
-    pub(crate) fn backward_input(self, dy_TO: &[f32], weight_OI: &[f32], dx_TI: Gradient) {
+    pub(crate) fn backward_input(self, dy_TO: &[f32], weight_OI: &[f32], dx_TI: GradientMut) {
         matmul(
             MatMut::new(dx_TI.values, self.inputs),
             Mat::new(dy_TO, self.outputs),
@@ -59,7 +59,7 @@ impl Linear {
     }
 
     /// dW = dy^T x.
-    pub(crate) fn backward_weight(self, dy_TO: &[f32], x_TI: &[f32], dweight_OI: Gradient) {
+    pub(crate) fn backward_weight(self, dy_TO: &[f32], x_TI: &[f32], dweight_OI: GradientMut) {
         matmul(
             MatMut::new(dweight_OI.values, self.inputs),
             Mat::new(dy_TO, self.outputs).t(),

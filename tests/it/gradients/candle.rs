@@ -134,7 +134,8 @@ fn windows_biases_and_qk_norms_agree_with_candle() {
                     .unwrap()
                     .to_vec1()
                     .unwrap();
-                let difference = difference(gradients.get(var.as_tensor()).unwrap(), &expected);
+                let difference =
+                    difference(gradients.get_tape(var.as_tensor()).unwrap(), &expected);
                 assert!(
                     difference < 1e-4,
                     "window {window:?}, variable {index}: {difference:e}"

@@ -96,9 +96,9 @@ impl Trainable {
 
     fn named(&self, gradients: &Gradients) -> BTreeMap<String, Vec<f32>> {
         let get = |(name, var): (&String, &Var)| {
-            let on_cpu = gradients.get(var.as_tensor()).map(<[f32]>::to_vec);
+            let on_cpu = gradients.get_tape(var.as_tensor()).map(<[f32]>::to_vec);
             let on_device = || {
-                let gradient = gradients.get_on_device(var.as_tensor())?;
+                let gradient = gradients.get_candle(var.as_tensor())?;
                 Some(gradient.flatten_all().unwrap().to_vec1().unwrap())
             };
             let gradient = on_cpu.or_else(on_device);

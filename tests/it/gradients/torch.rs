@@ -37,7 +37,7 @@ impl Golden {
             };
             let stored: Tensors = tensors.iter().filter_map(strip).collect();
             // Gradients are converted to the layout in memory like weights.
-            config.import(stored).unwrap()
+            config.to_memory_layout(stored).unwrap()
         };
         let weights = named("weight.");
         let gradients = named("gradient.");
