@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::json;
 
-use crate::cli::{Global, TrainArgs};
+use crate::cli::{GlobalArgs, TrainArgs};
 use crate::harvest::scorer::ScoringStats;
 use crate::prompt::Prompt;
 use crate::signal::StopFlag;
@@ -13,7 +13,7 @@ use crate::train::summary::StartMode;
 use crate::train::{self, TrainOptions};
 
 /// Trains the student and prints its folder and metrics.
-pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
+pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
     let config = super::load_config(&args.config)?.config;
     let start = match (args.resume, args.fresh) {
         (true, _) => StartMode::Resume,
@@ -27,10 +27,10 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
         quiet: global.json,
     };
     let judge = crate::harvest::scorer::TextScorer::new(&config, options.quiet)?;
-    let mut scorer = judge.map(EndpointScorer);
-    let text_scorer = scorer.as_mut().map(|scorer| scorer as &mut dyn TextScorer);
-    let summary = train::run_with_scorer(&config, options, text_scorer)?;
-    let scoring_stats = scorer.as_ref().map(|scorer| scorer.0.stats());
+    let mut judge = judge.map(Judge);
+    let scorer = judge.as_mut().map(|judge| judge as &mut dyn TextScorer);
+    let summary = train::run_with_scorer(&config, options, scorer)?;
+    let scoring_stats = judge.as_ref().map(|judge| judge.0.stats());
     if global.json {
         return super::print_json(
             &json!({ "version": 1, "summary": summary, "judged": scoring_stats }),
@@ -65,11 +65,11 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
         ),
     ];
     let mut rows: Vec<[String; 2]> = rows.map(|(name, value)| [name.to_string(), value]).into();
-    if let Some(own) = &summary.own_answers {
-        let scored = format_count(own.scored);
-        let generated = format_count(own.generated);
+    if let Some(own_answers) = &summary.own_answers {
+        let scored = format_count(own_answers.scored);
+        let generated = format_count(own_answers.generated);
         rows.push([
-            "own answers judged".into(),
+            "student's answers judged".into(),
             format!("{scored} of {generated}"),
         ]);
     }
@@ -83,10 +83,10 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
     ))
 }
 
-/// Scores the student's answers with the endpoint of the config.
-struct EndpointScorer(crate::harvest::scorer::TextScorer);
+/// Scores the student's answers with the judge of the config.
+struct Judge(crate::harvest::scorer::TextScorer);
 
-impl TextScorer for EndpointScorer {
+impl TextScorer for Judge {
     fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
         self.0.score(texts, stop)
     }
@@ -102,7 +102,7 @@ fn scoring_rows(stats: &ScoringStats) -> Vec<[String; 2]> {
     let mut rows = vec![
         ["requests to the judge".into(), requests],
         [
-            "their prompt tokens".into(),
+            "prompt tokens to the judge".into(),
             format_count(stats.prompt_tokens),
         ],
     ];

@@ -155,7 +155,7 @@ fn openai_rows_have_only_its_three_roles() {
         (QUARANTINED, 1),
         (LENGTH, 1),
         (NOT_TEXT, 2),
-        ("the fine-tuning API has no role `tool`", 1),
+        ("the fine-tuning API does not accept the role `tool`", 1),
         ("the answer is empty", 1),
     ];
     left_out(&report, 4, &reasons);
