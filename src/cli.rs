@@ -189,7 +189,7 @@ pub struct ExportArgs {
     /// Output path: a folder for `hf`, else a file
     #[arg(short = 'o', long = "out", value_name = "OUT")]
     pub out: PathBuf,
-    /// Groups to write instead of `data.groups`: "all" (except those of a mock), or ids, models and teachers
+    /// Groups to write instead of `data.groups`: "all" (except groups of a mock), or ids, models and teachers
     #[arg(long, value_name = "GROUP", value_delimiter = ',')]
     pub groups: Vec<String>,
     /// The teacher's model folder (tokenizer.json, chat template), which `axolotl` needs

@@ -313,7 +313,7 @@ impl<T: DataType> LeafColumn<T> {
         next_repetition: i16,
         items: impl Iterator<Item = Option<T::T>>,
     ) {
-        // In the schema the items of number lists are optional, those of text lists required.
+        // In the schema, the items of lists of floats are optional, and the items of lists of texts required.
         let is_optional = T::get_physical_type() == Type::FLOAT;
         let mut repetition = first_repetition;
         for item in items {

@@ -61,8 +61,8 @@ pub struct TokenUpdate {
     /// New text that later tokens cannot change. Empty while a character or a possible stop string is
     /// incomplete.
     pub text: String,
-    /// If logprobs were requested: those of the tokens whose text is complete with this update. The last
-    /// update includes the logprobs of the end of the turn.
+    /// Logprobs of the tokens whose text this update completes, if logprobs were requested. The last update
+    /// includes the logprobs of the end of the turn.
     pub token_logprobs: Vec<TokenLogprobs>,
     /// Set in the last update of an answer only.
     pub finish_reason: Option<FinishReason>,

@@ -1,8 +1,10 @@
 //! A decoder: embedding, the layers of its architecture, final norm and LM head. Lists its parameters, and
 //! loads its weights from a Hugging Face folder.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use std::collections::BTreeSet;
 use std::path::Path;

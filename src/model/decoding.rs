@@ -1,8 +1,10 @@
 //! Incremental decoding: forward passes over new tokens, with the keys and values of earlier tokens from a
 //! cache.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use anyhow::{Result, bail};
 

@@ -1,7 +1,9 @@
 //! Forward and backward passes over whole sequences, for training and evaluation.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use std::ops::Range;
 use std::sync::Arc;

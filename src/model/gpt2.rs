@@ -5,8 +5,10 @@
 //! as one fused weight. In memory, linear weights are (outputs x inputs) and the three projections are
 //! separate, as in the other architectures. Dropout is not applied, even if `config.json` sets it.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;

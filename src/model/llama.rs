@@ -4,8 +4,10 @@
 //!
 //! The layer is written once, over [`Graph`], for training and generation on every device.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use anyhow::Result;
 

@@ -1,8 +1,10 @@
 //! LoRA adapters among the weights of a decoder (Hu et al., arXiv 2106.09685), with the names, initial
 //! values and scale of PEFT.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};

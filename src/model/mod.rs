@@ -23,7 +23,7 @@
 //! 3. `<name>.rs`: the weight names (`NAMES`), `add_layer_parameters`, and the layer with `new` and
 //!    `forward` over [`Graph`](graph::Graph). Add them to each `match` in `decoder.rs`.
 //! 4. A new operation: a method of `Graph`, an `Op` in `tape/` (forward and backward), its
-//!    arithmetic in `ops/`, and the same in candle in `candle_graph/mod.rs`.
+//!    arithmetic in `ops/`, and the same operation with candle in `candle_graph/mod.rs`.
 //! 5. If the files have another layout: `to_memory_layout` and `to_file_layout`, as in `gpt2.rs`.
 //! 6. Tests: add a case to `tests/python/make_gradient_golden.py`, which writes the golden files in
 //!    `tests/it/golden/gradients/`, and its name to `CASES` in `tests/it/gradients/torch.rs`.
@@ -139,7 +139,7 @@ impl Model {
         })
     }
 
-    /// Builds the same decoder from other weights, which are copied to its device.
+    /// Builds a decoder of the same shape from `tensors`, which are copied to this model's device.
     ///
     /// # Errors
     /// As [`Model::new`].

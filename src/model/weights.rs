@@ -94,8 +94,8 @@ pub fn check_layers(names: &BTreeSet<String>, layers: usize) -> Result<()> {
             .iter()
             .find_map(|prefix| name.strip_prefix(prefix))
             .unwrap_or(name);
-        let rest = name.strip_prefix("layers.").or(name.strip_prefix("h."))?;
-        rest.split('.').next()?.parse().ok()
+        let name = name.strip_prefix("layers.").or(name.strip_prefix("h."))?;
+        name.split('.').next()?.parse().ok()
     };
     match names
         .iter()

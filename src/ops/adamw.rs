@@ -120,14 +120,14 @@ pub fn adamw_candle(
 pub fn sum_of_squares(values: &[f32]) -> f64 {
     simd!(|values: &[f32]| -> f64 {
         let mut sums = [0.0f64; 8];
-        let (chunks, rest) = values.as_chunks::<8>();
+        let (chunks, tail) = values.as_chunks::<8>();
         for chunk in chunks {
             for (sum, value) in sums.iter_mut().zip(chunk) {
                 *sum += f64::from(*value) * f64::from(*value);
             }
         }
-        let rest = rest.iter().map(|value| f64::from(*value).powi(2));
-        sums.iter().sum::<f64>() + rest.sum::<f64>()
+        let tail = tail.iter().map(|value| f64::from(*value).powi(2));
+        sums.iter().sum::<f64>() + tail.sum::<f64>()
     })
 }
 

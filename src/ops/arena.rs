@@ -72,12 +72,12 @@ impl Arena {
     fn allocate(&self, len: usize) -> Result<Buffer> {
         let size = len.max(1).next_multiple_of(ALIGNMENT);
         let mut blocks = lock(&self.0);
-        let found = blocks
+        let free_range = blocks
             .iter_mut()
             .enumerate()
             .find_map(|(index, block)| Some((index, block.allocate(size)?)));
-        let (index, start) = match found {
-            Some(found) => found,
+        let (index, start) = match free_range {
+            Some(range) => range,
             None => {
                 let mut block = ArenaBlock::new(size.max(BLOCK_LEN))?;
                 let start = block.allocate(size).unwrap_or_default();

@@ -6,8 +6,10 @@
 //! processed in blocks, so no (T x T) matrix is stored. The backward pass recomputes the
 //! probabilities of a block from the log-sum-exp of its scores (Dao et al., arXiv 2205.14135).
 
-// Tensor names carry their shape; see the legend in `ops`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `ops`"
+)]
 
 use std::ops::Range;
 
@@ -155,8 +157,8 @@ impl Attention<'_> {
         3 * tokens * self.heads.query_width()
     }
 
-    /// Computes dQ, dK and dV of one query head over one segment (t x C each, one after the other)
-    /// into `scratch`.
+    /// Computes dQ, dK and dV of one query head over one segment (t x C each), and writes them to `scratch`
+    /// in this order.
     fn backward_head(
         &self,
         forward: &AttentionForward,
@@ -228,8 +230,8 @@ impl Attention<'_> {
     }
 
     /// Copies gradient `part` (0: dQ, 1: dK, 2: dV) of all query heads from `scratch` to the rows of
-    /// `gradient`, of `width` values each. Sums over groups of `group` query heads: 1 for dQ, those
-    /// that share a key/value head for dK and dV.
+    /// `gradient`, of `width` values each. Sums over groups of `group` query heads: 1 for dQ, and H / G for
+    /// dK and dV, whose query heads share a key/value head.
     fn gather(
         &self,
         scratch: &[f32],

@@ -4,8 +4,10 @@
 //! is computed, turned in place into its loss and gradient, multiplied back, and overwritten by the
 //! next chunk. Both gradients are ready when the forward pass ends.
 
-// Tensor names carry their shape; see the legend in `ops`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `ops`"
+)]
 
 use std::ops::Range;
 

@@ -1,8 +1,10 @@
 //! Linear layers: `y = x W^T + b`, without a transposed copy of the weight in either direction. The
 //! gradient of b is [`sum_rows`](super::sum_rows) of the gradient of y.
 
-// Tensor names carry their shape; see the legend in `ops`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `ops`"
+)]
 
 use rayon::prelude::*;
 

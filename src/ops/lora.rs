@@ -1,8 +1,10 @@
 //! The low-rank adapter of a linear layer: `y += s (x A^T) B^T` (Hu et al., arXiv 2106.09685). The
 //! weight of the layer stays frozen.
 
-// Tensor names carry their shape; see the legend in `ops`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `ops`"
+)]
 
 use super::GradientMut;
 use super::linear::Linear;

@@ -85,9 +85,9 @@ pub(crate) struct AddedTokenSearch {
 /// The texts that may contain an added token without containing its name, because normalisation produces the name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum HiddenIn {
-    NoText,
-    NonAsciiText,
-    AnyText,
+    Nowhere,
+    NonAscii,
+    Anywhere,
 }
 
 impl AddedTokenSearch {
@@ -106,15 +106,15 @@ impl AddedTokenSearch {
         }
         let mut normalized = plain.iter().filter(|token| token.normalized);
         let hidden_in = if normalizer.is_null() {
-            HiddenIn::NoText
+            HiddenIn::Nowhere
         } else if normalizer["type"] != "NFC" {
             normalized
                 .next()
-                .map_or(HiddenIn::NoText, |_| HiddenIn::AnyText)
+                .map_or(HiddenIn::Nowhere, |_| HiddenIn::Anywhere)
         } else if normalized.any(|token| !token.content.is_ascii()) {
-            HiddenIn::NonAsciiText
+            HiddenIn::NonAscii
         } else {
-            HiddenIn::NoText
+            HiddenIn::Nowhere
         };
         let names = AhoCorasick::new(plain.iter().map(|token| &token.content))?;
         Ok(Some(AddedTokenSearch { names, hidden_in }))
@@ -123,9 +123,9 @@ impl AddedTokenSearch {
     /// Returns false only if `text` contains none of the tokens.
     pub(crate) fn may_be_in(&self, text: &str) -> bool {
         let may_be_hidden = match self.hidden_in {
-            HiddenIn::NoText => false,
-            HiddenIn::NonAsciiText => !text.is_ascii(),
-            HiddenIn::AnyText => true,
+            HiddenIn::Nowhere => false,
+            HiddenIn::NonAscii => !text.is_ascii(),
+            HiddenIn::Anywhere => true,
         };
         may_be_hidden || self.names.is_match(text)
     }
@@ -139,9 +139,9 @@ pub(crate) fn find(
 ) -> Vec<(Range<usize>, u32)> {
     let extracted = vocabulary.extract_and_normalize(normalizer, text);
     let splits = extracted.get_splits(OffsetReferential::Original, OffsetType::Byte);
-    let found = splits.into_iter().filter_map(|(_, (start, end), tokens)| {
+    let tokens = splits.into_iter().filter_map(|(_, (start, end), tokens)| {
         let token = tokens.as_ref()?.first()?;
         Some((start..end, token.id))
     });
-    found.collect()
+    tokens.collect()
 }

@@ -20,8 +20,8 @@ use crate::tokenizer::chat_template::{
 use crate::tokenizer::encoder::ConversationEncoder;
 
 impl Tokenizer {
-    /// Tokens with which the chat template ends a turn: those of the text that it writes after an answer, up to the first
-    /// control token that is a stop token, or else up to the first control token.
+    /// Tokens with which the chat template ends a turn: it writes them after an answer, up to the first control token
+    /// that is a stop token, or else up to the first control token.
     pub(super) fn find_end_of_turn(&mut self) -> Option<Box<[u32]>> {
         let template = self.template.clone()?;
         // The end of turn does not depend on the date.

@@ -212,9 +212,9 @@ impl Tokenizer {
 /// Finds the control tokens in template text. Returns their byte ranges, which include white space that some tokens
 /// strip, and their ids.
 fn control_tokens(tokenizer: &Tokenizer, text: &str) -> Vec<(Range<usize>, u32)> {
-    let found = added::find(&tokenizer.control, tokenizer.text.get_normalizer(), text);
-    let controls = found.into_iter();
-    controls
+    let tokens = added::find(&tokenizer.control, tokenizer.text.get_normalizer(), text);
+    tokens
+        .into_iter()
         .filter(|(_, id)| tokenizer.is_special(*id))
         .collect()
 }

@@ -143,8 +143,8 @@ fn token_text(value: &Value) -> Option<&str> {
 /// is for chats.
 fn select_template(field: &Value) -> Option<String> {
     if let Some(list) = field.as_array() {
-        let named = list.iter().find(|entry| entry["name"] == "default");
-        let entry = named.or(list.first())?;
+        let default = list.iter().find(|entry| entry["name"] == "default");
+        let entry = default.or(list.first())?;
         return entry["template"].as_str().map(str::to_owned);
     }
     field.as_str().map(str::to_owned)

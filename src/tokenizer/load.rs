@@ -173,38 +173,38 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
 /// Marks the control tokens in `added_tokens` as special, and adds entries for those that only the other files name.
 /// Returns the ids of all these tokens.
 fn mark_control_tokens(tokenizer: &mut TokenizerJson, files: &TokenizerFiles) -> HashSet<u32> {
-    let named: HashSet<&str> = files.special_tokens().into_iter().collect();
+    let special_names: HashSet<&str> = files.special_tokens().into_iter().collect();
     let stop_ids: HashSet<u64> = files
         .eos_token_ids()
         .unwrap_or_default()
         .into_iter()
         .map(u64::from)
         .collect();
-    let mut marked = HashSet::new();
-    let mut listed = HashSet::new();
+    let mut control_ids = HashSet::new();
+    let mut added_names = HashSet::new();
     let added = tokenizer.json["added_tokens"].as_array_mut();
     for token in added.into_iter().flatten() {
         let content = token["content"].as_str().unwrap_or_default().to_owned();
         let id = token["id"].as_u64();
-        if named.contains(content.as_str())
+        if special_names.contains(content.as_str())
             || (id.is_some_and(|id| stop_ids.contains(&id)) && !content.trim().is_empty())
             || (content.starts_with("<|") && content.ends_with("|>"))
         {
             token["special"] = true.into();
-            marked.extend(id.and_then(|id| u32::try_from(id).ok()));
+            control_ids.extend(id.and_then(|id| u32::try_from(id).ok()));
         }
-        listed.insert(content);
+        added_names.insert(content);
     }
-    for content in named {
-        let (Some(id), false) = (tokenizer.id(content), listed.contains(content)) else {
+    for content in special_names {
+        let (Some(id), false) = (tokenizer.id(content), added_names.contains(content)) else {
             continue;
         };
-        marked.insert(id);
+        control_ids.insert(id);
         if let Some(added) = tokenizer.json["added_tokens"].as_array_mut() {
             added.push(added::special_entry(content, id.into()));
         }
     }
-    marked
+    control_ids
 }
 
 /// Returns the tokenizer without the space that it adds before a text, and without added tokens that are not special.

@@ -48,9 +48,9 @@ use crate::tokenizer::token_bytes::TokenByteMap;
 
 /// A tokenizer with its chat template.
 ///
-/// Control tokens are the tokens that the model folder declares or names as special, those with the name of a control
-/// token that end an answer, and added tokens of the form `<|...|>`. Text never becomes a control token: only a chat
-/// template can write one.
+/// Control tokens are the tokens that the model folder declares or names as special, the tokens that end an answer if
+/// they have the name of a control token, and added tokens of the form `<|...|>`. Text never becomes a control token:
+/// only a chat template can write one.
 #[derive(Debug)]
 pub struct Tokenizer {
     dir: PathBuf,
@@ -332,7 +332,7 @@ impl Tokenizer {
     /// Finds the added tokens in a text. Returns their byte ranges and ids.
     fn find_added(&self, text: &str, position: TextPosition) -> Vec<(Range<usize>, u32)> {
         let vocabulary = self.text.get_added_vocabulary();
-        let mut found = added::find(vocabulary, self.text.get_normalizer(), text);
+        let mut added_tokens = added::find(vocabulary, self.text.get_normalizer(), text);
         // The library adds the prefix space before it matches normalised tokens. A token at the start that matched only
         // with that space is not in a text that gets no prefix space.
         let needs_prefix_space = |(range, id): &(Range<usize>, u32)| {
@@ -343,11 +343,11 @@ impl Tokenizer {
         };
         if self.continues(position)
             && self.prepends_by_normalizer
-            && found.first().is_some_and(needs_prefix_space)
+            && added_tokens.first().is_some_and(needs_prefix_space)
         {
-            found.remove(0);
+            added_tokens.remove(0);
         }
-        found
+        added_tokens
     }
 
     /// Encodes a text without added tokens.

@@ -78,8 +78,8 @@ fn config(location: &CacheLocation) -> Result<Option<Config>> {
     location.config.as_ref().map(load).transpose()
 }
 
-/// Returns the settings for writing the cache: those of the config, or the defaults if only the folder is given. In
-/// that case, a compressed cache stays compressed.
+/// Returns the settings for writing the cache: the `[cache]` section of the config, or the defaults if only the folder
+/// is given. With the defaults, a compressed cache stays compressed.
 fn settings(location: &CacheLocation) -> Result<config::CacheConfig> {
     let mut settings = config(location)?.map_or_else(Default::default, |config| config.cache);
     if let Some(dir) = &location.dir
@@ -186,11 +186,11 @@ fn stats_text(stats: &CacheStats, dir: &Path, bytes: u64) -> String {
 fn counts(counts: &BTreeMap<String, u64>) -> String {
     let mut entries: Vec<_> = counts.iter().collect();
     entries.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
-    let named = entries.iter().map(|(name, count)| match name.as_str() {
+    let texts = entries.iter().map(|(name, count)| match name.as_str() {
         "" => format!("(none) {count}"),
         name => format!("{name} {count}"),
     });
-    match named.collect::<Vec<_>>().join(", ") {
+    match texts.collect::<Vec<_>>().join(", ") {
         text if text.is_empty() => "-".to_owned(),
         text => text,
     }
@@ -273,8 +273,8 @@ fn verify_text(report: &VerifyReport) -> String {
     sanitise(&text).into_owned()
 }
 
-/// Prints at most `limit` records of the cache in `dir`: those whose prompt id is `selector` or whose key starts
-/// with it, or all if it is `None`.
+/// Prints at most `limit` records of the cache in `dir`. Selects records whose prompt id is `selector` or whose key
+/// starts with it; without a selector, all records.
 pub fn show(dir: &Path, selector: Option<&str>, limit: usize, json: bool) -> Result<()> {
     let mut shown = Vec::new();
     for record in crate::cache::reader::read(dir)? {

@@ -1,10 +1,12 @@
 //! The LM head and the loss on any device.
 //!
-//! Each chunk of logits is copied to the CPU, where the same code as for the tape turns it into its
-//! gradient, and copied back. candle differentiates everything before the head.
+//! Each chunk of logits is copied to the CPU, where the code that the tape also uses computes its gradient.
+//! The gradient is copied back. candle differentiates everything before the head.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};

@@ -11,8 +11,10 @@
 //! `softmax_last_dim`, `rope` and `sdpa` have no backward pass: the weights before them would silently
 //! receive no gradient.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 pub(crate) mod head;
 

@@ -14,8 +14,8 @@ pub struct Rope {
     pub llama3: Option<Llama3Scaling>,
 }
 
-/// Scaling of `rope_type = "llama3"`: frequencies with long wavelengths are divided by `factor`, those
-/// with short wavelengths are kept, and those between are interpolated.
+/// Scaling of `rope_type = "llama3"`: frequencies with long wavelengths are divided by `factor`, frequencies
+/// with short wavelengths are kept, and frequencies between them are interpolated.
 #[derive(Debug, Clone, Copy, Deserialize)]
 pub struct Llama3Scaling {
     pub factor: f64,

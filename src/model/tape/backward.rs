@@ -1,8 +1,10 @@
 //! The backward pass: from the last recorded operation to the first, each computes the gradients of its
 //! inputs and weights from the gradient of its output.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use std::rc::Rc;
 use std::sync::Arc;

@@ -245,23 +245,24 @@ impl ChatTemplate {
         // contents empty.
         for mark_empty in [true, false] {
             let mut parts = Vec::new();
-            let marked: Vec<Message> = messages
+            let marked_messages: Vec<Message> = messages
                 .iter()
                 .enumerate()
                 .map(|(message, Message { role, content })| {
-                    let mut marked = String::new();
+                    let mut marked_content = String::new();
                     for part in split_thinking(role, content) {
                         if part.is_tag || part.text.is_empty() && !mark_empty {
-                            marked.push_str(part.text);
+                            marked_content.push_str(part.text);
                         } else {
-                            marked.push_str(&format!("{marker}{}{MARKER_END}", parts.len()));
+                            marked_content
+                                .push_str(&format!("{marker}{}{MARKER_END}", parts.len()));
                             parts.push((message, part.text));
                         }
                     }
-                    Message::new(role.as_str(), marked)
+                    Message::new(role.as_str(), marked_content)
                 })
                 .collect();
-            let marked = self.render_text(&marked, add_generation_prompt)?;
+            let marked = self.render_text(&marked_messages, add_generation_prompt)?;
             if let Some(spans) = split_at_markers(&unmarked, &marked, &marker, &parts) {
                 return Ok(spans);
             }

@@ -20,7 +20,7 @@ pub(crate) fn format(format: &str, date: DateTime) -> Result<String, Error> {
         };
         let end = 1 + flag_length + letter.len_utf8();
         let directive = &rest[..end];
-        // The format of jiff with the same meaning.
+        // jiff's format of the directive.
         let jiff_format = match letter {
             'a' | 'A' | 'b' | 'B' | 'd' | 'e' | 'F' | 'H' | 'I' | 'j' | 'm' | 'M' | 'p' | 'S'
             | 'T' | 'U' | 'w' | 'W' | 'y' | 'Y' | 'G' | 'u' | 'V' | '%' => directive,
