@@ -332,7 +332,7 @@ impl<T: DataType> LeafColumn<T> {
     ) -> parquet::errors::Result<()> {
         let Some(mut column) = group.next_column()? else {
             return Err(parquet::errors::ParquetError::General(
-                "more columns than the schema has".row_group(),
+                "the Parquet schema has fewer columns than the writer".into(),
             ));
         };
         column.typed::<T>().write_batch(
