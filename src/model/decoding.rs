@@ -6,7 +6,7 @@
     reason = "tensor names end in their shape: see the legend in `model`"
 )]
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use crate::model::Model;
 use crate::model::kv_cache::KvCache;
@@ -33,7 +33,11 @@ impl Model {
         let mut input_ids = Vec::new();
         for (tokens, cache) in tokens.iter().zip(caches.iter()) {
             let context = self.config.max_position_embeddings;
-            if tokens.is_empty() || cache.len + tokens.len() > context {
+            ensure!(
+                !tokens.is_empty(),
+                "a sequence of the batch has no new tokens"
+            );
+            if cache.len + tokens.len() > context {
                 bail!(
                     "cannot append {} tokens to a sequence of {}: the context has {context} tokens",
                     tokens.len(),

@@ -138,7 +138,7 @@ impl SafetensorsFile<'_> {
             let values = to_f32(view.dtype(), view.data())?;
             Ok(Tensor::from_vec(values, view.shape(), &Device::Cpu)?)
         };
-        read().with_context(|| format!("tensor {name} of {}", self.path.display()))
+        read().with_context(|| format!("cannot read tensor {name} of {}", self.path.display()))
     }
 }
 

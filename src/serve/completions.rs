@@ -73,7 +73,7 @@ impl CompletionRequest {
         }
         let echo = fields.get("echo")?.unwrap_or(false);
         let min_tokens = if echo { 0 } else { 1 };
-        let max_tokens = fields.in_range("max_tokens", min_tokens, usize::MAX)?;
+        let max_tokens = fields.at_least("max_tokens", min_tokens)?;
         Ok(Self {
             model: fields.require("model")?,
             prompts,

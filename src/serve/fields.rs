@@ -82,6 +82,24 @@ impl RequestFields {
         }
     }
 
+    /// Returns the value of a field, or `None` if it is absent or null.
+    ///
+    /// # Errors
+    /// 400 if the value is less than `min`.
+    pub(crate) fn at_least(
+        &self,
+        name: &'static str,
+        min: usize,
+    ) -> Result<Option<usize>, ErrorResponse> {
+        match self.get(name)? {
+            Some(value) if value < min => {
+                let message = format!("`{name}` is {value}; it must be {min} or greater");
+                Err(ErrorResponse::bad_field(name, message))
+            }
+            value => Ok(value),
+        }
+    }
+
     /// Number of answers to each prompt.
     pub(crate) fn n(&self) -> Result<usize, ErrorResponse> {
         Ok(self.in_range("n", 1, MAX_CHOICES)?.unwrap_or(1))

@@ -117,8 +117,8 @@ impl RequestMessage {
 
 fn max_tokens(fields: &RequestFields) -> Result<usize, ErrorResponse> {
     // OpenAI renamed the field; clients send either name.
-    let max_tokens = fields.in_range("max_tokens", 1, usize::MAX)?;
-    let max_completion_tokens = fields.in_range("max_completion_tokens", 1, usize::MAX)?;
+    let max_tokens = fields.at_least("max_tokens", 1)?;
+    let max_completion_tokens = fields.at_least("max_completion_tokens", 1)?;
     Ok(max_completion_tokens.or(max_tokens).unwrap_or(usize::MAX))
 }
 

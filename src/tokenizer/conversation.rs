@@ -138,12 +138,12 @@ pub(crate) fn encode(
     let count = messages.iter().filter(|m| m.role == "assistant").count();
     if answers.len() != count {
         bail!(
-            "the chat template prints {} of {count} answers",
+            "the chat template prints {} of the {count} answers",
             answers.len()
         );
     }
     if !answers.is_sorted_by_key(|answer| answer.message) {
-        bail!("the chat template prints the answers in another order");
+        bail!("the chat template prints the answers in another order than the messages");
     }
     let text: String = spans.iter().map(RenderedSpan::text).collect();
     let mut encoder = ConversationEncoder::new(tokenizer);
@@ -157,7 +157,7 @@ pub(crate) fn encode(
         }
         // Some templates reject conversations that end before an answer.
         let prompt = template.render_text(&messages[..answer.message], true).ok();
-        let end = match &prompt {
+        let prompt_end = match &prompt {
             Some(prompt) => answer.end_of_prompt(&text, prompt),
             None => Some(answer.start),
         };
@@ -165,19 +165,22 @@ pub(crate) fn encode(
             .as_ref()
             .and_then(|prompt| answer.thinking_change(&spans, messages, prompt));
         let is_restored = change == Some(ThinkingChange::Restored);
-        if let (true, true, Some(prompt)) = (end.is_none() || is_restored, is_last, &prompt) {
+        if is_last
+            && (prompt_end.is_none() || is_restored)
+            && let Some(prompt) = &prompt
+        {
             let before = &text[..answer.start];
             let mut output = encode_after_prompt(tokenizer, template, messages, &spans, answer)?;
             let earlier = answers[..number].iter();
             let earlier = earlier.map(|answer| AnswerTokens::without_tokens(answer.message));
             output.answers.splice(0..0, earlier);
-            output.difference = end.is_none().then(|| PromptDifference {
+            output.difference = prompt_end.is_none().then(|| PromptDifference {
                 generation: difference(prompt, before, answer.template_start),
                 conversation: difference(before, prompt, answer.template_start),
             });
             return Ok(output);
         }
-        let follows_prompt = match (end, &prompt) {
+        let follows_prompt = match (prompt_end, &prompt) {
             _ if is_restored => false,
             (Some(end), Some(prompt)) if !is_last => {
                 // Some templates render an answer differently inside a conversation.
@@ -190,7 +193,8 @@ pub(crate) fn encode(
             }
             (end, _) => end.is_some(),
         };
-        let lead = &text[end.unwrap_or(answer.start)..answer.start];
+        // The template text between the generation prompt and the content.
+        let lead = &text[prompt_end.unwrap_or(answer.start)..answer.start];
         encoder.push_before_answer(&spans[next_span..answer.spans.start], lead)?;
         let from_answer = &text[answer.start - lead.len()..];
         let length = lead.len()

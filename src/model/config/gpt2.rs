@@ -70,7 +70,7 @@ pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
     }
     if fields.n_head == 0 || !fields.n_embd.is_multiple_of(fields.n_head) {
         return config_error(format!(
-            "n_embd ({}) must be a multiple of n_head ({})",
+            "n_embd ({}) must be a multiple of n_head ({}), and n_head greater than 0",
             fields.n_embd, fields.n_head
         ));
     }

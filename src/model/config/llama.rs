@@ -106,7 +106,8 @@ fn heads(fields: &LlamaFields) -> Result<Heads> {
     let key_value = fields.num_key_value_heads.unwrap_or(query);
     if query == 0 || key_value == 0 || !query.is_multiple_of(key_value) {
         return config_error(format!(
-            "num_attention_heads ({query}) must be a multiple of num_key_value_heads ({key_value})"
+            "num_attention_heads ({query}) must be a multiple of num_key_value_heads ({key_value}), and both \
+             greater than 0"
         ));
     }
     let head_dim = fields.head_dim.unwrap_or(fields.hidden_size / query);
