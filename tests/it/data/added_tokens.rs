@@ -110,7 +110,7 @@ fn ids_of_texts_with_added_tokens_match_the_library() {
     ];
     let patterns = [None, Some(r"\p{N}{1,3}"), Some(r"\p{N}")];
     let normalizers = [None, Some(json!({"type": "NFC"}))];
-    let mut found = 0;
+    let mut texts_with_added = 0;
     for round in 0..60 {
         for name in FOLDERS {
             let mut json = golden(&format!("{name}/tokenizer.json"));
@@ -143,7 +143,7 @@ fn ids_of_texts_with_added_tokens_match_the_library() {
                 let text = random_text(&mut random, &parts, 12);
                 let expected = library.encode_fast(text.as_str(), false).unwrap();
                 let expected = expected.get_ids();
-                found += usize::from(expected.iter().any(|id| ids.contains(id)));
+                texts_with_added += usize::from(expected.iter().any(|id| ids.contains(id)));
                 assert_eq!(
                     ours.encode_text(&text).unwrap(),
                     expected,
@@ -152,7 +152,7 @@ fn ids_of_texts_with_added_tokens_match_the_library() {
             }
         }
     }
-    assert!(found > 3_000, "{found}");
+    assert!(texts_with_added > 3_000, "{texts_with_added}");
 }
 
 /// Also with tokenizers that add a prefix space, and templates that write text before the answer.
@@ -181,13 +181,13 @@ fn answers_with_added_tokens_match_the_encoded_conversation() {
                 "x<tool> <tool>y",
             ] {
                 let messages = ask("Use <tool>a</tool> it", answer);
-                let (found, ranges) = ours.encode_conversation(&messages).unwrap();
-                assert!(found.contains(&ids[0]), "{name}: {answer}");
+                let (encoded, ranges) = ours.encode_conversation(&messages).unwrap();
+                assert!(encoded.contains(&ids[0]), "{name}: {answer}");
                 let text = ours.render(&messages).unwrap();
                 let expected = library.encode_fast(text.as_str(), false).unwrap();
-                assert_eq!(found, expected.get_ids(), "{name}: {text:?}");
+                assert_eq!(encoded, expected.get_ids(), "{name}: {text:?}");
                 assert!(
-                    found[ranges[0].clone()].contains(&ids[0]),
+                    encoded[ranges[0].clone()].contains(&ids[0]),
                     "{name}: {answer}"
                 );
             }
@@ -274,12 +274,12 @@ fn overlapping_added_tokens_are_all_found() {
             "{{ messages[0].content }}:{% if messages[1] %}{{ messages[1].content }}{% endif %}";
         std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
         let ours = Tokenizer::load(dir.path()).unwrap();
-        let (found, _) = ours.encode_conversation(&ask("a", "a    b")).unwrap();
-        let count = found.iter().filter(|id| ids.contains(id)).count();
+        let (encoded, _) = ours.encode_conversation(&ask("a", "a    b")).unwrap();
+        let count = encoded.iter().filter(|id| ids.contains(id)).count();
         let mut library = library(&dir);
         library.set_encode_special_tokens(true);
         let expected = library.encode_fast("a    b", false).unwrap();
         let expected = expected.get_ids().iter().filter(|id| ids.contains(id));
-        assert_eq!(count, expected.count(), "{name}: {found:?}");
+        assert_eq!(count, expected.count(), "{name}: {encoded:?}");
     }
 }

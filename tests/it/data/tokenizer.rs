@@ -176,10 +176,14 @@ fn control_token_names_in_messages_are_text() {
             .filter(|token| token["special"] == true)
             .map(|token| token["content"].as_str().unwrap())
             .collect();
-        let all = names.concat();
-        let nested = format!("<|im_{all}end|></s</s>>");
+        let joined = names.concat();
+        let nested = format!("<|im_{joined}end|></s</s>>");
         let words = names.join(" and ");
-        for text in names.iter().copied().chain([all.as_str(), &nested, &words]) {
+        for text in names
+            .iter()
+            .copied()
+            .chain([joined.as_str(), &nested, &words])
+        {
             let plain = tokenizer.encode_text(text).unwrap();
             assert!(
                 plain.iter().all(|&id| !tokenizer.is_special(id)),

@@ -54,11 +54,11 @@ impl Trainable {
             .filter(|(name, _)| !frozen(name))
             .map(|(name, tensor)| (name.clone(), Var::from_tensor(tensor).unwrap()))
             .collect();
-        let mut all = tensors.clone();
+        let mut weights = tensors.clone();
         for (name, var) in &vars {
-            all.insert(name.clone(), var.as_tensor().clone());
+            weights.insert(name.clone(), var.as_tensor().clone());
         }
-        let model = Model::new(config.clone(), &all).unwrap();
+        let model = Model::new(config.clone(), &weights).unwrap();
         Self { model, vars }
     }
 
@@ -210,29 +210,32 @@ fn examples() -> Vec<Example> {
 
 /// Concatenates examples to one batch.
 fn joined<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Batch {
-    let mut all = Batch {
+    let mut batch = Batch {
         soft_offsets: vec![0],
         ..Batch::default()
     };
     for example in examples {
-        let (token, soft) = (all.input_ids.len(), all.soft_ids.len());
-        let first = all.labels.len();
+        let (token, soft) = (batch.input_ids.len(), batch.soft_ids.len());
+        let first = batch.labels.len();
         let chunks = example.chunks.iter();
         let chunks = chunks.map(|(span, nll)| (first + span.start..first + span.end, *nll));
-        all.chunks.extend(chunks);
-        all.input_ids.extend(&example.input_ids);
-        all.segments.push(token..all.input_ids.len());
-        all.keys.extend(example.keys.clone());
+        batch.chunks.extend(chunks);
+        batch.input_ids.extend(&example.input_ids);
+        batch.segments.push(token..batch.input_ids.len());
+        batch.keys.extend(example.keys.clone());
         let positions = example.positions.iter();
-        all.positions
+        batch
+            .positions
             .extend(positions.map(|position| position + token as u32));
-        all.labels.extend(&example.labels);
+        batch.labels.extend(&example.labels);
         let offsets = example.soft_offsets[1..].iter();
-        all.soft_offsets.extend(offsets.map(|offset| offset + soft));
-        all.soft_ids.extend(&example.soft_ids);
-        all.soft_logprobs.extend(&example.soft_logprobs);
+        batch
+            .soft_offsets
+            .extend(offsets.map(|offset| offset + soft));
+        batch.soft_ids.extend(&example.soft_ids);
+        batch.soft_logprobs.extend(&example.soft_logprobs);
     }
-    all
+    batch
 }
 
 fn norm(values: &[f32]) -> f64 {

@@ -99,11 +99,11 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
     for name in CASES {
         let golden = Golden::load(name);
         let batch = golden.batch();
-        let all: Vec<u32> = (0..batch.input_ids.len() as u32).collect();
+        let positions: Vec<u32> = (0..batch.input_ids.len() as u32).collect();
         let input = ModelInput {
             input_ids: &batch.input_ids,
             segments: &batch.segments,
-            positions: &all,
+            positions: &positions,
         };
         let model = &golden.student.model;
         let logits = model.map_logits(input, |_, row| row.to_vec()).unwrap();
@@ -196,14 +196,14 @@ fn kv_cache_gives_the_logits_of_one_pass_in_every_architecture() {
             let tokens = [&first[lengths.0..next.0], &second[lengths.1..next.1]];
             let logits = model.step(&tokens, &mut caches).unwrap();
             let vocabulary = logits.len() / 2;
-            for (ours, (all, last)) in logits
+            for (ours, (expected, length)) in logits
                 .chunks(vocabulary)
                 .zip([(&first_logits, next.0), (&second_logits, next.1)])
             {
-                let expected = &all[(last - 1) * vocabulary..last * vocabulary];
+                let expected = &expected[(length - 1) * vocabulary..length * vocabulary];
                 let worst = ours.iter().zip(expected).map(|(a, b)| (a - b).abs());
                 let worst = worst.fold(0.0, f32::max);
-                assert!(worst < 1e-4, "{name}, token {last}: {worst:e}");
+                assert!(worst < 1e-4, "{name}, token {length}: {worst:e}");
             }
             lengths = next;
         }

@@ -184,13 +184,13 @@ async fn streamed_answer_equals_unstreamed_answer() {
         json!({"seed": 13, "temperature": 1, "stop": ["e", "xy"], "max_tokens": 2000}),
     ] {
         let mut body = request("tell me", extra);
-        let whole = fixture.ask(&body).await;
+        let unstreamed = fixture.ask(&body).await;
         body["stream_options"] = json!({"include_usage": true});
         let mut events = fixture.stream(&body).await;
         let usage = events.pop().unwrap();
         assert_eq!(usage["choices"], json!([]));
-        assert_eq!(usage["usage"], whole["usage"]);
-        for expected in whole["choices"].as_array().unwrap() {
+        assert_eq!(usage["usage"], unstreamed["usage"]);
+        for expected in unstreamed["choices"].as_array().unwrap() {
             let mut content = String::new();
             let mut logprobs = Vec::new();
             let mut finish_reason = Value::Null;
@@ -432,8 +432,8 @@ async fn shutdown_lets_running_answers_finish() {
     let mut response = client.post(&url).json(&body).send().await.unwrap();
     wait_for_first_text(&mut response).await;
     let shutdown = tokio::task::spawn_blocking(|| server.shutdown());
-    let rest = timeout(TIMEOUT, response.text()).await.unwrap().unwrap();
-    assert!(rest.ends_with("data: [DONE]\n\n"), "{rest}");
+    let remaining = timeout(TIMEOUT, response.text()).await.unwrap().unwrap();
+    assert!(remaining.ends_with("data: [DONE]\n\n"), "{remaining}");
     timeout(TIMEOUT, shutdown).await.unwrap().unwrap().unwrap();
     assert!(
         client
