@@ -13,7 +13,7 @@ Exit status:
   0    done
   1    failed; the message says what to do
   2    the command line, the config or the input files must be changed first
-  3    done, and some rows failed: see failures.jsonl
+  3    done, but some rows failed: see failures.jsonl
   4    stopped by the budget, a window, a limit or an outage; run the same command to resume
   5    a cache or a checkpoint is damaged; continuing could lose data
   129, 130, 143  stopped by a hang-up, Ctrl-C or SIGTERM; run the same command to resume, `train` with --resume";
@@ -26,7 +26,7 @@ Exit status:
 #[command(version, arg_required_else_help = true, after_help = EXIT_STATUS)]
 pub struct Cli {
     #[command(flatten)]
-    pub global: Global,
+    pub global: GlobalArgs,
     #[command(subcommand)]
     pub verb: Verb,
 }
@@ -45,7 +45,7 @@ pub enum Verb {
     Train(TrainArgs),
     /// Evaluate the student against held-out answers and against its teacher
     Eval(EvalArgs),
-    /// Serve a local model over the OpenAI API, or a scripted teacher to rehearse with
+    /// Serve a local model over the OpenAI API, or a mock teacher for trial runs
     Serve(ServeArgs),
     /// Answer one prompt with a local model, or chat with it
     Generate(GenerateArgs),
@@ -86,7 +86,7 @@ pub struct DemoArgs {
     /// Optimizer steps of each student
     #[arg(long, value_name = "N", default_value_t = 1500)]
     pub steps: u64,
-    /// Port of the teacher on loopback; 0 takes a free one
+    /// Port of the teacher on loopback; 0 selects a free port
     #[arg(long, default_value_t = 8017)]
     pub port: u16,
 }
@@ -150,15 +150,15 @@ pub struct CacheArgs {
 #[derive(Debug, Clone, Subcommand)]
 pub enum CacheAction {
     /// Count records, tokens, dollars and bytes
-    Stats(CachePlace),
-    /// Check every line
-    Verify(CachePlace),
+    Stats(CacheLocation),
+    /// Check the whole cache for damage
+    Verify(CacheLocation),
     /// Move damaged records aside, so that their prompts are requested again
-    Repair(CachePlace),
+    Repair(CacheLocation),
     /// Copy the records of other caches into this one
     Merge {
         #[command(flatten)]
-        place: CachePlace,
+        location: CacheLocation,
         /// Cache folders to copy from; they are not changed
         #[arg(required = true, value_name = "DIR")]
         sources: Vec<PathBuf>,
@@ -168,7 +168,7 @@ pub enum CacheAction {
     /// Print records
     Show {
         #[command(flatten)]
-        place: CachePlace,
+        location: CacheLocation,
         /// Key (or a prefix of it) or prompt id [default: the first records, up to `--limit`]
         record: Option<String>,
         /// Print at most N records
@@ -182,14 +182,14 @@ pub enum CacheAction {
 #[derive(Debug, Clone, Args)]
 pub struct ExportArgs {
     #[command(flatten)]
-    pub place: CachePlace,
+    pub location: CacheLocation,
     /// Output format
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub to: ExportFormat,
     /// Output path: a folder for `hf`, else a file
     #[arg(short = 'o', long = "out", value_name = "OUT")]
     pub out: PathBuf,
-    /// Groups to write instead of `data.groups`: "all" (except those of a mock), or ids, models and teachers
+    /// Groups to write instead of `data.groups`: "all" (except groups of a mock), or ids, models and teachers
     #[arg(long, value_name = "GROUP", value_delimiter = ',')]
     pub groups: Vec<String>,
     /// The teacher's model folder (tokenizer.json, chat template), which `axolotl` needs
@@ -215,10 +215,10 @@ pub enum ExportFormat {
     Parquet,
 }
 
-/// A cache folder, given directly or by the config of its run.
+/// A cache folder, selected directly or by the config of its run.
 #[derive(Debug, Clone, Args)]
 #[group(required = true, multiple = false)]
-pub struct CachePlace {
+pub struct CacheLocation {
     /// The config of the run
     #[arg(short = 'c', long = "config", value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -241,7 +241,7 @@ pub enum ConfigAction {
 
 /// Flags of all commands.
 #[derive(Debug, Clone, Default, Args)]
-pub struct Global {
+pub struct GlobalArgs {
     /// Print the result as one JSON object
     #[arg(long, global = true)]
     pub json: bool,
@@ -256,10 +256,10 @@ pub struct ServeArgs {
     /// tests/mock/example.toml documents every key
     #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "name", "batch_size", "queue"])]
     pub mock: Option<PathBuf>,
-    /// Address to listen on; there is no authentication
+    /// Address to listen on; the server does not authenticate clients
     #[arg(long, default_value_t = Ipv4Addr::LOCALHOST.into())]
     pub host: IpAddr,
-    /// Port to listen on; 0 takes a free one
+    /// Port to listen on; 0 selects a free port
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
     /// Model name in requests [default: the folder's name]
@@ -291,8 +291,8 @@ pub enum DataCommand {
 pub struct ShowDataArgs {
     #[command(flatten)]
     pub config: ConfigFile,
-    /// Key of a record (at least its first six digits), prompt id, or line number of a file [default: the first usable
-    /// ones]
+    /// Key of a record (at least its first six digits), prompt id, or line number in the file of conversations
+    /// [default: the first usable examples]
     #[arg(long, value_name = "ID")]
     pub id: Option<String>,
     /// Maximum number of examples [default: 1 without --id]
@@ -320,13 +320,13 @@ pub struct GenerateArgs {
     /// System message
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// Sampling temperature; 0 takes the most likely token at each step
+    /// Sampling temperature; 0 selects the most likely token at each step
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     pub temperature: f64,
     /// Sample among the most likely tokens up to this cumulative probability
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     pub top_p: f64,
-    /// Seed of the sampling [default: a random one]
+    /// Seed of the sampling [default: a random seed]
     #[arg(long)]
     pub seed: Option<u64>,
     /// Maximum length of the answer in tokens

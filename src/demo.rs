@@ -1,7 +1,7 @@
 //! `distill demo`: the whole pipeline on this machine, using only the code of the other commands.
 //!
-//! The teacher and the prompts ship inside the program. They are written into the run folder together with one config
-//! per step. Each step runs from its config, and the equivalent command is printed.
+//! The teacher and the prompts are contained in the program. They are written to the run folder, together with one
+//! config per step. Each step runs with its config and prints the equivalent command.
 
 mod folder;
 
@@ -58,8 +58,8 @@ pub(crate) struct ModelEvaluation {
 
 /// Contents of shipped files, by their path in the run folder.
 macro_rules! shipped {
-    ($($to:literal: $from:literal),* $(,)?) => {
-        [$(($to, include_bytes!(concat!("../", $from)).as_slice())),*]
+    ($($path:literal: $source:literal),* $(,)?) => {
+        [$(($path, include_bytes!(concat!("../", $source)).as_slice())),*]
     };
 }
 
@@ -77,14 +77,35 @@ const FILES: [(&str, &[u8]); 9] = shipped! {
     "reminders.toml": "prompts/reminders.toml",
 };
 
-/// The students: name of the config, name in the table, `[loss]` section.
-const STUDENTS: [(&str, &str, &str); 3] = [
-    ("kl", "student, KL", "[loss]\nkd = \"auto\"\n"),
-    ("ce", "student, CE only", "[loss]\nkd = \"none\"\n"),
-    ("untrained", "student, untrained", ""),
+/// A student of the demo.
+struct DemoStudent {
+    /// Name of its config and its run folder.
+    name: &'static str,
+    /// Name in the table of results.
+    title: &'static str,
+    /// The `[loss]` section of its config; empty for the student that is not trained.
+    loss: &'static str,
+}
+
+const STUDENTS: [DemoStudent; 3] = [
+    DemoStudent {
+        name: "kl",
+        title: "student, KL",
+        loss: "[loss]\nkd = \"auto\"\n",
+    },
+    DemoStudent {
+        name: "ce",
+        title: "student, CE only",
+        loss: "[loss]\nkd = \"none\"\n",
+    },
+    DemoStudent {
+        name: "untrained",
+        title: "student, untrained",
+        loss: "",
+    },
 ];
 
-/// Serves the teacher, harvests, trains and evaluates.
+/// Runs all steps of the demo: serves the teacher, harvests, trains and evaluates.
 ///
 /// # Errors
 /// If a step fails, or the run folder holds files that the demo did not write.
@@ -136,10 +157,10 @@ pub(crate) fn run(options: &DemoOptions, quiet: bool) -> Result<DemoSummary> {
         summary.into_result()?;
     }
     teacher.shutdown()?;
-    for (name, _, _) in STUDENTS {
-        let config = command("train", name)?;
-        let started = checkpoint::latest(&config.run_dir.join("checkpoints"))?.is_some();
-        let start = if started {
+    for student in STUDENTS {
+        let config = command("train", student.name)?;
+        let has_checkpoint = checkpoint::latest(&config.run_dir.join("checkpoints"))?.is_some();
+        let start = if has_checkpoint {
             StartMode::Resume
         } else {
             StartMode::New
@@ -152,8 +173,8 @@ pub(crate) fn run(options: &DemoOptions, quiet: bool) -> Result<DemoSummary> {
         train::run(&config, options)?;
     }
     let mut models = Vec::new();
-    let names = STUDENTS.map(|(name, title, _)| (name, title));
-    for (name, title) in [("teacher", "teacher")].into_iter().chain(names) {
+    let students = STUDENTS.map(|student| (student.name, student.title));
+    for (name, title) in [("teacher", "teacher")].into_iter().chain(students) {
         let config = command("eval", name)?;
         let report = eval::run(
             &config,
@@ -189,7 +210,7 @@ fn start_teacher(options: &DemoOptions) -> Result<Server> {
     start(options.port).or_else(|_| start(0))
 }
 
-/// Names and texts of the configs, one per step, as a user would write them.
+/// Returns the file names and texts of the configs, one per step.
 fn configs(options: &DemoOptions, base_url: &str) -> Vec<(String, String)> {
     let DemoOptions {
         prompts,
@@ -216,7 +237,7 @@ fn configs(options: &DemoOptions, base_url: &str) -> Vec<(String, String)> {
         ("heldout", harvest("heldout", "test.jsonl", *heldout)),
         ("teacher", format!("{eval}model = \"teacher\"\n")),
     ];
-    for (name, _, loss) in STUDENTS {
+    for DemoStudent { name, loss, .. } in STUDENTS {
         let steps = if loss.is_empty() { 0 } else { *steps };
         let text = format!(
             "run_dir = \"{name}\"\n\n\
@@ -254,8 +275,8 @@ fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
         .block_on(future)
 }
 
-/// Formats a divergence. Rounding errors may leave it slightly below zero; this never prints `-0.0000`.
-fn four_places(value: f64) -> String {
+/// Formats a divergence. Rounding errors may leave it slightly below zero: adding 0.0 avoids `-0.0000`.
+fn four_decimals(value: f64) -> String {
     format!("{:.4}", (value * 1e4).round() / 1e4 + 0.0)
 }
 
@@ -285,7 +306,7 @@ impl fmt::Display for DemoSummary {
                         .and_then(|t| t.perplexity)
                         .map(|p| format!("{p:.3}")),
                 ),
-                or_dash(teacher.and_then(|t| t.kl).map(four_places)),
+                or_dash(teacher.and_then(|t| t.kl).map(four_decimals)),
                 or_dash(truth.map(|t| format!("{:.0}", t.tokens_per_s))),
             ]);
         }

@@ -45,7 +45,7 @@
 //!    and is the date of chat templates outside training.
 //! 8. Files are written by [`fs`] and `cache::storage` alone.
 
-// What is `pub` is what the binary and the tests use.
+// Items are `pub` only if the binary or the tests use them.
 #![warn(unreachable_pub)]
 
 pub mod budget;

@@ -3,11 +3,11 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use crate::cli::{ConfigAction, ConfigArgs, Global};
+use crate::cli::{ConfigAction, ConfigArgs, GlobalArgs};
 use crate::terminal::sanitise;
 
 /// Prints every value with its origin.
-pub fn run(args: &ConfigArgs, global: &Global) -> Result<()> {
+pub fn run(args: &ConfigArgs, global: &GlobalArgs) -> Result<()> {
     let ConfigAction::Show(file) = &args.action;
     let loaded = super::load_config(file)?;
     if global.json {

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use serde_json::json;
 
 use super::{load_config, print, print_json};
-use crate::cli::{DataArgs, DataCommand, Global, ShowDataArgs};
+use crate::cli::{DataArgs, DataCommand, GlobalArgs, ShowDataArgs};
 use crate::data::dataset;
 use crate::data::dataset::show::{ShownExample, ShownToken};
 use crate::data::groups::ExclusionReason;
@@ -22,13 +22,14 @@ const MAX_LABELS: usize = 5;
 /// Minimum probability of a soft label that is printed.
 const MIN_PROBABILITY: f64 = 5e-5;
 
-pub fn run(args: &DataArgs, global: &Global) -> Result<()> {
+/// Runs `distill data`.
+pub fn run(args: &DataArgs, global: &GlobalArgs) -> Result<()> {
     match &args.command {
         DataCommand::Show(args) => show(args, global),
     }
 }
 
-fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
+fn show(args: &ShowDataArgs, global: &GlobalArgs) -> Result<()> {
     let config = load_config(&args.config)?.config;
     let tokenizer = Tokenizer::for_student(&config.student)?;
     let selection = crate::plan::questions::selection(&config)?;
@@ -39,7 +40,7 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
         (None, Some(_)) => usize::MAX,
         (None, None) => 1,
     };
-    let (shown, skipped) = dataset::show(
+    let (examples, skipped) = dataset::show(
         &config.data,
         &config.run_dir,
         &selection,
@@ -47,11 +48,11 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
         id,
         limit,
     )?;
-    if shown.is_empty() {
+    if examples.is_empty() {
         bail!(Exit::Usage(match id {
             Some(id) => format!(
                 "no row matches \"{id}\": give the key of a record or at least its first six digits, a prompt id, \
-                 or the line of a file of conversations"
+                 or a line number in the file of conversations"
             ),
             None => {
                 let advice = if skipped.contains_key(&ExclusionReason::Mock.to_string()) {
@@ -64,12 +65,12 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
         }));
     }
     if global.json {
-        return print_json(&json!({ "version": VERSION, "examples": shown }));
+        return print_json(&json!({ "version": VERSION, "examples": examples }));
     }
     let style = ColourStyle::for_stdout();
-    let texts: Vec<String> = shown
+    let texts: Vec<String> = examples
         .iter()
-        .map(|shown| format_example(shown, style))
+        .map(|example| format_example(example, style))
         .collect();
     print(&texts.join("\n"))
 }
@@ -96,7 +97,7 @@ impl ColourStyle {
         }
     }
 
-    /// Supervised tokens are green, control tokens cyan, and others dim.
+    /// Formats a token: green if it is supervised, cyan if it is a control token, bold cyan if it is both, else dim.
     fn token(self, token: &ShownToken) -> String {
         let code = match (token.is_supervised, token.is_special) {
             (true, true) => "1;36",
@@ -108,34 +109,35 @@ impl ColourStyle {
     }
 }
 
-/// Text with line breaks and control characters as escape sequences.
+/// Replaces line breaks and control characters by escape sequences.
 fn visible(text: &str) -> String {
-    let mut shown = String::new();
+    let mut escaped = String::new();
     for char in text.chars() {
         if char.is_control() {
-            shown.extend(char.escape_default());
+            escaped.extend(char.escape_default());
         } else {
-            shown.push(char);
+            escaped.push(char);
         }
     }
-    sanitise(&shown).into_owned()
+    sanitise(&escaped).into_owned()
 }
 
-fn format_example(shown: &ShownExample, style: ColourStyle) -> String {
+/// Formats an example: its origin, its text, and a table of its supervised tokens.
+fn format_example(example: &ShownExample, style: ColourStyle) -> String {
     let mut text = format!(
         "{}  prompt {}\n",
-        style.paint("1", &visible(&shown.key)),
-        visible(&shown.prompt_id)
+        style.paint("1", &visible(&example.key)),
+        visible(&example.prompt_id)
     );
     let mut line = |name: &str, value: Option<&str>| {
         if let Some(value) = value {
             text.push_str(&format!("{name}: {}\n", visible(value)));
         }
     };
-    line("group", shown.group.as_deref());
-    line("left out", shown.left_out.as_deref());
-    line("cross-entropy only", shown.ce_only.as_deref());
-    if let Some(difference) = &shown.difference {
+    line("group", example.group.as_deref());
+    line("left out", example.left_out.as_deref());
+    line("cross-entropy only", example.ce_only.as_deref());
+    if let Some(difference) = &example.difference {
         line(
             "prompt for generation ends with",
             Some(&difference.generation),
@@ -145,12 +147,12 @@ fn format_example(shown: &ShownExample, style: ColourStyle) -> String {
             Some(&difference.conversation),
         );
     }
-    if shown.tokens.is_empty() {
+    if example.tokens.is_empty() {
         return text;
     }
     // The text, with a bar between tokens, and brackets around supervised tokens.
     let mut is_supervised = false;
-    for (position, token) in shown.tokens.iter().enumerate() {
+    for (position, token) in example.tokens.iter().enumerate() {
         if token.is_supervised != is_supervised {
             is_supervised = token.is_supervised;
             text.push_str(if is_supervised { "\n>>> " } else { " <<<\n" });
@@ -163,7 +165,7 @@ fn format_example(shown: &ShownExample, style: ColourStyle) -> String {
         }
     }
     text.push_str(if is_supervised { " <<<\n\n" } else { "\n\n" });
-    let supervised = shown.tokens.iter().enumerate();
+    let supervised = example.tokens.iter().enumerate();
     let supervised = supervised.filter(|(_, token)| token.is_supervised);
     let width = |token: &ShownToken| visible(&token.text).chars().count();
     let widest = supervised.clone().map(|(_, token)| width(token)).max();
@@ -182,24 +184,24 @@ fn format_example(shown: &ShownExample, style: ColourStyle) -> String {
 
 /// Formats the soft labels of a token.
 fn labels(token: &ShownToken) -> String {
-    let shown = token.soft_labels.iter().take(MAX_LABELS);
-    let shown = shown.take_while(|label| label.probability >= MIN_PROBABILITY);
-    let mut parts: Vec<String> = shown
+    let printed = token.soft_labels.iter().take(MAX_LABELS);
+    let printed = printed.take_while(|label| label.probability >= MIN_PROBABILITY);
+    let mut parts: Vec<String> = printed
         .map(|label| {
             let text = visible(&format!("{:?}", label.text));
             format!("{:.4} {text}", label.probability)
         })
         .collect();
-    let rest = &token.soft_labels[parts.len()..];
-    if !rest.is_empty() {
-        let mass: f64 = rest.iter().map(|label| label.probability).sum();
-        parts.push(format!("{mass:.4} {} others", rest.len()));
+    let others = &token.soft_labels[parts.len()..];
+    if !others.is_empty() {
+        let mass: f64 = others.iter().map(|label| label.probability).sum();
+        parts.push(format!("{mass:.4} {} others", others.len()));
     }
     parts.extend(token.tail.map(|tail| format!("{tail:.4} tail")));
     parts.extend(
         token
             .emitted
-            .map(|p| format!("emitted from outside the top-k with {p:.2e}")),
+            .map(|p| format!("emitted with probability {p:.2e}, outside the top-k")),
     );
     parts.extend(
         token

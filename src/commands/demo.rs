@@ -2,11 +2,11 @@
 
 use anyhow::Result;
 
-use crate::cli::{DemoArgs, Global};
+use crate::cli::{DemoArgs, GlobalArgs};
 use crate::demo::{self, DemoOptions};
 
 /// Runs the demo and prints its table.
-pub fn run(args: &DemoArgs, global: &Global) -> Result<()> {
+pub fn run(args: &DemoArgs, global: &GlobalArgs) -> Result<()> {
     let options = DemoOptions {
         dir: args.dir.clone(),
         prompts: args.prompts,

@@ -2,12 +2,12 @@
 
 use anyhow::Result;
 
-use crate::cli::{EvalArgs, Global};
+use crate::cli::{EvalArgs, GlobalArgs};
 use crate::eval;
 use crate::terminal::{format_count, sanitise, table};
 
 /// Evaluates a model and prints the metrics.
-pub fn run(args: &EvalArgs, global: &Global) -> Result<()> {
+pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
     let config = super::load_config(&args.config)?.config;
     let report = eval::run(
         &config,
@@ -28,32 +28,32 @@ pub fn run(args: &EvalArgs, global: &Global) -> Result<()> {
     if let Some(truth) = &report.truth {
         let percent = 100.0 * truth.accuracy;
         row(
-            "right answers",
+            "correct answers",
             format!("{} of {} ({percent:.1} %)", truth.correct, truth.rows),
         );
         row("malformed answers", truth.malformed.to_string());
         row("cut off at eval.max_tokens", truth.cut_off.to_string());
         row("generated tokens/s", format!("{:.0}", truth.tokens_per_s));
     }
-    if let Some(means) = &report.teacher {
+    if let Some(teacher) = &report.teacher {
         let number = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
         row(
             "perplexity on the teacher's answers",
-            number(means.perplexity),
+            number(teacher.perplexity),
         );
         row(
             "top-1 agreement with the teacher",
-            number(means.teacher_agreement),
+            number(teacher.teacher_agreement),
         );
         row(
             "expected calibration error",
-            number(means.calibration_error),
+            number(teacher.calibration_error),
         );
         match config.teacher.local {
-            Some(_) => row("KL to the teacher", number(means.kl)),
-            None => row("KL to the teacher on its top-k", number(means.kl)),
+            Some(_) => row("KL to the teacher", number(teacher.kl)),
+            None => row("KL to the teacher on its top-k", number(teacher.kl)),
         }
-        row("positions", format_count(means.positions));
+        row("positions", format_count(teacher.positions));
     }
     super::print(&table(&rows))
 }

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use serde_json::json;
 
 use super::{load_config, print, print_json};
-use crate::cli::{CachePlace, ConfigFile, ExportArgs, ExportFormat, Global};
+use crate::cli::{CacheLocation, ConfigFile, ExportArgs, ExportFormat, GlobalArgs};
 use crate::config::{self, Groups};
 use crate::data::groups::Selection;
 use crate::exit::Exit;
@@ -19,9 +19,9 @@ use crate::tokenizer::chat_template::TemplateClock;
 /// Version of the JSON output of `distill cache export`.
 const VERSION: u32 = 1;
 
-/// Writes the export that the command line asks for.
-pub(crate) fn run(args: &ExportArgs, global: &Global) -> Result<()> {
-    let format = format(args.to);
+/// Writes the export and prints its counts.
+pub(crate) fn run(args: &ExportArgs, global: &GlobalArgs) -> Result<()> {
+    let format = export_format(args.to);
     if args.tokenizer.is_some() && format != Format::Axolotl {
         bail!(Exit::Usage(
             "--tokenizer is only for `--to axolotl`: the other formats contain text, so omit it"
@@ -31,7 +31,7 @@ pub(crate) fn run(args: &ExportArgs, global: &Global) -> Result<()> {
     let groups = (!args.groups.is_empty()).then(|| Groups::parse(args.groups.clone()));
     let groups = groups.transpose();
     let groups = groups.map_err(|problem| Exit::Usage(format!("--groups: {problem}")))?;
-    let (folder, data, selection) = source(&args.place, groups)?;
+    let (folder, data, selection) = load_source(&args.location, groups)?;
     check_outside(&args.out, &folder)?;
     let mut tokenizer = args.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
     if let Some(tokenizer) = &mut tokenizer {
@@ -57,7 +57,7 @@ pub(crate) fn run(args: &ExportArgs, global: &Global) -> Result<()> {
     print(&text(&report, &args.out))
 }
 
-fn format(format: ExportFormat) -> Format {
+fn export_format(format: ExportFormat) -> Format {
     match format {
         ExportFormat::Hf => Format::Hf,
         ExportFormat::OpenaiFt => Format::OpenaiFt,
@@ -68,11 +68,11 @@ fn format(format: ExportFormat) -> Format {
 }
 
 /// Returns the cache folder, the data settings, and the groups of answers to export.
-fn source(
-    place: &CachePlace,
+fn load_source(
+    location: &CacheLocation,
     groups: Option<Groups>,
 ) -> Result<(PathBuf, config::DataConfig, Selection)> {
-    match (&place.dir, &place.config) {
+    match (&location.dir, &location.config) {
         (Some(dir), _) => {
             let selection = match groups {
                 None | Some(Groups::All) => Selection::All,
@@ -103,7 +103,7 @@ fn source(
 fn check_outside(out: &Path, cache: &Path) -> Result<()> {
     let absolute = std::path::absolute(out)?;
     let parent = absolute.parent().unwrap_or(&absolute);
-    // If one of them does not exist, the export is not inside the cache, or fails later.
+    // If one of the folders does not exist, the export is not inside the cache, or fails later.
     let (Ok(parent), Ok(cache)) = (parent.canonicalize(), cache.canonicalize()) else {
         return Ok(());
     };

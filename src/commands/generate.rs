@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Read, Write};
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use crate::cli::{GenerateArgs, Global};
+use crate::cli::{GenerateArgs, GlobalArgs};
 use crate::exit::Exit;
 use crate::model::Model;
 use crate::model::batcher::{Batcher, FinishReason, GenerateOptions};
@@ -14,11 +14,11 @@ use crate::prompt::message::Message;
 use crate::terminal;
 use crate::tokenizer::Tokenizer;
 
-/// Runs `distill generate`.
+/// Answers the prompt of the command line, or runs a chat.
 ///
 /// # Errors
 /// If the arguments are invalid, the model cannot be loaded or the generation fails.
-pub fn run(args: &GenerateArgs, global: &Global) -> Result<()> {
+pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
     if args.temperature < 0.0 || !(0.0..=1.0).contains(&args.top_p) || args.max_tokens == 0 {
         let message =
             "--temperature must be 0 or more, --top-p from 0 to 1, and --max-tokens greater than 0";
@@ -51,14 +51,18 @@ pub fn run(args: &GenerateArgs, global: &Global) -> Result<()> {
             },
             ..GenerateOptions::default()
         },
-        is_visible: !global.json,
+        prints_answers: !global.json,
     };
     let mut messages: Vec<Message> = Vec::new();
-    messages.extend(args.system.as_deref().map(|text| message("system", text)));
+    messages.extend(
+        args.system
+            .as_deref()
+            .map(|text| Message::new("system", text)),
+    );
     match prompt {
         None => chat.interactive(messages),
         Some(prompt) => {
-            messages.push(message("user", &prompt));
+            messages.push(Message::new("user", prompt));
             let answer = chat.answer(&messages)?;
             if global.json {
                 super::print_json(&answer.json())?;
@@ -77,20 +81,13 @@ fn read_stdin() -> Result<String> {
     Ok(text.trim_end_matches(['\r', '\n']).to_string())
 }
 
-fn message(role: &str, content: &str) -> Message {
-    Message {
-        role: role.into(),
-        content: content.into(),
-    }
-}
-
 /// A loaded model that answers messages.
 struct ChatSession {
     model: Model,
     tokenizer: Tokenizer,
     options: GenerateOptions,
     /// Print the answer while it is generated.
-    is_visible: bool,
+    prints_answers: bool,
 }
 
 struct ChatAnswer {
@@ -139,7 +136,7 @@ impl ChatSession {
     }
 
     fn print(&self, text: &str) -> Result<()> {
-        if !self.is_visible {
+        if !self.prints_answers {
             return Ok(());
         }
         let mut stdout = std::io::stdout().lock();
@@ -163,9 +160,9 @@ impl ChatSession {
             if line.trim().is_empty() {
                 continue;
             }
-            messages.push(message("user", line.trim()));
+            messages.push(Message::new("user", line.trim()));
             let answer = self.answer(&messages)?;
-            messages.push(message("assistant", &answer.text));
+            messages.push(Message::new("assistant", answer.text));
         }
     }
 }

@@ -1,13 +1,16 @@
-//! `distill harvest`: collect the teacher's answers.
+//! `distill harvest`: requests the teacher's answers.
 
 use anyhow::{Context, Result};
 
-use crate::cli::{Global, HarvestArgs};
+use crate::cli::{GlobalArgs, HarvestArgs};
 use crate::harvest;
 use crate::harvest::options::HarvestOptions;
 
-/// Runs the harvest, prints its summary, and returns the error of the summary.
-pub fn run(args: &HarvestArgs, global: &Global) -> Result<()> {
+/// Runs the harvest and prints its summary.
+///
+/// # Errors
+/// If the harvest fails, or its summary is not a success: some rows failed, or it stopped early.
+pub fn run(args: &HarvestArgs, global: &GlobalArgs) -> Result<()> {
     let config = super::load_config(&args.config)?.config;
     let options = HarvestOptions {
         dry_run: args.dry_run,
@@ -17,7 +20,8 @@ pub fn run(args: &HarvestArgs, global: &Global) -> Result<()> {
         quiet: global.json,
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
-    // Spawned, so that it runs on the worker threads next to the request tasks.
+    // Spawned, because `block_on` would run the dispatcher on this thread, apart from the worker threads that run the
+    // request tasks.
     let harvest = runtime.spawn(async move { harvest::run(&config, options).await });
     let summary = runtime.block_on(harvest).context("the harvest failed")??;
     if global.json {

@@ -9,8 +9,9 @@
 //! | `cache`, `export`, `data` | inspection and conversion of answers and examples |
 //! | `config`, `tokenize`, `completions` | small tools |
 //!
-//! Invariants: no file here has logic that a library user would miss; a result goes to stdout, everything else to
-//! stderr; with `--json`, stdout has exactly one JSON object.
+//! Invariants: a file here only connects the command line to the library, so that a program that uses the library
+//! needs none of it; a result goes to stdout, everything else to stderr; with `--json`, stdout has exactly one JSON
+//! object.
 
 pub mod cache;
 pub mod completions;
@@ -41,7 +42,7 @@ fn load_config(file: &ConfigFile) -> Result<LoadedConfig> {
     load(&file.file, std::env::vars(), &file.set)
 }
 
-/// Prints a result as one JSON object. Its `version` field guarantees a format to scripts.
+/// Prints a result as one JSON object. Scripts read its format from its `version` field.
 fn print_json(value: &impl Serialize) -> Result<()> {
     print(&format!(
         "{}\n",
@@ -49,7 +50,7 @@ fn print_json(value: &impl Serialize) -> Result<()> {
     ))
 }
 
-/// Prints to stdout. A closed pipe is an error, not a panic; `main` ignores it.
+/// Prints to stdout. A closed pipe is an error, which `main` ignores, not a panic.
 fn print(text: &str) -> Result<()> {
     Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
 }

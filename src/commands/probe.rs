@@ -4,31 +4,31 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::cli::{Global, ProbeArgs};
-use crate::probe::findings;
+use crate::cli::{GlobalArgs, ProbeArgs};
+use crate::probe;
 use crate::probe::findings::ProbedEndpoint;
 use crate::terminal::{sanitise, table};
 
-/// Probes every endpoint of the config and prints the findings.
+/// Probes every endpoint of the config, prints the findings, and warns of settings that do not fit them.
 ///
 /// # Errors
-/// Also if the config uses something that an endpoint does not support.
-pub fn run(args: &ProbeArgs, global: &Global) -> Result<()> {
+/// If an endpoint cannot be probed, or the config uses a feature that an endpoint does not support.
+pub fn run(args: &ProbeArgs, global: &GlobalArgs) -> Result<()> {
     let config = super::load_config(&args.config)?.config;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
-    let endpoints = runtime.block_on(crate::harvest::probe(&config))?;
+    let findings = runtime.block_on(crate::harvest::probe(&config))?;
     if global.json {
-        super::print_json(&endpoints)?;
+        super::print_json(&findings)?;
     } else {
-        for endpoint in &endpoints.endpoints {
+        for endpoint in &findings.endpoints {
             super::print(&table(&rows(endpoint)))?;
         }
-        let file = findings::file(&config.run_dir);
+        let file = probe::findings::file(&config.run_dir);
         super::print(&format!("saved to {}\n", file.display()))?;
     }
     for endpoint in config.endpoints() {
-        if let Some(found) = endpoints.find(&endpoint) {
-            for warning in found.check(&endpoint)? {
+        if let Some(probed) = findings.find(&endpoint) {
+            for warning in probed.check(&endpoint)? {
                 tracing::warn!("{warning}");
             }
         }
@@ -36,9 +36,9 @@ pub fn run(args: &ProbeArgs, global: &Global) -> Result<()> {
     Ok(())
 }
 
-/// Returns the rows of the table: name and value of each finding.
+/// Returns the table rows of one endpoint: name and value of each finding.
 fn rows(endpoint: &ProbedEndpoint) -> Vec<[String; 2]> {
-    let offer = &endpoint.logprobs;
+    let logprobs = &endpoint.logprobs;
     let mut rows = vec![
         ["endpoint", &endpoint.base_url].map(String::from),
         ["model", &endpoint.reported_model].map(String::from),
@@ -50,10 +50,10 @@ fn rows(endpoint: &ProbedEndpoint) -> Vec<[String; 2]> {
                 .map_or("unknown", |field| field.name())
                 .into(),
         ],
-        ["logprobs per token".into(), offer.largest_k.to_string()],
-        ["logprobs kind".into(), value_name(&offer.kind)],
-        ["token bytes".into(), value_name(&offer.bytes)],
-        ["token ids".into(), yes_or_no(offer.token_ids)],
+        ["logprobs per token".into(), logprobs.largest_k.to_string()],
+        ["logprobs kind".into(), value_name(&logprobs.kind)],
+        ["token bytes".into(), value_name(&logprobs.bytes)],
+        ["token ids".into(), yes_or_no(logprobs.token_ids)],
         ["usage".into(), yes_or_no(endpoint.reports_usage)],
         ["reasoning model".into(), yes_or_no(endpoint.thinks)],
         [
@@ -85,8 +85,8 @@ fn rows(endpoint: &ProbedEndpoint) -> Vec<[String; 2]> {
     rows
 }
 
-fn yes_or_no(holds: bool) -> String {
-    if holds { "yes" } else { "no" }.into()
+fn yes_or_no(value: bool) -> String {
+    if value { "yes" } else { "no" }.into()
 }
 
 /// Returns the name of an enum value, as in `endpoint.json`.

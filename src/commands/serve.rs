@@ -1,4 +1,4 @@
-//! `distill serve`: an OpenAI-compatible server over a local model, or a scripted teacher.
+//! `distill serve`: an OpenAI-compatible server over a local model, or a mock teacher.
 
 use std::io::Write;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::runtime::Builder;
 
 use super::{print, print_json};
-use crate::cli::{Global, ServeArgs};
+use crate::cli::{GlobalArgs, ServeArgs};
 use crate::exit::Exit;
 use crate::mock::script::Script;
 use crate::mock::stats::MockStats;
@@ -16,15 +16,19 @@ use crate::serve::{self, ServeOptions, Server};
 use crate::signal::Signals;
 use crate::terminal::{format_count, table};
 
-pub fn run(args: &ServeArgs, global: &Global) -> Result<()> {
+/// Serves the model or the mock of the command line until a signal arrives.
+///
+/// # Errors
+/// Always: [`Exit::Signal`] after a signal, or the error that stopped the server.
+pub fn run(args: &ServeArgs, global: &GlobalArgs) -> Result<()> {
     match (&args.mock, &args.model) {
         (Some(script), _) => run_mock(script, args, global),
         (None, Some(model)) => run_model(model, args, global),
-        (None, None) => Err(Exit::Usage("give --model or --mock".into()).into()),
+        (None, None) => Err(Exit::Usage("give --model DIR or --mock FILE".into()).into()),
     }
 }
 
-fn run_model(model: &Path, args: &ServeArgs, global: &Global) -> Result<()> {
+fn run_model(model: &Path, args: &ServeArgs, global: &GlobalArgs) -> Result<()> {
     let server = serve::start(
         model,
         ServeOptions {
@@ -43,22 +47,22 @@ fn run_model(model: &Path, args: &ServeArgs, global: &Global) -> Result<()> {
     }
     announce(&server.base_url(), server.model_name(), global)?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    let number = runtime.block_on(until_stopped(server))?;
+    let signal = runtime.block_on(wait_and_shut_down(server))?;
     // After a second signal, do not wait for the shutdown task.
     runtime.shutdown_background();
-    Err(Exit::Signal(number).into())
+    Err(Exit::Signal(signal).into())
 }
 
 /// Serves the mock until Ctrl-C or SIGTERM, then prints its stats.
-fn run_mock(script: &Path, args: &ServeArgs, global: &Global) -> Result<()> {
+fn run_mock(script: &Path, args: &ServeArgs, global: &GlobalArgs) -> Result<()> {
     let script = Script::load(script)?;
     let model = script.model_name().to_string();
     let server = crate::mock::server::start(script, args.host, args.port)?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    // Listen before the announcement: a script may send its signal as soon as it has read it.
+    // Listen before the announcement: a script may send a signal as soon as it has read the announcement.
     let mut signals = runtime.block_on(async { Signals::listen() })?;
     announce(&server.base_url(), &model, global)?;
-    let number = runtime
+    let signal = runtime
         .block_on(signals.next())
         .context("cannot wait for signals")?;
     let stats = server.stop();
@@ -67,11 +71,11 @@ fn run_mock(script: &Path, args: &ServeArgs, global: &Global) -> Result<()> {
     } else {
         print(&table(&stats_rows(&stats)))?;
     }
-    Err(Exit::Signal(number).into())
+    Err(Exit::Signal(signal).into())
 }
 
-/// Prints the server's URL.
-fn announce(base_url: &str, model: &str, global: &Global) -> Result<()> {
+/// Prints the server's URL, which scripts wait for.
+fn announce(base_url: &str, model: &str, global: &GlobalArgs) -> Result<()> {
     tracing::info!("serving `{model}`; press Ctrl-C to stop");
     let mut stdout = std::io::stdout().lock();
     if global.json {
@@ -80,21 +84,20 @@ fn announce(base_url: &str, model: &str, global: &Global) -> Result<()> {
     } else {
         writeln!(stdout, "listening on {base_url}")?;
     }
-    // Scripts wait for this line.
     Ok(stdout.flush()?)
 }
 
 /// Waits for Ctrl-C or SIGTERM, then until the running answers finish or a second signal arrives.
 /// Returns the number of the first signal.
-async fn until_stopped(server: Server) -> Result<u8> {
+async fn wait_and_shut_down(server: Server) -> Result<u8> {
     let mut signals = Signals::listen()?;
-    let number = signals.next().await.context("cannot wait for signals")?;
+    let signal = signals.next().await.context("cannot wait for signals")?;
     tracing::info!("finishing the running answers; press Ctrl-C again to stop immediately");
     tokio::select! {
         stopped = tokio::task::spawn_blocking(|| server.shutdown()) => stopped??,
         _ = signals.next() => {}
     }
-    Ok(number)
+    Ok(signal)
 }
 
 /// Converts the stats to table rows.
@@ -131,7 +134,7 @@ fn stats_rows(stats: &MockStats) -> Vec<[String; 2]> {
         row("  reasoning tokens", billed.reasoning_tokens),
         row("distinct request bodies", stats.bodies),
     ]);
-    let by_times = stats.bodies_by_times_billed.iter();
-    rows.extend(by_times.map(|(times, count)| row(&format!("  billed {times} times"), *count)));
+    let bodies = stats.bodies_by_times_billed.iter();
+    rows.extend(bodies.map(|(times, count)| row(&format!("  billed {times} times"), *count)));
     rows
 }

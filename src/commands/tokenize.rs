@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::{print, print_json};
-use crate::cli::{Global, TokenizeArgs};
+use crate::cli::{GlobalArgs, TokenizeArgs};
 use crate::data::dataset::show::text_of;
 use crate::prompt::message::Message;
 use crate::terminal::{sanitise, table};
@@ -15,14 +15,17 @@ use crate::tokenizer::Tokenizer;
 /// Version of the `--json` output.
 const VERSION: u32 = 1;
 
-pub fn run(args: &TokenizeArgs, global: &Global) -> Result<()> {
+/// Prints id and text of each token.
+pub fn run(args: &TokenizeArgs, global: &GlobalArgs) -> Result<()> {
     let mut tokenizer = Tokenizer::load(&args.model)?;
     tokenizer.use_clock();
     let text = match args.text.as_str() {
         "-" => {
             let mut text = String::new();
-            let stdin = std::io::stdin().lock().read_to_string(&mut text);
-            stdin.context("stdin is not valid UTF-8")?;
+            std::io::stdin()
+                .lock()
+                .read_to_string(&mut text)
+                .context("cannot read the text from stdin")?;
             text
         }
         text => text.to_owned(),
@@ -46,12 +49,12 @@ pub fn run(args: &TokenizeArgs, global: &Global) -> Result<()> {
         return print_json(&json!({ "version": VERSION, "tokens": tokens }));
     }
     let rows = tokens.map(|(id, text)| {
-        let quoted = if tokenizer.is_special(id) {
+        let printed = if tokenizer.is_special(id) {
             text
         } else {
             format!("{text:?}")
         };
-        [id.to_string(), sanitise(&quoted).into_owned()]
+        [id.to_string(), sanitise(&printed).into_owned()]
     });
     print(&table(&rows.collect::<Vec<_>>()))
 }

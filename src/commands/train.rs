@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::json;
 
-use crate::cli::{Global, TrainArgs};
+use crate::cli::{GlobalArgs, TrainArgs};
 use crate::data::text_scorer::TextScorer;
 use crate::harvest::scorer::{EndpointScorer, ScoringStats};
 use crate::terminal::{format_count, format_dollars, sanitise, table};
@@ -11,7 +11,7 @@ use crate::train::summary::StartMode;
 use crate::train::{self, TrainOptions};
 
 /// Trains the student and prints its folder and metrics.
-pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
+pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
     let config = super::load_config(&args.config)?.config;
     let start = match (args.resume, args.fresh) {
         (true, _) => StartMode::Resume,
@@ -24,10 +24,10 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
         force: args.force,
         quiet: global.json,
     };
-    let mut scorer = EndpointScorer::new(&config, options.quiet)?;
-    let text_scorer = scorer.as_mut().map(|scorer| scorer as &mut dyn TextScorer);
-    let summary = train::run_with_scorer(&config, options, text_scorer)?;
-    let scoring_stats = scorer.as_ref().map(EndpointScorer::stats);
+    let mut judge = EndpointScorer::new(&config, options.quiet)?;
+    let scorer = judge.as_mut().map(|judge| judge as &mut dyn TextScorer);
+    let summary = train::run_with_scorer(&config, options, scorer)?;
+    let scoring_stats = judge.as_ref().map(EndpointScorer::stats);
     if global.json {
         return super::print_json(
             &json!({ "version": 1, "summary": summary, "judged": scoring_stats }),
@@ -62,11 +62,11 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
         ),
     ];
     let mut rows: Vec<[String; 2]> = rows.map(|(name, value)| [name.to_string(), value]).into();
-    if let Some(own) = &summary.own_answers {
-        let scored = format_count(own.scored);
-        let generated = format_count(own.generated);
+    if let Some(own_answers) = &summary.own_answers {
+        let scored = format_count(own_answers.scored);
+        let generated = format_count(own_answers.generated);
         rows.push([
-            "own answers judged".into(),
+            "student's answers judged".into(),
             format!("{scored} of {generated}"),
         ]);
     }
@@ -90,7 +90,7 @@ fn scoring_rows(stats: &ScoringStats) -> Vec<[String; 2]> {
     let mut rows = vec![
         ["requests to the judge".into(), requests],
         [
-            "their prompt tokens".into(),
+            "prompt tokens to the judge".into(),
             format_count(stats.prompt_tokens),
         ],
     ];

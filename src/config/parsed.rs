@@ -81,8 +81,13 @@ impl<T> PartialEq for Parsed<T> {
 
 impl ParseSetting for Regex {
     fn parse_setting(text: &str) -> Result<Regex, String> {
-        Regex::new(text)
-            .map_err(|error| format!("{text:?} is not a valid regular expression: {error}"))
+        Regex::new(text).map_err(|error| {
+            // The lines before the last one draw the position.
+            let error = error.to_string();
+            let reason = error.lines().last().unwrap_or_default();
+            let reason = reason.trim_start_matches("error: ");
+            format!("{text:?} is not a valid regular expression: {reason}")
+        })
     }
 }
 

@@ -1,7 +1,7 @@
-//! The folder of a demo: it never overwrites a file that the demo did not write.
+//! The run folder of the demo, in which no file is overwritten that the demo did not write.
 //!
-//! `demo.json` holds the hash of every content that the demo writes, and is updated before the file itself. A demo that
-//! was killed at any moment therefore recognises its own files and resumes.
+//! `demo.json` holds the hash of every content that the demo has written to each file. It is updated before the file,
+//! so that a demo that was killed at any moment recognises its own files and resumes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::fs;
 const MANIFEST: &str = "demo.json";
 const VERSION: u32 = 1;
 
-/// A folder that belongs to the demo.
+/// An opened run folder of the demo.
 pub(super) struct DemoFolder {
     dir: PathBuf,
     manifest: Manifest,
@@ -32,7 +32,7 @@ impl DemoFolder {
     /// Opens `dir`, into which the demo will write the files `names`.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if the folder holds files of somebody else, or a file of `names` was changed.
+    /// [`Exit::Usage`] if the folder contains files that the demo did not write, or a file of `names` was changed.
     pub(super) fn open<'a>(dir: &Path, names: impl Iterator<Item = &'a str>) -> Result<Self> {
         let path = dir.join(MANIFEST);
         if !path.exists() {
@@ -61,7 +61,7 @@ impl DemoFolder {
         Ok(folder)
     }
 
-    /// Writes a file, unless it has this content already.
+    /// Writes a file. Leaves a file that has this content already.
     ///
     /// # Errors
     /// If a file cannot be written.
@@ -89,8 +89,8 @@ impl DemoFolder {
         let hashes = self.manifest.files.get(name);
         if !hashes.is_some_and(|hashes| hashes.contains(&hash(&bytes))) {
             bail!(Exit::Usage(format!(
-                "{} is not as the demo wrote it, and the demo would overwrite it: move it away, or choose another \
-                 folder with --dir",
+                "{} is not a file that the demo wrote, or was changed since, and the demo would overwrite it: move it \
+                 away, or choose another folder with --dir",
                 path.display()
             )));
         }

@@ -7,21 +7,21 @@
 //! - {path: out.jsonl, type: axolotl.integrations.kd.chat_template}
 //! ```
 //!
-//! That type reads `messages`, `logprobs` (floats by position) and `target_token_ids` (the same shape). Their
-//! content follows from the behaviour of axolotl 0.19:
+//! This dataset type reads `messages`, `logprobs` (k floats per position) and `target_token_ids` (the same shape). How
+//! the lists are filled follows from the behaviour of axolotl 0.19:
 //!
-//! - The lists belong to the last tokens of the conversation as rendered by axolotl's chat template
-//!   (`ChatTemplateStrategyWithKDv2.transform_logprobs` pads in front). So the tokens of the template after the
-//!   answer need entries as well.
+//! - The lists are aligned with the end of the conversation as rendered by axolotl's chat template
+//!   (`ChatTemplateStrategyWithKDv2.transform_logprobs` pads in front). The template's tokens after the answer
+//!   therefore need entries, too.
 //! - The loss compares the model's prediction at a position with the entry of that position
-//!   (`LigerFusedLinearKLTopKLogprobFunction` shifts only the labels). So an entry is for the next token, and the
-//!   last entry is for no token.
+//!   (`LigerFusedLinearKLTopKLogprobFunction` shifts only the labels). An entry is therefore the distribution of the
+//!   next token, and the last entry has no token to predict.
 //! - The labels select the positions of the loss one position too late: the entry for the first token of the answer
-//!   is not used, and the entry at the end-of-turn token is used, although it is for the token after it.
-//! - Entries of a position are normalised over its k; k must be the same in a row.
+//!   is not used, and the entry at the end-of-turn token is used, although no token follows in the turn.
+//! - Each entry is normalised over its k tokens; k must be the same for all entries of a row.
 //!
-//! If the teacher's distribution of the next token is not known (for example because the API does not report the end
-//! of the turn), the entry gives that token probability 1.
+//! If the teacher's distribution of the next token is unknown (for example because the API does not report the end of
+//! the turn), the entry gives the next token of the conversation probability 1.
 
 use std::path::Path;
 
@@ -38,11 +38,13 @@ use crate::export::rows::{ExportReport, ExportRow, ExportRows, ExportSettings, w
 use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
 
-/// Logprob of the fillers in a position with fewer than k entries: small enough to have no weight, and large enough
-/// that its exponential is not zero in f32, which would make its logarithm infinite.
+/// Logprob of the tokens that fill an entry with fewer than k alternatives: so small that they have no weight, and large
+/// enough that its exponential is not zero in f32, whose logarithm would be infinite.
 const FILLER: f32 = -50.0;
 
-const OTHER_TOKENS: &str = "the tokenizer splits the answer into other tokens than the teacher did";
+/// Reason to leave out an answer whose tokens differ from the teacher's.
+const TOKENS_DIFFER: &str =
+    "the tokenizer splits the answer into other tokens than the teacher did";
 
 /// A conversation that ends with the answer, with k entries for each of its last N tokens.
 #[derive(Debug, Serialize)]
@@ -89,9 +91,9 @@ fn line(
     }
     let date = Timing::date(&row.record.timing.sent_at);
     let messages = row.conversation();
-    let mut dropped_here = 0;
-    let entries = entries((&messages, date), &logprobs, tokenizer, &mut dropped_here)?;
-    *dropped += dropped_here;
+    let mut dropped_in_row = 0;
+    let entries = entries(&messages, date, &logprobs, tokenizer, &mut dropped_in_row)?;
+    *dropped += dropped_in_row;
     let (target_token_ids, logprobs) = entries
         .into_iter()
         .map(|entry| (entry.ids, entry.logprobs))
@@ -103,7 +105,7 @@ fn line(
     })
 }
 
-/// Top-k distribution of one token.
+/// A top-k distribution of the next token.
 #[derive(Debug, Clone, Default)]
 struct TokenEntry {
     ids: Vec<u32>,
@@ -111,6 +113,7 @@ struct TokenEntry {
 }
 
 impl TokenEntry {
+    /// Creates an entry that gives `id` probability 1.
     fn certain(id: u32) -> Self {
         Self {
             ids: vec![id],
@@ -129,10 +132,11 @@ impl TokenEntry {
     }
 }
 
-/// Returns the entries of the last tokens of a conversation that ends with an answer, from the token before the
-/// answer: each entry is for the next token.
+/// Returns the entries of a conversation that ends with an answer. The first entry is that of the token before the
+/// answer, because each entry is the distribution of the next token.
 fn entries(
-    (messages, date): (&[Message], Option<DateTime>),
+    messages: &[Message],
+    date: Option<DateTime>,
     logprobs: &Logprobs,
     tokenizer: &Tokenizer,
     dropped: &mut u64,
@@ -143,18 +147,18 @@ fn entries(
     let answer = conversation.answers.last().ok_or("no answer")?;
     let teacher = LogprobsView::from(logprobs);
     let ids = &conversation.ids[answer.content.clone()];
-    same_tokens(ids, &teacher, tokenizer)?;
+    check_tokens(ids, &teacher, tokenizer)?;
 
     let from_answer = &conversation.ids[answer.content.start..];
     let mut entries = Vec::with_capacity(from_answer.len() + 1);
     for (position, &id) in from_answer.iter().enumerate() {
-        let known = position < ids.len() || {
+        let is_reported = position < ids.len() || {
             // The end of the turn, if the API reports it.
             position == ids.len()
                 && position < teacher.token.len()
-                && id_of(&teacher.token[position], tokenizer) == Some(id)
+                && find_id(&teacher.token[position], tokenizer) == Some(id)
         };
-        entries.push(if known {
+        entries.push(if is_reported {
             entry(&teacher, position, id, tokenizer, dropped)?
         } else {
             TokenEntry::certain(id)
@@ -171,24 +175,25 @@ fn entries(
     Ok(entries)
 }
 
-/// Checks that the N tokens `ids` are the teacher's tokens, up to the end of its turn.
-fn same_tokens(ids: &[u32], teacher: &LogprobsView, tokenizer: &Tokenizer) -> Result<(), String> {
+/// Checks that the N tokens `ids` of the answer are the tokens that the teacher emitted before the end of its turn.
+fn check_tokens(ids: &[u32], teacher: &LogprobsView, tokenizer: &Tokenizer) -> Result<(), String> {
     if teacher.token.len() < ids.len() {
-        return Err(OTHER_TOKENS.into());
+        return Err(TOKENS_DIFFER.into());
     }
     for (position, &id) in ids.iter().enumerate() {
-        let spelled = tokenizer.token_bytes(id).unwrap_or_default();
+        let bytes = tokenizer.token_bytes(id).unwrap_or_default();
         let emitted = &*teacher.token[position];
         // The first token may include a space of the template, which some servers do not report.
-        let same = spelled == emitted || (position == 0 && spelled.trim_ascii_start() == emitted);
-        if emitted.is_empty() || !same {
-            return Err(OTHER_TOKENS.into());
+        let is_same = bytes == emitted || (position == 0 && bytes.trim_ascii_start() == emitted);
+        if emitted.is_empty() || !is_same {
+            return Err(TOKENS_DIFFER.into());
         }
     }
-    if (ids.len()..teacher.token.len()).all(|at| is_stop(tokenizer, &teacher.token[at])) {
+    let mut after_answer = ids.len()..teacher.token.len();
+    if after_answer.all(|position| is_stop(tokenizer, &teacher.token[position])) {
         Ok(())
     } else {
-        Err(OTHER_TOKENS.into())
+        Err(TOKENS_DIFFER.into())
     }
 }
 
@@ -209,9 +214,9 @@ fn entry(
         let id = if bytes == emitted {
             Some(emitted_id)
         } else {
-            id_of(bytes, tokenizer)
+            find_id(bytes, tokenizer)
         };
-        // If two alternatives have the same token, the likelier one counts.
+        // If two alternatives have the same token, the likelier one is kept.
         match id.filter(|id| !entry.ids.contains(id)) {
             Some(id) => {
                 entry.ids.push(id);
@@ -228,7 +233,7 @@ fn entry(
 }
 
 /// Returns the token with these bytes, or the control token of this name.
-fn id_of(bytes: &[u8], tokenizer: &Tokenizer) -> Option<u32> {
+fn find_id(bytes: &[u8], tokenizer: &Tokenizer) -> Option<u32> {
     tokenizer.id_of_bytes(bytes).or_else(|| {
         let name = std::str::from_utf8(bytes).ok()?;
         tokenizer.id_of_control(name)

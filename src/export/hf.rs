@@ -40,7 +40,7 @@ impl HfRow {
 }
 
 /// Returns true if the folder `out` contains only files that [`write`] creates.
-pub(super) fn is_ours(out: &Path) -> Result<bool> {
+pub(super) fn is_export(out: &Path) -> Result<bool> {
     let entries = std::fs::read_dir(out)
         .and_then(|entries| entries.collect::<std::io::Result<Vec<_>>>())
         .with_context(|| format!("could not read {}", out.display()))?;
@@ -64,15 +64,15 @@ pub(super) fn write(
         let report = rows.finish()?;
         data.commit(false)?;
         let mut card = AtomicFile::create(&folder.join(CARD))?;
-        card.write_all(text_of_card(&report, &models).as_bytes())
+        card.write_all(card_text(&report, &models).as_bytes())
             .context("could not write the dataset card")?;
         card.commit(false)?;
         Ok(report)
     })
 }
 
-/// Returns the dataset card. Model names come from endpoints, so they are sanitised and set as code.
-fn text_of_card(report: &ExportReport, models: &BTreeMap<String, u64>) -> String {
+/// Returns the dataset card. Model names come from endpoints, so they are sanitised and formatted as code.
+fn card_text(report: &ExportReport, models: &BTreeMap<String, u64>) -> String {
     let code = |text: &str| match text {
         "" => "(not reported)".to_owned(),
         text => format!(

@@ -1,8 +1,8 @@
 //! Exports the cache in the formats of other trainers.
 //!
 //! ```text
-//! Record --rows::ExportRows (selects as `distill train` does)--> ExportRow
-//!   --one file per format--> lines or columns --fs::AtomicFile--> OUT, whole or not at all
+//! Record --rows::ExportRows: the selection of `distill train`--> ExportRow
+//!   --one file per format--> lines or columns --fs::AtomicFile--> OUT, written completely or not at all
 //! ```
 //!
 //! | format | OUT | read by |
@@ -14,12 +14,13 @@
 //! | `parquet` | one Parquet file with all training data of each record | pyarrow, pandas, DuckDB |
 //!
 //! Invariants: records are streamed, so memory holds one record, or for Parquet one row group. A row that a format
-//! cannot represent is left out and counted with the reason. OUT never replaces a file that is not an export.
+//! cannot represent is left out and counted with the reason. OUT replaces a file or a folder only with `--force`, and
+//! a folder only if an `hf` export wrote all its files.
 //!
 //! # How to add an export format
 //!
 //! 1. Add a variant to [`Format`], and to `ExportFormat` in `cli.rs` (its name is the value of `--to`); map one to
-//!    the other in `commands::export::format`.
+//!    the other in `commands::export::export_format`.
 //! 2. Add a file `export/<format>.rs` with the serialised row type, and a function from [`rows::ExportRow`] to it,
 //!    or to the reason to leave the row out. Copy `trl.rs` for plain text, `axolotl.rs` for token ids.
 //! 3. Call it in [`write()`]: through `rows::write_lines` for JSONL, or on `AtomicFile` yourself. If OUT is a folder,
@@ -58,8 +59,8 @@ pub enum Format {
 /// Writes the records that training would use to `out`, atomically.
 ///
 /// # Errors
-/// The first error of `records`; [`Exit::Usage`] if `out` exists, if the format needs a setting that is missing, or
-/// if no row is left (with the reasons).
+/// The first error of `records`; [`Exit::Usage`] if `out` exists and may not be replaced, if the format needs a
+/// setting that is missing, or if no row can be exported (with the reasons).
 pub fn write(
     records: impl Iterator<Item = Result<Record>>,
     format: Format,
@@ -88,10 +89,11 @@ pub fn write(
     }
 }
 
-/// Refuses to overwrite anything without `force`, and anything that is not an export of this format with it.
+/// Refuses to replace anything without `force`. With `force`, files may be replaced, and folders that are an `hf`
+/// export by another `hf` export.
 fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
     let path = out.display();
-    let Ok(found) = out.symlink_metadata() else {
+    let Ok(metadata) = out.symlink_metadata() else {
         return Ok(());
     };
     if !force {
@@ -99,11 +101,11 @@ fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
             "{path} exists already: choose another path, or replace it with --force"
         )));
     }
-    let replaceable = match format {
-        Format::Hf => found.is_dir() && hf::is_ours(out)?,
-        _ => !found.is_dir(),
+    let is_replaceable = match format {
+        Format::Hf => metadata.is_dir() && hf::is_export(out)?,
+        _ => !metadata.is_dir(),
     };
-    if !replaceable {
+    if !is_replaceable {
         bail!(Exit::Usage(format!(
             "{path} is not an export of this format, so --force does not replace it: choose another path"
         )));

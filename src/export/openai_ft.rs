@@ -1,7 +1,7 @@
 //! One `{"messages": [...]}` per line, for OpenAI's fine-tuning API.
 //!
-//! Its `/v1/files` rejects a whole file for one invalid message. So rows with roles other than system, user and
-//! assistant, or with an empty answer, are left out.
+//! The API rejects a whole file for one invalid message. Rows with roles other than system, user and assistant, or with
+//! an empty answer, are therefore left out.
 
 use serde::Serialize;
 
@@ -17,9 +17,15 @@ pub(crate) struct OpenAiRow {
 /// Converts a row to a line, or returns the reason to leave it out.
 pub(crate) fn line(row: ExportRow) -> Result<OpenAiRow, String> {
     let messages = row.conversation();
-    let known = ["system", "user", "assistant"];
-    if let Some(other) = messages.iter().find(|m| !known.contains(&m.role.as_str())) {
-        return Err(format!("the fine-tuning API has no role `{}`", other.role));
+    let accepted_roles = ["system", "user", "assistant"];
+    let other = messages
+        .iter()
+        .find(|message| !accepted_roles.contains(&message.role.as_str()));
+    if let Some(message) = other {
+        return Err(format!(
+            "the fine-tuning API does not accept the role `{}`",
+            message.role
+        ));
     }
     if messages
         .last()

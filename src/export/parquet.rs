@@ -71,8 +71,10 @@ const SCHEMA: &str = "message distill {
     }
 }";
 
-/// Number of values, or bytes of text, at which a row group is written: about 100 MB of memory.
+/// Number of values in a column at which a row group is written. With [`GROUP_BYTES`], a row group uses about 100 MB of
+/// memory.
 const GROUP_VALUES: usize = 1 << 19;
+/// Number of bytes of text at which a row group is written.
 const GROUP_BYTES: usize = 32 << 20;
 
 /// Writes the export to `out`.
@@ -139,26 +141,27 @@ impl RowGroup {
         self.bytes += prompt.iter().map(|m| m.content.len()).sum::<usize>()
             + record.answer.text.len()
             + record.answer.reasoning.len();
-        self.prompt_id.one(text(&record.prompt_id));
+        self.prompt_id.required(text(&record.prompt_id));
         // The annotation declares the bits as unsigned.
-        self.sample.one(record.sample.cast_signed());
+        self.sample.required(record.sample.cast_signed());
         self.role
             .list(0, prompt.iter().map(|m| Some(text(&m.role))));
         let contents = prompt.iter().map(|m| Some(text(&m.content)));
         self.content.list(0, contents);
-        self.answer.one(text(&record.answer.text));
-        self.reasoning.one(text(&record.answer.reasoning));
-        self.finish_reason.one(text(&record.answer.finish_reason));
-        self.model.one(text(&record.model));
-        self.endpoint.one(text(&record.endpoint));
-        let tokens = |count: u64| i64::try_from(count).ok();
+        self.answer.required(text(&record.answer.text));
+        self.reasoning.required(text(&record.answer.reasoning));
+        self.finish_reason
+            .required(text(&record.answer.finish_reason));
+        self.model.required(text(&record.model));
+        self.endpoint.required(text(&record.endpoint));
+        let signed = |count: u64| i64::try_from(count).ok();
         let usage = record.usage.as_ref();
         self.prompt_tokens
-            .optional(usage.and_then(|usage| tokens(usage.prompt_tokens)));
+            .optional(usage.and_then(|usage| signed(usage.prompt_tokens)));
         self.completion_tokens
-            .optional(usage.and_then(|usage| tokens(usage.completion_tokens)));
+            .optional(usage.and_then(|usage| signed(usage.completion_tokens)));
         self.cost_usd.optional(record.cost_usd);
-        self.sent_at.one(text(&record.timing.sent_at));
+        self.sent_at.required(text(&record.timing.sent_at));
         match &record.logprobs {
             Some(logprobs) => self.add_logprobs(logprobs),
             None => self.add_no_logprobs(),
@@ -214,34 +217,34 @@ impl RowGroup {
         }
         let group = std::mem::take(self);
         let write = || -> parquet::errors::Result<()> {
-            let mut into = writer.next_row_group()?;
-            group.prompt_id.write(&mut into)?;
-            group.sample.write(&mut into)?;
-            group.role.write(&mut into)?;
-            group.content.write(&mut into)?;
-            group.answer.write(&mut into)?;
-            group.reasoning.write(&mut into)?;
-            group.finish_reason.write(&mut into)?;
-            group.model.write(&mut into)?;
-            group.endpoint.write(&mut into)?;
-            group.prompt_tokens.write(&mut into)?;
-            group.completion_tokens.write(&mut into)?;
-            group.cost_usd.write(&mut into)?;
-            group.sent_at.write(&mut into)?;
-            group.token.write(&mut into)?;
-            group.logprob.write(&mut into)?;
-            group.top.write(&mut into)?;
-            group.top_logprob.write(&mut into)?;
-            group.raw.write(&mut into)?;
-            group.matches_text.write(&mut into)?;
-            into.close()?;
+            let mut row_group = writer.next_row_group()?;
+            group.prompt_id.write(&mut row_group)?;
+            group.sample.write(&mut row_group)?;
+            group.role.write(&mut row_group)?;
+            group.content.write(&mut row_group)?;
+            group.answer.write(&mut row_group)?;
+            group.reasoning.write(&mut row_group)?;
+            group.finish_reason.write(&mut row_group)?;
+            group.model.write(&mut row_group)?;
+            group.endpoint.write(&mut row_group)?;
+            group.prompt_tokens.write(&mut row_group)?;
+            group.completion_tokens.write(&mut row_group)?;
+            group.cost_usd.write(&mut row_group)?;
+            group.sent_at.write(&mut row_group)?;
+            group.token.write(&mut row_group)?;
+            group.logprob.write(&mut row_group)?;
+            group.top.write(&mut row_group)?;
+            group.top_logprob.write(&mut row_group)?;
+            group.raw.write(&mut row_group)?;
+            group.matches_text.write(&mut row_group)?;
+            row_group.close()?;
             Ok(())
         };
         write().context("could not write a row group")
     }
 }
 
-/// Values of a leaf of the schema, with the levels of each value or missing value.
+/// Values of a leaf of the schema, and the levels of each value and of each missing value.
 struct LeafColumn<T: DataType> {
     values: Vec<T::T>,
     definition: Vec<i16>,
@@ -270,7 +273,7 @@ impl<T: DataType> LeafColumn<T> {
     }
 
     /// Appends the value of a required leaf.
-    fn one(&mut self, value: T::T) {
+    fn required(&mut self, value: T::T) {
         self.push(0, 0, Some(value));
     }
 
@@ -279,8 +282,8 @@ impl<T: DataType> LeafColumn<T> {
         self.push(0, i16::from(value.is_some()), value);
     }
 
-    /// Appends a list at the definition level `outer`. If its items are optional, a present item is one level deeper
-    /// than a missing one.
+    /// Appends a list at the definition level `outer`. If the items of the list are optional, a present item has a
+    /// definition level one higher than a missing item.
     fn list(&mut self, outer: i16, items: impl Iterator<Item = Option<T::T>>) {
         self.items(outer, 0, 1, items);
     }
@@ -301,24 +304,25 @@ impl<T: DataType> LeafColumn<T> {
         }
     }
 
-    /// Appends the items of a list: the first at the repetition level `first`, the others at `next`.
+    /// Appends the items of a list at the definition level `outer`. The first item has the repetition level
+    /// `first_repetition`, the others have `next_repetition`.
     fn items(
         &mut self,
         outer: i16,
-        first: i16,
-        next: i16,
+        first_repetition: i16,
+        next_repetition: i16,
         items: impl Iterator<Item = Option<T::T>>,
     ) {
-        // In the schema the items of number lists are optional, those of text lists required.
-        let may_miss = T::get_physical_type() == Type::FLOAT;
-        let mut repetition = first;
+        // In the schema, the items of lists of floats are optional, and the items of lists of texts required.
+        let is_optional = T::get_physical_type() == Type::FLOAT;
+        let mut repetition = first_repetition;
         for item in items {
-            let depth = outer + 1 + i16::from(may_miss && item.is_some());
-            self.push(repetition, depth, item);
-            repetition = next;
+            let definition = outer + 1 + i16::from(is_optional && item.is_some());
+            self.push(repetition, definition, item);
+            repetition = next_repetition;
         }
-        if repetition == first {
-            self.push(first, outer, None);
+        if repetition == first_repetition {
+            self.push(first_repetition, outer, None);
         }
     }
 
@@ -328,7 +332,7 @@ impl<T: DataType> LeafColumn<T> {
     ) -> parquet::errors::Result<()> {
         let Some(mut column) = group.next_column()? else {
             return Err(parquet::errors::ParquetError::General(
-                "more columns than the schema has".into(),
+                "the Parquet schema has fewer columns than the writer".into(),
             ));
         };
         column.typed::<T>().write_batch(

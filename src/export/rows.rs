@@ -1,4 +1,4 @@
-//! [`ExportRows`]: the records to export, and the counts of the others.
+//! Selects the records to export, and counts those that are left out.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -38,15 +38,12 @@ impl ExportRow {
     /// Returns the messages of the request and the answer.
     pub fn conversation(self) -> Vec<Message> {
         let mut messages = self.prompt;
-        messages.push(Message {
-            role: "assistant".into(),
-            content: self.record.answer.text,
-        });
+        messages.push(Message::new("assistant", self.record.answer.text));
         messages
     }
 }
 
-/// Iterates over the records that `distill train` would use, and counts the others.
+/// Iterates over the records that `distill train` would use. Counts the others by reason.
 pub struct ExportRows<'a, R> {
     pub(crate) records: R,
     pub(crate) settings: &'a config::DataConfig,
@@ -58,9 +55,9 @@ pub struct ExportRows<'a, R> {
 impl<R: Iterator<Item = Result<Record>>> ExportRows<'_, R> {
     pub(crate) fn next(&mut self) -> Result<Option<ExportRow>> {
         while let Some(record) = self.records.next().transpose()? {
-            let candidate = RecordIdentity::from_record(&record);
-            let group = &candidate.group;
-            if let Err(difference) = self.selection.check(&candidate) {
+            let identity = RecordIdentity::from_record(&record);
+            let group = &identity.group;
+            if let Err(difference) = self.selection.check(&identity) {
                 self.groups.left_out(group, difference);
                 self.leave_out(format!("{difference}: group {} ({group})", group.id()));
                 continue;
@@ -77,7 +74,8 @@ impl<R: Iterator<Item = Result<Record>>> ExportRows<'_, R> {
         *self.report.left_out.entry(reason).or_default() += 1;
     }
 
-    /// Writes one line of JSON per row. `line` makes it, or returns the reason to leave the row out.
+    /// Writes one line of JSON per row. `line` converts a row to the object of its line, or returns the reason to leave
+    /// the row out.
     pub(crate) fn write_to<L: Serialize>(
         &mut self,
         file: &mut AtomicFile,
@@ -131,7 +129,7 @@ pub struct ExportSettings<'a> {
     pub force: bool,
 }
 
-/// Writes one JSONL file.
+/// Writes the export as one JSONL file: see [`ExportRows::write_to`].
 pub(crate) fn write_lines<L: Serialize>(
     mut rows: ExportRows<impl Iterator<Item = Result<Record>>>,
     out: &Path,

@@ -14,12 +14,8 @@ pub(crate) struct TrlRow {
 
 /// Converts a row to a line.
 pub(crate) fn line(row: ExportRow) -> TrlRow {
-    let answer = Message {
-        role: "assistant".into(),
-        content: row.record.answer.text,
-    };
     TrlRow {
         prompt: row.prompt,
-        completion: [answer],
+        completion: [Message::new("assistant", row.record.answer.text)],
     }
 }

@@ -1,8 +1,7 @@
 //! Continuous batching: all running answers grow by one token per forward pass.
 //!
-//! A finished answer frees its slot at once, and the next prompt can use it in the following pass.
-//! [`super::generate::batch`] and the server both use the [`Batcher`], which is independent of channels
-//! and HTTP.
+//! When an answer ends, the next prompt can take its slot in the following pass.
+//! [`super::generate::batch`] and the server both use the [`Batcher`], which does not use channels or HTTP.
 
 use std::collections::VecDeque;
 
@@ -57,12 +56,13 @@ pub enum FinishReason {
 pub struct TokenUpdate {
     /// The id that [`Batcher::submit`] returned.
     pub id: u64,
-    /// The sampled token: part of the text, or the end of the turn.
+    /// The sampled token, which may be the end of the turn.
     pub token: u32,
-    /// Text that can no longer change. Empty while a character or a possible stop string is incomplete.
+    /// New text that later tokens cannot change. Empty while a character or a possible stop string is
+    /// incomplete.
     pub text: String,
-    /// Logprobs of the tokens of the released text that were not reported before, if requested. The end
-    /// of the turn is reported with the last update.
+    /// Logprobs of the tokens whose text this update completes, if logprobs were requested. The last update
+    /// includes the logprobs of the end of the turn.
     pub token_logprobs: Vec<TokenLogprobs>,
     /// Set in the last update of an answer only.
     pub finish_reason: Option<FinishReason>,
@@ -72,43 +72,45 @@ pub struct TokenUpdate {
 struct Sequence {
     id: u64,
     cache: KvCache,
-    /// Tokens that are not in the cache yet: the rest of the prompt, or the last sampled token.
+    /// Tokens that are not in the cache yet: the unprocessed end of the prompt, or the last sampled token.
     pending: Vec<u32>,
     /// Number of tokens that may still be sampled.
     remaining: usize,
     sampler: Sampler,
     top_logprobs: Option<usize>,
     text: TextStream,
-    /// Logprobs not reported yet.
+    /// Tokens whose logprobs were not reported yet.
     unreported: VecDeque<UnreportedToken>,
 }
 
 /// The logprobs of a token whose text is not released yet.
 struct UnreportedToken {
-    /// Begin and end of the token in the bytes of the answer.
+    /// Offset of the token's first byte in the answer.
     begin: usize,
+    /// Offset after the token's last byte in the answer.
     end: usize,
     logprobs: TokenLogprobs,
 }
 
-/// Generates up to `size` answers at once.
+/// Generates several answers at once.
 pub struct Batcher<'a> {
     model: &'a Model,
     tokenizer: &'a Tokenizer,
-    size: usize,
-    /// Number of tokens that can be sampled. Higher ids are padding of the model's embedding.
+    /// Maximum number of running answers.
+    slots: usize,
+    /// Number of token ids that can be sampled. Higher ids are padding of the model's embedding.
     vocabulary: usize,
     sequences: Vec<Sequence>,
     next_id: u64,
 }
 
 impl<'a> Batcher<'a> {
-    /// Creates an idle batcher with `size` slots, at least 1.
-    pub fn new(model: &'a Model, tokenizer: &'a Tokenizer, size: usize) -> Self {
+    /// Creates an idle batcher for up to `slots` running answers, at least 1.
+    pub fn new(model: &'a Model, tokenizer: &'a Tokenizer, slots: usize) -> Self {
         Self {
             model,
             tokenizer,
-            size: size.max(1),
+            slots: slots.max(1),
             vocabulary: model.config().vocab_size.min(tokenizer.vocab_size()),
             sequences: Vec::new(),
             next_id: 0,
@@ -117,7 +119,7 @@ impl<'a> Batcher<'a> {
 
     /// Returns true if another answer can start.
     pub fn has_free_slot(&self) -> bool {
-        self.sequences.len() < self.size
+        self.sequences.len() < self.slots
     }
 
     /// Returns true if no answer is running.
@@ -162,29 +164,29 @@ impl<'a> Batcher<'a> {
         self.sequences.clear();
     }
 
-    /// Runs one forward pass. Every answer whose prompt is complete grows by one token.
+    /// Runs one forward pass. Every answer whose prompt is processed completely grows by one token.
     ///
     /// # Errors
-    /// If the pass fails or its logits are not finite. The running answers cannot continue: the caller
-    /// must [`clear`](Self::clear) them.
+    /// If the pass fails or its logits are not finite. The running answers cannot continue after an error:
+    /// the caller must [`clear`](Self::clear) them.
     pub fn step(&mut self) -> Result<Vec<TokenUpdate>> {
         let mut budget = PROMPT_TOKENS_PER_STEP;
-        let mut stepping: Vec<(&mut Sequence, Vec<u32>)> = Vec::new();
+        let mut active: Vec<(&mut Sequence, Vec<u32>)> = Vec::new();
         for sequence in &mut self.sequences {
             let tokens = sequence.next_tokens(&mut budget);
             if !tokens.is_empty() {
-                stepping.push((sequence, tokens));
+                active.push((sequence, tokens));
             }
         }
-        if stepping.is_empty() {
+        if active.is_empty() {
             return Ok(Vec::new());
         }
-        let (tokens, mut caches): (Vec<&[u32]>, Vec<&mut KvCache>) = stepping
+        let (tokens, mut caches): (Vec<&[u32]>, Vec<&mut KvCache>) = active
             .iter_mut()
             .map(|(sequence, tokens)| (tokens.as_slice(), &mut sequence.cache))
             .unzip();
         let logits = self.model.step(&tokens, &mut caches)?;
-        let updates: Vec<TokenUpdate> = stepping
+        let updates: Vec<TokenUpdate> = active
             .into_par_iter()
             .zip(logits.par_chunks_exact(self.model.config().vocab_size))
             .filter(|((sequence, _), _)| sequence.pending.is_empty())
@@ -202,7 +204,8 @@ impl<'a> Batcher<'a> {
 }
 
 impl Sequence {
-    /// Takes the tokens for this step. Prompt tokens are subtracted from `budget`.
+    /// Takes the tokens for this step. The number of prompt tokens is limited by `budget` and subtracted
+    /// from it.
     fn next_tokens(&mut self, budget: &mut usize) -> Vec<u32> {
         if self.pending.len() == 1 {
             return std::mem::take(&mut self.pending);
@@ -234,7 +237,7 @@ impl Sequence {
                 None
             }
         };
-        // Like vLLM, this includes the end of the turn.
+        // As in vLLM, the token that ends the turn has logprobs, too.
         if let Some(k) = self.top_logprobs {
             self.unreported.push_back(UnreportedToken {
                 begin,
@@ -255,15 +258,16 @@ impl Sequence {
         })
     }
 
-    /// Takes the logprobs of tokens whose text is released. At the end of the answer, takes all except those
-    /// of the stop string; a token that the stop string begins inside of is included.
+    /// Takes the logprobs of the tokens whose text is released. At the end of the answer, takes all that are
+    /// left, or all up to the token in which a stop string begins. That token is included if it has a byte
+    /// before the stop string.
     fn take_reportable(&mut self, is_finished: bool) -> Vec<TokenLogprobs> {
         let released = self.text.released();
         let reportable = self
             .unreported
             .iter()
-            .take_while(|token| match self.text.cut() {
-                Some(cut) => token.begin < cut,
+            .take_while(|token| match self.text.stop_offset() {
+                Some(stop_offset) => token.begin < stop_offset,
                 None => is_finished || token.end <= released,
             });
         let count = reportable.count();

@@ -1,7 +1,10 @@
-//! A decoder: embedding, layers, final norm and LM head. The layers are those of its architecture.
+//! A decoder: embedding, the layers of its architecture, final norm and LM head. Lists its parameters, and
+//! loads its weights from a Hugging Face folder.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -12,7 +15,7 @@ use candle_core::Tensor;
 use super::graph::Graph;
 use super::norm::Norm;
 use super::parameters::{
-    CheckedWeights, LM_HEAD, Parameter, ParameterList, ParameterRole, WeightNames,
+    CheckedWeights, LM_HEAD, ParameterList, ParameterRole, ParameterSpec, WeightNames,
 };
 use super::weights::{self, Tensors};
 use super::{gpt2, llama};
@@ -21,11 +24,12 @@ use crate::model::config::shape::{Architecture, ModelConfig};
 
 /// The weights of a decoder.
 pub struct Decoder {
+    /// Token embedding (V x D).
     embedding: Tensor,
-    /// Learned positions (positions x D), in architectures that have them.
-    positions: Option<Tensor>,
+    /// Learned position embedding (positions x D), in architectures that have one.
+    position_embedding: Option<Tensor>,
     layers: Vec<DecoderLayer>,
-    norm: Norm,
+    final_norm: Norm,
     head: Tensor,
 }
 
@@ -34,17 +38,17 @@ enum DecoderLayer {
     Gpt2(gpt2::Gpt2Layer),
 }
 
-/// The file that marks a folder as an adapter without base weights.
-const ADAPTER: &str = "adapter_config.json";
+/// The file that marks a folder of PEFT: an adapter without the weights of its base model.
+const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 impl Decoder {
     /// Builds a decoder from `tensors`. Tensors that are variables are trainable.
     ///
     /// # Errors
-    /// Names the first tensor that is missing or whose shape does not match `config`.
+    /// Where a tensor is missing or its shape does not match `config`: names the first.
     pub fn new(config: &ModelConfig, tensors: &Tensors) -> Result<Self> {
         let weights = CheckedWeights::new(config, tensors)?;
-        let layer = |index| {
+        let new_layer = |index| {
             Ok(match &config.architecture {
                 Architecture::Llama(variant) => {
                     DecoderLayer::Llama(llama::LlamaLayer::new(index, variant, &weights)?)
@@ -53,15 +57,22 @@ impl Decoder {
             })
         };
         let names = config.names();
-        let tied = config.tie_word_embeddings;
+        let head = if config.tie_word_embeddings {
+            names.embedding
+        } else {
+            LM_HEAD
+        };
+        let position_embedding = names.position_embedding;
         Ok(Self {
             embedding: weights.get(names.embedding)?,
-            positions: names.positions.map(|name| weights.get(name)).transpose()?,
+            position_embedding: position_embedding
+                .map(|name| weights.get(name))
+                .transpose()?,
             layers: (0..config.num_hidden_layers)
-                .map(layer)
+                .map(new_layer)
                 .collect::<Result<_>>()?,
-            norm: weights.norm(names.norm.0, names.norm.1)?,
-            head: weights.get(if tied { names.embedding } else { LM_HEAD })?,
+            final_norm: weights.norm(names.final_norm, names.final_norm_has_bias)?,
+            head: weights.get(head)?,
         })
     }
 
@@ -70,8 +81,8 @@ impl Decoder {
         &self.head
     }
 
-    /// Computes hidden states (N x D), ready for the LM head, of the rows `positions` (N) of the tokens
-    /// `input_ids` (T).
+    /// Runs the decoder over the tokens `input_ids` (T), up to the final norm. Returns the hidden states
+    /// (N x D) at `positions` (N), which index `input_ids`.
     ///
     /// # Errors
     /// Where an id is outside the vocabulary, or the graph fails.
@@ -82,18 +93,18 @@ impl Decoder {
         positions: &[u32],
     ) -> Result<G::Value> {
         let mut x_TD = graph.embed(&self.embedding, input_ids)?;
-        if let Some(table) = &self.positions {
+        if let Some(table) = &self.position_embedding {
             x_TD = graph.add_positions(x_TD, table)?;
         }
-        for (index, layer) in self.layers.iter().enumerate() {
+        for layer in &self.layers {
             graph.mark_checkpoint(&x_TD);
             x_TD = match layer {
-                DecoderLayer::Llama(layer) => layer.forward(graph, index, x_TD)?,
-                DecoderLayer::Gpt2(layer) => layer.forward(graph, index, x_TD)?,
+                DecoderLayer::Llama(layer) => layer.forward(graph, x_TD)?,
+                DecoderLayer::Gpt2(layer) => layer.forward(graph, x_TD)?,
             };
         }
         let x_ND = graph.select_rows(x_TD, positions)?;
-        self.norm.forward(graph, &x_ND)
+        self.final_norm.forward(graph, &x_ND)
     }
 }
 
@@ -105,13 +116,13 @@ impl ModelConfig {
         }
     }
 
-    /// Returns names and shapes of the weights in memory, in the order of the forward pass.
-    pub fn parameters(&self) -> Vec<Parameter> {
+    /// Returns names, shapes and roles of the weights in memory, in the order of the forward pass.
+    pub fn parameters(&self) -> Vec<ParameterSpec> {
         let names = self.names();
-        let table = [self.vocab_size, self.hidden_size];
+        let embedding_shape = [self.vocab_size, self.hidden_size];
         let mut list = ParameterList::default();
-        list.add(names.embedding, &table, ParameterRole::Table);
-        if let Some(name) = names.positions {
+        list.add(names.embedding, &embedding_shape, ParameterRole::Table);
+        if let Some(name) = names.position_embedding {
             let shape = [self.max_position_embeddings, self.hidden_size];
             list.add(name, &shape, ParameterRole::Table);
         }
@@ -123,16 +134,23 @@ impl ModelConfig {
                 Architecture::Gpt2 => gpt2::add_layer_parameters(&mut list, layer, self),
             }
         }
-        list.norm(names.norm.0, self.hidden_size, names.norm.1);
+        list.add_norm(
+            names.final_norm,
+            self.hidden_size,
+            names.final_norm_has_bias,
+        );
         if !self.tie_word_embeddings {
-            list.add(LM_HEAD, &table, ParameterRole::Table);
+            list.add(LM_HEAD, &embedding_shape, ParameterRole::Table);
         }
         list.into_inner()
     }
 
-    /// Number of weights; tied weights count once.
+    /// Number of elements of all weights. A tied LM head is not counted again.
     pub fn parameter_count(&self) -> usize {
-        self.parameters().iter().map(Parameter::count).sum()
+        self.parameters()
+            .iter()
+            .map(ParameterSpec::element_count)
+            .sum()
     }
 
     /// Returns the names of the weights in the files.
@@ -147,25 +165,25 @@ impl ModelConfig {
         }
     }
 
-    /// Converts weights from the layout of the files to that in memory.
+    /// Converts weights from the layout of the files to the layout in memory.
     ///
     /// # Errors
-    /// Where shapes do not match the architecture.
-    pub fn import(&self, stored: Tensors) -> Result<Tensors> {
+    /// Where a shape does not match the architecture.
+    pub fn to_memory_layout(&self, stored: Tensors) -> Result<Tensors> {
         match self.architecture {
             Architecture::Llama(_) => Ok(stored),
-            Architecture::Gpt2 => gpt2::import(stored),
+            Architecture::Gpt2 => gpt2::to_memory_layout(stored),
         }
     }
 
-    /// Converts weights from the layout in memory to that of the files.
+    /// Converts weights from the layout in memory to the layout of the files.
     ///
     /// # Errors
-    /// As [`ModelConfig::import`].
-    pub fn export(&self, tensors: &Tensors) -> Result<Tensors> {
+    /// Where a weight that the files combine with others is missing.
+    pub fn to_file_layout(&self, tensors: &Tensors) -> Result<Tensors> {
         match self.architecture {
             Architecture::Llama(_) => Ok(tensors.clone()),
-            Architecture::Gpt2 => gpt2::export(tensors),
+            Architecture::Gpt2 => gpt2::to_file_layout(tensors),
         }
     }
 }
@@ -173,26 +191,28 @@ impl ModelConfig {
 /// Reads the shape and the weights of a Hugging Face folder. Logs the names of unused tensors.
 ///
 /// # Errors
-/// Where a file is missing or malformed, the weights have more layers than `config.json` says, or the
-/// folder holds an adapter.
+/// Where a file is missing or malformed, the weights have more layers than `config.json`, or the folder
+/// contains an adapter.
 pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
-    if dir.join(ADAPTER).exists() {
+    if dir.join(ADAPTER_CONFIG).exists() {
         bail!(Exit::Usage(format!(
-            "{} holds an adapter ({ADAPTER}), which cannot be loaded: merge it into the weights with peft's \
-             `merge_and_unload` and `save_pretrained`",
+            "{} holds an adapter ({ADAPTER_CONFIG}), which cannot be loaded: merge it into the weights with \
+             peft's `merge_and_unload` and `save_pretrained`",
             dir.display()
         )));
     }
     let config = ModelConfig::load(dir)?;
-    let load = || {
-        let stored = config.stored_names();
+    let load_tensors = || {
+        let stored_names = config.stored_names();
         // transformers accepts weight names with and without the prefix.
-        let name = |name: &str| {
+        let full_name = |name: &str| {
             let with_prefix = format!("{}{name}", config.names().prefix);
-            let names = [name.to_owned(), with_prefix];
-            names.into_iter().find(|name| stored.contains(name))
+            let candidates = [name.to_owned(), with_prefix];
+            candidates
+                .into_iter()
+                .find(|name| stored_names.contains(name))
         };
-        let loaded = weights::load(dir, name)?;
+        let loaded = weights::load(dir, full_name)?;
         weights::check_layers(&loaded.unused, config.num_hidden_layers)?;
         if !loaded.unused.is_empty() {
             tracing::warn!(
@@ -202,8 +222,8 @@ pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
                 weights::name_patterns(&loaded.unused).join(", ")
             );
         }
-        config.import(loaded.tensors)
+        config.to_memory_layout(loaded.tensors)
     };
-    let tensors = load().with_context(|| format!("cannot load {}", dir.display()))?;
+    let tensors = load_tensors().with_context(|| format!("cannot load {}", dir.display()))?;
     Ok((config, tensors))
 }

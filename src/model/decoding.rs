@@ -1,10 +1,12 @@
 //! Incremental decoding: forward passes over new tokens, with the keys and values of earlier tokens from a
 //! cache.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use crate::model::Model;
 use crate::model::kv_cache::KvCache;
@@ -31,7 +33,11 @@ impl Model {
         let mut input_ids = Vec::new();
         for (tokens, cache) in tokens.iter().zip(caches.iter()) {
             let context = self.config.max_position_embeddings;
-            if tokens.is_empty() || cache.len + tokens.len() > context {
+            ensure!(
+                !tokens.is_empty(),
+                "a sequence of the batch has no new tokens"
+            );
+            if cache.len + tokens.len() > context {
                 bail!(
                     "cannot append {} tokens to a sequence of {}: the context has {context} tokens",
                     tokens.len(),
@@ -42,10 +48,20 @@ impl Model {
             input_ids.extend_from_slice(tokens);
             segments.push(start..input_ids.len());
         }
-        let last: Vec<u32> = segments.iter().map(|s| s.end as u32 - 1).collect();
-        let keys = KeyValueSource::Caches(caches);
-        let mut tape = Tape::new(self.tape_settings(), &segments, keys, Activations::Discard);
-        let root = self.decoder.hidden(&mut tape, &input_ids, &last)?;
+        let last_positions: Vec<u32> = segments
+            .iter()
+            .map(|segment| segment.end as u32 - 1)
+            .collect();
+        let key_value_source = KeyValueSource::Caches(caches);
+        let mut tape = Tape::new(
+            self.tape_settings(),
+            &segments,
+            key_value_source,
+            Activations::Discard,
+        );
+        let root = self
+            .decoder
+            .hidden(&mut tape, &input_ids, &last_positions)?;
         let hidden_BD = tape.value(&root)?;
         drop(tape);
         for (segment, cache) in segments.iter().zip(caches.iter_mut()) {

@@ -1,7 +1,9 @@
 //! Forward and backward passes over whole sequences, for training and evaluation.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,7 +21,7 @@ use crate::ops::head_loss::{HeadGradients, LogitsVisitor, PositionGroups, chunk_
 use crate::ops::matmul::Precision;
 
 impl Model {
-    /// Creates an empty set of gradients, which takes its memory from the model's arena.
+    /// Creates an empty set of gradients in the model's arena.
     pub fn gradients(&self) -> Gradients {
         Gradients::new(self.arena.clone())
     }
@@ -86,8 +88,8 @@ impl Model {
     /// # Errors
     /// Where an id is outside the vocabulary or a segment is longer than the model's context.
     pub fn hidden(&self, input: ModelInput) -> Result<HiddenStates<'_>> {
-        let states = if self.backend == Backend::Candle {
-            HiddenData::Device(self.candle_hidden(input)?.detach())
+        let data = if self.backend == Backend::Candle {
+            HiddenData::Candle(self.candle_hidden(input)?.detach())
         } else {
             self.check_segments(&input)?;
             let mut tape = Tape::new(
@@ -99,16 +101,13 @@ impl Model {
             let root = self
                 .decoder
                 .hidden(&mut tape, input.input_ids, input.positions)?;
-            HiddenData::Cpu(tape.value(&root)?)
+            HiddenData::Tape(tape.value(&root)?)
         };
-        Ok(HiddenStates {
-            model: self,
-            states,
-        })
+        Ok(HiddenStates { model: self, data })
     }
 
-    /// Computes the logits of all positions, a chunk at a time, and calls `visitor` with those of each
-    /// position. Returns its results, in order.
+    /// Computes the logits of all positions, a chunk at a time, and calls `visitor` with the logits of each
+    /// position. Returns the results of `visitor`, in order.
     ///
     /// # Errors
     /// As [`Model::forward_backward`].
@@ -122,9 +121,9 @@ impl Model {
         let vocabulary = self.config.vocab_size;
         let mut logits_chunk = self.logits_chunk(count)?;
         let mut outputs = Vec::with_capacity(count);
-        let chunk = chunk_rows(vocabulary);
-        for start in (0..count).step_by(chunk) {
-            let range = start..count.min(start + chunk);
+        let rows = chunk_rows(vocabulary);
+        for start in (0..count).step_by(rows) {
+            let range = start..count.min(start + rows);
             visitor.prepare(range.clone())?;
             let logits_nV = &mut logits_chunk[..range.len() * vocabulary];
             hidden.logits(range.clone(), logits_nV)?;
@@ -134,7 +133,7 @@ impl Model {
         Ok(outputs)
     }
 
-    /// Calls `visit` with the index and the logits (V) of each position: see [`Model::visit_logits`].
+    /// Calls `visit` with the index and the logits (V) of each position. Returns the results, in order.
     ///
     /// # Errors
     /// As [`Model::forward_backward`].
@@ -148,8 +147,8 @@ impl Model {
         self.visit_logits(input, &mut visitor)
     }
 
-    /// Returns hidden states (N x D), ready for the LM head, computed by candle. candle can
-    /// differentiate them where the weights are variables.
+    /// Computes hidden states (N x D), ready for the LM head, with candle. If weights are variables, candle
+    /// can differentiate the result.
     ///
     /// # Errors
     /// As [`Model::forward_backward`].
@@ -170,25 +169,30 @@ impl Model {
             .hidden(&mut graph, input.input_ids, input.positions)
     }
 
+    /// Allocates the logits of one chunk of `positions`.
     fn logits_chunk(&self, positions: usize) -> Result<Buffer> {
         let vocabulary = self.config.vocab_size;
         let rows = positions.min(chunk_rows(vocabulary));
         Ok(self.arena.take(rows * vocabulary)?)
     }
 
+    /// Checks that the segments cover all tokens in order and fit the model's context.
     fn check_segments(&self, input: &ModelInput) -> Result<()> {
         let context = self.config.max_position_embeddings;
-        let mut next = 0;
+        let mut covered = 0;
         for segment in input.segments {
-            if segment.start != next || segment.len() > context {
+            if segment.start != covered || segment.len() > context {
                 bail!(
-                    "segment {segment:?} must begin at {next} and fit the model's context of {context} tokens"
+                    "segment {segment:?} must begin at {covered} and fit the model's context of {context} tokens"
                 );
             }
-            next = segment.end;
+            covered = segment.end;
         }
-        if next != input.input_ids.len() {
-            bail!("segments cover {next} of {} tokens", input.input_ids.len());
+        if covered != input.input_ids.len() {
+            bail!(
+                "segments cover {covered} of {} tokens",
+                input.input_ids.len()
+            );
         }
         Ok(())
     }
@@ -197,14 +201,14 @@ impl Model {
 /// Hidden states (N x D) of a forward pass, ready for the LM head.
 pub struct HiddenStates<'a> {
     model: &'a Model,
-    states: HiddenData,
+    data: HiddenData,
 }
 
 enum HiddenData {
     /// Computed by the tape.
-    Cpu(Arc<Buffer>),
+    Tape(Arc<Buffer>),
     /// Computed by candle, on the model's device.
-    Device(Tensor),
+    Candle(Tensor),
 }
 
 impl HiddenStates<'_> {
@@ -214,13 +218,13 @@ impl HiddenStates<'_> {
     /// Where the device fails.
     pub fn logits(&self, range: Range<usize>, logits_nV: &mut [f32]) -> candle_core::Result<()> {
         let head = self.model.head_layer();
-        match &self.states {
-            HiddenData::Cpu(hidden_ND) => {
+        match &self.data {
+            HiddenData::Tape(hidden_ND) => {
                 let hidden_nD = &hidden_ND[range.start * head.inputs..range.end * head.inputs];
                 let weight_VD = CpuValues::new(self.model.head())?;
                 head.forward(hidden_nD, &weight_VD, None, logits_nV, false);
             }
-            HiddenData::Device(hidden_ND) => {
+            HiddenData::Candle(hidden_ND) => {
                 let hidden_nD = hidden_ND.narrow(0, range.start, range.len())?;
                 let weight_VD = self.model.head().detach().to_dtype(hidden_nD.dtype())?;
                 let logits = hidden_nD.matmul(&weight_VD.t()?)?.to_dtype(DType::F32)?;

@@ -10,7 +10,7 @@ use crate::tokenizer::Tokenizer;
 /// A generated answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Generated {
-    /// All sampled tokens, the end of the turn included. Their number is `completion_tokens` in the APIs of
+    /// All sampled tokens, including the end of the turn. Their number is `completion_tokens` in the APIs of
     /// OpenAI and vLLM.
     pub ids: Vec<u32>,
     /// The decoded text, without the end of the turn and without the stop string.
@@ -29,11 +29,11 @@ impl Generated {
     }
 }
 
-/// Generates an answer to each of `prompts` (token ids), up to `batch_size` at a time. Answers have the
-/// order of the prompts.
+/// Generates an answer to each of `prompts` (token ids), up to `batch_size` at a time. Returns the answers in
+/// the order of the prompts.
 ///
-/// Each answer has its own seed, derived from the seed in `options` and its index in the list. A prompt
-/// that fills the model's context gets an empty answer with [`FinishReason::Length`].
+/// The seed of each answer is derived from the seed in `options` and the index of its prompt. A prompt that
+/// fills the model's context gets an empty answer with [`FinishReason::Length`].
 ///
 /// # Errors
 /// Where a prompt is empty, or a forward pass fails.
@@ -57,8 +57,8 @@ pub fn batch(
         .enumerate()
         .filter(|(_, prompt)| prompt.len() < context);
     let mut batcher = Batcher::new(model, tokenizer, batch_size);
-    // The ids of the batcher count from 0, in the order of submission.
-    let mut submitted = Vec::new();
+    // The batcher numbers its answers from 0 in the order of submission: this maps its ids to prompts.
+    let mut prompt_indices = Vec::new();
     loop {
         while batcher.has_free_slot()
             && let Some((index, prompt)) = waiting.next()
@@ -70,13 +70,13 @@ pub fn batch(
             batcher
                 .submit(prompt.clone(), &options)
                 .with_context(|| format!("prompt {}", index + 1))?;
-            submitted.push(index);
+            prompt_indices.push(index);
         }
         if batcher.is_idle() {
             return Ok(answers);
         }
         for update in batcher.step()? {
-            answers[submitted[update.id as usize]].append(update);
+            answers[prompt_indices[update.id as usize]].append(update);
         }
     }
 }

@@ -1,12 +1,14 @@
 //! GPT-2 (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019), written once
 //! over [`Graph`].
 //!
-//! The files hold linear weights as (inputs x outputs), and queries, keys and values in one weight. In
-//! memory the weights have the layout of the other architectures. Dropout is not applied, whatever
-//! `config.json` says.
+//! The files store linear weights as (inputs x outputs), and the projections of queries, keys and values
+//! as one fused weight. In memory, linear weights are (outputs x inputs) and the three projections are
+//! separate, as in the other architectures. Dropout is not applied, even if `config.json` sets it.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
@@ -24,15 +26,17 @@ const PREFIX: &str = "transformer.";
 pub(super) const NAMES: WeightNames = WeightNames {
     prefix: PREFIX,
     embedding: "transformer.wte.weight",
-    positions: Some("transformer.wpe.weight"),
-    norm: ("transformer.ln_f", true),
+    position_embedding: Some("transformer.wpe.weight"),
+    final_norm: "transformer.ln_f",
+    final_norm_has_bias: true,
 };
 
-/// The module of queries, keys and values in the files, and the three modules in memory.
+/// The module in the files that projects to queries, keys and values.
 const FUSED_QKV: &str = ".attn.c_attn.";
+/// The modules in memory that project to queries, keys and values.
 const QKV_PARTS: [&str; 3] = [".attn.q.", ".attn.k.", ".attn.v."];
 
-/// Weights that are stored as (inputs x outputs).
+/// Endings of the weights that the files store as (inputs x outputs), in addition to the fused weight.
 const TRANSPOSED: [&str; 3] = [
     ".attn.c_proj.weight",
     ".mlp.c_fc.weight",
@@ -41,6 +45,7 @@ const TRANSPOSED: [&str; 3] = [
 
 /// The weights of a layer.
 pub(crate) struct Gpt2Layer {
+    index: usize,
     ln_1: Norm,
     q: Projection,
     k: Projection,
@@ -56,35 +61,35 @@ pub(super) fn add_layer_parameters(list: &mut ParameterList, layer: usize, confi
     let hidden = config.hidden_size;
     let inner = config.intermediate_size;
     let name = |module: &str| module_name(layer, module);
-    list.norm(&name("ln_1"), hidden, true);
-    for part in ["attn.q", "attn.k", "attn.v", "attn.c_proj"] {
-        list.projection(&name(part), [hidden, hidden], true);
+    list.add_norm(&name("ln_1"), hidden, true);
+    for module in ["attn.q", "attn.k", "attn.v", "attn.c_proj"] {
+        list.add_projection(&name(module), [hidden, hidden], true);
     }
-    list.norm(&name("ln_2"), hidden, true);
-    list.projection(&name("mlp.c_fc"), [inner, hidden], true);
-    list.projection(&name("mlp.c_proj"), [hidden, inner], true);
+    list.add_norm(&name("ln_2"), hidden, true);
+    list.add_projection(&name("mlp.c_fc"), [inner, hidden], true);
+    list.add_projection(&name("mlp.c_proj"), [hidden, inner], true);
 }
 
 fn module_name(layer: usize, module: &str) -> String {
     format!("{PREFIX}h.{layer}.{module}")
 }
 
-/// Returns the name in the files of a weight in memory.
+/// Returns the name that the weight `name` in memory has in the files.
 pub(super) fn stored_name(name: String) -> String {
     let part = QKV_PARTS.iter().find(|part| name.contains(*part));
     part.map_or(name.clone(), |part| name.replace(part, FUSED_QKV))
 }
 
-/// Converts weights from the layout of the files to that in memory.
+/// Converts weights from the layout of the files to the layout in memory.
 ///
 /// # Errors
 /// Where a fused weight cannot be split into three.
-pub(crate) fn import(stored: Tensors) -> Result<Tensors> {
+pub(crate) fn to_memory_layout(stored: Tensors) -> Result<Tensors> {
     let mut tensors = Tensors::new();
     for (name, tensor) in stored {
         if let Some((layer, kind)) = name.split_once(FUSED_QKV) {
-            let all = transposed(&tensor)?;
-            let parts = all.chunk(QKV_PARTS.len(), 0)?;
+            let fused = transposed(&tensor)?;
+            let parts = fused.chunk(QKV_PARTS.len(), 0)?;
             for (part, tensor) in QKV_PARTS.iter().zip(parts) {
                 tensors.insert(format!("{layer}{part}{kind}"), tensor.copy()?);
             }
@@ -97,11 +102,11 @@ pub(crate) fn import(stored: Tensors) -> Result<Tensors> {
     Ok(tensors)
 }
 
-/// Converts weights from the layout in memory to that of the files.
+/// Converts weights from the layout in memory to the layout of the files.
 ///
 /// # Errors
 /// Where a part of a fused weight is missing.
-pub(crate) fn export(tensors: &Tensors) -> Result<Tensors> {
+pub(crate) fn to_file_layout(tensors: &Tensors) -> Result<Tensors> {
     let mut stored = Tensors::new();
     for (name, tensor) in tensors {
         if let Some((layer, kind)) = name.split_once(QKV_PARTS[0]) {
@@ -109,8 +114,8 @@ pub(crate) fn export(tensors: &Tensors) -> Result<Tensors> {
             let parts: Option<Vec<&Tensor>> = QKV_PARTS.iter().map(part).collect();
             let parts =
                 parts.with_context(|| format!("the keys or values of {layer} are missing"))?;
-            let all = Tensor::cat(&parts, 0)?;
-            stored.insert(format!("{layer}{FUSED_QKV}{kind}"), transposed(&all)?);
+            let fused = Tensor::cat(&parts, 0)?;
+            stored.insert(format!("{layer}{FUSED_QKV}{kind}"), transposed(&fused)?);
         } else if TRANSPOSED.iter().any(|end| name.ends_with(end)) {
             stored.insert(name.clone(), transposed(tensor)?);
         } else if !QKV_PARTS.iter().any(|part| name.contains(part)) {
@@ -129,14 +134,15 @@ fn transposed(tensor: &Tensor) -> Result<Tensor> {
 }
 
 impl Gpt2Layer {
-    /// Takes the weights of layer `layer`.
+    /// Builds the layer `index` from `weights`.
     ///
     /// # Errors
     /// Where a weight is missing.
-    pub(super) fn new(layer: usize, weights: &CheckedWeights) -> Result<Self> {
-        let norm = |module: &str| weights.norm(&module_name(layer, module), true);
-        let projection = |module: &str| weights.projection(&module_name(layer, module), true);
+    pub(super) fn new(index: usize, weights: &CheckedWeights) -> Result<Self> {
+        let norm = |module: &str| weights.norm(&module_name(index, module), true);
+        let projection = |module: &str| weights.projection(&module_name(index, module), true);
         Ok(Self {
+            index,
             ln_1: norm("ln_1")?,
             q: projection("attn.q")?,
             k: projection("attn.k")?,
@@ -148,22 +154,17 @@ impl Gpt2Layer {
         })
     }
 
-    /// Runs the layer with this index.
+    /// Runs the layer.
     ///
     /// # Errors
     /// Where the graph fails.
-    pub(crate) fn forward<G: Graph>(
-        &self,
-        graph: &mut G,
-        index: usize,
-        x_TD: G::Value,
-    ) -> Result<G::Value> {
+    pub(crate) fn forward<G: Graph>(&self, graph: &mut G, x_TD: G::Value) -> Result<G::Value> {
         let normed_TD = self.ln_1.forward(graph, &x_TD)?;
         let q_THC = graph.linear(&normed_TD, &self.q)?;
         let k_THC = graph.linear(&normed_TD, &self.k)?;
         let v_THC = graph.linear(&normed_TD, &self.v)?;
         drop(normed_TD);
-        let heads_THC = graph.attention(index, [q_THC, k_THC, v_THC], None)?;
+        let heads_THC = graph.attention(self.index, [q_THC, k_THC, v_THC], None)?;
         let x_TD = graph.add_linear(x_TD, &heads_THC, &self.o)?;
         drop(heads_THC);
         let normed_TD = self.ln_2.forward(graph, &x_TD)?;

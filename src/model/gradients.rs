@@ -1,4 +1,5 @@
-//! Gradients of the variables. Each is allocated when its first part arrives.
+//! The gradients of the variables, from the tape or from candle. The tape's gradients are buffers in an
+//! arena, allocated when they are first written.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -7,65 +8,65 @@ use anyhow::Result;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, TensorId};
 
-use crate::ops::Gradient;
+use crate::ops::GradientMut;
 use crate::ops::arena::{Arena, Buffer};
 
 /// Gradients of the variables, summed over micro-batches.
 pub struct Gradients {
     arena: Arena,
     /// Gradients computed by the tape.
-    on_cpu: HashMap<TensorId, Buffer>,
+    tape: HashMap<TensorId, Buffer>,
     /// Gradients computed by candle, on the device of their variables.
-    on_device: HashMap<TensorId, Tensor>,
+    candle: HashMap<TensorId, Tensor>,
 }
 
 impl Gradients {
-    /// Creates an empty set, which takes its memory from `arena`.
+    /// Creates an empty set. The tape's gradients are allocated in `arena`.
     pub fn new(arena: Arena) -> Self {
         Self {
             arena,
-            on_cpu: HashMap::new(),
-            on_device: HashMap::new(),
+            tape: HashMap::new(),
+            candle: HashMap::new(),
         }
     }
 
-    /// Returns the gradient of a variable that the tape computed.
-    pub fn get(&self, variable: &Tensor) -> Option<&[f32]> {
-        self.on_cpu.get(&variable.id()).map(|buffer| &**buffer)
+    /// Returns the gradient of `variable` that the tape computed.
+    pub fn get_tape(&self, variable: &Tensor) -> Option<&[f32]> {
+        self.tape.get(&variable.id()).map(|buffer| &**buffer)
     }
 
-    /// Returns the gradient of a variable that candle computed.
-    pub fn get_on_device(&self, variable: &Tensor) -> Option<&Tensor> {
-        self.on_device.get(&variable.id())
+    /// Returns the gradient of `variable` that candle computed.
+    pub fn get_candle(&self, variable: &Tensor) -> Option<&Tensor> {
+        self.candle.get(&variable.id())
     }
 
-    /// Returns the destination for a part of the gradient of `tensor`; None if `tensor` is not a
+    /// Returns the buffer in which the tape sums the gradient of `tensor`, or None if `tensor` is not a
     /// variable.
     ///
     /// # Errors
     /// Where memory runs out.
-    pub fn accumulator(&mut self, tensor: &Tensor) -> Result<Option<Gradient<'_>>> {
+    pub fn accumulator(&mut self, tensor: &Tensor) -> Result<Option<GradientMut<'_>>> {
         if !tensor.is_variable() {
             return Ok(None);
         }
-        let add = self.on_cpu.contains_key(&tensor.id());
-        let values = match self.on_cpu.entry(tensor.id()) {
+        let add = self.tape.contains_key(&tensor.id());
+        let values = match self.tape.entry(tensor.id()) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => entry.insert(self.arena.take(tensor.elem_count())?),
         };
-        Ok(Some(Gradient { values, add }))
+        Ok(Some(GradientMut { values, add }))
     }
 
-    /// Adds a part of the gradient of `variable` that candle computed.
+    /// Adds `gradient`, which candle computed, to the gradient of `variable`.
     ///
     /// # Errors
     /// Where the device fails.
-    pub fn add(&mut self, variable: TensorId, part: &Tensor) -> Result<()> {
-        let sum = match self.on_device.get(&variable) {
-            Some(sum) => (sum + part)?,
-            None => part.clone(),
+    pub fn add(&mut self, variable: TensorId, gradient: &Tensor) -> Result<()> {
+        let sum = match self.candle.get(&variable) {
+            Some(sum) => (sum + gradient)?,
+            None => gradient.clone(),
         };
-        self.on_device.insert(variable, sum.detach());
+        self.candle.insert(variable, sum.detach());
         Ok(())
     }
 
@@ -75,8 +76,8 @@ impl Gradients {
     /// Where the device fails.
     pub fn add_all(&mut self, store: &GradStore) -> Result<()> {
         for variable in store.get_ids() {
-            if let Some(part) = store.get_id(*variable) {
-                self.add(*variable, part)?;
+            if let Some(gradient) = store.get_id(*variable) {
+                self.add(*variable, gradient)?;
             }
         }
         Ok(())
@@ -84,7 +85,7 @@ impl Gradients {
 
     /// Drops all gradients.
     pub fn clear(&mut self) {
-        self.on_cpu.clear();
-        self.on_device.clear();
+        self.tape.clear();
+        self.candle.clear();
     }
 }

@@ -16,9 +16,9 @@ pub(super) const NO_ROPE: &str = "this architecture has no rotary embedding";
 
 /// The operations that architectures call, over activations of (T x width).
 ///
-/// A graph knows the sequence and the position of every row. Weights are tensors; those that are
-/// variables receive gradients. An operation that takes a value by value may overwrite it: pass a
-/// clone to use it again.
+/// A graph stores the sequence and the position of every row. Weights are tensors; variables among them
+/// receive gradients. An operation that takes ownership of its input may overwrite it: pass a clone to
+/// use the input again.
 ///
 /// # Errors
 /// All operations fail where shapes do not fit or memory runs out.
@@ -32,7 +32,7 @@ pub trait Graph {
     /// Returns rows `positions` (N) of `x`.
     fn select_rows(&mut self, x: Self::Value, positions: &[u32]) -> Result<Self::Value>;
 
-    /// `x / sqrt(mean(x^2) + epsilon) * weight`, over groups of as many channels as `weight` has.
+    /// `x / sqrt(mean(x^2) + epsilon) * weight`, over each group of `weight.len()` channels: a row or a head.
     fn rms_norm(&mut self, x: &Self::Value, weight: &Tensor, epsilon: f64) -> Result<Self::Value>;
 
     /// `(x - mean(x)) / sqrt(var(x) + epsilon) * weight + bias`, over rows.
@@ -44,7 +44,7 @@ pub trait Graph {
         epsilon: f64,
     ) -> Result<Self::Value>;
 
-    /// `x W^T + b`, plus the output of the layer's adapter.
+    /// `x W^T + b`, plus the output of the adapter, if the layer has one.
     fn linear(&mut self, x: &Self::Value, layer: &Projection) -> Result<Self::Value>;
 
     /// `residual` plus the result of [`Graph::linear`].
@@ -76,6 +76,6 @@ pub trait Graph {
         window: Option<usize>,
     ) -> Result<Self::Value>;
 
-    /// Marks the input of a layer: a value that is kept when activations are recomputed.
+    /// Marks `x` as the input of a layer, which is kept when all other activations are recomputed.
     fn mark_checkpoint(&mut self, _x: &Self::Value) {}
 }

@@ -1,6 +1,7 @@
 //! The key/value cache of incremental decoding.
 
-/// Keys and values of one sequence, per layer (len x G C each). The keys carry the rotary embedding.
+/// Keys and values of one sequence, per layer (len x G C each). The rotary embedding is already applied to
+/// the keys.
 #[derive(Default)]
 pub struct KvCache {
     pub(super) layers: Vec<(Vec<f32>, Vec<f32>)>,

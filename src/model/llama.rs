@@ -2,10 +2,12 @@
 //! variants: mistral (a sliding window; arXiv 2310.06825), qwen2 (biases; arXiv 2407.10671), qwen3 (a
 //! norm of every head; arXiv 2505.09388).
 //!
-//! Written once, over [`Graph`], for training and generation on every device.
+//! The layer is written once, over [`Graph`], for training and generation on every device.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use anyhow::Result;
 
@@ -19,23 +21,26 @@ use crate::model::parameters::WeightNames;
 pub(super) const NAMES: WeightNames = WeightNames {
     prefix: "model.",
     embedding: "model.embed_tokens.weight",
-    positions: None,
-    norm: ("model.norm", false),
+    position_embedding: None,
+    final_norm: "model.norm",
+    final_norm_has_bias: false,
 };
 
 /// The weights of a layer.
 pub(crate) struct LlamaLayer {
+    index: usize,
     input_norm: Norm,
     q: Projection,
     k: Projection,
     v: Projection,
-    /// Norms of every head of queries and of keys.
+    /// The norm of each query head and the norm of each key head (qwen3).
     qk_norm: Option<[Norm; 2]>,
     o: Projection,
     post_attention_norm: Norm,
     gate: Projection,
     up: Projection,
     down: Projection,
+    /// Number of keys that a query sees, itself included. None: all keys before it.
     window: Option<usize>,
 }
 
@@ -51,22 +56,22 @@ pub(super) fn add_layer_parameters(
     let q_width = config.heads.query_width();
     let kv_width = config.heads.key_value_width();
     let name = |module: &str| module_name(layer, module);
-    list.norm(&name("input_layernorm"), hidden, false);
+    list.add_norm(&name("input_layernorm"), hidden, false);
     let bias = variant.qkv_bias;
-    list.projection(&name("self_attn.q_proj"), [q_width, hidden], bias);
-    list.projection(&name("self_attn.k_proj"), [kv_width, hidden], bias);
-    list.projection(&name("self_attn.v_proj"), [kv_width, hidden], bias);
+    list.add_projection(&name("self_attn.q_proj"), [q_width, hidden], bias);
+    list.add_projection(&name("self_attn.k_proj"), [kv_width, hidden], bias);
+    list.add_projection(&name("self_attn.v_proj"), [kv_width, hidden], bias);
     if variant.qk_norm {
-        list.norm(&name("self_attn.q_norm"), config.heads.head_dim, false);
-        list.norm(&name("self_attn.k_norm"), config.heads.head_dim, false);
+        list.add_norm(&name("self_attn.q_norm"), config.heads.head_dim, false);
+        list.add_norm(&name("self_attn.k_norm"), config.heads.head_dim, false);
     }
     let bias = variant.output_bias;
-    list.projection(&name("self_attn.o_proj"), [hidden, q_width], bias);
-    list.norm(&name("post_attention_layernorm"), hidden, false);
+    list.add_projection(&name("self_attn.o_proj"), [hidden, q_width], bias);
+    list.add_norm(&name("post_attention_layernorm"), hidden, false);
     let bias = variant.mlp_bias;
-    list.projection(&name("mlp.gate_proj"), [inner, hidden], bias);
-    list.projection(&name("mlp.up_proj"), [inner, hidden], bias);
-    list.projection(&name("mlp.down_proj"), [hidden, inner], bias);
+    list.add_projection(&name("mlp.gate_proj"), [inner, hidden], bias);
+    list.add_projection(&name("mlp.up_proj"), [inner, hidden], bias);
+    list.add_projection(&name("mlp.down_proj"), [hidden, inner], bias);
 }
 
 fn module_name(layer: usize, module: &str) -> String {
@@ -74,23 +79,23 @@ fn module_name(layer: usize, module: &str) -> String {
 }
 
 impl LlamaLayer {
-    /// Takes the weights of layer `layer`.
+    /// Builds the layer `index` from `weights`.
     ///
     /// # Errors
     /// Where a weight is missing.
     pub(super) fn new(
-        layer: usize,
+        index: usize,
         variant: &LlamaVariant,
         weights: &CheckedWeights,
     ) -> Result<Self> {
-        let norm = |module: &str| weights.norm(&module_name(layer, module), false);
-        let projection = |module: &str, bias: bool| {
-            let name = module_name(layer, module);
-            weights.projection(&name, bias)
+        let norm = |module: &str| weights.norm(&module_name(index, module), false);
+        let projection = |module: &str, has_bias: bool| {
+            weights.projection(&module_name(index, module), has_bias)
         };
         let qk_norm =
             || -> Result<[Norm; 2]> { Ok([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]) };
         Ok(Self {
+            index,
             input_norm: norm("input_layernorm")?,
             q: projection("self_attn.q_proj", variant.qkv_bias)?,
             k: projection("self_attn.k_proj", variant.qkv_bias)?,
@@ -101,20 +106,15 @@ impl LlamaLayer {
             gate: projection("mlp.gate_proj", variant.mlp_bias)?,
             up: projection("mlp.up_proj", variant.mlp_bias)?,
             down: projection("mlp.down_proj", variant.mlp_bias)?,
-            window: variant.windows[layer],
+            window: variant.windows[index],
         })
     }
 
-    /// Runs the layer with this index.
+    /// Runs the layer.
     ///
     /// # Errors
     /// Where the graph fails.
-    pub(crate) fn forward<G: Graph>(
-        &self,
-        graph: &mut G,
-        index: usize,
-        x_TD: G::Value,
-    ) -> Result<G::Value> {
+    pub(crate) fn forward<G: Graph>(&self, graph: &mut G, x_TD: G::Value) -> Result<G::Value> {
         let normed_TD = self.input_norm.forward(graph, &x_TD)?;
         let mut q_THC = graph.linear(&normed_TD, &self.q)?;
         let mut k_TGC = graph.linear(&normed_TD, &self.k)?;
@@ -126,7 +126,7 @@ impl LlamaLayer {
         }
         let q_THC = graph.rope(q_THC)?;
         let k_TGC = graph.rope(k_TGC)?;
-        let heads_THC = graph.attention(index, [q_THC, k_TGC, v_TGC], self.window)?;
+        let heads_THC = graph.attention(self.index, [q_THC, k_TGC, v_TGC], self.window)?;
         let x_TD = graph.add_linear(x_TD, &heads_THC, &self.o)?;
         drop(heads_THC);
         let normed_TD = self.post_attention_norm.forward(graph, &x_TD)?;

@@ -1,8 +1,10 @@
 //! LoRA adapters among the weights of a decoder (Hu et al., arXiv 2106.09685), with the names, initial
 //! values and scale of PEFT.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
@@ -16,13 +18,14 @@ use crate::ops::CpuValues;
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 use crate::ops::matmul::{Precision, matmul};
 
+/// Name endings of a weight W and of the two weights of its adapter.
 const WEIGHT: &str = ".weight";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 
 /// Creates adapters of rank `rank` for the linear layers whose names match one of `targets`, or for all
-/// linear layers if there are no targets. A is uniform within 1 / sqrt(inputs) and B is zero, so the
-/// adapters do not change the decoder at first.
+/// linear layers if `targets` is empty. A is uniform between -1 / sqrt(inputs) and 1 / sqrt(inputs), and B
+/// is zero, so that new adapters do not change the decoder's output.
 ///
 /// # Errors
 /// Where a tensor cannot be allocated.
@@ -35,14 +38,14 @@ pub fn new_adapters(
     let mut random = fastrand::Rng::with_seed(seed);
     let mut tensors = Tensors::new();
     for parameter in config.parameters() {
-        let adapts = parameter.role == ParameterRole::Projection
+        let is_target = parameter.role == ParameterRole::Projection
             && (targets.is_empty() || targets.iter().any(|t| t.is_match(&parameter.name)));
         let (Some(module), &[outputs, inputs]) =
             (parameter.name.strip_suffix(WEIGHT), &parameter.shape[..])
         else {
             continue;
         };
-        if !adapts {
+        if !is_target {
             continue;
         }
         let bound = 1.0 / (inputs as f32).sqrt();
@@ -66,7 +69,7 @@ pub fn first_projection_name(config: &ModelConfig) -> String {
     projections.next().map_or(String::new(), |p| p.name.clone())
 }
 
-/// Merges every adapter into its weight: W + s B A.
+/// Merges every adapter into its weight: W + s B A. Other weights are returned unchanged.
 ///
 /// # Errors
 /// Where shapes do not fit.
@@ -76,8 +79,9 @@ pub fn merge(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
         if name.ends_with(A) || name.ends_with(B) {
             continue;
         }
-        let part = |kind: &str| tensors.get(&format!("{}{kind}", name.strip_suffix(WEIGHT)?));
-        let tensor = match (part(A), part(B)) {
+        let adapter =
+            |ending: &str| tensors.get(&format!("{}{ending}", name.strip_suffix(WEIGHT)?));
+        let tensor = match (adapter(A), adapter(B)) {
             (Some(a), Some(b)) => merge_adapter(tensor, a, b, config.adapter_scale as f32)?,
             _ => tensor.clone(),
         };
@@ -91,12 +95,12 @@ fn merge_adapter(weight_OI: &Tensor, a_RI: &Tensor, b_OR: &Tensor, scale: f32) -
     let (outputs, inputs) = weight_OI.dims2()?;
     let rank = a_RI.dim(0)?;
     let mut sum_OI = CpuValues::new(weight_OI)?.to_vec();
-    let scaled_b = CpuValues::new(b_OR)?;
-    let scaled_b: Vec<f32> = scaled_b.iter().map(|value| value * scale).collect();
+    let b_OR = CpuValues::new(b_OR)?;
+    let scaled_b_OR: Vec<f32> = b_OR.iter().map(|value| value * scale).collect();
     let a_RI = CpuValues::new(a_RI)?;
     matmul(
         MatMut::new(&mut sum_OI, inputs),
-        Mat::new(&scaled_b, rank),
+        Mat::new(&scaled_b_OR, rank),
         Mat::new(&a_RI, inputs),
         true,
         Threads::All,

@@ -23,14 +23,15 @@
 //! 3. `<name>.rs`: the weight names (`NAMES`), `add_layer_parameters`, and the layer with `new` and
 //!    `forward` over [`Graph`](graph::Graph). Add them to each `match` in `decoder.rs`.
 //! 4. A new operation: a method of `Graph`, an `Op` in `tape/` (forward and backward), its
-//!    arithmetic in `ops/`, and the same in candle in `candle_graph/mod.rs`.
-//! 5. Layouts that differ from the files: `import` and `export`, as in `gpt2.rs`.
+//!    arithmetic in `ops/`, and the same operation with candle in `candle_graph/mod.rs`.
+//! 5. If the files have another layout: `to_memory_layout` and `to_file_layout`, as in `gpt2.rs`.
 //! 6. Tests: add a case to `tests/python/make_gradient_golden.py`, which writes the golden files in
 //!    `tests/it/golden/gradients/`, and its name to `CASES` in `tests/it/gradients/torch.rs`.
 //!
 //! Tensor names end in their shape: B batch, T tokens (all segments of a batch, end to end), D model
 //! width, H heads, G key/value heads, C head width, F feed-forward width, N supervised positions, V
-//! vocabulary, K top-k, L layers. A lower-case letter is a part of its dimension.
+//! vocabulary, K top-k, L layers; I and O are the inputs and outputs of a linear layer, R the rank of
+//! its adapter. A lower-case letter is a part of its dimension: `logits_nV` are n of N rows.
 
 pub mod batcher;
 pub mod candle_graph;
@@ -85,7 +86,7 @@ pub struct Model {
 /// The implementation that runs the operations of a decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
-    /// The fused operations of [`tape`], on the CPU.
+    /// The fused operations of [`tape`], on the CPU only.
     CpuTape,
     /// The candle operations of [`candle_graph`], on every device.
     Candle,
@@ -117,7 +118,8 @@ impl Model {
     /// # Errors
     /// Where tensors are missing or their shapes do not match `config`.
     pub fn new(config: ModelConfig, tensors: &Tensors) -> Result<Self> {
-        // First, because it checks the shapes of the weights, from which sizes are computed below.
+        // Built first, because it checks the sizes in `config` against the weights: a wrong size would
+        // allocate a wrong table below.
         let decoder = Decoder::new(&config, tensors)?;
         let rope = config.rope().map(|rope| {
             let frequencies = rope.inverse_frequencies(config.heads.head_dim);
@@ -137,7 +139,7 @@ impl Model {
         })
     }
 
-    /// Builds the same decoder from other weights, which are copied to its device.
+    /// Builds a decoder of the same shape from `tensors`, which are copied to this model's device.
     ///
     /// # Errors
     /// As [`Model::new`].
@@ -168,7 +170,7 @@ impl Model {
         self.precision = precision;
     }
 
-    /// Returns the shape.
+    /// Returns the shape of the decoder.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 
 use super::graph::Graph;
 
-/// The weights of a norm: LayerNorm with a bias, RMSNorm without.
+/// The weights of a norm: of a LayerNorm if it has a bias, else of an RMSNorm.
 pub(crate) struct Norm {
     pub weight: Tensor,
     pub bias: Option<Tensor>,
@@ -13,7 +13,7 @@ pub(crate) struct Norm {
 }
 
 impl Norm {
-    /// Normalises groups of as many channels as there are weights.
+    /// Normalises each group of `weight.len()` channels: a row or a head.
     ///
     /// # Errors
     /// Where the graph fails.

@@ -1,4 +1,5 @@
-//! Names and shapes of the weights of a decoder, random initial weights, and checked access to weights.
+//! The parameters of a decoder (names, shapes and roles of its weights), random initial weights, and access
+//! to weights whose shapes were checked.
 
 use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
@@ -8,27 +9,27 @@ use super::projection::{LoraAdapter, Projection};
 use super::weights::Tensors;
 use crate::model::config::shape::ModelConfig;
 
-/// A weight of a decoder.
+/// The name, shape and role of a weight of a decoder.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Parameter {
+pub struct ParameterSpec {
     pub name: String,
     pub shape: Vec<usize>,
     pub role: ParameterRole,
 }
 
-impl Parameter {
+impl ParameterSpec {
     /// Number of elements.
-    pub fn count(&self) -> usize {
+    pub fn element_count(&self) -> usize {
         self.shape.iter().product()
     }
 }
 
-/// The role of a weight.
+/// The role of a weight, which determines its initial values and whether LoRA adapts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ParameterRole {
     /// A table with one row per token or position: embeddings, and the LM head.
     Table,
-    /// The weight of a linear layer (outputs x inputs), which LoRA can adapt.
+    /// The weight of a linear layer (outputs x inputs). Only these have LoRA adapters.
     Projection,
     /// The scale of a norm.
     Norm,
@@ -37,41 +38,46 @@ pub enum ParameterRole {
 
 /// A list of parameters under construction.
 #[derive(Default)]
-pub(super) struct ParameterList(Vec<Parameter>);
+pub(super) struct ParameterList(Vec<ParameterSpec>);
 
 impl ParameterList {
     pub(super) fn add(&mut self, name: impl Into<String>, shape: &[usize], role: ParameterRole) {
-        self.0.push(Parameter {
+        self.0.push(ParameterSpec {
             name: name.into(),
             shape: shape.to_vec(),
             role,
         });
     }
 
-    /// Adds `module.weight` (outputs x inputs), and `module.bias` with `bias`.
-    pub(super) fn projection(&mut self, module: &str, [outputs, inputs]: [usize; 2], bias: bool) {
+    /// Adds `module.weight` (outputs x inputs), and `module.bias` (outputs) with `has_bias`.
+    pub(super) fn add_projection(
+        &mut self,
+        module: &str,
+        [outputs, inputs]: [usize; 2],
+        has_bias: bool,
+    ) {
         let weight = format!("{module}.weight");
         self.add(weight, &[outputs, inputs], ParameterRole::Projection);
-        if bias {
+        if has_bias {
             self.add(format!("{module}.bias"), &[outputs], ParameterRole::Bias);
         }
     }
 
-    /// Adds `module.weight` (width), and `module.bias` with `bias`.
-    pub(super) fn norm(&mut self, module: &str, width: usize, bias: bool) {
+    /// Adds `module.weight` (width), and `module.bias` (width) with `has_bias`.
+    pub(super) fn add_norm(&mut self, module: &str, width: usize, has_bias: bool) {
         self.add(format!("{module}.weight"), &[width], ParameterRole::Norm);
-        if bias {
+        if has_bias {
             self.add(format!("{module}.bias"), &[width], ParameterRole::Bias);
         }
     }
 
-    pub(super) fn into_inner(self) -> Vec<Parameter> {
+    pub(super) fn into_inner(self) -> Vec<ParameterSpec> {
         self.0
     }
 }
 
-/// Creates initial weights: normal with standard deviation `initializer_range`; norms are one, biases
-/// are zero.
+/// Creates initial weights. Tables and projections are normally distributed with mean 0 and standard
+/// deviation `initializer_range`; norms are one and biases zero.
 ///
 /// # Errors
 /// Where a tensor cannot be allocated.
@@ -79,7 +85,7 @@ pub fn random_weights(config: &ModelConfig, seed: u64) -> Result<Tensors> {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut tensors = Tensors::new();
     for parameter in config.parameters() {
-        let count = parameter.count();
+        let count = parameter.element_count();
         let values: Vec<f32> = match parameter.role {
             ParameterRole::Norm => vec![1.0; count],
             ParameterRole::Bias => vec![0.0; count],
@@ -100,7 +106,7 @@ fn normal(random: &mut fastrand::Rng) -> f64 {
     radius * (2.0 * std::f64::consts::PI * random.f64()).cos()
 }
 
-/// Weights whose names and shapes match the config.
+/// Weights that were checked against the parameters of a [`ModelConfig`].
 pub(super) struct CheckedWeights<'a> {
     tensors: &'a Tensors,
     adapter_scale: f64,
@@ -111,9 +117,9 @@ impl<'a> CheckedWeights<'a> {
     /// Checks `tensors` against `config`.
     ///
     /// # Errors
-    /// Names the first tensor that is missing or whose shape does not match.
+    /// Where a tensor is missing or its shape does not match: names the first.
     pub(super) fn new(config: &ModelConfig, tensors: &'a Tensors) -> Result<Self> {
-        for Parameter { name, shape, .. } in config.parameters() {
+        for ParameterSpec { name, shape, .. } in config.parameters() {
             let Some(tensor) = tensors.get(&name) else {
                 bail!("tensor {name} is missing from the weights: config.json requires it");
             };
@@ -140,8 +146,8 @@ impl<'a> CheckedWeights<'a> {
         tensor.with_context(|| format!("{name} is not a weight of this architecture"))
     }
 
-    fn bias(&self, module: &str, exists: bool) -> Result<Option<Tensor>> {
-        let bias = exists.then(|| self.get(&format!("{module}.bias")));
+    fn bias(&self, module: &str, has_bias: bool) -> Result<Option<Tensor>> {
+        let bias = has_bias.then(|| self.get(&format!("{module}.bias")));
         bias.transpose()
     }
 
@@ -149,10 +155,10 @@ impl<'a> CheckedWeights<'a> {
     ///
     /// # Errors
     /// As [`CheckedWeights::get`].
-    pub(super) fn norm(&self, module: &str, bias: bool) -> Result<Norm> {
+    pub(super) fn norm(&self, module: &str, has_bias: bool) -> Result<Norm> {
         Ok(Norm {
             weight: self.get(&format!("{module}.weight"))?,
-            bias: self.bias(module, bias)?,
+            bias: self.bias(module, has_bias)?,
             epsilon: self.norm_eps,
         })
     }
@@ -161,9 +167,9 @@ impl<'a> CheckedWeights<'a> {
     ///
     /// # Errors
     /// As [`CheckedWeights::get`], and where one of the two weights of an adapter is missing.
-    pub(super) fn projection(&self, module: &str, bias: bool) -> Result<Projection> {
-        let part = |name: &str| self.tensors.get(&format!("{module}.{name}")).cloned();
-        let adapter = match (part("lora_A.weight"), part("lora_B.weight")) {
+    pub(super) fn projection(&self, module: &str, has_bias: bool) -> Result<Projection> {
+        let weight = |name: &str| self.tensors.get(&format!("{module}.{name}")).cloned();
+        let adapter = match (weight("lora_A.weight"), weight("lora_B.weight")) {
             (Some(a), Some(b)) => Some(LoraAdapter {
                 a,
                 b,
@@ -174,22 +180,23 @@ impl<'a> CheckedWeights<'a> {
         };
         Ok(Projection {
             weight: self.get(&format!("{module}.weight"))?,
-            bias: self.bias(module, bias)?,
+            bias: self.bias(module, has_bias)?,
             adapter,
         })
     }
 }
 
-/// Names of the weights outside the layers, by architecture.
+/// Names of the weights outside the layers. Each architecture has one such table.
 pub(super) struct WeightNames {
-    /// Prefix of all names except that of the LM head. Files without an LM head may omit it.
+    /// Prefix of all names except that of the LM head. In the files it is optional.
     pub prefix: &'static str,
     pub embedding: &'static str,
-    /// The table of learned positions.
-    pub positions: Option<&'static str>,
-    /// The norm after the last layer, and whether it has a bias.
-    pub norm: (&'static str, bool),
+    /// The table of learned position embeddings.
+    pub position_embedding: Option<&'static str>,
+    /// The module name of the norm after the last layer.
+    pub final_norm: &'static str,
+    pub final_norm_has_bias: bool,
 }
 
-/// The LM head, in models where it is not tied to the embedding.
+/// Name of the LM head, in models where it is not tied to the embedding.
 pub(super) const LM_HEAD: &str = "lm_head.weight";

@@ -1,13 +1,13 @@
-//! A linear layer of a decoder.
+//! A linear layer of a decoder: I inputs, O outputs, and an adapter of rank R.
 
 use candle_core::Tensor;
 
-/// The weights of a linear layer: `y = x W^T + b`, plus `s (x A^T) B^T` with an adapter.
+/// The weights of a linear layer, which computes `y = x W^T + b`, plus `s (x A^T) B^T` with an adapter.
 #[derive(Clone)]
 pub struct Projection {
-    /// (O x I)
+    /// W (O x I).
     pub weight: Tensor,
-    /// (O)
+    /// b (O).
     pub bias: Option<Tensor>,
     pub adapter: Option<LoraAdapter>,
 }
@@ -15,16 +15,16 @@ pub struct Projection {
 /// The weights of a low-rank adapter (LoRA).
 #[derive(Clone)]
 pub struct LoraAdapter {
-    /// (R x I)
+    /// A (R x I).
     pub a: Tensor,
-    /// (O x R)
+    /// B (O x R).
     pub b: Tensor,
-    /// alpha / R.
+    /// s: alpha / R.
     pub scale: f64,
 }
 
 impl Projection {
-    /// A layer without bias and adapter.
+    /// Creates a layer without a bias or an adapter.
     pub fn new(weight: &Tensor) -> Self {
         Self {
             weight: weight.clone(),
@@ -35,11 +35,14 @@ impl Projection {
 
     /// Returns true if any of the weights is trainable.
     pub fn requires_grad(&self) -> bool {
-        let adapter = self
+        let adapter_weights = self
             .adapter
             .iter()
             .flat_map(|adapter| [&adapter.a, &adapter.b]);
-        let mut weights = [&self.weight].into_iter().chain(&self.bias).chain(adapter);
+        let mut weights = [&self.weight]
+            .into_iter()
+            .chain(&self.bias)
+            .chain(adapter_weights);
         weights.any(Tensor::is_variable)
     }
 }

@@ -11,8 +11,8 @@ use crate::ops::math;
 pub struct SamplingParams {
     /// 0 selects the most likely token; 1 samples from the model's own distribution.
     pub temperature: f64,
-    /// Probability mass of the most likely tokens to sample from, 0 to 1 (nucleus sampling, Holtzman et
-    /// al. 2020).
+    /// Probability mass of the tokens to sample from, most likely first, 0 to 1 (nucleus sampling, Holtzman
+    /// et al. 2020).
     pub top_p: f64,
     /// Seed of the random numbers. The same seed, prompt and parameters give the same answer.
     pub seed: u64,
@@ -30,8 +30,8 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
-    /// Returns the parameters with a seed for this prompt (token ids). If many prompts used the same random
-    /// numbers, their answers would not be independent samples.
+    /// Returns the parameters with a seed derived from `prompt` (token ids). With the same random numbers for
+    /// many prompts, the answers would not be independent samples.
     pub fn for_prompt(&self, prompt: &[u32]) -> Self {
         let mut hash = blake3::Hasher::new();
         for id in prompt {
@@ -55,8 +55,8 @@ impl SamplingParams {
     }
 }
 
-/// A token at one position with raw logprobs: those of the model's own distribution, before temperature
-/// and top_p (the default of vLLM).
+/// A token at one position with its raw logprobs: before temperature and top_p, as vLLM reports them by
+/// default.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprobs {
     pub id: u32,
@@ -69,7 +69,7 @@ impl TokenLogprobs {
     /// Computes the logprobs of `id` and of the `k` most likely tokens from a row of finite logits.
     pub fn from_logits(logits: &[f32], id: u32, k: usize) -> Self {
         let log_z = log_sum_exp(logits);
-        // The sum is in f64 and at least exp(max), so no logprob rounds to above 0.
+        // The sum is in f64 and at least exp(max), so that no logprob is rounded to a number above 0.
         let logprob = |logit: f32| (f64::from(logit) - log_z) as f32;
         Self {
             id,
@@ -121,7 +121,7 @@ impl Sampler {
     }
 }
 
-/// Returns the most likely token, and the lowest id of several.
+/// Returns the id of the largest logit, and the lowest id among equal ones.
 fn argmax(logits: &[f32]) -> u32 {
     top_k(logits, 1).first().map_or(0, |best| best.0)
 }
@@ -136,9 +136,9 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
     f64::from(max) + sum.ln()
 }
 
-/// Returns the `k` largest logits with their ids, largest first, and the lower id first among equals.
+/// Returns the `k` largest logits with their ids, largest first. Of equal logits, the lower id is first.
 ///
-/// Takes one pass: nearly all logits are below the k-th largest so far, and cost one comparison.
+/// Takes one pass over the logits. Nearly all are below the k-th largest so far and cost one comparison.
 fn top_k(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
     let mut best: Vec<(u32, f32)> = Vec::with_capacity(k + 1);
     let mut threshold = f32::NEG_INFINITY;
@@ -154,10 +154,10 @@ fn top_k(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
     best
 }
 
-/// Returns the smallest set of heaviest tokens with a share of `top_p` of the weight, heaviest first. The
+/// Returns the smallest set of tokens that holds a share of `top_p` of the total weight, heaviest first. The
 /// set has at least one token.
 fn nucleus(weights: &[f32], top_p: f64) -> Vec<(u32, f32)> {
-    let heavier =
+    let heaviest_first =
         |a: &(u32, f32), b: &(u32, f32)| -> Ordering { b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)) };
     let total: f64 = weights.iter().copied().map(f64::from).sum();
     let mut ranked: Vec<(u32, f32)> = (0..).zip(weights.iter().copied()).collect();
@@ -168,9 +168,9 @@ fn nucleus(weights: &[f32], top_p: f64) -> Vec<(u32, f32)> {
     while start < ranked.len() {
         let end = (start + size).min(ranked.len());
         if end < ranked.len() {
-            ranked[start..].select_nth_unstable_by(end - start, heavier);
+            ranked[start..].select_nth_unstable_by(end - start, heaviest_first);
         }
-        ranked[start..end].sort_unstable_by(heavier);
+        ranked[start..end].sort_unstable_by(heaviest_first);
         for index in start..end {
             mass += f64::from(ranked[index].1);
             if mass >= top_p * total {
@@ -184,16 +184,16 @@ fn nucleus(weights: &[f32], top_p: f64) -> Vec<(u32, f32)> {
     ranked
 }
 
-/// Returns the token at `share` (0 to 1) of the cumulative weight.
+/// Returns the token at which the cumulative weight exceeds `share` (0 to 1) of the total weight.
 fn sample_weighted(weights: impl Iterator<Item = (u32, f32)> + Clone, share: f64) -> u32 {
     let total: f64 = weights.clone().map(|token| f64::from(token.1)).sum();
-    let mut left = share * total;
+    let mut remaining = share * total;
     let mut last = 0;
     for (id, weight) in weights.filter(|token| token.1 > 0.0) {
-        left -= f64::from(weight);
-        // Rounding can leave a remainder at the end, which belongs to the last token.
+        remaining -= f64::from(weight);
+        // If rounding leaves a remainder after the last token, that token is returned.
         last = id;
-        if left < 0.0 {
+        if remaining < 0.0 {
             break;
         }
     }

@@ -1,4 +1,4 @@
-//! Scores given texts: the logprob of every token.
+//! Scores texts: computes the logprob of every token.
 
 use std::ops::Range;
 
@@ -22,9 +22,9 @@ struct ScoredToken {
     top_k: usize,
 }
 
-/// Returns the logprobs of every token of each text except the first (T - 1 per text), which has no
-/// context. All texts share one forward pass. Ids from `vocabulary` on are padding of the model's
-/// embedding.
+/// Returns the logprobs of the tokens of each text, without the first token, which has no context (T - 1 per
+/// text). All texts share one forward pass. Ids of `vocabulary` and above are padding of the model's
+/// embedding and excluded from the softmax.
 ///
 /// # Errors
 /// Where a text does not fit the model, or its logits are not finite.
@@ -62,20 +62,20 @@ pub(crate) fn score(
         segments: &segments,
         positions: &positions,
     };
-    let logprobs = model.map_logits(input, |at, logits| {
-        let ScoredToken { id, top_k } = scored_tokens[at];
+    let logprobs = model.map_logits(input, |index, logits| {
+        let ScoredToken { id, top_k } = scored_tokens[index];
         let logits = &logits[..vocabulary];
-        let finite = logits.iter().all(|logit| logit.is_finite());
-        finite.then(|| TokenLogprobs::from_logits(logits, id, top_k))
+        let is_finite = logits.iter().all(|logit| logit.is_finite());
+        is_finite.then(|| TokenLogprobs::from_logits(logits, id, top_k))
     })?;
     let logprobs: Option<Vec<TokenLogprobs>> = logprobs.into_iter().collect();
     let Some(logprobs) = logprobs else {
         anyhow::bail!("the model's logits are not finite; its weights are damaged");
     };
     let mut logprobs = logprobs.into_iter();
-    let logprobs_of = |text: &ScoreInput| {
+    let take_logprobs = |text: &ScoreInput| {
         let count = text.ids.len().saturating_sub(1);
         logprobs.by_ref().take(count).collect()
     };
-    Ok(texts.iter().map(logprobs_of).collect())
+    Ok(texts.iter().map(take_logprobs).collect())
 }

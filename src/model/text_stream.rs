@@ -1,17 +1,17 @@
 //! Decodes the text of one answer from the bytes of its tokens.
 
-/// Releases text once it can no longer change. Incomplete characters, and text that may be the beginning
-/// of a stop string, are held back.
+/// Releases text once later tokens cannot change it. Holds back incomplete characters, and text that may be
+/// the beginning of a stop string.
 ///
-/// Offsets count bytes of the answer. The released parts, joined, are the lossy UTF-8 decoding of the
-/// bytes before the stop string, however these were split into tokens.
+/// Offsets count bytes of the answer. The released parts, joined, are the lossy UTF-8 decoding of all bytes
+/// before the stop string. They do not depend on how the bytes were split into tokens.
 #[derive(Debug)]
 pub(crate) struct TextStream {
     bytes: Vec<u8>,
     released: usize,
     stop: Vec<String>,
-    /// Offset of the stop string, once one is found.
-    cut: Option<usize>,
+    /// Offset of the first stop string that was found.
+    stop_offset: Option<usize>,
 }
 
 impl TextStream {
@@ -25,25 +25,25 @@ impl TextStream {
                 .filter(|stop| !stop.is_empty())
                 .cloned()
                 .collect(),
-            cut: None,
+            stop_offset: None,
         }
     }
 
     /// Appends the bytes of a token. Returns true if they complete a stop string.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> bool {
-        let old = self.bytes.len();
+        let old_len = self.bytes.len();
         self.bytes.extend_from_slice(bytes);
-        self.cut = self
+        self.stop_offset = self
             .stop
             .iter()
             .filter_map(|stop| {
                 // A match must end in the new bytes.
-                let from = old.saturating_sub(stop.len() - 1);
-                let at = find(&self.bytes[from..], stop.as_bytes())?;
-                Some(from + at)
+                let start = old_len.saturating_sub(stop.len() - 1);
+                let offset = find(&self.bytes[start..], stop.as_bytes())?;
+                Some(start + offset)
             })
             .min();
-        self.cut.is_some()
+        self.stop_offset.is_some()
     }
 
     /// Number of bytes received.
@@ -56,20 +56,20 @@ impl TextStream {
         self.released
     }
 
-    /// Returns the offset of the stop string, once one is found.
-    pub(crate) fn cut(&self) -> Option<usize> {
-        self.cut
+    /// Returns the offset of the stop string, or None if none was found.
+    pub(crate) fn stop_offset(&self) -> Option<usize> {
+        self.stop_offset
     }
 
-    /// Releases the text that can no longer change.
+    /// Releases the text that later tokens cannot change.
     pub(crate) fn release(&mut self) -> String {
-        let held = self.partial_character().max(self.partial_stop());
-        self.release_until(self.bytes.len() - held)
+        let held_back = self.partial_character().max(self.partial_stop());
+        self.release_until(self.bytes.len() - held_back)
     }
 
-    /// Releases the rest of the text, at the end of the answer.
+    /// Releases all remaining text before the stop string, at the end of the answer.
     pub(crate) fn finish(&mut self) -> String {
-        self.release_until(self.cut.unwrap_or(self.bytes.len()))
+        self.release_until(self.stop_offset.unwrap_or(self.bytes.len()))
     }
 
     fn release_until(&mut self, end: usize) -> String {
@@ -93,14 +93,14 @@ impl TextStream {
     /// Length of the longest suffix that is the beginning of a stop string, in bytes.
     fn partial_stop(&self) -> usize {
         let pending = &self.bytes[self.released..];
-        let begins = |stop: &&String| {
+        let longest_match = |stop: &&String| {
             (1..stop.len().min(pending.len() + 1))
                 .rev()
                 .find(|&length| pending.ends_with(&stop.as_bytes()[..length]))
         };
         self.stop
             .iter()
-            .filter_map(|stop| begins(&stop))
+            .filter_map(|stop| longest_match(&stop))
             .max()
             .unwrap_or(0)
     }
@@ -186,14 +186,14 @@ mod tests {
                 .map(|_| alphabet[rng.usize(0..alphabet.len())])
                 .collect();
             let mut tokens: Vec<&[u8]> = Vec::new();
-            let mut rest = &bytes[..];
-            while !rest.is_empty() {
-                let (token, after) = rest.split_at(rng.usize(1..=rest.len()));
+            let mut remaining = &bytes[..];
+            while !remaining.is_empty() {
+                let (token, rest) = remaining.split_at(rng.usize(1..=remaining.len()));
                 tokens.push(token);
-                rest = after;
+                remaining = rest;
             }
-            let whole = String::from_utf8_lossy(&bytes);
-            let expected = whole.split_once("EN").map_or(&*whole, |(before, _)| before);
+            let text = String::from_utf8_lossy(&bytes);
+            let expected = text.split_once("EN").map_or(&*text, |(before, _)| before);
             assert_eq!(released(&["EN"], &tokens).concat(), expected);
         }
     }

@@ -25,25 +25,25 @@ struct WeightIndex {
 /// The tensors of a model folder.
 #[derive(Debug, Default)]
 pub struct LoadedTensors {
-    /// Used tensors, by the names that the caller of `load` chose.
+    /// Tensors by the names that the caller of [`load`] chose.
     pub tensors: Tensors,
-    /// Names of the unused tensors in the files.
+    /// Names in the files of the tensors that the caller did not use.
     pub unused: BTreeSet<String>,
 }
 
 /// Reads the tensors of a model folder as f32, from `model.safetensors` or from the shards that
-/// `model.safetensors.index.json` lists. `name` maps a name in the files to the name to use, or to None
-/// for unused tensors. Unused tensors are not read and may have any type.
+/// `model.safetensors.index.json` lists. `full_name` maps the name of a tensor in the files to its name in
+/// memory, or to None if the tensor is not used. Unused tensors are not read and may have any type.
 ///
 /// # Errors
 /// Where a file is missing or malformed, the index lists a file outside the folder, or two tensors have
 /// the same name.
-pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<LoadedTensors> {
+pub fn load(dir: &Path, full_name: impl Fn(&str) -> Option<String>) -> Result<LoadedTensors> {
     let mut loaded = LoadedTensors::default();
     for path in weight_files(dir)? {
         with_safetensors(&path, |file| {
-            for stored in file.tensors.names() {
-                match name(stored) {
+            for stored_name in file.tensors.names() {
+                match full_name(stored_name) {
                     Some(name) if loaded.tensors.contains_key(&name) => {
                         bail!(Exit::Usage(format!(
                             "the weights contain {name} twice (perhaps with and without a prefix), and programs \
@@ -51,10 +51,10 @@ pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<LoadedT
                         )))
                     }
                     Some(name) => {
-                        loaded.tensors.insert(name, file.tensor(stored)?);
+                        loaded.tensors.insert(name, file.tensor(stored_name)?);
                     }
                     None => {
-                        loaded.unused.insert(stored.to_owned());
+                        loaded.unused.insert(stored_name.to_owned());
                     }
                 }
             }
@@ -64,7 +64,8 @@ pub fn load(dir: &Path, name: impl Fn(&str) -> Option<String>) -> Result<LoadedT
     Ok(loaded)
 }
 
-/// Groups names that differ only in numbers: returns each pattern, with `*` for the numbers, and its count.
+/// Groups names that differ only in numbers. Returns one text per group: the name with `*` for the numbers,
+/// and the size of the group if it is not 1, as in `model.layers.*.bias (12)`.
 pub fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for name in names {
@@ -75,30 +76,30 @@ pub fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
         let pattern = parts.collect::<Vec<_>>().join(".");
         *counts.entry(pattern).or_default() += 1;
     }
-    let shown = counts.into_iter().map(|(pattern, count)| match count {
+    let texts = counts.into_iter().map(|(pattern, count)| match count {
         1 => pattern,
         _ => format!("{pattern} ({count})"),
     });
-    shown.collect()
+    texts.collect()
 }
 
-/// Checks that no tensor belongs to a layer from `layers` on: it would silently be left out.
+/// Checks that no tensor belongs to a layer past the `layers` of the decoder, which would be ignored.
 ///
 /// # Errors
-/// Where a tensor belongs to a layer from `layers` on.
+/// Where the number of a tensor's layer is `layers` or more.
 pub fn check_layers(names: &BTreeSet<String>, layers: usize) -> Result<()> {
-    let layer = |name: &str| -> Option<usize> {
+    let layer_index = |name: &str| -> Option<usize> {
         let prefixes = ["model.", "transformer."];
         let name = prefixes
             .iter()
             .find_map(|prefix| name.strip_prefix(prefix))
             .unwrap_or(name);
-        let rest = name.strip_prefix("layers.").or(name.strip_prefix("h."))?;
-        rest.split('.').next()?.parse().ok()
+        let name = name.strip_prefix("layers.").or(name.strip_prefix("h."))?;
+        name.split('.').next()?.parse().ok()
     };
     match names
         .iter()
-        .find(|name| layer(name).is_some_and(|layer| layer >= layers))
+        .find(|name| layer_index(name).is_some_and(|index| index >= layers))
     {
         None => Ok(()),
         Some(name) => bail!(
@@ -137,7 +138,7 @@ impl SafetensorsFile<'_> {
             let values = to_f32(view.dtype(), view.data())?;
             Ok(Tensor::from_vec(values, view.shape(), &Device::Cpu)?)
         };
-        read().with_context(|| format!("tensor {name} of {}", self.path.display()))
+        read().with_context(|| format!("cannot read tensor {name} of {}", self.path.display()))
     }
 }
 
@@ -166,7 +167,7 @@ pub struct TensorEntry<'a> {
 }
 
 impl<'a> TensorEntry<'a> {
-    /// An f32 tensor with the given shape and values.
+    /// Creates an entry of f32 values.
     pub fn new(shape: &[usize], values: &'a [f32]) -> Self {
         Self {
             shape: shape.to_vec(),
@@ -175,23 +176,23 @@ impl<'a> TensorEntry<'a> {
         }
     }
 
-    /// An f32 tensor, copied from its device to the CPU.
+    /// Creates an entry from an f32 tensor on any device, which is copied to the CPU.
     ///
     /// # Errors
     /// Where the device fails.
     pub fn from_device(tensor: &Tensor) -> Result<Self> {
-        let on_cpu = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+        let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
         Ok(Self {
             shape: tensor.dims().to_vec(),
-            values: Box::new(on_cpu.to_vec1::<f32>()?),
+            values: Box::new(flat.to_vec1::<f32>()?),
             dtype: Dtype::F32,
         })
     }
 
-    /// A contiguous f32 tensor on the CPU, to be written as `dtype`.
+    /// Creates an entry that is written as `dtype`, from a contiguous f32 tensor on the CPU.
     ///
     /// # Errors
-    /// Where `tensor` is of another kind, or `dtype` is not f32, f16 or bf16.
+    /// Where `tensor` is not contiguous f32 on the CPU, or `dtype` is not f32, f16 or bf16.
     pub fn from_tensor(tensor: &'a Tensor, dtype: DType) -> Result<Self> {
         let dtype = match dtype {
             DType::F32 => Dtype::F32,
@@ -254,7 +255,7 @@ pub fn write(path: &Path, entries: BTreeMap<String, TensorEntry>) -> Result<()> 
     })
 }
 
-/// Hashes names and values.
+/// Returns the BLAKE3 hash of names and values, in hexadecimal.
 ///
 /// # Errors
 /// Where a tensor is not contiguous f32, or the device fails.
@@ -280,7 +281,7 @@ pub fn to_device(tensors: &Tensors, device: &Device) -> Result<Tensors> {
     tensors.iter().map(moved).collect()
 }
 
-/// Returns the tensors as entries to write as `dtype`.
+/// Returns entries that are written as `dtype`.
 ///
 /// # Errors
 /// Where a tensor is not contiguous f32 on the CPU.
@@ -313,8 +314,8 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
         .into_iter()
         .map(|name| {
             let path = Path::new(name);
-            let plain = path.components().all(|c| matches!(c, Component::Normal(_)));
-            if !plain {
+            let is_inside = path.components().all(|c| matches!(c, Component::Normal(_)));
+            if !is_inside {
                 bail!("the weight index lists {name:?}, which is not inside the model folder");
             }
             Ok(dir.join(path))

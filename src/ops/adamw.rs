@@ -6,13 +6,13 @@ use std::sync::Mutex;
 
 use super::{lock, simd};
 
-/// Values per task.
+/// Values per task of an update.
 const VALUES_PER_TASK: usize = 1 << 16;
 
 /// The constants of one optimizer step.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamWStep {
-    /// Number of this step, from 1: corrects the bias of the moments.
+    /// Number of this step, counted from 1, for the bias correction of the moments.
     pub number: u64,
     pub learning_rate: f32,
     pub beta1: f32,
@@ -24,7 +24,7 @@ pub struct AdamWStep {
 }
 
 impl AdamWStep {
-    /// Bias correction of a moment with decay `beta`, which starts at zero.
+    /// Returns the bias correction of a moment with decay `beta`: 1 / (1 - beta^number).
     fn correction(&self, beta: f32) -> f32 {
         (1.0 / (1.0 - f64::from(beta).powf(self.number as f64))) as f32
     }
@@ -101,11 +101,11 @@ pub fn adamw_candle(
     step: AdamWStep,
 ) -> Result<()> {
     let gradient = (gradient * f64::from(step.gradient_scale))?;
-    let mean = |old: &Tensor, beta: f32, new: Tensor| -> Result<Tensor> {
+    let moving_average = |old: &Tensor, beta: f32, new: Tensor| -> Result<Tensor> {
         (old * f64::from(beta))? + (new * f64::from(1.0 - beta))?
     };
-    let first = mean(&moments[0], step.beta1, gradient.clone())?;
-    let second = mean(&moments[1], step.beta2, gradient.sqr()?)?;
+    let first = moving_average(&moments[0], step.beta1, gradient.clone())?;
+    let second = moving_average(&moments[1], step.beta2, gradient.sqr()?)?;
     let corrected = |moment: &Tensor, beta: f32| moment * f64::from(step.correction(beta));
     let root = corrected(&second, step.beta2)?.sqrt()?;
     let direction = (corrected(&first, step.beta1)? / (root + f64::from(step.epsilon))?)?;
@@ -120,17 +120,18 @@ pub fn adamw_candle(
 pub fn sum_of_squares(values: &[f32]) -> f64 {
     simd!(|values: &[f32]| -> f64 {
         let mut sums = [0.0f64; 8];
-        let (chunks, rest) = values.as_chunks::<8>();
+        let (chunks, tail) = values.as_chunks::<8>();
         for chunk in chunks {
             for (sum, value) in sums.iter_mut().zip(chunk) {
                 *sum += f64::from(*value) * f64::from(*value);
             }
         }
-        let rest = rest.iter().map(|value| f64::from(*value).powi(2));
-        sums.iter().sum::<f64>() + rest.sum::<f64>()
+        let tail = tail.iter().map(|value| f64::from(*value).powi(2));
+        sums.iter().sum::<f64>() + tail.sum::<f64>()
     })
 }
 
+/// Updates the moments m and v and the parameter p from the gradient g, in step t:
 /// m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
 /// p = p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), with m^ = m / (1 - b1^t), v^ = v / (1 - b2^t).
 #[inline(always)]

@@ -1,9 +1,9 @@
 //! An arena allocator: memory that is reused by every training step.
 //!
-//! A step allocates and drops some thousand large buffers. The general allocator would map each of
-//! them, fault it in page by page and unmap it. Here a buffer is a range of a block that stays
-//! mapped. Allocation is first-fit from the lowest address, so the memory in use stays dense, and
-//! gradients fill the holes that activations leave. Blocks request huge pages.
+//! A step allocates and drops some thousand large buffers. The general allocator would map each
+//! buffer, fault it in page by page and unmap it. In an arena, a buffer is a range of a block that
+//! stays mapped. Allocation is first-fit from the lowest address, so the memory in use stays dense:
+//! gradients take the space of activations that were dropped. Blocks request huge pages.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
@@ -15,22 +15,22 @@ use memmap2::{MmapMut, MmapOptions};
 
 use super::lock;
 
-/// Values of a block: 256 MiB of address space, of which untouched pages use no memory.
+/// Values per block: 256 MiB of address space, of which untouched pages use no memory.
 const BLOCK_LEN: usize = 1 << 26;
 /// Alignment of buffers, in values: a cache line.
 const ALIGNMENT: usize = 16;
 
-/// An arena. Clones share the memory.
+/// A handle of an arena. Clones share the memory.
 #[derive(Clone, Default)]
 pub struct Arena(Arc<Mutex<Vec<ArenaBlock>>>);
 
 struct ArenaBlock {
     map: MmapMut,
-    /// Free ranges: start -> length, in values. No two are adjacent.
+    /// Lengths of the free ranges by their starts, in values. No two ranges are adjacent.
     free: BTreeMap<usize, usize>,
 }
 
-/// A range of values owned by its holder. It returns to the arena when dropped.
+/// A range of values in an arena, which is freed when the buffer is dropped.
 pub struct Buffer {
     arena: Arena,
     block: usize,
@@ -47,7 +47,7 @@ unsafe impl Sync for Buffer {}
 
 impl Arena {
     /// Allocates `len` values with arbitrary content: the caller must write all of them. Debug
-    /// builds fill the buffer with NaN, so that a value that is read unwritten is noticed.
+    /// builds fill the buffer with NaN, which exposes reads of unwritten values.
     ///
     /// # Errors
     /// Where the system is out of memory.
@@ -72,12 +72,12 @@ impl Arena {
     fn allocate(&self, len: usize) -> Result<Buffer> {
         let size = len.max(1).next_multiple_of(ALIGNMENT);
         let mut blocks = lock(&self.0);
-        let found = blocks
+        let free_range = blocks
             .iter_mut()
             .enumerate()
             .find_map(|(index, block)| Some((index, block.allocate(size)?)));
-        let (index, start) = match found {
-            Some(found) => found,
+        let (index, start) = match free_range {
+            Some(range) => range,
             None => {
                 let mut block = ArenaBlock::new(size.max(BLOCK_LEN))?;
                 let start = block.allocate(size).unwrap_or_default();
@@ -202,10 +202,10 @@ mod tests {
     fn arena_takes_lowest_free_range_and_gives_large_requests_their_own_block() {
         let arena = Arena::default();
         let [a, b] = [100, 50].map(|len| arena.take(len).expect("memory"));
-        let low = a.values;
+        let lowest_address = a.values;
         drop(a);
         let c = arena.take(60).expect("memory");
-        assert_eq!(c.values, low);
+        assert_eq!(c.values, lowest_address);
         drop(b);
         let large = arena.take(BLOCK_LEN + 1).expect("memory");
         assert_eq!((large.block, large.len()), (1, BLOCK_LEN + 1));

@@ -6,8 +6,10 @@
 //! processed in blocks, so no (T x T) matrix is stored. The backward pass recomputes the
 //! probabilities of a block from the log-sum-exp of its scores (Dao et al., arXiv 2205.14135).
 
-// Tensor names carry their shape; see the legend in `ops`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `ops`"
+)]
 
 use std::ops::Range;
 
@@ -15,7 +17,7 @@ use rayon::prelude::*;
 
 use super::math::{self, dot, exp};
 use super::matmul::{Precision, matmul};
-use super::{Gradient, ROWS_PER_TASK, segment_rows, simd, split_segments};
+use super::{GradientMut, ROWS_PER_TASK, segment_rows, simd, split_segments};
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 
 /// Query rows per block.
@@ -114,19 +116,19 @@ impl Attention<'_> {
     /// Computes the gradients of q, k and v. With P the probabilities and dP = dO V^T:
     /// dV = P^T dO, dS = scale P (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q.
     ///
-    /// `scratch` has [`Attention::scratch`] values.
+    /// `scratch` has [`Attention::scratch_len`] values.
     pub fn backward(
         &self,
         forward: AttentionForward,
         dout_THC: &[f32],
         scratch: &mut [f32],
-        [dq_THC, dk_TGC, dv_TGC]: [Gradient; 3],
+        [dq_THC, dk_TGC, dv_TGC]: [GradientMut; 3],
     ) {
         let q_width = self.heads.query_width();
         let kv_width = self.heads.key_value_width();
         let head_dim = self.heads.head_dim;
-        // One task per segment and head, each with its own dQ, dK and dV, so that no two tasks write
-        // to the same place.
+        // One task per segment and query head. Each writes its own dQ, dK and dV, because the query
+        // heads of a group would otherwise write to the same key/value head.
         let tasks: Vec<(&Range<usize>, usize, &mut [f32])> =
             split_segments(scratch, self.segments, 3 * q_width)
                 .into_iter()
@@ -150,13 +152,13 @@ impl Attention<'_> {
     }
 
     /// Number of scratch values that a backward pass over T tokens needs: 3 T H C.
-    pub fn scratch(&self) -> usize {
+    pub fn scratch_len(&self) -> usize {
         let tokens = self.segments.last().map_or(0, |last| last.end);
         3 * tokens * self.heads.query_width()
     }
 
-    /// Computes dQ, dK and dV of one query head over one segment (t x C each, one after the other)
-    /// into `scratch`.
+    /// Computes dQ, dK and dV of one query head over one segment (t x C each), and writes them to `scratch`
+    /// in this order.
     fn backward_head(
         &self,
         forward: &AttentionForward,
@@ -186,25 +188,25 @@ impl Attention<'_> {
             let keys = keys_of_block(block, start + block, rows, self.window);
             let first = keys.start;
             let count = keys.len();
-            let at = (segment.start + start) * q_width + column;
-            let kv_at = (segment.start + first) * kv_width + kv_column;
+            let q_start = (segment.start + start) * q_width + column;
+            let kv_start = (segment.start + first) * kv_width + kv_column;
             let (p, ds) = (&mut p[..block * count], &mut ds[..block * count]);
-            let q = Mat::strided(&forward.q_THC[at..], block, head_dim, q_width);
-            let k = Mat::strided(&forward.k_TGC[kv_at..], count, head_dim, kv_width);
-            let v = Mat::strided(&forward.v_TGC[kv_at..], count, head_dim, kv_width);
-            let dout_block = Mat::strided(&dout_THC[at..], block, head_dim, q_width);
+            let q = Mat::strided(&forward.q_THC[q_start..], block, head_dim, q_width);
+            let k = Mat::strided(&forward.k_TGC[kv_start..], count, head_dim, kv_width);
+            let v = Mat::strided(&forward.v_TGC[kv_start..], count, head_dim, kv_width);
+            let dout_block = Mat::strided(&dout_THC[q_start..], block, head_dim, q_width);
             product(MatMut::new(p, count), q, k.t(), false);
             product(MatMut::new(ds, count), dout_block, v.t(), false);
-            let lines = p.chunks_exact_mut(count).zip(ds.chunks_exact_mut(count));
-            for (row, (p, ds)) in lines.enumerate() {
+            let block_rows = p.chunks_exact_mut(count).zip(ds.chunks_exact_mut(count));
+            for (row, (p, ds)) in block_rows.enumerate() {
                 let lse = forward.lse_TH[(segment.start + start + row) * heads.query + head];
-                let here = at + row * q_width..at + row * q_width + head_dim;
+                let row_channels = q_start + row * q_width..q_start + row * q_width + head_dim;
                 let visible = keys_of_row(start + row, first, self.window);
                 softmax_backward(
                     &mut p[visible.clone()],
                     &mut ds[visible.clone()],
-                    &dout_THC[here.clone()],
-                    &forward.out_THC[here],
+                    &dout_THC[row_channels.clone()],
+                    &forward.out_THC[row_channels],
                     scale,
                     lse,
                 );
@@ -227,34 +229,42 @@ impl Attention<'_> {
         }
     }
 
-    /// Copies gradient `which` (0: dQ, 1: dK, 2: dV) of all heads from `scratch` to rows of `width`,
-    /// and sums over the `group` query heads that share a key/value head.
-    fn gather(&self, scratch: &[f32], group: usize, which: usize, width: usize, to: Gradient) {
+    /// Copies gradient `part` (0: dQ, 1: dK, 2: dV) of all query heads from `scratch` to the rows of
+    /// `gradient`, of `width` values each. Sums over groups of `group` query heads: 1 for dQ, and H / G for
+    /// dK and dV, whose query heads share a key/value head.
+    fn gather(
+        &self,
+        scratch: &[f32],
+        group: usize,
+        part: usize,
+        width: usize,
+        gradient: GradientMut,
+    ) {
         let head_dim = self.heads.head_dim;
         let scratch_width = 3 * self.heads.query_width();
-        for (rows, segment) in split_segments(to.values, self.segments, width)
+        for (rows, segment) in split_segments(gradient.values, self.segments, width)
             .into_iter()
             .zip(self.segments)
         {
-            let from = segment_rows(scratch, segment, scratch_width);
-            let head_of = |head: usize| {
-                let at = (3 * head + which) * segment.len() * head_dim;
-                &from[at..at + segment.len() * head_dim]
+            let scratch = segment_rows(scratch, segment, scratch_width);
+            let head_gradient = |head: usize| {
+                let start = (3 * head + part) * segment.len() * head_dim;
+                &scratch[start..start + segment.len() * head_dim]
             };
             rows.par_chunks_mut(width)
                 .enumerate()
                 .with_min_len(ROWS_PER_TASK)
                 .for_each(|(row, values)| {
-                    if !to.add {
+                    if !gradient.add {
                         values.fill(0.0);
                     }
                     for (index, values) in values.chunks_mut(head_dim).enumerate() {
                         for head in index * group..(index + 1) * group {
-                            let from = &head_of(head)[row * head_dim..(row + 1) * head_dim];
+                            let row = &head_gradient(head)[row * head_dim..(row + 1) * head_dim];
                             values
                                 .iter_mut()
-                                .zip(from)
-                                .for_each(|(sum, part)| *sum += part);
+                                .zip(row)
+                                .for_each(|(sum, value)| *sum += value);
                         }
                     }
                 });
@@ -275,7 +285,7 @@ pub struct CachedAttention<'a> {
 
 impl CachedAttention<'_> {
     /// Computes the output for the queries of the last t rows of the sequence. Stores the log-sum-exp
-    /// of the scores in `lse_tH` where given.
+    /// of the scores in `lse_tH`, if it is given.
     pub fn attend(&self, q_tHC: &[f32], out_tHC: &mut [f32], lse_tH: Option<&mut [f32]>) {
         let q_width = self.heads.query_width();
         let rows = q_tHC.len() / q_width;
@@ -294,30 +304,31 @@ impl CachedAttention<'_> {
             });
     }
 
-    /// Computes the output of one block of queries, which begins at `start` of the last `rows` rows.
+    /// Computes the output of the block `q` of queries. The queries belong to the last `rows` rows of
+    /// the sequence; the block begins `start` rows after the first of these.
     fn attend_block(&self, q: &[f32], start: usize, rows: usize, out: &mut [f32], lse: &mut [f32]) {
         let heads = self.heads;
         let q_width = heads.query_width();
         let kv_width = heads.key_value_width();
         let block = q.len() / q_width;
-        let all = self.k_SGC.len() / kv_width;
-        let before = all - rows + start;
-        let keys = keys_of_block(block, before + block, all, self.window);
+        let all_keys = self.k_SGC.len() / kv_width;
+        let first_row = all_keys - rows + start;
+        let keys = keys_of_block(block, first_row + block, all_keys, self.window);
         let first = keys.start;
         let count = keys.len();
         let mut scores = vec![0.0; block * count];
         for head in 0..heads.query {
             let (column, kv_column) = heads.columns(head);
-            let kv_at = first * kv_width + kv_column;
+            let kv_start = first * kv_width + kv_column;
             let q = Mat::strided(&q[column..], block, heads.head_dim, q_width);
-            let k = Mat::strided(&self.k_SGC[kv_at..], count, heads.head_dim, kv_width);
-            let v = Mat::strided(&self.v_SGC[kv_at..], count, heads.head_dim, kv_width);
+            let k = Mat::strided(&self.k_SGC[kv_start..], count, heads.head_dim, kv_width);
+            let v = Mat::strided(&self.v_SGC[kv_start..], count, heads.head_dim, kv_width);
             let product = |out: MatMut, a: Mat, b: Mat| {
                 matmul(out, a, b, false, Threads::One, self.precision);
             };
             product(MatMut::new(&mut scores, count), q, k.t());
             for (row, scores) in scores.chunks_exact_mut(count).enumerate() {
-                let visible = keys_of_row(before + row, first, self.window);
+                let visible = keys_of_row(first_row + row, first, self.window);
                 lse[row * heads.query + head] =
                     softmax(&mut scores[visible.clone()], heads.scale());
                 scores[..visible.start].fill(0.0);
@@ -329,16 +340,16 @@ impl CachedAttention<'_> {
     }
 }
 
-/// Returns the keys, out of `all`, that are visible to the `block` rows before row `end`.
-fn keys_of_block(block: usize, end: usize, all: usize, window: Option<usize>) -> Range<usize> {
+/// Returns the keys, out of `all_keys`, that are visible to the `block` rows before row `end`.
+fn keys_of_block(block: usize, end: usize, all_keys: usize, window: Option<usize>) -> Range<usize> {
     let first = window.map_or(0, |window| (end + 1).saturating_sub(block + window));
-    first..end.min(all)
+    first..end.min(all_keys)
 }
 
 /// Returns the keys visible to `row`, counted from key `first`.
 fn keys_of_row(row: usize, first: usize, window: Option<usize>) -> Range<usize> {
-    let from = window.map_or(0, |window| (row + 1).saturating_sub(window));
-    from - first..row + 1 - first
+    let start = window.map_or(0, |window| (row + 1).saturating_sub(window));
+    start - first..row + 1 - first
 }
 
 /// Recomputes the probabilities of one query from its unscaled scores `p`, and turns their gradients
@@ -354,10 +365,10 @@ fn softmax_backward(
 ) {
     simd!(
         |p: &mut [f32], ds: &mut [f32], dout: &[f32], out: &[f32], scale: f32, lse: f32| {
-            let along = dot(dout, out);
+            let delta = dot(dout, out);
             for (p, ds) in p.iter_mut().zip(ds) {
                 *p = exp(*p * scale - lse);
-                *ds = *p * (*ds - along) * scale;
+                *ds = *p * (*ds - delta) * scale;
             }
         }
     );

@@ -33,15 +33,18 @@ impl InplaceOp2 for EmaUpdate {
             average_layout.contiguous_offsets(),
             value_layout.contiguous_offsets(),
         );
-        let (CpuStorage::F32(averages), CpuStorage::F32(values), (Some(to), Some(from))) =
-            (average, value, offsets)
+        let (
+            CpuStorage::F32(averages),
+            CpuStorage::F32(values),
+            (Some((average_start, average_end)), Some((value_start, value_end))),
+        ) = (average, value, offsets)
         else {
-            candle_core::bail!("ema_update: both must be contiguous f32 tensors");
+            candle_core::bail!("ema_update: average and value must be contiguous f32 tensors");
         };
-        let averages = &mut averages[to.0..to.1];
-        let values = &values[from.0..from.1];
+        let averages = &mut averages[average_start..average_end];
+        let values = &values[value_start..value_end];
         if averages.len() != values.len() {
-            candle_core::bail!("ema_update: the sizes differ");
+            candle_core::bail!("ema_update: the sizes of average and value differ");
         }
         let decay = self.decay;
         averages

@@ -1,8 +1,9 @@
-//! Table lookup by row index: token embeddings, learned positions, and the supervised rows.
+//! Table lookup by row index: token embeddings, position embeddings, and the selection of the
+//! supervised positions.
 
 use rayon::prelude::*;
 
-use super::Gradient;
+use super::GradientMut;
 
 /// Copies rows `ids` (T) of `table` (V x D) to `y` (T x D).
 ///
@@ -27,7 +28,7 @@ pub(crate) fn add(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
 }
 
 /// Computes the gradient of the table: `dtable[id]` is the sum of the rows of dy that read row `id`.
-pub(crate) fn backward(dy: &[f32], ids: &[u32], width: usize, dtable: Gradient) {
+pub(crate) fn backward(dy: &[f32], ids: &[u32], width: usize, dtable: GradientMut) {
     if !dtable.add {
         dtable
             .values
@@ -35,14 +36,14 @@ pub(crate) fn backward(dy: &[f32], ids: &[u32], width: usize, dtable: Gradient) 
             .for_each(|part| part.fill(0.0));
     }
     for (dy, &id) in dy.chunks(width).zip(ids) {
-        let at = id as usize * width;
-        for (sum, d) in dtable.values[at..at + width].iter_mut().zip(dy) {
+        let start = id as usize * width;
+        for (sum, d) in dtable.values[start..start + width].iter_mut().zip(dy) {
             *sum += d;
         }
     }
 }
 
 fn row(table: &[f32], id: u32, width: usize) -> &[f32] {
-    let at = id as usize * width;
-    &table[at..at + width]
+    let start = id as usize * width;
+    &table[start..start + width]
 }

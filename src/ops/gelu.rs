@@ -1,6 +1,6 @@
-//! `y = x/2 (1 + tanh(u))`, u = sqrt(2/pi) (x + 0.044715 x^3): the approximation of GELU (Hendrycks
-//! and Gimpel, arXiv 1606.08415) that GPT-2 was trained with. As 1 + tanh(u) = 2 sigmoid(2u), it is
-//! x sigmoid(2u).
+//! GELU (Hendrycks and Gimpel, arXiv 1606.08415) in the approximation that GPT-2 was trained with:
+//! `y = x/2 (1 + tanh(u))`, u = sqrt(2/pi) (x + 0.044715 x^3). As 1 + tanh(u) = 2 sigmoid(2u),
+//! y = x sigmoid(2u).
 
 use rayon::prelude::*;
 
@@ -24,7 +24,7 @@ pub(crate) fn forward(x: &[f32], y: &mut [f32]) {
         });
 }
 
-/// Overwrites `x` with its gradient: dx = dy (s + x s (1 - s) 2u') with s = sigmoid(2u).
+/// Overwrites `x` with its gradient: dx = dy s (1 + x (1 - s) 2u') with s = sigmoid(2u).
 pub(crate) fn backward(x: &mut [f32], dy: &[f32]) {
     x.par_chunks_mut(VALUES_PER_TASK)
         .zip(dy.par_chunks(VALUES_PER_TASK))

@@ -4,27 +4,28 @@
 //! is computed, turned in place into its loss and gradient, multiplied back, and overwritten by the
 //! next chunk. Both gradients are ready when the forward pass ends.
 
-// Tensor names carry their shape; see the legend in `ops`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `ops`"
+)]
 
 use std::ops::Range;
 
 use candle_core::Result;
 use rayon::prelude::*;
 
-use super::Gradient;
+use super::GradientMut;
 use super::linear::Linear;
 
-/// Most rows of logits computed at a time: enough that packing the head's weight costs little
-/// compared with multiplying by it.
+/// Maximum number of rows per chunk: so many that packing the head's weight costs little compared
+/// with multiplying by it.
 const MAX_CHUNK_ROWS: usize = 512;
-/// Fewest rows computed at a time. Large vocabularies use it, where 512 rows would take most of the
-/// memory.
+/// Minimum number of rows per chunk, reached by vocabularies of 262,144 tokens and more.
 const MIN_CHUNK_ROWS: usize = 128;
-/// Number of logits that a chunk aims at: 128 MiB.
+/// Target number of logits per chunk: 128 MiB.
 const TARGET_CHUNK_LOGITS: usize = 1 << 25;
 
-/// Number of rows of logits computed at a time.
+/// Returns the number of rows of logits per chunk.
 pub(crate) fn chunk_rows(vocabulary: usize) -> usize {
     (TARGET_CHUNK_LOGITS / vocabulary.max(1)).clamp(MIN_CHUNK_ROWS, MAX_CHUNK_ROWS)
 }
@@ -56,8 +57,8 @@ impl<R: Send, F: Fn(Range<usize>, &mut [f32]) -> Vec<R> + Sync> LogitsVisitor fo
     }
 }
 
-/// A partition of N positions into groups that are visited together. Most groups hold one position;
-/// a span is one group.
+/// A partition of N positions into groups. The logits of a group are visited together, so that a loss
+/// can combine them. Most groups hold one position.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PositionGroups {
     /// End of each group, exclusive.
@@ -70,26 +71,26 @@ impl PositionGroups {
     pub fn new(positions: usize, spans: &[Range<usize>]) -> Self {
         let mut ends = Vec::with_capacity(positions);
         let mut spans = spans.iter().peekable();
-        let mut at = 0;
-        while at < positions {
-            at = match spans.next_if(|span| span.start == at) {
-                Some(span) => span.end.min(positions).max(at + 1),
-                None => at + 1,
+        let mut end = 0;
+        while end < positions {
+            end = match spans.next_if(|span| span.start == end) {
+                Some(span) => span.end.min(positions).max(end + 1),
+                None => end + 1,
             };
-            ends.push(at);
+            ends.push(end);
         }
         Self { ends }
     }
 
     /// Cuts the groups into consecutive chunks of whole groups, each of at most `rows` positions.
     pub fn chunks(&self, rows: usize) -> impl Iterator<Item = PositionGroups> {
-        let mut left = &self.ends[..];
+        let mut remaining = &self.ends[..];
         let mut start = 0;
         std::iter::from_fn(move || {
-            let count = left.partition_point(|&end| end <= start + rows);
-            let (chunk, rest) = left.split_at(count);
+            let count = remaining.partition_point(|&end| end <= start + rows);
+            let (chunk, rest) = remaining.split_at(count);
             let ends = chunk.iter().map(|end| end - start).collect();
-            left = rest;
+            remaining = rest;
             start = *chunk.last()?;
             Some(PositionGroups { ends })
         })
@@ -100,8 +101,8 @@ impl PositionGroups {
         self.ends.last().copied().unwrap_or(0)
     }
 
-    /// Calls `visitor` with the logits of each group and collects the results in order. Positions
-    /// are counted from `first`; each has `vocabulary` logits.
+    /// Calls `visitor` with the logits of each group and collects the results in order. The visitor's
+    /// position numbers start at `first`; each position has `vocabulary` logits.
     pub fn visit<R: LogitsVisitor>(
         &self,
         first: usize,
@@ -148,11 +149,11 @@ impl<R: LogitsVisitor> pulp::WithSimd for GroupVisit<'_, R> {
     }
 }
 
-/// The destinations of the gradients of [`head_loss`].
+/// The gradients that [`head_loss`] writes.
 pub(crate) struct HeadGradients<'a> {
     pub dhidden_ND: &'a mut [f32],
     /// None: the gradient of the weight is not computed.
-    pub dweight_VD: Option<Gradient<'a>>,
+    pub dweight_VD: Option<GradientMut<'a>>,
 }
 
 /// Computes the loss of `hidden_ND` under the LM head `weight_VD`, a linear layer from D to V, and
@@ -177,7 +178,7 @@ pub(crate) fn head_loss<R: LogitsVisitor>(
     } = gradients;
     let width = head.inputs;
     let vocabulary = head.outputs;
-    if let Some(Gradient { values, add: false }) = &mut dweight_VD
+    if let Some(GradientMut { values, add: false }) = &mut dweight_VD
         && hidden_ND.is_empty()
     {
         values.fill(0.0);
@@ -192,13 +193,13 @@ pub(crate) fn head_loss<R: LogitsVisitor>(
         head.forward(hidden_nD, weight_VD, None, logits_nV, false);
         outputs.extend(chunk.visit(start, logits_nV, vocabulary, visitor));
         let dlogits_nV = logits_nV;
-        let dhidden_nD = Gradient {
+        let dhidden_nD = GradientMut {
             values: &mut dhidden_ND[start * width..end * width],
             add: false,
         };
         head.backward_input(dlogits_nV, weight_VD, dhidden_nD);
         if let Some(dweight_VD) = &mut dweight_VD {
-            let dweight_VD = Gradient {
+            let dweight_VD = GradientMut {
                 add: dweight_VD.add || start > 0,
                 values: dweight_VD.values,
             };

@@ -1,9 +1,10 @@
-//! `y = (x - mean(x)) / sqrt(var(x) + eps) * w + b` (Ba, Kiros and Hinton, arXiv 1607.06450).
+//! LayerNorm (Ba, Kiros and Hinton, arXiv 1607.06450):
+//! `y = (x - mean(x)) / sqrt(var(x) + eps) * w + b`.
 
 use rayon::prelude::*;
 
 use super::math::{dot, sum};
-use super::{Gradient, ROWS_PER_TASK, simd, sum_partials};
+use super::{GradientMut, ROWS_PER_TASK, simd, sum_partials};
 
 /// Normalises the rows of `x` (T x D), scales them by `weight` (D) and adds `bias` (D).
 ///
@@ -36,7 +37,7 @@ pub(crate) fn forward(
                     for (y, x) in y.iter_mut().zip(x) {
                         *y = x - mean;
                     }
-                    // Computed from the differences, because mean(x^2) - mean^2 would cancel.
+                    // From the differences: mean(x^2) - mean^2 would lose precision by cancellation.
                     let scale = 1.0 / (dot(y, y) / width as f32 + epsilon).sqrt();
                     statistics.copy_from_slice(&[mean, scale]);
                     for ((y, w), b) in y.iter_mut().zip(weight).zip(bias) {
@@ -55,8 +56,8 @@ pub(crate) fn backward(
     weight: &[f32],
     statistics: &[f32],
     dy: &[f32],
-    dx: Gradient,
-    dweight: Option<Gradient>,
+    dx: GradientMut,
+    dweight: Option<GradientMut>,
 ) {
     let width = weight.len();
     let task = width * ROWS_PER_TASK;
@@ -93,10 +94,10 @@ pub(crate) fn backward(
                         g[i] = dy[i] * weight[i];
                         dweight[i] += dy[i] * n[i];
                     }
-                    let mean = sum(&g) / width as f32;
-                    let along = dot(&g, &n) / width as f32;
+                    let mean_g = sum(&g) / width as f32;
+                    let mean_gn = dot(&g, &n) / width as f32;
                     for ((dx, g), n) in dx.iter_mut().zip(&g).zip(&n) {
-                        let d = (g - mean - n * along) * scale;
+                        let d = (g - mean_g - n * mean_gn) * scale;
                         *dx = if add { *dx + d } else { d };
                     }
                 }

@@ -1,13 +1,15 @@
 //! Linear layers: `y = x W^T + b`, without a transposed copy of the weight in either direction. The
 //! gradient of b is [`sum_rows`](super::sum_rows) of the gradient of y.
 
-// Tensor names carry their shape; see the legend in `ops`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `ops`"
+)]
 
 use rayon::prelude::*;
 
 use super::matmul::{Precision, matmul};
-use super::{Gradient, ROWS_PER_TASK};
+use super::{GradientMut, ROWS_PER_TASK};
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 
 /// A linear layer of `inputs` (I) and `outputs` (O) features.
@@ -47,7 +49,7 @@ impl Linear {
     }
 
     /// dx = dy W.
-    pub(crate) fn backward_input(self, dy_TO: &[f32], weight_OI: &[f32], dx_TI: Gradient) {
+    pub(crate) fn backward_input(self, dy_TO: &[f32], weight_OI: &[f32], dx_TI: GradientMut) {
         matmul(
             MatMut::new(dx_TI.values, self.inputs),
             Mat::new(dy_TO, self.outputs),
@@ -59,7 +61,7 @@ impl Linear {
     }
 
     /// dW = dy^T x.
-    pub(crate) fn backward_weight(self, dy_TO: &[f32], x_TI: &[f32], dweight_OI: Gradient) {
+    pub(crate) fn backward_weight(self, dy_TO: &[f32], x_TI: &[f32], dweight_OI: GradientMut) {
         matmul(
             MatMut::new(dweight_OI.values, self.inputs),
             Mat::new(dy_TO, self.outputs).t(),

@@ -35,8 +35,8 @@ pub(crate) fn exp(x: f32) -> f32 {
 
 /// ln(e^a + e^b)
 pub(crate) fn logaddexp(a: f32, b: f32) -> f32 {
-    let (low, high) = if a < b { (a, b) } else { (b, a) };
-    high + (low - high).exp().ln_1p()
+    let (min, max) = if a < b { (a, b) } else { (b, a) };
+    max + (min - max).exp().ln_1p()
 }
 
 /// 1 / (1 + e^-x)
@@ -132,14 +132,14 @@ mod tests {
     fn reductions_include_every_value() {
         assert_eq!(max(&[]), f32::NEG_INFINITY);
         for length in [1, 7, 31, 32, 33, 100] {
-            for at in 0..length {
+            for index in 0..length {
                 let mut values = vec![-1.0; length];
-                values[at] = 2.0;
+                values[index] = 2.0;
                 assert_eq!(max(&values), 2.0);
                 let total = exp_sum(&mut values, 0.5, 1.0);
                 let expected = 1.0 + (length - 1) as f32 * (-1.5f32).exp();
                 assert!((total - expected).abs() < 1e-5 * expected);
-                assert_eq!(values[at], 1.0);
+                assert_eq!(values[index], 1.0);
             }
         }
     }

@@ -19,8 +19,9 @@
 //!
 //! Tensor names end in their shape: B batch, T tokens (all segments of a batch, end to end), D model
 //! width, H heads, G key/value heads, C head width, F feed-forward width, N supervised positions, V
-//! vocabulary, K top-k, L layers; I and O are the inputs and outputs of a linear layer, R the rank of
-//! its adapter. A lower-case letter is a part of its dimension: `logits_nV` are n of N rows.
+//! vocabulary, K top-k, L layers, S tokens of one sequence; I and O are the inputs and outputs of a
+//! linear layer, R the rank of its adapter. A lower-case letter is a part of its dimension:
+//! `logits_nV` are n of N rows. The prefix `d` is the gradient of the loss: `dy_TO` of `y_TO`.
 
 pub mod adamw;
 pub mod arena;
@@ -53,15 +54,15 @@ const ROWS_PER_TASK: usize = 64;
 /// Values per task of an element-wise operation.
 const VALUES_PER_TASK: usize = 1 << 14;
 
-/// The destination of a gradient.
-pub struct Gradient<'a> {
+/// A gradient that an operation writes.
+pub struct GradientMut<'a> {
     pub values: &'a mut [f32],
     /// Add to the values instead of overwriting them.
     pub add: bool,
 }
 
 /// Sums the partial gradients of all tasks, in order.
-fn sum_partials(partials: &[Vec<f32>], gradient: Gradient) {
+fn sum_partials(partials: &[Vec<f32>], gradient: GradientMut) {
     if !gradient.add {
         gradient.values.fill(0.0);
     }
@@ -73,7 +74,7 @@ fn sum_partials(partials: &[Vec<f32>], gradient: Gradient) {
 }
 
 /// Computes the gradient of a bias: the sum over the rows of `dy`, of `width` values each.
-pub fn sum_rows(dy: &[f32], width: usize, to: Gradient) {
+pub fn sum_rows(dy: &[f32], width: usize, dbias: GradientMut) {
     let partials: Vec<Vec<f32>> = dy
         .par_chunks(width * ROWS_PER_TASK)
         .map(|dy| {
@@ -84,11 +85,11 @@ pub fn sum_rows(dy: &[f32], width: usize, to: Gradient) {
             sum
         })
         .collect();
-    sum_partials(&partials, to);
+    sum_partials(&partials, dbias);
 }
 
-/// Runs a loop compiled for the widest vector instructions of this CPU. The parameters are the
-/// variables that the loop uses, with their types.
+/// Runs a block compiled for the widest vector instructions of this CPU. The parameters are the
+/// local variables that the block uses, with their types.
 ///
 /// `pulp` also takes closures, but a closure that the compiler does not inline is silently compiled
 /// without these instructions. `#[inline(always)]` on the body prevents that.
@@ -160,7 +161,7 @@ fn segment_rows<'a>(values: &'a [f32], segment: &Range<usize>, width: usize) -> 
 }
 
 /// Splits `values` into the rows of each segment, of `width` values each.
-fn split_segments<'a>(
+pub(crate) fn split_segments<'a>(
     mut values: &'a mut [f32],
     segments: &[Range<usize>],
     width: usize,

@@ -1,9 +1,10 @@
-//! Operating-system limits and settings of this process: activations, threads, descriptors, signals.
+//! Operating-system limits and settings of this process: memory, threads, file descriptors, signals.
 
-/// Descriptors reserved for files, name resolution and libraries.
+/// File descriptors that are not used for connections: those of files, name resolution and libraries.
 const RESERVED_DESCRIPTORS: usize = 96;
 
-/// Most descriptors requested. Some systems have no limit, and tables that grow with the soft limit.
+/// Maximum number of descriptors requested. Some systems have no hard limit, but allocate tables in
+/// proportion to the soft limit.
 #[cfg(unix)]
 const MAX_DESCRIPTORS: libc::rlim_t = 65_536;
 
@@ -21,12 +22,12 @@ pub fn max_connections() -> Option<usize> {
             if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) != 0 {
                 return None;
             }
-            let wanted = limit.rlim_max.min(MAX_DESCRIPTORS).max(limit.rlim_cur);
-            if wanted > limit.rlim_cur {
-                let before = limit.rlim_cur;
-                limit.rlim_cur = wanted;
+            let target = limit.rlim_max.min(MAX_DESCRIPTORS).max(limit.rlim_cur);
+            if target > limit.rlim_cur {
+                let previous = limit.rlim_cur;
+                limit.rlim_cur = target;
                 if libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) != 0 {
-                    limit.rlim_cur = before;
+                    limit.rlim_cur = previous;
                 }
             }
             limit.rlim_cur

@@ -1,9 +1,9 @@
-//! `y = x / sqrt(mean(x^2) + eps) * w` (Zhang and Sennrich, arXiv 1910.07467).
+//! RMSNorm (Zhang and Sennrich, arXiv 1910.07467): `y = x / sqrt(mean(x^2) + eps) * w`.
 
 use rayon::prelude::*;
 
 use super::math::dot;
-use super::{Gradient, ROWS_PER_TASK, simd, sum_partials};
+use super::{GradientMut, ROWS_PER_TASK, simd, sum_partials};
 
 /// Normalises the rows of `x` (T x D) and scales them by `weight` (D).
 ///
@@ -37,8 +37,8 @@ pub(crate) fn backward(
     weight: &[f32],
     scale: &[f32],
     dy: &[f32],
-    dx: Gradient,
-    dweight: Option<Gradient>,
+    dx: GradientMut,
+    dweight: Option<GradientMut>,
 ) {
     let width = weight.len();
     let task = width * ROWS_PER_TASK;
@@ -76,9 +76,9 @@ pub(crate) fn backward(
                         *g = dy * w;
                         *dw += dy * x * r;
                     }
-                    let along = dot(&g, x) * r * r * r / width as f32;
+                    let x_factor = dot(&g, x) * r * r * r / width as f32;
                     for ((dx, x), g) in dx.iter_mut().zip(x).zip(&g) {
-                        let d = g * r - along * x;
+                        let d = g * r - x_factor * x;
                         *dx = if add { *dx + d } else { d };
                     }
                 }

@@ -12,7 +12,9 @@ use super::simd;
 pub struct RopeTable {
     /// (positions x C/2)
     cos: Vec<f32>,
+    /// (positions x C/2)
     sin: Vec<f32>,
+    /// C/2
     half: usize,
 }
 
@@ -38,7 +40,7 @@ impl RopeTable {
     }
 
     /// Returns cos and sin of the angles at `position` (C/2 each).
-    pub fn at(&self, position: usize) -> (&[f32], &[f32]) {
+    pub fn cos_sin(&self, position: usize) -> (&[f32], &[f32]) {
         let range = position * self.half..(position + 1) * self.half;
         (&self.cos[range.clone()], &self.sin[range])
     }
@@ -68,7 +70,7 @@ impl RopeTable {
             .enumerate()
             .with_min_len(super::ROWS_PER_TASK)
             .for_each(|(row, heads)| {
-                let (cos, sin) = self.at(first + row);
+                let (cos, sin) = self.cos_sin(first + row);
                 simd!(|heads: &mut [f32], cos: &[f32], sin: &[f32], sign: f32| {
                     let half = cos.len();
                     for head in heads.chunks_exact_mut(2 * half) {

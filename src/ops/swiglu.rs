@@ -1,4 +1,4 @@
-//! `y = silu(gate) * up` (Shazeer, arXiv 2002.05202), with silu(z) = z sigmoid(z).
+//! SwiGLU (Shazeer, arXiv 2002.05202): `y = silu(gate) * up`, with silu(z) = z sigmoid(z).
 
 use rayon::prelude::*;
 

@@ -1,4 +1,4 @@
-//! Queues answers, collects them and scores texts: shared by the chat and the text route.
+//! Queues answers, collects them and scores texts, for both completion routes.
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -12,7 +12,7 @@ use crate::serve::state::AppState;
 #[derive(Debug, Default)]
 pub(crate) struct CollectedAnswer {
     pub text: String,
-    pub choices: Vec<TokenLogprobs>,
+    pub token_logprobs: Vec<TokenLogprobs>,
     pub finish_reason: Option<FinishReason>,
 }
 
@@ -28,8 +28,8 @@ pub(crate) fn submit(
     n: usize,
 ) -> Result<mpsc::UnboundedReceiver<AnswerUpdate>, ErrorResponse> {
     let slots = reserve(app, prompts.len() * n)?;
-    // A disconnect drops the receiver, which frees the slots.
-    let (reply, replies) = mpsc::unbounded_channel();
+    // When the client disconnects, the receiver is dropped, which frees the slots.
+    let (reply, updates) = mpsc::unbounded_channel();
     for (index, slot) in slots.enumerate() {
         let prompt = &prompts[index / n];
         let sampling = options.sampling.for_prompt(prompt);
@@ -43,9 +43,10 @@ pub(crate) fn submit(
             reply: reply.clone(),
         }));
     }
-    Ok(replies)
+    Ok(updates)
 }
 
+/// Reserves room in the queue for `jobs` jobs, all of them or none.
 fn reserve(
     app: &AppState,
     jobs: usize,
@@ -63,17 +64,17 @@ fn reserve(
 /// # Errors
 /// 500 if the model fails.
 pub(crate) async fn collect(
-    mut replies: mpsc::UnboundedReceiver<AnswerUpdate>,
+    mut updates: mpsc::UnboundedReceiver<AnswerUpdate>,
     count: usize,
 ) -> Result<(Vec<CollectedAnswer>, usize), ErrorResponse> {
     let mut answers: Vec<CollectedAnswer> =
         (0..count).map(|_| CollectedAnswer::default()).collect();
     let mut tokens = 0;
-    while let Some(reply) = replies.recv().await {
-        let update = reply.update.map_err(ErrorResponse::internal)?;
-        let answer = &mut answers[reply.index];
+    while let Some(AnswerUpdate { index, update }) = updates.recv().await {
+        let update = update.map_err(ErrorResponse::internal)?;
+        let answer = &mut answers[index];
         answer.text.push_str(&update.text);
-        answer.choices.extend(update.token_logprobs);
+        answer.token_logprobs.extend(update.token_logprobs);
         answer.finish_reason = update.finish_reason;
         tokens += 1;
     }
@@ -83,7 +84,7 @@ pub(crate) async fn collect(
     Ok((answers, tokens))
 }
 
-/// Returns the logprobs of all tokens of each text except the first, with the `top` most likely
+/// Returns the logprobs of all tokens of each text except the first, with the `top_k` most likely
 /// tokens at each position.
 ///
 /// # Errors
@@ -91,26 +92,26 @@ pub(crate) async fn collect(
 pub(crate) async fn score(
     app: &AppState,
     texts: &[Vec<u32>],
-    top: usize,
+    top_k: usize,
 ) -> Result<Vec<Vec<TokenLogprobs>>, ErrorResponse> {
-    let mut replies = Vec::with_capacity(texts.len());
+    let mut receivers = Vec::with_capacity(texts.len());
     for (slot, ids) in reserve(app, texts.len())?.zip(texts) {
-        let (reply, choices) = oneshot::channel();
+        let (reply, receiver) = oneshot::channel();
         slot.send(EngineJob::Score(ScoreJob {
             ids: ids.clone(),
-            top,
+            top_k,
             reply,
         }));
-        replies.push(choices);
+        receivers.push(receiver);
     }
-    let mut scored = Vec::with_capacity(texts.len());
-    for choices in replies {
-        let choices = choices.await.map_err(|_| engine_stopped())?;
-        scored.push(choices.map_err(ErrorResponse::internal)?);
+    let mut logprobs = Vec::with_capacity(texts.len());
+    for receiver in receivers {
+        let result = receiver.await.map_err(|_| engine_stopped())?;
+        logprobs.push(result.map_err(ErrorResponse::internal)?);
     }
-    Ok(scored)
+    Ok(logprobs)
 }
 
 fn engine_stopped() -> ErrorResponse {
-    ErrorResponse::internal("the model has stopped")
+    ErrorResponse::internal("the model thread has stopped: restart the server")
 }

@@ -34,8 +34,8 @@ pub(crate) async fn completions(
     let request = ChatRequest::parse(&body)?;
     app.check_model(&request.model)?;
     let prompt = if request.continue_final {
-        let continued = app.tokenizer.encode_continued(&request.messages);
-        continued.map(|(ids, _)| ids)
+        let encoded = app.tokenizer.encode_continued(&request.messages);
+        encoded.map(|(ids, _)| ids)
     } else {
         app.tokenizer.encode_prompt(&request.messages)
     };
@@ -50,21 +50,24 @@ pub(crate) async fn completions(
         }),
         prompt_tokens: prompt.len(),
         n: request.n,
-        logprobs: request.options.top_logprobs.is_some(),
+        returns_logprobs: request.options.top_logprobs.is_some(),
         app: Arc::clone(&app),
     };
     let prompts = [prompt];
-    let replies = answers::submit(&app, &prompts, &request.options, request.n)?;
+    let updates = answers::submit(&app, &prompts, &request.options, request.n)?;
     if request.stream {
-        return Ok(chat.stream(replies, request.include_usage));
+        return Ok(chat.stream(updates, request.include_usage));
     }
-    let scored = match request.prompt_logprobs {
-        Some(top) => Some((answers::score(&app, &prompts, top).await?.concat(), top)),
+    let prompt_logprobs = match request.prompt_logprobs {
+        Some(top_k) => {
+            let logprobs = answers::score(&app, &prompts, top_k).await?.concat();
+            Some(PromptLogprobs::new(&logprobs, top_k, &app.tokenizer))
+        }
         None => None,
     };
     let [prompt] = &prompts;
-    let ids = request.prompt_ids.then_some(prompt.as_slice());
-    chat.whole(replies, scored, ids).await
+    let prompt_ids = request.prompt_ids.then_some(prompt.as_slice());
+    chat.respond(updates, prompt_logprobs, prompt_ids).await
 }
 
 /// A request whose answers are being generated.
@@ -72,26 +75,27 @@ struct PendingChat {
     app: Arc<AppState>,
     head: ResponseHead,
     prompt_tokens: usize,
+    /// Number of answers.
     n: usize,
-    logprobs: bool,
+    /// Whether the response contains the logprobs of the answers.
+    returns_logprobs: bool,
 }
 
 impl PendingChat {
-    /// Responds with one object once all answers are complete. `scored` holds the choices of the
-    /// prompt's tokens, if requested, and the number of most likely tokens to return for each.
-    async fn whole(
+    /// Responds with one object once all answers are complete.
+    async fn respond(
         &self,
-        replies: mpsc::UnboundedReceiver<AnswerUpdate>,
-        scored: Option<(Vec<TokenLogprobs>, usize)>,
+        updates: mpsc::UnboundedReceiver<AnswerUpdate>,
+        prompt_logprobs: Option<PromptLogprobs<'_>>,
         prompt_token_ids: Option<&[u32]>,
     ) -> Result<Response, ErrorResponse> {
-        let (answers, completion_tokens) = answers::collect(replies, self.n).await?;
+        let (answers, completion_tokens) = answers::collect(updates, self.n).await?;
         let choices = answers
             .into_iter()
             .enumerate()
             .map(|(index, answer)| ChatChoice {
                 index,
-                logprobs: self.logprobs(&answer.choices),
+                logprobs: self.logprobs(&answer.token_logprobs),
                 message: AssistantMessage {
                     role: "assistant",
                     content: answer.text,
@@ -104,16 +108,16 @@ impl PendingChat {
             head: &self.head,
             choices,
             usage: TokenUsage::new(self.prompt_tokens, completion_tokens),
-            prompt_logprobs: scored
-                .map(|(scored, top)| PromptLogprobs::new(&scored, top, &self.app.tokenizer)),
+            prompt_logprobs,
             prompt_token_ids,
         };
         Ok(Json(completion).into_response())
     }
 
+    /// Responds with a stream of server-sent events.
     fn stream(
         self,
-        replies: mpsc::UnboundedReceiver<AnswerUpdate>,
+        updates: mpsc::UnboundedReceiver<AnswerUpdate>,
         include_usage: bool,
     ) -> Response {
         let mut streaming = ChatStream {
@@ -123,22 +127,23 @@ impl PendingChat {
             chat: self,
         };
         let role_events = streaming.role_events();
-        let updates = UnboundedReceiverStream::new(replies)
-            .flat_map(move |reply| stream::iter(streaming.events(reply)));
+        let updates = UnboundedReceiverStream::new(updates)
+            .flat_map(move |update| stream::iter(streaming.events(update)));
         Sse::new(stream::iter(role_events).chain(updates))
             .keep_alive(KeepAlive::default())
             .into_response()
     }
 
-    fn logprobs(&self, choices: &[TokenLogprobs]) -> Option<ChatLogprobs<'_>> {
-        self.logprobs
-            .then(|| ChatLogprobs::new(choices, &self.app.tokenizer))
+    fn logprobs(&self, token_logprobs: &[TokenLogprobs]) -> Option<ChatLogprobs<'_>> {
+        self.returns_logprobs
+            .then(|| ChatLogprobs::new(token_logprobs, &self.app.tokenizer))
     }
 }
 
 /// The state of one event stream.
 struct ChatStream {
     chat: PendingChat,
+    /// Number of answers that have not ended yet.
     unfinished: usize,
     completion_tokens: usize,
     include_usage: bool,
@@ -147,39 +152,39 @@ struct ChatStream {
 impl ChatStream {
     /// Returns the first event of each answer, which names the role.
     fn role_events(&self) -> Vec<Result<Event, axum::Error>> {
-        let open = |index| {
+        let role_event = |index| {
             let delta = MessageDelta {
                 role: Some("assistant"),
                 content: Some(String::new()),
             };
             self.chunk(index, delta, None, None)
         };
-        (0..self.chat.n).map(open).collect()
+        (0..self.chat.n).map(role_event).collect()
     }
 
     /// Converts an update to events. The last update of the last answer adds the closing events.
-    fn events(&mut self, reply: AnswerUpdate) -> Vec<Result<Event, axum::Error>> {
+    fn events(&mut self, answer: AnswerUpdate) -> Vec<Result<Event, axum::Error>> {
         let TokenUpdate {
             text,
-            token_logprobs: choices,
+            token_logprobs,
             finish_reason,
             ..
-        } = match reply.update {
+        } = match answer.update {
             Ok(update) => update,
             Err(message) => return vec![event(&ErrorResponse::internal(message).body())],
         };
         self.completion_tokens += 1;
         let mut events = Vec::new();
-        if !text.is_empty() || !choices.is_empty() {
+        if !text.is_empty() || !token_logprobs.is_empty() {
             let delta = MessageDelta {
                 role: None,
                 content: Some(text),
             };
-            let logprobs = self.chat.logprobs(&choices);
-            events.push(self.chunk(reply.index, delta, logprobs, None));
+            let logprobs = self.chat.logprobs(&token_logprobs);
+            events.push(self.chunk(answer.index, delta, logprobs, None));
         }
         if finish_reason.is_some() {
-            events.push(self.chunk(reply.index, MessageDelta::default(), None, finish_reason));
+            events.push(self.chunk(answer.index, MessageDelta::default(), None, finish_reason));
             self.unfinished -= 1;
             if self.unfinished == 0 {
                 self.push_closing_events(&mut events);

@@ -17,23 +17,24 @@ use crate::model::batcher::{FinishReason, GenerateOptions};
 use crate::serve::state::AppState;
 use crate::tokenizer::Tokenizer;
 
+/// Maximum number of prompts in a request.
 const MAX_PROMPTS: usize = 64;
-/// OpenAI's default.
-const MAX_TOKENS: usize = 16;
+/// Default of `max_tokens`, as in OpenAI's API.
+const DEFAULT_MAX_TOKENS: usize = 16;
 
 /// A validated request.
 #[derive(Debug)]
 struct CompletionRequest {
     model: String,
     prompts: Vec<PromptInput>,
-    /// `max_tokens` may be 0 only with `echo`: nothing is generated then.
+    /// `max_tokens` is 0 only with `echo`: then the answer is the prompt alone.
     options: GenerateOptions,
     n: usize,
     /// Whether the answer begins with the prompt.
     echo: bool,
     /// See [`RequestFields::prompt_logprobs`].
     prompt_logprobs: Option<usize>,
-    /// vLLM's `return_tokens_as_token_ids`: tokens are named `token_id:N`.
+    /// vLLM's `return_tokens_as_token_ids`: the logprobs name tokens as `token_id:N`.
     tokens_as_ids: bool,
 }
 
@@ -58,7 +59,8 @@ impl CompletionRequest {
     fn parse(body: &[u8]) -> Result<Self, ErrorResponse> {
         let fields = RequestFields::parse(body)?;
         if fields.get("stream")?.unwrap_or(false) {
-            let message = "streaming is not supported here; use `/v1/chat/completions`";
+            let message =
+                "`/v1/completions` does not stream: omit `stream`, or use `/v1/chat/completions`";
             return Err(ErrorResponse::bad_field("stream", message));
         }
         let prompts = match fields.require("prompt")? {
@@ -70,16 +72,16 @@ impl CompletionRequest {
             return Err(ErrorResponse::bad_field("prompt", message));
         }
         let echo = fields.get("echo")?.unwrap_or(false);
-        let least = if echo { 0 } else { 1 };
-        let max_tokens = fields.within("max_tokens", least, usize::MAX)?;
+        let min_tokens = if echo { 0 } else { 1 };
+        let max_tokens = fields.at_least("max_tokens", min_tokens)?;
         Ok(Self {
             model: fields.require("model")?,
             prompts,
             options: GenerateOptions {
-                max_tokens: max_tokens.unwrap_or(MAX_TOKENS),
+                max_tokens: max_tokens.unwrap_or(DEFAULT_MAX_TOKENS),
                 sampling: fields.sampling()?,
                 stop: fields.stop()?,
-                top_logprobs: fields.within("logprobs", 0, MAX_TOP_LOGPROBS)?,
+                top_logprobs: fields.in_range("logprobs", 0, MAX_TOP_LOGPROBS)?,
             },
             n: fields.n()?,
             echo,
@@ -93,20 +95,22 @@ impl CompletionRequest {
     /// # Errors
     /// 400 if an id is not in the vocabulary, or a prompt is empty or does not fit the context.
     fn encode(&self, app: &AppState) -> Result<Vec<Vec<u32>>, ErrorResponse> {
-        let bad = |message: String| ErrorResponse::bad_field("prompt", message);
+        let bad_prompt = |message: String| ErrorResponse::bad_field("prompt", message);
         let encode = |prompt: &PromptInput| {
             let ids = match prompt {
                 PromptInput::Ids(ids) => ids.clone(),
                 PromptInput::Text(text) => app
                     .tokenizer
                     .encode_text(text)
-                    .map_err(|error| bad(format!("{error:#}")))?,
+                    .map_err(|error| bad_prompt(format!("{error:#}")))?,
             };
             if ids.is_empty() {
-                return Err(bad("`prompt` is empty".into()));
+                return Err(bad_prompt("`prompt` is empty".into()));
             }
-            if let Some(id) = ids.iter().find(|&&id| id as usize >= app.tokens) {
-                return Err(bad(format!("token id {id} is not in the vocabulary")));
+            if let Some(id) = ids.iter().find(|&&id| id as usize >= app.vocab_size) {
+                return Err(bad_prompt(format!(
+                    "token id {id} is not in the vocabulary"
+                )));
             }
             app.check_length("prompt", ids.len(), self.options.max_tokens > 0)?;
             Ok(ids)
@@ -117,12 +121,12 @@ impl CompletionRequest {
     /// Number of most likely tokens to compute at each prompt position, or `None` if the request does
     /// not need the logprobs of the prompts.
     fn prompt_top_logprobs(&self) -> Option<usize> {
-        let echoed = self.options.top_logprobs.filter(|_| self.echo);
-        echoed.max(self.prompt_logprobs)
+        let for_echo = self.options.top_logprobs.filter(|_| self.echo);
+        for_echo.max(self.prompt_logprobs)
     }
 }
 
-/// Continues each prompt.
+/// Answers with `n` continuations of each prompt.
 pub(crate) async fn completions(
     State(app): State<Arc<AppState>>,
     body: Result<Bytes, BytesRejection>,
@@ -134,29 +138,35 @@ pub(crate) async fn completions(
     let (answers, completion_tokens) = if request.options.max_tokens == 0 {
         (Vec::new(), 0)
     } else {
-        let replies = answers::submit(&app, &prompts, &request.options, request.n)?;
-        answers::collect(replies, prompts.len() * request.n).await?
+        let updates = answers::submit(&app, &prompts, &request.options, request.n)?;
+        answers::collect(updates, prompts.len() * request.n).await?
     };
-    let scored = match request.prompt_top_logprobs() {
-        Some(top) => answers::score(&app, &prompts, top).await?,
+    let prompt_logprobs = match request.prompt_top_logprobs() {
+        Some(top_k) => answers::score(&app, &prompts, top_k).await?,
         None => vec![Vec::new(); prompts.len()],
     };
     let mut choices = Vec::with_capacity(prompts.len() * request.n);
     for index in 0..prompts.len() * request.n {
         let prompt = &prompts[index / request.n];
-        let scored = &scored[index / request.n];
+        let prompt_logprobs = &prompt_logprobs[index / request.n];
         let answer = answers.get(index);
         let mut text = String::new();
         if request.echo {
             text = prompt_text(prompt, &app.tokenizer);
         }
         text.push_str(answer.map_or("", |answer| &answer.text));
-        let logprobs = request.options.top_logprobs.map(|top| {
-            let first = request.echo.then(|| prompt[0]);
-            let echoed = scored.iter().filter(|_| request.echo);
-            let written = answer.map_or(&[][..], |answer| &answer.choices);
-            let choices = echoed.chain(written);
-            TextLogprobs::new(first, choices, top, &app.tokenizer, request.tokens_as_ids)
+        let logprobs = request.options.top_logprobs.map(|top_k| {
+            let first_id = request.echo.then(|| prompt[0]);
+            let echoed = prompt_logprobs.iter().filter(|_| request.echo);
+            let generated = answer.map_or(&[][..], |answer| &answer.token_logprobs);
+            let tokens = echoed.chain(generated);
+            TextLogprobs::new(
+                first_id,
+                tokens,
+                top_k,
+                &app.tokenizer,
+                request.tokens_as_ids,
+            )
         });
         choices.push(TextChoice {
             index,
@@ -167,7 +177,7 @@ pub(crate) async fn completions(
                 .unwrap_or(FinishReason::Length),
             prompt_logprobs: request
                 .prompt_logprobs
-                .map(|top| PromptLogprobs::new(scored, top, &app.tokenizer)),
+                .map(|top_k| PromptLogprobs::new(prompt_logprobs, top_k, &app.tokenizer)),
         });
     }
     let prompt_tokens = prompts.iter().map(Vec::len).sum();
@@ -179,12 +189,12 @@ pub(crate) async fn completions(
     Ok(Json(completion).into_response())
 }
 
-/// Returns the text of a prompt, decoded from its tokens.
+/// Returns the text of a prompt, decoded from its tokens. Control tokens appear by name.
 fn prompt_text(prompt: &[u32], tokenizer: &Tokenizer) -> String {
     let mut bytes = Vec::new();
     for &id in prompt {
         match tokenizer.token_bytes(id) {
-            Some(bytes_of_token) => bytes.extend(bytes_of_token),
+            Some(token) => bytes.extend(token),
             None => bytes.extend(tokenizer.token_name(id).as_bytes()),
         }
     }

@@ -1,4 +1,4 @@
-//! The thread that owns the model. Jobs arrive through a channel and share its forward passes.
+//! The thread that owns the model. Jobs arrive through a channel and share the model's forward passes.
 
 use std::collections::HashMap;
 
@@ -13,25 +13,25 @@ use crate::tokenizer::Tokenizer;
 /// Maximum number of tokens scored in one forward pass. A longer text gets a pass of its own.
 const SCORED_TOKENS_PER_PASS: usize = 4096;
 
-/// Work for the model.
+/// A job for the model.
 pub(crate) enum EngineJob {
     Generate(GenerateJob),
     Score(ScoreJob),
 }
 
-/// A text to score: the logprobs of its own tokens are computed.
+/// A text whose tokens are scored.
 pub(crate) struct ScoreJob {
     /// Token ids (T).
     pub ids: Vec<u32>,
     /// Number of most likely tokens to return at each position.
-    pub top: usize,
-    /// Receives the choices (T - 1), or an error message.
+    pub top_k: usize,
+    /// Receives the logprobs of each token except the first (T - 1), or an error message.
     pub reply: oneshot::Sender<Result<Vec<TokenLogprobs>, String>>,
 }
 
 /// An answer to generate.
 pub(crate) struct GenerateJob {
-    /// Token ids, ready to be continued.
+    /// Token ids of the prompt, up to the first token to generate.
     pub prompt: Vec<u32>,
     pub options: GenerateOptions,
     /// Index of the answer within its request.
@@ -43,9 +43,9 @@ pub(crate) struct GenerateJob {
 
 /// New text of one answer, or the error that ends it.
 pub(crate) struct AnswerUpdate {
-    /// Same as in the [`GenerateJob`].
+    /// Index of the answer within its request.
     pub index: usize,
-    /// An error message is the last update of its answer.
+    /// The update, or an error message, after which the answer gets no more updates.
     pub update: Result<TokenUpdate, String>,
 }
 
@@ -62,7 +62,7 @@ pub(crate) fn run(
     let mut engine = Engine {
         batcher: Batcher::new(model, tokenizer, batch_size),
         clients: HashMap::new(),
-        texts: Vec::new(),
+        score_jobs: Vec::new(),
         jobs,
         model,
         tokenizer,
@@ -78,19 +78,19 @@ struct Engine<'a> {
     model: &'a Model,
     tokenizer: &'a Tokenizer,
     batcher: Batcher<'a>,
-    /// Texts for the next scoring pass.
-    texts: Vec<ScoreJob>,
+    /// Jobs of the next scoring pass.
+    score_jobs: Vec<ScoreJob>,
     /// Index and channel of each running answer, by the id that the batcher gave it.
     clients: HashMap<u64, (usize, mpsc::UnboundedSender<AnswerUpdate>)>,
     jobs: mpsc::Receiver<EngineJob>,
 }
 
 impl Engine<'_> {
-    /// Fills the free slots, and blocks while there is no work. Returns false once every sender is
-    /// dropped and no work is left.
+    /// Takes jobs from the channel while slots are free. Blocks while the engine has no jobs. Returns false
+    /// once every sender is dropped and all jobs are finished.
     fn admit(&mut self) -> bool {
         while self.batcher.has_free_slot() && self.tokens_to_score() < SCORED_TOKENS_PER_PASS {
-            let job = if self.batcher.is_idle() && self.texts.is_empty() {
+            let job = if self.batcher.is_idle() && self.score_jobs.is_empty() {
                 match self.jobs.blocking_recv() {
                     Some(job) => job,
                     None => return false,
@@ -102,8 +102,8 @@ impl Engine<'_> {
                 }
             };
             match job {
-                EngineJob::Generate(answer) if !answer.reply.is_closed() => self.start(answer),
-                EngineJob::Score(text) if !text.reply.is_closed() => self.texts.push(text),
+                EngineJob::Generate(job) if !job.reply.is_closed() => self.start(job),
+                EngineJob::Score(job) if !job.reply.is_closed() => self.score_jobs.push(job),
                 EngineJob::Generate(_) | EngineJob::Score(_) => {}
             }
         }
@@ -111,56 +111,56 @@ impl Engine<'_> {
     }
 
     fn tokens_to_score(&self) -> usize {
-        self.texts.iter().map(|text| text.ids.len()).sum()
+        self.score_jobs.iter().map(|job| job.ids.len()).sum()
     }
 
-    fn start(&mut self, answer: GenerateJob) {
-        match self.batcher.submit(answer.prompt, &answer.options) {
+    fn start(&mut self, job: GenerateJob) {
+        match self.batcher.submit(job.prompt, &job.options) {
             Ok(id) => {
-                self.clients.insert(id, (answer.index, answer.reply));
+                self.clients.insert(id, (job.index, job.reply));
             }
-            Err(error) => send(&answer.reply, answer.index, Err(format!("{error:#}"))),
+            Err(error) => send(&job.reply, job.index, Err(format!("{error:#}"))),
         }
     }
 
-    /// Scores all waiting texts in one forward pass.
+    /// Scores the texts of all waiting score jobs in one forward pass.
     fn score(&mut self) {
-        let texts = std::mem::take(&mut self.texts);
-        if texts.is_empty() {
+        let jobs = std::mem::take(&mut self.score_jobs);
+        if jobs.is_empty() {
             return;
         }
         let vocabulary = self.model.config().vocab_size;
         let vocabulary = vocabulary.min(self.tokenizer.vocab_size());
-        let inputs: Vec<ScoreInput> = texts
+        let inputs: Vec<ScoreInput> = jobs
             .iter()
-            .map(|text| ScoreInput {
-                ids: &text.ids,
-                top_k: text.top,
+            .map(|job| ScoreInput {
+                ids: &job.ids,
+                top_k: job.top_k,
             })
             .collect();
-        let scored = score::score(self.model, vocabulary, &inputs);
-        let scored = scored.map_err(|error| format!("{error:#}"));
-        if let Err(message) = &scored {
+        let result = score::score(self.model, vocabulary, &inputs);
+        let result = result.map_err(|error| format!("{error:#}"));
+        if let Err(message) = &result {
             tracing::error!("the forward pass failed: {message}");
         }
-        for (at, text) in texts.into_iter().enumerate() {
-            let choices = scored
+        for (index, job) in jobs.into_iter().enumerate() {
+            let logprobs = result
                 .as_ref()
-                .map(|choices| choices[at].clone())
+                .map(|logprobs| logprobs[index].clone())
                 .map_err(String::clone);
             // The client may have disconnected.
-            let _ = text.reply.send(choices);
+            let _ = job.reply.send(logprobs);
         }
     }
 
     fn cancel_disconnected(&mut self) {
         self.clients.retain(|&id, (_, reply)| {
-            let disconnected = reply.is_closed();
-            if disconnected {
+            let is_disconnected = reply.is_closed();
+            if is_disconnected {
                 tracing::debug!(id, "client disconnected; its answer is cancelled");
                 self.batcher.cancel(id);
             }
-            !disconnected
+            !is_disconnected
         });
     }
 
@@ -194,7 +194,7 @@ impl Engine<'_> {
     }
 }
 
-/// Ignores a closed channel: [`Engine::cancel_disconnected`] handles disconnected clients.
+/// Sends an update. Ignores a closed channel: [`Engine::cancel_disconnected`] handles disconnected clients.
 fn send(
     reply: &mpsc::UnboundedSender<AnswerUpdate>,
     index: usize,

@@ -70,15 +70,16 @@ impl ErrorResponse {
     }
 
     /// 404: the requested model is not the served one.
-    pub(crate) fn model_not_found(asked: &str, served: &str) -> Self {
-        let message = format!("the model `{asked}` does not exist; this server serves `{served}`");
+    pub(crate) fn model_not_found(requested: &str, served: &str) -> Self {
+        let message =
+            format!("the model `{requested}` does not exist; this server serves `{served}`");
         let mut error = Self::new(StatusCode::NOT_FOUND, message);
         error.body.param = Some("model");
         error.body.code = Some("model_not_found");
         error
     }
 
-    /// An error of HTTP itself: 404, 405 or 413.
+    /// An error of the HTTP request, not of its JSON fields: 404, 405 or 413.
     pub(crate) fn http(status: StatusCode, message: String) -> Self {
         Self::new(status, message)
     }
@@ -94,7 +95,7 @@ impl ErrorResponse {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
     }
 
-    /// The JSON body. Once a stream has begun, it is sent as an event, since the status is sent already.
+    /// The JSON body. After a stream has begun, the body is sent as an event, because the status was already sent.
     pub(crate) fn body(&self) -> Value {
         json!({ "error": self.body })
     }

@@ -1,7 +1,7 @@
 //! Reads the fields of a request body; shared by all routes.
 //!
-//! Unknown fields are ignored, since clients send many. A field with a wrong type or a value out of
-//! range is rejected with an error that names it.
+//! Unknown fields are ignored, because clients send many. A field of a wrong type or with a value out
+//! of range is rejected with an error that names the field.
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -10,8 +10,11 @@ use serde_json::{Map, Value};
 use super::error::ErrorResponse;
 use crate::model::sampling::SamplingParams;
 
+/// Maximum of `n`.
 const MAX_CHOICES: usize = 16;
+/// Maximum number of strings in `stop`.
 const MAX_STOP_STRINGS: usize = 4;
+/// Maximum number of most likely tokens in a response, per position.
 pub(crate) const MAX_TOP_LOGPROBS: usize = 20;
 
 /// The fields of a JSON object. Errors name the field.
@@ -30,6 +33,9 @@ impl RequestFields {
     }
 
     /// Returns the value of a field, or `None` if it is absent or null.
+    ///
+    /// # Errors
+    /// 400 if the value has a wrong type.
     pub(crate) fn get<T: DeserializeOwned>(
         &self,
         name: &'static str,
@@ -43,6 +49,9 @@ impl RequestFields {
     }
 
     /// Returns the value of a required field.
+    ///
+    /// # Errors
+    /// 400 if it is absent or null, or has a wrong type.
     pub(crate) fn require<T: DeserializeOwned>(
         &self,
         name: &'static str,
@@ -51,19 +60,40 @@ impl RequestFields {
             .ok_or_else(|| ErrorResponse::bad_field(name, format!("`{name}` is missing")))
     }
 
-    /// Returns the value of a field and checks that it is from `low` to `high`.
-    pub(crate) fn within<T>(
+    /// Returns the value of a field, or `None` if it is absent or null.
+    ///
+    /// # Errors
+    /// 400 if the value is not from `min` to `max`.
+    pub(crate) fn in_range<T>(
         &self,
         name: &'static str,
-        low: T,
-        high: T,
+        min: T,
+        max: T,
     ) -> Result<Option<T>, ErrorResponse>
     where
         T: DeserializeOwned + PartialOrd + std::fmt::Display,
     {
         match self.get(name)? {
-            Some(value) if value < low || value > high => {
-                let message = format!("`{name}` is {value}; it must be from {low} to {high}");
+            Some(value) if value < min || value > max => {
+                let message = format!("`{name}` is {value}; it must be from {min} to {max}");
+                Err(ErrorResponse::bad_field(name, message))
+            }
+            value => Ok(value),
+        }
+    }
+
+    /// Returns the value of a field, or `None` if it is absent or null.
+    ///
+    /// # Errors
+    /// 400 if the value is less than `min`.
+    pub(crate) fn at_least(
+        &self,
+        name: &'static str,
+        min: usize,
+    ) -> Result<Option<usize>, ErrorResponse> {
+        match self.get(name)? {
+            Some(value) if value < min => {
+                let message = format!("`{name}` is {value}; it must be {min} or greater");
                 Err(ErrorResponse::bad_field(name, message))
             }
             value => Ok(value),
@@ -72,18 +102,20 @@ impl RequestFields {
 
     /// Number of answers to each prompt.
     pub(crate) fn n(&self) -> Result<usize, ErrorResponse> {
-        Ok(self.within("n", 1, MAX_CHOICES)?.unwrap_or(1))
+        Ok(self.in_range("n", 1, MAX_CHOICES)?.unwrap_or(1))
     }
 
+    /// Sampling parameters. The default seed is random.
     pub(crate) fn sampling(&self) -> Result<SamplingParams, ErrorResponse> {
         let seed: Option<i64> = self.get("seed")?;
         Ok(SamplingParams {
-            temperature: self.within("temperature", 0.0, 2.0)?.unwrap_or(1.0),
-            top_p: self.within("top_p", 0.0, 1.0)?.unwrap_or(1.0),
+            temperature: self.in_range("temperature", 0.0, 2.0)?.unwrap_or(1.0),
+            top_p: self.in_range("top_p", 0.0, 1.0)?.unwrap_or(1.0),
             seed: seed.map_or_else(|| fastrand::u64(..), i64::cast_unsigned),
         })
     }
 
+    /// Stop strings, from a string or a list.
     pub(crate) fn stop(&self) -> Result<Vec<String>, ErrorResponse> {
         let stop = match self.get("stop")? {
             Some(StopField::One(stop)) => vec![stop],
@@ -99,7 +131,7 @@ impl RequestFields {
 
     /// vLLM's `prompt_logprobs`: number of most likely tokens to return at each prompt position.
     pub(crate) fn prompt_logprobs(&self) -> Result<Option<usize>, ErrorResponse> {
-        self.within("prompt_logprobs", 0, MAX_TOP_LOGPROBS)
+        self.in_range("prompt_logprobs", 0, MAX_TOP_LOGPROBS)
     }
 }
 

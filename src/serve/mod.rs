@@ -1,7 +1,7 @@
 //! An OpenAI-compatible server over a local model.
 //!
-//! Two threads: one runs HTTP (axum), the other owns the model and shares its forward passes among
-//! all requests. There is no authentication and no TLS: listen on loopback, or use a proxy.
+//! Two threads: one runs HTTP (axum), the other owns the model, whose forward passes all requests
+//! share. The server has neither authentication nor TLS: listen on loopback, or use a proxy.
 //!
 //! | file | content |
 //! |---|---|
@@ -15,7 +15,7 @@
 //!
 //! # Invariants
 //!
-//! 1. All answers of a request are queued, or none is (503).
+//! 1. The answers of a request are either all queued or all rejected (503).
 //! 2. The queue is bounded, and a disconnected client frees its slots.
 //! 3. An invalid field is rejected with its name; unknown fields are ignored.
 //!
@@ -50,19 +50,21 @@ use crate::model::Model;
 use crate::serve::state::AppState;
 use crate::tokenizer::Tokenizer;
 
-/// Time that running answers have to finish after a shutdown began.
+/// Time limit of running answers after the beginning of a shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Options of a server.
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
+    /// Address to listen on.
     pub host: IpAddr,
-    /// TCP port; 0 selects a free one (see [`Server::base_url`]).
+    /// TCP port; 0 selects a free port (see [`Server::base_url`]).
     pub port: u16,
     /// Model name that requests must use; by default the name of the model folder.
     pub model_name: Option<String>,
     /// Maximum number of answers generated at the same time.
     pub batch_size: usize,
-    /// Maximum number of queued answers; a request beyond it gets 503.
+    /// Maximum number of queued answers; further requests get 503.
     pub queue: usize,
 }
 
@@ -78,8 +80,8 @@ impl Default for ServeOptions {
     }
 }
 
-/// A running server. It runs on its own threads, so both synchronous and async code can hold it.
-/// Dropping it stops it immediately and cuts off running answers.
+/// A running server. It has its own threads, so that both synchronous and async code can use it.
+/// Dropping it stops it immediately and cancels running answers.
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
@@ -93,7 +95,7 @@ pub struct Server {
 struct ShutdownTokens {
     /// Stops accepting connections; running answers finish.
     drain: CancellationToken,
-    /// Cuts off running answers too. It cancels `drain`, its child token.
+    /// Also cancels running answers, and `drain`, its child token.
     immediate: CancellationToken,
 }
 
@@ -115,15 +117,15 @@ pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
     tokenizer.use_clock();
     let tokenizer = Arc::new(tokenizer);
     tokenizer.check_fits(model.config().vocab_size)?;
-    let (jobs, queue) = mpsc::channel(options.queue.max(1));
+    let (job_sender, job_receiver) = mpsc::channel(options.queue.max(1));
     let router = app::router(AppState {
         model: model_name.clone(),
         fingerprint: fingerprint(model_dir)?,
         started: jiff::Timestamp::now().as_second(),
         context: model.config().max_position_embeddings,
-        tokens: model.config().vocab_size.min(tokenizer.vocab_size()),
+        vocab_size: model.config().vocab_size.min(tokenizer.vocab_size()),
         tokenizer: Arc::clone(&tokenizer),
-        jobs,
+        jobs: job_sender,
     });
     let immediate = CancellationToken::new();
     let stop = ShutdownTokens {
@@ -132,13 +134,13 @@ pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
     };
     let serving = serve_http(listener, router, stop.clone());
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    let http = thread("http", move || {
+    let http = spawn_thread("http", move || {
         if let Err(error) = runtime.block_on(serving) {
             tracing::error!("the server failed: {error}");
         }
     })?;
-    let engine = thread("model", move || {
-        engine::run(&model, &tokenizer, options.batch_size, queue);
+    let engine = spawn_thread("model", move || {
+        engine::run(&model, &tokenizer, options.batch_size, job_receiver);
     })?;
     Ok(Server {
         address,
@@ -148,7 +150,7 @@ pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
     })
 }
 
-fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+fn spawn_thread(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name(name.into()).spawn(run)
 }
 
@@ -190,7 +192,7 @@ impl Drop for Server {
     }
 }
 
-/// Serves until a token of `stop` is cancelled. Dropping the router then drops the last sender of
+/// Serves until a token of `stop` is cancelled. Then drops the router and, with it, the last sender of
 /// jobs, which ends the engine.
 async fn serve_http(
     listener: TcpListener,
@@ -198,13 +200,13 @@ async fn serve_http(
     stop: ShutdownTokens,
 ) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?.tap_io(|stream| {
-        // With Nagle's algorithm, small stream events would wait for the client's acknowledgement.
+        // With Nagle's algorithm, small events would wait for the client to acknowledge earlier ones.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!("cannot set TCP_NODELAY: {error}");
         }
     });
-    let drained = stop.drain.clone().cancelled_owned();
-    let serving = axum::serve(listener, router).with_graceful_shutdown(drained);
+    let drain_begins = stop.drain.clone().cancelled_owned();
+    let serving = axum::serve(listener, router).with_graceful_shutdown(drain_begins);
     let timed_out = async {
         stop.drain.cancelled().await;
         tokio::time::sleep(SHUTDOWN_TIMEOUT).await;
@@ -226,7 +228,7 @@ fn folder_name(model_dir: &Path) -> Result<String> {
     Ok(name.to_string_lossy().into_owned())
 }
 
-/// Hash of the config and the weights, with which clients detect that the model changed.
+/// Returns a hash of the config and the weights, by which clients detect that the model has changed.
 fn fingerprint(model_dir: &Path) -> Result<String> {
     let is_model = |path: &Path| {
         path.ends_with("config.json")

@@ -12,7 +12,7 @@ use crate::prompt::message::Message;
 pub(crate) struct ChatRequest {
     pub model: String,
     pub messages: Vec<Message>,
-    /// `max_tokens` is `usize::MAX` if the client sets none.
+    /// `max_tokens` is `usize::MAX` if the request does not set it.
     pub options: GenerateOptions,
     /// Number of answers.
     pub n: usize,
@@ -65,8 +65,9 @@ struct StreamOptions {
     include_usage: bool,
 }
 
+/// A message as clients send it.
 #[derive(Deserialize)]
-struct WireMessage {
+struct RequestMessage {
     role: String,
     content: Option<MessageContent>,
 }
@@ -85,17 +86,17 @@ struct TextPart {
 }
 
 fn messages(fields: &RequestFields) -> Result<Vec<Message>, ErrorResponse> {
-    let messages: Vec<WireMessage> = fields.require("messages")?;
+    let messages: Vec<RequestMessage> = fields.require("messages")?;
     if messages.is_empty() {
         return Err(ErrorResponse::bad_field("messages", "`messages` is empty"));
     }
     Ok(messages
         .into_iter()
-        .map(WireMessage::into_message)
+        .map(RequestMessage::into_message)
         .collect())
 }
 
-impl WireMessage {
+impl RequestMessage {
     fn into_message(self) -> Message {
         Message {
             // `developer` is OpenAI's newer name for `system`; chat templates use the old name.
@@ -115,12 +116,14 @@ impl WireMessage {
 }
 
 fn max_tokens(fields: &RequestFields) -> Result<usize, ErrorResponse> {
-    let old = fields.within("max_tokens", 1, usize::MAX)?;
-    let new = fields.within("max_completion_tokens", 1, usize::MAX)?;
-    Ok(new.or(old).unwrap_or(usize::MAX))
+    // OpenAI renamed the field; clients send either name.
+    let max_tokens = fields.at_least("max_tokens", 1)?;
+    let max_completion_tokens = fields.at_least("max_completion_tokens", 1)?;
+    Ok(max_completion_tokens.or(max_tokens).unwrap_or(usize::MAX))
 }
 
-/// As in vLLM, `add_generation_prompt` starts a new answer and is true by default.
+/// Returns true if the answer continues the last message. Otherwise, it is a new message: vLLM's
+/// `add_generation_prompt`, which is true by default.
 fn continue_final(fields: &RequestFields) -> Result<bool, ErrorResponse> {
     let continue_final = fields.get("continue_final_message")?.unwrap_or(false);
     let add_generation_prompt = fields.get("add_generation_prompt")?.unwrap_or(true);
@@ -135,21 +138,22 @@ fn continue_final(fields: &RequestFields) -> Result<bool, ErrorResponse> {
 }
 
 fn prompt_logprobs(fields: &RequestFields, stream: bool) -> Result<Option<usize>, ErrorResponse> {
-    let wanted = fields.prompt_logprobs()?;
-    if wanted.is_some() && stream {
+    let top_k = fields.prompt_logprobs()?;
+    if top_k.is_some() && stream {
         let message = "`prompt_logprobs` is not supported with `stream: true`";
         return Err(ErrorResponse::bad_field("prompt_logprobs", message));
     }
-    Ok(wanted)
+    Ok(top_k)
 }
 
+/// Returns the number of most likely tokens to report with each token of the answer, or None for no logprobs.
 fn top_logprobs(fields: &RequestFields) -> Result<Option<usize>, ErrorResponse> {
-    let wanted = fields.get("logprobs")?.unwrap_or(false);
-    let top = fields.within("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
-    if wanted {
-        return Ok(Some(top.unwrap_or(0)));
+    let returns_logprobs = fields.get("logprobs")?.unwrap_or(false);
+    let top_k = fields.in_range("top_logprobs", 0, MAX_TOP_LOGPROBS)?;
+    if returns_logprobs {
+        return Ok(Some(top_k.unwrap_or(0)));
     }
-    if top.is_some() {
+    if top_k.is_some() {
         let message = "`top_logprobs` requires `logprobs: true`";
         return Err(ErrorResponse::bad_field("top_logprobs", message));
     }

@@ -1,25 +1,27 @@
 //! State shared by the request handlers.
 
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
 use crate::serve::engine::EngineJob;
 use crate::serve::error::ErrorResponse;
 use crate::serve::wire::ResponseHead;
 use crate::tokenizer::Tokenizer;
-use serde_json::Value;
-use serde_json::json;
-use std::sync::Arc;
-use tokio::sync::mpsc;
 
-/// The served model as the handlers see it, and the queue of its engine.
+/// The properties of the served model that handlers need, and the queue of its engine.
 pub(crate) struct AppState {
     /// Model name that requests must use.
     pub model: String,
+    /// Hash of the model's config and weights.
     pub fingerprint: String,
-    /// Unix time in seconds.
+    /// Start of the server, as Unix time in seconds.
     pub started: i64,
     /// The model's context length in tokens.
     pub context: usize,
-    /// Number of valid token ids: those below it have both a token and an embedding.
-    pub tokens: usize,
+    /// Number of valid token ids, which have both a token and an embedding.
+    pub vocab_size: usize,
     pub tokenizer: Arc<Tokenizer>,
     pub jobs: mpsc::Sender<EngineJob>,
 }
@@ -29,16 +31,16 @@ impl AppState {
     ///
     /// # Errors
     /// 404 if it is not the served model.
-    pub(crate) fn check_model(&self, asked: &str) -> Result<(), ErrorResponse> {
-        if asked == self.model {
+    pub(crate) fn check_model(&self, requested: &str) -> Result<(), ErrorResponse> {
+        if requested == self.model {
             Ok(())
         } else {
-            Err(ErrorResponse::model_not_found(asked, &self.model))
+            Err(ErrorResponse::model_not_found(requested, &self.model))
         }
     }
 
-    /// Checks that a prompt of `tokens` tokens fits the context. If an answer follows, at least one
-    /// more token must fit.
+    /// Checks that a prompt of `tokens` tokens fits the context, and one more token if the prompt
+    /// `is_answered`.
     ///
     /// # Errors
     /// 400 that names `field`.
@@ -58,7 +60,7 @@ impl AppState {
         Ok(())
     }
 
-    /// Makes the fields that all objects of one response share, with a new id.
+    /// Creates the fields that all objects of one response share, with a new id.
     pub(crate) fn head(&self, object: &'static str) -> ResponseHead {
         let prefix = if object.starts_with("chat") {
             "chatcmpl"
@@ -74,6 +76,7 @@ impl AppState {
         }
     }
 
+    /// Returns the entry of `/v1/models`.
     pub(crate) fn model_json(&self) -> Value {
         json!({
             "id": self.model,

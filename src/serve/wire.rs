@@ -55,7 +55,7 @@ pub(crate) struct ChatChunk<'a> {
     #[serde(flatten)]
     pub head: &'a ResponseHead,
     pub choices: Vec<ChatChunkChoice<'a>>,
-    /// Sent only if requested: null in every chunk except the last.
+    /// Sent only if requested. Then it is null in every chunk except the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Option<TokenUsage>>,
 }
@@ -107,8 +107,8 @@ struct TokenPosition<'a> {
     top_logprobs: Vec<TokenLogprob<'a>>,
 }
 
-/// A token with its text and its bytes. The text of a token that is part of a character contains the
-/// replacement character; the bytes are exact.
+/// A token with its text and its bytes. If the token holds only a part of a character, its text contains
+/// the replacement character; the bytes are always exact.
 #[derive(Debug, Serialize)]
 struct TokenLogprob<'a> {
     token: Cow<'a, str>,
@@ -118,13 +118,14 @@ struct TokenLogprob<'a> {
 }
 
 impl<'a> ChatLogprobs<'a> {
-    pub(crate) fn new(choices: &[TokenLogprobs], tokenizer: &'a Tokenizer) -> Self {
+    /// Converts the logprobs of an answer, or of a part of it.
+    pub(crate) fn new(token_logprobs: &[TokenLogprobs], tokenizer: &'a Tokenizer) -> Self {
         let token = |id, logprob| TokenLogprob::new(id, logprob, tokenizer);
-        let content = choices
+        let content = token_logprobs
             .iter()
-            .map(|choice| TokenPosition {
-                chosen: token(choice.id, choice.logprob),
-                top_logprobs: choice
+            .map(|position| TokenPosition {
+                chosen: token(position.id, position.logprob),
+                top_logprobs: position
                     .top
                     .iter()
                     .map(|&(id, logprob)| token(id, logprob))
@@ -153,20 +154,20 @@ impl<'a> TokenLogprob<'a> {
 }
 
 /// The logprobs of a prompt in vLLM's format: an object for each position, with token ids as keys.
-/// The prompt's own token comes first, then the most likely ones. The first position is null, since no
-/// token precedes it.
+/// The prompt's own token comes first, then the most likely ones. The first position is null, because
+/// the first token has no context.
 #[derive(Debug, Serialize)]
 #[serde(transparent)]
 pub(crate) struct PromptLogprobs<'a>(Vec<Option<PromptPosition<'a>>>);
 
-/// A map that is serialised in the order of its entries.
+/// The tokens of one position, serialised as a map in the order of the entries.
 #[derive(Debug)]
 struct PromptPosition<'a>(Vec<(u32, PromptToken<'a>)>);
 
 #[derive(Debug, Serialize)]
 struct PromptToken<'a> {
     logprob: f32,
-    /// Rank among the most likely tokens, from 1; null if the token is not among those returned.
+    /// Rank by probability, from 1; null if the token is not among the returned most likely ones.
     rank: Option<usize>,
     decoded_token: Cow<'a, str>,
 }
@@ -178,19 +179,23 @@ impl Serialize for PromptPosition<'_> {
 }
 
 impl<'a> PromptLogprobs<'a> {
-    /// Converts `choices` (those of every token except the first), with the `top` most likely tokens
-    /// at each position.
-    pub(crate) fn new(choices: &[TokenLogprobs], top: usize, tokenizer: &'a Tokenizer) -> Self {
-        let position = |choice: &TokenLogprobs| {
-            let likeliest = &choice.top[..top.min(choice.top.len())];
+    /// Converts the logprobs of every token of a prompt except the first, with the `top_k` most likely
+    /// tokens at each position.
+    pub(crate) fn new(
+        token_logprobs: &[TokenLogprobs],
+        top_k: usize,
+        tokenizer: &'a Tokenizer,
+    ) -> Self {
+        let position = |own: &TokenLogprobs| {
+            let likeliest = &own.top[..top_k.min(own.top.len())];
             let rank = |id: u32| {
                 likeliest
                     .iter()
-                    .position(|top| top.0 == id)
-                    .map(|at| at + 1)
+                    .position(|token| token.0 == id)
+                    .map(|index| index + 1)
             };
-            let others = likeliest.iter().filter(|top| top.0 != choice.id);
-            let tokens = std::iter::once((choice.id, choice.logprob)).chain(others.copied());
+            let others = likeliest.iter().filter(|token| token.0 != own.id);
+            let tokens = std::iter::once((own.id, own.logprob)).chain(others.copied());
             let tokens = tokens.map(|(id, logprob)| {
                 let TokenLogprob { token, logprob, .. } = TokenLogprob::new(id, logprob, tokenizer);
                 let token = PromptToken {
@@ -204,7 +209,7 @@ impl<'a> PromptLogprobs<'a> {
         };
         Self(
             std::iter::once(None)
-                .chain(choices.iter().map(position))
+                .chain(token_logprobs.iter().map(position))
                 .collect(),
         )
     }
@@ -230,19 +235,19 @@ pub(crate) struct TextChoice<'a> {
     pub prompt_logprobs: Option<PromptLogprobs<'a>>,
 }
 
-/// Logprobs in columns; tokens are named by their texts.
+/// Logprobs as parallel lists, with one element per token.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct TextLogprobs<'a> {
     /// Offset of each token in the text, in characters.
     text_offset: Vec<usize>,
-    /// Null at the first token of an echoed prompt; so is its entry in `top_logprobs`.
+    /// Null at the first token of an echoed prompt, as in `top_logprobs`.
     token_logprobs: Vec<Option<f32>>,
     tokens: Vec<Cow<'a, str>>,
     top_logprobs: Vec<Option<TopLogprobs<'a>>>,
 }
 
-/// The most likely tokens, best first. Texts are keys of an object, so of several tokens with the
-/// same text only the best is kept.
+/// The most likely tokens, most likely first. Their texts are the keys of an object, so only the most
+/// likely of several tokens with the same text is kept.
 #[derive(Debug)]
 struct TopLogprobs<'a>(Vec<(Cow<'a, str>, f32)>);
 
@@ -253,13 +258,13 @@ impl Serialize for TopLogprobs<'_> {
 }
 
 impl<'a> TextLogprobs<'a> {
-    /// Converts the `first` token of an echoed text, if there is one, and all `choices` after it, with
-    /// the `top_count` most likely tokens at each position. With `as_ids`, tokens are named
-    /// `token_id:N`, which is exact even for parts of a character.
+    /// Converts the first token of an echoed prompt (`first_id`), which has no logprob, and the logprobs
+    /// of all tokens after it, with the `top_k` most likely tokens at each position. With `as_ids`, tokens
+    /// are named `token_id:N`, which is exact even for parts of a character.
     pub(crate) fn new(
-        first: Option<u32>,
-        choices: impl Iterator<Item = &'a TokenLogprobs>,
-        top_count: usize,
+        first_id: Option<u32>,
+        token_logprobs: impl Iterator<Item = &'a TokenLogprobs>,
+        top_k: usize,
         tokenizer: &'a Tokenizer,
         as_ids: bool,
     ) -> Self {
@@ -279,20 +284,20 @@ impl<'a> TextLogprobs<'a> {
             columns.top_logprobs.push(top);
             offset += TokenLogprob::new(id, 0.0, tokenizer).token.chars().count();
         };
-        if let Some(id) = first {
+        if let Some(id) = first_id {
             push(id, None, None);
         }
-        for choice in choices {
-            let mut top: Vec<(Cow<str>, f32)> = Vec::with_capacity(choice.top.len());
-            for &(id, logprob) in choice.top.iter().take(top_count) {
+        for token in token_logprobs {
+            let mut top: Vec<(Cow<str>, f32)> = Vec::with_capacity(token.top.len());
+            for &(id, logprob) in token.top.iter().take(top_k) {
                 let name = name(id);
-                if top.iter().all(|known| known.0 != name) {
+                if top.iter().all(|entry| entry.0 != name) {
                     top.push((name, logprob.max(MISSING_LOGPROB)));
                 }
             }
             push(
-                choice.id,
-                Some(choice.logprob.max(MISSING_LOGPROB)),
+                token.id,
+                Some(token.logprob.max(MISSING_LOGPROB)),
                 Some(TopLogprobs(top)),
             );
         }

@@ -1,4 +1,4 @@
-//! A conversation in token ids, with the tokens of its answers.
+//! An encoded conversation: its token ids, and the ranges of its answers.
 
 use std::fmt;
 use std::ops::Range;
@@ -12,37 +12,37 @@ pub struct EncodedConversation {
     pub ids: Vec<u32>,
     /// The assistant's messages, in order.
     pub answers: Vec<AnswerTokens>,
-    /// Set if the generation prompt differs from the rendered prefix of the last answer. `ids` then begin with the
-    /// generation prompt.
+    /// Set if the generation prompt differs from the text before the last answer in the rendered conversation. In that
+    /// case, `ids` begin with the generation prompt.
     pub difference: Option<PromptDifference>,
 }
 
-/// An answer in an [`EncodedConversation`]. Ranges of tokens refer to its `ids`.
+/// An answer in an [`EncodedConversation`]. Ranges of tokens are ranges of the conversation's `ids`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AnswerTokens {
-    /// Index of the message.
+    /// Index of the answer's message.
     pub message: usize,
-    /// Byte range of the content that `tokens` end with.
+    /// Byte range of the message's content that the last bytes of `tokens` spell.
     pub text: Range<usize>,
     /// Tokens from the end of the generation prompt to the end of the content. They include text of the template that
     /// the model must generate.
     pub tokens: Range<usize>,
-    /// `tokens`, and the following ones up to the token that ends the turn, if there is one.
+    /// `tokens` and, if the template ends the turn, the tokens up to the one that ends it.
     pub supervised: Range<usize>,
     /// Tokens of the content only.
     pub content: Range<usize>,
-    /// First token after the thinking, or the first of `tokens` if there is no thinking.
+    /// First token after the thinking, or the first of `tokens` in an answer without thinking.
     pub after_thinking: usize,
-    /// True if the ids before `tokens` equal the generation prompt and the answer is rendered as after that prompt, or if
-    /// the template rejects such a prompt.
+    /// True if the ids before `tokens` equal the generation prompt, and the answer is rendered as at the end of a
+    /// conversation. Also true if the template rejects conversations that end before the answer.
     pub follows_generation_prompt: bool,
     /// Set if the template does not print the thinking of the message.
     pub thinking: Option<ThinkingChange>,
 }
 
 impl AnswerTokens {
-    /// Returns an answer without tokens, which is trained as a separate example or not at all.
-    pub(crate) fn separate(message: usize) -> AnswerTokens {
+    /// Returns an answer without tokens: it cannot be trained as a part of this conversation.
+    pub(crate) fn without_tokens(message: usize) -> AnswerTokens {
         AnswerTokens {
             message,
             text: 0..0,
@@ -56,17 +56,19 @@ impl AnswerTokens {
     }
 }
 
-/// The end of the generation prompt, and the different end of the prefix in the rendered conversation.
+/// The difference between the generation prompt and the text before the answer in the rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PromptDifference {
+    /// The end of the generation prompt.
     pub generation: String,
+    /// The end of the text before the answer.
     pub conversation: String,
 }
 
-/// How an answer's thinking differs from what the template prints.
+/// The change of an answer's thinking, if the template does not print it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ThinkingChange {
-    /// The template drops the thinking; it is written as in the message.
+    /// The thinking is written as in the message, although the template drops it.
     Restored,
     /// The thinking is left out, because the generation prompt closes a block of thinking.
     LeftOut,

@@ -1,8 +1,8 @@
 //! Encodes conversations and finds the tokens of their answers.
 //!
-//! Text between two control tokens is encoded as a whole, template text and contents together. The ids are then those of
-//! the whole rendered conversation, which pre-training and all servers use. The exception is an answer: it is encoded
-//! separately, from the end of the generation prompt to the end of its content, as a model generates it.
+//! Text between two control tokens is encoded in one piece, template text and contents together. The ids are then those
+//! of the whole rendered conversation, as in pre-training and in all servers. Only answers are encoded separately, from
+//! the end of the generation prompt to the end of the content, as a model generates them.
 
 use std::ops::Range;
 
@@ -15,13 +15,13 @@ use crate::tokenizer::answer_tokens::{
     AnswerTokens, EncodedConversation, PromptDifference, ThinkingChange,
 };
 use crate::tokenizer::chat_template::{
-    ChatTemplate, RenderedSpan, THINKING, TemplateClock, thinking_spans,
+    ChatTemplate, RenderedSpan, THINKING_TAGS, TemplateClock, thinking_spans,
 };
-use crate::tokenizer::writer::ConversationEncoder;
+use crate::tokenizer::encoder::ConversationEncoder;
 
 impl Tokenizer {
-    /// Tokens with which the chat template ends a turn: text that it writes after an answer, if any, and the first
-    /// control token that is a stop token, or else the first control token.
+    /// Tokens with which the chat template ends a turn: it writes them after an answer, up to the first control token
+    /// that is a stop token, or else up to the first control token.
     pub(super) fn find_end_of_turn(&mut self) -> Option<Box<[u32]>> {
         let template = self.template.clone()?;
         // The end of turn does not depend on the date.
@@ -45,21 +45,21 @@ impl Tokenizer {
     /// # Errors
     /// If there is no chat template, or it rejects these messages.
     pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        encode_prompt(self, &self.template()?.at(None), messages)
+        encode_prompt(self, &self.template()?.with_date(None), messages)
     }
 
-    /// Ids of a conversation that ends inside its last message, an answer that the model will continue; and the range of
-    /// the ids that spell this answer.
+    /// Ids of a conversation that ends inside its last message, an answer that the model will continue. Also returns the
+    /// range of the ids that spell this answer.
     ///
     /// # Errors
-    /// As [`Self::encode_prompt`], and if the last message is not an answer.
+    /// As [`Self::encode_prompt`], and if the last message is not the assistant's.
     pub fn encode_continued(&self, messages: &[Message]) -> Result<(Vec<u32>, Range<usize>)> {
         let EncodedConversation {
             mut ids, answers, ..
         } = self.last_answer(messages)?;
         let last = answers.last();
         let Some(answer) = last.filter(|answer| answer.message + 1 == messages.len()) else {
-            bail!("the last message is not the assistant's");
+            bail!("the last message must have the role `assistant`");
         };
         ids.truncate(answer.content.end);
         Ok((ids, answer.content.clone()))
@@ -74,7 +74,10 @@ impl Tokenizer {
         messages: &[Message],
     ) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
         let conversation = self.conversation(messages)?;
-        let ranges = conversation.answers.into_iter().map(|a| a.supervised);
+        let ranges = conversation
+            .answers
+            .into_iter()
+            .map(|answer| answer.supervised);
         Ok((conversation.ids, ranges.collect()))
     }
 
@@ -94,7 +97,8 @@ impl Tokenizer {
         self.conversation_at(messages, false, None)
     }
 
-    /// Encodes a conversation as [`Self::conversation`] or [`Self::last_answer`] do, with the date of its record.
+    /// Encodes a conversation as [`Self::conversation`] does, or, without `every_answer`, as [`Self::last_answer`] does.
+    /// `date` is the date of the conversation's record.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
@@ -104,7 +108,7 @@ impl Tokenizer {
         every_answer: bool,
         date: Option<DateTime>,
     ) -> Result<EncodedConversation> {
-        let template = self.template()?.at(date);
+        let template = self.template()?.with_date(date);
         encode(self, &template, messages, every_answer)
     }
 }
@@ -117,8 +121,8 @@ pub(crate) fn encode_prompt(
 ) -> Result<Vec<u32>> {
     let spans = template.render(messages, true)?;
     let mut encoder = ConversationEncoder::new(tokenizer);
-    encoder.prompt(&spans)?;
-    Ok(encoder.done.ids)
+    encoder.encode_spans(&spans)?;
+    Ok(encoder.output.ids)
 }
 
 /// Encodes a conversation with its answers. Without `every_answer`, earlier answers are part of the prompt of the last
@@ -134,26 +138,26 @@ pub(crate) fn encode(
     let count = messages.iter().filter(|m| m.role == "assistant").count();
     if answers.len() != count {
         bail!(
-            "the chat template prints {} of {count} answers",
+            "the chat template prints {} of the {count} answers",
             answers.len()
         );
     }
     if !answers.is_sorted_by_key(|answer| answer.message) {
-        bail!("the chat template prints the answers in another order");
+        bail!("the chat template prints the answers in another order than the messages");
     }
     let text: String = spans.iter().map(RenderedSpan::text).collect();
     let mut encoder = ConversationEncoder::new(tokenizer);
-    let mut at = 0;
+    let mut next_span = 0;
     for (number, answer) in answers.iter().enumerate() {
         let is_last = number + 1 == count;
         if !is_last && !every_answer {
-            let skipped = AnswerTokens::separate(answer.message);
-            encoder.done.answers.push(skipped);
+            let skipped = AnswerTokens::without_tokens(answer.message);
+            encoder.output.answers.push(skipped);
             continue;
         }
         // Some templates reject conversations that end before an answer.
         let prompt = template.render_text(&messages[..answer.message], true).ok();
-        let end = match &prompt {
+        let prompt_end = match &prompt {
             Some(prompt) => answer.end_of_prompt(&text, prompt),
             None => Some(answer.start),
         };
@@ -161,149 +165,161 @@ pub(crate) fn encode(
             .as_ref()
             .and_then(|prompt| answer.thinking_change(&spans, messages, prompt));
         let is_restored = change == Some(ThinkingChange::Restored);
-        if let (true, true, Some(prompt)) = (end.is_none() || is_restored, is_last, &prompt) {
+        if is_last
+            && (prompt_end.is_none() || is_restored)
+            && let Some(prompt) = &prompt
+        {
             let before = &text[..answer.start];
-            let mut done = after_prompt(tokenizer, template, messages, &spans, answer)?;
+            let mut output = encode_after_prompt(tokenizer, template, messages, &spans, answer)?;
             let earlier = answers[..number].iter();
-            let earlier = earlier.map(|answer| AnswerTokens::separate(answer.message));
-            done.answers.splice(0..0, earlier);
-            done.difference = end.is_none().then(|| PromptDifference {
-                generation: difference(prompt, before, answer.earliest),
-                conversation: difference(before, prompt, answer.earliest),
+            let earlier = earlier.map(|answer| AnswerTokens::without_tokens(answer.message));
+            output.answers.splice(0..0, earlier);
+            output.difference = prompt_end.is_none().then(|| PromptDifference {
+                generation: difference(prompt, before, answer.template_start),
+                conversation: difference(before, prompt, answer.template_start),
             });
-            return Ok(done);
+            return Ok(output);
         }
-        let follows = match (end, &prompt) {
+        let follows_prompt = match (prompt_end, &prompt) {
             _ if is_restored => false,
             (Some(end), Some(prompt)) if !is_last => {
                 // Some templates render an answer differently inside a conversation.
-                let alone = template.render_text(&messages[..=answer.message], false);
-                let alone = alone
+                let as_last = template.render_text(&messages[..=answer.message], false);
+                let as_last = as_last
                     .as_ref()
                     .ok()
                     .and_then(|text| text.strip_prefix(prompt.as_str()));
-                alone.is_some_and(|alone| text[end..].starts_with(alone.trim_end()))
+                as_last.is_some_and(|as_last| text[end..].starts_with(as_last.trim_end()))
             }
             (end, _) => end.is_some(),
         };
-        let lead = &text[end.unwrap_or(answer.start)..answer.start];
-        encoder.before_answer(&spans[at..answer.spans.start], lead)?;
-        let answer_and_rest = &text[answer.start - lead.len()..];
+        // The template text between the generation prompt and the content.
+        let lead = &text[prompt_end.unwrap_or(answer.start)..answer.start];
+        encoder.push_before_answer(&spans[next_span..answer.spans.start], lead)?;
+        let from_answer = &text[answer.start - lead.len()..];
         let length = lead.len()
             + spans[answer.spans.clone()]
                 .iter()
-                .map(|s| s.text().len())
+                .map(|span| span.text().len())
                 .sum::<usize>();
         let is_blank = messages[answer.message].content.trim().is_empty();
+        let (answer_text, following) = from_answer.split_at(length);
         let is_trained_here = is_last
-            || follows && !is_blank && encoder.may_cut_around(answer_and_rest.split_at(length))?;
+            || follows_prompt && !is_blank && encoder.can_cut_around(answer_text, following)?;
         if !is_trained_here {
-            // A cut here would change the prompts of later answers, which must equal their generation prompts.
-            encoder.template(lead)?;
-            let skipped = AnswerTokens::separate(answer.message);
-            encoder.done.answers.push(skipped);
-            at = answer.spans.start;
+            // Encoding this answer separately would change the prompts of later answers, which must equal their
+            // generation prompts.
+            encoder.push_template(lead)?;
+            let skipped = AnswerTokens::without_tokens(answer.message);
+            encoder.output.answers.push(skipped);
+            next_span = answer.spans.start;
             continue;
         }
         encoder.flush()?;
-        encoder.answer(lead, answer.message, &spans[answer.spans.clone()], messages)?;
-        if let Some(answer) = encoder.done.answers.last_mut() {
-            answer.follows_generation_prompt = follows;
+        encoder.encode_answer(lead, answer.message, &spans[answer.spans.clone()], messages)?;
+        if let Some(answer) = encoder.output.answers.last_mut() {
+            answer.follows_generation_prompt = follows_prompt;
             answer.thinking = change;
         }
-        at = answer.spans.end;
+        next_span = answer.spans.end;
     }
-    encoder.prompt(&spans[at..])?;
-    Ok(encoder.done)
+    encoder.encode_spans(&spans[next_span..])?;
+    Ok(encoder.output)
 }
 
 /// Encodes an answer after its generation prompt. Thinking is written as in the message, because the end of the
 /// generation prompt cannot be found in the rendered conversation.
-fn after_prompt(
+fn encode_after_prompt(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     messages: &[Message],
-    all: &[RenderedSpan],
+    all_spans: &[RenderedSpan],
     answer: &RenderedAnswer,
 ) -> Result<EncodedConversation> {
     let prompt = template.render(&messages[..answer.message], true)?;
     let text: String = prompt.iter().map(RenderedSpan::text).collect();
     let content = &messages[answer.message].content;
     let (spans, change) = match thinking_spans(answer.message, content) {
-        None => (all[answer.spans.clone()].to_vec(), None),
+        None => (all_spans[answer.spans.clone()].to_vec(), None),
         Some([_, inner, _, reply]) if closes_thinking(&text) => {
             let is_blank = inner.text().trim().is_empty();
             (vec![reply], (!is_blank).then_some(ThinkingChange::LeftOut))
         }
         Some([opening, inner, closing, reply]) => {
-            let opening = RenderedSpan::Template(not_opened(opening.text(), &text).to_owned());
-            let restored = answer.thinking_change(all, messages, &text);
+            let opening = RenderedSpan::Template(unwritten_tag(opening.text(), &text).to_owned());
+            let restored = answer.thinking_change(all_spans, messages, &text);
             (vec![opening, inner, closing, reply], restored)
         }
     };
     let mut encoder = ConversationEncoder::new(tokenizer);
-    encoder.prompt(&prompt)?;
-    encoder.answer("", answer.message, &spans, messages)?;
-    if let Some(answer) = encoder.done.answers.last_mut() {
+    encoder.encode_spans(&prompt)?;
+    encoder.encode_answer("", answer.message, &spans, messages)?;
+    if let Some(answer) = encoder.output.answers.last_mut() {
         answer.thinking = change;
     }
-    encoder.prompt(&all[answer.spans.end..])?;
-    Ok(encoder.done)
+    encoder.encode_spans(&all_spans[answer.spans.end..])?;
+    Ok(encoder.output)
 }
 
 /// Returns true if the generation prompt ends with the end of a block of thinking.
 fn closes_thinking(prompt: &str) -> bool {
-    prompt.trim_end().ends_with(THINKING.1)
+    prompt.trim_end().ends_with(THINKING_TAGS.1)
 }
 
-/// Opening tag of an answer, without the part that the generation prompt has already written.
-fn not_opened<'a>(tag: &'a str, prompt: &str) -> &'a str {
-    let opened = prompt.trim_end();
-    if !opened.ends_with(THINKING.0) {
+/// Returns `tag`, the opening tag of an answer with the white space around it, without the part that the generation
+/// prompt ends with.
+fn unwritten_tag<'a>(tag: &'a str, prompt: &str) -> &'a str {
+    let trimmed_prompt = prompt.trim_end();
+    if !trimmed_prompt.ends_with(THINKING_TAGS.0) {
         return tag;
     }
-    let after = |text: &'a str| text.trim_start().strip_prefix(THINKING.0);
-    let space = after(tag).unwrap_or_default();
-    space.strip_prefix(&prompt[opened.len()..]).unwrap_or("")
+    let space = tag.trim_start().strip_prefix(THINKING_TAGS.0);
+    space
+        .unwrap_or_default()
+        .strip_prefix(&prompt[trimmed_prompt.len()..])
+        .unwrap_or("")
 }
 
-/// Part of `text` that differs from `other`, shortened. It starts after the shared messages, which end at
+/// Returns the part of `text` that differs from `other`, shortened. It starts after the shared messages, which end at
 /// `content_end`, or else a little before the first difference.
 fn difference(text: &str, other: &str, content_end: usize) -> String {
-    const BEFORE: usize = 20;
-    const SHOWN: usize = 60;
+    const CONTEXT_BYTES: usize = 20;
+    const MAX_CHARACTERS: usize = 60;
     let common = text.bytes().zip(other.bytes()).take_while(|(a, b)| a == b);
     let common = common.count();
-    let from = if common >= content_end {
+    let start = if common >= content_end {
         content_end
     } else {
-        common.saturating_sub(BEFORE)
+        common.saturating_sub(CONTEXT_BYTES)
     };
-    let from = (0..=from).rev().find(|at| text.is_char_boundary(*at));
-    let shown = &text[from.unwrap_or_default()..];
-    shown.chars().take(SHOWN).collect()
+    let start = (0..=start)
+        .rev()
+        .find(|index| text.is_char_boundary(*index));
+    let part = &text[start.unwrap_or_default()..];
+    part.chars().take(MAX_CHARACTERS).collect()
 }
 
 /// An answer in a rendered conversation.
 struct RenderedAnswer {
+    /// Index of the message.
     message: usize,
-    /// First byte of the content.
+    /// Offset of the content in the rendered text.
     start: usize,
-    /// First byte of the template text before it.
-    earliest: usize,
+    /// Offset of the template text before the content.
+    template_start: usize,
     /// Spans of the content, and of template text between them.
     spans: Range<usize>,
 }
 
 impl RenderedAnswer {
-    /// Byte of `text`, the rendered conversation, at which the generation prompt ends. None if the prompt is not
-    /// a prefix that ends after the previous message.
+    /// Offset in `text`, the rendered conversation, at which the generation prompt ends. None if the prompt is not
+    /// a prefix of `text` that ends after the previous message.
     fn end_of_prompt(&self, text: &str, prompt: &str) -> Option<usize> {
         let is_prefix = text[..self.start].starts_with(prompt);
-        (is_prefix && prompt.len() >= self.earliest).then_some(prompt.len())
+        (is_prefix && prompt.len() >= self.template_start).then_some(prompt.len())
     }
 
-    /// How this answer's thinking is written after `prompt`. None if the template prints it.
+    /// Change of this answer's thinking after `prompt`. None if the template prints the thinking.
     fn thinking_change(
         &self,
         spans: &[RenderedSpan],
@@ -323,35 +339,35 @@ impl RenderedAnswer {
     }
 }
 
-/// Answers in a rendered conversation, in order.
+/// Returns the answers in a rendered conversation, in order.
 fn rendered_answers(spans: &[RenderedSpan], messages: &[Message]) -> Vec<RenderedAnswer> {
-    let mut found: Vec<RenderedAnswer> = Vec::new();
-    let mut at = 0;
+    let mut answers: Vec<RenderedAnswer> = Vec::new();
+    let mut start = 0;
     let mut end_of_content = 0;
-    let mut before = None;
+    let mut previous_message = None;
     for (index, span) in spans.iter().enumerate() {
-        let end = at + span.text().len();
+        let end = start + span.text().len();
         if let RenderedSpan::Content { message, .. } = span {
-            match found.last_mut() {
-                Some(last) if before == Some(*message) && last.message == *message => {
+            match answers.last_mut() {
+                Some(last) if previous_message == Some(*message) && last.message == *message => {
                     last.spans.end = index + 1;
                 }
                 _ if messages[*message].role == "assistant" => {
-                    // A template may print an answer in a summary before its turn.
-                    found.retain(|answer| answer.message != *message);
-                    found.push(RenderedAnswer {
+                    // A template may print an answer twice, first in a summary. Only its turn counts.
+                    answers.retain(|answer| answer.message != *message);
+                    answers.push(RenderedAnswer {
                         message: *message,
-                        start: at,
-                        earliest: end_of_content,
+                        start,
+                        template_start: end_of_content,
                         spans: index..index + 1,
                     });
                 }
                 _ => {}
             }
-            before = Some(*message);
+            previous_message = Some(*message);
             end_of_content = end;
         }
-        at = end;
+        start = end;
     }
-    found
+    answers
 }

@@ -1,11 +1,11 @@
-//! Reads what a model folder states about its tokenizer besides `tokenizer.json`.
+//! Reads the small files of a model folder that describe its tokenizer, in addition to `tokenizer.json`.
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-/// Content of the small files of a model folder; null for missing files.
+/// The contents of the small files; null for missing files.
 pub(crate) struct TokenizerFiles {
     tokenizer_config: Value,
     special_tokens_map: Value,
@@ -13,7 +13,7 @@ pub(crate) struct TokenizerFiles {
     config: Value,
     /// `added_tokens.json` of older folders.
     added_tokens: Value,
-    /// The chat template, if there is one.
+    /// The chat template, if the folder has one.
     pub chat_template: Option<String>,
 }
 
@@ -29,18 +29,18 @@ impl TokenizerFiles {
             generation_config: read_json(&dir.join("generation_config.json"))?,
             config: read_json(&dir.join("config.json"))?,
             added_tokens: read_json(&dir.join("added_tokens.json"))?,
-            chat_template: text(&dir.join("chat_template.jinja"))?,
+            chat_template: read_text(&dir.join("chat_template.jinja"))?,
         };
         if files.chat_template.is_none() {
-            files.chat_template = template_in(&files.tokenizer_config["chat_template"]);
+            files.chat_template = select_template(&files.tokenizer_config["chat_template"]);
         }
         Ok(files)
     }
 
-    /// Hash of `tokenizer.json`, whose text is `tokenizer`, and of the used parts of these files.
+    /// Returns the hash of `tokenizer`, the text of `tokenizer.json`, and of the used parts of these files.
     ///
     /// # Errors
-    /// Never, because everything can be serialised.
+    /// If the used parts cannot be serialised, which does not happen.
     pub(crate) fn fingerprint(&self, tokenizer: &str) -> Result<blake3::Hash> {
         let used = serde_json::to_vec(&(
             tokenizer,
@@ -60,7 +60,7 @@ impl TokenizerFiles {
             .find_map(|file| token_text(&file[role]))
     }
 
-    /// Texts of all special tokens that one of the files names.
+    /// Texts of all special tokens that the files name.
     pub(crate) fn special_tokens(&self) -> Vec<&str> {
         let mut tokens = Vec::new();
         for file in [&self.tokenizer_config, &self.special_tokens_map] {
@@ -88,8 +88,8 @@ impl TokenizerFiles {
     pub(crate) fn added_tokens(&self) -> Vec<Value> {
         let flags = ["special", "normalized", "single_word", "lstrip", "rstrip"];
         let mut tokens: Vec<(u64, Value)> = Vec::new();
-        if let Some(listed) = self.tokenizer_config["added_tokens_decoder"].as_object() {
-            for (id, token) in listed {
+        if let Some(entries) = self.tokenizer_config["added_tokens_decoder"].as_object() {
+            for (id, token) in entries {
                 let content = &token["content"];
                 let mut entry = json!({"content": content});
                 for flag in flags {
@@ -101,9 +101,9 @@ impl TokenizerFiles {
                     tokens.push((id, entry));
                 }
             }
-        } else if let Some(listed) = self.added_tokens.as_object() {
+        } else if let Some(entries) = self.added_tokens.as_object() {
             let special = self.special_tokens();
-            for (content, id) in listed {
+            for (content, id) in entries {
                 let is_special = special.contains(&content.as_str());
                 let entry = json!({
                     "content": content, "special": is_special, "normalized": !is_special,
@@ -139,26 +139,27 @@ fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value["content"].as_str())
 }
 
-/// Returns the template, which is a string or a list of named ones with `default` for chats.
-fn template_in(field: &Value) -> Option<String> {
+/// Returns the template in `chat_template`: the field is the template, or a list of named templates, of which `default`
+/// is for chats.
+fn select_template(field: &Value) -> Option<String> {
     if let Some(list) = field.as_array() {
-        let named = list.iter().find(|entry| entry["name"] == "default");
-        let entry = named.or(list.first())?;
+        let default = list.iter().find(|entry| entry["name"] == "default");
+        let entry = default.or(list.first())?;
         return entry["template"].as_str().map(str::to_owned);
     }
     field.as_str().map(str::to_owned)
 }
 
-fn text(path: &Path) -> Result<Option<String>> {
+fn read_text(path: &Path) -> Result<Option<String>> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e).with_context(|| format!("reading {}", path.display())),
+        Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
     }
 }
 
 fn read_json(path: &Path) -> Result<Value> {
-    match text(path)? {
+    match read_text(path)? {
         Some(text) => serde_json::from_str(&text)
             .with_context(|| format!("{} is not valid JSON", path.display())),
         None => Ok(Value::Null),

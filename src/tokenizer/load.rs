@@ -11,12 +11,12 @@ use crate::config;
 use crate::exit::Exit;
 use crate::ops::process;
 use crate::prompt::control_tokens::is_control_name;
-use crate::tokenizer::added::{self, PlainAdded};
+use crate::tokenizer::added::{self, AddedTokenSearch};
 use crate::tokenizer::chat_template::{TOKEN_VARIABLES, with_arguments};
 use crate::tokenizer::files::TokenizerFiles;
 use crate::tokenizer::pieces::PieceCache;
 use crate::tokenizer::source::{self, TokenizerJson};
-use crate::tokenizer::token_bytes::{TokenBytes, has_part};
+use crate::tokenizer::token_bytes::{TokenByteMap, has_part};
 use crate::tokenizer::{ChatTemplate, Tokenizer};
 
 /// Maximum size of a vocabulary. A larger id means a damaged file, and its table would exhaust the memory.
@@ -61,7 +61,7 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
             "{} does not exist; a model folder needs a tokenizer.json",
             path.display()
         ))),
-        source => source.with_context(|| format!("reading {}", path.display()))?,
+        source => source.with_context(|| format!("cannot read {}", path.display()))?,
     };
     let invalid = || format!("{} is not a valid tokenizer", path.display());
     let mut tokenizer = TokenizerJson::parse(&source).with_context(invalid)?;
@@ -119,28 +119,29 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         .or(files.token("unk_token"))
         .and_then(|token| text.token_to_id(token))
         .or_else(|| json["model"]["unk_id"].as_u64()?.try_into().ok());
-    let space_after_control = !has_metaspace_for_first(&json["pre_tokenizer"]);
-    // A normalizer prepends its space before added tokens are matched in normalised text.
-    let by_words = has_part(&json["pre_tokenizer"], "Metaspace");
+    let space_after_control = !has_first_metaspace(&json["pre_tokenizer"]);
+    // A normalizer prepends its space before normalised added tokens are matched, so text after them gets no space. The
+    // pre-tokenizer `Metaspace` adds its space after all added tokens are matched.
+    let is_metaspace = has_part(&json["pre_tokenizer"], "Metaspace");
     let adds_space = space_after_control && continuing.is_some();
     let before_space: HashSet<u32> = plain_added
         .iter()
-        .filter(|(_, token)| adds_space && (by_words || !token.normalized))
+        .filter(|(_, token)| adds_space && (is_metaspace || !token.normalized))
         .map(|(id, _)| *id)
         .collect();
-    // For a token of the vocabulary, such as Gemma's runs of spaces, its spelling there determines the bytes.
+    // The bytes of a token that is also in the vocabulary, such as Gemma's runs of spaces, follow from its spelling there.
     plain_added
         .retain(|(id, token)| !special.contains(id) && vocabulary.get(&token.content) != Some(id));
-    let bytes = TokenBytes::new(&json, &vocabulary, &plain_added, |id| special.contains(&id));
+    let bytes = TokenByteMap::new(&json, &vocabulary, &plain_added, |id| special.contains(&id));
     let template = files.chat_template.as_deref().map(|source| {
         let tokens = TOKEN_VARIABLES.map(|name| (name, files.token(name)));
-        // Templates expect these two variables.
+        // Templates expect these two variables to be defined.
         let defaults = [("bos_token", Some("")), ("eos_token", Some(""))];
         ChatTemplate::with_tokens(source, defaults.into_iter().chain(tokens))
     });
     let mut tokenizer = Tokenizer {
         dir: dir.into(),
-        plain_added: PlainAdded::new(text.get_added_vocabulary(), &json["normalizer"])?,
+        plain_added: AddedTokenSearch::new(text.get_added_vocabulary(), &json["normalizer"])?,
         before_space,
         space_after_control,
         prepends_by_normalizer: has_part(&json["normalizer"], "Prepend"),
@@ -169,69 +170,71 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// Marks every control token as special and adds those that only the other files name. Returns their ids.
+/// Marks the control tokens in `added_tokens` as special, and adds entries for those that only the other files name.
+/// Returns the ids of all these tokens.
 fn mark_control_tokens(tokenizer: &mut TokenizerJson, files: &TokenizerFiles) -> HashSet<u32> {
-    let named: HashSet<&str> = files.special_tokens().into_iter().collect();
-    let stops: HashSet<u64> = files
+    let special_names: HashSet<&str> = files.special_tokens().into_iter().collect();
+    let stop_ids: HashSet<u64> = files
         .eos_token_ids()
         .unwrap_or_default()
         .into_iter()
         .map(u64::from)
         .collect();
-    let mut marked = HashSet::new();
-    let mut listed = HashSet::new();
+    let mut control_ids = HashSet::new();
+    let mut added_names = HashSet::new();
     let added = tokenizer.json["added_tokens"].as_array_mut();
     for token in added.into_iter().flatten() {
         let content = token["content"].as_str().unwrap_or_default().to_owned();
         let id = token["id"].as_u64();
-        if named.contains(content.as_str())
-            || (id.is_some_and(|id| stops.contains(&id)) && !content.trim().is_empty())
+        if special_names.contains(content.as_str())
+            || (id.is_some_and(|id| stop_ids.contains(&id)) && !content.trim().is_empty())
             || (content.starts_with("<|") && content.ends_with("|>"))
         {
             token["special"] = true.into();
-            marked.extend(id.and_then(|id| u32::try_from(id).ok()));
+            control_ids.extend(id.and_then(|id| u32::try_from(id).ok()));
         }
-        listed.insert(content);
+        added_names.insert(content);
     }
-    for content in named {
-        let (Some(id), false) = (tokenizer.id(content), listed.contains(content)) else {
+    for content in special_names {
+        let (Some(id), false) = (tokenizer.id(content), added_names.contains(content)) else {
             continue;
         };
-        marked.insert(id);
+        control_ids.insert(id);
         if let Some(added) = tokenizer.json["added_tokens"].as_array_mut() {
-            added.push(added::special(content, id.into()));
+            added.push(added::special_entry(content, id.into()));
         }
     }
-    marked
+    control_ids
 }
 
-/// Returns the tokenizer without the space that it puts before a text, and without plain added tokens. None if it puts
-/// no space there.
+/// Returns the tokenizer without the space that it adds before a text, and without added tokens that are not special.
+/// Returns None if the tokenizer does not add a space.
 fn without_prefix_space(tokenizer: &Value) -> Option<Value> {
     let mut changed = tokenizer.clone();
-    let mut found = false;
+    let mut is_removed = false;
     for part in ["normalizer", "pre_tokenizer"] {
-        remove_prefix_space(&mut changed[part], &mut found);
+        remove_prefix_space(&mut changed[part], &mut is_removed);
     }
     if let Some(added) = changed["added_tokens"].as_array_mut() {
         added.retain(|token| token["special"] == true);
     }
-    found.then_some(changed)
+    is_removed.then_some(changed)
 }
 
-fn remove_prefix_space(part: &mut Value, found: &mut bool) {
+/// Removes the step that adds a space before a text, and sets `is_removed` if there was one.
+fn remove_prefix_space(part: &mut Value, is_removed: &mut bool) {
     match part["type"].as_str() {
         Some("Prepend") => {
-            *found = true;
+            *is_removed = true;
             *part = Value::Null;
         }
         Some("Metaspace") if part["prepend_scheme"] != "never" => {
-            *found = true;
+            *is_removed = true;
             part["prepend_scheme"] = "never".into();
             part["add_prefix_space"] = false.into();
         }
         Some("ByteLevel") if part["add_prefix_space"] == true => {
-            *found = true;
+            *is_removed = true;
             part["add_prefix_space"] = false.into();
         }
         Some("Sequence") => {
@@ -239,7 +242,7 @@ fn remove_prefix_space(part: &mut Value, found: &mut bool) {
                 if let Some(steps) = part[steps].as_array_mut() {
                     steps
                         .iter_mut()
-                        .for_each(|step| remove_prefix_space(step, found));
+                        .for_each(|step| remove_prefix_space(step, is_removed));
                     steps.retain(|step| !step.is_null());
                 }
             }
@@ -248,8 +251,8 @@ fn remove_prefix_space(part: &mut Value, found: &mut bool) {
     }
 }
 
-/// Returns true for `Metaspace` with the scheme `first`, which puts the space only at the start of a text. All other
-/// schemes and parts also put it after each control token.
-fn has_metaspace_for_first(pre_tokenizer: &Value) -> bool {
+/// Returns true for `Metaspace` with the scheme `first`, which adds the space only at the start of a text. All other
+/// schemes and parts also add it after each control token.
+fn has_first_metaspace(pre_tokenizer: &Value) -> bool {
     has_part(pre_tokenizer, "Metaspace") && pre_tokenizer.to_string().contains(r#""first""#)
 }

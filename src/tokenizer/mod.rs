@@ -3,29 +3,29 @@
 //! | file | content |
 //! |---|---|
 //! | `load`, `files`, `source` | read a Hugging Face model folder |
-//! | `added` | added tokens that are not control tokens |
+//! | `added` | added tokens: completes their list and finds them in a text |
 //! | `pieces` | cache of encoded pieces of text |
 //! | `token_bytes` | the exact bytes of each token |
 //! | `chat_template` | renders conversations, in a sandbox |
-//! | `conversation`, `writer` | encode conversations, and find the tokens of their answers |
+//! | `conversation`, `encoder` | encode conversations, and find the tokens of their answers |
 //! | `answer_tokens` | the result: ids and the ranges of the answers |
 //!
 //! Invariants:
 //! - Text never becomes a control token; only a chat template can write control tokens.
-//! - The ids of a conversation are those of the whole rendered text, except that an answer is encoded separately, as a
-//!   model generates it after its generation prompt.
+//! - The ids of a conversation are those of the whole rendered text, except that an answer is encoded separately, as the
+//!   model generates it after the generation prompt.
 //! - The ids of a text do not depend on how it is cut into pieces.
 
 pub(crate) mod added;
 pub(crate) mod answer_tokens;
 pub mod chat_template;
 pub(crate) mod conversation;
+pub(crate) mod encoder;
 pub(crate) mod files;
 pub(crate) mod load;
 pub(crate) mod pieces;
 pub(crate) mod source;
 pub(crate) mod token_bytes;
-pub(crate) mod writer;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
@@ -38,62 +38,62 @@ use tokenizers::AddedVocabulary;
 
 use crate::exit::Exit;
 use crate::prompt::message::Message;
-use crate::tokenizer::added::PlainAdded;
+use crate::tokenizer::added::AddedTokenSearch;
 pub use crate::tokenizer::answer_tokens::{
     AnswerTokens, EncodedConversation, PromptDifference, ThinkingChange,
 };
 use crate::tokenizer::chat_template::{ChatTemplate, TemplateClock};
 use crate::tokenizer::pieces::PieceCache;
-use crate::tokenizer::token_bytes::TokenBytes;
+use crate::tokenizer::token_bytes::TokenByteMap;
 
 /// A tokenizer with its chat template.
 ///
-/// Control tokens are the tokens that the model folder declares or names as special, those with the name of a control
-/// token that end an answer, and added tokens of the form `<|...|>`. Text never becomes a control token: only a chat
-/// template can write one.
+/// Control tokens are the tokens that the model folder declares or names as special, the tokens that end an answer if
+/// they have the name of a control token, and added tokens of the form `<|...|>`. Text never becomes a control token:
+/// only a chat template can write one.
 #[derive(Debug)]
 pub struct Tokenizer {
     dir: PathBuf,
     /// Encodes everything as text, including the names of control tokens.
     text: tokenizers::Tokenizer,
-    /// Encodes text that continues other text: without the space that `text` puts before, and without added tokens. None
-    /// if `text` puts no space.
+    /// Encodes text that continues other text: like `text`, but without adding a prefix space, and without added tokens
+    /// except control tokens. None if `text` does not add a prefix space.
     continuing: Option<tokenizers::Tokenizer>,
     /// True if text after a control token gets the prefix space.
     space_after_control: bool,
     /// Finds the control tokens in template text.
     control: AddedVocabulary,
-    /// Finds added tokens that are not control tokens, in any text. None if there are none.
-    plain_added: Option<PlainAdded>,
-    /// The tokens of `plain_added` after which the tokenizer adds a prefix space.
+    /// Detects texts with added tokens that are not control tokens. None if the vocabulary has no such tokens.
+    plain_added: Option<AddedTokenSearch>,
+    /// Ids of the added tokens after which the tokenizer adds a prefix space, control tokens excluded.
     before_space: HashSet<u32>,
     /// True if a normalizer adds the prefix space before normalised added tokens are matched.
     prepends_by_normalizer: bool,
     /// Ids of the control tokens.
     special: HashSet<u32>,
     unknown: Option<u32>,
-    bytes: TokenBytes,
+    bytes: TokenByteMap,
     stop_ids: Vec<u32>,
     /// See [`Self::find_end_of_turn`]. Empty if the template does not end turns.
     end_of_turn: Box<[u32]>,
     vocab_size: usize,
     template: Option<ChatTemplate>,
     fingerprint: blake3::Hash,
-    /// Name of the template's date.
+    /// Name of the template's date, for the fingerprint.
     date: String,
     template_args: BTreeMap<String, Value>,
-    /// Cache of pieces. None if texts must be encoded as a whole.
+    /// Cache of encoded pieces of text. None if texts cannot be cut into pieces.
     pieces: Option<PieceCache>,
 }
 
-/// What precedes a text, which decides whether it gets the prefix space.
+/// Position of a text after other tokens, which decides whether the text gets the prefix space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TextPosition {
-    /// Nothing.
+    /// No token precedes the text.
     First,
-    /// A control token.
+    /// A control token precedes the text.
     AfterControl,
-    /// Other text.
+    /// Other text precedes the text.
     AfterText,
 }
 
@@ -121,10 +121,10 @@ impl Tokenizer {
         &self.dir
     }
 
-    /// Ids of a text, without tokens before or after it. The names of control tokens are encoded as text.
+    /// Ids of a text, without special tokens at its begin and end. The names of control tokens are encoded as text.
     ///
     /// # Errors
-    /// If the text contains a control token of a single character that the vocabulary contains.
+    /// If the text contains the name of a control token that is a single character and part of the model's vocabulary.
     pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_at(text, TextPosition::First)
     }
@@ -134,10 +134,12 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode_prompt`].
     pub fn render(&self, messages: &[Message]) -> Result<String> {
-        self.template()?.at(None).render_text(messages, false)
+        self.template()?
+            .with_date(None)
+            .render_text(messages, false)
     }
 
-    /// Text of ids, without control tokens and unknown ids. Invalid UTF-8 becomes U+FFFD.
+    /// Text of the tokens `ids`, without control tokens and unknown ids. Invalid UTF-8 becomes U+FFFD.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -150,8 +152,8 @@ impl Tokenizer {
         self.text.decode(&ids, true).map_err(|e| anyhow!(e))
     }
 
-    /// Bytes of a token. None for control tokens, ids outside the vocabulary, and all tokens of a vocabulary whose
-    /// spelling does not give bytes (WordPiece).
+    /// Bytes of a token. None for control tokens, for ids outside the vocabulary, and for all tokens of a vocabulary
+    /// whose spelling does not determine the bytes (WordPiece).
     pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
         self.bytes.get(id)
     }
@@ -172,7 +174,7 @@ impl Tokenizer {
         self.text.id_to_token(id).unwrap_or_default()
     }
 
-    /// Smallest id whose token differs in `other`.
+    /// Smallest id that is another token in `other`, or a control token in only one of the two.
     pub fn first_difference(&self, other: &Self) -> Option<u32> {
         let largest = self.vocab_size.max(other.vocab_size) as u32;
         let differs = |id: &u32| {
@@ -182,7 +184,7 @@ impl Tokenizer {
         (0..largest).find(differs)
     }
 
-    /// Returns true if the spelling of the vocabulary gives the bytes of its tokens.
+    /// Returns true if the spelling of the vocabulary determines the bytes of its tokens.
     pub fn has_token_bytes(&self) -> bool {
         !self.bytes.is_empty()
     }
@@ -204,9 +206,9 @@ impl Tokenizer {
         let text = std::str::from_utf8(bytes).ok()?;
         let ids = self.encode_at(text, TextPosition::AfterText).ok()?;
         let first = *ids.first()?;
-        // The bytes imply the token only if they begin with it.
-        let spelled = self.token_bytes(first)?;
-        (!spelled.is_empty() && bytes.starts_with(spelled)).then_some(first)
+        // Normalisation may have changed the text.
+        let first_bytes = self.token_bytes(first)?;
+        (!first_bytes.is_empty() && bytes.starts_with(first_bytes)).then_some(first)
     }
 
     /// Returns true for a control token.
@@ -219,7 +221,7 @@ impl Tokenizer {
         self.control.is_special_token(text)
     }
 
-    /// Hash of everything that decides how conversations are encoded.
+    /// Hash of everything that determines the encoding of conversations.
     pub fn fingerprint(&self) -> blake3::Hash {
         let mut hash = blake3::Hasher::new();
         hash.update(self.fingerprint.as_bytes());
@@ -242,8 +244,8 @@ impl Tokenizer {
         self.end_of_turn.last().copied()
     }
 
-    /// Token with which a model decides to end its answer: the end-of-turn token, or the first token of the text that the
-    /// template writes before it. Llama 2's template writes a space there.
+    /// First token that a model generates after its answer: the end-of-turn token, or the first token of the text that
+    /// the template writes before it, such as the space of Llama 2's template.
     pub fn end_of_answer(&self) -> Option<u32> {
         self.end_of_turn.first().copied()
     }
@@ -280,26 +282,26 @@ impl Tokenizer {
         })
     }
 
-    /// Encodes a text at a position, with its added tokens.
+    /// Encodes a text, and the added tokens in it, for a position.
     fn encode_at(&self, text: &str, position: TextPosition) -> Result<Vec<u32>> {
-        // The library finds added tokens itself in a text that is encoded as a whole.
+        // In a text that is encoded in one piece by `text`, the library finds added tokens itself.
         let is_cut = self.pieces.is_some() || self.continues(position);
-        if !is_cut || !self.may_hold_added(text) {
+        if !is_cut || !self.may_contain_added(text) {
             return self.encode_between_added(text, position);
         }
         let mut ids = Vec::with_capacity(text.len() / 3);
-        let mut at = 0;
+        let mut start = 0;
         let mut position = position;
         for (range, id) in self.find_added(text, position) {
             // A token that strips white space may overlap the next one.
-            if at < range.start {
-                ids.extend(self.encode_between_added(&text[at..range.start], position)?);
+            if start < range.start {
+                ids.extend(self.encode_between_added(&text[start..range.start], position)?);
             }
             ids.push(id);
-            at = at.max(range.end);
+            start = start.max(range.end);
             position = self.position_after(&[id]);
         }
-        ids.extend(self.encode_between_added(&text[at..], position)?);
+        ids.extend(self.encode_between_added(&text[start..], position)?);
         Ok(ids)
     }
 
@@ -321,18 +323,19 @@ impl Tokenizer {
         }
     }
 
-    /// Returns false only if `text` contains none of `plain_added`.
-    fn may_hold_added(&self, text: &str) -> bool {
+    /// Returns false only if `text` contains no added tokens except control tokens.
+    fn may_contain_added(&self, text: &str) -> bool {
         let added = self.plain_added.as_ref();
         added.is_some_and(|added| added.may_be_in(text))
     }
 
-    /// Finds `plain_added` in a text: byte ranges and ids.
+    /// Finds the added tokens in a text. Returns their byte ranges and ids.
     fn find_added(&self, text: &str, position: TextPosition) -> Vec<(Range<usize>, u32)> {
         let vocabulary = self.text.get_added_vocabulary();
-        let mut found = added::find(vocabulary, self.text.get_normalizer(), text);
-        // Some tokens match only after a space, which the normalizer prepended here.
-        let is_by_prefix = |(range, id): &(Range<usize>, u32)| {
+        let mut added_tokens = added::find(vocabulary, self.text.get_normalizer(), text);
+        // The library adds the prefix space before it matches normalised tokens. A token at the start that matched only
+        // with that space is not in a text that gets no prefix space.
+        let needs_prefix_space = |(range, id): &(Range<usize>, u32)| {
             let token = vocabulary.get_added_tokens_decoder().get(id);
             range.start == 0
                 && token
@@ -340,26 +343,26 @@ impl Tokenizer {
         };
         if self.continues(position)
             && self.prepends_by_normalizer
-            && found.first().is_some_and(is_by_prefix)
+            && added_tokens.first().is_some_and(needs_prefix_space)
         {
-            found.remove(0);
+            added_tokens.remove(0);
         }
-        found
+        added_tokens
     }
 
-    /// Encodes a text that contains none of `plain_added`.
+    /// Encodes a text without added tokens.
     fn encode_between_added(&self, text: &str, position: TextPosition) -> Result<Vec<u32>> {
         if text.is_empty() {
             return Ok(Vec::new());
         }
         match &self.pieces {
-            // Tokenizers with pieces put no space before a text, so the position does not affect the ids.
+            // Tokenizers with pieces do not add a prefix space, so the position does not affect the ids.
             Some(pieces) => pieces.encode(text, |piece| self.encode_whole(piece, position)),
             None => self.encode_whole(text, position),
         }
     }
 
-    /// Encodes a text that contains none of `plain_added`, without the cache.
+    /// Encodes a text without added tokens, without the cache.
     fn encode_whole(&self, text: &str, position: TextPosition) -> Result<Vec<u32>> {
         let tokenizer = match &self.continuing {
             Some(continuing) if self.continues(position) => continuing,
@@ -372,12 +375,12 @@ impl Tokenizer {
         let Some(special) = ids.iter().copied().find(|&id| self.is_special(id)) else {
             return Ok(ids.to_vec());
         };
-        self.encode_around(text, position, special, ids)
+        self.encode_without_control(text, position, special, ids)
     }
 
-    /// Encodes a text from which the model's own vocabulary made the control token `special`. Cuts the token's name in
-    /// two, so that neither part is the token.
-    fn encode_around(
+    /// Encodes a text which the model's own vocabulary would encode with the control token `special`, as `ids`. Cuts the
+    /// name of the token into two parts, which are encoded separately.
+    fn encode_without_control(
         &self,
         text: &str,
         position: TextPosition,
@@ -385,19 +388,19 @@ impl Tokenizer {
         ids: &[u32],
     ) -> Result<Vec<u32>> {
         let name = self.text.id_to_token(special).unwrap_or_default();
-        let first = name.chars().next().map_or(0, char::len_utf8);
+        let first_length = name.chars().next().map_or(0, char::len_utf8);
         match text.find(&name) {
-            Some(at) if first > 0 && first < name.len() => {
-                let (left, right) = text.split_at(at + first);
+            Some(start) if first_length > 0 && first_length < name.len() => {
+                let (left, right) = text.split_at(start + first_length);
                 let mut ids = self.encode_at(left, position)?;
                 ids.extend(self.encode_at(right, TextPosition::AfterText)?);
                 Ok(ids)
             }
-            // The unknown token stands for characters that the vocabulary lacks.
+            // The unknown token stands for characters that are not in the vocabulary.
             None if Some(special) == self.unknown => Ok(ids.to_vec()),
             _ => bail!(Exit::Usage(format!(
-                "plain text makes the token {name:?} (id {special}), which is a control token of the model in {}: special, \
-                 or listed in `eos_token_id` of its generation_config.json or config.json. Remove it there",
+                "a text contains the token {name:?} (id {special}), which the model in {} declares as a control token \
+                 (special, or listed in `eos_token_id` of generation_config.json or config.json): remove it there",
                 self.dir.display()
             ))),
         }

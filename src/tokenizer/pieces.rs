@@ -1,8 +1,8 @@
-//! Cache of encoded pieces of text.
+//! A cache of encoded pieces of text.
 //!
-//! Some pre-tokenizers are known to end a word before a space and a letter, and before a punctuation mark. There, a text
-//! can be cut into pieces whose ids are those of the whole text. Nearly all pieces occur repeatedly, and a look-up takes
-//! a tenth of the time of encoding.
+//! Some pre-tokenizers always end a word between a non-space and a space that a letter follows, and between a letter and
+//! a punctuation mark. A text can be cut at these places: the ids of the pieces, joined, are those of the text. Nearly
+//! all pieces occur repeatedly, and a look-up takes a tenth of the time of encoding.
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
@@ -11,13 +11,13 @@ use anyhow::Result;
 use foldhash::fast::FixedState;
 use serde_json::Value;
 
-/// Maximum number of cached pieces: about the words of a language, with and without a comma.
+/// Maximum number of cached pieces: enough for the common words of a language.
 const MAX_PIECES: usize = 1 << 17;
-/// Maximum number of bytes of a cached piece. Longer ones rarely repeat.
+/// Maximum number of bytes of a cached piece. Longer pieces rarely repeat.
 const MAX_PIECE_BYTES: usize = 32;
 
-/// Patterns of Llama 3 and Qwen 2. Like GPT-2's, they never match a non-space and a following space together, nor a
-/// letter and a following punctuation mark, and they do not look back.
+/// Split patterns of Llama 3 and Qwen 2. Like GPT-2's pattern, they never match a non-space together with a following
+/// space, nor a letter together with a following punctuation mark, and they do not look back.
 const SPLITS: [&str; 2] = [
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -28,20 +28,20 @@ const SPLITS: [&str; 2] = [
 pub(crate) struct PieceCache(RwLock<HashMap<Box<str>, Box<[u32]>, FixedState>>);
 
 impl PieceCache {
-    /// Creates a cache. Returns None if `tokenizer`, a parsed `tokenizer.json`, may make a token that extends over a cut.
+    /// Creates a cache. Returns None if a token of `tokenizer`, a parsed `tokenizer.json`, may extend over a cut.
     pub(crate) fn new(tokenizer: &Value) -> Option<Self> {
         let normalizer = &tokenizer["normalizer"];
         let keeps_words = normalizer.is_null() || normalizer["type"] == "NFC";
-        // Such a token takes part of the text around it before words are split.
+        // An added token that strips or contains spaces, or needs a word boundary, depends on the text around it.
         let added = tokenizer["added_tokens"].as_array();
-        let is_clean = added.into_iter().flatten().all(|token| {
+        let is_independent = added.into_iter().flatten().all(|token| {
             let strips = ["lstrip", "rstrip"].iter().any(|side| token[side] == true);
             let content = token["content"].as_str().unwrap_or_default();
             !strips && !content.contains(' ') && token["single_word"] != true
         });
         let cuts = cuts(&tokenizer["pre_tokenizer"]);
         let is_bpe = tokenizer["model"]["type"] == "BPE";
-        (keeps_words && is_clean && is_bpe && cuts == Some(true)).then(Self::default)
+        (keeps_words && is_independent && is_bpe && cuts == Some(true)).then(Self::default)
     }
 
     /// Encodes `text`; `encode` encodes pieces that are not cached.
@@ -54,29 +54,30 @@ impl PieceCache {
         encode: impl Fn(&str) -> Result<Vec<u32>>,
     ) -> Result<Vec<u32>> {
         let mut ids = Vec::with_capacity(text.len() / 3);
-        let mut new: Vec<(&str, Vec<u32>)> = Vec::new();
+        let mut new_pieces: Vec<(&str, Vec<u32>)> = Vec::new();
         let read = || self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let mut known = read();
+        let mut cache = read();
         for piece in pieces(text) {
-            if let Some(known) = known.get(piece) {
-                ids.extend_from_slice(known);
+            if let Some(cached) = cache.get(piece) {
+                ids.extend_from_slice(cached);
                 continue;
             }
-            let has_room = known.len() < MAX_PIECES;
-            // `encode` may call this function for parts of the piece, which takes the lock for writing.
-            drop(known);
+            let has_room = cache.len() < MAX_PIECES;
+            // `encode` may call this function for parts of the piece, and that call takes the lock for writing.
+            drop(cache);
             let encoded = encode(piece)?;
-            known = read();
+            cache = read();
             ids.extend_from_slice(&encoded);
             if has_room && piece.len() <= MAX_PIECE_BYTES {
-                new.push((piece, encoded));
+                new_pieces.push((piece, encoded));
             }
         }
-        drop(known);
-        if !new.is_empty() {
-            let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
-            known.extend(
-                new.into_iter()
+        drop(cache);
+        if !new_pieces.is_empty() {
+            let mut cache = self.0.write().unwrap_or_else(PoisonError::into_inner);
+            cache.extend(
+                new_pieces
+                    .into_iter()
                     .map(|(piece, ids)| (piece.into(), ids.into())),
             );
         }
@@ -84,7 +85,7 @@ impl PieceCache {
     }
 }
 
-/// Returns true if this pre-tokenizer ends a word at each cut. None if unknown.
+/// Returns true if this pre-tokenizer ends a word at each cut of [`pieces`]. None for unknown pre-tokenizers.
 fn cuts(part: &Value) -> Option<bool> {
     match part["type"].as_str()? {
         "ByteLevel" => (part["add_prefix_space"] == false).then(|| part["use_regex"] != false),
@@ -105,16 +106,18 @@ fn cuts(part: &Value) -> Option<bool> {
     }
 }
 
-/// Cuts a text before each single space between a non-space and a letter, and between a letter and a punctuation mark.
+/// Cuts a text before each single space between a non-space and a letter, and between each letter and a punctuation mark
+/// after it.
 fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let bytes = text.as_bytes();
     let mut start = 0;
-    let is_cut = move |at: &usize| {
-        let before = bytes[at - 1];
-        let byte = bytes[*at];
+    let is_cut = move |index: &usize| {
+        let before = bytes[index - 1];
+        let byte = bytes[*index];
         match byte {
             b' ' => {
-                before.is_ascii_graphic() && bytes.get(at + 1).is_some_and(u8::is_ascii_alphabetic)
+                before.is_ascii_graphic()
+                    && bytes.get(index + 1).is_some_and(u8::is_ascii_alphabetic)
             }
             _ => before.is_ascii_alphabetic() && byte.is_ascii_punctuation(),
         }

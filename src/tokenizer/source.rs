@@ -1,7 +1,7 @@
-//! Parses `tokenizer.json`: its model, and the rest as a JSON value that can be changed.
+//! Parses `tokenizer.json`: its model, and all other fields as a JSON value that can be changed.
 //!
-//! The vocabulary and the merges are nearly the whole file, up to 30 MB. They are read once, directly into the model;
-//! as JSON values they would take many times that memory.
+//! Nearly the whole file is vocabulary and merges, up to 30 MB. They are parsed directly into the model, because as JSON
+//! values they would take many times that memory.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -14,22 +14,22 @@ use serde_json::{Value, json};
 use tokenizers::models::bpe::BPE;
 use tokenizers::{AddedToken, Model, ModelWrapper};
 
-/// Number of words in the model's cache, per thread: about the words of a language, and six times the default, with
-/// which every rare word would be encoded again.
+/// Number of words in the model's cache, per thread: enough for the words of a language. With the default, a sixth of
+/// this, rare words would be encoded again each time.
 const WORD_CACHE: usize = 1 << 16;
 
 /// A parsed `tokenizer.json`.
 pub(crate) struct TokenizerJson {
-    /// The whole file, but with only [`SETTINGS`] of the model under `model`.
+    /// The file, with only the [`MODEL_SETTINGS`] under `model`.
     pub json: Value,
     /// The model with its vocabulary.
     pub model: ModelWrapper,
 }
 
-/// Fields of the model that the loader needs besides the model itself.
-const SETTINGS: [&str; 4] = ["type", "byte_fallback", "unk_token", "unk_id"];
+/// Fields of the model that the loader reads, in addition to the parsed model.
+const MODEL_SETTINGS: [&str; 4] = ["type", "byte_fallback", "unk_token", "unk_id"];
 
-/// Known fields of a BPE model. Its reader fails on others, which future versions may write.
+/// Fields that the library's parser of BPE models knows. It fails on other fields, which future versions may add.
 const BPE_FIELDS: [&str; 9] = [
     "dropout",
     "unk_token",
@@ -42,7 +42,7 @@ const BPE_FIELDS: [&str; 9] = [
     "merges",
 ];
 
-type Fields<'a> = HashMap<Cow<'a, str>, &'a RawValue>;
+type RawFields<'a> = HashMap<Cow<'a, str>, &'a RawValue>;
 
 /// A token of `added_tokens`.
 #[derive(Deserialize)]
@@ -65,12 +65,12 @@ impl TokenizerJson {
             bail!("its added_tokens are not a list");
         }
         let fields = self::fields(model.get()).context("in its model")?;
-        json["model"] = values(&fields, |name| SETTINGS.contains(&name))?;
+        json["model"] = values(&fields, |name| MODEL_SETTINGS.contains(&name))?;
         let mut model = if json["model"]["type"] == "BPE" {
-            let known = fields.iter().map(|(name, raw)| (&**name, *raw));
-            let known = known.filter(|(name, _)| BPE_FIELDS.contains(name));
-            // Reading directly avoids a JSON value of the vocabulary.
-            BPE::deserialize(MapDeserializer::new(known)).map(ModelWrapper::BPE)
+            let bpe_fields = fields.iter().map(|(name, raw)| (&**name, *raw));
+            let bpe_fields = bpe_fields.filter(|(name, _)| BPE_FIELDS.contains(name));
+            // Without a JSON value of the vocabulary.
+            BPE::deserialize(MapDeserializer::new(bpe_fields)).map(ModelWrapper::BPE)
         } else {
             serde_json::from_str(model.get())
         }
@@ -85,7 +85,7 @@ impl TokenizerJson {
     }
 }
 
-/// Builds the tokenizer that `json`, a [`TokenizerJson::json`], describes, with this model.
+/// Builds the tokenizer that [`TokenizerJson::json`] describes, with `model`.
 ///
 /// # Errors
 /// If `json` contains an unknown part.
@@ -104,7 +104,7 @@ pub(crate) fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tok
     for AddedTokenEntry { id, token } in &added {
         if let Some(other) = tokenizer
             .token_to_id(&token.content)
-            .filter(|found| found != id)
+            .filter(|other| other != id)
         {
             tracing::warn!(
                 "tokenizer.json adds {:?} with id {id}, but its vocabulary and the order of its added tokens give id {other}, \
@@ -119,8 +119,9 @@ pub(crate) fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tok
     Ok(tokenizer)
 }
 
-/// Parses the fields of an object. If a name occurs several times, the last one counts.
-fn fields(text: &str) -> Result<Fields<'_>> {
+/// Splits a JSON object into its fields, without parsing their values. Of several fields with the same name, the last
+/// one counts.
+fn fields(text: &str) -> Result<RawFields<'_>> {
     serde_json::from_str(text).map_err(|error| {
         if error.is_data() {
             anyhow!("it is not a JSON object")
@@ -130,10 +131,10 @@ fn fields(text: &str) -> Result<Fields<'_>> {
     })
 }
 
-/// Parses the fields with the wanted names into an object.
-fn values(fields: &Fields, wanted: impl Fn(&str) -> bool) -> Result<Value> {
+/// Parses the fields whose names are selected. Returns them as an object.
+fn values(fields: &RawFields, is_selected: impl Fn(&str) -> bool) -> Result<Value> {
     let mut values = json!({});
-    for (name, raw) in fields.iter().filter(|(name, _)| wanted(name)) {
+    for (name, raw) in fields.iter().filter(|(name, _)| is_selected(name)) {
         let value = serde_json::from_str(raw.get());
         values[&**name] = value.with_context(|| format!("in its {name}"))?;
     }

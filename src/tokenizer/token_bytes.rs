@@ -1,7 +1,7 @@
 //! The exact bytes of each token.
 //!
-//! Alignment works on bytes, and decoding token by token does not give them: half an emoji decodes to a replacement
-//! character, and a SentencePiece decoder drops a leading space.
+//! Alignment compares bytes. Decoding token by token does not return them: a part of a character decodes to a
+//! replacement character, and a SentencePiece decoder drops a leading space.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -9,31 +9,31 @@ use std::sync::LazyLock;
 use serde_json::Value;
 use tokenizers::AddedToken;
 
-/// How a vocabulary spells bytes.
+/// The spelling of bytes in a vocabulary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Alphabet {
-    /// GPT-2: each byte is one character; printable bytes are themselves.
+    /// GPT-2: each byte is written as one character; printable bytes as themselves.
     ByteLevel,
-    /// SentencePiece: `▁` is a space, `<0x0A>` is a byte, and everything else is text.
+    /// SentencePiece: a space is written as `▁`, a single byte as `<0x0A>`, and all other text as itself.
     SentencePiece,
 }
 
 /// Maps between tokens and their bytes. Control tokens have no bytes.
 #[derive(Debug, Default)]
-pub(crate) struct TokenBytes {
+pub(crate) struct TokenByteMap {
     by_id: Vec<Option<Box<[u8]>>>,
     by_bytes: HashMap<Box<[u8]>, u32>,
 }
 
-impl TokenBytes {
-    /// Builds the maps from a parsed `tokenizer.json`. `vocabulary` contains the model's tokens, and `added` the plain
-    /// added tokens outside it. The maps are empty if the spelling is unknown: a WordPiece vocabulary does not record the
-    /// spaces between words.
+impl TokenByteMap {
+    /// Builds the maps from a parsed `tokenizer.json`. `vocabulary` contains the model's tokens, and `added` the added
+    /// tokens outside the vocabulary, control tokens excluded. The maps are empty if the spelling is unknown, as for
+    /// WordPiece, whose vocabulary does not show the spaces between words.
     pub(crate) fn new(
         tokenizer: &Value,
         vocabulary: &HashMap<String, u32>,
         added: &[(u32, AddedToken)],
-        control: impl Fn(u32) -> bool,
+        is_control: impl Fn(u32) -> bool,
     ) -> Self {
         let Some(alphabet) = alphabet(tokenizer) else {
             return Self::default();
@@ -50,32 +50,32 @@ impl TokenBytes {
                 }
                 (Alphabet::SentencePiece, _) => token.replace('▁', " ").into_bytes(),
             };
-            if !control(id) {
+            if !is_control(id) {
                 tokens.push((id, bytes.into(), u8::from(fallback.is_some())));
             }
         }
         for (id, token) in added {
             let text = match alphabet {
-                // The library matches these in text whose spaces have been replaced.
+                // The library matches normalised tokens in text whose spaces were replaced by `▁`.
                 Alphabet::SentencePiece if token.normalized => token.content.replace('▁', " "),
                 _ => token.content.clone(),
             };
             tokens.push((*id, text.into_bytes().into(), 2));
         }
-        // Of two tokens with the same bytes, the tokenizer produces the ordinary one.
+        // Of several tokens with the same bytes, `by_bytes` holds an ordinary one, which the tokenizer would produce.
         tokens.sort_by_key(|&(id, _, rank)| (rank, id));
-        let mut all = Self::default();
+        let mut maps = Self::default();
         for (id, bytes, _) in tokens {
-            let at = id as usize;
-            if at >= all.by_id.len() {
-                all.by_id.resize(at + 1, None);
+            let index = id as usize;
+            if index >= maps.by_id.len() {
+                maps.by_id.resize(index + 1, None);
             }
             if !bytes.is_empty() {
-                all.by_bytes.entry(bytes.clone()).or_insert(id);
+                maps.by_bytes.entry(bytes.clone()).or_insert(id);
             }
-            all.by_id[at] = Some(bytes);
+            maps.by_id[index] = Some(bytes);
         }
-        all
+        maps
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -136,14 +136,14 @@ fn fallback_byte(token: &str) -> Option<u8> {
     u8::from_str_radix(hex, 16).ok().filter(|_| hex.len() == 2)
 }
 
-/// GPT-2's alphabet: printable bytes are themselves, the others are characters from U+0100 on, in order
-/// (`bytes_to_unicode` in its `encoder.py`).
+/// Returns the byte of each character in GPT-2's alphabet: printable bytes are written as themselves, all others as the
+/// characters from U+0100 on, in order (`bytes_to_unicode` in GPT-2's `encoder.py`).
 fn byte_of_character() -> HashMap<char, u8> {
-    let prints = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    let is_printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     let mut next = 0x100;
     (0..=255u8)
         .filter_map(|byte| {
-            let code = if prints(byte) {
+            let code = if is_printable(byte) {
                 u32::from(byte)
             } else {
                 next += 1;

@@ -198,9 +198,9 @@ impl Optimizer {
 
 impl Parameter {
     fn gradient<'a>(&self, gradients: &'a Gradients) -> Result<GradientRef<'a>> {
-        let on_cpu = gradients.get(&self.var).map(GradientRef::Cpu);
+        let on_cpu = gradients.get_tape(&self.var).map(GradientRef::Cpu);
         on_cpu
-            .or_else(|| gradients.get_on_device(&self.var).map(GradientRef::Device))
+            .or_else(|| gradients.get_candle(&self.var).map(GradientRef::Device))
             .with_context(|| format!("parameter {} received no gradient", self.name))
     }
 

@@ -175,7 +175,7 @@ impl TrainableModel {
         let folder::StudentFiles { files, changes } =
             folder::files(shape, name, (tokenizer_dir, tokenizer), card)?;
         let weights = weights::to_device(weights, &Device::Cpu)?;
-        let weights = shape.export(&lora::merge(shape, &weights)?)?;
+        let weights = shape.to_file_layout(&lora::merge(shape, &weights)?)?;
         fs::write_dir_with(dir, |folder| {
             for (name, bytes) in &files {
                 fs::write_in(folder, name, bytes)?;

@@ -1,11 +1,11 @@
-//! The decoder compared with that of candle-transformers, which is compiled with the feature of its name alone.
+//! The llama decoder, compared with candle-transformers. Compiled only with the feature `candle-transformers`.
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::llama as reference;
 use distill::model::Model;
 
-use crate::model::{assert_close, logits_of_all, tiny};
+use crate::model::{all_logits, assert_close, tiny};
 
 #[test]
 fn llama_logits_agree_with_candle_transformers() {
@@ -37,7 +37,7 @@ fn llama_logits_agree_with_candle_transformers() {
         let input = input.unsqueeze(0).unwrap();
         let last = expected.forward(&input, 0, &mut cache).unwrap();
         let last: Vec<f32> = last.flatten_all().unwrap().to_vec1().unwrap();
-        let ours = logits_of_all(&model, &ids);
+        let ours = all_logits(&model, &ids);
         assert_close(&ours[99], &last, 1e-4);
     }
 }

@@ -1,4 +1,4 @@
-//! The binary itself: the whole way on a tiny teacher, and what it says to bad input.
+//! The `distill` binary: the pipeline with a tiny teacher, and the errors for bad input.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -25,18 +25,21 @@ fn stdout(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-/// The exit status, and that the one line on stderr holds all of `parts`.
+/// Checks the exit status, and that stderr contains all of `parts`.
 #[track_caller]
-fn refused(output: &Output, status: i32, parts: &[&str]) {
+fn assert_refused(output: &Output, status: i32, parts: &[&str]) {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(status), "{errors}");
     for part in parts {
-        assert!(errors.contains(part), "{errors:?} lacks {part:?}");
+        assert!(
+            errors.contains(part),
+            "{errors:?} does not contain {part:?}"
+        );
     }
     assert!(!errors.contains("panicked"), "{errors}");
 }
 
-/// `distill serve` over a tiny model, until it is dropped.
+/// A running `distill serve`, which is killed when dropped.
 struct Teacher {
     child: Child,
     base_url: String,
@@ -69,8 +72,8 @@ impl Drop for Teacher {
     }
 }
 
-/// A folder with a model, ten prompts and a config; the path of the config.
-fn folder(base_url: &str) -> (tempfile::TempDir, String) {
+/// Creates a folder with a model, ten prompts and a config. Also returns the path of the config.
+fn run_folder(base_url: &str) -> (tempfile::TempDir, String) {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
     std::fs::create_dir(&model).unwrap();
@@ -95,7 +98,7 @@ fn folder(base_url: &str) -> (tempfile::TempDir, String) {
     (dir, path)
 }
 
-/// A teacher that has learnt to answer in words, by `distill train` on given conversations.
+/// Trains a teacher that answers in words, with `distill train` on a file of conversations. Returns its folder.
 fn trained_teacher(dir: &Path) -> std::path::PathBuf {
     tiny::write_model(dir, 5, 128);
     let rows: String = (0..40)
@@ -126,7 +129,7 @@ fn harvest_train_and_eval_from_one_config() {
     let teacher_dir = tempfile::tempdir().unwrap();
     let teacher_model = trained_teacher(teacher_dir.path());
     let teacher = Teacher::start(&teacher_model);
-    let (dir, config) = folder(&teacher.base_url);
+    let (dir, config) = run_folder(&teacher.base_url);
 
     let harvest = ["--json", "harvest", "-c", &config];
     let first: serde_json::Value = serde_json::from_str(&stdout(&run(&harvest))).unwrap();
@@ -160,8 +163,8 @@ fn harvest_train_and_eval_from_one_config() {
     assert_eq!(report["truth"]["rows"], 10, "{report}");
     assert_eq!(report["teacher"]["kl"], validation["kl"], "{report}");
 
-    // The teacher on its own answers: the logprobs that went through HTTP and the cache are those
-    // of the model, so next to nothing is left between them.
+    // The teacher on its own answers: the logprobs from HTTP and the cache are those of the model, so the
+    // divergence is almost 0.
     let model = format!("eval.model={}", teacher_model.display());
     let report = stdout(&run(&["--json", "eval", "-c", &config, "--set", &model]));
     let report: serde_json::Value = serde_json::from_str(&report).unwrap();
@@ -183,26 +186,26 @@ fn harvest_train_and_eval_from_one_config() {
 
 #[test]
 fn invalid_input_is_refused_with_a_hint() {
-    let (dir, config) = folder("http://127.0.0.1:9/v1");
+    let (dir, config) = run_folder("http://127.0.0.1:9/v1");
     let set = |value: &str| run(&["harvest", "-c", &config, "--set", value]);
 
-    refused(
+    assert_refused(
         &run(&["harvest", "-c", "nowhere.toml"]),
         2,
         &["nowhere.toml", "config.example.toml"],
     );
-    refused(
+    assert_refused(
         &set("limits.concurency=3"),
         2,
         &["limits.concurency", "limits.concurrency"],
     );
-    refused(&set("teacher.api_key_env=NO_SUCH_KEY"), 2, &["NO_SUCH_KEY"]);
-    refused(&set("teacher.model="), 2, &["teacher.model"]);
-    refused(&set("prompts.source=missing.jsonl"), 2, &["missing.jsonl"]);
-    // Port 9 is closed: nothing answers there.
-    refused(&set("limits.concurrency=1"), 1, &["http://127.0.0.1:9/v1"]);
-    // The name is reserved for hosts that do not exist.
-    refused(
+    assert_refused(&set("teacher.api_key_env=NO_SUCH_KEY"), 2, &["NO_SUCH_KEY"]);
+    assert_refused(&set("teacher.model="), 2, &["teacher.model"]);
+    assert_refused(&set("prompts.source=missing.jsonl"), 2, &["missing.jsonl"]);
+    // Port 9 is closed.
+    assert_refused(&set("limits.concurrency=1"), 1, &["http://127.0.0.1:9/v1"]);
+    // `.invalid` is reserved for host names that do not exist.
+    assert_refused(
         &set("teacher.base_url=https://nowhere.invalid/v1"),
         1,
         &["nothing answers at https://nowhere.invalid/v1"],
@@ -213,7 +216,7 @@ fn invalid_input_is_refused_with_a_hint() {
         "user = \"{{ sentence }}\"\n",
     )
     .unwrap();
-    refused(
+    assert_refused(
         &run(&["harvest", "-c", &config]),
         2,
         &["prompts.jsonl:1", "sentence", "text"],
@@ -223,16 +226,16 @@ fn invalid_input_is_refused_with_a_hint() {
         "user = \"{{ text }}\"\nusr = 1\n",
     )
     .unwrap();
-    refused(
+    assert_refused(
         &run(&["harvest", "-c", &config]),
         2,
         &["template.toml", "usr"],
     );
 
-    refused(&run(&["train", "-c", &config]), 2, &["run/cache", "empty"]);
-    refused(&run(&["eval", "-c", &config]), 2, &["distill train"]);
+    assert_refused(&run(&["train", "-c", &config]), 2, &["run/cache", "empty"]);
+    assert_refused(&run(&["eval", "-c", &config]), 2, &["distill train"]);
     std::fs::remove_file(dir.path().join("model/tokenizer.json")).unwrap();
-    refused(&run(&["train", "-c", &config]), 2, &["tokenizer.json"]);
+    assert_refused(&run(&["train", "-c", &config]), 2, &["tokenizer.json"]);
 }
 
 #[test]
@@ -240,14 +243,14 @@ fn unknown_model_name_stops_the_harvest() {
     let teacher_dir = tempfile::tempdir().unwrap();
     tiny::write_model(teacher_dir.path(), 5, 128);
     let teacher = Teacher::start(teacher_dir.path());
-    let (_dir, config) = folder(&teacher.base_url);
+    let (_dir, config) = run_folder(&teacher.base_url);
     let output = run(&["harvest", "-c", &config, "--set", "teacher.model=huge"]);
-    refused(&output, 1, &["huge", "teacher.model"]);
+    assert_refused(&output, 1, &["huge", "teacher.model"]);
 }
 
 #[test]
 fn damaged_or_newer_cache_is_refused() {
-    let (dir, config) = folder("http://127.0.0.1:9/v1");
+    let (dir, config) = run_folder("http://127.0.0.1:9/v1");
     let cache = dir.path().join("run/cache");
     std::fs::create_dir_all(&cache).unwrap();
     let golden = include_str!("golden/cache-v1.jsonl");
@@ -256,40 +259,40 @@ fn damaged_or_newer_cache_is_refused() {
     let mut newer = distill::cache::line::decode(first).unwrap();
     newer.v = 99;
     std::fs::write(&file, distill::cache::line::encode(&newer).unwrap()).unwrap();
-    refused(
+    assert_refused(
         &run(&["harvest", "-c", &config]),
         5,
         &["responses.jsonl", "line 1", "99"],
     );
     std::fs::write(&file, golden.replacen("prompt_id", "prompt_ix", 1)).unwrap();
-    refused(
+    assert_refused(
         &run(&["harvest", "-c", &config]),
         5,
         &["responses.jsonl", "line 1"],
     );
-    refused(&run(&["cache", "verify", "-c", &config]), 5, &["damaged"]);
+    assert_refused(&run(&["cache", "verify", "-c", &config]), 5, &["damaged"]);
 }
 
 #[test]
 fn cache_lock_error_names_the_process() {
-    let (dir, config) = folder("http://127.0.0.1:9/v1");
-    let held = distill::cache::Cache::open(
+    let (dir, config) = run_folder("http://127.0.0.1:9/v1");
+    let cache = distill::cache::Cache::open(
         &dir.path().join("run/cache"),
         &distill::config::CacheConfig::default(),
     );
-    let held = held.unwrap();
+    let cache = cache.unwrap();
     let pid = std::process::id().to_string();
-    refused(
+    assert_refused(
         &run(&["harvest", "-c", &config]),
         1,
         &["another process", &pid],
     );
-    drop(held);
+    drop(cache);
 }
 
 #[test]
 fn config_show_prints_origins_and_ignores_a_closed_pipe() {
-    let (_dir, config) = folder("http://127.0.0.1:9/v1");
+    let (_dir, config) = run_folder("http://127.0.0.1:9/v1");
     let shown = distill(&["config", "show", "-c", &config, "--set", "train.seed=5"])
         .env("DISTILL_TRAIN_EPOCHS", "2.5")
         .output()
@@ -329,7 +332,7 @@ fn mock_serves_its_script_and_reports_billing_on_ctrl_c() {
     let mut lines = BufReader::new(teacher.stdout.take().unwrap()).lines();
     let first = lines.next().unwrap().unwrap();
     let base_url = first.strip_prefix("listening on ").unwrap();
-    let (_dir, config) = folder(base_url);
+    let (_dir, config) = run_folder(base_url);
     let harvested = stdout(&run(&["harvest", "-c", &config, "--json"]));
     let summary: serde_json::Value = serde_json::from_str(&harvested).unwrap();
     assert_eq!(summary["ok"], 10, "{harvested}");
@@ -360,17 +363,17 @@ fn mock_serves_its_script_and_reports_billing_on_ctrl_c() {
     }
 
     std::fs::write(script, "[limits]\nrequest_per_minute = 3").unwrap();
-    refused(
+    assert_refused(
         &run(&["serve", "--mock", script]),
         2,
         &["script.toml:2:1", "did you mean \"requests_per_minute\"?"],
     );
-    refused(
+    assert_refused(
         &run(&["serve", "--mock", script, "--model", "x"]),
         2,
         &["--model"],
     );
-    refused(&run(&["serve"]), 2, &["--model"]);
+    assert_refused(&run(&["serve"]), 2, &["--model"]);
 }
 
 #[cfg(target_os = "linux")]
@@ -388,5 +391,5 @@ fn template_output_is_limited_to_512_mib() {
     );
     let config = dir.path().join("run.toml");
     let output = run(&["harvest", "--dry-run", "-c", config.to_str().unwrap()]);
-    refused(&output, 2, &["row 1", "t.toml", "512 MiB"]);
+    assert_refused(&output, 2, &["row 1", "t.toml", "512 MiB"]);
 }

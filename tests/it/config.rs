@@ -258,11 +258,11 @@ fn mistakes_in_values_have_a_position_and_a_key() {
         ),
         (
             "[train]\nfreeze = [\"(\"]",
-            "run.toml:2:11: train.freeze: \"(\" is not a valid regular",
+            "run.toml:2:10: train.freeze: \"(\" is not a valid regular",
         ),
         (
             "[train]\nno_decay = [\"(\"]",
-            "run.toml:2:13: train.no_decay: \"(\" is not a valid regular",
+            "run.toml:2:12: train.no_decay: \"(\" is not a valid regular",
         ),
         ("[train]\nbatch_size = 0", "run.toml:2:14: train.batch_size"),
         (

@@ -46,7 +46,7 @@ fn options(temperature: f64, max_tokens: usize) -> GenerateOptions {
     }
 }
 
-/// Prompts of 1 to 1,401 tokens. The longest need several steps.
+/// Returns prompts of 1 to 1,401 tokens. The longest need several steps.
 fn prompts() -> Vec<Vec<u32>> {
     (0..8)
         .map(|index| {

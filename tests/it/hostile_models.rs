@@ -1,4 +1,4 @@
-//! Row X6: damaged or malicious model folders are rejected with an error that names the cause.
+//! Damaged and malicious model folders are rejected with an error that names the cause.
 
 use std::fs;
 use std::path::Path;
@@ -47,7 +47,7 @@ fn header(edit: impl Fn(&mut Value) + 'static) -> Box<dyn Fn(&Path)> {
 }
 
 /// Replaces the weights by a shard and an index that lists `file`.
-fn index(file: &'static str) -> Box<dyn Fn(&Path)> {
+fn index_with(file: &'static str) -> Box<dyn Fn(&Path)> {
     Box::new(move |dir| {
         fs::rename(dir.join("model.safetensors"), dir.join("part.safetensors")).unwrap();
         let map = json!({"weight_map": {"model.norm.weight": file}});
@@ -60,17 +60,17 @@ fn cases() -> Vec<Case> {
     vec![
         (
             "index outside the folder",
-            index("../secret.safetensors"),
+            index_with("../secret.safetensors"),
             "not inside",
         ),
         (
             "index with absolute path",
-            index("/etc/passwd"),
+            index_with("/etc/passwd"),
             "not inside",
         ),
         (
             "missing shard",
-            index("other.safetensors"),
+            index_with("other.safetensors"),
             "other.safetensors",
         ),
         (

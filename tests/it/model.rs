@@ -1,4 +1,4 @@
-//! Incremental decoding compared with whole passes.
+//! Models built from weights: incremental decoding, segments, and errors for weights that do not match.
 
 use candle_core::{DType, Device, Tensor};
 use distill::config::StudentConfig;
@@ -20,7 +20,7 @@ pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
     };
     let config = ModelConfig::from_student(&student, 61, &[0]).unwrap();
     let mut tensors = parameters::random_weights(&config, 7).unwrap();
-    // Larger than initial weights, so that attention is far from uniform.
+    // Enlarged, so that attention is far from uniform.
     for (name, tensor) in &mut tensors {
         if !name.contains("norm") {
             *tensor = (&*tensor * 8.0).unwrap();
@@ -30,7 +30,7 @@ pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
 }
 
 /// Returns the logits at every position of one sequence.
-pub fn logits_of_all(model: &Model, ids: &[u32]) -> Vec<Vec<f32>> {
+pub fn all_logits(model: &Model, ids: &[u32]) -> Vec<Vec<f32>> {
     let positions: Vec<u32> = (0..ids.len() as u32).collect();
     logits_at(
         model,
@@ -69,12 +69,12 @@ fn kv_cache_steps_give_the_logits_of_one_pass() {
     let model = Model::new(config, &tensors).unwrap();
     let a: Vec<u32> = (0..90).map(|i| (i * 7 + 1) % 61).collect();
     let b: Vec<u32> = (0..40).map(|i| (i * 5 + 3) % 61).collect();
-    let all_a = logits_of_all(&model, &a);
-    let all_b = logits_of_all(&model, &b);
+    let all_a = all_logits(&model, &a);
+    let all_b = all_logits(&model, &b);
     let mut cache_a = model.new_cache();
     let mut cache_b = model.new_cache();
     model.step(&[&a[..70]], &mut [&mut cache_a]).unwrap();
-    // `a` decodes one token per step. `b` joins with its prompt and then decodes too.
+    // `a` decodes one token per step. `b` starts with its prompt, then decodes as well.
     let mut caches = [&mut cache_a, &mut cache_b];
     let logits = model.step(&[&a[70..71], &b[..33]], &mut caches).unwrap();
     assert_close(&logits[..61], &all_a[70], 1e-4);

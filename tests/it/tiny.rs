@@ -1,7 +1,7 @@
-//! A tiny model folder in Hugging Face's layout: random weights, a byte-level tokenizer.
+//! A tiny model folder in Hugging Face's layout, with random weights and a byte-level tokenizer.
 //!
-//! It knows nothing, but it is the real thing in small: grouped-query attention, a padded
-//! vocabulary, tokens that are parts of characters, control tokens, a chat template.
+//! It has the features of real models: grouped-query attention, a padded vocabulary, tokens that are
+//! parts of characters, control tokens, and a chat template.
 
 use std::fs;
 use std::path::Path;
@@ -12,9 +12,9 @@ use distill::model::config::shape::ModelConfig;
 use distill::model::{parameters, weights};
 use serde_json::{Map, Value, json};
 
-/// Bytes, merges and control tokens.
+/// Number of tokens: bytes, merges and control tokens.
 pub const VOCABULARY: usize = 256 + MERGES.len() + CONTROL.len();
-/// Rows of the embedding: a few more than there are tokens, as real models have.
+/// Rows of the embedding: a few more than tokens, as in real models.
 pub const PADDED_VOCABULARY: usize = 272;
 
 const MERGES: [(&str, &str); 6] = [
@@ -32,7 +32,7 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message
     {{ message['content'] }}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
-/// Writes a llama with random weights, for prompt and answer of `context` tokens, into `dir`.
+/// Writes a llama model with random weights and a context of `context` tokens to `dir`.
 pub fn write_model(dir: &Path, seed: u64, context: usize) {
     let student = StudentConfig {
         hidden_size: 32,
@@ -48,7 +48,7 @@ pub fn write_model(dir: &Path, seed: u64, context: usize) {
     let config = ModelConfig::from_student(&student, PADDED_VOCABULARY, &[end_of_turn]).unwrap();
     let mut weights = parameters::random_weights(&config, seed).unwrap();
     for (name, tensor) in &mut weights {
-        // Fresh weights make a flat distribution; these make one that depends on the context.
+        // With initial weights, the distribution of the next token would be almost uniform.
         if !name.contains("norm") {
             *tensor = (&*tensor * 12.0).unwrap();
         }
@@ -86,7 +86,7 @@ fn tokenizer(bytes: impl IntoIterator<Item = u8>, merges: &[(&str, &str)]) -> Va
         vocabulary.insert(token, id.into());
     };
     for byte in bytes {
-        add(byte_letter(byte).to_string());
+        add(byte_character(byte).to_string());
     }
     for (left, right) in merges {
         add(format!("{left}{right}"));
@@ -125,8 +125,8 @@ fn tokenizer(bytes: impl IntoIterator<Item = u8>, merges: &[(&str, &str)]) -> Va
     })
 }
 
-/// The letter that stands for a byte in GPT-2's byte-level tokenizers.
-fn byte_letter(byte: u8) -> char {
+/// Returns the character that stands for a byte in GPT-2's byte-level tokenizers.
+fn byte_character(byte: u8) -> char {
     let printable = |byte: &u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
     if printable(&byte) {
         return char::from(byte);

@@ -15,39 +15,42 @@ use crate::plan::adopt::Adopted;
 use crate::terminal::progress::ReadProgress;
 use crate::terminal::{format_count, sanitise};
 
+/// Version of the JSON output of `distill cache`.
+pub(crate) const VERSION: u32 = 1;
+
 /// Repairs the cache in `dir` and prints the result.
 pub(crate) fn repair(dir: &Path, json: bool) -> Result<()> {
-    let done = repair::repair(dir)?;
+    let report = repair::repair(dir)?;
     if json {
         return print_json(&json!({
-            "version": VERSION, "dir": dir, "records": done.records,
-            "quarantined": done.quarantined, "quarantined_bytes": done.quarantined_bytes,
-            "rescued": done.rescued, "conflicts": done.conflicts,
+            "version": VERSION, "dir": dir, "records": report.records,
+            "quarantined": report.quarantined, "quarantined_bytes": report.quarantined_bytes,
+            "rescued": report.rescued, "conflicts": report.conflicts,
         }));
     }
-    let mut text = format!("whole records: {}\n", format_count(done.records));
-    if !done.changed() {
+    let mut text = format!("whole records: {}\n", format_count(report.records));
+    if !report.changed() {
         text += "nothing to repair\n";
     }
-    if done.quarantined > 0 {
+    if report.quarantined > 0 {
         text += &format!(
-            "damaged lines and frames: {} ({} bytes), moved to {}; the next `distill harvest` asks their prompts \
+            "damaged lines and frames: {} ({} bytes), moved to {}; the next `distill harvest` requests their answers \
              again\n",
-            format_count(done.quarantined),
-            format_count(done.quarantined_bytes),
+            format_count(report.quarantined),
+            format_count(report.quarantined_bytes),
             quarantine_file(dir).display()
         );
     }
-    if done.rescued > 0 {
+    if report.rescued > 0 {
         text += &format!(
             "records recovered from damaged frames: {}\n",
-            format_count(done.rescued)
+            format_count(report.rescued)
         );
     }
-    if done.conflicts > 0 {
+    if report.conflicts > 0 {
         text += &format!(
             "records that repeat a key: {}, moved to {}\n",
-            format_count(done.conflicts),
+            format_count(report.conflicts),
             conflicts_file(dir).display()
         );
     }
@@ -64,23 +67,26 @@ pub(crate) fn merge(
 ) -> Result<()> {
     let run_dir = dir.parent().unwrap_or(Path::new("."));
     let account = MergeAccount::open(run_dir, price)?;
-    let mut reading = ReadProgress::new("merging", json);
-    let mut all = Vec::new();
-    let merged = merge::merge_all(dir, settings, sources, &mut all, &mut |done, total| {
-        reading.update(done, total);
+    let mut progress = ReadProgress::new("merging", json);
+    let mut reports = Vec::new();
+    let result = merge::merge_all(dir, settings, sources, &mut reports, &mut |done, total| {
+        progress.update(done, total);
         Ok(())
     });
-    drop(reading);
-    let cost_usd = all.iter().map(|merged| merged.cost_usd).sum();
+    drop(progress);
+    // Also after an error: the account must include what the completed merges added.
+    let cost_usd = reports.iter().map(|report| report.cost_usd).sum();
     let mut unpriced = Usage::default();
-    all.iter().for_each(|merged| unpriced.add(&merged.unpriced));
+    reports
+        .iter()
+        .for_each(|report| unpriced.add(&report.unpriced));
     account.add(cost_usd, unpriced)?;
-    merged?;
+    result?;
     if json {
-        let sources = sources.iter().zip(&all).map(|(source, merged)| {
+        let sources = sources.iter().zip(&reports).map(|(source, report)| {
             json!({
-                "dir": source, "records": merged.records, "added": merged.added,
-                "same": merged.same, "conflicts": merged.conflicts,
+                "dir": source, "records": report.records, "added": report.added,
+                "same": report.same, "conflicts": report.conflicts,
             })
         });
         return print_json(&json!({
@@ -88,10 +94,10 @@ pub(crate) fn merge(
         }));
     }
     let mut text = String::new();
-    for (source, merged) in sources.iter().zip(&all) {
-        text += &line(source, merged);
+    for (source, report) in sources.iter().zip(&reports) {
+        text += &merge_text(source, report);
     }
-    let conflicts: u64 = all.iter().map(|merged| merged.conflicts).sum();
+    let conflicts: u64 = reports.iter().map(|report| report.conflicts).sum();
     if conflicts > 0 {
         text += &format!(
             "conflicts: {}; these requests have two different answers: the one in the cache stays, the other was \
@@ -99,12 +105,12 @@ pub(crate) fn merge(
             format_count(conflicts),
             conflicts_file(dir).display()
         );
-        for key in all.iter().flat_map(|merged| &merged.keys) {
+        for key in reports.iter().flat_map(|report| &report.keys) {
             text += &format!("  {key}\n");
         }
-        if all
+        if reports
             .iter()
-            .any(|merged| merged.conflicts > merged.keys.len() as u64)
+            .any(|report| report.conflicts > report.keys.len() as u64)
         {
             text += "  and others\n";
         }
@@ -112,26 +118,26 @@ pub(crate) fn merge(
     print(&sanitise(&text))
 }
 
-fn line(source: &Path, merged: &MergeReport) -> String {
+fn merge_text(source: &Path, report: &MergeReport) -> String {
     format!(
         "{}: {} records, {} added, {} already in the cache, {} conflicts\n",
         source.display(),
-        format_count(merged.records),
-        format_count(merged.added),
-        format_count(merged.same),
-        format_count(merged.conflicts)
+        format_count(report.records),
+        format_count(report.added),
+        format_count(report.same),
+        format_count(report.conflicts)
     )
 }
 
 /// Prints the result of `cache adopt` on the cache in `dir`.
-pub(crate) fn adopted(dir: &Path, done: &Adopted, json: bool) -> Result<()> {
+pub(crate) fn print_adopted(dir: &Path, adopted: &Adopted, json: bool) -> Result<()> {
     if json {
         return print_json(&json!({
-            "version": VERSION, "dir": dir, "adopted": done.records, "questions": done.questions,
-            "answered": done.answered, "mocks": done.mocks,
+            "version": VERSION, "dir": dir, "adopted": adopted.records, "questions": adopted.questions,
+            "answered": adopted.answered, "mocks": adopted.mocks,
         }));
     }
-    let mocks = match done.mocks {
+    let mocks = match adopted.mocks {
         0 => String::new(),
         count => format!(
             "; {} answers of a mock teacher were not adopted",
@@ -140,12 +146,9 @@ pub(crate) fn adopted(dir: &Path, done: &Adopted, json: bool) -> Result<()> {
     };
     print(&format!(
         "adopted: {} answers in {}; {} of {} questions of this config are answered now{mocks}\n",
-        format_count(done.records),
+        format_count(adopted.records),
         dir.display(),
-        format_count(done.answered),
-        format_count(done.questions)
+        format_count(adopted.answered),
+        format_count(adopted.questions)
     ))
 }
-
-/// Version of the JSON output of `distill cache`.
-pub(crate) const VERSION: u32 = 1;

@@ -3,7 +3,7 @@
 //! | file | content |
 //! |---|---|
 //! | `mod.rs` | `cache stats`, `cache verify`, `cache show` |
-//! | `maintenance.rs` | `cache repair`, `cache merge` and the result of `cache adopt` |
+//! | `maintenance.rs` | `cache repair`, `cache merge`, `cache adopt` |
 //! | `../export.rs` | `cache export` |
 //!
 //! With `--json` each action prints one object with a `version`. Text from records is sanitised before it is
@@ -11,7 +11,6 @@
 
 pub(crate) mod maintenance;
 
-use crate::commands::cache::maintenance::VERSION;
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -26,54 +25,55 @@ use crate::cache::record::{Record, Status};
 use crate::cache::recovery::BadLine;
 use crate::cache::rewrite;
 use crate::cache::stats::CacheStats;
-use crate::cli::{CacheAction, CacheArgs, CachePlace, ConfigFile, Global};
+use crate::cli::{CacheAction, CacheArgs, CacheLocation, ConfigFile, GlobalArgs};
+use crate::commands::cache::maintenance::VERSION;
 use crate::config::{self, Compression, Config};
 use crate::exit::Exit;
 use crate::terminal::progress::ReadProgress;
 use crate::terminal::{format_count, sanitise};
 
 /// Runs the action that the command line names.
-pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
+pub fn run(args: &CacheArgs, global: &GlobalArgs) -> Result<()> {
     match &args.action {
-        CacheAction::Stats(place) => stats(&folder(place)?, global.json),
-        CacheAction::Verify(place) => verify(&folder(place)?, global.json),
-        CacheAction::Repair(place) => maintenance::repair(&folder(place)?, global.json),
-        CacheAction::Merge { place, sources } => {
-            let price = config(place)?.map_or_else(Default::default, |config| {
+        CacheAction::Stats(location) => stats(&folder(location)?, global.json),
+        CacheAction::Verify(location) => verify(&folder(location)?, global.json),
+        CacheAction::Repair(location) => maintenance::repair(&folder(location)?, global.json),
+        CacheAction::Merge { location, sources } => {
+            let price = config(location)?.map_or_else(Default::default, |config| {
                 crate::harvest::run_files::highest_prices(&config.endpoints())
             });
-            let dir = folder(place)?;
-            maintenance::merge(&dir, &settings(place)?, &price, sources, global.json)
+            let dir = folder(location)?;
+            maintenance::merge(&dir, &settings(location)?, &price, sources, global.json)
         }
         CacheAction::Adopt(file) => {
             let config = load_config(file)?.config;
             let dir = config.own_cache();
-            let done = crate::plan::adopt::adopt(
+            let adopted = crate::plan::adopt::adopt(
                 &config.prompts,
                 &config.endpoints(),
                 &dir,
                 &config.cache,
             )?;
-            maintenance::adopted(&dir, &done, global.json)
+            maintenance::print_adopted(&dir, &adopted, global.json)
         }
         CacheAction::Show {
-            place,
+            location,
             record,
             limit,
-        } => show(&folder(place)?, record.as_deref(), *limit, global.json),
+        } => show(&folder(location)?, record.as_deref(), *limit, global.json),
         CacheAction::Export(args) => export::run(args, global),
     }
 }
 
-fn folder(place: &CachePlace) -> Result<PathBuf> {
-    match (&place.dir, config(place)?) {
+fn folder(location: &CacheLocation) -> Result<PathBuf> {
+    match (&location.dir, config(location)?) {
         (Some(dir), _) => Ok(dir.clone()),
         (None, Some(config)) => Ok(config.own_cache()),
         (None, None) => Err(Exit::Usage("give -c FILE or --dir DIR".into()).into()),
     }
 }
 
-fn config(place: &CachePlace) -> Result<Option<Config>> {
+fn config(location: &CacheLocation) -> Result<Option<Config>> {
     let load = |file: &PathBuf| {
         let file = ConfigFile {
             file: file.clone(),
@@ -81,14 +81,14 @@ fn config(place: &CachePlace) -> Result<Option<Config>> {
         };
         Ok(load_config(&file)?.config)
     };
-    place.config.as_ref().map(load).transpose()
+    location.config.as_ref().map(load).transpose()
 }
 
-/// Settings for writing the cache: those of the config if there is one. Otherwise a compressed cache stays
-/// compressed.
-fn settings(place: &CachePlace) -> Result<config::CacheConfig> {
-    let mut settings = config(place)?.map_or_else(Default::default, |config| config.cache);
-    if let Some(dir) = &place.dir
+/// Returns the settings for writing the cache: the `[cache]` section of the config, or the defaults if only the folder
+/// is given. With the defaults, a compressed cache stays compressed.
+fn settings(location: &CacheLocation) -> Result<config::CacheConfig> {
+    let mut settings = config(location)?.map_or_else(Default::default, |config| config.cache);
+    if let Some(dir) = &location.dir
         && cache::compressed_file(dir).exists()
     {
         settings.compression = Compression::Zstd;
@@ -111,8 +111,8 @@ pub fn stats(dir: &Path, json: bool) -> Result<()> {
     if json {
         return print_json(&json!({
             "version": VERSION, "dir": dir, "bytes": bytes, "stats": stats,
-            "logprob_bytes_per_token": stats.logprobs.bytes_per_token().map(|(ours, _)| ours),
-            "openai_bytes_per_token": stats.logprobs.bytes_per_token().map(|(_, theirs)| theirs),
+            "logprob_bytes_per_token": stats.logprobs.bytes_per_token().map(|(cached, _)| cached),
+            "openai_bytes_per_token": stats.logprobs.bytes_per_token().map(|(_, received)| received),
         }));
     }
     print(&stats_text(&stats, dir, bytes))
@@ -165,11 +165,11 @@ fn stats_text(stats: &CacheStats, dir: &Path, bytes: u64) -> String {
             ),
         ),
     ];
-    if let Some((ours, theirs)) = stats.logprobs.bytes_per_token() {
+    if let Some((cached, received)) = stats.logprobs.bytes_per_token() {
         rows.push((
             "logprob bytes",
             format!(
-                "{ours:.0} per token of {} (as sent by the API: {theirs:.0})",
+                "{cached:.0} per token of {} (as sent by the API: {received:.0})",
                 stats.logprobs.tokens
             ),
         ));
@@ -188,17 +188,17 @@ fn stats_text(stats: &CacheStats, dir: &Path, bytes: u64) -> String {
         .collect()
 }
 
-/// `stop 120, length 3`, most frequent first.
+/// Formats counts by name, most frequent first: `stop 120, length 3`.
 fn counts(counts: &BTreeMap<String, u64>) -> String {
     let mut entries: Vec<_> = counts.iter().collect();
     entries.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
-    let named = entries.iter().map(|(name, count)| match name.as_str() {
+    let texts = entries.iter().map(|(name, count)| match name.as_str() {
         "" => format!("(none) {count}"),
         name => format!("{name} {count}"),
     });
-    match named.collect::<Vec<_>>().join(", ") {
-        none if none.is_empty() => "-".to_owned(),
-        some => some,
+    match texts.collect::<Vec<_>>().join(", ") {
+        text if text.is_empty() => "-".to_owned(),
+        text => text,
     }
 }
 
@@ -206,72 +206,72 @@ fn or_dash(value: Option<impl Display>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
-/// Reads the whole cache in `dir` and prints all damage. A torn tail is not an error, because the next harvest
-/// repairs it.
+/// Reads the whole cache in `dir` and prints all damage. An incomplete record at the end of a file is not an error,
+/// because the next harvest moves it to another file.
 ///
 /// # Errors
 /// If lines are damaged ([`Exit::Damaged`]) or keys are repeated.
 pub fn verify(dir: &Path, json: bool) -> Result<()> {
-    let mut reading = ReadProgress::new("verifying", json);
-    let findings = reader::verify_cache(dir, &mut |done, total| {
-        reading.update(done, total);
+    let mut progress = ReadProgress::new("verifying", json);
+    let report = reader::verify_cache(dir, &mut |done, total| {
+        progress.update(done, total);
         Ok(())
     })?;
-    drop(reading);
+    drop(progress);
     if json {
-        print_json(&findings_json(dir, &findings))?;
+        print_json(&verify_json(dir, &report))?;
     } else {
-        print(&findings_text(&findings))?;
+        print(&verify_text(&report))?;
     }
     let dir = dir.display();
-    if !findings.damaged.is_empty() {
+    if !report.damaged.is_empty() {
         return Err(Exit::Damaged(format!(
             "{dir}: damaged lines: {}; restore the cache from a backup, or run `distill cache repair`, which moves \
-             the damaged records to another file, so that their prompts are asked again",
-            findings.damaged.len()
+             the damaged records to another file, so that `distill harvest` requests their answers again",
+            report.damaged.len()
         ))
         .into());
     }
-    if !findings.repeated.is_empty() {
+    if !report.repeated.is_empty() {
         return Err(anyhow!(
             "{dir}: keys with more than one record: {}; run `distill cache repair`, which keeps the first record \
              of each and moves the others to another file",
-            findings.repeated.len()
+            report.repeated.len()
         ));
     }
     Ok(())
 }
 
-fn findings_json(dir: &Path, findings: &VerifyReport) -> Value {
+fn verify_json(dir: &Path, report: &VerifyReport) -> Value {
     let bad = |(file, bad): &(PathBuf, BadLine)| json!({ "file": file, "line": bad.line, "offset": bad.offset, "fault": bad.fault.to_string() });
     json!({
         "version": VERSION,
         "dir": dir,
-        "bytes": findings.bytes,
-        "records": findings.records,
-        "damaged": findings.damaged.iter().map(bad).collect::<Vec<_>>(),
-        "torn": findings.torn.iter().map(bad).collect::<Vec<_>>(),
-        "repeated_keys": findings.repeated.iter()
+        "bytes": report.bytes,
+        "records": report.records,
+        "damaged": report.damaged.iter().map(bad).collect::<Vec<_>>(),
+        "torn": report.torn.iter().map(bad).collect::<Vec<_>>(),
+        "repeated_keys": report.repeated.iter()
             .map(|(key, count)| json!({ "key": key, "records": count }))
             .collect::<Vec<_>>(),
     })
 }
 
-fn findings_text(findings: &VerifyReport) -> String {
+fn verify_text(report: &VerifyReport) -> String {
     let mut text = format!(
         "whole records: {}, bytes: {}\n",
-        findings.records, findings.bytes
+        report.records, report.bytes
     );
-    for (file, bad) in &findings.damaged {
+    for (file, bad) in &report.damaged {
         text += &format!("{}: {bad}\n", file.display());
     }
-    for (key, count) in &findings.repeated {
+    for (key, count) in &report.repeated {
         text += &format!("key {key} has {count} records\n");
     }
-    for (file, torn) in &findings.torn {
+    for (file, torn) in &report.torn {
         text += &format!(
             "{}: an incomplete record at the end, from byte {}: the next `distill harvest` moves it to another \
-             file and asks its prompt again\n",
+             file and requests its answer again\n",
             file.display(),
             torn.offset
         );
@@ -279,8 +279,8 @@ fn findings_text(findings: &VerifyReport) -> String {
     sanitise(&text).into_owned()
 }
 
-/// Prints at most `limit` records of the cache in `dir`: those whose prompt id is `selector` or whose key starts
-/// with it, or all if it is `None`.
+/// Prints at most `limit` records of the cache in `dir`. Selects records whose prompt id is `selector` or whose key
+/// starts with it; without a selector, all records.
 pub fn show(dir: &Path, selector: Option<&str>, limit: usize, json: bool) -> Result<()> {
     let mut shown = Vec::new();
     for record in crate::cache::reader::read(dir)? {

@@ -1,10 +1,12 @@
 //! The LM head and the loss on any device.
 //!
-//! The loss of a position is the same code as on the CPU: each chunk of logits is copied to the CPU,
-//! turned into its gradient, and copied back. candle differentiates everything before the head.
+//! Each chunk of logits is copied to the CPU, where the code that the tape also uses computes its gradient.
+//! The gradient is copied back. candle differentiates everything before the head.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
@@ -12,9 +14,9 @@ use candle_core::{DType, Device, Tensor};
 use crate::model::gradients::Gradients;
 use crate::ops::head_loss::{LogitsVisitor, PositionGroups, chunk_rows};
 
-/// Computes the logits of `hidden_ND` under the LM head `head_VD` and lets `visitor` turn each group
-/// of them into their gradient. Adds the gradients of the head and of all variables behind
-/// `hidden_ND` to `gradients`. Returns the results of `visitor`, in order.
+/// Computes the logits of `hidden_ND` with the LM head `head_VD`. `visitor` turns the logits of each group of
+/// positions into their gradient. Adds the gradients of the head and of all variables that `hidden_ND`
+/// depends on to `gradients`. Returns the results of `visitor`, in order.
 ///
 /// # Errors
 /// Where the device or the preparation of `visitor` fails.
@@ -51,7 +53,7 @@ pub(crate) fn forward_backward<R: LogitsVisitor>(
     if dhidden_chunks.is_empty() {
         return Ok(outputs);
     }
-    // candle starts from a scalar: the gradient of this sum with respect to `hidden_ND` is dhidden.
+    // candle's `backward` needs a scalar. The gradient of this sum with respect to `hidden_ND` is dhidden.
     let product_ND = (hidden_ND * Tensor::cat(&dhidden_chunks, 0)?.detach())?;
     let store = product_ND.to_dtype(DType::F32)?.sum_all()?.backward()?;
     gradients.add_all(&store)?;

@@ -1,6 +1,6 @@
 //! The graph in candle's own operations, with candle's autograd. It runs on every device, and is the
 //! reference for the tests of the fused operations. Weights are stored in f32 and cast to the graph's
-//! number type where they are used; activations have that type.
+//! data type where they are used. Activations have the graph's data type.
 //!
 //! | file | content |
 //! |---|---|
@@ -8,10 +8,13 @@
 //! | `head.rs` | the LM head and the loss, chunked over positions |
 //!
 //! Invariant: only operations with a backward pass are used. candle's fused `rms_norm`,
-//! `softmax_last_dim`, `rope` and `sdpa` have none and silently drop the gradients behind them.
+//! `softmax_last_dim`, `rope` and `sdpa` have no backward pass: the weights before them would silently
+//! receive no gradient.
 
-// Tensor names carry their shape; see the legend in `model`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 pub(crate) mod head;
 
@@ -26,14 +29,15 @@ use crate::model::projection::{LoraAdapter, Projection};
 use crate::ops::attention::Heads;
 use crate::ops::rope::RopeTable;
 
-/// A graph over candle tensors. Segments cover the rows in order.
+/// A graph over candle tensors.
 pub struct CandleGraph<'a> {
     heads: Heads,
+    /// The sequences, as ranges that cover all rows in order.
     segments: &'a [Range<usize>],
     dtype: DType,
     /// The position of each row in its sequence (T).
     positions: Tensor,
-    /// cos and sin of each row's angles (T x 1 x C/2), where there is a rotary embedding.
+    /// cos and sin of each row's angles (T x 1 x C/2), in models with a rotary embedding.
     angles: Option<[Tensor; 2]>,
 }
 
@@ -51,36 +55,38 @@ impl<'a> CandleGraph<'a> {
     ) -> Result<Self> {
         let positions = || segments.iter().flat_map(|segment| 0..segment.len());
         let angles = |rope: &RopeTable| -> Result<[Tensor; 2]> {
-            let (cos, sin): (Vec<&[f32]>, Vec<&[f32]>) = positions().map(|at| rope.at(at)).unzip();
-            let table = |rows: Vec<&[f32]>| -> Result<Tensor> {
+            let (cos, sin): (Vec<&[f32]>, Vec<&[f32]>) =
+                positions().map(|position| rope.cos_sin(position)).unzip();
+            let tensor = |rows: Vec<&[f32]>| -> Result<Tensor> {
                 let shape = (rows.len(), 1, heads.head_dim / 2);
                 Ok(Tensor::from_vec(rows.concat(), shape, device)?.to_dtype(dtype)?)
             };
-            Ok([table(cos)?, table(sin)?])
+            Ok([tensor(cos)?, tensor(sin)?])
         };
         Ok(Self {
             heads,
             segments,
             dtype,
-            positions: Tensor::from_iter(positions().map(|at| at as u32), device)?,
+            positions: Tensor::from_iter(positions().map(|position| position as u32), device)?,
             angles: rope.map(angles).transpose()?,
         })
     }
 
-    /// Returns the attention mask (1 x t x t): 0 where row i sees key j, minus infinity elsewhere.
-    fn mask(rows: usize, window: Option<usize>, like: &Tensor) -> Result<Tensor> {
-        let sees = |i: usize, j: usize| j <= i && window.is_none_or(|w| i - j < w);
+    /// Returns the attention mask (1 x t x t): 0 where row i sees key j, minus infinity elsewhere. It has
+    /// the device and data type of `scores`.
+    fn mask(rows: usize, window: Option<usize>, scores: &Tensor) -> Result<Tensor> {
+        let is_visible = |i: usize, j: usize| j <= i && window.is_none_or(|w| i - j < w);
         let values: Vec<f32> = (0..rows * rows)
-            .map(|at| {
-                if sees(at / rows, at % rows) {
+            .map(|index| {
+                if is_visible(index / rows, index % rows) {
                     0.0
                 } else {
                     f32::NEG_INFINITY
                 }
             })
             .collect();
-        let mask = Tensor::from_vec(values, (1, rows, rows), like.device())?;
-        Ok(mask.to_dtype(like.dtype())?)
+        let mask = Tensor::from_vec(values, (1, rows, rows), scores.device())?;
+        Ok(mask.to_dtype(scores.dtype())?)
     }
 }
 
@@ -121,16 +127,16 @@ impl Graph for CandleGraph<'_> {
     }
 
     fn linear(&mut self, x: &Tensor, layer: &Projection) -> Result<Tensor> {
-        let times = |x: &Tensor, weight: &Tensor| -> Result<Tensor> {
+        let project = |x: &Tensor, weight: &Tensor| -> Result<Tensor> {
             Ok(x.matmul(&weight.to_dtype(self.dtype)?.t()?)?)
         };
-        let mut y = times(x, &layer.weight)?;
+        let mut y = project(x, &layer.weight)?;
         if let Some(bias) = &layer.bias {
             y = y.broadcast_add(&bias.to_dtype(self.dtype)?)?;
         }
         if let Some(LoraAdapter { a, b, scale }) = &layer.adapter {
-            let low = (times(x, a)? * *scale)?;
-            y = (y + times(&low, b)?)?;
+            let xa = (project(x, a)? * *scale)?;
+            y = (y + project(&xa, b)?)?;
         }
         Ok(y)
     }
@@ -177,22 +183,22 @@ impl Graph for CandleGraph<'_> {
         let mut outputs = Vec::with_capacity(self.segments.len());
         for segment in self.segments {
             let rows = segment.len();
-            // (heads x t x C)
+            // (count x t x C), where `count` is the number of heads in `x`.
             let heads_first = |x: &Tensor, count: usize| -> Result<Tensor> {
                 let x = x.narrow(0, segment.start, rows)?;
                 Ok(x.reshape((rows, count, head_dim))?
                     .transpose(0, 1)?
                     .contiguous()?)
             };
-            // (H x t x C): every key/value head is repeated for the query heads that share it.
-            let repeated = |x: &Tensor| -> Result<Tensor> {
+            // (H x t x C): each key/value head is repeated for the query heads that share it.
+            let repeat_heads = |x: &Tensor| -> Result<Tensor> {
                 let x = heads_first(x, key_value)?.unsqueeze(1)?;
                 let x = x.broadcast_as((key_value, self.heads.group(), rows, head_dim))?;
                 Ok(x.contiguous()?.reshape((query, rows, head_dim))?)
             };
             let q_HtC = heads_first(&q, query)?;
-            let k_HtC = repeated(&k)?;
-            let v_HtC = repeated(&v)?;
+            let k_HtC = repeat_heads(&k)?;
+            let v_HtC = repeat_heads(&v)?;
             let scores_Htt = (q_HtC.matmul(&k_HtC.t()?)? * f64::from(self.heads.scale()))?;
             let mask_1tt = Self::mask(rows, window, &scores_Htt)?;
             let scores_Htt = scores_Htt.broadcast_add(&mask_1tt)?;

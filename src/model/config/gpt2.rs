@@ -10,7 +10,7 @@ use crate::ops::attention::Heads;
 
 /// The fields of `config.json` that are used, with the defaults of transformers.
 #[derive(Deserialize)]
-struct Gpt2Json {
+struct Gpt2Fields {
     vocab_size: usize,
     n_positions: usize,
     n_embd: usize,
@@ -50,15 +50,17 @@ fn default_true() -> bool {
 /// # Errors
 /// Where fields are missing or have unsupported values.
 pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
-    let file: Gpt2Json = serde_json::from_value(without_nulls(&json))?;
-    let activation = file.activation_function.as_str();
+    let fields: Gpt2Fields = serde_json::from_value(without_nulls(&json))?;
+    let activation = fields.activation_function.as_str();
     if !matches!(activation, "gelu_new" | "gelu_pytorch_tanh") {
         return config_error(format!(
             "activation_function {activation:?} is not supported in a gpt2 model; expected \
              \"gelu_new\""
         ));
     }
-    if !file.scale_attn_weights || file.scale_attn_by_inverse_layer_idx || file.add_cross_attention
+    if !fields.scale_attn_weights
+        || fields.scale_attn_by_inverse_layer_idx
+        || fields.add_cross_attention
     {
         return config_error(
             "scale_attn_weights = false, scale_attn_by_inverse_layer_idx and \
@@ -66,27 +68,27 @@ pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
                 .into(),
         );
     }
-    if file.n_head == 0 || !file.n_embd.is_multiple_of(file.n_head) {
+    if fields.n_head == 0 || !fields.n_embd.is_multiple_of(fields.n_head) {
         return config_error(format!(
-            "n_embd ({}) must be a multiple of n_head ({})",
-            file.n_embd, file.n_head
+            "n_embd ({}) must be a multiple of n_head ({}), and n_head greater than 0",
+            fields.n_embd, fields.n_head
         ));
     }
     Ok(ModelConfig {
         architecture: Architecture::Gpt2,
-        vocab_size: file.vocab_size,
-        hidden_size: file.n_embd,
-        intermediate_size: file.n_inner.unwrap_or(4 * file.n_embd),
-        num_hidden_layers: file.n_layer,
+        vocab_size: fields.vocab_size,
+        hidden_size: fields.n_embd,
+        intermediate_size: fields.n_inner.unwrap_or(4 * fields.n_embd),
+        num_hidden_layers: fields.n_layer,
         heads: Heads {
-            query: file.n_head,
-            key_value: file.n_head,
-            head_dim: file.n_embd / file.n_head,
+            query: fields.n_head,
+            key_value: fields.n_head,
+            head_dim: fields.n_embd / fields.n_head,
         },
-        norm_eps: file.layer_norm_epsilon,
-        max_position_embeddings: file.n_positions,
-        tie_word_embeddings: file.tie_word_embeddings,
-        initializer_range: file.initializer_range,
+        norm_eps: fields.layer_norm_epsilon,
+        max_position_embeddings: fields.n_positions,
+        tie_word_embeddings: fields.tie_word_embeddings,
+        initializer_range: fields.initializer_range,
         adapter_scale: 1.0,
         json,
     })

@@ -11,7 +11,7 @@ use crate::ops::attention::Heads;
 
 /// The fields of `config.json` that are used, with the defaults of transformers.
 #[derive(Deserialize)]
-struct LlamaJson {
+struct LlamaFields {
     model_type: String,
     vocab_size: usize,
     hidden_size: usize,
@@ -65,51 +65,52 @@ const DEFAULT_WINDOW: usize = 4096;
 /// # Errors
 /// Where fields are missing or have unsupported values.
 pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
-    let file: LlamaJson = serde_json::from_value(without_nulls(&json))?;
-    if file.hidden_act != "silu" {
+    let fields: LlamaFields = serde_json::from_value(without_nulls(&json))?;
+    if fields.hidden_act != "silu" {
         return config_error(format!(
             "hidden_act {:?} is not supported in a {} model; expected \"silu\"",
-            file.hidden_act, file.model_type
+            fields.hidden_act, fields.model_type
         ));
     }
     // Before `windows` allocates one entry per layer.
-    check_layer_count(file.num_hidden_layers)?;
-    let heads = heads(&file)?;
-    let qwen2 = file.model_type == "qwen2";
+    check_layer_count(fields.num_hidden_layers)?;
+    let heads = heads(&fields)?;
+    let is_qwen2 = fields.model_type == "qwen2";
     let variant = LlamaVariant {
         rope: Rope::from_json(&json)?,
-        qkv_bias: qwen2 || file.attention_bias,
-        output_bias: file.attention_bias && !qwen2,
-        mlp_bias: file.mlp_bias && file.model_type == "llama",
-        qk_norm: file.model_type == "qwen3",
-        windows: windows(&file, &json)?,
+        qkv_bias: is_qwen2 || fields.attention_bias,
+        output_bias: fields.attention_bias && !is_qwen2,
+        mlp_bias: fields.mlp_bias && fields.model_type == "llama",
+        qk_norm: fields.model_type == "qwen3",
+        windows: windows(&fields, &json)?,
     };
     Ok(ModelConfig {
         architecture: Architecture::Llama(variant),
-        vocab_size: file.vocab_size,
-        hidden_size: file.hidden_size,
-        intermediate_size: file.intermediate_size,
-        num_hidden_layers: file.num_hidden_layers,
+        vocab_size: fields.vocab_size,
+        hidden_size: fields.hidden_size,
+        intermediate_size: fields.intermediate_size,
+        num_hidden_layers: fields.num_hidden_layers,
         heads,
-        norm_eps: file.rms_norm_eps,
-        max_position_embeddings: file.max_position_embeddings,
-        tie_word_embeddings: file.tie_word_embeddings,
-        initializer_range: file.initializer_range,
+        norm_eps: fields.rms_norm_eps,
+        max_position_embeddings: fields.max_position_embeddings,
+        tie_word_embeddings: fields.tie_word_embeddings,
+        initializer_range: fields.initializer_range,
         adapter_scale: 1.0,
         json,
     })
 }
 
 /// Returns the checked head counts and the head width.
-fn heads(file: &LlamaJson) -> Result<Heads> {
-    let query = file.num_attention_heads;
-    let key_value = file.num_key_value_heads.unwrap_or(query);
+fn heads(fields: &LlamaFields) -> Result<Heads> {
+    let query = fields.num_attention_heads;
+    let key_value = fields.num_key_value_heads.unwrap_or(query);
     if query == 0 || key_value == 0 || !query.is_multiple_of(key_value) {
         return config_error(format!(
-            "num_attention_heads ({query}) must be a multiple of num_key_value_heads ({key_value})"
+            "num_attention_heads ({query}) must be a multiple of num_key_value_heads ({key_value}), and both \
+             greater than 0"
         ));
     }
-    let head_dim = file.head_dim.unwrap_or(file.hidden_size / query);
+    let head_dim = fields.head_dim.unwrap_or(fields.hidden_size / query);
     if head_dim == 0 || !head_dim.is_multiple_of(2) {
         return config_error(format!(
             "head_dim is {head_dim}; the rotary embedding needs an even number above 0: change \
@@ -123,9 +124,11 @@ fn heads(file: &LlamaJson) -> Result<Heads> {
     })
 }
 
-/// Returns the sliding window of each layer, by the rules of transformers.
-fn windows(file: &LlamaJson, json: &Map<String, Value>) -> Result<Vec<Option<usize>>> {
-    let layers = file.num_hidden_layers;
+/// Returns the sliding window of each layer, by the rules of transformers. All layers of mistral have the
+/// window. With `use_sliding_window`, the layers of qwen have it that `layer_types` lists, or without
+/// `layer_types` the layers from `max_window_layers` on. Other layers have none.
+fn windows(fields: &LlamaFields, json: &Map<String, Value>) -> Result<Vec<Option<usize>>> {
+    let layers = fields.num_hidden_layers;
     let window = match json.get("sliding_window") {
         None => Some(DEFAULT_WINDOW),
         Some(Value::Null) => None,
@@ -134,13 +137,13 @@ fn windows(file: &LlamaJson, json: &Map<String, Value>) -> Result<Vec<Option<usi
     if window == Some(0) {
         return config_error("sliding_window must be greater than 0".into());
     }
-    match file.model_type.as_str() {
+    match fields.model_type.as_str() {
         "mistral" => return Ok(vec![window; layers]),
-        "qwen2" | "qwen3" if file.use_sliding_window => {}
+        "qwen2" | "qwen3" if fields.use_sliding_window => {}
         _ => return Ok(vec![None; layers]),
     }
-    let Some(types) = &file.layer_types else {
-        let window = |layer: usize| window.filter(|_| layer >= file.max_window_layers);
+    let Some(types) = &fields.layer_types else {
+        let window = |layer: usize| window.filter(|_| layer >= fields.max_window_layers);
         return Ok((0..layers).map(window).collect());
     };
     if types.len() != layers {
@@ -149,12 +152,12 @@ fn windows(file: &LlamaJson, json: &Map<String, Value>) -> Result<Vec<Option<usi
             types.len()
         ));
     }
-    let window_of = |kind: &String| match kind.as_str() {
+    let layer_window = |kind: &String| match kind.as_str() {
         "full_attention" => Ok(None),
         "sliding_attention" => Ok(window),
         other => config_error(format!(
             "layer type {other:?} is not supported; expected \"full_attention\" or \"sliding_attention\""
         )),
     };
-    types.iter().map(window_of).collect()
+    types.iter().map(layer_window).collect()
 }

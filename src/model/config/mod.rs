@@ -2,7 +2,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `shape` | the shape itself, independent of its spelling |
+//! | `shape` | the shape, independent of how `config.json` spells it |
 //! | `llama`, `gpt2` | the fields of `config.json`, by family of architectures |
 //! | `rope` | settings and frequencies of the rotary embedding |
 //! | `fields` | checks and errors that the readers share |
@@ -29,8 +29,8 @@ use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::ops::attention::Heads;
 pub use rope::{Llama3Scaling, Rope};
 
-/// Maximum context length in tokens. Longer contexts are cut to it, because the rotary angles of every
-/// position are precomputed.
+/// Maximum context length in tokens. A longer context in `config.json` is reduced to it, because the rotary
+/// angles of every position are precomputed.
 const MAX_POSITIONS: usize = 1 << 17;
 
 /// Maximum of the vocabulary, hidden, feed-forward and attention sizes.
@@ -129,8 +129,8 @@ impl ModelConfig {
                 return config_error(format!("the {name} is {size}; the maximum is {max}"));
             }
         }
-        let finite = self.norm_eps.is_finite() && self.initializer_range.is_finite();
-        if !finite || self.norm_eps < 0.0 || self.initializer_range < 0.0 {
+        let is_finite = self.norm_eps.is_finite() && self.initializer_range.is_finite();
+        if !is_finite || self.norm_eps < 0.0 || self.initializer_range < 0.0 {
             return config_error(
                 "the epsilon of the norms and initializer_range must be finite and not negative"
                     .into(),
@@ -139,8 +139,8 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Returns `config.json` for the student's folder, with `dtype` as the type of the weights, and a
-    /// description of its other differences from the file that was read.
+    /// Returns `config.json` for the student's folder, with `dtype` as the data type of the weights, and a
+    /// description of each other difference from the file that was read.
     pub fn to_json(&self, dtype: &str) -> (Value, Vec<&'static str>) {
         let mut json = self.json.clone();
         let mut changes = Vec::new();

@@ -14,8 +14,8 @@ pub struct Rope {
     pub llama3: Option<Llama3Scaling>,
 }
 
-/// Scaling of `rope_type = "llama3"`: frequencies with long wavelengths are divided by `factor`, those
-/// with short wavelengths are kept, and those between are interpolated.
+/// Scaling of `rope_type = "llama3"`: frequencies with long wavelengths are divided by `factor`, frequencies
+/// with short wavelengths are kept, and frequencies between them are interpolated.
 #[derive(Debug, Clone, Copy, Deserialize)]
 pub struct Llama3Scaling {
     pub factor: f64,
@@ -31,14 +31,14 @@ impl Rope {
     /// # Errors
     /// Where the type of scaling is not supported.
     pub(super) fn from_json(json: &Map<String, Value>) -> Result<Self> {
-        // Version 5 also prefers `rope_scaling`, if it is not empty.
-        let map = |name: &str| {
+        // transformers 5 also prefers `rope_scaling` to `rope_parameters`, if it is not empty.
+        let settings = |name: &str| {
             let map = json.get(name).and_then(Value::as_object);
             map.filter(|map| !map.is_empty())
         };
-        let scaling = map("rope_scaling").or(map("rope_parameters"));
-        let parts = scaling.into_iter().flat_map(|map| map.values());
-        if parts.clone().any(Value::is_object) {
+        let scaling = settings("rope_scaling").or(settings("rope_parameters"));
+        let mut values = scaling.into_iter().flat_map(|map| map.values());
+        if values.any(Value::is_object) {
             return config_error("rope settings per layer type are not supported".into());
         }
         let field = |name: &str| scaling.and_then(|map| map.get(name));
@@ -113,7 +113,7 @@ impl Rope {
 }
 
 impl Llama3Scaling {
-    /// Scales one frequency, in radians per position.
+    /// Returns the scaled frequency. Frequencies are in radians per position.
     fn scale(&self, frequency: f64) -> f64 {
         let context = self.original_max_position_embeddings;
         let wavelength = 2.0 * std::f64::consts::PI / frequency;

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use crate::model::config::rope::Rope;
 use crate::ops::attention::Heads;
 
-/// The shape of a decoder.
+/// The architecture and sizes of a decoder.
 #[derive(Debug, Clone)]
 pub struct ModelConfig {
     pub architecture: Architecture,
@@ -18,7 +18,7 @@ pub struct ModelConfig {
     /// L
     pub num_hidden_layers: usize,
     pub heads: Heads,
-    /// Epsilon of the norms, which prevents a division by zero.
+    /// Epsilon of the norms, added to the mean of squares or the variance.
     pub norm_eps: f64,
     /// Context length in tokens.
     pub max_position_embeddings: usize,
@@ -44,11 +44,11 @@ pub struct LlamaVariant {
     pub rope: Rope,
     /// Queries, keys and values have biases.
     pub qkv_bias: bool,
-    /// The projection after attention has a bias.
+    /// The output projection of attention has a bias.
     pub output_bias: bool,
     /// The projections of the feed-forward network have biases.
     pub mlp_bias: bool,
-    /// Every head of queries and keys is normalised.
+    /// Each query head and each key head is normalised.
     pub qk_norm: bool,
     /// Number of keys that a query sees, itself included, per layer. None: all keys before it.
     pub windows: Vec<Option<usize>>,

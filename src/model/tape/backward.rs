@@ -1,4 +1,10 @@
-//! The backward pass of each operation, in reverse order of recording.
+//! The backward pass: from the last recorded operation to the first, each computes the gradients of its
+//! inputs and weights from the gradient of its output.
+
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -12,27 +18,28 @@ use crate::model::projection::Projection;
 use crate::ops::arena::Buffer;
 use crate::ops::attention::AttentionForward;
 use crate::ops::rope::Rotation;
-use crate::ops::{CpuValues, Gradient, embedding, gelu, layer_norm, rms_norm, sum_rows, swiglu};
+use crate::ops::{CpuValues, GradientMut, embedding, gelu, layer_norm, rms_norm, sum_rows, swiglu};
 
 impl Tape<'_, '_> {
-    /// Computes the gradients of all variables from `gradient`, the gradient of `root`.
+    /// Computes the gradients of all variables from `droot`, the gradient of the value of `root`, and adds
+    /// them to `gradients`.
     ///
     /// # Errors
     /// Where memory runs out.
     pub fn backward(
         mut self,
         root: NodeHandle,
-        gradient: Buffer,
+        droot: Buffer,
         gradients: &mut Gradients,
     ) -> Result<()> {
         if self.activations == Activations::Discard {
             bail!("a backward pass needs the activations of the forward pass");
         }
-        self.nodes[*root.0].gradient = Some(gradient);
+        self.nodes[*root.0].gradient = Some(droot);
         for id in (0..self.nodes.len()).rev() {
-            let gradient = self.nodes[id].gradient.take();
-            if let Some(gradient) = gradient.filter(|_| self.nodes[id].requires_grad) {
-                self.backward_node(id, gradient, gradients)?;
+            let dy = self.nodes[id].gradient.take();
+            if let Some(dy) = dy.filter(|_| self.nodes[id].requires_grad) {
+                self.backward_node(id, dy, gradients)?;
             }
             let node = &mut self.nodes[id];
             node.value = None;
@@ -41,21 +48,22 @@ impl Tape<'_, '_> {
         Ok(())
     }
 
+    /// Runs the backward pass of one operation, where `dy` is the gradient of its value.
     fn backward_node(&mut self, id: usize, dy: Buffer, gradients: &mut Gradients) -> Result<()> {
         let arena = self.settings.arena;
         let op = Rc::clone(&self.nodes[id].op);
         let width = self.nodes[id].width;
         match &*op {
             Op::Embed { table, ids } => {
-                if let Some(to) = gradients.accumulator(table)? {
-                    embedding::backward(&dy, ids, width, to);
+                if let Some(dtable) = gradients.accumulator(table)? {
+                    embedding::backward(&dy, ids, width, dtable);
                 }
             }
             Op::SelectRows { x, positions } => {
                 // Rows that were not selected have a zero gradient.
                 let rows = self.segments.last().map_or(0, |last| last.end);
-                self.add_to_gradient(*x, rows * width, |to| {
-                    embedding::backward(&dy, positions, width, to);
+                self.accumulate_gradient_with(*x, rows * width, |dx| {
+                    embedding::backward(&dy, positions, width, dx);
                 })?;
             }
             Op::RmsNorm { x, weight, .. } => {
@@ -63,8 +71,8 @@ impl Tape<'_, '_> {
                 let scale = self.saved_values(id)?;
                 let weights = CpuValues::new(weight)?;
                 let dweight = gradients.accumulator(weight)?;
-                self.add_to_gradient(*x, values.len(), |to| {
-                    rms_norm::backward(&values, &weights, &scale, &dy, to, dweight);
+                self.accumulate_gradient_with(*x, values.len(), |dx| {
+                    rms_norm::backward(&values, &weights, &scale, &dy, dx, dweight);
                 })?;
             }
             Op::LayerNorm {
@@ -74,11 +82,11 @@ impl Tape<'_, '_> {
                 let statistics = self.saved_values(id)?;
                 let weights = CpuValues::new(weight)?;
                 let dweight = gradients.accumulator(weight)?;
-                self.add_to_gradient(*x, values.len(), |to| {
-                    layer_norm::backward(&values, &weights, &statistics, &dy, to, dweight);
+                self.accumulate_gradient_with(*x, values.len(), |dx| {
+                    layer_norm::backward(&values, &weights, &statistics, &dy, dx, dweight);
                 })?;
-                if let Some(to) = gradients.accumulator(bias)? {
-                    sum_rows(&dy, width, to);
+                if let Some(dbias) = gradients.accumulator(bias)? {
+                    sum_rows(&dy, width, dbias);
                 }
             }
             Op::Linear { x, layer, residual } => {
@@ -91,7 +99,7 @@ impl Tape<'_, '_> {
                 let values = self.value_or_recompute(*x)?;
                 // No other operation needs the input: its buffer is overwritten with the gradient.
                 self.nodes[*x].value = None;
-                let mut dx = self.writable(values)?;
+                let mut dx = self.make_writable(values)?;
                 gelu::backward(&mut dx, &dy);
                 self.accumulate_gradient(*x, dx);
             }
@@ -101,22 +109,22 @@ impl Tape<'_, '_> {
                 // No other operation needs the inputs: their buffers are overwritten with the gradients.
                 self.nodes[*gate].value = None;
                 self.nodes[*up].value = None;
-                let mut dgate = self.writable(gate_values)?;
-                let mut dup = self.writable(up_values)?;
+                let mut dgate = self.make_writable(gate_values)?;
+                let mut dup = self.make_writable(up_values)?;
                 swiglu::backward(&mut dgate, &mut dup, &dy);
                 self.accumulate_gradient(*gate, dgate);
                 self.accumulate_gradient(*up, dup);
             }
-            Op::Positions { x, table, .. } => {
-                if let Some(to) = gradients.accumulator(table)? {
-                    embedding::backward(&dy, &self.positions(), width, to);
+            Op::AddPositions { x, table, .. } => {
+                if let Some(dtable) = gradients.accumulator(table)? {
+                    embedding::backward(&dy, &self.positions(), width, dtable);
                 }
                 self.accumulate_gradient(*x, dy);
             }
             Op::Rope { x, .. } => {
-                let mut dy = dy;
-                self.rotate(&mut dy, width, Rotation::Backward)?;
-                self.accumulate_gradient(*x, dy);
+                let mut dx = dy;
+                self.rotate(&mut dx, width, Rotation::Backward)?;
+                self.accumulate_gradient(*x, dx);
             }
             Op::Attention { qkv, window, .. } => {
                 let [q, k, v] = *qkv;
@@ -128,7 +136,7 @@ impl Tape<'_, '_> {
                     self.value_or_recompute(v)?,
                 ];
                 let attention = self.attention_layer(*window);
-                let mut scratch = arena.take(attention.scratch())?;
+                let mut scratch = arena.take(attention.scratch_len())?;
                 let mut dq = arena.take(q_values.len())?;
                 let mut dk = arena.take(k_values.len())?;
                 let mut dv = arena.take(v_values.len())?;
@@ -139,58 +147,64 @@ impl Tape<'_, '_> {
                     out_THC: &out,
                     lse_TH: &lse,
                 };
-                let to = [&mut dq, &mut dk, &mut dv].map(|values| Gradient { values, add: false });
-                attention.backward(forward, &dy, &mut scratch, to);
-                for (id, gradient) in [(q, dq), (k, dk), (v, dv)] {
-                    self.accumulate_gradient(id, gradient);
+                let dqkv =
+                    [&mut dq, &mut dk, &mut dv].map(|values| GradientMut { values, add: false });
+                attention.backward(forward, &dy, &mut scratch, dqkv);
+                for (input, gradient) in [(q, dq), (k, dk), (v, dv)] {
+                    self.accumulate_gradient(input, gradient);
                 }
             }
         }
         Ok(())
     }
 
-    /// Computes the gradients of the weights of a linear layer, of its adapter, and of its input `x`.
+    /// Computes the gradients of the weight and bias of a linear layer, of its adapter, and of its input
+    /// `x`.
     fn backward_linear(
         &mut self,
         id: usize,
         x: usize,
         layer: &Projection,
-        dy: &[f32],
+        dy_TO: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
         let TapeSettings {
             arena, precision, ..
         } = self.settings;
         let linear = linear_layer(&layer.weight, precision)?;
-        if let Some(to) = gradients.accumulator(&layer.weight)? {
-            linear.backward_weight(dy, &self.value_or_recompute(x)?, to);
+        if let Some(dweight_OI) = gradients.accumulator(&layer.weight)? {
+            linear.backward_weight(dy_TO, &self.value_or_recompute(x)?, dweight_OI);
         }
         if let Some(bias) = &layer.bias
-            && let Some(to) = gradients.accumulator(bias)?
+            && let Some(dbias_O) = gradients.accumulator(bias)?
         {
-            sum_rows(dy, linear.outputs, to);
+            sum_rows(dy_TO, linear.outputs, dbias_O);
         }
-        let rows = dy.len() / linear.outputs;
-        let mut low = None;
+        let rows = dy_TO.len() / linear.outputs;
+        let mut adapter_input = None;
         if let Some(adapter) = &layer.adapter {
             let lora = lora_layer(adapter, precision)?;
-            if let Some(to) = gradients.accumulator(&adapter.b)? {
-                lora.backward_b(dy, &self.saved_values(id)?, to);
+            if let Some(db_OR) = gradients.accumulator(&adapter.b)? {
+                lora.backward_b(dy_TO, &self.saved_values(id)?, db_OR);
             }
-            let a = CpuValues::new(&adapter.a)?;
-            let mut dlow = arena.take(rows * lora.rank)?;
-            lora.backward_low(dy, &CpuValues::new(&adapter.b)?, &mut dlow);
-            if let Some(to) = gradients.accumulator(&adapter.a)? {
-                lora.backward_a(&dlow, &self.value_or_recompute(x)?, to);
+            let a_RI = CpuValues::new(&adapter.a)?;
+            let mut dxa_TR = arena.take(rows * lora.rank)?;
+            lora.backward_xa(dy_TO, &CpuValues::new(&adapter.b)?, &mut dxa_TR);
+            if let Some(da_RI) = gradients.accumulator(&adapter.a)? {
+                lora.backward_a(&dxa_TR, &self.value_or_recompute(x)?, da_RI);
             }
-            low = Some((lora, a, dlow));
+            adapter_input = Some((lora, a_RI, dxa_TR));
         }
         if self.nodes[x].requires_grad {
-            let weight = CpuValues::new(&layer.weight)?;
+            let weight_OI = CpuValues::new(&layer.weight)?;
             let len = rows * linear.inputs;
-            self.add_to_gradient(x, len, |to| linear.backward_input(dy, &weight, to))?;
-            if let Some((lora, a, dlow)) = &low {
-                self.add_to_gradient(x, len, |to| lora.backward_input(dlow, a, to))?;
+            self.accumulate_gradient_with(x, len, |dx_TI| {
+                linear.backward_input(dy_TO, &weight_OI, dx_TI);
+            })?;
+            if let Some((lora, a_RI, dxa_TR)) = &adapter_input {
+                self.accumulate_gradient_with(x, len, |dx_TI| {
+                    lora.backward_input(dxa_TR, a_RI, dx_TI);
+                })?;
             }
         }
         Ok(())
@@ -205,7 +219,7 @@ impl Tape<'_, '_> {
             }
             self.compute(id)?;
         }
-        self.get(id)
+        self.node_value(id)
     }
 
     fn saved_values(&self, id: usize) -> Result<Arc<Buffer>> {
@@ -215,31 +229,34 @@ impl Tape<'_, '_> {
             .context("internal error: the saved values of an operation are missing")
     }
 
-    /// Lets `add` add to the gradient of a node of `len` values. The first call overwrites it.
-    fn add_to_gradient(&mut self, id: usize, len: usize, add: impl FnOnce(Gradient)) -> Result<()> {
+    /// Adds to the gradient of a node of `len` values: calls `backward`, which adds its result to the
+    /// gradient, or overwrites the buffer if the node has no gradient yet.
+    fn accumulate_gradient_with(
+        &mut self,
+        id: usize,
+        len: usize,
+        backward: impl FnOnce(GradientMut),
+    ) -> Result<()> {
         let node = &mut self.nodes[id];
-        let exists = node.gradient.is_some();
-        if !exists {
+        let add = node.gradient.is_some();
+        if !add {
             node.gradient = Some(self.settings.arena.take(len)?);
         }
         if let Some(values) = &mut node.gradient {
-            add(Gradient {
-                values,
-                add: exists,
-            });
+            backward(GradientMut { values, add });
         }
         Ok(())
     }
 
-    /// Adds a whole gradient to that of a node. The first gradient is moved, not copied.
-    fn accumulate_gradient(&mut self, id: usize, part: Buffer) {
+    /// Adds `gradient` to the gradient of a node. The first gradient is moved, not copied.
+    fn accumulate_gradient(&mut self, id: usize, gradient: Buffer) {
         match &mut self.nodes[id].gradient {
-            Some(values) => values
+            Some(sums) => sums
                 .par_iter_mut()
                 .with_min_len(1 << 14)
-                .zip(&*part)
-                .for_each(|(sum, part)| *sum += part),
-            none => *none = Some(part),
+                .zip(&*gradient)
+                .for_each(|(sum, value)| *sum += value),
+            none => *none = Some(gradient),
         }
     }
 }

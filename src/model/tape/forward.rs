@@ -12,7 +12,7 @@ use crate::model::kv_cache::KvCache;
 use crate::ops::arena::Buffer;
 use crate::ops::attention::{Attention, CachedAttention};
 use crate::ops::rope::Rotation;
-use crate::ops::{CpuValues, embedding, gelu, layer_norm, rms_norm, swiglu};
+use crate::ops::{CpuValues, embedding, gelu, layer_norm, rms_norm, split_segments, swiglu};
 
 impl<'a> Tape<'a, '_> {
     /// Computes the value of a node from the values of its inputs.
@@ -31,11 +31,11 @@ impl<'a> Tape<'a, '_> {
             }
             Op::SelectRows { x, positions } => {
                 let mut y = arena.take(positions.len() * width)?;
-                embedding::forward(&self.get(*x)?, positions, width, &mut y);
+                embedding::forward(&self.node_value(*x)?, positions, width, &mut y);
                 y
             }
             Op::RmsNorm { x, weight, epsilon } => {
-                let x = self.get(*x)?;
+                let x = self.node_value(*x)?;
                 let mut y = arena.take(x.len())?;
                 let mut scale = arena.take(x.len() / weight.elem_count())?;
                 rms_norm::forward(&x, &CpuValues::new(weight)?, *epsilon, &mut y, &mut scale);
@@ -48,7 +48,7 @@ impl<'a> Tape<'a, '_> {
                 bias,
                 epsilon,
             } => {
-                let x = self.get(*x)?;
+                let x = self.node_value(*x)?;
                 let mut y = arena.take(x.len())?;
                 let mut statistics = arena.take(2 * x.len() / width)?;
                 let (weight, bias) = (CpuValues::new(weight)?, CpuValues::new(bias)?);
@@ -57,37 +57,37 @@ impl<'a> Tape<'a, '_> {
                 y
             }
             Op::Linear { x, layer, residual } => {
-                let x = self.get(*x)?;
+                let x = self.node_value(*x)?;
                 let linear = linear_layer(&layer.weight, precision)?;
                 let mut y = arena.take(x.len() / linear.inputs * linear.outputs)?;
                 if let Some(residual) = residual {
-                    y.copy_from_slice(&self.get(*residual)?);
+                    y.copy_from_slice(&self.node_value(*residual)?);
                 }
                 let weight = CpuValues::new(&layer.weight)?;
                 let bias = layer.bias.as_ref().map(CpuValues::new).transpose()?;
                 linear.forward(&x, &weight, bias.as_deref(), &mut y, residual.is_some());
                 if let Some(adapter) = &layer.adapter {
                     let lora = lora_layer(adapter, precision)?;
-                    let mut low = arena.take(x.len() / lora.inputs * lora.rank)?;
+                    let mut xa = arena.take(x.len() / lora.inputs * lora.rank)?;
                     let (a, b) = (CpuValues::new(&adapter.a)?, CpuValues::new(&adapter.b)?);
-                    lora.forward(&x, &a, &b, &mut low, &mut y);
-                    saved = Some(low);
+                    lora.forward(&x, &a, &b, &mut xa, &mut y);
+                    saved = Some(xa);
                 }
                 y
             }
             Op::Gelu { x } => {
-                let x = self.get(*x)?;
+                let x = self.node_value(*x)?;
                 let mut y = arena.take(x.len())?;
                 gelu::forward(&x, &mut y);
                 y
             }
             Op::SwiGlu { gate, up } => {
-                let (gate, up) = (self.get(*gate)?, self.get(*up)?);
+                let (gate, up) = (self.node_value(*gate)?, self.node_value(*up)?);
                 let mut y = arena.take(gate.len())?;
                 swiglu::forward(&gate, &up, &mut y);
                 y
             }
-            Op::Positions { x, table, in_place } => {
+            Op::AddPositions { x, table, in_place } => {
                 let mut y = self.take_input(*x, *in_place)?;
                 embedding::add(&CpuValues::new(table)?, &self.positions(), width, &mut y);
                 y
@@ -98,10 +98,14 @@ impl<'a> Tape<'a, '_> {
                 y
             }
             Op::Attention { layer, qkv, window } => {
-                let [q, k, v] = [self.get(qkv[0])?, self.get(qkv[1])?, self.get(qkv[2])?];
+                let [q, k, v] = [
+                    self.node_value(qkv[0])?,
+                    self.node_value(qkv[1])?,
+                    self.node_value(qkv[2])?,
+                ];
                 let mut out = arena.take(q.len())?;
                 let attention = self.attention_layer(*window);
-                if let KeyValueSource::Caches(caches) = &mut self.keys {
+                if let KeyValueSource::Caches(caches) = &mut self.key_value_source {
                     attend_caches(attention, *layer, [&q, &k, &v], caches, &mut out);
                 } else {
                     let mut lse = arena.take(q.len() / self.settings.heads.head_dim)?;
@@ -122,11 +126,11 @@ impl<'a> Tape<'a, '_> {
     /// Returns the values of node `x` as a writable buffer: the values themselves with `in_place`, else a
     /// copy.
     fn take_input(&mut self, x: usize, in_place: bool) -> Result<Buffer> {
-        let values = self.get(x)?;
+        let values = self.node_value(x)?;
         if in_place {
             self.nodes[x].value = None;
         }
-        self.writable(values)
+        self.make_writable(values)
     }
 
     /// Returns the attention operation over the segments.
@@ -142,7 +146,7 @@ impl<'a> Tape<'a, '_> {
     /// Applies the rotary embedding to rows of `width` channels, in place.
     pub(super) fn rotate(&self, rows: &mut [f32], width: usize, rotation: Rotation) -> Result<()> {
         let rope = self.settings.rope.context(NO_ROPE)?;
-        match &self.keys {
+        match &self.key_value_source {
             KeyValueSource::Batch => rope.rotate_segments(rows, width, self.segments, rotation),
             KeyValueSource::Caches(caches) => {
                 for (segment, cache) in self.segments.iter().zip(caches.iter()) {
@@ -172,13 +176,7 @@ fn attend_caches(
     } = attention;
     let q_width = heads.query_width();
     let kv_width = heads.key_value_width();
-    let mut outs = Vec::with_capacity(segments.len());
-    let mut rest = out;
-    for segment in segments {
-        let (rows, after) = rest.split_at_mut(segment.len() * q_width);
-        outs.push(rows);
-        rest = after;
-    }
+    let outs = split_segments(out, segments, q_width);
     segments
         .par_iter()
         .zip(caches.par_iter_mut())
@@ -187,14 +185,14 @@ fn attend_caches(
             let (keys, values) = cache.layer(layer);
             keys.extend_from_slice(&k[segment.start * kv_width..segment.end * kv_width]);
             values.extend_from_slice(&v[segment.start * kv_width..segment.end * kv_width]);
-            let cached = CachedAttention {
+            let attention = CachedAttention {
                 heads,
                 window,
                 precision,
                 k_SGC: keys,
                 v_SGC: values,
             };
-            cached.attend(
+            attention.attend(
                 &q[segment.start * q_width..segment.end * q_width],
                 out,
                 None,

@@ -1,5 +1,5 @@
-//! The graph on the CPU: fused operations that run at once and are recorded, and their backward passes
-//! in reverse order.
+//! The graph on the CPU. Each fused operation runs immediately and is recorded; the backward pass goes
+//! through the record in reverse order.
 //!
 //! | file | content |
 //! |---|---|
@@ -9,10 +9,10 @@
 //!
 //! This file decides how much memory a step needs. Outputs of norms and activation functions are
 //! dropped after use in the forward pass and recomputed in the backward pass: they are cheap to
-//! compute, and as large as their inputs. With [`Activations::Recompute`], the same applies to all
-//! values except the inputs of layers. A gradient is allocated when its first part arrives, and an
-//! activation is dropped after its last use in the backward pass. The peak memory of a step is
-//! therefore the larger of the two, not their sum.
+//! compute, and as large as their inputs. With [`Activations::Recompute`], all values except the inputs
+//! of layers are dropped and recomputed. In the backward pass, a gradient is allocated when it is first
+//! written, and an activation is dropped after its last use. Activations and gradients therefore share
+//! memory: the peak of a step is far below the sum of both.
 
 pub(crate) mod backward;
 pub(crate) mod forward;
@@ -45,50 +45,54 @@ pub struct TapeSettings<'a> {
 
 /// The keys and values that queries attend to.
 pub enum KeyValueSource<'a, 'c> {
-    /// Those of the batch.
+    /// The keys and values of the batch only.
     Batch,
-    /// Those of earlier tokens, to which those of the batch are appended. One cache per segment.
+    /// Caches of earlier tokens, one per segment. The keys and values of the batch are appended to them.
     Caches(&'a mut [&'c mut KvCache]),
 }
 
-/// What happens to activations after the forward pass.
+/// Which activations are kept for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activations {
-    /// Dropped after use: there is no backward pass.
+    /// None: each is dropped after use, and a backward pass is an error.
     Discard,
-    /// Kept for the backward pass.
+    /// All except the cheap ones, which the backward pass recomputes.
     Keep,
-    /// Only the inputs of layers are kept; the backward pass recomputes the others (activation
-    /// checkpointing).
+    /// The inputs of layers only; the backward pass recomputes all others (activation checkpointing).
     Recompute,
 }
 
-/// A graph that runs operations at once and records them. Segments cover the rows in order.
+/// A graph that runs each operation immediately and records it.
 pub struct Tape<'a, 'c> {
     settings: TapeSettings<'a>,
+    /// The sequences, as ranges that cover all rows in order.
     segments: &'a [Range<usize>],
-    keys: KeyValueSource<'a, 'c>,
+    key_value_source: KeyValueSource<'a, 'c>,
     activations: Activations,
     nodes: Vec<Node>,
-    /// Nodes whose values are dropped when this is the last handle to them.
+    /// Nodes whose values are dropped as soon as no [`NodeHandle`] to them exists.
     droppable: Vec<Rc<usize>>,
 }
 
-/// The handle of a node: its index.
+/// The index of a node. The number of references tells whether a later operation can read the node.
 #[derive(Clone)]
 pub struct NodeHandle(Rc<usize>);
 
+/// A recorded operation and its results.
 struct Node {
     op: Rc<Op>,
+    /// Number of values per row.
     width: usize,
+    /// None after the value was dropped.
     value: Option<Arc<Buffer>>,
     /// Other results for the backward pass, such as the scale of each row of a norm.
     saved: Option<Arc<Buffer>>,
     gradient: Option<Buffer>,
-    /// A variable contributed to the value.
+    /// Whether the value depends on a variable.
     requires_grad: bool,
 }
 
+/// An operation with its weights and the indices of its input nodes.
 enum Op {
     Embed {
         table: Tensor,
@@ -121,7 +125,7 @@ enum Op {
         gate: usize,
         up: usize,
     },
-    Positions {
+    AddPositions {
         x: usize,
         table: Tensor,
         /// Overwrite x, which no other operation needs.
@@ -129,7 +133,7 @@ enum Op {
     },
     Rope {
         x: usize,
-        /// As in `Positions`.
+        /// As in `AddPositions`.
         in_place: bool,
     },
     Attention {
@@ -144,46 +148,46 @@ impl<'a, 'c> Tape<'a, 'c> {
     pub fn new(
         settings: TapeSettings<'a>,
         segments: &'a [Range<usize>],
-        keys: KeyValueSource<'a, 'c>,
+        key_value_source: KeyValueSource<'a, 'c>,
         activations: Activations,
     ) -> Self {
         Self {
             settings,
             segments,
-            keys,
+            key_value_source,
             activations,
             nodes: Vec::new(),
             droppable: Vec::new(),
         }
     }
 
-    /// Returns the values of a node.
+    /// Returns the value of a node (rows x width).
     ///
     /// # Errors
-    /// Where they were dropped.
-    pub fn value(&self, value: &NodeHandle) -> Result<Arc<Buffer>> {
-        self.get(*value.0)
+    /// Where the value was dropped.
+    pub fn value(&self, handle: &NodeHandle) -> Result<Arc<Buffer>> {
+        self.node_value(*handle.0)
     }
 
-    fn get(&self, node: usize) -> Result<Arc<Buffer>> {
-        self.nodes[node]
+    fn node_value(&self, id: usize) -> Result<Arc<Buffer>> {
+        self.nodes[id]
             .value
             .clone()
             .context("internal error: a value of the tape was used after it was dropped")
     }
 
-    fn width(&self, value: &NodeHandle) -> usize {
-        self.nodes[*value.0].width
+    fn width(&self, handle: &NodeHandle) -> usize {
+        self.nodes[*handle.0].width
     }
 
-    /// Returns true if no later operation can read `x`: this is its last handle.
+    /// Returns true if `x` is the last handle of its node, so that no later operation can read the node.
     fn is_last_handle(&self, x: &NodeHandle) -> bool {
         let own_handles = self.droppable.iter().any(|id| **id == *x.0) as usize + 1;
         Rc::strong_count(&x.0) == own_handles
     }
 
     /// Returns `values` as a writable buffer; copies them if they are shared.
-    fn writable(&self, values: Arc<Buffer>) -> Result<Buffer> {
+    fn make_writable(&self, values: Arc<Buffer>) -> Result<Buffer> {
         Ok(match Arc::try_unwrap(values) {
             Ok(owned) => owned,
             Err(shared) => {
@@ -196,22 +200,22 @@ impl<'a, 'c> Tape<'a, 'c> {
 
     /// Returns the position of each row in its sequence.
     fn positions(&self) -> Vec<u32> {
-        let starts: Vec<usize> = match &self.keys {
+        let starts: Vec<usize> = match &self.key_value_source {
             KeyValueSource::Batch => vec![0; self.segments.len()],
             KeyValueSource::Caches(caches) => caches.iter().map(|cache| cache.len()).collect(),
         };
-        let positions_of = |(segment, start): (&Range<usize>, usize)| {
-            (start..start + segment.len()).map(|at| at as u32)
+        let segment_positions = |(segment, start): (&Range<usize>, usize)| {
+            (start..start + segment.len()).map(|position| position as u32)
         };
         self.segments
             .iter()
             .zip(starts)
-            .flat_map(positions_of)
+            .flat_map(segment_positions)
             .collect()
     }
 
-    /// Runs an operation and records it. The value of an operation that `is_cheap` is recomputed in the
-    /// backward pass.
+    /// Runs an operation and records it. With `is_cheap`, the value is dropped after its last use in the
+    /// forward pass and recomputed in the backward pass.
     fn push(&mut self, op: Op, width: usize, is_cheap: bool) -> Result<NodeHandle> {
         let requires_grad = op.has_trainable_weights()
             || op
@@ -228,19 +232,19 @@ impl<'a, 'c> Tape<'a, 'c> {
             requires_grad,
         });
         self.compute(id)?;
-        let value = NodeHandle(Rc::new(id));
+        let handle = NodeHandle(Rc::new(id));
         if self.activations != Activations::Keep || is_cheap {
-            self.droppable.push(Rc::clone(&value.0));
+            self.droppable.push(Rc::clone(&handle.0));
         }
         let nodes = &mut self.nodes;
         self.droppable.retain(|id| {
-            let held = Rc::strong_count(id) > 1;
-            if !held {
+            let is_held = Rc::strong_count(id) > 1;
+            if !is_held {
                 nodes[**id].value = None;
             }
-            held
+            is_held
         });
-        Ok(value)
+        Ok(handle)
     }
 }
 
@@ -253,7 +257,7 @@ impl Op {
             | Op::RmsNorm { x, .. }
             | Op::LayerNorm { x, .. }
             | Op::Gelu { x }
-            | Op::Positions { x, .. }
+            | Op::AddPositions { x, .. }
             | Op::Rope { x, .. } => vec![x],
             Op::Linear { x, residual, .. } => [Some(x), residual].into_iter().flatten().collect(),
             Op::SwiGlu { gate, up } => vec![gate, up],
@@ -264,7 +268,7 @@ impl Op {
     /// Returns true if a weight of the operation is a variable.
     fn has_trainable_weights(&self) -> bool {
         match self {
-            Op::Embed { table, .. } | Op::Positions { table, .. } => table.is_variable(),
+            Op::Embed { table, .. } | Op::AddPositions { table, .. } => table.is_variable(),
             Op::RmsNorm { weight, .. } => weight.is_variable(),
             Op::LayerNorm { weight, bias, .. } => weight.is_variable() || bias.is_variable(),
             Op::Linear { layer, .. } => layer.requires_grad(),
@@ -362,7 +366,7 @@ impl Graph for Tape<'_, '_> {
     }
 
     fn add_positions(&mut self, x: NodeHandle, table: &Tensor) -> Result<NodeHandle> {
-        let op = Op::Positions {
+        let op = Op::AddPositions {
             x: *x.0,
             table: table.clone(),
             in_place: self.is_last_handle(&x),
@@ -399,7 +403,7 @@ impl Graph for Tape<'_, '_> {
     }
 }
 
-/// Returns the linear layer of a weight (O x I).
+/// Returns the operation of a linear layer with this weight (O x I).
 fn linear_layer(weight: &Tensor, precision: Precision) -> Result<Linear> {
     let (outputs, inputs) = weight.dims2()?;
     Ok(Linear {
@@ -409,7 +413,7 @@ fn linear_layer(weight: &Tensor, precision: Precision) -> Result<Linear> {
     })
 }
 
-/// Returns the adapter as an operation.
+/// Returns the operation of an adapter.
 fn lora_layer(adapter: &LoraAdapter, precision: Precision) -> Result<LoraLayer> {
     let (rank, inputs) = adapter.a.dims2()?;
     let outputs = adapter.b.dim(0)?;

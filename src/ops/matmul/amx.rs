@@ -23,7 +23,8 @@ use super::blocks::{FactorPart, Kernel, OutputStrip};
 const TILE_ROWS: usize = 16;
 /// bf16 terms in a row of a tile.
 const TERMS: usize = 2 * TILE_ROWS;
-/// Rows and columns computed at a time: two tiles each way. Their four products share the loaded tiles.
+/// Rows and columns computed at a time: two tiles of each factor, whose four products use each loaded tile
+/// twice.
 const KERNEL_SIDE: usize = 2 * TILE_ROWS;
 
 /// One row of a tile: 16 pairs of bf16.
@@ -31,11 +32,11 @@ const KERNEL_SIDE: usize = 2 * TILE_ROWS;
 #[repr(C, align(64))]
 pub(crate) struct TileRow([u32; TILE_ROWS]);
 
-/// A tile of packed pairs: each row holds one lane, or one pair of terms of all lanes.
+/// A packed tile: each row holds 16 pairs of terms of one lane, or one pair of terms of 16 lanes.
 type Tile = [__m512i; TILE_ROWS];
 
-/// A kernel that computes 32 x 32 values at a time. Exists only where the CPU has AMX and the system lets
-/// this process use it.
+/// A kernel that computes 32 x 32 values at a time. A value of this type proves that the CPU has AMX and that
+/// the system lets this process use it.
 #[derive(Clone, Copy)]
 pub(crate) struct Amx(());
 
@@ -82,15 +83,15 @@ impl Kernel for Amx {
     type Element = TileRow;
 
     /// Tiles of 16 lanes, one lane per row.
-    fn pack_rows(self, part: FactorPart, to: &mut [TileRow]) {
+    fn pack_rows(self, part: FactorPart, packed: &mut [TileRow]) {
         // SAFETY: `detect` found the features.
-        unsafe { pack::<false>(part, to) }
+        unsafe { pack::<false>(part, packed) }
     }
 
     /// Tiles of 16 lanes, one pair of terms per row.
-    fn pack_cols(self, part: FactorPart, to: &mut [TileRow]) {
+    fn pack_cols(self, part: FactorPart, packed: &mut [TileRow]) {
         // SAFETY: `detect` found the features.
-        unsafe { pack::<true>(part, to) }
+        unsafe { pack::<true>(part, packed) }
     }
 
     fn multiply(self, rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip) {
@@ -105,18 +106,18 @@ impl Kernel for Amx {
 
 /// Packs panels of 32 lanes: two tiles of 16 lanes for every 32 terms.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-fn pack<const PAIRS: bool>(part: FactorPart, to: &mut [TileRow]) {
+fn pack<const PAIRS: bool>(part: FactorPart, packed: &mut [TileRow]) {
     let depth = part.terms.div_ceil(TERMS);
-    let panels = to.len() / (depth * KERNEL_SIDE);
+    let panels = packed.len() / (depth * KERNEL_SIDE);
     for k in 0..depth {
         for panel in 0..panels {
             for half in 0..2 {
                 let tile =
                     packed_tile::<PAIRS>(part, panel * KERNEL_SIDE + half * TILE_ROWS, k * TERMS);
                 let first = ((panel * depth + k) * 2 + half) * TILE_ROWS;
-                for (row, to) in tile.into_iter().zip(&mut to[first..first + TILE_ROWS]) {
+                for (row, packed) in tile.into_iter().zip(&mut packed[first..first + TILE_ROWS]) {
                     // SAFETY: a row has 512 bits.
-                    unsafe { _mm512_storeu_si512(to.0.as_mut_ptr().cast(), row) };
+                    unsafe { _mm512_storeu_si512(packed.0.as_mut_ptr().cast(), row) };
                 }
             }
         }
@@ -141,7 +142,7 @@ fn packed_tile<const PAIRS: bool>(part: FactorPart, lane: usize, term: usize) ->
     let is_paired = part.lane_stride == 1;
     if is_paired {
         for (pair, row) in tile.iter_mut().enumerate().take(part.terms.div_ceil(2)) {
-            let bf16_of = |term: usize| {
+            let bf16_lanes = |term: usize| {
                 let lanes = part
                     .values
                     .get(term * part.term_stride..)
@@ -150,8 +151,8 @@ fn packed_tile<const PAIRS: bool>(part: FactorPart, lane: usize, term: usize) ->
                 bf16_row(load(&lanes[..part.lanes.min(lanes.len())]))
             };
             *row = _mm512_or_si512(
-                bf16_of(2 * pair),
-                _mm512_slli_epi32::<16>(bf16_of(2 * pair + 1)),
+                bf16_lanes(2 * pair),
+                _mm512_slli_epi32::<16>(bf16_lanes(2 * pair + 1)),
             );
         }
     } else {
@@ -162,7 +163,10 @@ fn packed_tile<const PAIRS: bool>(part: FactorPart, lane: usize, term: usize) ->
                 1 => &values[..part.terms],
                 stride => {
                     let values = values.iter().step_by(stride).take(part.terms);
-                    gathered.iter_mut().zip(values).for_each(|(to, v)| *to = *v);
+                    gathered
+                        .iter_mut()
+                        .zip(values)
+                        .for_each(|(term, v)| *term = *v);
                     &gathered[..part.terms]
                 }
             };
@@ -289,9 +293,9 @@ fn multiply(rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip
                 )
             };
             for (line, sums) in out.chunks_mut(strip.stride).take(height).zip(&edge) {
-                let mut left = &mut line[..width];
+                let mut remaining = &mut line[..width];
                 for sums in sums.chunks_exact(TILE_ROWS) {
-                    let (half, rest) = left.split_at_mut(TILE_ROWS.min(left.len()));
+                    let (half, rest) = remaining.split_at_mut(TILE_ROWS.min(remaining.len()));
                     let sum = load(sums);
                     let sum = if strip.add {
                         _mm512_add_ps(load(half), sum)
@@ -300,7 +304,7 @@ fn multiply(rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip
                     };
                     // SAFETY: the mask selects as many values as `half` has.
                     unsafe { _mm512_mask_storeu_ps(half.as_mut_ptr(), mask(half.len()), sum) };
-                    left = rest;
+                    remaining = rest;
                 }
             }
         }

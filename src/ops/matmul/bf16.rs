@@ -7,16 +7,16 @@ use super::kernel::{bf16_bits, pack};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::Avx512Bf16;
 
-/// Packs panels of L lanes in pairs of terms. For even t, `to[(l / L * pairs + t / 2) * L + l % L]` holds
-/// term t of lane l in its low half and term t + 1 in its high half.
+/// Packs panels of L lanes in pairs of terms. For even t, `packed[(l / L * pairs + t / 2) * L + l % L]`
+/// holds term t of lane l in its low half and term t + 1 in its high half.
 #[inline(always)]
-fn pack_pairs<const L: usize>(part: FactorPart, to: &mut [u32]) {
+fn pack_pairs<const L: usize>(part: FactorPart, packed: &mut [u32]) {
     /// Terms packed at a time.
     const RUN: usize = 32;
     let mut ordered = [[0.0; L]; RUN];
     let panel = part.terms.div_ceil(2) * L;
-    for (index, to) in to.chunks_exact_mut(panel).enumerate() {
-        for (run, to) in to.chunks_mut(RUN / 2 * L).enumerate() {
+    for (index, packed) in packed.chunks_exact_mut(panel).enumerate() {
+        for (run, packed) in packed.chunks_mut(RUN / 2 * L).enumerate() {
             let start = run * RUN;
             let lane = index * L;
             let run = FactorPart {
@@ -30,9 +30,9 @@ fn pack_pairs<const L: usize>(part: FactorPart, to: &mut [u32]) {
                 ordered[run.terms].fill(0.0);
             }
             let pairs = ordered.chunks_exact(2).map(|pair| (&pair[0], &pair[1]));
-            for (to, (first, second)) in to.chunks_exact_mut(L).zip(pairs) {
-                for ((to, first), second) in to.iter_mut().zip(first).zip(second) {
-                    *to = bf16_bits(*first) >> 16 | bf16_bits(*second);
+            for (packed, (first, second)) in packed.chunks_exact_mut(L).zip(pairs) {
+                for ((packed, first), second) in packed.iter_mut().zip(first).zip(second) {
+                    *packed = bf16_bits(*first) >> 16 | bf16_bits(*second);
                 }
             }
         }
@@ -56,7 +56,7 @@ mod x86 {
     /// Number of f32 sums in a vector, and of bf16 pairs.
     const LANES: usize = 16;
 
-    /// A kernel with tiles of 14 x 32 values. Exists only where the CPU has the instructions.
+    /// A kernel with tiles of 14 x 32 values. A value of this type proves that the CPU has the instructions.
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512Bf16(());
 
@@ -69,12 +69,12 @@ mod x86 {
 
         /// Detects the instructions.
         pub(crate) fn detect() -> Option<Self> {
-            let has = is_x86_feature_detected!("avx512f")
+            let is_usable = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512bf16");
-            has.then_some(Self(()))
+            is_usable.then_some(Self(()))
         }
     }
 
@@ -96,14 +96,14 @@ mod x86 {
         const DEPTH: usize = 640;
         type Element = u32;
 
-        fn pack_rows(self, part: FactorPart, to: &mut [u32]) {
+        fn pack_rows(self, part: FactorPart, packed: &mut [u32]) {
             // SAFETY: `detect` found the features.
-            unsafe { pack_vectorised::<ROWS>(part, to) }
+            unsafe { pack_vectorised::<ROWS>(part, packed) }
         }
 
-        fn pack_cols(self, part: FactorPart, to: &mut [u32]) {
+        fn pack_cols(self, part: FactorPart, packed: &mut [u32]) {
             // SAFETY: `detect` found the features.
-            unsafe { pack_vectorised::<COLS>(part, to) }
+            unsafe { pack_vectorised::<COLS>(part, packed) }
         }
 
         fn multiply(self, rows: &[u32], cols: &[u32], depth: usize, strip: OutputStrip) {
@@ -117,8 +117,8 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-    fn pack_vectorised<const L: usize>(part: FactorPart, to: &mut [u32]) {
-        pack_pairs::<L>(part, to);
+    fn pack_vectorised<const L: usize>(part: FactorPart, packed: &mut [u32]) {
+        pack_pairs::<L>(part, packed);
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
@@ -133,15 +133,15 @@ mod x86 {
                 for (line, sums) in lines.take(height).zip(sums) {
                     let line = &mut line[strip.first + j * COLS..][..width];
                     for ((half, sum), mask) in line.chunks_mut(LANES).zip(sums).zip(masks) {
-                        let at = half.as_mut_ptr();
+                        let pointer = half.as_mut_ptr();
                         // SAFETY: the mask selects as many values as `half` has.
                         unsafe {
                             let before = if strip.add {
-                                _mm512_maskz_loadu_ps(mask, at)
+                                _mm512_maskz_loadu_ps(mask, pointer)
                             } else {
                                 _mm512_setzero_ps()
                             };
-                            _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(before, sum));
+                            _mm512_mask_storeu_ps(pointer, mask, _mm512_add_ps(before, sum));
                         }
                     }
                 }
@@ -162,8 +162,11 @@ mod x86 {
         for (row, col) in rows.chunks_exact(ROWS).zip(cols.chunks_exact(COLS)) {
             // SAFETY: `col` has 32 elements, two vectors.
             let (left, right) = unsafe {
-                let at = col.as_ptr().cast::<__m512i>();
-                (_mm512_loadu_si512(at), _mm512_loadu_si512(at.add(1)))
+                let pointer = col.as_ptr().cast::<__m512i>();
+                (
+                    _mm512_loadu_si512(pointer),
+                    _mm512_loadu_si512(pointer.add(1)),
+                )
             };
             let (left, right) = (as_bf16(left), as_bf16(right));
             for (sums, row) in sums.iter_mut().zip(row) {
@@ -191,25 +194,25 @@ mod tests {
     fn packed_pairs_hold_two_terms_of_a_lane() {
         let (lanes, terms) = (11, 37);
         let values: Vec<f32> = (0..lanes * terms).map(|i| i as f32).collect();
-        for (lane, term) in [(terms, 1), (1, lanes)] {
+        for (lane_stride, term_stride) in [(terms, 1), (1, lanes)] {
             let part = FactorPart {
                 values: &values,
-                lane_stride: lane,
-                term_stride: term,
+                lane_stride,
+                term_stride,
                 lanes,
                 terms,
             };
             let pairs = terms.div_ceil(2);
-            let mut to = vec![7; pairs * 12];
-            pack_pairs::<4>(part, &mut to);
-            for (at, pair) in to.iter().enumerate() {
-                let panel = at / (pairs * 4);
-                let at = at % (pairs * 4);
-                let l = panel * 4 + at % 4;
-                let t = at / 4 * 2;
+            let mut packed = vec![7; pairs * 12];
+            pack_pairs::<4>(part, &mut packed);
+            for (index, pair) in packed.iter().enumerate() {
+                let panel = index / (pairs * 4);
+                let index = index % (pairs * 4);
+                let l = panel * 4 + index % 4;
+                let t = index / 4 * 2;
                 let value = |t: usize| {
                     if l < lanes && t < terms {
-                        half::bf16::from_f32(values[l * lane + t * term]).to_bits()
+                        half::bf16::from_f32(values[l * lane_stride + t * term_stride]).to_bits()
                     } else {
                         0
                     }

@@ -1,5 +1,5 @@
-//! The blocking of a product. `out` is cut into strips of rows, one task each. The sum over k is cut into
-//! parts; the part of the right factor is packed once for all strips.
+//! The blocking of a product. The output is cut into strips of rows, one task each. The sum over the inner
+//! dimension is cut into parts; each part of the right factor is packed once for all strips.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -26,9 +26,10 @@ pub(crate) struct Product<'a> {
 
 /// Computes tiles of [`Kernel::ROWS`] x [`Kernel::COLS`] values from packed panels.
 ///
-/// A panel holds that many lanes: rows of the left factor, or columns of the right one. Every
-/// [`Kernel::STEP`] terms of the sum form one element per lane, and the elements of all lanes are
-/// adjacent. Panels follow each other. Lanes and terms past the end of a factor are zero.
+/// A lane is a row of the left factor or a column of the right one. A panel holds [`Kernel::ROWS`] lanes of
+/// the left factor or [`Kernel::COLS`] lanes of the right one. Every [`Kernel::STEP`] terms of the sum form
+/// one element per lane, and the elements of all lanes of a panel are adjacent. Lanes and terms past the end
+/// of a factor are zero.
 pub(crate) trait Kernel: Copy + Sync {
     /// Rows of a tile.
     const ROWS: usize;
@@ -42,9 +43,9 @@ pub(crate) trait Kernel: Copy + Sync {
     type Element: Copy + Default + Send + Sync + 'static;
 
     /// Packs a part of the left factor.
-    fn pack_rows(self, part: FactorPart, to: &mut [Self::Element]);
+    fn pack_rows(self, part: FactorPart, packed: &mut [Self::Element]);
     /// Packs a part of the right factor.
-    fn pack_cols(self, part: FactorPart, to: &mut [Self::Element]);
+    fn pack_cols(self, part: FactorPart, packed: &mut [Self::Element]);
 
     /// Multiplies packed `rows` and `cols`, of `depth` elements per lane, into `strip`.
     fn multiply(
@@ -118,10 +119,10 @@ impl Product<'_> {
                 let terms = depth.min(k - start);
                 let elements = terms.div_ceil(K::STEP);
                 let packed = &mut cols_buffer[..cols.next_multiple_of(K::COLS) * elements];
-                let pack = |(index, to): (usize, &mut [K::Element])| {
-                    let lane = index * PANELS_PER_TASK * K::COLS;
-                    let lanes = (to.len() / elements).min(cols - lane);
-                    kernel.pack_cols(b.part(first + lane, lanes, start, terms), to);
+                let pack = |(task, packed): (usize, &mut [K::Element])| {
+                    let lane = task * PANELS_PER_TASK * K::COLS;
+                    let lanes = (packed.len() / elements).min(cols - lane);
+                    kernel.pack_cols(b.part(first + lane, lanes, start, terms), packed);
                 };
                 match threads {
                     Threads::One => pack((0, packed)),
@@ -173,15 +174,16 @@ impl<'a> Mat<'a> {
     }
 }
 
-/// Returns the size of equal chunks of `size`, at most `max` each before it is rounded up to a multiple
-/// of `multiple`.
+/// Returns the chunk size that divides `size` into the fewest equal chunks of at most `max`, rounded up to
+/// a multiple of `multiple`.
 fn even_chunk(size: usize, max: usize, multiple: usize) -> usize {
     let parts = size.div_ceil(max);
     size.div_ceil(parts).next_multiple_of(multiple)
 }
 
-/// Cuts the rows into strips of whole panels, as equal as possible. Their number is a multiple of 4,
-/// where there are enough panels, so that threads finish at the same time.
+/// Cuts the rows of the output into strips of whole panels, as equal as possible. The number of strips is a
+/// multiple of 4 if there are enough panels, so that threads finish at the same time. Returns the row range
+/// and the values of each strip.
 fn strips<K: Kernel>(
     rows: usize,
     mut values: &mut [f32],

@@ -27,14 +27,22 @@ impl<S: Simd, const R: usize, const C: usize> Kernel for VectorKernel<S, R, C> {
     const DEPTH: usize = 600;
     type Element = f32;
 
-    fn pack_rows(self, part: FactorPart, to: &mut [f32]) {
+    fn pack_rows(self, part: FactorPart, packed: &mut [f32]) {
         let rounded = self.rounded;
-        self.simd.vectorize(Pack::<R> { part, to, rounded });
+        self.simd.vectorize(Pack::<R> {
+            part,
+            packed,
+            rounded,
+        });
     }
 
-    fn pack_cols(self, part: FactorPart, to: &mut [f32]) {
+    fn pack_cols(self, part: FactorPart, packed: &mut [f32]) {
         let rounded = self.rounded;
-        self.simd.vectorize(Pack::<C> { part, to, rounded });
+        self.simd.vectorize(Pack::<C> {
+            part,
+            packed,
+            rounded,
+        });
     }
 
     fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: OutputStrip) {
@@ -54,7 +62,7 @@ impl<S: Simd, const R: usize, const C: usize> Kernel for VectorKernel<S, R, C> {
 
 struct Pack<'a, const L: usize> {
     part: FactorPart<'a>,
-    to: &'a mut [f32],
+    packed: &'a mut [f32],
     rounded: bool,
 }
 
@@ -63,16 +71,18 @@ impl<const L: usize> WithSimd for Pack<'_, L> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
-        pack::<L>(self.part, self.to);
+        pack::<L>(self.part, self.packed);
         if self.rounded {
-            self.to.iter_mut().for_each(|value| *value = round(*value));
+            self.packed
+                .iter_mut()
+                .for_each(|value| *value = round(*value));
         }
     }
 }
 
-/// Packs panels of L lanes: `to[(l / L * terms + t) * L + l % L]` is lane l, term t.
+/// Packs panels of L lanes: `packed[(l / L * terms + t) * L + l % L]` is term t of lane l.
 #[inline(always)]
-pub(crate) fn pack<const L: usize>(part: FactorPart, to: &mut [f32]) {
+pub(crate) fn pack<const L: usize>(part: FactorPart, packed: &mut [f32]) {
     let FactorPart {
         values,
         lane_stride,
@@ -81,53 +91,53 @@ pub(crate) fn pack<const L: usize>(part: FactorPart, to: &mut [f32]) {
         terms,
     } = part;
     let panel = terms * L;
-    let whole = lanes / L;
+    let full_panels = lanes / L;
     if lane_stride == 1 {
         // Term by term through all panels, in memory order.
         for t in 0..terms {
-            let read = values[t * term_stride..][..lanes].chunks_exact(L);
-            for (panel, lanes) in to.chunks_exact_mut(panel).zip(read) {
+            let term = values[t * term_stride..][..lanes].chunks_exact(L);
+            for (panel, lanes) in packed.chunks_exact_mut(panel).zip(term) {
                 panel[t * L..(t + 1) * L].copy_from_slice(lanes);
             }
         }
     } else if term_stride == 1 {
-        for (index, to) in to.chunks_exact_mut(panel).take(whole).enumerate() {
-            let lane_of = |l: usize| &values[(index * L + l) * lane_stride..][..terms];
-            transpose::<L>(std::array::from_fn(lane_of), to);
+        for (index, packed) in packed.chunks_exact_mut(panel).take(full_panels).enumerate() {
+            let lane = |l: usize| &values[(index * L + l) * lane_stride..][..terms];
+            transpose::<L>(std::array::from_fn(lane), packed);
         }
     }
-    let packed = if lane_stride == 1 || term_stride == 1 {
-        whole
+    let done = if lane_stride == 1 || term_stride == 1 {
+        full_panels
     } else {
         0
     };
-    for (index, to) in to.chunks_exact_mut(panel).enumerate().skip(packed) {
-        to.fill(0.0);
+    for (index, packed) in packed.chunks_exact_mut(panel).enumerate().skip(done) {
+        packed.fill(0.0);
         let first = index * L;
-        for (t, to) in to.chunks_exact_mut(L).enumerate() {
-            for (l, to) in to.iter_mut().take(lanes - first).enumerate() {
-                *to = values[(first + l) * lane_stride + t * term_stride];
+        for (t, packed) in packed.chunks_exact_mut(L).enumerate() {
+            for (l, packed) in packed.iter_mut().take(lanes - first).enumerate() {
+                *packed = values[(first + l) * lane_stride + t * term_stride];
             }
         }
     }
 }
 
-/// Transposes lanes to terms: `to[t * L + l]` is term t of lane l.
+/// Transposes lanes to terms: `packed[t * L + l]` is term t of lane l.
 #[inline(always)]
-fn transpose<const L: usize>(lanes: [&[f32]; L], to: &mut [f32]) {
-    let terms = to.len() / L;
+fn transpose<const L: usize>(lanes: [&[f32]; L], packed: &mut [f32]) {
+    let terms = packed.len() / L;
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx") {
         done = terms / RUN * RUN;
         for start in (0..done).step_by(RUN) {
             // SAFETY: the feature was detected.
-            unsafe { transpose_run(&lanes, start, &mut to[start * L..(start + RUN) * L]) };
+            unsafe { transpose_run(&lanes, start, &mut packed[start * L..(start + RUN) * L]) };
         }
     }
-    for (t, to) in to.chunks_exact_mut(L).enumerate().skip(done) {
-        for (to, lane) in to.iter_mut().zip(lanes) {
-            *to = lane[t];
+    for (t, packed) in packed.chunks_exact_mut(L).enumerate().skip(done) {
+        for (packed, lane) in packed.iter_mut().zip(lanes) {
+            *packed = lane[t];
         }
     }
 }
@@ -140,7 +150,7 @@ const RUN: usize = 8;
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx")]
 #[inline]
-fn transpose_run<const L: usize>(lanes: &[&[f32]; L], start: usize, to: &mut [f32]) {
+fn transpose_run<const L: usize>(lanes: &[&[f32]; L], start: usize, packed: &mut [f32]) {
     use std::arch::x86_64::{
         _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps, _mm256_shuffle_ps,
         _mm256_storeu_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
@@ -149,9 +159,9 @@ fn transpose_run<const L: usize>(lanes: &[&[f32]; L], start: usize, to: &mut [f3
         let count = RUN.min(L - first);
         let mut rows = [_mm256_setzero_ps(); RUN];
         for (row, lane) in rows.iter_mut().zip(&lanes[first..]) {
-            let read = &lane[start..start + RUN];
-            // SAFETY: `read` has 8 values.
-            *row = unsafe { _mm256_loadu_ps(read.as_ptr()) };
+            let run = &lane[start..start + RUN];
+            // SAFETY: `run` has 8 values.
+            *row = unsafe { _mm256_loadu_ps(run.as_ptr()) };
         }
         let mut pairs = rows;
         for i in [0, 2, 4, 6] {
@@ -166,13 +176,13 @@ fn transpose_run<const L: usize>(lanes: &[&[f32]; L], start: usize, to: &mut [f3
             quads[i + 3] = _mm256_shuffle_ps::<0xee>(pairs[i + 1], pairs[i + 3]);
         }
         for t in 0..4 {
-            let early = _mm256_permute2f128_ps::<0x20>(quads[t], quads[t + 4]);
-            let late = _mm256_permute2f128_ps::<0x31>(quads[t], quads[t + 4]);
-            for (t, values) in [(t, early), (t + 4, late)] {
-                let mut whole = [0.0; RUN];
-                // SAFETY: `whole` has 8 values.
-                unsafe { _mm256_storeu_ps(whole.as_mut_ptr(), values) };
-                to[t * L + first..][..count].copy_from_slice(&whole[..count]);
+            let term = _mm256_permute2f128_ps::<0x20>(quads[t], quads[t + 4]);
+            let fourth_next_term = _mm256_permute2f128_ps::<0x31>(quads[t], quads[t + 4]);
+            for (t, vector) in [(t, term), (t + 4, fourth_next_term)] {
+                let mut values = [0.0; RUN];
+                // SAFETY: `values` has 8 values.
+                unsafe { _mm256_storeu_ps(values.as_mut_ptr(), vector) };
+                packed[t * L + first..][..count].copy_from_slice(&values[..count]);
             }
         }
     }
@@ -238,9 +248,9 @@ impl<const R: usize, const C: usize> WithSimd for Multiply<'_, R, C> {
                             *value = simd.add_f32s(before, *sum);
                         }
                     } else {
-                        let mut whole = [0.0; C];
-                        S::as_mut_simd_f32s(&mut whole).0.copy_from_slice(sums);
-                        for (value, sum) in line.iter_mut().zip(whole) {
+                        let mut padded = [0.0; C];
+                        S::as_mut_simd_f32s(&mut padded).0.copy_from_slice(sums);
+                        for (value, sum) in line.iter_mut().zip(padded) {
                             *value = if strip.add { *value + sum } else { sum };
                         }
                     }
@@ -287,13 +297,13 @@ impl Kernel for ScalarKernel {
     const DEPTH: usize = 256;
     type Element = f32;
 
-    fn pack_rows(self, part: FactorPart, to: &mut [f32]) {
-        pack::<4>(part, to);
-        to.iter_mut().for_each(|value| *value = round(*value));
+    fn pack_rows(self, part: FactorPart, packed: &mut [f32]) {
+        pack::<4>(part, packed);
+        packed.iter_mut().for_each(|value| *value = round(*value));
     }
 
-    fn pack_cols(self, part: FactorPart, to: &mut [f32]) {
-        self.pack_rows(part, to);
+    fn pack_cols(self, part: FactorPart, packed: &mut [f32]) {
+        self.pack_rows(part, packed);
     }
 
     fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: OutputStrip) {

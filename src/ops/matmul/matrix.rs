@@ -28,7 +28,7 @@ impl<'a> Mat<'a> {
         Self::strided(values, values.len() / cols.max(1), cols, cols)
     }
 
-    /// Number of values from the first element to the last, gaps included.
+    /// Number of values from the first element to the last, including the gaps between rows.
     pub(crate) fn span(&self) -> usize {
         span(self.rows, self.cols, self.row_stride, self.col_stride)
     }
@@ -72,7 +72,7 @@ pub enum Threads {
     All,
 }
 
-/// Number of values that a (rows x cols) matrix with these strides spans, gaps included.
+/// Number of values that a (rows x cols) matrix with these strides spans, including the gaps between rows.
 pub(crate) fn span(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> usize {
     if rows == 0 || cols == 0 {
         return 0;

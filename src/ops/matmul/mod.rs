@@ -53,8 +53,8 @@ impl Precision {
     }
 }
 
-/// Minimum number of rows for the kernels of this room. Smaller products go to the `gemm` crate,
-/// because packing the weight would cost more than it saves.
+/// Minimum number of rows of an f32 product for the kernels of this folder. Smaller products use the `gemm`
+/// crate, because packing the weight would cost more than it saves.
 const MIN_ROWS: usize = 16;
 
 /// Computes `out = a b`, or `out += a b` with `add`.
@@ -154,8 +154,8 @@ mod tests {
 
     /// Copies row-major `values` (rows x cols) to column-major order.
     fn column_major(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-        let at = |i: usize| values[i % rows * cols + i / rows];
-        (0..rows * cols).map(at).collect()
+        let value = |i: usize| values[i % rows * cols + i / rows];
+        (0..rows * cols).map(value).collect()
     }
 
     #[test]
@@ -190,12 +190,12 @@ mod tests {
                     for threads in [Threads::One, Threads::All] {
                         let mut out = vec![1.0; m * stride];
                         for add in [true, false, true] {
-                            let to = MatMut::strided(&mut out, stride);
-                            matmul(to, a, b, add, threads, precision);
+                            let out = MatMut::strided(&mut out, stride);
+                            matmul(out, a, b, add, threads, precision);
                         }
-                        for (at, value) in out.iter().enumerate() {
-                            let row = at / stride;
-                            let col = at % stride;
+                        for (index, value) in out.iter().enumerate() {
+                            let row = index / stride;
+                            let col = index % stride;
                             let expected_value = if col < n {
                                 2.0 * expected[row * n + col]
                             } else {
@@ -250,17 +250,17 @@ mod tests {
                 });
                 out
             };
-            let plain = product_by(|product| product.run(kernel::ScalarKernel));
-            assert_eq!(plain, product_by(matmul_by_gemm));
+            let expected = product_by(|product| product.run(kernel::ScalarKernel));
+            assert_eq!(expected, product_by(matmul_by_gemm));
             #[cfg(target_arch = "x86_64")]
             {
                 if amx::Amx::detect().is_some() {
                     let run = |product: Product| product.run(amx::Amx::detect().unwrap());
-                    assert_eq!(plain, product_by(run));
+                    assert_eq!(expected, product_by(run));
                 }
                 if bf16::Avx512Bf16::detect().is_some() {
                     let run = |product: Product| product.run(bf16::Avx512Bf16::detect().unwrap());
-                    assert_eq!(plain, product_by(run));
+                    assert_eq!(expected, product_by(run));
                 }
                 let wide = |product: Product| match pulp::Arch::new() {
                     pulp::Arch::V4(simd) => {
@@ -277,7 +277,7 @@ mod tests {
                     }
                     _ => product.run(kernel::ScalarKernel),
                 };
-                assert_eq!(plain, product_by(wide));
+                assert_eq!(expected, product_by(wide));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The environment of a chat template, in which every operation is charged for its data.
+//! The environment of a chat template, in which every operation is charged for the bytes that it processes.
 
 use std::sync::LazyLock;
 
@@ -27,11 +27,12 @@ const ELEMENT: usize = 32;
 const MAX_RANGE: usize = 1_000;
 /// Maximum length of a date format in bytes.
 const MAX_DATE_FORMAT: usize = 100;
-/// Maximum depth of nested macro calls and loops. Low, because the engine's frames are large and thread stacks small.
+/// Maximum depth of nested macro calls and loops. Deeper templates could overflow the stack of a thread, because the
+/// engine's stack frames are large.
 const RECURSION: usize = 100;
 
-/// Functions that replace operators, and their expressions. A template cannot call them, because their names are not
-/// valid in the language.
+/// Names of the functions that replace operators, and the expressions that they evaluate. A template cannot call them,
+/// because their names are not valid identifiers.
 const OPERATORS: &[(&str, &str)] = &[
     ("operator +", "a + b"),
     ("operator *", "a * b"),
@@ -45,8 +46,8 @@ const OPERATORS: &[(&str, &str)] = &[
     ("operator >=", "a >= b"),
     ("operator in", "a in b"),
 ];
-/// Variable for the size of the messages; the name is not valid in the language.
-const INPUT: &str = "size of the input";
+/// Name of the global variable that holds the size of the messages in bytes. It is not a valid identifier either.
+const INPUT_BYTES: &str = "size of the input";
 
 /// Filters of the engine that a template may use.
 const FILTERS: &[&str] = &[
@@ -111,19 +112,20 @@ const TESTS: &[&str] = &[
 
 /// Limits of a rendering.
 struct CostMeter {
-    /// Bytes that may still be processed.
-    left: usize,
+    /// Number of bytes that may still be processed.
+    remaining: usize,
     /// Maximum size of one value in bytes.
     max_value: usize,
 }
 
+/// The engine's own environment, whose filters and tests are called after they are charged for.
 static BUILTIN: LazyLock<Environment<'static>> = LazyLock::new(Environment::new);
 
-/// Returns the environment that `transformers` provides to chat templates, with `date` instead of the clock. `input` is
-/// the total size of the messages in bytes.
-pub(crate) fn environment(input: usize, date: Option<DateTime>) -> Environment<'static> {
+/// Returns the environment that `transformers` provides to chat templates, with `date` instead of the clock.
+/// `input_bytes` is the total size of the messages, which raises the limits.
+pub(crate) fn environment(input_bytes: usize, date: Option<DateTime>) -> Environment<'static> {
     let mut env = METERED.clone();
-    env.add_global(INPUT, input);
+    env.add_global(INPUT_BYTES, input_bytes);
     env.add_function("strftime_now", move |format: String| match date {
         None => Err(Error::new(ErrorKind::InvalidOperation, NEEDS_DATE)),
         Some(_) if format.len() > MAX_DATE_FORMAT => Err(refusal("its date format is too long")),
@@ -132,12 +134,13 @@ pub(crate) fn environment(input: usize, date: Option<DateTime>) -> Environment<'
     env
 }
 
+/// The environment without the size of the messages and the date.
 static METERED: LazyLock<Environment<'static>> = LazyLock::new(|| {
     let mut env = Environment::new();
     env.set_debug(false);
     env.set_recursion_limit(RECURSION);
     env.set_formatter(|out, state, value| {
-        charge(state, deep(value))?;
+        charge(state, deep_size(value))?;
         minijinja::escape_formatter(out, state, value)
     });
     env.set_unknown_method_callback(|state, value, method, args| {
@@ -146,26 +149,26 @@ static METERED: LazyLock<Environment<'static>> = LazyLock::new(|| {
             Some(result) => result?,
             None => pycompat::unknown_method_callback(state, value, method, args)?,
         };
-        receive(state, result)
+        charge_result(state, result)
     });
     for (name, expression) in OPERATORS {
         let operator = BUILTIN.compile_expression(expression);
         env.add_function(*name, move |state: &mut State, args: Rest<Value>| {
-            operate(state, name, operator.as_ref(), &args)
+            apply_operator(state, name, operator.as_ref(), &args)
         });
     }
     for name in FILTERS {
-        env.add_filter(*name, move |state: &mut State, args: Arguments| {
-            let args = values(args);
+        env.add_filter(*name, move |state: &mut State, args: FilterArguments| {
+            let args = into_values(args);
             let (value, options) = args.split_first().ok_or(ErrorKind::MissingArgument)?;
             charge(state, cost(name, value, options)?)?;
             let result = BUILTIN.empty_state().apply_filter(name, &args)?;
-            receive(state, result)
+            charge_result(state, result)
         });
     }
     for name in TESTS {
         env.add_test(*name, move |state: &mut State, args: Rest<Value>| {
-            charge(state, total(&args, deep))?;
+            charge(state, sum_sizes(&args, deep_size))?;
             BUILTIN.empty_state().perform_test(name, &args)
         });
     }
@@ -183,11 +186,11 @@ static METERED: LazyLock<Environment<'static>> = LazyLock::new(|| {
     for name in REFUSED_FILTERS {
         env.remove_filter(name);
     }
-    env.add_filter("tojson", |state: &mut State, args: Arguments| {
-        let args = values(args);
-        charge(state, total(&args, deep))?;
+    env.add_filter("tojson", |state: &mut State, args: FilterArguments| {
+        let args = into_values(args);
+        charge(state, sum_sizes(&args, deep_size))?;
         let result = python_json::tojson(&args)?;
-        receive(state, result)
+        charge_result(state, result)
     });
     env.remove_global("debug");
     for (name, function) in BUILTIN.globals() {
@@ -197,9 +200,9 @@ static METERED: LazyLock<Environment<'static>> = LazyLock::new(|| {
             "namespace" => "namespace",
             _ => continue,
         };
-        env.add_function(name, move |state: &mut State, args: Arguments| {
-            let args = values(args);
-            charge(state, total(&args, shallow))?;
+        env.add_function(name, move |state: &mut State, args: FilterArguments| {
+            let args = into_values(args);
+            charge(state, sum_sizes(&args, shallow_size))?;
             let result = function.call(state, &args)?;
             if name == "range" && result.len().is_none_or(|items| items > MAX_RANGE) {
                 return Err(refusal("it asks for too long a range"));
@@ -213,10 +216,10 @@ static METERED: LazyLock<Environment<'static>> = LazyLock::new(|| {
     env
 });
 
-/// Positional arguments, and keyword arguments as the last.
-type Arguments = Rest<ValueOrKwargs>;
+/// The positional arguments, and the keyword arguments as the last element.
+type FilterArguments = Rest<ValueOrKwargs>;
 
-fn values(arguments: Arguments) -> Vec<Value> {
+fn into_values(arguments: FilterArguments) -> Vec<Value> {
     let Rest(arguments) = arguments;
     arguments
         .into_iter()
@@ -225,45 +228,50 @@ fn values(arguments: Arguments) -> Vec<Value> {
 }
 
 /// Applies an operator, and charges for its operands and its result.
-fn operate(
+fn apply_operator(
     state: &mut State,
     name: &str,
     operator: Result<&Expression, &Error>,
     operands: &[Value],
 ) -> Result<Value, Error> {
-    let operand = |at: usize| operands.get(at).cloned().unwrap_or_default();
+    let operand = |index: usize| operands.get(index).cloned().unwrap_or_default();
     let a = operand(0);
     let b = operand(1);
     let cost = match name {
-        "operator +" | "operator []" => total(operands, shallow),
+        "operator +" | "operator []" => sum_sizes(operands, shallow_size),
         "operator *" => {
             let times = a.as_usize().or(b.as_usize()).unwrap_or(1);
-            total(operands, shallow).saturating_mul(times)
+            sum_sizes(operands, shallow_size).saturating_mul(times)
         }
-        _ => total(operands, deep),
+        _ => sum_sizes(operands, deep_size),
     };
     charge(state, cost)?;
     let operator = operator.map_err(|e| Error::new(e.kind(), "an operator does not compile"))?;
     let result = operator.eval(context! { a, b, c => operand(2), d => operand(3) })?;
-    receive(state, result)
+    charge_result(state, result)
 }
 
 /// Cost of a filter or a method in bytes: the data that it reads, and its result if that can be much larger.
 fn cost(name: &str, value: &Value, options: &[Value]) -> Result<usize, Error> {
     let read = match name {
         "count" | "d" | "default" | "first" | "items" | "keys" | "last" | "length" | "list"
-        | "get" | "reverse" | "values" => shallow(value),
-        _ => deep(value),
+        | "get" | "reverse" | "values" => shallow_size(value),
+        _ => deep_size(value),
     };
-    let text = |at: usize| options.get(at).and_then(Value::as_str).unwrap_or_default();
+    let text = |index: usize| {
+        options
+            .get(index)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    };
     match name {
         "replace" => {
-            let found = value.as_str().unwrap_or_default().matches(text(0)).count();
-            Ok(read.saturating_add(found.saturating_mul(text(1).len())))
+            let matches = value.as_str().unwrap_or_default().matches(text(0)).count();
+            Ok(read.saturating_add(matches.saturating_mul(text(1).len())))
         }
         // The method is called on the separator, the filter on the list.
         "join" if value.as_str().is_some() => {
-            let list = options.first().map_or(0, deep);
+            let list = options.first().map_or(0, deep_size);
             Ok(list.saturating_add((list / ELEMENT).saturating_mul(read)))
         }
         "join" => Ok(read.saturating_add((read / ELEMENT).saturating_mul(text(0).len()))),
@@ -281,21 +289,24 @@ fn cost(name: &str, value: &Value, options: &[Value]) -> Result<usize, Error> {
 
 /// Charges `bytes` to the allowance of the rendering.
 fn charge(state: &mut State, bytes: usize) -> Result<(), Error> {
-    let input = state.lookup(INPUT).and_then(|v| v.as_usize()).unwrap_or(0);
+    let input_bytes = state
+        .lookup(INPUT_BYTES)
+        .and_then(|v| v.as_usize())
+        .unwrap_or(0);
     let meter = state.get_or_insert_extension_with(|| CostMeter {
-        left: ALLOWANCE + ALLOWANCE_PER_BYTE * input,
-        max_value: MAX_VALUE_BYTES + MAX_VALUE_PER_BYTE * input,
+        remaining: ALLOWANCE + ALLOWANCE_PER_BYTE * input_bytes,
+        max_value: MAX_VALUE_BYTES + MAX_VALUE_PER_BYTE * input_bytes,
     });
-    match meter.left.checked_sub(bytes) {
-        Some(left) => meter.left = left,
+    match meter.remaining.checked_sub(bytes) {
+        Some(remaining) => meter.remaining = remaining,
         None => return Err(refusal("it handles too much data")),
     }
     Ok(())
 }
 
-/// Charges for a new value and checks its size.
-fn receive(state: &mut State, value: Value) -> Result<Value, Error> {
-    let size = shallow(&value);
+/// Charges for the result of an operation and checks its size.
+fn charge_result(state: &mut State, value: Value) -> Result<Value, Error> {
+    let size = shallow_size(&value);
     charge(state, size)?;
     match state.get_extension::<CostMeter>() {
         Some(meter) if size > meter.max_value => Err(refusal("it makes too large a value")),
@@ -303,20 +314,20 @@ fn receive(state: &mut State, value: Value) -> Result<Value, Error> {
     }
 }
 
-fn total(values: &[Value], size: fn(&Value) -> usize) -> usize {
+fn sum_sizes(values: &[Value], size: fn(&Value) -> usize) -> usize {
     values.iter().map(size).fold(0, usize::saturating_add)
 }
 
-/// Size of a value without the contents of a list's elements.
-fn shallow(value: &Value) -> usize {
+/// Returns the size of a value in bytes, without the contents of a list's elements.
+fn shallow_size(value: &Value) -> usize {
     match value.kind() {
         ValueKind::String | ValueKind::Bytes => value.len().unwrap_or(0),
         _ => ELEMENT.saturating_mul(value.len().unwrap_or(1).max(1)),
     }
 }
 
-/// Size of a value with all its contents. Stops at a size that exceeds any allowance.
-fn deep(value: &Value) -> usize {
+/// Returns the size of a value in bytes, with all its contents. Stops at a size that exceeds every allowance.
+fn deep_size(value: &Value) -> usize {
     fn add(value: &Value, total: &mut usize, depth: usize) {
         *total = total.saturating_add(match value.as_str() {
             Some(text) => text.len(),
@@ -347,7 +358,7 @@ fn deep(value: &Value) -> usize {
     total
 }
 
-/// Error of a template that exceeds a limit.
+/// Returns the error of a template that does something forbidden: `action`, a clause with `it`.
 pub(crate) fn refusal(action: &str) -> Error {
     Error::new(
         ErrorKind::InvalidOperation,

@@ -1,14 +1,14 @@
 //! Renders a model's chat template, and keeps template text and message contents apart.
 //!
 //! The two are tokenised differently: `<|im_end|>` is a control token where the template wrote it, and ten characters of
-//! text in a message. To separate them, the conversation is rendered twice: once as it is, and once with a marker in
-//! place of each content. The second rendering shows where the template puts the contents. The first shows how it
-//! changes them.
+//! text in a message. To separate them, the conversation is rendered twice: once unchanged, and once with a marker in
+//! place of each content. The second rendering shows where the template puts the contents, the first how it changes
+//! them.
 //!
 //! | file | content |
 //! |---|---|
 //! | `sandbox` | runs a template with limits on work and memory |
-//! | `meter` | the environment of a template, which charges for all data |
+//! | `meter` | the environment of a template, which charges for all data that is processed |
 //! | `python_date`, `python_json`, `python_text` | functions of Python that templates use |
 
 pub(crate) mod meter;
@@ -31,7 +31,7 @@ use crate::exit::Exit;
 use crate::prompt::message::Message;
 pub use meter::NEEDS_DATE;
 
-/// Prepends default values of variables to a template; values passed at rendering take precedence.
+/// Prepends default values of variables to a template. Values that are passed at rendering take precedence.
 ///
 /// # Errors
 /// [`Exit::Usage`] for a name that is invalid, reserved, or not used by the template.
@@ -94,8 +94,8 @@ fn literal(value: &serde_json::Value) -> String {
 pub enum RenderedSpan {
     /// Text of the template, in which the names of control tokens are control tokens.
     Template(String),
-    /// Content of message number `message`, possibly stripped. An answer with thinking may have two spans:
-    /// the thinking and the rest.
+    /// Content of message number `message`, possibly stripped of white space. An answer with thinking may have two
+    /// spans: the thinking, and the text after it.
     Content { message: usize, text: String },
 }
 
@@ -123,9 +123,9 @@ pub const TOKEN_VARIABLES: [&str; 7] = [
 pub enum TemplateClock {
     /// The same date for all conversations.
     Fixed(DateTime),
-    /// The current time, which [`ChatTemplate::at`] reads once per conversation.
+    /// The current time, which [`ChatTemplate::with_date`] reads once per conversation.
     Clock(fn() -> DateTime),
-    /// The date of each record, which is passed to [`ChatTemplate::at`].
+    /// The date of each record, which is passed to [`ChatTemplate::with_date`].
     Record,
 }
 
@@ -139,8 +139,7 @@ impl From<TemplateDate> for TemplateClock {
 }
 
 impl TemplateClock {
-    /// Name for fingerprints, which differs if the rendered texts do. Empty for the clock, with which texts differ each
-    /// time.
+    /// Name of the date in fingerprints. Empty for the clock, which training does not use.
     pub fn name(self) -> String {
         match self {
             TemplateClock::Fixed(date) => date.to_string(),
@@ -183,13 +182,13 @@ impl ChatTemplate {
         }
     }
 
-    /// Sets the date that `strftime_now` returns; a template that calls it fails without one.
+    /// Sets the date that `strftime_now` returns. Without a date, rendering a template that calls it fails.
     pub fn set_date(&mut self, date: TemplateClock) {
         self.date = Some(date);
     }
 
     /// Returns the template with the date of a conversation: the date of its record, or the current time.
-    pub fn at(&self, date: Option<DateTime>) -> Cow<'_, ChatTemplate> {
+    pub fn with_date(&self, date: Option<DateTime>) -> Cow<'_, ChatTemplate> {
         let date = match (self.date, date) {
             (Some(TemplateClock::Record), Some(date)) => date,
             (Some(TemplateClock::Clock(now)), _) => now(),
@@ -206,9 +205,9 @@ impl ChatTemplate {
     /// # Errors
     /// If the template is invalid, rejects the conversation, or exceeds its limits of work or memory.
     pub fn render_text(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let input = messages
+        let input_bytes = messages
             .iter()
-            .map(|m| m.role.len() + m.content.len())
+            .map(|message| message.role.len() + message.content.len())
             .sum();
         let context = context! {
             messages => messages.iter().map(as_value).collect::<Vec<_>>(),
@@ -221,7 +220,7 @@ impl ChatTemplate {
             &self.source,
             context,
             messages.len(),
-            input,
+            input_bytes,
             match self.date {
                 Some(TemplateClock::Fixed(date)) => Some(date),
                 _ => None,
@@ -233,37 +232,38 @@ impl ChatTemplate {
     /// Renders a conversation as spans. Their concatenated texts equal [`Self::render_text`].
     ///
     /// # Errors
-    /// As [`Self::render_text`], and if the template changes a content other than by stripping white space, for example
-    /// to capitals.
+    /// As [`Self::render_text`], and if the template changes a content other than by stripping white space, such as its
+    /// case.
     pub fn render(
         &self,
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<Vec<RenderedSpan>> {
-        let real = self.render_text(messages, add_generation_prompt)?;
+        let unmarked = self.render_text(messages, add_generation_prompt)?;
         let marker = marker(messages);
-        // A template may omit an empty message, but not one with a marker. So the second attempt leaves empty contents
-        // empty.
+        // A template may omit an empty message, but would print its marker. The second attempt therefore leaves empty
+        // contents empty.
         for mark_empty in [true, false] {
             let mut parts = Vec::new();
-            let marked: Vec<Message> = messages
+            let marked_messages: Vec<Message> = messages
                 .iter()
                 .enumerate()
                 .map(|(message, Message { role, content })| {
-                    let mut marked = String::new();
-                    for part in parts_of(role, content) {
+                    let mut marked_content = String::new();
+                    for part in split_thinking(role, content) {
                         if part.is_tag || part.text.is_empty() && !mark_empty {
-                            marked.push_str(part.text);
+                            marked_content.push_str(part.text);
                         } else {
-                            marked.push_str(&format!("{marker}{}{MARKER_END}", parts.len()));
+                            marked_content
+                                .push_str(&format!("{marker}{}{MARKER_END}", parts.len()));
                             parts.push((message, part.text));
                         }
                     }
-                    Message::new(role.as_str(), marked)
+                    Message::new(role.as_str(), marked_content)
                 })
                 .collect();
-            let marked = self.render_text(&marked, add_generation_prompt)?;
-            if let Some(spans) = split_at_markers(&real, &marked, &marker, &parts) {
+            let marked = self.render_text(&marked_messages, add_generation_prompt)?;
+            if let Some(spans) = split_at_markers(&unmarked, &marked, &marker, &parts) {
                 return Ok(spans);
             }
         }
@@ -271,11 +271,11 @@ impl ChatTemplate {
     }
 }
 
-/// Private-use characters, which no template searches for.
+/// Begin and end of a marker: private-use characters, which no template searches for.
 const MARKER_START: char = '\u{F8F0}';
 const MARKER_END: char = '\u{F8F1}';
 
-/// Text that no message contains, because it contains the hash of all messages.
+/// Returns a text that no message contains, because it contains the hash of all messages.
 fn marker(messages: &[Message]) -> String {
     let mut hasher = blake3::Hasher::new();
     for message in messages {
@@ -293,18 +293,18 @@ struct ContentPart<'a> {
     is_tag: bool,
 }
 
-/// Tags around thinking.
-pub const THINKING: (&str, &str) = ("<think>", "</think>");
+/// The opening and the closing tag of thinking.
+pub const THINKING_TAGS: (&str, &str) = ("<think>", "</think>");
 
-/// Splits an answer that begins with thinking, because some templates parse, move or drop thinking. Any other message is
-/// one part.
-fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
+/// Splits an answer that begins with thinking into tags, thinking and answer, because some templates parse, move or drop
+/// thinking. Any other message is one part.
+fn split_thinking<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
     let text = |text: &'a str| ContentPart {
         text,
         is_tag: false,
     };
     let tag = |text: &'a str| ContentPart { text, is_tag: true };
-    match thinking(content).filter(|_| role == "assistant") {
+    match find_thinking(content).filter(|_| role == "assistant") {
         Some(ThinkingBlock { inner, answer }) => vec![
             tag(&content[..inner.start]),
             text(&content[inner.clone()]),
@@ -317,20 +317,20 @@ fn parts_of<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
 
 /// Thinking at the beginning of a message.
 struct ThinkingBlock {
-    /// Byte range without line breaks at both ends.
+    /// Byte range of the text between the tags, without line breaks at its ends.
     inner: Range<usize>,
-    /// First byte of the answer.
+    /// Offset of the answer after the thinking.
     answer: usize,
 }
 
 /// Finds thinking at the beginning of a message, between its tags. The opening tag may be missing, as after a prompt that
 /// ends with it. The closing tag may be missing, as in a truncated answer.
-fn thinking(content: &str) -> Option<ThinkingBlock> {
-    let (open, close) = THINKING;
+fn find_thinking(content: &str) -> Option<ThinkingBlock> {
+    let (open, close) = THINKING_TAGS;
     let trimmed = content.trim_start();
     let opened = trimmed.strip_prefix(open);
     let inside = opened.unwrap_or(trimmed);
-    let (inside, rest) = match inside.split_once(close) {
+    let (inside, answer) = match inside.split_once(close) {
         Some((before, after)) if opened.is_none() => {
             // Without the opening tag, the closing tag must be a line of its own: other text may mention it.
             let is_own_line = (before.is_empty() || before.ends_with('\n'))
@@ -349,19 +349,19 @@ fn thinking(content: &str) -> Option<ThinkingBlock> {
     let inner = inside.trim_matches(breaks);
     Some(ThinkingBlock {
         inner: start..start + inner.len(),
-        answer: content.len() - rest.trim_start().len(),
+        answer: content.len() - answer.trim_start().len(),
     })
 }
 
-/// First byte of the answer in a message, after its thinking if there is any.
+/// Returns the offset of the answer in a message: after the thinking, or 0 in a message without thinking.
 pub fn answer_start(content: &str) -> usize {
-    thinking(content).map_or(0, |thinking| thinking.answer)
+    find_thinking(content).map_or(0, |thinking| thinking.answer)
 }
 
-/// Splits an answer that begins with thinking as a model writes it: tag, content, tag, content. None for any other
-/// message.
+/// Splits an answer that begins with thinking, as a model writes it, into four spans: tag, thinking, tag, answer. None for
+/// any other message.
 pub fn thinking_spans(message: usize, content: &str) -> Option<[RenderedSpan; 4]> {
-    let parts = parts_of("assistant", content);
+    let parts = split_thinking("assistant", content);
     let spans = parts.into_iter().map(|part| {
         let text = part.text.to_owned();
         if part.is_tag {
@@ -373,27 +373,27 @@ pub fn thinking_spans(message: usize, content: &str) -> Option<[RenderedSpan; 4]
     spans.collect::<Vec<_>>().try_into().ok()
 }
 
-/// Splits `real` at the markers in `marked`, which are indices into `parts` (message index and text). Returns None if the
-/// two renderings differ otherwise.
+/// Splits `unmarked` at the places of the markers in `marked`, which hold indices into `parts` (message index and text).
+/// Returns None if the two renderings also differ in other places.
 fn split_at_markers(
-    real: &str,
+    unmarked: &str,
     marked: &str,
     marker: &str,
     parts: &[(usize, &str)],
 ) -> Option<Vec<RenderedSpan>> {
     let mut pieces = marked.split(marker);
     let first = pieces.next().unwrap_or_default();
-    let mut rest = real.strip_prefix(first)?;
+    let mut rest = unmarked.strip_prefix(first)?;
     let mut spans = Vec::new();
     push_template(&mut spans, first);
     let mut pieces = pieces.peekable();
     while let Some(piece) = pieces.next() {
         let (number, template) = piece.split_once(MARKER_END)?;
         let &(message, content) = parts.get(number.parse::<usize>().ok()?)?;
-        let last = pieces.peek().is_none();
-        let (text, after) = forms(content).into_iter().find_map(|form| {
+        let is_last = pieces.peek().is_none();
+        let (text, after) = printed_forms(content).into_iter().find_map(|form| {
             let after = rest.strip_prefix(form)?.strip_prefix(template)?;
-            (!last || after.is_empty()).then_some((form, after))
+            (!is_last || after.is_empty()).then_some((form, after))
         })?;
         spans.push(RenderedSpan::Content {
             message,
@@ -411,8 +411,8 @@ fn push_template(spans: &mut Vec<RenderedSpan>, text: &str) {
     }
 }
 
-/// Forms of a content that templates print: unchanged, or without white space at its ends.
-fn forms(content: &str) -> [&str; 7] {
+/// Returns the forms in which templates print a content: unchanged, or without white space at its ends.
+fn printed_forms(content: &str) -> [&str; 7] {
     [
         content,
         content.trim(),
@@ -424,8 +424,8 @@ fn forms(content: &str) -> [&str; 7] {
     ]
 }
 
-/// Replaces the tags with which `transformers` marks the assistant's part by an `if`, which has the same effect on the
-/// white space around it.
+/// Replaces the `generation` tags of `transformers`, which mark the assistant's part and print nothing, by an `if` that
+/// is always true. Both strip the same white space.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;

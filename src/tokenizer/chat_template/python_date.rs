@@ -11,27 +11,28 @@ use minijinja::{Error, ErrorKind};
 pub(crate) fn format(format: &str, date: DateTime) -> Result<String, Error> {
     let mut text = String::new();
     let mut rest = format;
-    while let Some(at) = rest.find('%') {
-        text.push_str(&rest[..at]);
-        rest = &rest[at..];
-        let flag = usize::from(rest[1..].starts_with('-'));
-        let Some(directive) = rest[1 + flag..].chars().next() else {
+    while let Some(start) = rest.find('%') {
+        text.push_str(&rest[..start]);
+        rest = &rest[start..];
+        let flag_length = usize::from(rest[1..].starts_with('-'));
+        let Some(letter) = rest[1 + flag_length..].chars().next() else {
             return Err(unknown(rest));
         };
-        let end = 1 + flag + directive.len_utf8();
-        let whole = &rest[..end];
-        let same = match directive {
+        let end = 1 + flag_length + letter.len_utf8();
+        let directive = &rest[..end];
+        // jiff's format of the directive.
+        let jiff_format = match letter {
             'a' | 'A' | 'b' | 'B' | 'd' | 'e' | 'F' | 'H' | 'I' | 'j' | 'm' | 'M' | 'p' | 'S'
-            | 'T' | 'U' | 'w' | 'W' | 'y' | 'Y' | 'G' | 'u' | 'V' | '%' => whole,
+            | 'T' | 'U' | 'w' | 'W' | 'y' | 'Y' | 'G' | 'u' | 'V' | '%' => directive,
             'c' => "%a %b %e %H:%M:%S %Y",
             'x' | 'D' => "%m/%d/%y",
             'X' => "%H:%M:%S",
             'f' => "%6f",
             // Empty for a date without a time zone.
             'z' | 'Z' => "",
-            _ => return Err(unknown(whole)),
+            _ => return Err(unknown(directive)),
         };
-        let part = strtime::format(same, date);
+        let part = strtime::format(jiff_format, date);
         text.push_str(
             &part.map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))?,
         );

@@ -19,7 +19,7 @@ pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
         return Err(invalid("tojson supports an indent of at most 16 spaces"));
     }
     let separators: Option<Vec<String>> = options.get("separators")?;
-    let (item, key) = match separators.as_deref() {
+    let (item_separator, key_separator) = match separators.as_deref() {
         Some([item, key]) => (item.clone(), key.clone()),
         Some(_) => return Err(invalid("tojson needs two separators")),
         None => (
@@ -28,11 +28,11 @@ pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
         ),
     };
     let mut python = PythonFormatter {
-        item,
-        key,
+        item_separator,
+        key_separator,
         indent,
         depth: 0,
-        empty: true,
+        is_empty: true,
         ensure_ascii: options
             .get::<Option<bool>>("ensure_ascii")?
             .unwrap_or(false),
@@ -61,37 +61,39 @@ fn invalid(message: &str) -> Error {
 /// Formats JSON like `json.dumps`.
 struct PythonFormatter {
     /// Separator between items.
-    item: String,
+    item_separator: String,
     /// Separator between a key and its value.
-    key: String,
+    key_separator: String,
+    /// Number of spaces per level. None: everything in one line.
     indent: Option<usize>,
+    /// Number of open containers.
     depth: usize,
     /// True if the innermost container has no items yet.
-    empty: bool,
+    is_empty: bool,
     ensure_ascii: bool,
 }
 
 impl PythonFormatter {
     fn open<W: ?Sized + Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
         self.depth += 1;
-        self.empty = true;
+        self.is_empty = true;
         writer.write_all(bracket)
     }
 
     fn close<W: ?Sized + Write>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
         self.depth -= 1;
-        if !self.empty {
+        if !self.is_empty {
             self.new_line(writer)?;
         }
-        self.empty = false;
+        self.is_empty = false;
         writer.write_all(bracket)
     }
 
     fn next<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
         if !first {
-            writer.write_all(self.item.as_bytes())?;
+            writer.write_all(self.item_separator.as_bytes())?;
         }
-        self.empty = false;
+        self.is_empty = false;
         self.new_line(writer)
     }
 
@@ -123,7 +125,7 @@ impl Formatter for &mut PythonFormatter {
         self.next(w, first)
     }
     fn begin_object_value<W: ?Sized + Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        writer.write_all(self.key.as_bytes())
+        writer.write_all(self.key_separator.as_bytes())
     }
 
     /// Python writes the exponent of a float with a sign and two digits.

@@ -1,11 +1,12 @@
 //! Runs an untrusted chat template with limits on work and memory.
 //!
-//! A template comes with a model, which may come from anyone. The engine's own fuel counts instructions, but one
-//! instruction can double a string (thirty of them make a gigabyte), copy it or compare it. So the data that operators,
-//! filters, tests and methods read and produce, and all output, is charged by its size to one allowance per rendering
-//! ([`meter`]).
+//! A template is a part of a model, which may come from anyone. The engine's own limit ("fuel") counts instructions, but
+//! one instruction can double a string (thirty of them make a gigabyte), copy it or compare it. Therefore the data that
+//! operators, filters, tests and methods read and produce, and all output, are charged by their size to one allowance
+//! per rendering ([`meter`]).
 //!
-//! The engine has no hook for operators, so they are replaced by function calls in the compiled template.
+//! The engine does not let a program intercept operators, so they are replaced by function calls in the compiled
+//! template.
 
 use std::sync::Arc;
 
@@ -23,18 +24,18 @@ const FUEL: usize = 100_000;
 const FUEL_PER_MESSAGE: usize = 2_000;
 /// Maximum size of a template in bytes.
 const MAX_TEMPLATE_BYTES: usize = 256 << 10;
-/// Maximum number of tokens of the language in one tag, over which the compiler recurses.
+/// Maximum number of tokens of the template language in one tag, over which the compiler recurses.
 const MAX_TAG_TOKENS: usize = 1_000;
 /// Maximum number of `elif` branches, over which the compiler recurses.
 const MAX_BRANCHES: usize = 500;
 
-/// Renders `source`. `messages` is the number of messages in the context and `input` their size in bytes; both raise the
+/// Renders `source`. `messages` is the number of messages in the context and `input_bytes` their size; both raise the
 /// limits. `strftime_now` returns `date`.
 pub(crate) fn render(
     source: &str,
     context: Value,
     messages: usize,
-    input: usize,
+    input_bytes: usize,
     date: Option<DateTime>,
 ) -> Result<String, Error> {
     let syntax_config = SyntaxConfig::builder()
@@ -50,15 +51,15 @@ pub(crate) fn render(
     let mut longest_text = 1;
     let blocks = template.blocks.values_mut();
     for instructions in std::iter::once(&mut template.instructions).chain(blocks) {
-        let mut at = 0;
-        while let Some(instruction) = instructions.get_mut(at) {
-            longest_text = longest_text.max(replace(instruction)?);
-            at += 1;
+        let mut index = 0;
+        while let Some(instruction) = instructions.get_mut(index) {
+            longest_text = longest_text.max(replace_operator(instruction)?);
+            index += 1;
         }
     }
 
-    let mut env = meter::environment(input, date);
-    // The template's own text is not charged by the meter, so the fuel must limit it.
+    let mut env = meter::environment(input_bytes, date);
+    // The meter does not charge for the template's own text, so the fuel limits how often it is written.
     let fuel = FUEL.min(ALLOWANCE / longest_text) + messages * FUEL_PER_MESSAGE;
     env.set_fuel(Some(fuel as u64));
     let mut rendered = String::new();
@@ -73,9 +74,9 @@ pub(crate) fn render(
     Ok(rendered)
 }
 
-/// Replaces an operator by a charged function call with the same operands and result. Returns the length of the text
-/// that the instruction writes.
-fn replace(instruction: &mut Instruction) -> Result<usize, Error> {
+/// Replaces an instruction that applies an operator by a call of the charged function with the same operands and result.
+/// Returns the length of the template text that the instruction writes, 0 for all instructions except `EmitRaw`.
+fn replace_operator(instruction: &mut Instruction) -> Result<usize, Error> {
     let (function, operands) = match instruction {
         Instruction::Add => ("operator +", 2),
         Instruction::Mul => ("operator *", 2),
@@ -97,15 +98,16 @@ fn replace(instruction: &mut Instruction) -> Result<usize, Error> {
     Ok(0)
 }
 
-/// Refuses templates that would exhaust the compiler's stack or memory. The compiler recurses, and it evaluates constant
-/// expressions. The product of the constants in a tag that multiplies bounds the size of their results.
+/// Refuses templates that would exhaust the compiler's stack or memory. The compiler recurses over nested expressions,
+/// and it evaluates constant expressions: in a tag with a multiplication, the product of all constants bounds the size of
+/// their results.
 fn check_source(source: &str, syntax: &SyntaxConfig) -> Result<(), Error> {
     if source.len() > MAX_TEMPLATE_BYTES {
         return Err(refusal("it is too long"));
     }
     let mut tokens = 0;
-    let mut multiplies = false;
-    let mut text = 0usize;
+    let mut has_product = false;
+    let mut text_bytes = 0usize;
     let mut product = 1usize;
     let mut branches = 0;
     for token in machinery::tokenize(source, false, syntax.clone()) {
@@ -113,21 +115,21 @@ fn check_source(source: &str, syntax: &SyntaxConfig) -> Result<(), Error> {
         match token?.0 {
             Token::VariableStart | Token::BlockStart => {
                 tokens = 0;
-                multiplies = false;
-                text = 0;
+                has_product = false;
+                text_bytes = 0;
                 product = 1;
             }
-            Token::Str(part) => text += part.len(),
-            Token::String(part) => text += part.len(),
+            Token::Str(part) => text_bytes += part.len(),
+            Token::String(part) => text_bytes += part.len(),
             Token::Int(number) => {
                 let number = usize::try_from(number).unwrap_or(usize::MAX).max(2);
                 product = product.saturating_mul(number);
             }
             Token::Int128(_) | Token::Float(_) => product = usize::MAX,
             Token::Ident("elif") => branches += 1,
-            Token::Mul => multiplies = true,
+            Token::Mul => has_product = true,
             Token::Pow => {
-                multiplies = true;
+                has_product = true;
                 product = usize::MAX;
             }
             _ => {}
@@ -137,7 +139,7 @@ fn check_source(source: &str, syntax: &SyntaxConfig) -> Result<(), Error> {
                 "it has too many parts in one tag, or too many `elif`s",
             ));
         }
-        if multiplies && product.saturating_mul(text.max(1)) > MAX_VALUE_BYTES {
+        if has_product && product.saturating_mul(text_bytes.max(1)) > MAX_VALUE_BYTES {
             return Err(refusal("it multiplies large constants"));
         }
     }

@@ -12,7 +12,7 @@ fn added(id: usize, content: &str) -> Value {
            "single_word": false, "lstrip": false, "rstrip": false})
 }
 
-/// Id that the library assigns to the next added token.
+/// Returns the id that the library assigns to the next added token.
 fn next_id(tokenizer: &Value) -> usize {
     let size = tokenizer["model"]["vocab"].as_object().unwrap().len();
     let added = tokenizer["added_tokens"].as_array().unwrap().iter();
@@ -20,7 +20,7 @@ fn next_id(tokenizer: &Value) -> usize {
     ids.max().unwrap().max(size)
 }
 
-/// A folder with these tokens added, and their ids.
+/// Creates a folder whose tokenizer has these added tokens. Also returns their ids.
 fn with_added(mut tokenizer: Value, tokens: &[Value]) -> (TempDir, Vec<u32>) {
     let dir = tempfile::tempdir().unwrap();
     for token in tokens {
@@ -33,15 +33,15 @@ fn with_added(mut tokenizer: Value, tokens: &[Value]) -> (TempDir, Vec<u32>) {
     }
     let path = dir.path().join("tokenizer.json");
     std::fs::write(path, tokenizer.to_string()).unwrap();
-    let whole = whole(&dir);
+    let library = library(&dir);
     let ids = tokens
         .iter()
-        .map(|token| whole.token_to_id(token["content"].as_str().unwrap()))
+        .map(|token| library.token_to_id(token["content"].as_str().unwrap()))
         .collect::<Option<_>>();
     (dir, ids.unwrap())
 }
 
-fn whole(dir: &TempDir) -> tokenizers::Tokenizer {
+fn library(dir: &TempDir) -> tokenizers::Tokenizer {
     tokenizers::Tokenizer::from_file(dir.path().join("tokenizer.json")).unwrap()
 }
 
@@ -52,19 +52,22 @@ fn added_tokens_are_matched_before_words_are_split() {
         &["<idea>", "</idea>", "[NAME]"].map(|name| added(0, name)),
     );
     let tokenizer = Tokenizer::load(dir.path()).unwrap();
-    let of = |text: &str| tokenizer.encode_text(text).unwrap();
+    let encode = |text: &str| tokenizer.encode_text(text).unwrap();
     let [idea, end, name] = ids[..] else {
         panic!("{ids:?}")
     };
-    assert_eq!(of("a [NAME] b"), [of("a "), vec![name], of(" b")].concat());
-    let newlines = of("\n\n");
     assert_eq!(
-        of("<idea>\n\n</idea>\n\n"),
+        encode("a [NAME] b"),
+        [encode("a "), vec![name], encode(" b")].concat()
+    );
+    let newlines = encode("\n\n");
+    assert_eq!(
+        encode("<idea>\n\n</idea>\n\n"),
         [vec![idea], newlines.clone(), vec![end], newlines].concat()
     );
 }
 
-/// With random flags, in texts with and without added tokens.
+/// The added tokens have random flags. Some texts contain them, some do not.
 #[test]
 fn ids_of_texts_with_added_tokens_match_the_library() {
     let mut random = fastrand::Rng::with_seed(7);
@@ -107,7 +110,7 @@ fn ids_of_texts_with_added_tokens_match_the_library() {
     ];
     let patterns = [None, Some(r"\p{N}{1,3}"), Some(r"\p{N}")];
     let normalizers = [None, Some(json!({"type": "NFC"}))];
-    let mut found = 0;
+    let mut texts_with_added = 0;
     for round in 0..60 {
         for name in FOLDERS {
             let mut json = golden(&format!("{name}/tokenizer.json"));
@@ -134,13 +137,13 @@ fn ids_of_texts_with_added_tokens_match_the_library() {
             }
             let (dir, ids) = with_added(json, &tokens);
             let ours = Tokenizer::load(dir.path()).unwrap();
-            let mut whole = whole(&dir);
-            whole.set_encode_special_tokens(true);
+            let mut library = library(&dir);
+            library.set_encode_special_tokens(true);
             for _ in 0..60 {
                 let text = random_text(&mut random, &parts, 12);
-                let expected = whole.encode_fast(text.as_str(), false).unwrap();
+                let expected = library.encode_fast(text.as_str(), false).unwrap();
                 let expected = expected.get_ids();
-                found += usize::from(expected.iter().any(|id| ids.contains(id)));
+                texts_with_added += usize::from(expected.iter().any(|id| ids.contains(id)));
                 assert_eq!(
                     ours.encode_text(&text).unwrap(),
                     expected,
@@ -149,10 +152,10 @@ fn ids_of_texts_with_added_tokens_match_the_library() {
             }
         }
     }
-    assert!(found > 3_000, "{found}");
+    assert!(texts_with_added > 3_000, "{texts_with_added}");
 }
 
-/// Includes tokenizers that add a prefix space, after plain text of the template.
+/// Also with tokenizers that add a prefix space, and templates that write text before the answer.
 #[test]
 fn answers_with_added_tokens_match_the_encoded_conversation() {
     for name in FOLDERS {
@@ -171,20 +174,20 @@ fn answers_with_added_tokens_match_the_encoded_conversation() {
                 }
             }
             let ours = Tokenizer::load(dir.path()).unwrap();
-            let whole = whole(&dir);
+            let library = library(&dir);
             for answer in [
                 "Look: <tool>x</tool> and more",
                 "<tool>x</tool>",
                 "x<tool> <tool>y",
             ] {
                 let messages = ask("Use <tool>a</tool> it", answer);
-                let (found, ranges) = ours.encode_conversation(&messages).unwrap();
-                assert!(found.contains(&ids[0]), "{name}: {answer}");
+                let (encoded, ranges) = ours.encode_conversation(&messages).unwrap();
+                assert!(encoded.contains(&ids[0]), "{name}: {answer}");
                 let text = ours.render(&messages).unwrap();
-                let expected = whole.encode_fast(text.as_str(), false).unwrap();
-                assert_eq!(found, expected.get_ids(), "{name}: {text:?}");
+                let expected = library.encode_fast(text.as_str(), false).unwrap();
+                assert_eq!(encoded, expected.get_ids(), "{name}: {text:?}");
                 assert!(
-                    found[ranges[0].clone()].contains(&ids[0]),
+                    encoded[ranges[0].clone()].contains(&ids[0]),
                     "{name}: {answer}"
                 );
             }
@@ -225,7 +228,7 @@ fn added_tokens_of_other_files_are_loaded() {
     }
 }
 
-/// As in Gemma 3, whose runs of spaces are also added tokens.
+/// In Gemma 3, runs of spaces are in the vocabulary and also added tokens.
 #[test]
 fn added_tokens_in_the_vocabulary_have_the_bytes_of_its_spelling() {
     let mut json = golden("sentencepiece/tokenizer.json");
@@ -260,7 +263,7 @@ fn added_tokens_in_the_vocabulary_have_the_bytes_of_its_spelling() {
     assert_eq!(tokenizer.token_name(id), "▁▁");
 }
 
-/// A token that strips white space overlaps the next one.
+/// An added token that strips white space may overlap the next added token.
 #[test]
 fn overlapping_added_tokens_are_all_found() {
     for name in FOLDERS {
@@ -271,12 +274,12 @@ fn overlapping_added_tokens_are_all_found() {
             "{{ messages[0].content }}:{% if messages[1] %}{{ messages[1].content }}{% endif %}";
         std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
         let ours = Tokenizer::load(dir.path()).unwrap();
-        let (found, _) = ours.encode_conversation(&ask("a", "a    b")).unwrap();
-        let count = found.iter().filter(|id| ids.contains(id)).count();
-        let mut whole = whole(&dir);
-        whole.set_encode_special_tokens(true);
-        let expected = whole.encode_fast("a    b", false).unwrap();
+        let (encoded, _) = ours.encode_conversation(&ask("a", "a    b")).unwrap();
+        let count = encoded.iter().filter(|id| ids.contains(id)).count();
+        let mut library = library(&dir);
+        library.set_encode_special_tokens(true);
+        let expected = library.encode_fast("a    b", false).unwrap();
         let expected = expected.get_ids().iter().filter(|id| ids.contains(id));
-        assert_eq!(count, expected.count(), "{name}: {found:?}");
+        assert_eq!(count, expected.count(), "{name}: {encoded:?}");
     }
 }

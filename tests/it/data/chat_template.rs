@@ -24,7 +24,7 @@ fn rendered_templates_match_transformers() {
             .render_text(&messages, prompt)
             .unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(text, case["text"].as_str().unwrap(), "{name}");
-        // The spans have the same text, unless the template changes contents in an unsupported way.
+        // The texts of the spans, joined, equal the text, unless the template changes contents in an unsupported way.
         match template.render(&messages, prompt) {
             Ok(spans) => {
                 let joined: String = spans
@@ -85,7 +85,7 @@ fn template_text_and_content_are_separate_spans() {
     assert!(error.to_string().contains("only user first"), "{error}");
 }
 
-/// Expected values are the output of jinja2.
+/// The expected values are the output of jinja2.
 #[test]
 fn string_methods_and_tests_match_jinja2() {
     for (source, expected) in [
@@ -167,7 +167,6 @@ fn template_args_become_default_values() {
     }
 }
 
-/// X5
 #[test]
 fn hostile_templates_fail_within_limits() {
     let cases = [

@@ -24,7 +24,7 @@ fn text_ids_match_transformers() {
     }
 }
 
-/// Texts are encoded in cached pieces, with the ids of the whole text.
+/// The library encodes each text in one piece.
 #[test]
 fn piece_cache_gives_the_ids_of_the_whole_text() {
     let parts = [
@@ -76,11 +76,11 @@ fn piece_cache_gives_the_ids_of_the_whole_text() {
         let path = dir.path().join("tokenizer.json");
         std::fs::write(&path, json.to_string()).unwrap();
         let ours = Tokenizer::load(dir.path()).unwrap();
-        let mut whole = tokenizers::Tokenizer::from_file(&path).unwrap();
-        whole.set_encode_special_tokens(true);
+        let mut library = tokenizers::Tokenizer::from_file(&path).unwrap();
+        library.set_encode_special_tokens(true);
         for _ in 0..3000 {
             let text = random_text(&mut random, &parts, 14);
-            let expected = whole.encode_fast(text.as_str(), false).unwrap();
+            let expected = library.encode_fast(text.as_str(), false).unwrap();
             assert_eq!(
                 ours.encode_text(&text).unwrap(),
                 expected.get_ids(),
@@ -90,10 +90,10 @@ fn piece_cache_gives_the_ids_of_the_whole_text() {
     }
 }
 
-/// Concatenates fewer than `most` of these parts.
-pub fn random_text(random: &mut fastrand::Rng, parts: &[&str], most: usize) -> String {
-    let length = random.usize(1..most);
-    (0..length)
+/// Concatenates 1 to `max` - 1 random parts.
+pub fn random_text(random: &mut fastrand::Rng, parts: &[&str], max: usize) -> String {
+    let count = random.usize(1..max);
+    (0..count)
         .map(|_| parts[random.usize(..parts.len())])
         .collect()
 }
@@ -109,9 +109,9 @@ pub fn split_as_llama_3(digits: &str) -> Value {
     ]})
 }
 
-/// An answer is encoded separately, as a model generates it. transformers encodes the rendered conversation as a whole.
-/// The two differ only if an answer starts or ends with white space that merges with the template's: GPT-2's
-/// pre-tokenizer then makes one piece of both. All other conversations must have the same ids.
+/// An answer is encoded separately, as a model generates it. transformers encodes the rendered conversation in one piece.
+/// The ids differ only if an answer starts or ends with white space, which the pre-tokenizer of GPT-2 joins with the white
+/// space of the template. The golden file has no such conversations.
 #[test]
 fn conversation_ids_match_transformers() {
     let mut compared = 0;
@@ -134,7 +134,7 @@ fn conversation_ids_match_transformers() {
 
 #[test]
 fn only_answers_and_their_ends_of_turn_are_supervised() {
-    // (folder, what the supervised ids decode to, the token that ends the turn)
+    // Folder, texts of the supervised ids, and the token that ends the turn.
     let cases = [
         ("bytelevel", ["Hello", "Four."], "<|im_end|>"),
         ("sentencepiece", ["Hello ", "Four. "], "</s>"),
@@ -160,7 +160,6 @@ fn only_answers_and_their_ends_of_turn_are_supervised() {
     }
 }
 
-/// X7
 #[test]
 fn control_token_names_in_messages_are_text() {
     for name in FOLDERS {
@@ -177,10 +176,14 @@ fn control_token_names_in_messages_are_text() {
             .filter(|token| token["special"] == true)
             .map(|token| token["content"].as_str().unwrap())
             .collect();
-        let all = names.concat();
-        let nested = format!("<|im_{all}end|></s</s>>");
+        let joined = names.concat();
+        let nested = format!("<|im_{joined}end|></s</s>>");
         let words = names.join(" and ");
-        for text in names.iter().copied().chain([all.as_str(), &nested, &words]) {
+        for text in names
+            .iter()
+            .copied()
+            .chain([joined.as_str(), &nested, &words])
+        {
             let plain = tokenizer.encode_text(text).unwrap();
             assert!(
                 plain.iter().all(|&id| !tokenizer.is_special(id)),
@@ -203,7 +206,8 @@ fn control_token_names_in_messages_are_text() {
     }
 }
 
-/// The vocabulary of a Unigram model may contain the name of a control token, and then makes it from plain text.
+/// The vocabulary of a Unigram model may contain the name of a control token. The library then encodes the name in plain
+/// text as the control token.
 #[test]
 fn control_tokens_in_the_vocabulary_are_not_made_from_text() {
     let dir = tempfile::tempdir().unwrap();
@@ -225,11 +229,10 @@ fn control_tokens_in_the_vocabulary_are_not_made_from_text() {
         tokenizer.encode_text("a</s>a</s>").unwrap(),
         [6, 2, 3, 4, 5, 6, 2, 3, 4, 5]
     );
-    // The unknown token stays: it stands for characters outside the vocabulary.
+    // The unknown token is kept, because it stands for characters outside the vocabulary.
     assert_eq!(tokenizer.encode_text("aé").unwrap(), [6, 0]);
 }
 
-/// Same with cached pieces.
 #[test]
 fn control_tokens_in_the_vocabulary_do_not_deadlock_the_piece_cache() {
     let dir = tempfile::tempdir().unwrap();
@@ -274,8 +277,8 @@ fn ordinary_stop_tokens_remain_part_of_texts() {
     ] {
         let _ = std::fs::copy(folder("bytelevel").join(file), dir.path().join(file));
     }
-    let before = tokenizer("bytelevel");
-    let [newline] = before.encode_text("\n").unwrap()[..] else {
+    let original = tokenizer("bytelevel");
+    let [newline] = original.encode_text("\n").unwrap()[..] else {
         panic!("no token")
     };
     let settings = json!({ "eos_token_id": [2, newline] }).to_string();
@@ -284,8 +287,8 @@ fn ordinary_stop_tokens_remain_part_of_texts() {
     assert_eq!(ours.stop_ids(), [2, newline]);
     assert!(ours.is_special(2) && !ours.is_special(newline));
     let messages = ask("One\nline", "Two\nlines\n");
-    let found = ours.encode_conversation(&messages).unwrap();
-    assert_eq!(found, before.encode_conversation(&messages).unwrap());
+    let encoded = ours.encode_conversation(&messages).unwrap();
+    assert_eq!(encoded, original.encode_conversation(&messages).unwrap());
     assert_eq!(ours.token_bytes(newline), Some(&b"\n"[..]));
 }
 
@@ -384,7 +387,7 @@ fn tokenizer_larger_than_the_embeddings_is_refused() {
     );
 }
 
-/// Changes the text of the fixture's `tokenizer.json`.
+/// A change to the text of a `tokenizer.json`.
 type Change = fn(String) -> String;
 
 #[test]

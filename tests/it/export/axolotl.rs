@@ -1,4 +1,4 @@
-//! The rows for axolotl's KD plugin: the right tokens at the right positions, or none.
+//! The rows for axolotl's KD plugin: entries at the right positions, and answers that are left out.
 
 use std::path::Path;
 
@@ -11,14 +11,15 @@ use distill::export::{Format, write};
 use distill::tokenizer::Tokenizer;
 use serde_json::json;
 
-use super::{left_out, rows};
+use super::{assert_counts, rows};
 use crate::cache_samples::sample;
 use crate::tiny;
 
-/// A record whose answer was given token by token: bytes, logprob, alternatives.
-type Spelled<'a> = &'a [(&'a [u8], f32, &'a [(&'a [u8], Option<f32>)])];
+/// The tokens of an answer: bytes, logprob, alternatives.
+type AnswerTokens<'a> = &'a [(&'a [u8], f32, &'a [(&'a [u8], Option<f32>)])];
 
-fn answered(id: &str, text: &str, tokens: Spelled) -> Record {
+/// Returns a record with this answer, which has logprobs if `tokens` is not empty.
+fn answered(id: &str, text: &str, tokens: AnswerTokens) -> Record {
     let mut logprobs = Logprobs {
         matches_text: true,
         ..Logprobs::default()
@@ -80,8 +81,8 @@ fn axolotl_entries_hold_the_distribution_of_the_next_token() {
     let id = |bytes: &[u8]| tokenizer.id_of_bytes(bytes).unwrap();
     let end = tokenizer.id_of_control("<|im_end|>").unwrap();
     let newline = id(b"\n");
-    // "the€": one token, then the first two bytes of the sign, then its last. The second position
-    // lists a control token, bytes that are no token, one token twice, and a missing logprob.
+    // "the€": the tokens are "the", the first two bytes of the sign, and its last byte. The alternatives of the
+    // second token are a control token, bytes that are not a token, one token twice, and a missing logprob.
     let record = answered(
         "row",
         "the€",
@@ -108,7 +109,7 @@ fn axolotl_entries_hold_the_distribution_of_the_next_token() {
     let out = dir.path().join("out.jsonl");
     let report = export_axolotl(vec![record], &tokenizer, &out).unwrap();
     assert_eq!(report.dropped_alternatives, Some(2));
-    left_out(&report, 1, &[]);
+    assert_counts(&report, 1, &[]);
 
     let row = &rows(&out)[0];
     let messages: Vec<distill::prompt::message::Message> =
@@ -116,8 +117,8 @@ fn axolotl_entries_hold_the_distribution_of_the_next_token() {
     assert_eq!(messages[1].content, "the€");
     let ids: Vec<Vec<u32>> = serde_json::from_value(row["target_token_ids"].clone()).unwrap();
     let logprobs: Vec<Vec<f32>> = serde_json::from_value(row["logprobs"].clone()).unwrap();
-    // From the token before the answer on: three of the answer, the end of the turn, the line feed
-    // of the template, and nothing.
+    // Entries from the token before the answer on: for the three tokens of the answer, the end of the turn and
+    // the line feed of the template. The last entry has no next token.
     let (sign, last) = (id(b"\xe2\x82"), id(b"\xac"));
     let expected: [(&[u32], &[f32]); 6] = [
         (&[id(b"the"), id(b"he")], &[-0.25, -1.75]),
@@ -128,26 +129,23 @@ fn axolotl_entries_hold_the_distribution_of_the_next_token() {
         (&[newline], &[0.0]),
     ];
     assert_eq!((ids.len(), logprobs.len()), (6, 6));
-    for (at, (own_ids, own_logprobs)) in expected.into_iter().enumerate() {
-        let known = own_ids.len();
-        assert_eq!(&ids[at][..known], own_ids, "position {at}");
-        assert_eq!(&logprobs[at][..known], own_logprobs, "position {at}");
-        // Filled up to one k, with other tokens of no weight.
-        assert_eq!((ids[at].len(), logprobs[at].len()), (3, 3));
-        assert!(
-            logprobs[at][known..]
-                .iter()
-                .all(|&logprob| logprob == -50.0)
-        );
-        let mut distinct = ids[at].clone();
+    for (position, (expected_ids, expected_logprobs)) in expected.into_iter().enumerate() {
+        let (ids, logprobs) = (&ids[position], &logprobs[position]);
+        let count = expected_ids.len();
+        assert_eq!(&ids[..count], expected_ids, "position {position}");
+        assert_eq!(&logprobs[..count], expected_logprobs, "position {position}");
+        // Every entry is filled to k = 3, with other tokens of almost no weight.
+        assert_eq!((ids.len(), logprobs.len()), (3, 3));
+        assert!(logprobs[count..].iter().all(|&logprob| logprob == -50.0));
+        let mut distinct = ids.clone();
         distinct.sort_unstable();
         distinct.dedup();
         assert_eq!(distinct.len(), 3);
     }
-    // The lists end where the conversation does, and spell it from the answer on.
+    // The conversation ends with the tokens of the entries.
     let conversation = tokenizer.conversation(&messages).unwrap();
-    let spelled = [id(b"the"), sign, last, end, newline];
-    assert!(conversation.ids.ends_with(&spelled));
+    let from_answer = [id(b"the"), sign, last, end, newline];
+    assert!(conversation.ids.ends_with(&from_answer));
     assert_eq!(
         conversation.answers[0].tokens.start + 5,
         conversation.ids.len()
@@ -173,7 +171,7 @@ fn axolotl_uses_reported_end_of_turn_logprobs() {
 }
 
 #[test]
-fn axolotl_leaves_out_rows_it_would_misread() {
+fn axolotl_rows_with_mismatched_tokens_are_left_out() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tiny_tokenizer(dir.path());
     const OTHER: &str = "the tokenizer splits the answer into other tokens than the teacher did";
@@ -185,14 +183,14 @@ fn axolotl_leaves_out_rows_it_would_misread() {
             OTHER,
             answered("b", "in", &[(b"i", -0.5, &[]), (b"n", -0.5, &[])]),
         ),
-        // The teacher says more than its text.
+        // The teacher emitted more tokens than the text has.
         (
             OTHER,
             answered("c", "in", &[(b"in", -0.5, &[]), (b"!", -0.5, &[])]),
         ),
-        // Bytes that are not known.
+        // A token of unknown bytes.
         (OTHER, answered("d", "in", &[(b"", -0.5, &[])])),
-        // The API sent a sentinel.
+        // The API sent a sentinel instead of a logprob.
         (
             UNKNOWN,
             answered("e", "in", &[(b"in", f32::NEG_INFINITY, &[(b"in", None)])]),
@@ -215,7 +213,7 @@ fn axolotl_leaves_out_rows_it_would_misread() {
         let id = record.prompt_id.clone();
         let out = dir.path().join(format!("{id}.jsonl"));
         let report = export_axolotl(vec![record, good], &tokenizer, &out).unwrap();
-        left_out(&report, 1, &[(reason, 1)]);
+        assert_counts(&report, 1, &[(reason, 1)]);
         assert_eq!(report.dropped_alternatives, Some(0), "{id}");
     }
 }

@@ -1,4 +1,4 @@
-//! What other trainers are given of a cache.
+//! Exports of a cache in the formats of other trainers.
 
 mod axolotl;
 #[cfg(feature = "parquet")]
@@ -29,7 +29,7 @@ fn finished(n: u64, finish_reason: &str) -> Record {
     record
 }
 
-/// Good and bad: 5 of them are to be trained on, one of these with text in parts.
+/// Returns usable and unusable records. 5 are usable, one of which has its text in parts.
 fn varied() -> Vec<Record> {
     vec![
         sample(0),
@@ -84,8 +84,9 @@ fn names(folder: &Path) -> Vec<PathBuf> {
     names
 }
 
+/// Checks the number of rows, and the reasons and numbers of records left out.
 #[track_caller]
-fn left_out(report: &ExportReport, rows: u64, reasons: &[(&str, u64)]) {
+fn assert_counts(report: &ExportReport, rows: u64, reasons: &[(&str, u64)]) {
     let reasons = reasons
         .iter()
         .map(|(reason, count)| ((*reason).to_owned(), *count));
@@ -97,7 +98,7 @@ fn hf_rows_are_conversations_with_their_origin() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("dataset");
     let report = export(varied(), Format::Hf, &out).unwrap();
-    left_out(&report, 5, &[(QUARANTINED, 1), (LENGTH, 1), (NOT_TEXT, 2)]);
+    assert_counts(&report, 5, &[(QUARANTINED, 1), (LENGTH, 1), (NOT_TEXT, 2)]);
     let rows = rows(&out.join("train.jsonl"));
     assert_eq!(rows.len(), 5);
     assert_eq!(
@@ -155,10 +156,10 @@ fn openai_rows_have_only_its_three_roles() {
         (QUARANTINED, 1),
         (LENGTH, 1),
         (NOT_TEXT, 2),
-        ("the fine-tuning API has no role `tool`", 1),
+        ("the fine-tuning API does not accept the role `tool`", 1),
         ("the answer is empty", 1),
     ];
-    left_out(&report, 4, &reasons);
+    assert_counts(&report, 4, &reasons);
     let rows = rows(&out);
     assert_eq!(
         rows[1],
@@ -175,7 +176,7 @@ fn trl_rows_separate_prompt_and_completion() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.jsonl");
     let report = export(varied(), Format::Trl, &out).unwrap();
-    left_out(&report, 5, &[(QUARANTINED, 1), (LENGTH, 1), (NOT_TEXT, 2)]);
+    assert_counts(&report, 5, &[(QUARANTINED, 1), (LENGTH, 1), (NOT_TEXT, 2)]);
     assert_eq!(
         rows(&out)[0],
         json!({
@@ -186,7 +187,7 @@ fn trl_rows_separate_prompt_and_completion() {
 }
 
 #[track_caller]
-fn usage_error(error: &anyhow::Error, parts: &[&str]) {
+fn assert_usage_error(error: &anyhow::Error, parts: &[&str]) {
     assert_eq!(Exit::code_of(error), 2, "{error:#}");
     for part in parts {
         assert!(format!("{error:#}").contains(part), "{error:#}");
@@ -198,15 +199,15 @@ fn missing_settings_and_empty_caches_are_usage_errors() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     let error = export(vec![sample(0)], Format::Axolotl, &out).unwrap_err();
-    usage_error(&error, &["--tokenizer DIR", "tokenizer.json"]);
+    assert_usage_error(&error, &["--tokenizer DIR", "tokenizer.json"]);
     if cfg!(not(feature = "parquet")) {
         let error = export(vec![sample(0)], Format::Parquet, &out).unwrap_err();
-        usage_error(&error, &["install with `--features parquet`"]);
+        assert_usage_error(&error, &["install with `--features parquet`"]);
     }
     let error = export(Vec::new(), Format::Trl, &out).unwrap_err();
-    usage_error(&error, &["distill harvest"]);
+    assert_usage_error(&error, &["distill harvest"]);
     let error = export(vec![sample(3), sample(10)], Format::Hf, &out).unwrap_err();
-    usage_error(&error, &["no record to export", "2: quarantined"]);
+    assert_usage_error(&error, &["no record to export", "2: quarantined"]);
     assert!(names(dir.path()).is_empty());
 }
 
@@ -256,7 +257,7 @@ fn existing_export_is_replaced_only_with_force() {
         let out = dir.path().join("out");
         export(vec![sample(0)], format, &out).unwrap();
         let error = export(vec![sample(1)], format, &out).unwrap_err();
-        usage_error(&error, &["--force"]);
+        assert_usage_error(&error, &["--force"]);
         let settings = ExportSettings {
             selection: &Selection::All,
             data: &DataConfig::default(),
@@ -268,18 +269,18 @@ fn existing_export_is_replaced_only_with_force() {
         assert_eq!(report.rows, 2);
         assert_eq!(names(dir.path()), std::slice::from_ref(&out));
 
-        // Never what an export did not write.
+        // A folder that an export did not write is never replaced.
         let folder = dir.path().join("folder");
         fs::create_dir(&folder).unwrap();
         fs::write(folder.join("thesis.tex"), "years of work").unwrap();
         let error = write([Ok(sample(1))].into_iter(), format, &folder, &settings).unwrap_err();
-        usage_error(&error, &["another path"]);
+        assert_usage_error(&error, &["another path"]);
         assert_eq!(names(&folder).len(), 1);
     }
 }
 
-/// A cache folder with these records.
-fn cache_of(records: Vec<Record>) -> tempfile::TempDir {
+/// Creates a cache folder with these records.
+fn write_cache(records: Vec<Record>) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("cache")).unwrap();
     fs::write(dir.path().join("cache/responses.jsonl"), encode(records)).unwrap();
@@ -299,7 +300,7 @@ fn run(dir: &Path, args: &[&str]) -> std::process::Output {
 fn export_command_counts_rows_left_out() {
     let mut records = varied();
     records.push(finished(2, "\u{1b}[2Jnone"));
-    let dir = cache_of(records);
+    let dir = write_cache(records);
     let output = run(
         dir.path(),
         &["--to", "trl", "--dir", "cache", "-o", "a.jsonl"],
@@ -332,7 +333,7 @@ fn export_command_counts_rows_left_out() {
 
 #[test]
 fn export_command_refuses_bad_arguments_before_writing() {
-    let dir = cache_of(varied());
+    let dir = write_cache(varied());
     let cases: &[(&[&str], i32, &str)] = &[
         (
             &["--to", "axolotl", "--dir", "cache", "-o", "x"],
@@ -417,7 +418,7 @@ fn export_command_refuses_bad_arguments_before_writing() {
 
 #[test]
 fn export_of_a_damaged_cache_exits_with_5_and_writes_nothing() {
-    let dir = cache_of(vec![sample(0), sample(1), sample(2)]);
+    let dir = write_cache(vec![sample(0), sample(1), sample(2)]);
     let path = dir.path().join("cache/responses.jsonl");
     let mut bytes = fs::read(&path).unwrap();
     let second = bytes.iter().position(|&byte| byte == b'\n').unwrap() + 20;

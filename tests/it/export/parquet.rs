@@ -1,4 +1,4 @@
-//! The Parquet file, read back by the crate's own reader, which knows no schema but the file's.
+//! The Parquet file, read by the reader of the `parquet` crate with the schema in the file.
 
 use std::fs;
 
@@ -11,12 +11,12 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, RowAccessor};
 use serde_json::{Value, json};
 
-use super::{QUARANTINED, export, left_out};
+use super::{QUARANTINED, assert_counts, export};
 use crate::cache_samples::sample;
 
-/// A row as JSON.
-fn json_of_row(row: &parquet::record::Row) -> Value {
-    fn json_of(field: &Field) -> Value {
+/// Returns a row as JSON.
+fn row_json(row: &parquet::record::Row) -> Value {
+    fn field_json(field: &Field) -> Value {
         match field {
             Field::Null => Value::Null,
             Field::Bool(value) => json!(value),
@@ -25,15 +25,15 @@ fn json_of_row(row: &parquet::record::Row) -> Value {
             Field::Float(value) => json!(value),
             Field::Double(value) => json!(value),
             Field::Str(value) => json!(value),
-            Field::Group(row) => json_of_row(row),
-            Field::ListInternal(list) => list.elements().iter().map(json_of).collect(),
+            Field::Group(row) => row_json(row),
+            Field::ListInternal(list) => list.elements().iter().map(field_json).collect(),
             other => panic!("{other:?} is not in the schema"),
         }
     }
     let columns = row.get_column_iter();
     Value::Object(
         columns
-            .map(|(name, field)| (name.clone(), json_of(field)))
+            .map(|(name, field)| (name.clone(), field_json(field)))
             .collect(),
     )
 }
@@ -42,7 +42,7 @@ fn json_of_row(row: &parquet::record::Row) -> Value {
 fn parquet_keeps_all_training_data() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.parquet");
-    // The crab of `sample(0)` has tokens of partial characters, missing logprobs, lists of one.
+    // The emoji in `sample(0)` gives tokens of partial characters, missing logprobs and lists of one element.
     let mut bare = sample(6);
     let logprobs = bare.logprobs.as_mut().unwrap();
     logprobs.top = vec![Vec::new(); 3];
@@ -58,7 +58,7 @@ fn parquet_keeps_all_training_data() {
     let expected: Vec<Record> = records.iter().take(4).cloned().collect();
     assert_eq!(records[4].status, Status::Quarantined);
     let report = export(records, Format::Parquet, &out).unwrap();
-    left_out(&report, 4, &[(QUARANTINED, 1)]);
+    assert_counts(&report, 4, &[(QUARANTINED, 1)]);
 
     let reader = SerializedFileReader::new(fs::File::open(&out).unwrap()).unwrap();
     let rows: Vec<_> = reader
@@ -70,7 +70,7 @@ fn parquet_keeps_all_training_data() {
     for (row, record) in rows.iter().zip(&expected) {
         assert_eq!(row.get_string(0).unwrap(), &record.prompt_id);
         assert_eq!(row.get_uint(1).unwrap(), record.sample);
-        let written = json_of_row(row);
+        let written = row_json(row);
         assert_eq!(written["messages"], record.request["messages"]);
         assert_eq!(written["answer"], record.answer.text);
         assert_eq!(written["model"], record.model);

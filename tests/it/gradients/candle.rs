@@ -1,4 +1,4 @@
-//! The fused operations of the CPU compared with candle's operations, which other devices use: single
+//! The fused operations of the CPU, compared with the candle operations that other devices use: single
 //! operations, a training run, and optimizer updates.
 
 use std::ops::Range;
@@ -134,7 +134,8 @@ fn windows_biases_and_qk_norms_agree_with_candle() {
                     .unwrap()
                     .to_vec1()
                     .unwrap();
-                let difference = difference(gradients.get(var.as_tensor()).unwrap(), &expected);
+                let difference =
+                    difference(gradients.get_tape(var.as_tensor()).unwrap(), &expected);
                 assert!(
                     difference < 1e-4,
                     "window {window:?}, variable {index}: {difference:e}"
@@ -144,14 +145,14 @@ fn windows_biases_and_qk_norms_agree_with_candle() {
     }
 }
 
-/// The results of some training steps.
-struct Trained {
+/// The results of a training run.
+struct TrainingResult {
     losses: Vec<f64>,
     average: Tensors,
     moments: Tensors,
 }
 
-fn train(backend: Backend) -> Trained {
+fn train(backend: Backend) -> TrainingResult {
     let (config, tensors) = tiny(true);
     let mut student = TrainableModel::new(config, tensors, Tensors::new(), |_| false).unwrap();
     student.model.set_backend(backend);
@@ -188,15 +189,15 @@ fn train(backend: Backend) -> Trained {
     };
     let losses = (1..=8).map(&mut step).collect();
 
-    // The optimizer state must survive a file, as in a checkpoint.
+    // The state of the optimizer, written and read again, must not change.
     let dir = tempfile::tempdir().unwrap();
-    let [path, again] = ["a", "b"].map(|name| dir.path().join(name));
+    let [path, restored_path] = ["a", "b"].map(|name| dir.path().join(name));
     weights::write(&path, optimizer.state().unwrap()).unwrap();
     let mut restored = Optimizer::new(&student, &[]).unwrap();
     weights::with_safetensors(&path, |file| restored.restore(file, 8)).unwrap();
-    weights::write(&again, restored.state().unwrap()).unwrap();
-    assert!(std::fs::read(&path).unwrap() == std::fs::read(again).unwrap());
-    Trained {
+    weights::write(&restored_path, restored.state().unwrap()).unwrap();
+    assert!(std::fs::read(&path).unwrap() == std::fs::read(restored_path).unwrap());
+    TrainingResult {
         losses,
         average: ema.tensors().unwrap(),
         moments: weights::load_file(&path).unwrap(),

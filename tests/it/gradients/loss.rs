@@ -1,5 +1,5 @@
-//! PositionTarget T2: the gradient of the loss of a position, with every divergence, compared with central
-//! differences of its formula in f64.
+//! The loss of a position with every divergence: its value compared with the formula in f64, and its gradient
+//! with central differences of the formula.
 
 use distill::train::loss;
 use distill::train::loss::divergence::Divergence;
@@ -7,7 +7,7 @@ use distill::train::loss::position::{LossWeights, PositionTarget, SoftTerm};
 
 /// Returns every divergence, with random parameters.
 fn divergences(random: &mut fastrand::Rng) -> [Divergence; 11] {
-    let mut parameter = |from: f32, to: f32| from + (to - from) * random.f32();
+    let mut parameter = |min: f32, max: f32| min + (max - min) * random.f32();
     [
         Divergence::Tail,
         Divergence::Damped(1.0),
@@ -30,7 +30,7 @@ fn term(divergence: Divergence, weight: f32) -> SoftTerm {
 /// Computes a divergence by the formulas in the table of `train::loss::divergence`. `logq` are the
 /// log-probabilities of the student (V).
 fn formula(divergence: Divergence, logq: &[f64], row: PositionTarget) -> Option<f64> {
-    let mut known: Vec<(usize, f64)> = match row.teacher_logits_V {
+    let mut teacher: Vec<(usize, f64)> = match row.teacher_logits_V {
         Some(logits) => {
             let logits: Vec<f64> = logits.iter().map(|l| f64::from(*l)).collect();
             log_softmax(&logits).into_iter().enumerate().collect()
@@ -42,24 +42,24 @@ fn formula(divergence: Divergence, logq: &[f64], row: PositionTarget) -> Option<
             .map(|(id, l)| (*id as usize, f64::from(*l)))
             .collect(),
     };
-    let drawn = row.sampled_logprob.map(f64::from);
-    if let (Some(drawn), false) = (drawn, matches!(divergence, Divergence::Damped(_))) {
-        known.push((row.label as usize, drawn));
+    let sampled = row.sampled_logprob.map(f64::from);
+    if let (Some(logprob), false) = (sampled, matches!(divergence, Divergence::Damped(_))) {
+        teacher.push((row.label as usize, logprob));
     }
-    if known.is_empty() {
+    if teacher.is_empty() {
         return None;
     }
-    let mut t: Vec<f64> = known.iter().map(|(_, l)| l.exp()).collect();
-    let mut s: Vec<f64> = known.iter().map(|(id, _)| logq[*id].exp()).collect();
+    let mut t: Vec<f64> = teacher.iter().map(|(_, l)| l.exp()).collect();
+    let mut s: Vec<f64> = teacher.iter().map(|(id, _)| logq[*id].exp()).collect();
     let mass: f64 = t.iter().sum();
     let student_mass: f64 = s.iter().sum();
     let softmax = |values: Vec<f64>| -> Vec<f64> {
         let sum: f64 = values.iter().map(|v| v.exp()).sum();
         values.iter().map(|v| v.exp() / sum).collect()
     };
-    let logits = |tau: f64| known.iter().map(|(id, _)| logq[*id] / tau).collect();
+    let logits = |tau: f64| teacher.iter().map(|(id, _)| logq[*id] / tau).collect();
     let renormalized: Vec<f64> = t.iter().map(|t| t / mass).collect();
-    let is_complete = known.len() == logq.len();
+    let is_complete = teacher.len() == logq.len();
     let (tail, student_tail) = if is_complete {
         (0.0, 1e-7)
     } else {
@@ -71,7 +71,7 @@ fn formula(divergence: Divergence, logq: &[f64], row: PositionTarget) -> Option<
     Some(match divergence {
         Divergence::Tail => kl(&t, &s),
         Divergence::Damped(lambda) => {
-            let label_term = drawn.map_or(0.0, |logprob| {
+            let label_term = sampled.map_or(0.0, |logprob| {
                 let student = logq[row.label as usize] - student_tail.ln();
                 logprob - tail.ln() - student
             });
@@ -79,14 +79,14 @@ fn formula(divergence: Divergence, logq: &[f64], row: PositionTarget) -> Option<
         }
         Divergence::Temperature(tau) => {
             let tau = f64::from(tau);
-            let teacher = softmax(known.iter().map(|(_, l)| l / tau).collect());
-            let within = kl(&teacher, &softmax(logits(tau)));
+            let tempered = softmax(teacher.iter().map(|(_, l)| l / tau).collect());
+            let within = kl(&tempered, &softmax(logits(tau)));
             let between = kl(&[mass, tail], &[student_mass, student_tail]);
             tau * tau * mass * within + between
         }
         Divergence::ReverseKl => {
             let floor: Vec<f64> = t.iter().map(|t| t.max(1e-6)).collect();
-            let k = known.len();
+            let k = teacher.len();
             kl(&s[..k], &t[..k]) + kl(&s[k..], &floor[k..])
         }
         Divergence::Jsd(beta) => {
@@ -183,15 +183,15 @@ fn loss_gradients_agree_with_the_formula() {
             };
             let mut gradient = case.logits.clone();
             let loss = loss::position(&mut gradient, row, weights).loss;
-            let at = |logits: &[f64]| position(&log_softmax(logits), divergence, row, weights);
+            let expected =
+                |logits: &[f64]| position(&log_softmax(logits), divergence, row, weights);
             let case_name = format!("case {number}, {divergence:?}, {row:?}");
-            check(&case.logits, loss, &gradient, at, &case_name);
+            check(&case.logits, loss, &gradient, expected, &case_name);
         }
     }
 }
 
-/// The same with all logits of the teacher. Its vocabulary may be smaller or larger than the student's,
-/// because embeddings are padded.
+/// The teacher's vocabulary may be smaller or larger than the student's, because embeddings are padded.
 #[test]
 fn loss_gradients_with_full_teacher_distribution_agree_with_the_formula() {
     let mut random = fastrand::Rng::with_seed(15);
@@ -211,7 +211,7 @@ fn loss_gradients_with_full_teacher_distribution_agree_with_the_formula() {
             teacher_logits_V: Some(&teacher),
             ..PositionTarget::default()
         };
-        let known = PositionTarget {
+        let shared = PositionTarget {
             teacher_logits_V: Some(&teacher[..teacher_vocabulary.min(vocabulary)]),
             ..row
         };
@@ -221,7 +221,7 @@ fn loss_gradients_with_full_teacher_distribution_agree_with_the_formula() {
                 label_smoothing: [0.0, 0.1][number % 2],
                 ..LossWeights::default()
             };
-            // The teacher has no tail, so these divergences are all the same.
+            // Without a tail, these divergences are equal.
             let equivalent = match divergence {
                 Divergence::Damped(_) | Divergence::Renormalize | Divergence::RenormalizeBoth => {
                     Divergence::Tail
@@ -229,29 +229,30 @@ fn loss_gradients_with_full_teacher_distribution_agree_with_the_formula() {
                 other => other,
             };
             let mut gradient = case.logits.clone();
-            let found = loss::position(&mut gradient, row, weights);
-            let at = |logits: &[f64]| match equivalent {
+            let losses = loss::position(&mut gradient, row, weights);
+            let expected = |logits: &[f64]| match equivalent {
                 // If the student has more tokens, the temperature applies to all of them.
                 Divergence::Temperature(tau) => tempered(logits, &teacher, row.label, tau, weights),
-                _ => position(&log_softmax(logits), equivalent, known, weights),
+                _ => position(&log_softmax(logits), equivalent, shared, weights),
             };
             let case_name = format!(
                 "case {number}, {divergence:?}, {vocabulary} and {teacher_vocabulary} tokens"
             );
-            check(&case.logits, found.loss, &gradient, at, &case_name);
+            check(&case.logits, losses.loss, &gradient, expected, &case_name);
         }
     }
 }
 
-/// Computes the classic distillation loss (Hinton et al., arXiv 1503.02531): the KL divergence at a
-/// temperature, times its square.
+/// Computes the distillation loss of Hinton et al. (arXiv 1503.02531): the KL divergence at a temperature,
+/// times the square of the temperature.
 fn tempered(logits: &[f64], teacher: &[f32], label: u32, tau: f32, weights: LossWeights) -> f64 {
     let tau = f64::from(tau);
     let kd = f64::from(weights.soft[0].weight);
-    let both = teacher.len().min(logits.len());
-    let cool = |values: Vec<f64>| log_softmax(&values.iter().map(|v| v / tau).collect::<Vec<_>>());
-    let p = cool(teacher[..both].iter().map(|l| f64::from(*l)).collect());
-    let q = cool(logits.to_vec());
+    let shared = teacher.len().min(logits.len());
+    let at_temperature =
+        |values: Vec<f64>| log_softmax(&values.iter().map(|v| v / tau).collect::<Vec<_>>());
+    let p = at_temperature(teacher[..shared].iter().map(|l| f64::from(*l)).collect());
+    let q = at_temperature(logits.to_vec());
     let kl: f64 = p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum();
     let ce = position(
         &log_softmax(logits),
@@ -282,10 +283,10 @@ fn position(
     }
 }
 
-/// Checks that a loss equals `at`, and its gradient the central differences of `at`.
-fn check(logits: &[f32], loss: f32, gradient: &[f32], at: impl Fn(&[f64]) -> f64, case: &str) {
+/// Checks a loss against `formula`, and its gradient against the central differences of `formula`.
+fn check(logits: &[f32], loss: f32, gradient: &[f32], formula: impl Fn(&[f64]) -> f64, case: &str) {
     let logits: Vec<f64> = logits.iter().map(|z| f64::from(*z)).collect();
-    let expected = at(&logits);
+    let expected = formula(&logits);
     assert!(
         (f64::from(loss) - expected).abs() < 1e-5 * expected.abs().max(1.0),
         "{case}: {loss} and {expected}"
@@ -294,9 +295,9 @@ fn check(logits: &[f32], loss: f32, gradient: &[f32], at: impl Fn(&[f64]) -> f64
         let mut moved = logits.clone();
         let step = 1e-5;
         moved[index] += step;
-        let above = at(&moved);
+        let above = formula(&moved);
         moved[index] -= 2.0 * step;
-        let difference = (above - at(&moved)) / (2.0 * step);
+        let difference = (above - formula(&moved)) / (2.0 * step);
         let error = (f64::from(*gradient) - difference).abs();
         assert!(
             error < 1e-6,
@@ -332,7 +333,7 @@ fn chunk_loss_gradients_agree_with_the_formula() {
         let mut gradient = logits.clone();
         let losses = loss::chunk(&mut gradient, &rows, nll, weights);
         let loss = losses.iter().map(|row| row.loss).sum();
-        let at = |logits: &[f64]| {
+        let expected = |logits: &[f64]| {
             let mut student_nll = 0.0;
             let mut total = 0.0;
             for (logits, row) in logits.chunks(vocabulary).zip(&rows) {
@@ -345,7 +346,13 @@ fn chunk_loss_gradients_agree_with_the_formula() {
                 student_nll - teacher_nll + teacher_nll * (teacher_nll / student_nll).ln();
             total + f64::from(weights.alm) * difference
         };
-        check(&logits, loss, &gradient, at, &format!("case {number}"));
+        check(
+            &logits,
+            loss,
+            &gradient,
+            expected,
+            &format!("case {number}"),
+        );
         let alm = f64::from(losses[0].alm.unwrap());
         assert!(alm > -1e-6 && losses[1..].iter().all(|row| row.alm.is_none()));
     }
@@ -356,11 +363,11 @@ fn chunk_loss_gradients_agree_with_the_formula() {
         alm: 1.0,
         ..LossWeights::default()
     };
-    let found = loss::chunk(&mut logits, &[row], 2.3, weights)[0];
-    assert!((found.ce - 3.1).abs() < 1e-5, "{found:?}");
+    let losses = loss::chunk(&mut logits, &[row], 2.3, weights)[0];
+    assert!((losses.ce - 3.1).abs() < 1e-5, "{losses:?}");
     assert!(
-        (found.alm.unwrap() - 0.113_466_13).abs() < 1e-5,
-        "{found:?}"
+        (losses.alm.unwrap() - 0.113_466_13).abs() < 1e-5,
+        "{losses:?}"
     );
 }
 
@@ -386,15 +393,15 @@ fn divergences_and_their_gradients_are_zero_at_a_match() {
                 soft: [term(divergence, 1.0); 2],
                 ..LossWeights::default()
             };
-            let found = loss::position(&mut gradient, row, weights);
-            let Some(kd) = found.kd else { continue };
-            // The term of a single sample is not zero at a match; its mean is.
+            let losses = loss::position(&mut gradient, row, weights);
+            let Some(kd) = losses.kd else { continue };
+            // The mean of the sampled term is zero at a match, a single sample is not.
             let is_sampled =
                 matches!(divergence, Divergence::Damped(_)) && row.sampled_logprob.is_some();
-            let steepest = gradient.iter().fold(0.0f32, |most, g| most.max(g.abs()));
+            let steepest = gradient.iter().fold(0.0f32, |max, g| max.max(g.abs()));
             if divergence == Divergence::Renormalize {
-                let known = case.logprobs.iter().chain(&case.sampled_logprob);
-                let mass: f32 = known.map(|l| l.exp()).sum();
+                let logprobs = case.logprobs.iter().chain(&case.sampled_logprob);
+                let mass: f32 = logprobs.map(|l| l.exp()).sum();
                 assert!(
                     mass > 0.99 || kd > 0.0 && steepest > 1e-4,
                     "{kd}, {steepest}"
@@ -450,9 +457,9 @@ fn damped_divergence_is_head_plus_weighted_tail_on_average() {
                 ..PositionTarget::default()
             };
             let mut gradient = case.logits.clone();
-            let found = loss::position(&mut gradient, row, weights);
+            let losses = loss::position(&mut gradient, row, weights);
             let p = teacher[y as usize].exp();
-            mean += p * f64::from(found.kd.expect("there are soft labels"));
+            mean += p * f64::from(losses.kd.expect("soft labels give a divergence"));
             for (slope, g) in slope.iter_mut().zip(gradient) {
                 *slope += p * f64::from(g);
             }
@@ -485,12 +492,12 @@ fn damped_divergence_is_head_plus_weighted_tail_on_average() {
             "{case_name}: {mean}"
         );
         for (index, slope) in slope.into_iter().enumerate() {
-            let at = |step: f64| {
+            let value_at = |step: f64| {
                 let mut moved = logits.clone();
                 moved[index] += step;
                 expected(&moved)
             };
-            let difference = (at(1e-5) - at(-1e-5)) / 2e-5;
+            let difference = (value_at(1e-5) - value_at(-1e-5)) / 2e-5;
             assert!(
                 (slope - difference).abs() < 3e-6,
                 "{case_name}: {slope} and {difference}"

@@ -54,11 +54,11 @@ impl Trainable {
             .filter(|(name, _)| !frozen(name))
             .map(|(name, tensor)| (name.clone(), Var::from_tensor(tensor).unwrap()))
             .collect();
-        let mut all = tensors.clone();
+        let mut weights = tensors.clone();
         for (name, var) in &vars {
-            all.insert(name.clone(), var.as_tensor().clone());
+            weights.insert(name.clone(), var.as_tensor().clone());
         }
-        let model = Model::new(config.clone(), &all).unwrap();
+        let model = Model::new(config.clone(), &weights).unwrap();
         Self { model, vars }
     }
 
@@ -96,19 +96,20 @@ impl Trainable {
 
     fn named(&self, gradients: &Gradients) -> BTreeMap<String, Vec<f32>> {
         let get = |(name, var): (&String, &Var)| {
-            let on_cpu = gradients.get(var.as_tensor()).map(<[f32]>::to_vec);
-            let on_device = || {
-                let gradient = gradients.get_on_device(var.as_tensor())?;
+            let tape = gradients.get_tape(var.as_tensor()).map(<[f32]>::to_vec);
+            let candle = || {
+                let gradient = gradients.get_candle(var.as_tensor())?;
                 Some(gradient.flatten_all().unwrap().to_vec1().unwrap())
             };
-            let gradient = on_cpu.or_else(on_device);
+            let gradient = tape.or_else(candle);
             let gradient = gradient.unwrap_or_else(|| panic!("{name} received no gradient"));
             (name.clone(), gradient)
         };
         self.vars.iter().map(get).collect()
     }
 
-    /// Returns the same by candle: the loss from its formula, the gradients from autograd.
+    /// Returns the loss of `batch` and the gradient of each variable, computed with candle: the loss from its
+    /// formula, the gradients from autograd.
     pub fn reference(&self, batch: &Batch, kd: f32) -> (f64, BTreeMap<String, Vec<f32>>) {
         let input = ModelInput {
             input_ids: &batch.input_ids,
@@ -121,28 +122,28 @@ impl Trainable {
         let mut terms = Vec::new();
         for n in 0..batch.positions.len() {
             let logq = logq.get(n).unwrap();
-            let at = |id: u32| logq.get(id as usize).unwrap();
-            let ce = at(batch.labels[n]).neg().unwrap();
+            let logprob = |id: u32| logq.get(id as usize).unwrap();
+            let ce = logprob(batch.labels[n]).neg().unwrap();
             let soft = batch.soft_offsets[n]..batch.soft_offsets[n + 1];
             if soft.is_empty() {
                 terms.push(ce);
                 continue;
             }
             let mut mass = 0.0;
-            let mut kept = Tensor::zeros((), DType::F32, &Device::Cpu).unwrap();
-            let mut tail = kept.clone();
+            let mut student_mass = Tensor::zeros((), DType::F32, &Device::Cpu).unwrap();
+            let mut kl = student_mass.clone();
             for i in soft {
                 let l = batch.soft_logprobs[i] as f64;
-                let logq = at(batch.soft_ids[i]);
+                let logq = logprob(batch.soft_ids[i]);
                 mass += l.exp();
-                kept = (kept + logq.exp().unwrap()).unwrap();
-                tail = (tail + (logq.neg().unwrap() + l).unwrap() * l.exp()).unwrap();
+                student_mass = (student_mass + logq.exp().unwrap()).unwrap();
+                kl = (kl + (logq.neg().unwrap() + l).unwrap() * l.exp()).unwrap();
             }
-            let rest = 1.0 - mass;
-            let log_rest = kept.affine(-1.0, 1.0).unwrap().log().unwrap();
-            let tail = (tail + log_rest.affine(-rest, rest * rest.ln()).unwrap()).unwrap();
+            let tail = 1.0 - mass;
+            let log_student_tail = student_mass.affine(-1.0, 1.0).unwrap().log().unwrap();
+            let kl = (kl + log_student_tail.affine(-tail, tail * tail.ln()).unwrap()).unwrap();
             let kd = f64::from(kd);
-            terms.push((ce.affine(1.0 - kd, 0.0).unwrap() + tail.affine(kd, 0.0)).unwrap());
+            terms.push((ce.affine(1.0 - kd, 0.0).unwrap() + kl.affine(kd, 0.0)).unwrap());
         }
         let mut loss = Tensor::stack(&terms, 0).unwrap().sum_all().unwrap();
         for (span, nll) in &batch.chunks {
@@ -150,8 +151,8 @@ impl Trainable {
                 let logq = logq.get(n).unwrap();
                 logq.get(batch.labels[n] as usize).unwrap().neg().unwrap()
             };
-            let all: Vec<Tensor> = span.clone().map(label_loss).collect();
-            let b = Tensor::stack(&all, 0).unwrap().sum_all().unwrap();
+            let label_losses: Vec<Tensor> = span.clone().map(label_loss).collect();
+            let b = Tensor::stack(&label_losses, 0).unwrap().sum_all().unwrap();
             let a = f64::from(*nll);
             let log = b.log().unwrap().affine(-a, a * a.ln() - a).unwrap();
             loss = (loss + ((b + log).unwrap() * ALM_WEIGHT).unwrap()).unwrap();
@@ -173,8 +174,8 @@ impl Trainable {
 /// An example: a batch of one sequence.
 type Example = Batch;
 
-/// Returns eight examples of different lengths. Some positions belong to the prompt. Others have no soft
-/// labels, and pairs of these are chunks.
+/// Returns eight examples of different lengths. Some positions belong to the prompt. Some supervised positions
+/// have no soft labels, and some pairs of positions are chunks.
 fn examples() -> Vec<Example> {
     let mut random = fastrand::Rng::with_seed(5);
     let example = |(row, &length): (usize, &usize)| {
@@ -209,28 +210,32 @@ fn examples() -> Vec<Example> {
 
 /// Concatenates examples to one batch.
 fn joined<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Batch {
-    let mut all = Batch {
+    let mut batch = Batch {
         soft_offsets: vec![0],
         ..Batch::default()
     };
     for example in examples {
-        let (token, soft) = (all.input_ids.len(), all.soft_ids.len());
-        let first = all.labels.len();
+        let (token, soft) = (batch.input_ids.len(), batch.soft_ids.len());
+        let first = batch.labels.len();
         let chunks = example.chunks.iter();
         let chunks = chunks.map(|(span, nll)| (first + span.start..first + span.end, *nll));
-        all.chunks.extend(chunks);
-        all.input_ids.extend(&example.input_ids);
-        all.segments.push(token..all.input_ids.len());
-        all.keys.extend(example.keys.clone());
+        batch.chunks.extend(chunks);
+        batch.input_ids.extend(&example.input_ids);
+        batch.segments.push(token..batch.input_ids.len());
+        batch.keys.extend(example.keys.clone());
         let positions = example.positions.iter();
-        all.positions.extend(positions.map(|at| at + token as u32));
-        all.labels.extend(&example.labels);
+        batch
+            .positions
+            .extend(positions.map(|position| position + token as u32));
+        batch.labels.extend(&example.labels);
         let offsets = example.soft_offsets[1..].iter();
-        all.soft_offsets.extend(offsets.map(|at| at + soft));
-        all.soft_ids.extend(&example.soft_ids);
-        all.soft_logprobs.extend(&example.soft_logprobs);
+        batch
+            .soft_offsets
+            .extend(offsets.map(|offset| offset + soft));
+        batch.soft_ids.extend(&example.soft_ids);
+        batch.soft_logprobs.extend(&example.soft_logprobs);
     }
-    all
+    batch
 }
 
 fn norm(values: &[f32]) -> f64 {
@@ -241,7 +246,7 @@ fn norm(values: &[f32]) -> f64 {
 /// Returns the norm of the difference of two gradients, relative to the larger norm.
 pub fn difference(a: &[f32], b: &[f32]) -> f64 {
     let difference: Vec<f32> = a.iter().zip(b).map(|(a, b)| a - b).collect();
-    // The floor keeps two gradients near zero from a large relative difference.
+    // Without the floor, two gradients near zero could have a large relative difference.
     norm(&difference) / norm(a).max(norm(b)).max(1e-3)
 }
 
@@ -282,14 +287,14 @@ fn activation_recomputation_gives_identical_gradients() {
 fn gradients_are_identical_for_any_number_of_threads() {
     let student = Trainable::tiny(true);
     let batches = [joined(&examples())];
-    let with = |threads: usize| {
+    let gradients_with = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
         let pool = pool.build().unwrap();
         pool.install(|| student.gradients(&batches, 0.5, Activations::Keep))
     };
-    let one = with(1);
-    assert_eq!(one, with(2));
-    assert_eq!(one, with(3));
+    let one = gradients_with(1);
+    assert_eq!(one, gradients_with(2));
+    assert_eq!(one, gradients_with(3));
 }
 
 #[test]
@@ -298,19 +303,19 @@ fn gradients_do_not_depend_on_micro_batch_size_or_order() {
     let examples = examples();
     let micro_batches =
         |micro: usize| -> Vec<Batch> { examples.chunks(micro).map(joined).collect() };
-    let (loss, whole) = student.gradients(&micro_batches(8), 0.5, Activations::Keep);
+    let (loss, expected) = student.gradients(&micro_batches(8), 0.5, Activations::Keep);
     for micro in [4, 2, 1] {
         let (other_loss, other) = student.gradients(&micro_batches(micro), 0.5, Activations::Keep);
         assert!((loss - other_loss).abs() < 1e-6 * loss);
-        assert_same(&whole, &other, 1e-5);
+        assert_same(&expected, &other, 1e-5);
     }
     let reversed = joined(examples.iter().rev());
     let (_, other) = student.gradients(&[reversed], 0.5, Activations::Keep);
-    assert_same(&whole, &other, 1e-5);
+    assert_same(&expected, &other, 1e-5);
 }
 
-/// Moves each parameter along a random direction. The change of the loss must equal the component of the
-/// gradient along it.
+/// Moves each parameter along a random direction. The slope of the loss along the direction must equal the
+/// product of gradient and direction.
 #[test]
 fn tape_gradients_agree_with_finite_differences() {
     let (config, tensors) = tiny(true);
@@ -320,7 +325,7 @@ fn tape_gradients_agree_with_finite_differences() {
     let mut random = fastrand::Rng::with_seed(3);
     for (name, gradient) in &gradients {
         let norm = norm(gradient);
-        // Partly along the gradient, so that the change is well above rounding.
+        // Partly along the gradient, so that the change of the loss is well above rounding errors.
         let direction: Vec<f32> = gradient
             .iter()
             .map(|g| {

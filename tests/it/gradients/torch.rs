@@ -1,5 +1,5 @@
-//! Row T3: logits, loss and the gradient of every parameter, compared with PyTorch. The golden files were
-//! made by `tests/python/make_gradient_golden.py`.
+//! Logits, loss and the gradient of every parameter, compared with PyTorch. The golden files were made by
+//! `tests/python/make_gradient_golden.py`.
 
 use std::path::Path;
 
@@ -31,16 +31,16 @@ impl Golden {
         std::fs::write(dir.path().join("config.json"), json["config"].to_string()).unwrap();
         let mut config = ModelConfig::load(dir.path()).unwrap();
         config.adapter_scale = json["adapter_scale"].as_f64().unwrap();
-        let named = |prefix: &str| -> Tensors {
+        let with_prefix = |prefix: &str| -> Tensors {
             let strip = |(name, tensor): (&String, &Tensor)| {
                 Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()))
             };
             let stored: Tensors = tensors.iter().filter_map(strip).collect();
             // Gradients are converted to the layout in memory like weights.
-            config.import(stored).unwrap()
+            config.to_memory_layout(stored).unwrap()
         };
-        let weights = named("weight.");
-        let gradients = named("gradient.");
+        let weights = with_prefix("weight.");
+        let gradients = with_prefix("gradient.");
         let frozen = |name: &str| !gradients.contains_key(name);
         Self {
             student: Trainable::with_frozen(&config, &weights, frozen),
@@ -58,7 +58,7 @@ impl Golden {
         self.json["lambda"].as_f64().unwrap() as f32
     }
 
-    /// Returns all sequences as one batch. The last token of each is only a label.
+    /// Returns all sequences as one batch. The last token of each sequence is a label, not an input.
     fn batch(&self) -> Batch {
         let mut batch = Batch {
             soft_offsets: vec![0],
@@ -72,9 +72,9 @@ impl Golden {
             batch.keys.push(String::new());
             let first = sequence["first"].as_u64().unwrap() as usize;
             for (index, soft) in sequence["soft"].as_array().unwrap().iter().enumerate() {
-                let at = first + index;
-                batch.positions.push((start + at) as u32);
-                batch.labels.push(ids[at + 1]);
+                let position = first + index;
+                batch.positions.push((start + position) as u32);
+                batch.labels.push(ids[position + 1]);
                 if !soft.is_null() {
                     let ids: Vec<u32> = serde_json::from_value(soft["ids"].clone()).unwrap();
                     let logprobs = soft["logprobs"].clone();
@@ -99,11 +99,11 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
     for name in CASES {
         let golden = Golden::load(name);
         let batch = golden.batch();
-        let all: Vec<u32> = (0..batch.input_ids.len() as u32).collect();
+        let positions: Vec<u32> = (0..batch.input_ids.len() as u32).collect();
         let input = ModelInput {
             input_ids: &batch.input_ids,
             segments: &batch.segments,
-            positions: &all,
+            positions: &positions,
         };
         let model = &golden.student.model;
         let logits = model.map_logits(input, |_, row| row.to_vec()).unwrap();
@@ -157,7 +157,7 @@ fn candle_graph_agrees_with_tape_in_every_architecture() {
             );
             assert_same(&gradients, &expected, 1e-4);
         }
-        // The pass of other devices, in two micro-batches.
+        // The backend of other devices, in two micro-batches.
         golden.student.model.set_backend(Backend::Candle);
         let batches = [batch.clone(), batch];
         let (ours, gradients) = golden
@@ -177,34 +177,35 @@ fn kv_cache_gives_the_logits_of_one_pass_in_every_architecture() {
         let golden = Golden::load(name);
         let model = &golden.student.model;
         let batch = golden.batch();
-        // The two longest sequences. The second joins while the first decodes.
+        // The two longest sequences. The second starts while the first decodes.
         let a = batch.segments[0].clone();
         let b = batch.segments[3].clone();
         let first = &batch.input_ids[a];
         let second = &batch.input_ids[b];
-        let logits_of_first = golden.values("logits.0");
-        let logits_of_second = golden.values("logits.3");
+        let first_logits = golden.values("logits.0");
+        let second_logits = golden.values("logits.3");
         let mut cache = model.new_cache();
-        let mut other = model.new_cache();
+        let mut second_cache = model.new_cache();
         model.step(&[&first[..20]], &mut [&mut cache]).unwrap();
-        let mut caches = [&mut cache, &mut other];
-        let mut at = (20, 0);
-        while at.0 < first.len() {
+        let mut caches = [&mut cache, &mut second_cache];
+        let mut lengths = (20, 0);
+        while lengths.0 < first.len() {
             // The second sequence starts with a prompt of 30 tokens, then decodes one token per step.
-            let next = (at.0 + 1, if at.1 == 0 { 30 } else { at.1 + 1 });
-            let tokens = [&first[at.0..next.0], &second[at.1..next.1]];
+            let second_length = if lengths.1 == 0 { 30 } else { lengths.1 + 1 };
+            let next = (lengths.0 + 1, second_length);
+            let tokens = [&first[lengths.0..next.0], &second[lengths.1..next.1]];
             let logits = model.step(&tokens, &mut caches).unwrap();
             let vocabulary = logits.len() / 2;
-            for (ours, (all, last)) in logits
+            for (ours, (expected, length)) in logits
                 .chunks(vocabulary)
-                .zip([(&logits_of_first, next.0), (&logits_of_second, next.1)])
+                .zip([(&first_logits, next.0), (&second_logits, next.1)])
             {
-                let expected = &all[(last - 1) * vocabulary..last * vocabulary];
+                let expected = &expected[(length - 1) * vocabulary..length * vocabulary];
                 let worst = ours.iter().zip(expected).map(|(a, b)| (a - b).abs());
                 let worst = worst.fold(0.0, f32::max);
-                assert!(worst < 1e-4, "{name}, token {last}: {worst:e}");
+                assert!(worst < 1e-4, "{name}, token {length}: {worst:e}");
             }
-            at = next;
+            lengths = next;
         }
     }
 }

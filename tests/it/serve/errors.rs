@@ -39,7 +39,7 @@ async fn validation_errors_have_openai_format() {
             json!("messages"),
             json!({"model": "tiny"}),
         ),
-        (400, Value::Null, Value::Null, json!("no object")),
+        (400, Value::Null, Value::Null, json!("not an object")),
     ] {
         let response = fixture.send(&body).await;
         assert_eq!(response.status(), status, "{code} {param}");

@@ -15,8 +15,8 @@ use tokio::time::timeout;
 use crate::tiny;
 
 const CONTEXT: usize = 2500;
-/// Longer than any answer takes, and shorter than an endless one.
-const LONG: Duration = Duration::from_secs(20);
+/// Time limit of a request. Answers take less, unless they are [`endless`].
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A server over a tiny model, with a client.
 struct Fixture {
@@ -29,7 +29,7 @@ fn start(batch_size: usize, queue: usize) -> Fixture {
     start_with_context(batch_size, queue, CONTEXT)
 }
 
-/// A server whose answers can be [`endless`].
+/// Starts a server whose answers can be [`endless`].
 fn start_endless(queue: usize) -> Fixture {
     start_with_context(1, queue, 200_000)
 }
@@ -67,7 +67,7 @@ impl Fixture {
 
     async fn send_to(&self, path: &str, body: &Value) -> Response {
         let request = self.client.post(self.url(path)).json(body);
-        timeout(LONG, request.send()).await.unwrap().unwrap()
+        timeout(TIMEOUT, request.send()).await.unwrap().unwrap()
     }
 
     /// Returns the answer to a request that must succeed.
@@ -78,7 +78,7 @@ impl Fixture {
     async fn ask_at(&self, path: &str, body: &Value) -> Value {
         let response = self.send_to(path, body).await;
         let status = response.status();
-        let answer: Value = timeout(LONG, response.json()).await.unwrap().unwrap();
+        let answer: Value = timeout(TIMEOUT, response.json()).await.unwrap().unwrap();
         assert_eq!(status, StatusCode::OK, "{answer}");
         answer
     }
@@ -89,7 +89,7 @@ impl Fixture {
         body["stream"] = true.into();
         let response = self.send(&body).await;
         assert_eq!(response.headers()["content-type"], "text/event-stream");
-        let text = timeout(LONG, response.text()).await.unwrap().unwrap();
+        let text = timeout(TIMEOUT, response.text()).await.unwrap().unwrap();
         let mut events: Vec<&str> = text
             .lines()
             .filter_map(|line| line.strip_prefix("data: "))
@@ -119,7 +119,7 @@ fn text(answer: &Value) -> &str {
     answer["choices"][0]["message"]["content"].as_str().unwrap()
 }
 
-fn bytes_of(token: &Value) -> Vec<u8> {
+fn token_bytes(token: &Value) -> Vec<u8> {
     let bytes = token["bytes"].as_array().unwrap();
     bytes
         .iter()
@@ -163,7 +163,7 @@ async fn answer_has_openai_format() {
     assert_eq!(choice["finish_reason"], "length");
     assert_eq!(choice["logprobs"], Value::Null);
     assert_eq!(choice["message"]["role"], "assistant");
-    // <|im_start|> user \n h i <|im_end|> \n <|im_start|> assistant \n, a token a byte.
+    // <|im_start|> user \n h i <|im_end|> \n <|im_start|> assistant \n: one token per byte or control token.
     let prompt_tokens = 1 + 5 + 2 + 2 + 1 + 10;
     assert_eq!(
         answer["usage"],
@@ -176,7 +176,7 @@ async fn answer_has_openai_format() {
 }
 
 #[tokio::test]
-async fn streamed_answer_equals_whole_answer() {
+async fn streamed_answer_equals_unstreamed_answer() {
     let fixture = start(4, 64);
     for extra in [
         json!({"seed": 11, "temperature": 1, "logprobs": true, "top_logprobs": 3}),
@@ -184,13 +184,13 @@ async fn streamed_answer_equals_whole_answer() {
         json!({"seed": 13, "temperature": 1, "stop": ["e", "xy"], "max_tokens": 2000}),
     ] {
         let mut body = request("tell me", extra);
-        let whole = fixture.ask(&body).await;
+        let unstreamed = fixture.ask(&body).await;
         body["stream_options"] = json!({"include_usage": true});
         let mut events = fixture.stream(&body).await;
         let usage = events.pop().unwrap();
         assert_eq!(usage["choices"], json!([]));
-        assert_eq!(usage["usage"], whole["usage"]);
-        for expected in whole["choices"].as_array().unwrap() {
+        assert_eq!(usage["usage"], unstreamed["usage"]);
+        for expected in unstreamed["choices"].as_array().unwrap() {
             let mut content = String::new();
             let mut logprobs = Vec::new();
             let mut finish_reason = Value::Null;
@@ -228,7 +228,7 @@ async fn logprobs_match_the_text() {
         .as_array()
         .unwrap();
     let mut bytes = Vec::new();
-    let mut listed = 0;
+    let mut in_top = 0;
     let mut partial = 0;
     for position in content {
         let top = position["top_logprobs"].as_array().unwrap();
@@ -238,12 +238,12 @@ async fn logprobs_match_the_text() {
         assert!(logprobs.iter().map(|logprob| logprob.exp()).sum::<f64>() <= 1.0);
         for same in top.iter().filter(|t| t["token"] == position["token"]) {
             // Tokens that are parts of different characters may have the same text.
-            if same["bytes"] == position["bytes"] && !bytes_of(same).is_empty() {
+            if same["bytes"] == position["bytes"] && !token_bytes(same).is_empty() {
                 assert_eq!(same["logprob"], position["logprob"]);
-                listed += 1;
+                in_top += 1;
             }
         }
-        let token = bytes_of(position);
+        let token = token_bytes(position);
         match std::str::from_utf8(&token) {
             Ok("") => assert!(position["token"].as_str().unwrap().starts_with("<|")),
             Ok(text) => assert_eq!(position["token"], text),
@@ -255,10 +255,10 @@ async fn logprobs_match_the_text() {
         bytes.extend(token);
     }
     assert!(
-        listed > 10,
-        "the emitted token is often among the 20 likeliest"
+        in_top > 10,
+        "the emitted token is too rarely among the 20 likeliest: {in_top}"
     );
-    assert!(partial > 10, "the tiny model emits parts of characters");
+    assert!(partial > 10, "too few parts of characters: {partial}");
     assert_eq!(String::from_utf8_lossy(&bytes), text(&answer));
 }
 
@@ -309,8 +309,8 @@ async fn stop_string_cuts_the_answer_before_it() {
         let body = json!({"seed": seed, "temperature": 1, "max_tokens": 400});
         let full = fixture.ask(&request("tell me", body.clone())).await;
         let full_text = text(&full).to_string();
-        let whole = full_text.split('\u{fffd}').next().unwrap();
-        if let Some(stop) = whole.as_bytes().windows(2).find(letters) {
+        let valid_text = full_text.split('\u{fffd}').next().unwrap();
+        if let Some(stop) = valid_text.as_bytes().windows(2).find(letters) {
             let stop = std::str::from_utf8(stop).unwrap().to_string();
             break (body, full_text, stop);
         }
@@ -326,9 +326,9 @@ async fn stop_string_cuts_the_answer_before_it() {
     let tokens = answer["choices"][0]["logprobs"]["content"]
         .as_array()
         .unwrap();
-    let bytes: Vec<u8> = tokens.iter().flat_map(bytes_of).collect();
+    let bytes: Vec<u8> = tokens.iter().flat_map(token_bytes).collect();
     assert_eq!(String::from_utf8_lossy(&bytes), text(&answer));
-    // The tokens of the stop string were generated, so they count.
+    // The tokens of the stop string were generated, so they are counted.
     let completion_tokens = answer["usage"]["completion_tokens"].as_u64().unwrap() as usize;
     assert!(completion_tokens > tokens.len());
     assert!(
@@ -368,15 +368,15 @@ async fn concurrent_requests_get_the_same_answers_as_sequential_ones() {
     }
 }
 
-/// A request whose answer takes longer than any test.
+/// Returns a request whose answer takes longer than any test.
 fn endless() -> Value {
     request("tell me", json!({"max_tokens": null, "stream": true}))
 }
 
-/// Reads a stream until its first text: its answer is running then.
+/// Reads a stream until its first text, which shows that the answer is running.
 async fn wait_for_first_text(response: &mut Response) {
     loop {
-        let piece = timeout(LONG, response.chunk()).await.unwrap().unwrap();
+        let piece = timeout(TIMEOUT, response.chunk()).await.unwrap().unwrap();
         let piece = String::from_utf8(piece.unwrap().to_vec()).unwrap();
         if piece.contains("\"delta\":{\"content\"") {
             return;
@@ -389,12 +389,12 @@ async fn disconnect_frees_the_slot() {
     let fixture = start_endless(64);
     let mut streaming = fixture.send(&endless()).await;
     wait_for_first_text(&mut streaming).await;
-    let mut whole = endless();
-    whole["stream"] = false.into();
-    // These two are queued, and one of them times out there.
+    let mut unstreamed = endless();
+    unstreamed["stream"] = false.into();
+    // Both requests are queued, and the second one times out in the queue.
     let waiting = fixture.send(&endless()).await;
-    let timed_out = timeout(Duration::from_millis(50), fixture.send(&whole)).await;
-    assert!(timed_out.is_err(), "the slot is occupied");
+    let timed_out = timeout(Duration::from_millis(50), fixture.send(&unstreamed)).await;
+    assert!(timed_out.is_err(), "the slot was free");
     drop(streaming);
     drop(waiting);
     fixture.ask(&request("hi", json!({}))).await;
@@ -406,7 +406,7 @@ async fn full_queue_rejects_with_retry_after() {
     let mut running = fixture.send(&endless()).await;
     wait_for_first_text(&mut running).await;
     let _first = fixture.send(&endless()).await;
-    // All answers of a request are queued, or none.
+    // One slot is left in the queue: a request for two answers is rejected.
     let pair = request("hi", json!({"n": 2}));
     assert_eq!(
         fixture.send(&pair).await.status(),
@@ -432,9 +432,9 @@ async fn shutdown_lets_running_answers_finish() {
     let mut response = client.post(&url).json(&body).send().await.unwrap();
     wait_for_first_text(&mut response).await;
     let shutdown = tokio::task::spawn_blocking(|| server.shutdown());
-    let rest = timeout(LONG, response.text()).await.unwrap().unwrap();
-    assert!(rest.ends_with("data: [DONE]\n\n"), "{rest}");
-    timeout(LONG, shutdown).await.unwrap().unwrap().unwrap();
+    let remaining = timeout(TIMEOUT, response.text()).await.unwrap().unwrap();
+    assert!(remaining.ends_with("data: [DONE]\n\n"), "{remaining}");
+    timeout(TIMEOUT, shutdown).await.unwrap().unwrap().unwrap();
     assert!(
         client
             .post(&url)

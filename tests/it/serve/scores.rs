@@ -1,4 +1,4 @@
-//! Logprobs of given texts: `echo` and `prompt_logprobs`.
+//! Logprobs of texts in the request: `echo` and `prompt_logprobs`.
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
@@ -10,14 +10,14 @@ fn floats(list: &Value) -> Vec<Option<f64>> {
 }
 
 fn is_close(a: &[Option<f64>], b: &[Option<f64>]) -> bool {
-    let same = |(a, b): (&Option<f64>, &Option<f64>)| match (a, b) {
+    let is_same = |(a, b): (&Option<f64>, &Option<f64>)| match (a, b) {
         (Some(a), Some(b)) => (a - b).abs() < 1e-4,
         (a, b) => a == b,
     };
-    a.len() == b.len() && a.iter().zip(b).all(same)
+    a.len() == b.len() && a.iter().zip(b).all(is_same)
 }
 
-/// The ids behind `token_id:N`.
+/// Returns the ids N of tokens named `token_id:N`.
 fn ids(tokens: &Value) -> Vec<u32> {
     let id = |token: &Value| {
         let name = token.as_str().unwrap();
@@ -33,24 +33,24 @@ async fn scores_of_generated_text_match_generation() {
         "model": "tiny", "prompt": "the inn", "max_tokens": 30, "temperature": 1, "seed": 4, "echo": true,
         "logprobs": 5, "return_tokens_as_token_ids": true,
     });
-    let written = fixture.ask_at("/completions", &body).await;
-    assert!(written["id"].as_str().unwrap().starts_with("cmpl-"));
-    assert_eq!(written["object"], "text_completion");
-    let choice = &written["choices"][0];
+    let generated = fixture.ask_at("/completions", &body).await;
+    assert!(generated["id"].as_str().unwrap().starts_with("cmpl-"));
+    assert_eq!(generated["object"], "text_completion");
+    let choice = &generated["choices"][0];
     let ids = ids(&choice["logprobs"]["tokens"]);
-    let prompt = written["usage"]["prompt_tokens"].as_u64().unwrap() as usize;
+    let prompt = generated["usage"]["prompt_tokens"].as_u64().unwrap() as usize;
     assert!(ids.len() > prompt + 10 && prompt > 2);
     assert!(choice["text"].as_str().unwrap().starts_with("the inn"));
 
-    // Given as ids, the text is scored in one pass instead of token by token.
+    // As a prompt, the same tokens are scored in one pass instead of token by token.
     let body =
         json!({"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": true, "logprobs": 5});
-    let read = fixture.ask_at("/completions", &body).await;
-    assert_eq!(read["usage"]["completion_tokens"], 0);
-    assert_eq!(read["choices"][0]["finish_reason"], "length");
-    let written_logprobs = &choice["logprobs"];
-    let read_logprobs = &read["choices"][0]["logprobs"];
-    let logprobs = floats(&read_logprobs["token_logprobs"]);
+    let scored = fixture.ask_at("/completions", &body).await;
+    assert_eq!(scored["usage"]["completion_tokens"], 0);
+    assert_eq!(scored["choices"][0]["finish_reason"], "length");
+    let generated_logprobs = &choice["logprobs"];
+    let scored_logprobs = &scored["choices"][0]["logprobs"];
+    let logprobs = floats(&scored_logprobs["token_logprobs"]);
     assert_eq!(logprobs[0], None);
     assert!(
         logprobs[1..]
@@ -59,9 +59,9 @@ async fn scores_of_generated_text_match_generation() {
     );
     assert!(is_close(
         &logprobs,
-        &floats(&written_logprobs["token_logprobs"])
+        &floats(&generated_logprobs["token_logprobs"])
     ));
-    for (at, top) in read_logprobs["top_logprobs"]
+    for (position, top) in scored_logprobs["top_logprobs"]
         .as_array()
         .unwrap()
         .iter()
@@ -75,7 +75,7 @@ async fn scores_of_generated_text_match_generation() {
             None => Vec::new(),
         };
         assert!(top.len() <= 5 && top.is_sorted_by(|a, b| a >= b));
-        assert_eq!(top.is_empty(), at == 0);
+        assert_eq!(top.is_empty(), position == 0);
     }
 }
 
@@ -108,21 +108,26 @@ async fn echo_and_prompt_logprobs_agree() {
         .iter()
         .map(decoded_token)
         .collect();
-    assert_eq!(tail.concat(), " inn, é", "it ends where the answer ends");
+    assert_eq!(
+        tail.concat(),
+        " inn, é",
+        "the prompt ends with the message to continue"
+    );
 
+    // <|im_start|>, after 256 bytes, 6 merges and <|endoftext|>.
     let first = 256 + 6 + 1;
     let prompt: Vec<u32> = [first].into_iter().chain(ids).collect();
     assert_eq!(answer["prompt_token_ids"], json!(prompt));
     let body = json!({"model": "tiny", "prompt": prompt, "max_tokens": 0, "echo": true, "logprobs": 0,
         "prompt_logprobs": 2});
-    let read = fixture.ask_at("/completions", &body).await;
-    let read = &read["choices"][0];
+    let scored = fixture.ask_at("/completions", &body).await;
+    let scored = &scored["choices"][0];
     assert!(is_close(
         &logprobs,
-        &floats(&read["logprobs"]["token_logprobs"])
+        &floats(&scored["logprobs"]["token_logprobs"])
     ));
     assert_eq!(
-        read["prompt_logprobs"].as_array().unwrap().len(),
+        scored["prompt_logprobs"].as_array().unwrap().len(),
         prompt.len()
     );
 }
@@ -177,7 +182,7 @@ async fn invalid_scoring_request_names_the_field() {
         let error: Value = response.json().await.unwrap();
         assert_eq!(error["error"]["param"], field, "{error}");
     }
-    // A text that fills the context is scored, since no answer follows.
+    // A text that fills the context can be scored, because no token is generated.
     let full = json!({"model": "tiny", "prompt": vec![7; CONTEXT], "echo": true, "max_tokens": 0, "logprobs": 0});
     fixture.ask_at("/completions", &full).await;
     for (field, extra) in [

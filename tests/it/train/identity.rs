@@ -85,7 +85,7 @@ fn write_model(dir: &Path, config: &Value) {
         let rounded = tensor.to_dtype(DType::BF16).unwrap();
         *tensor = rounded.to_dtype(DType::F32).unwrap();
     }
-    tiny::write_weights(dir, &config.export(&weights).unwrap());
+    tiny::write_weights(dir, &config.to_file_layout(&weights).unwrap());
 }
 
 /// Makes a head (V x D) that often selects the last token, and rarely the control tokens before it.
@@ -180,7 +180,7 @@ impl Gradients<'_> {
             let activations = Activations::Keep;
             objective::gradients(models, &batch, weights, activations, &mut gradients).unwrap();
             let vars = self.student.vars.values();
-            let parts = vars.map(|var| gradients.get(var.as_tensor()).unwrap_or_default());
+            let parts = vars.map(|var| gradients.get_tape(var.as_tensor()).unwrap_or_default());
             parts.collect::<Vec<_>>().concat()
         };
         examples.iter().map(gradient).collect()
