@@ -14,10 +14,10 @@ use crate::exit::Exit;
 /// Validated address of an endpoint.
 #[derive(Debug)]
 pub(crate) struct EndpointAddress {
-    /// The base URL without a trailing slash, its `${NAME}` variables expanded.
-    pub text: String,
-    pub query: Vec<(String, String)>,
-    url: Url,
+    /// The base URL, its `${NAME}` variables expanded.
+    base: Url,
+    /// Query parameters of every request.
+    query: Vec<(String, String)>,
 }
 
 impl EndpointAddress {
@@ -71,10 +71,22 @@ impl EndpointAddress {
             Ok((name.clone(), expand(&setting, value)?.text))
         };
         Ok(EndpointAddress {
-            text,
+            base: url,
             query: settings.query.iter().map(pair).collect::<Result<_>>()?,
-            url,
         })
+    }
+
+    /// Returns the URL of an API method, such as `chat/completions`, with the query parameters of the config.
+    pub(crate) fn method_url(&self, path: &str) -> Url {
+        let mut url = self.base.clone();
+        url.set_path(&format!(
+            "{}/{path}",
+            self.base.path().trim_end_matches('/')
+        ));
+        if !self.query.is_empty() {
+            url.query_pairs_mut().extend_pairs(&self.query);
+        }
+        url
     }
 }
 
@@ -138,7 +150,7 @@ pub(crate) fn client(
         .http1_ignore_invalid_headers_in_responses(true)
         .connect_timeout(seconds("connect_timeout_s", settings.connect_timeout_s)?)
         .timeout(seconds("timeout_s", settings.timeout_s)?);
-    if is_loopback(&address.url) {
+    if is_loopback(&address.base) {
         builder = builder.no_proxy();
     }
     if let Some(path) = &settings.client_certificate {
@@ -163,7 +175,7 @@ pub(crate) fn client(
             return Err(no_certificate("").into());
         }
         builder = builder.tls_certs_merge(certificates);
-    } else if address.url.scheme() == "http" {
+    } else if address.base.scheme() == "http" {
         // Plain HTTP checks no certificate, so the machine needs none installed.
         builder = builder.tls_certs_only([]);
     }

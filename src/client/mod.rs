@@ -3,7 +3,7 @@
 //! | file | content |
 //! |---|---|
 //! | `transport` | traits [`transport::Transport`] and [`transport::BatchApi`], the seam that tests replace; raw replies and errors |
-//! | `http`, `http_batches`, `one_attempt` | their implementation over HTTP |
+//! | `http`, `http_batches`, `sender` | their implementation over HTTP |
 //! | `connection`, `credentials`, `secrets` | base URL and TLS; API key, its renewal and headers; removal of keys from replies |
 //! | `request`, `structured_output` | request bodies; JSON schema of the answers |
 //! | `response` | lenient parser of replies |
@@ -24,7 +24,6 @@ pub(crate) mod connection;
 pub(crate) mod credentials;
 pub(crate) mod http;
 pub(crate) mod http_batches;
-pub(crate) mod one_attempt;
 pub(crate) mod outcome;
 pub(crate) mod refusal_reason;
 pub(crate) mod refused;
@@ -33,5 +32,6 @@ pub(crate) mod response;
 pub(crate) mod retry_after;
 pub(crate) mod score_text;
 pub(crate) mod secrets;
+pub(crate) mod sender;
 pub(crate) mod structured_output;
 pub mod transport;

@@ -14,8 +14,7 @@ use tokio::sync::SemaphorePermit;
 use crate::client::secrets::Secrets;
 
 /// A raw HTTP reply of any status.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("a reply with status {status}")]
+#[derive(Debug, Clone)]
 pub struct HttpReply {
     pub status: u16,
     pub headers: HeaderMap,
@@ -84,7 +83,7 @@ pub enum TransportError {
 /// Sends requests to a teacher: over HTTP, or in tests to a simulation on the paused clock.
 pub trait Transport: Send + Sync {
     /// Sends one request and waits for the whole reply.
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
+    fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
 
     /// Secrets to remove from answers.
     fn secrets(&self) -> Arc<Secrets> {

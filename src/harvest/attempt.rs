@@ -74,7 +74,7 @@ pub(crate) async fn run(
     let body = template.body_for_prompt(prompt, row.sample);
     let sent_at = clock.now();
     let started = Instant::now();
-    let reply = transport.ask(&body).await;
+    let reply = transport.complete(&body).await;
     let latency = started.elapsed();
     let now = clock.now().into();
     let mut reports = Vec::new();

@@ -41,7 +41,7 @@ struct Watching {
 }
 
 impl Transport for Watching {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
+    fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let at = Instant::now();
             let number = {

@@ -31,7 +31,7 @@ pub struct Simulated {
 }
 
 impl Transport for Simulated {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
+    fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let body = body.to_string();
             let answer = async {

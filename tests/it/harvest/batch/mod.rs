@@ -48,8 +48,8 @@ struct Provider {
 }
 
 impl Transport for Provider {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
-        self.chat.ask(body)
+    fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
+        self.chat.complete(body)
     }
 
     fn batches(&self) -> Option<&dyn BatchApi> {

@@ -52,7 +52,7 @@ impl Noting {
 }
 
 impl Transport for Noting {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
+    fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let max_tokens = body["max_completion_tokens"].as_u64().unwrap();
             let tokens = (body.to_string().len() as u64).div_ceil(4) + max_tokens;

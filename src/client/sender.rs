@@ -1,15 +1,11 @@
 //! One HTTP exchange: sends a request exactly once and reads the whole reply.
 
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::time::Duration;
 
-use async_openai::error::OpenAIError;
-use async_openai::middleware::HttpRequestFactory;
 use bytes::{Bytes, BytesMut};
-use futures_util::future::BoxFuture;
-use reqwest::header::HeaderMap;
-use reqwest::{Request, Response};
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::{Method, Request, Response, Url};
+use serde_json::Value;
 use tokio::sync::Semaphore;
 
 use crate::client::credentials::{Credentials, RequestHeaders};
@@ -22,77 +18,64 @@ use crate::ops::process;
 /// Maximum size of a body in bytes; no useful chat completion is larger.
 const LARGEST_BODY: usize = 64 << 20;
 
-/// Maximum duration of a file upload.
-pub(crate) const LONGEST_TRANSFER: Duration = Duration::from_secs(6 * 3_600);
-
-/// HTTP service for async-openai that makes one attempt and returns the raw reply.
-///
-/// async-openai's own executor retries outside our rate limit, logs bodies, and drops the headers, the bodies
-/// of errors, and answers that its types do not cover. So this service reads the response itself and returns
-/// it as its *error*, which the crate passes on unchanged; [`unpack`] extracts the reply. The crate only
-/// builds the request: path, headers, JSON.
-#[derive(Clone)]
-pub(crate) struct OneAttempt {
-    pub http: HttpSender,
-}
-
-impl tower::Service<HttpRequestFactory> for OneAttempt {
-    type Response = Response;
-    type Error = tower::BoxError;
-    type Future = BoxFuture<'static, Result<Response, tower::BoxError>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: HttpRequestFactory) -> Self::Future {
-        let http = self.http.clone();
-        Box::pin(async move {
-            let mut request = request.build().await?;
-            // A streamed body is a file upload, which may take hours.
-            if request.body().is_some_and(|body| body.as_bytes().is_none()) {
-                *request.timeout_mut() = Some(LONGEST_TRANSFER);
-            }
-            let outcome: tower::BoxError = match http.send(request).await {
-                Ok(reply) => reply.into(),
-                Err(error) => error.into(),
-            };
-            Err(outcome)
-        })
-    }
-}
-
-/// Extracts the reply from the error in which [`OneAttempt`] returned it through async-openai.
-pub(crate) fn unpack<T>(outcome: Result<T, OpenAIError>) -> Result<HttpReply, TransportError> {
-    let error = match outcome {
-        Err(OpenAIError::Boxed(carried)) => match carried.downcast::<HttpReply>() {
-            Ok(reply) => return Ok(*reply),
-            Err(carried) => match carried.downcast::<TransportError>() {
-                Ok(error) => return Err(*error),
-                Err(other) => other.to_string(),
-            },
-        },
-        Err(other) => other.to_string(),
-        // `OneAttempt` never returns a response.
-        Ok(_) => "internal error: async-openai returned no raw reply".into(),
-    };
-    Err(TransportError::Broken(error))
-}
-
 /// Sends requests with the key and the headers of an endpoint.
 #[derive(Clone)]
 pub(crate) struct HttpSender {
-    pub http: reqwest::Client,
+    pub client: reqwest::Client,
     pub credentials: Arc<Credentials>,
 }
 
 impl HttpSender {
+    /// Sends a POST request with a JSON body and reads the whole reply.
+    ///
+    /// # Errors
+    /// As [`HttpSender::send`].
+    pub(crate) async fn post_json(
+        &self,
+        url: Url,
+        body: &Value,
+    ) -> Result<HttpReply, TransportError> {
+        let body =
+            serde_json::to_vec(body).map_err(|error| TransportError::Broken(error.to_string()))?;
+        let mut request = Request::new(Method::POST, url);
+        let content_type = HeaderValue::from_static("application/json");
+        request.headers_mut().insert(CONTENT_TYPE, content_type);
+        *request.body_mut() = Some(body.into());
+        self.send(request).await
+    }
+
     /// Sends a request and reads the whole reply, decoded and with keys removed.
     ///
     /// # Errors
     /// If no reply began, or the key had expired. A reply that broke off is returned with its received part.
     pub(crate) async fn send(&self, request: Request) -> Result<HttpReply, TransportError> {
         let (sent, response) = self.begin(request).await?;
+        self.finish(&sent, response).await
+    }
+
+    /// Sends a request. Returns the headers that were added to it, and the response before its body is read.
+    pub(crate) async fn begin(
+        &self,
+        mut request: Request,
+    ) -> Result<(Arc<RequestHeaders>, Response), TransportError> {
+        let sent = self.credentials.current();
+        for (name, value) in &sent.headers {
+            request.headers_mut().insert(name, value.clone());
+        }
+        let response = self.client.execute(request).await;
+        Ok((sent, response.map_err(transport_error)?))
+    }
+
+    /// Reads the response to a request with the headers `sent`, and removes keys from it. Renews the key if the
+    /// endpoint rejected it.
+    ///
+    /// # Errors
+    /// [`TransportError::KeyRenewed`] if a new key is in place.
+    pub(crate) async fn finish(
+        &self,
+        sent: &RequestHeaders,
+        response: Response,
+    ) -> Result<HttpReply, TransportError> {
         let mut reply = read(response).await;
         let body = sent.secrets.clean(reply.body.clone());
         if let BodyEnd::Unreadable { raw, .. } = &mut reply.end
@@ -103,43 +86,17 @@ impl HttpSender {
         }
         reply.body = body;
         sent.secrets.clean_headers(&mut reply.headers);
-        self.renew_key_if_rejected(&sent, reply.status).await?;
-        Ok(reply)
-    }
-
-    /// Sends a request and returns the response before its body is read.
-    pub(crate) async fn begin(
-        &self,
-        mut request: Request,
-    ) -> Result<(Arc<RequestHeaders>, Response), TransportError> {
-        let sent = self.credentials.current();
-        for (name, value) in &sent.headers {
-            request.headers_mut().insert(name, value.clone());
-        }
-        let response = self.http.execute(request).await.map_err(transport_error)?;
-        Ok((sent, response))
-    }
-
-    /// Renews the key if a reply with `status` rejected the headers `sent`.
-    ///
-    /// # Errors
-    /// [`TransportError::KeyRenewed`] if a new key is in place.
-    pub(crate) async fn renew_key_if_rejected(
-        &self,
-        sent: &RequestHeaders,
-        status: u16,
-    ) -> Result<(), TransportError> {
-        match status {
+        match reply.status {
             401 if self.credentials.renew(sent).await => return Err(TransportError::KeyRenewed),
             200..300 => self.credentials.mark_accepted(),
             _ => {}
         }
-        Ok(())
+        Ok(reply)
     }
 }
 
 /// Reads a response to its end.
-pub(crate) async fn read(mut response: Response) -> HttpReply {
+async fn read(mut response: Response) -> HttpReply {
     let status = response.status().as_u16();
     let headers = std::mem::take(response.headers_mut());
     let mut reading = BodyReader::new(&headers);
