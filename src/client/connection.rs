@@ -21,19 +21,20 @@ pub(crate) struct EndpointAddress {
 }
 
 impl EndpointAddress {
-    /// Checks `base_url`: https, or http if allowed; without credentials, query or the path of an API method.
+    /// Expands and checks `teacher.base_url`: it must be https, or http where that is allowed, and contain no
+    /// credentials, no query and no path of an API method.
     ///
     /// # Errors
     /// [`Exit::Usage`] with the value to set instead.
     pub(crate) fn from_config(settings: &config::TeacherConfig) -> Result<EndpointAddress> {
-        let shown = &settings.base_url;
-        let text = expand("teacher.base_url", shown)?.text;
+        let configured = &settings.base_url;
+        let text = expand("teacher.base_url", configured)?.text;
         let text = text.trim().trim_end_matches('/').to_owned();
         let usage = |message: String| anyhow::Error::from(Exit::Usage(message));
         if !text.contains("://") {
             return Err(usage(format!(
-                "`teacher.base_url` = \"{shown}\" has no scheme: write \"https://{shown}\", or \
-                 \"http://{shown}\" for a server on this machine"
+                "`teacher.base_url` = \"{configured}\" has no scheme: write \"https://{configured}\", or \
+                 \"http://{configured}\" for a server on this machine"
             )));
         }
         let url = Url::parse(&text)
@@ -46,7 +47,9 @@ impl EndpointAddress {
             ));
         }
         if url.query().is_some() || url.fragment().is_some() {
-            let (address, _) = shown.split_once(['?', '#']).unwrap_or((shown, ""));
+            let (address, _) = configured
+                .split_once(['?', '#'])
+                .unwrap_or((configured, ""));
             return Err(usage(format!(
                 "`teacher.base_url` must not contain a query: set it to \"{address}\", and move the \
                  parameters after the ? to `teacher.query = {{ api-version = \"...\" }}`"
@@ -58,7 +61,7 @@ impl EndpointAddress {
             "/responses",
             "/messages",
         ] {
-            if let Some(address) = shown.trim().trim_end_matches('/').strip_suffix(path) {
+            if let Some(address) = configured.trim().trim_end_matches('/').strip_suffix(path) {
                 return Err(usage(format!(
                     "`teacher.base_url` must not end with \"{path}\", which is appended to each request: \
                      set it to \"{address}\""
@@ -66,13 +69,17 @@ impl EndpointAddress {
             }
         }
         check_scheme(settings, &url)?;
-        let pair = |(name, value): (&String, &String)| {
+        let expand_pair = |(name, value): (&String, &String)| {
             let setting = format!("teacher.query.{name}");
             Ok((name.clone(), expand(&setting, value)?.text))
         };
         Ok(EndpointAddress {
             base: url,
-            query: settings.query.iter().map(pair).collect::<Result<_>>()?,
+            query: settings
+                .query
+                .iter()
+                .map(expand_pair)
+                .collect::<Result<_>>()?,
         })
     }
 
@@ -91,31 +98,31 @@ impl EndpointAddress {
 }
 
 fn check_scheme(settings: &config::TeacherConfig, url: &Url) -> Result<()> {
-    let shown = &settings.base_url;
-    let mut texts = settings.headers.values().chain(settings.query.values());
+    let configured = &settings.base_url;
+    let mut values = settings.headers.values().chain(settings.query.values());
     let has_key = settings.key_source() != KeySource::None
-        || texts.any(|text| text.contains("${"))
-        || shown.contains("${");
+        || values.any(|value| value.contains("${"))
+        || configured.contains("${");
     let message = match (url.scheme(), settings.allow_http) {
         ("https", _) => return Ok(()),
         ("http", _) if is_loopback(url) => return Ok(()),
         ("http", AllowHttp::WithKey) => return Ok(()),
         ("http", AllowHttp::WithoutKey) if !has_key => return Ok(()),
         ("http", AllowHttp::WithoutKey) => format!(
-            "`teacher.base_url` = \"{shown}\" would send the key unencrypted: use https; or, where the \
+            "`teacher.base_url` = \"{configured}\" would send the key unencrypted: use https; or, where the \
              endpoint needs no key, set `teacher.api_key_env = \"\"`; or allow it with \
              `teacher.allow_http = \"with_key\"`"
         ),
         ("http", AllowHttp::No) if has_key => format!(
-            "`teacher.base_url` = \"{shown}\" would send the key and the prompts unencrypted: use https; or \
+            "`teacher.base_url` = \"{configured}\" would send the key and the prompts unencrypted: use https; or \
              set `teacher.api_key_env = \"\"` and `teacher.allow_http = true` for an endpoint without a key on \
              your own network, or `teacher.allow_http = \"with_key\"` to send the key as well"
         ),
         ("http", AllowHttp::No) => format!(
-            "`teacher.base_url` = \"{shown}\" would send the prompts unencrypted: use https, or \
+            "`teacher.base_url` = \"{configured}\" would send the prompts unencrypted: use https, or \
              set `teacher.allow_http = true` for an endpoint on your own network"
         ),
-        _ => format!("`teacher.base_url` = \"{shown}\" must begin with https://"),
+        _ => format!("`teacher.base_url` = \"{configured}\" must begin with https://"),
     };
     Err(Exit::Usage(message).into())
 }
@@ -137,7 +144,7 @@ pub(crate) fn client(
     settings: &config::TeacherConfig,
     address: &EndpointAddress,
 ) -> Result<reqwest::Client> {
-    // An error means that a provider is already installed.
+    // Fails only if a crypto provider is already installed.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut builder = reqwest::Client::builder()
         .user_agent(concat!("distill/", env!("CARGO_PKG_VERSION")))
@@ -176,7 +183,7 @@ pub(crate) fn client(
         }
         builder = builder.tls_certs_merge(certificates);
     } else if address.base.scheme() == "http" {
-        // Plain HTTP checks no certificate, so the machine needs none installed.
+        // Plain HTTP verifies no certificate, so the machine need not have any installed.
         builder = builder.tls_certs_only([]);
     }
     builder.build().context(
@@ -189,7 +196,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     crate::fs::read(path).map_err(|error| Exit::Usage(format!("{error:#}")).into())
 }
 
-/// Converts a setting in seconds.
+/// Converts the setting `teacher.{name}`, in seconds, to a duration.
 ///
 /// # Errors
 /// [`Exit::Usage`] unless the value is finite and greater than 0.
@@ -199,7 +206,7 @@ pub(crate) fn seconds(name: &str, value: f64) -> Result<Duration> {
         .filter(|duration| !duration.is_zero())
         .ok_or_else(|| {
             Exit::Usage(format!(
-                "`teacher.{name}` = {value} must be greater than 0 seconds"
+                "`teacher.{name}` = {value} must be a finite number of seconds greater than 0"
             ))
             .into()
         })

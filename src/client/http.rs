@@ -20,9 +20,9 @@ use crate::config;
 pub(crate) struct HttpTeacher {
     pub(crate) sender: HttpSender,
     pub(crate) address: EndpointAddress,
-    completions: Url,
-    /// Maximum time between two chunks of a file download.
-    pub(crate) timeout: Duration,
+    completions_url: Url,
+    /// Maximum time until a file download begins, and then between two of its chunks.
+    pub(crate) download_timeout: Duration,
 }
 
 impl HttpTeacher {
@@ -31,7 +31,7 @@ impl HttpTeacher {
         Self::with_path(settings, "chat/completions")
     }
 
-    /// As [`HttpTeacher::new`], with completions at another path than `chat/completions`.
+    /// As [`HttpTeacher::new`], but completions are requested from `path` instead of `chat/completions`.
     pub(crate) fn with_path(settings: &config::TeacherConfig, path: &str) -> Result<HttpTeacher> {
         let credentials = Arc::new(Credentials::load(settings)?);
         let address = EndpointAddress::from_config(settings)?;
@@ -40,16 +40,16 @@ impl HttpTeacher {
                 client: connection::client(settings, &address)?,
                 credentials,
             },
-            completions: address.method_url(path),
+            completions_url: address.method_url(path),
             address,
-            timeout: connection::seconds("timeout_s", settings.timeout_s)?,
+            download_timeout: connection::seconds("timeout_s", settings.timeout_s)?,
         })
     }
 }
 
 impl Transport for HttpTeacher {
     fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
-        Box::pin(self.sender.post_json(self.completions.clone(), body))
+        Box::pin(self.sender.post_json(self.completions_url.clone(), body))
     }
 
     fn secrets(&self) -> Arc<Secrets> {

@@ -29,7 +29,7 @@ const PAGE_SIZE: &str = "100";
 /// Maximum duration of a file upload.
 const LONGEST_UPLOAD: Duration = Duration::from_secs(6 * 3_600);
 
-/// Maximum duration of a download that keeps receiving data.
+/// Maximum duration of a file download.
 const LONGEST_DOWNLOAD: Duration = Duration::from_secs(24 * 3_600);
 
 impl BatchApi for HttpTeacher {
@@ -93,7 +93,7 @@ impl HttpTeacher {
         let url = self.address.method_url(&format!("files/{file}/content"));
         let mut request = Request::new(Method::GET, url);
         *request.timeout_mut() = Some(LONGEST_DOWNLOAD);
-        let timeout = self.timeout;
+        let timeout = self.download_timeout;
         let response = tokio::time::timeout(timeout, self.sender.begin(request)).await;
         let (sent, response) = response.map_err(|_| TransportError::Timeout)??;
         if !response.status().is_success() {

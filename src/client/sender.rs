@@ -15,8 +15,8 @@ use crate::client::response::json;
 use crate::client::transport::{BodyEnd, HttpReply, LargeBodyPermit, TransportError};
 use crate::ops::process;
 
-/// Maximum size of a body in bytes; no useful chat completion is larger.
-const LARGEST_BODY: usize = 64 << 20;
+/// Maximum size of a decoded body in bytes; no useful chat completion is larger.
+const MAX_BODY_LENGTH: usize = 64 << 20;
 
 /// Sends requests with the key and the headers of an endpoint.
 #[derive(Clone)]
@@ -99,30 +99,32 @@ impl HttpSender {
 async fn read(mut response: Response) -> HttpReply {
     let status = response.status().as_u16();
     let headers = std::mem::take(response.headers_mut());
-    let mut reading = BodyReader::new(&headers);
-    let end = reading.read_all(response).await;
-    let (body, end) = reading.finish(end);
+    let mut reader = BodyReader::new(&headers);
+    let end = reader.read_all(response).await;
+    let (body, end) = reader.finish(end);
     HttpReply {
         status,
         headers,
         body,
         end,
-        permit: reading.permit,
+        permit: reader.permit,
     }
 }
 
-/// Permits for bodies above [`LARGE_BODY`] in memory: each takes several times its size until it is written as a
-/// record.
-static LARGE: Semaphore = Semaphore::const_new(2);
+/// Permits for bodies longer than [`LARGE_BODY_LENGTH`]. A body occupies several times its size in memory until it
+/// is written as a record.
+static LARGE_BODY_PERMITS: Semaphore = Semaphore::const_new(2);
 
-/// Size from which a body needs a permit, in bytes.
-const LARGE_BODY: usize = 4 << 20;
+/// Length in bytes above which a body needs a permit.
+const LARGE_BODY_LENGTH: usize = 4 << 20;
 
 /// Reads and decodes the body of one response.
 struct BodyReader {
+    /// None after the end of the body.
     decoder: Option<Decoder>,
+    /// Decoded bytes.
     body: BodyChunks,
-    /// Encoded bytes as received, kept in case they cannot be decoded.
+    /// Received bytes of an encoded body, kept in case they cannot be decoded.
     raw: BytesMut,
     permit: Option<LargeBodyPermit>,
 }
@@ -144,22 +146,26 @@ impl BodyReader {
                 Ok(None) => return BodyEnd::Whole,
                 Err(error) => return BodyEnd::Cut(transport_error(error)),
             };
-            if let Err(problem) = self.add(chunk) {
-                return problem;
+            if let Err(end) = self.add(chunk) {
+                return end;
             }
-            if self.body.len() > LARGEST_BODY {
-                let limit = LARGEST_BODY >> 20;
+            if self.body.len() > MAX_BODY_LENGTH {
+                let limit = MAX_BODY_LENGTH >> 20;
                 let problem = format!("the body is larger than {limit} MiB");
                 let raw = Bytes::new();
                 return BodyEnd::Unreadable { problem, raw };
             }
-            if self.body.len() > LARGE_BODY && self.permit.is_none() {
+            if self.body.len() > LARGE_BODY_LENGTH && self.permit.is_none() {
                 // A static semaphore is never closed.
-                self.permit = LARGE.acquire().await.ok().map(Arc::new);
+                self.permit = LARGE_BODY_PERMITS.acquire().await.ok().map(Arc::new);
             }
         }
     }
 
+    /// Decodes a received chunk.
+    ///
+    /// # Errors
+    /// [`BodyEnd::Unreadable`] if the encoding is invalid.
     fn add(&mut self, chunk: Bytes) -> Result<(), BodyEnd> {
         let Some(decoder) = &mut self.decoder else {
             return Ok(());
@@ -177,16 +183,16 @@ impl BodyReader {
         Ok(())
     }
 
-    /// Returns the body and how it ended.
+    /// Returns the body and how it ended; `end` is the result of [`BodyReader::read_all`].
     fn finish(&mut self, end: BodyEnd) -> (Bytes, BodyEnd) {
-        let rest = match self.decoder.take() {
+        let last = match self.decoder.take() {
             Some(decoder) => decoder.finish().map_err(undecodable),
             None => Ok(Vec::new()),
         };
-        let end = match (end, rest) {
-            (BodyEnd::Whole, Err(problem)) => problem,
-            (end, rest) => {
-                self.body.add(rest.unwrap_or_default().into());
+        let end = match (end, last) {
+            (BodyEnd::Whole, Err(undecodable)) => undecodable,
+            (end, last) => {
+                self.body.add(last.unwrap_or_default().into());
                 end
             }
         };
@@ -201,12 +207,12 @@ impl BodyReader {
     }
 }
 
-/// Chunks of a body; a single chunk is not copied.
+/// Concatenated chunks of a body; a single chunk is not copied.
 #[derive(Default)]
 struct BodyChunks {
     first: Bytes,
-    /// All chunks joined, once there is more than one.
-    all: BytesMut,
+    /// All chunks, including the first; empty while there is only one.
+    joined: BytesMut,
 }
 
 impl BodyChunks {
@@ -215,26 +221,26 @@ impl BodyChunks {
             self.first = chunk;
             return;
         }
-        if self.all.is_empty() {
-            self.all.extend_from_slice(&self.first);
+        if self.joined.is_empty() {
+            self.joined.extend_from_slice(&self.first);
         }
-        self.all.extend_from_slice(&chunk);
+        self.joined.extend_from_slice(&chunk);
     }
 
     fn len(&self) -> usize {
-        self.first.len().max(self.all.len())
+        self.first.len().max(self.joined.len())
     }
 
     fn take(&mut self) -> Bytes {
-        if self.all.is_empty() {
+        if self.joined.is_empty() {
             std::mem::take(&mut self.first)
         } else {
-            self.all.split().freeze()
+            self.joined.split().freeze()
         }
     }
 }
 
-/// Converts a UTF-16 body to UTF-8, the encoding in which keys are searched.
+/// Converts a UTF-16 body to UTF-8, since keys are searched in UTF-8.
 fn as_utf8(body: Bytes) -> Bytes {
     json::utf16(&body).map_or(body, Bytes::from)
 }
@@ -246,13 +252,13 @@ fn undecodable(error: std::io::Error) -> BodyEnd {
     }
 }
 
-/// Classifies a failed exchange by its innermost cause.
+/// Converts an error of the HTTP client.
 pub(crate) fn transport_error(error: reqwest::Error) -> TransportError {
     let is_connect = error.is_connect();
     if error.is_timeout() && !is_connect {
         return TransportError::Timeout;
     }
-    // The outer texts ("error sending request") are generic; the innermost names the cause.
+    // The outer error messages ("error sending request") are generic; the innermost one names the cause.
     let error = error.without_url();
     let mut cause: &dyn std::error::Error = &error;
     while let Some(source) = cause.source() {

@@ -85,8 +85,8 @@ pub(crate) async fn run(
         permit = reply.permit.clone();
         raw = Some(reply.body.clone());
     }
-    let read = |reply: &[u8]| template.read(reply, &body, &prompt.messages);
-    let completion = match outcome::classify_by(reply, now, read) {
+    let parser = template.reply_parser(&body, &prompt.messages);
+    let completion = match outcome::classify_with(reply, now, parser) {
         Ok(completion) => Ok(*completion),
         Err(AttemptError::Unreadable { problem, body }) => {
             let file = unreadable.keep(&row.key, &body)?;
