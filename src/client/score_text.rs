@@ -272,7 +272,7 @@ fn columns_if_spelled(scored: Vec<ScoredToken>, answer: &str) -> Option<Logprobs
     let mut columns = LogprobColumns::default();
     for (token, likeliest) in scored {
         let length = token.spelled().len();
-        let prefix = token.spelled()[..lead.min(length)].to_vec();
+        let prefix = token.spelled()[..excess.min(length)].to_vec();
         if !prefix.iter().all(u8::is_ascii_whitespace) {
             return None;
         }
