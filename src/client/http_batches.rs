@@ -95,9 +95,9 @@ impl HttpTeacher {
         *request.timeout_mut() = Some(LONGEST_DOWNLOAD);
         let timeout = self.download_timeout;
         let response = tokio::time::timeout(timeout, self.sender.begin(request)).await;
-        let (sent, response) = response.map_err(|_| TransportError::Timeout)??;
+        let (sent_headers, response) = response.map_err(|_| TransportError::Timeout)??;
         if !response.status().is_success() {
-            let refusal = self.sender.finish(&sent, response).await?;
+            let refusal = self.sender.finish(&sent_headers, response).await?;
             return Ok(FileDownload::Refused(refusal));
         }
         let decoder = Decoder::new(response.headers());

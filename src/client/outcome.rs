@@ -40,8 +40,8 @@ pub(crate) fn classify_with(
         return Err(classify_error_reply(&reply, now));
     }
     let connection_error = match reply.end {
-        BodyEnd::Whole => None,
-        BodyEnd::Cut(error) => Some(error),
+        BodyEnd::Complete => None,
+        BodyEnd::Truncated(error) => Some(error),
         BodyEnd::Unreadable { problem, raw } if raw.is_empty() => {
             return Err(AttemptError::Unreadable {
                 problem,
@@ -91,8 +91,8 @@ pub(crate) fn check(
     let reply = result.map_err(classify_transport_error)?;
     match reply.end {
         _ if !(200..300).contains(&reply.status) => Err(classify_error_reply(&reply, now)),
-        BodyEnd::Whole => Ok(reply),
-        BodyEnd::Cut(error) => Err(classify_transport_error(error)),
+        BodyEnd::Complete => Ok(reply),
+        BodyEnd::Truncated(error) => Err(classify_transport_error(error)),
         BodyEnd::Unreadable { problem, .. } => Err(possibly_billed("malformed", &problem)),
     }
 }

@@ -108,7 +108,10 @@ impl Secrets {
         let is_alphanumeric = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
         // Overlapping matches are needed: a long key may contain a short one that is not a whole word there.
         let found = forms.find_overlapping_iter(text).filter(|found| {
-            let before = found.start().checked_sub(1).and_then(|at| text.get(at));
+            let before = found
+                .start()
+                .checked_sub(1)
+                .and_then(|index| text.get(index));
             let touches_word = is_alphanumeric(before) || is_alphanumeric(text.get(found.end()));
             !(self.whole_words_only[found.pattern().as_usize()] && touches_word)
         });
@@ -204,11 +207,11 @@ fn forms(secret: &str) -> Vec<Vec<u8>> {
 /// Returns true if the text escapes a character of a key. Escaped line breaks, quotes and non-ASCII letters are
 /// common, but keys do not contain them.
 fn has_escaped_letters(text: &[u8]) -> bool {
-    memchr3_iter(b'\\', b'%', b'&', text).any(|at| {
+    memchr3_iter(b'\\', b'%', b'&', text).any(|position| {
         // Each run of backslashes is parsed once, at its start.
-        let is_within_run = text[at] == b'\\' && at > 0 && text[at - 1] == b'\\';
+        let is_within_run = text[..position].ends_with(b"\\") && text[position] == b'\\';
         !is_within_run
-            && escape(&text[at..]).is_some_and(|(letter, _)| {
+            && escape(&text[position..]).is_some_and(|(letter, _)| {
                 letter.is_ascii_alphanumeric() || b"+/-_=.".contains(&letter)
             })
     })

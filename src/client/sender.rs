@@ -19,7 +19,6 @@ use crate::ops::process;
 const MAX_BODY_LENGTH: usize = 64 << 20;
 
 /// Sends requests with the key and the headers of an endpoint.
-#[derive(Clone)]
 pub(crate) struct HttpSender {
     pub client: reqwest::Client,
     pub credentials: Arc<Credentials>,
@@ -47,10 +46,11 @@ impl HttpSender {
     /// Sends a request and reads the whole reply, decoded and with keys removed.
     ///
     /// # Errors
-    /// If no reply began, or the key had expired. A reply that broke off is returned with its received part.
+    /// If no reply arrived, or the endpoint rejected the key and a new key is in place. A reply whose body is incomplete
+    /// is returned with the received part of the body.
     pub(crate) async fn send(&self, request: Request) -> Result<HttpReply, TransportError> {
-        let (sent, response) = self.begin(request).await?;
-        self.finish(&sent, response).await
+        let (sent_headers, response) = self.begin(request).await?;
+        self.finish(&sent_headers, response).await
     }
 
     /// Sends a request. Returns the headers that were added to it, and the response before its body is read.
@@ -58,26 +58,26 @@ impl HttpSender {
         &self,
         mut request: Request,
     ) -> Result<(Arc<RequestHeaders>, Response), TransportError> {
-        let sent = self.credentials.current();
-        for (name, value) in &sent.headers {
+        let sent_headers = self.credentials.current();
+        for (name, value) in &sent_headers.headers {
             request.headers_mut().insert(name, value.clone());
         }
         let response = self.client.execute(request).await;
-        Ok((sent, response.map_err(transport_error)?))
+        Ok((sent_headers, response.map_err(transport_error)?))
     }
 
-    /// Reads the response to a request with the headers `sent`, and removes keys from it. Renews the key if the
+    /// Reads the response to a request with the headers `sent_headers`, and removes keys from it. Renews the key if the
     /// endpoint rejected it.
     ///
     /// # Errors
     /// [`TransportError::KeyRenewed`] if a new key is in place.
     pub(crate) async fn finish(
         &self,
-        sent: &RequestHeaders,
+        sent_headers: &RequestHeaders,
         response: Response,
     ) -> Result<HttpReply, TransportError> {
         let mut reply = read(response).await;
-        let body = sent.secrets.clean(reply.body.clone());
+        let body = sent_headers.secrets.clean(reply.body.clone());
         if let BodyEnd::Unreadable { raw, .. } = &mut reply.end
             && body != reply.body
         {
@@ -85,9 +85,11 @@ impl HttpSender {
             *raw = body.clone();
         }
         reply.body = body;
-        sent.secrets.clean_headers(&mut reply.headers);
+        sent_headers.secrets.clean_headers(&mut reply.headers);
         match reply.status {
-            401 if self.credentials.renew(sent).await => return Err(TransportError::KeyRenewed),
+            401 if self.credentials.renew(sent_headers).await => {
+                return Err(TransportError::KeyRenewed);
+            }
             200..300 => self.credentials.mark_accepted(),
             _ => {}
         }
@@ -143,8 +145,8 @@ impl BodyReader {
         loop {
             let chunk = match response.chunk().await {
                 Ok(Some(chunk)) => chunk,
-                Ok(None) => return BodyEnd::Whole,
-                Err(error) => return BodyEnd::Cut(transport_error(error)),
+                Ok(None) => return BodyEnd::Complete,
+                Err(error) => return BodyEnd::Truncated(transport_error(error)),
             };
             if let Err(end) = self.add(chunk) {
                 return end;
@@ -190,7 +192,7 @@ impl BodyReader {
             None => Ok(Vec::new()),
         };
         let end = match (end, last) {
-            (BodyEnd::Whole, Err(undecodable)) => undecodable,
+            (BodyEnd::Complete, Err(undecodable)) => undecodable,
             (end, last) => {
                 self.body.add(last.unwrap_or_default().into());
                 end

@@ -28,16 +28,16 @@ pub struct HttpReply {
 impl HttpReply {
     /// Returns a complete reply without headers, such as a line of a batch's result file.
     pub fn without_headers(status: u16, body: Bytes) -> HttpReply {
-        HttpReply::whole(status, HeaderMap::new(), body)
+        HttpReply::complete(status, HeaderMap::new(), body)
     }
 
     /// Returns a reply with a complete body.
-    pub fn whole(status: u16, headers: HeaderMap, body: Bytes) -> HttpReply {
+    pub fn complete(status: u16, headers: HeaderMap, body: Bytes) -> HttpReply {
         HttpReply {
             status,
             headers,
             body,
-            end: BodyEnd::Whole,
+            end: BodyEnd::Complete,
             permit: None,
         }
     }
@@ -49,9 +49,9 @@ pub type LargeBodyPermit = Arc<SemaphorePermit<'static>>;
 /// How a body ended.
 #[derive(Debug, Clone)]
 pub enum BodyEnd {
-    Whole,
+    Complete,
     /// The connection broke or timed out before the body ended.
-    Cut(TransportError),
+    Truncated(TransportError),
     /// The body is too large, or its content encoding is invalid. `raw` holds the received bytes of an encoded body,
     /// and is empty for any other.
     Unreadable {

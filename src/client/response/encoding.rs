@@ -133,7 +133,7 @@ impl Decoder {
         Ok(decoded)
     }
 
-    /// Selects the decoder by the first_bytes bytes and decodes them.
+    /// Selects the decoder by the first bytes of the body and decodes them.
     fn begin(&mut self) -> io::Result<Vec<u8>> {
         let DecoderState::Beginning(first_bytes) = &mut self.state else {
             return Ok(Vec::new());

@@ -311,7 +311,7 @@ fn add_choice(joined: &mut Map<String, Value>, choice: Map<String, Value>) {
     for (name, value) in choice {
         match name.as_str() {
             "delta" => join_texts(joined, "message".into(), value),
-            // Either a part of the message, or the joined message again.
+            // A part to append, or the complete message, which replaces the parts before it.
             "message" if !repeats(joined.get("message"), &value) => join_texts(joined, name, value),
             "logprobs" | "text" => join_texts(joined, name, value),
             _ => merge(joined, name, value),

@@ -5,7 +5,7 @@
 //! - Numbers that JSON cannot represent (`NaN`, `-inf`) become null.
 //! - Values nested too deeply for a parser become strings of their own text.
 //! - A byte order mark, and text before or after the first value, are removed.
-//! - A body that is truncated after its choices ends after them.
+//! - If a body is truncated after its choices, the rest is removed and the missing brackets are added.
 
 use serde_json::Value;
 
@@ -35,7 +35,7 @@ pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, JsonProblem> {
         body = after_mark.trim_ascii_start();
     }
     let first = *body.first().ok_or(JsonProblem::Empty)?;
-    // Some servers send a line before the object: a log line, or characters that guard against its execution as script.
+    // Some servers send a log line, or a prefix against JSON hijacking, before the object.
     let begins_as_json = matches!(first, b'{' | b'[' | b'"');
     let start = match memchr::memchr(b'{', body) {
         Some(start) if !begins_as_json => start,

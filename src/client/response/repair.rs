@@ -277,7 +277,7 @@ fn number(word: &str) -> Option<String> {
     }
 }
 
-/// Parses the UTF-16 code utf16_unit of `\uXXXX` at the start of `text`.
+/// Parses the UTF-16 code unit of `\uXXXX` at the start of `text`.
 fn utf16_unit(text: &[u8]) -> Option<u16> {
     let digits = text.strip_prefix(b"\\u")?.get(..4)?;
     if !digits.iter().all(u8::is_ascii_hexdigit) {

@@ -55,7 +55,11 @@ impl Transport for Watching {
             };
             sleep(self.latency).await;
             let reply = |status, headers, body: Value| {
-                Ok(HttpReply::whole(status, headers, body.to_string().into()))
+                Ok(HttpReply::complete(
+                    status,
+                    headers,
+                    body.to_string().into(),
+                ))
             };
             if number.is_multiple_of(self.refuse) {
                 let now = Instant::now();

@@ -70,7 +70,7 @@ pub fn whole(reply: distill::mock::response::HttpReply) -> HttpReply {
         let name: reqwest::header::HeaderName = name.parse().unwrap();
         headers.insert(name, value.parse().unwrap());
     }
-    HttpReply::whole(reply.status, headers, reply.body)
+    HttpReply::complete(reply.status, headers, reply.body)
 }
 
 /// A simulated night: the run folder, the teacher, and a wall clock that follows tokio's clock.

@@ -59,7 +59,7 @@ impl Transport for Noting {
             self.asked.lock().unwrap().push((Instant::now(), tokens));
             tokio::time::sleep(self.latency).await;
             let body = completion("x", 0).to_string();
-            Ok(HttpReply::whole(200, HeaderMap::new(), body.into()))
+            Ok(HttpReply::complete(200, HeaderMap::new(), body.into()))
         }
         .boxed()
     }
