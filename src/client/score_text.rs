@@ -39,7 +39,7 @@ impl ScoringMethod {
         }
     }
 
-    /// Checks that these messages can be scored.
+    /// Checks that the last of these messages can be scored.
     ///
     /// # Errors
     /// If the client applies the chat template and the template rejects them.
@@ -50,7 +50,8 @@ impl ScoringMethod {
         }
     }
 
-    /// Builds the request that scores the last message. [`ScoringMethod::check`] must have accepted the messages.
+    /// Builds the body of the request that scores the last message. [`ScoringMethod::check`] must have accepted the
+    /// messages.
     pub fn body(&self, endpoint: &EndpointConfig, messages: &[Message]) -> Value {
         let sampling = &endpoint.sampling;
         let mut body = Map::new();
@@ -135,7 +136,7 @@ impl ScoringMethod {
         let ids = self.final_token_ids(&positions, reported_ids, messages);
         let tokens = ids.iter().rev().zip(positions.iter().rev());
         let scored = tokens.map(|(id, position)| {
-            // vLLM includes the prompt's token even if it is not among the most likely.
+            // vLLM includes the prompt's token even if it is not among the most likely tokens.
             let likeliest = position.iter().map(|(id, token)| self.token(id, token));
             Some((self.token(id, position.get(id)?), likeliest.collect()))
         });
@@ -144,9 +145,9 @@ impl ScoringMethod {
 
     /// Returns the ids of the last tokens of the conversation.
     ///
-    /// They are the reported ids; else the teacher's tokenization of the answer; else the first id of each
-    /// position. Newer servers list the prompt's token first. Older ones sort by probability; tokens that do not
-    /// spell the answer are rejected later.
+    /// In order of preference: the ids that the server reports; the ids of the answer by the teacher's tokenizer; the
+    /// first id of each position. Newer servers list the prompt's token first. Older servers sort by probability, so
+    /// that the first id may be wrong; [`answer_logprobs`] rejects tokens that do not spell the answer.
     fn final_token_ids(
         &self,
         positions: &[&Map<String, Value>],
@@ -193,7 +194,7 @@ impl ScoringMethod {
             let token = self.wire_token(Some(id), name.into(), &token_logprobs[position]);
             let likeliest = top[position].as_object().into_iter().flatten();
             let likeliest = likeliest.map(|(name, logprob)| self.token_by_name(name, logprob));
-            // A server that adds tokens of its own shifts the positions.
+            // The positions are shifted if the server added tokens to the prompt.
             name_matches(&token, id, name).then(|| (token, likeliest.collect()))
         });
         Ok(answer_logprobs(scored, answer))
@@ -246,17 +247,17 @@ fn name_matches(token: &WireToken, id: u32, name: &str) -> bool {
 /// The token of a position, and the most likely tokens there.
 type ScoredToken<'a> = (WireToken<'a>, Vec<WireToken<'a>>);
 
-/// Returns the logprobs of the answer that ends a conversation. `backwards` yields the conversation's tokens from
-/// the end, until they cover the answer's length, since only the server knows where the answer begins. None if a
-/// token's logprob is missing.
+/// Returns the logprobs of the answer that ends a conversation. `tokens_from_end` yields the tokens of the conversation,
+/// last first. The last tokens that together have at least the answer's length are used, since only the server knows
+/// where the answer begins. None if these tokens do not spell the answer, or one is missing.
 fn answer_logprobs<'a>(
-    mut backwards: impl Iterator<Item = Option<ScoredToken<'a>>>,
+    mut tokens_from_end: impl Iterator<Item = Option<ScoredToken<'a>>>,
     answer: &str,
 ) -> Option<Logprobs> {
     let mut scored = Vec::new();
     let mut missing_bytes = answer.len();
     while missing_bytes > 0 {
-        let (token, likeliest) = backwards.next()??;
+        let (token, likeliest) = tokens_from_end.next()??;
         missing_bytes = missing_bytes.saturating_sub(token.spelled().len());
         scored.push((token, likeliest));
     }
@@ -291,7 +292,7 @@ fn columns_if_spelled(scored: Vec<ScoredToken>, answer: &str) -> Option<Logprobs
     logprobs.filter(|logprobs| logprobs.matches_text)
 }
 
-/// Removes `prefix` from a token. A token that does not begin with it becomes empty.
+/// Removes `prefix` from a token. A token that does not begin with `prefix` becomes empty.
 fn without_prefix<'a>(token: WireToken<'a>, prefix: &[u8]) -> WireToken<'a> {
     if prefix.is_empty() {
         return token;

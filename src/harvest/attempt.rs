@@ -147,7 +147,7 @@ impl EncodedAnswer {
         if completion.usage.is_none() {
             // A usage with only one of its two counts is a lower bound of the billed tokens.
             let mut least = reported.unwrap_or_default();
-            usage::raise_by(&mut least, &completion.extra);
+            usage::raise_to_counts_in(&mut least, &completion.extra);
             bound.input_tokens = bound.input_tokens.max(least.prompt_tokens);
             bound.output_tokens = bound.output_tokens.max(least.completion_tokens);
         }

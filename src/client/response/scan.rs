@@ -47,12 +47,12 @@ pub(crate) fn remove_logprobs(body: &[u8]) -> Option<BodyWithoutLogprobs> {
         text: std::str::from_utf8(body).ok()?,
         pos: field + "\"logprobs\"".len(),
     };
-    scanner.expect(b':')?;
-    scanner.expect(b'{')?;
+    scanner.require(b':')?;
+    scanner.require(b'{')?;
     if scanner.string()? != "content" {
         return None;
     }
-    scanner.expect(b':')?;
+    scanner.require(b':')?;
     scanner.skip_space();
     let start = scanner.pos;
     let mut columns = LogprobColumns::default();
@@ -97,7 +97,7 @@ impl<'a> Scanner<'a> {
         is_next
     }
 
-    fn expect(&mut self, byte: u8) -> Option<()> {
+    fn require(&mut self, byte: u8) -> Option<()> {
         self.take(byte).then_some(())
     }
 
@@ -109,7 +109,7 @@ impl<'a> Scanner<'a> {
     }
 
     fn string(&mut self) -> Option<Cow<'a, str>> {
-        self.expect(b'"')?;
+        self.require(b'"')?;
         let start = self.pos;
         let mut is_plain = true;
         loop {
@@ -145,14 +145,14 @@ impl<'a> Scanner<'a> {
 
     /// Parses a list, each item by `item`.
     fn list(&mut self, mut item: impl FnMut(&mut Self) -> Option<()>) -> Option<()> {
-        self.expect(b'[')?;
+        self.require(b'[')?;
         if self.take(b']') {
             return Some(());
         }
         loop {
             item(self)?;
             if !self.take(b',') {
-                return self.expect(b']');
+                return self.require(b']');
             }
         }
     }
@@ -162,10 +162,10 @@ impl<'a> Scanner<'a> {
         let mut token = None;
         let mut logprob = Logprob::default();
         let mut bytes = None;
-        self.expect(b'{')?;
+        self.require(b'{')?;
         loop {
             let name = self.string()?;
-            self.expect(b':')?;
+            self.require(b':')?;
             match (&*name, &mut top) {
                 ("token", _) => token = Some(self.string()?),
                 ("logprob" | "bytes", _) | ("top_logprobs", Some(_)) if self.take_null() => {}
@@ -181,7 +181,7 @@ impl<'a> Scanner<'a> {
                 break;
             }
         }
-        self.expect(b'}')?;
+        self.require(b'}')?;
         Some(WireToken {
             token: token?,
             logprob,

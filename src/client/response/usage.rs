@@ -112,30 +112,30 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
 
 /// Returns the largest prompt and completion counts in a value, which need not be a complete usage.
 fn largest_counts(value: &Value) -> Usage {
-    let mut most = Usage::default();
+    let mut found = Usage::default();
     match value {
         Value::Object(fields) => {
-            let first = |names: &[&str]| {
+            let largest = |names: &[&str]| {
                 let counts = names.iter().filter_map(|name| count(fields.get(*name)));
                 counts
                     .filter(|count| *count <= MAX_TOKENS)
                     .max()
                     .unwrap_or(0)
             };
-            let total = first(&TOTAL);
-            most.prompt_tokens = first(&PROMPT);
-            most.completion_tokens =
-                first(&COMPLETION).max(total.saturating_sub(most.prompt_tokens));
-            fields.values().for_each(|value| raise(&mut most, value));
+            let total = largest(&TOTAL);
+            found.prompt_tokens = largest(&PROMPT);
+            found.completion_tokens =
+                largest(&COMPLETION).max(total.saturating_sub(found.prompt_tokens));
+            fields.values().for_each(|value| raise(&mut found, value));
         }
-        Value::Array(items) => items.iter().for_each(|value| raise(&mut most, value)),
+        Value::Array(items) => items.iter().for_each(|value| raise(&mut found, value)),
         _ => {}
     }
-    most
+    found
 }
 
 /// Raises the counts in `most` to the largest counts in `extra`, the remaining fields of a body.
-pub(crate) fn raise_by(most: &mut Usage, extra: &Map<String, Value>) {
+pub(crate) fn raise_to_counts_in(most: &mut Usage, extra: &Map<String, Value>) {
     // An answer, or the request, may contain an example of token counts.
     let other_fields = extra
         .iter()
@@ -287,7 +287,7 @@ mod tests {
         let most = |name: &str| {
             let mut most = Usage::default();
             let extra = Map::from_iter([(name.to_owned(), json!({"parsed": counts}))]);
-            raise_by(&mut most, &extra);
+            raise_to_counts_in(&mut most, &extra);
             most.prompt_tokens
         };
         assert_eq!(
