@@ -19,7 +19,7 @@ use reqwest::{Method, Request};
 use serde_json::{Value, json};
 
 use crate::client::http::HttpTeacher;
-use crate::client::response::encoding::Decoder;
+use crate::client::response::encoding::ContentDecoder;
 use crate::client::sender::transport_error;
 use crate::client::transport::{BatchApi, FileDownload, HttpReply, TransportError};
 
@@ -100,7 +100,7 @@ impl HttpTeacher {
             let refusal = self.sender.finish(&sent_headers, response).await?;
             return Ok(FileDownload::Refused(refusal));
         }
-        let decoder = Decoder::new(response.headers());
+        let decoder = ContentDecoder::new(response.headers());
         let chunks = stream::unfold(Some((response, decoder)), move |state| async move {
             let (mut response, mut decoder) = state?;
             let chunk = match tokio::time::timeout(timeout, response.chunk()).await {

@@ -245,13 +245,13 @@ fn name_matches(token: &WireToken, id: u32, name: &str) -> bool {
 }
 
 /// The token of a position, and the most likely tokens there.
-type ScoredToken<'a> = (WireToken<'a>, Vec<WireToken<'a>>);
+type TokenWithAlternatives<'a> = (WireToken<'a>, Vec<WireToken<'a>>);
 
-/// Returns the logprobs of the answer that ends a conversation. `tokens_from_end` yields the tokens of the conversation,
+/// Returns the logprobs of the answer that ends a conversation. `tokens_from_end` yields the conversation's tokens,
 /// last first. The last tokens that together have at least the answer's length are used, since only the server knows
 /// where the answer begins. None if these tokens do not spell the answer, or one is missing.
 fn answer_logprobs<'a>(
-    mut tokens_from_end: impl Iterator<Item = Option<ScoredToken<'a>>>,
+    mut tokens_from_end: impl Iterator<Item = Option<TokenWithAlternatives<'a>>>,
     answer: &str,
 ) -> Option<Logprobs> {
     let mut scored = Vec::new();
@@ -267,7 +267,7 @@ fn answer_logprobs<'a>(
 
 /// Returns the columns of an answer if its tokens spell it. White space before the answer belongs to the template,
 /// even if it shares a token with the beginning of the answer, as with SentencePiece.
-fn columns_if_spelled(scored: Vec<ScoredToken>, answer: &str) -> Option<Logprobs> {
+fn columns_if_spelled(scored: Vec<TokenWithAlternatives>, answer: &str) -> Option<Logprobs> {
     let spelled: usize = scored.iter().map(|(token, _)| token.spelled().len()).sum();
     let mut excess = spelled.checked_sub(answer.len())?;
     let mut columns = LogprobColumns::default();

@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 
 use crate::client::credentials::{Credentials, RequestHeaders};
 use crate::client::response::encoding;
-use crate::client::response::encoding::Decoder;
+use crate::client::response::encoding::ContentDecoder;
 use crate::client::response::json;
 use crate::client::transport::{BodyEnd, HttpReply, LargeBodyPermit, TransportError};
 use crate::ops::process;
@@ -46,8 +46,8 @@ impl HttpSender {
     /// Sends a request and reads the whole reply, decoded and with keys removed.
     ///
     /// # Errors
-    /// If no reply arrived, or the endpoint rejected the key and a new key is in place. A reply whose body is incomplete
-    /// is returned with the received part of the body.
+    /// If no reply arrived, or the endpoint rejected the key and a new key is in place. A reply with an incomplete body is
+    /// returned with the received part.
     pub(crate) async fn send(&self, request: Request) -> Result<HttpReply, TransportError> {
         let (sent_headers, response) = self.begin(request).await?;
         self.finish(&sent_headers, response).await
@@ -123,7 +123,7 @@ const LARGE_BODY_LENGTH: usize = 4 << 20;
 /// Reads and decodes the body of one response.
 struct BodyReader {
     /// None after the end of the body.
-    decoder: Option<Decoder>,
+    decoder: Option<ContentDecoder>,
     /// Decoded bytes.
     body: BodyChunks,
     /// Received bytes of an encoded body, kept in case they cannot be decoded.
@@ -134,7 +134,7 @@ struct BodyReader {
 impl BodyReader {
     fn new(headers: &HeaderMap) -> BodyReader {
         BodyReader {
-            decoder: Some(Decoder::new(headers)),
+            decoder: Some(ContentDecoder::new(headers)),
             body: BodyChunks::default(),
             raw: BytesMut::new(),
             permit: None,

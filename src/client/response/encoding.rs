@@ -23,7 +23,7 @@ const MAGIC_LENGTH: usize = 4;
 const BROTLI_BUFFER: usize = 4096;
 
 /// Decodes the body of one response.
-pub(crate) struct Decoder {
+pub(crate) struct ContentDecoder {
     declared: Option<Encoding>,
     state: DecoderState,
 }
@@ -67,9 +67,9 @@ impl Write for Sink {
     }
 }
 
-impl Decoder {
+impl ContentDecoder {
     /// Returns a decoder for the body of a response with these headers.
-    pub(crate) fn new(headers: &HeaderMap) -> Decoder {
+    pub(crate) fn new(headers: &HeaderMap) -> ContentDecoder {
         let label = headers
             .get_all(CONTENT_ENCODING)
             .iter()
@@ -84,7 +84,7 @@ impl Decoder {
             Some("deflate") => Some(Encoding::Deflate),
             _ => None,
         };
-        Decoder {
+        ContentDecoder {
             declared,
             state: DecoderState::Beginning(Vec::new()),
         }
@@ -95,7 +95,7 @@ impl Decoder {
         matches!(self.state, DecoderState::Plain)
     }
 
-    /// As [`Decoder::is_plain`], where `chunk` may be the first of the body. Does not decode it.
+    /// As [`ContentDecoder::is_plain`], where `chunk` may be the first of the body. Does not decode it.
     pub(crate) fn begins_plain(&mut self, chunk: &[u8]) -> bool {
         let is_first =
             matches!(&self.state, DecoderState::Beginning(first_bytes) if first_bytes.is_empty());
@@ -211,7 +211,7 @@ pub(crate) fn decode_again(mut body: Bytes) -> Bytes {
         if encoding(&body, None).is_none() {
             break;
         }
-        let mut decoder = Decoder::new(&HeaderMap::new());
+        let mut decoder = ContentDecoder::new(&HeaderMap::new());
         let decoded = decoder.feed(&body).and_then(|mut decoded| {
             decoded.extend(decoder.finish()?);
             Ok(decoded)
@@ -315,7 +315,7 @@ mod tests {
         if !label.is_empty() {
             headers.insert(CONTENT_ENCODING, label.parse().unwrap());
         }
-        let mut decoder = Decoder::new(&headers);
+        let mut decoder = ContentDecoder::new(&headers);
         let mut decoded = Vec::new();
         for chunk in body.chunks(step) {
             decoded.extend(decoder.feed(chunk)?);

@@ -1,7 +1,7 @@
 //! Converts the logprobs of a reply to the columns of a record. Pure.
 //!
-//! Two formats are parsed: that of chat completions, a list of positions in `content`, and that of text
-//! completions, the parallel lists `tokens`, `token_logprobs` and `top_logprobs`.
+//! Two formats are parsed. Chat completions have a list of positions in `content`. Text completions have the parallel
+//! lists `tokens`, `token_logprobs` and `top_logprobs`.
 
 use std::borrow::Cow;
 use std::fmt;
