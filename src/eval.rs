@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::config::{AnswerMatching, Config, EvalConfig, TemplateDate};
-use crate::data::dataset;
+use crate::data::dataset::{self, Dataset};
 use crate::data::groups::Selection;
 use crate::exit::Exit;
 use crate::model::Model;
@@ -84,7 +84,7 @@ pub(crate) fn run(
     tokenizer.check_fits(model.config().vocab_size)?;
     let truth = match &config.eval.source {
         Some(source) => {
-            let rows = load_rows(config, source)?;
+            let rows = load_rows(source, config.prompts.template.as_deref(), &config.eval)?;
             Some(compare_with_truth(
                 &model,
                 &tokenizer,
@@ -98,7 +98,33 @@ pub(crate) fn run(
     if let Some(date) = config.student.template_date {
         tokenizer.set_date(date.into());
     }
-    let teacher = match compare_with_teacher(config, selection, &model, &tokenizer) {
+    let teacher = || {
+        let teacher = config.teacher.local.as_ref();
+        let teacher = teacher.map(|dir| local_teacher::load_frozen(dir, &tokenizer, &config.train));
+        let teacher = teacher.transpose()?;
+        let models = ModelPair {
+            student: &model,
+            teacher: teacher.as_ref(),
+        };
+        let settings = config.data.within(models.context());
+        let data = match &config.eval.teacher_cache {
+            Some(dir) => dataset::held_out(dir, &settings, &tokenizer)
+                .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?,
+            None if config.data.source.is_some() || config.training_cache().exists() => {
+                let no_progress = &mut |_, _| Ok(());
+                dataset::load(
+                    &settings,
+                    &config.run_dir,
+                    &selection()?,
+                    &tokenizer,
+                    no_progress,
+                )?
+            }
+            None => return Ok(None),
+        };
+        compare_with_teacher(models, &data, config.eval.batch_size)
+    };
+    let teacher = match teacher() {
         Err(error) if truth.is_some() && matches!(error.downcast_ref(), Some(Exit::Usage(_))) => {
             tracing::warn!("cannot compare the student with its teacher: {error:#}");
             None
@@ -122,12 +148,15 @@ pub(crate) fn run(
 }
 
 /// Loads held-out prompts with their true answers.
-fn load_rows(config: &Config, source: &Path) -> Result<Vec<(Prompt, String)>> {
-    let template = config.prompts.template.as_deref();
+fn load_rows(
+    source: &Path,
+    template: Option<&Path>,
+    settings: &EvalConfig,
+) -> Result<Vec<(Prompt, String)>> {
     let mut rows = prompt::load_with(source, template, |id, row| {
-        true_answer(id, &row, &config.eval.truth)
+        true_answer(id, &row, &settings.truth)
     })?;
-    rows.truncate(config.eval.limit.unwrap_or(usize::MAX));
+    rows.truncate(settings.limit.unwrap_or(usize::MAX));
     Ok(rows)
 }
 
@@ -209,30 +238,10 @@ fn parse(text: &str) -> Option<Value> {
 
 /// Computes mean metrics on held-out answers of the teacher.
 fn compare_with_teacher(
-    config: &Config,
-    selection: &dyn Fn() -> Result<Selection>,
-    model: &Model,
-    tokenizer: &Tokenizer,
+    models: ModelPair<'_>,
+    data: &Dataset,
+    batch_size: usize,
 ) -> Result<Option<MetricMeans>> {
-    let teacher = config.teacher.local.as_ref();
-    let teacher = teacher.map(|dir| local_teacher::load_frozen(dir, tokenizer, &config.train));
-    let teacher = teacher.transpose()?;
-    let models = ModelPair {
-        student: model,
-        teacher: teacher.as_ref(),
-    };
-    let fitted_config = Config {
-        data: config.data.within(models.context()),
-        ..config.clone()
-    };
-    let data = match &config.eval.teacher_cache {
-        Some(dir) => dataset::held_out(dir, &fitted_config.data, tokenizer)
-            .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?,
-        None if config.data.source.is_some() || config.training_cache().exists() => {
-            dataset::load(&fitted_config, &selection()?, tokenizer, &mut |_, _| Ok(()))?
-        }
-        None => return Ok(None),
-    };
     if !data.report.dropped.is_empty() {
         let reasons = crate::data::report::by_reason(&data.report.dropped);
         tracing::warn!("excluded answers of the teacher: {reasons}");
@@ -244,7 +253,7 @@ fn compare_with_teacher(
     if data.validation().is_empty() {
         return Ok(None);
     }
-    objective::evaluate(models, data.validation(), config.eval.batch_size).map(Some)
+    objective::evaluate(models, data.validation(), batch_size).map(Some)
 }
 
 #[cfg(test)]

@@ -56,11 +56,7 @@ const OLD_AFTER_DAYS: i32 = 90;
 
 /// Returns a warning if the prices have no date or are old.
 pub fn price_warning(price: &Price, teacher: &str, today: Date) -> Option<String> {
-    let Some(date) = price
-        .as_of
-        .as_ref()
-        .and_then(|date| date.parse::<Date>().ok())
-    else {
+    let Some(date) = &price.as_of else {
         return Some(format!(
             "the prices of {teacher} have no date: set `price.as_of` to the day on which you looked them up"
         ));
@@ -82,7 +78,7 @@ mod tests {
         let today = "2026-11-22".parse().unwrap();
         let warning = |as_of: Option<&str>| {
             let price = Price {
-                as_of: as_of.map(String::from),
+                as_of: as_of.map(|date| date.parse().unwrap()),
                 ..Price::default()
             };
             price_warning(&price, "m", today)

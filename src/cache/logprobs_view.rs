@@ -41,6 +41,23 @@ impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
 }
 
 impl<'a> LogprobsView<'a> {
+    /// Copies the tokens out of the line.
+    pub fn into_owned(self) -> LogprobsView<'static> {
+        let owned = |tokens: Vec<Cow<'a, [u8]>>| -> Vec<Cow<'static, [u8]>> {
+            let tokens = tokens.into_iter();
+            tokens.map(|token| Cow::Owned(token.into_owned())).collect()
+        };
+        LogprobsView {
+            token: owned(self.token),
+            logprob: self.logprob,
+            top: FlatLists {
+                values: owned(self.top.values),
+                ends: self.top.ends,
+            },
+            top_logprob: self.top_logprob,
+        }
+    }
+
     /// Replaces the bytes of every token for which `new_bytes` returns some.
     pub fn map_tokens(&self, new_bytes: impl Fn(&[u8]) -> Option<Vec<u8>>) -> LogprobsView<'a> {
         let map =

@@ -1,14 +1,12 @@
 //! Connection settings of an endpoint: base URL, TLS certificates, timeouts, proxy.
 
-use std::net::IpAddr;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use reqwest::{Certificate, Identity, Url};
 
 use crate::client::credentials::expand;
-use crate::config::{self, AllowHttp, KeySource};
+use crate::config;
 use crate::exit::Exit;
 
 /// Validated address of an endpoint.
@@ -27,48 +25,10 @@ impl EndpointAddress {
     /// # Errors
     /// [`Exit::Usage`] with the value to set instead.
     pub(crate) fn from_config(settings: &config::TeacherConfig) -> Result<EndpointAddress> {
-        let configured = &settings.base_url;
-        let text = expand("teacher.base_url", configured)?.text;
+        let text = expand("teacher.base_url", &settings.base_url)?.text;
         let text = text.trim().trim_end_matches('/').to_owned();
-        let usage = |message: String| anyhow::Error::from(Exit::Usage(message));
-        if !text.contains("://") {
-            return Err(usage(format!(
-                "`teacher.base_url` = \"{configured}\" has no scheme: write \"https://{configured}\", or \
-                 \"http://{configured}\" for a server on this machine"
-            )));
-        }
-        let url = Url::parse(&text)
-            .map_err(|error| usage(format!("`teacher.base_url` is not a valid URL: {error}")))?;
-        if !url.username().is_empty() || url.password().is_some() {
-            return Err(usage(
-                "`teacher.base_url` must not contain a user name or password: set \
-                 `teacher.api_key_env` to the name of the variable that holds the key"
-                    .into(),
-            ));
-        }
-        if url.query().is_some() || url.fragment().is_some() {
-            let (address, _) = configured
-                .split_once(['?', '#'])
-                .unwrap_or((configured, ""));
-            return Err(usage(format!(
-                "`teacher.base_url` must not contain a query: set it to \"{address}\", and move the \
-                 parameters after the ? to `teacher.query = {{ api-version = \"...\" }}`"
-            )));
-        }
-        for path in [
-            "/chat/completions",
-            "/completions",
-            "/responses",
-            "/messages",
-        ] {
-            if let Some(address) = configured.trim().trim_end_matches('/').strip_suffix(path) {
-                return Err(usage(format!(
-                    "`teacher.base_url` must not end with \"{path}\", which is appended to each request: \
-                     set it to \"{address}\""
-                )));
-            }
-        }
-        check_scheme(settings, &url)?;
+        let url = config::address::parse(settings, &text)
+            .map_err(|mistake| Exit::Usage(mistake.message))?;
         let expand_pair = |(name, value): (&String, &String)| {
             let setting = format!("teacher.query.{name}");
             Ok((name.clone(), expand(&setting, value)?.text))
@@ -97,45 +57,6 @@ impl EndpointAddress {
     }
 }
 
-fn check_scheme(settings: &config::TeacherConfig, url: &Url) -> Result<()> {
-    let configured = &settings.base_url;
-    let mut values = settings.headers.values().chain(settings.query.values());
-    let has_key = settings.key_source() != KeySource::None
-        || values.any(|value| value.contains("${"))
-        || configured.contains("${");
-    let message = match (url.scheme(), settings.allow_http) {
-        ("https", _) => return Ok(()),
-        ("http", _) if is_loopback(url) => return Ok(()),
-        ("http", AllowHttp::WithKey) => return Ok(()),
-        ("http", AllowHttp::WithoutKey) if !has_key => return Ok(()),
-        ("http", AllowHttp::WithoutKey) => format!(
-            "`teacher.base_url` = \"{configured}\" would send the key unencrypted: use https; or, where the \
-             endpoint needs no key, set `teacher.api_key_env = \"\"`; or allow it with \
-             `teacher.allow_http = \"with_key\"`"
-        ),
-        ("http", AllowHttp::No) if has_key => format!(
-            "`teacher.base_url` = \"{configured}\" would send the key and the prompts unencrypted: use https; or \
-             set `teacher.api_key_env = \"\"` and `teacher.allow_http = true` for an endpoint without a key on \
-             your own network, or `teacher.allow_http = \"with_key\"` to send the key as well"
-        ),
-        ("http", AllowHttp::No) => format!(
-            "`teacher.base_url` = \"{configured}\" would send the prompts unencrypted: use https, or \
-             set `teacher.allow_http = true` for an endpoint on your own network"
-        ),
-        _ => format!("`teacher.base_url` = \"{configured}\" must begin with https://"),
-    };
-    Err(Exit::Usage(message).into())
-}
-
-fn is_loopback(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default();
-    let address = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost"
-        || address
-            .parse()
-            .is_ok_and(|address: IpAddr| address.is_loopback())
-}
-
 /// Builds the HTTP client with its connection pool.
 ///
 /// # Errors
@@ -155,9 +76,9 @@ pub(crate) fn client(
         // Invalid headers from a gateway must not cost a paid answer. hyper's limit of 100 headers stays: a
         // higher one costs every reply 2 % of its CPU time.
         .http1_ignore_invalid_headers_in_responses(true)
-        .connect_timeout(seconds("connect_timeout_s", settings.connect_timeout_s)?)
-        .timeout(seconds("timeout_s", settings.timeout_s)?);
-    if is_loopback(&address.base) {
+        .connect_timeout(settings.connect_timeout)
+        .timeout(settings.timeout);
+    if config::address::is_loopback(&address.base) {
         builder = builder.no_proxy();
     }
     if let Some(path) = &settings.client_certificate {
@@ -196,26 +117,11 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     crate::fs::read(path).map_err(|error| Exit::Usage(format!("{error:#}")).into())
 }
 
-/// Converts the setting `teacher.{name}`, in seconds, to a duration.
-///
-/// # Errors
-/// [`Exit::Usage`] unless the value is finite and greater than 0.
-pub(crate) fn seconds(name: &str, value: f64) -> Result<Duration> {
-    Duration::try_from_secs_f64(value)
-        .ok()
-        .filter(|duration| !duration.is_zero())
-        .ok_or_else(|| {
-            Exit::Usage(format!(
-                "`teacher.{name}` = {value} must be a finite number of seconds greater than 0"
-            ))
-            .into()
-        })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::client::http::HttpTeacher;
+    use crate::config::AllowHttp;
 
     fn settings(url: &str) -> config::TeacherConfig {
         config::TeacherConfig {

@@ -34,20 +34,6 @@ const MAX_OUTPUT: u64 = 1 << 16;
 /// Time to wait for remaining output after the command has ended.
 const OUTPUT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Headers that the HTTP client controls.
-const CONNECTION_HEADERS: [&str; 10] = [
-    "Host",
-    "Connection",
-    "Content-Length",
-    "Content-Type",
-    "Content-Encoding",
-    "Accept-Encoding",
-    "Transfer-Encoding",
-    "TE",
-    "Upgrade",
-    "Expect",
-];
-
 /// Maximum number of consecutive renewals without an accepted key.
 const MAX_REJECTED_KEYS: u32 = 2;
 
@@ -94,24 +80,6 @@ impl Credentials {
         let configured_headers = settings.headers.iter();
         let configured_headers = configured_headers.map(|(name, value)| (name.as_str(), value));
         for (name, value) in openai_headers.chain(configured_headers) {
-            if CONNECTION_HEADERS
-                .iter()
-                .any(|header| name.eq_ignore_ascii_case(header))
-            {
-                let message = format!(
-                    "`teacher.headers.{name}` cannot be set: the HTTP client controls this header"
-                );
-                return Err(Exit::Usage(message).into());
-            }
-            if name.eq_ignore_ascii_case(header.as_str())
-                && settings.key_source() != KeySource::None
-            {
-                let message = format!(
-                    "`teacher.headers.{name}` is already the header of the key: remove it, or set \
-                     `teacher.api_key_env = \"\"`"
-                );
-                return Err(Exit::Usage(message).into());
-            }
             let setting = format!("teacher.headers.{name}");
             let expanded = expand(&setting, value)?;
             headers.insert(

@@ -42,7 +42,7 @@ impl HttpTeacher {
             },
             completions_url: address.method_url(path),
             address,
-            download_timeout: connection::seconds("timeout_s", settings.timeout_s)?,
+            download_timeout: settings.timeout,
         })
     }
 }

@@ -126,14 +126,13 @@ pub(crate) fn classify_transport_error(error: TransportError) -> AttemptError {
 }
 
 /// Returns the pause before the next attempt after `failures` failed attempts (at least 1): exponential backoff with
-/// full jitter, uniform between 0 and `min(base_s * 2^(failures - 1), max_s)` seconds. `random` is a random number
-/// between 0 and 1.
+/// full jitter, uniform between 0 and `min(base * 2^(failures - 1), max)`. `random` is a random number between 0 and 1.
 ///
 /// See "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
 pub(crate) fn backoff(failures: u32, retry: &config::RetryConfig, random: f64) -> Duration {
     let doublings = failures.saturating_sub(1).min(32);
-    let max_pause_s = retry.max_s.min(retry.base_s * 2f64.powi(doublings as i32));
-    Duration::try_from_secs_f64(max_pause_s * random).unwrap_or_default()
+    let max_pause_s = retry.base.as_secs_f64() * 2f64.powi(doublings as i32);
+    Duration::from_secs_f64(max_pause_s.min(retry.max.as_secs_f64()) * random)
 }
 
 #[cfg(test)]

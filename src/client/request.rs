@@ -10,43 +10,9 @@ use crate::client::response;
 use crate::client::response::completion::{Completion, NoAnswer};
 use crate::client::score_text::ScoringMethod;
 use crate::client::structured_output::StructuredOutput;
-use crate::config::{Config, EndpointConfig};
-use crate::exit::Exit;
+use crate::config::EndpointConfig;
 use crate::prompt::Prompt;
 use crate::prompt::message::Message;
-
-const SAMPLES: &str = "set `prompts.samples` instead, so that each answer has its own record";
-const MAX_TOKENS: &str = "set `sampling.max_tokens` and, for its name in the request, \
-                          `sampling.max_tokens_field`: the budget depends on them";
-
-/// Fields that `sampling.extra` must not contain, since they change the prompt or the cost of a request, each with
-/// advice.
-const RESERVED: [(&str, &str); 14] = [
-    ("n", SAMPLES),
-    ("best_of", SAMPLES),
-    ("num_return_sequences", SAMPLES),
-    ("candidateCount", SAMPLES),
-    ("candidate_count", SAMPLES),
-    ("max_tokens", MAX_TOKENS),
-    ("max_completion_tokens", MAX_TOKENS),
-    ("max_output_tokens", MAX_TOKENS),
-    ("maxOutputTokens", MAX_TOKENS),
-    ("max_new_tokens", MAX_TOKENS),
-    ("max_length", MAX_TOKENS),
-    ("num_predict", MAX_TOKENS),
-    ("messages", "the prompts come from `prompts.source`"),
-    ("model", "set `teacher.model` instead"),
-];
-
-/// Objects in `sampling.extra` whose fields some servers treat as fields of the request.
-const CONTAINERS: [&str; 6] = [
-    "extra_body",
-    "options",
-    "parameters",
-    "generation_config",
-    "generationConfig",
-    "sampling_params",
-];
 
 /// Maximum number of question templates.
 const MAX_TEMPLATES: u32 = 1_000;
@@ -69,48 +35,6 @@ fn message_to_json(message: &Message) -> Value {
     fields.insert("role".into(), message.role.as_str().into());
     fields.insert("content".into(), message.content.as_str().into());
     Value::Object(fields)
-}
-
-/// Validates the settings of requests.
-///
-/// # Errors
-/// [`Exit::Usage`] if no request can be built from them.
-pub(crate) fn check(config: &Config) -> Result<()> {
-    if config.prompts.samples == 0 {
-        let message = "`prompts.samples` must not be 0: set it to 1 or more";
-        return Err(Exit::Usage(message.into()).into());
-    }
-    config.endpoints().iter().try_for_each(check_endpoint)
-}
-
-fn check_endpoint(endpoint: &EndpointConfig) -> Result<()> {
-    check_extra(&endpoint.sampling.extra)?;
-    if endpoint.teacher.model.is_empty() {
-        let message = "set `teacher.model` to the name of the teacher's model";
-        return Err(Exit::Usage(message.into()).into());
-    }
-    Ok(())
-}
-
-/// Rejects fields that change a request in a way that the budget does not account for.
-fn check_extra(extra: &Map<String, Value>) -> Result<()> {
-    let refuse = |field: &str, advice: &str| {
-        let message = format!("`sampling.extra` must not contain `{field}`: {advice}");
-        Err(Exit::Usage(message).into())
-    };
-    for (field, advice) in RESERVED {
-        if extra.contains_key(field) {
-            return refuse(field, advice);
-        }
-    }
-    if extra.get("stream").is_some_and(|stream| stream != false) {
-        let advice = "streaming is not supported; set it to false or remove it";
-        return refuse("stream", advice);
-    }
-    let inner = CONTAINERS
-        .iter()
-        .filter_map(|name| extra.get(*name)?.as_object());
-    inner.into_iter().try_for_each(check_extra)
 }
 
 impl RequestTemplate {
@@ -285,40 +209,5 @@ mod tests {
             body(&teacher(), &sampling, &messages("hi"), 0).to_string(),
             r#"{"model":"m","messages":[{"role":"user","content":"hi"}],"max_tokens":512}"#
         );
-    }
-
-    #[test]
-    fn invalid_sampling_extra_and_samples_are_rejected() {
-        let good = Config {
-            teacher: teacher(),
-            ..Config::default()
-        };
-        check(&good).unwrap();
-        let refuse = |config: Config, expected: &str| {
-            let error = check(&config).unwrap_err();
-            assert!(error.to_string().contains(expected), "{error}");
-        };
-        for (field, _) in RESERVED {
-            let mut config = good.clone();
-            config.sampling.extra.insert(field.into(), json!(2));
-            refuse(config, &format!("`{field}`"));
-            let mut config = good.clone();
-            let inner = json!({ field: 2 });
-            config.sampling.extra.insert("extra_body".into(), inner);
-            refuse(config, &format!("`{field}`"));
-        }
-        let mut config = good.clone();
-        config.sampling.extra.insert("stream".into(), json!(true));
-        refuse(config, "`stream`");
-        // Reserved names are allowed inside the parameters of a tool.
-        let mut config = good.clone();
-        let tools = json!([{"function": {"parameters": {"properties": {"n": {}, "model": {}}}}}]);
-        config.sampling.extra =
-            Map::from_iter([("stream".into(), json!(false)), ("tools".into(), tools)]);
-        check(&config).unwrap();
-        let mut config = good;
-        config.prompts.samples = 0;
-        refuse(config, "`prompts.samples`");
-        refuse(Config::default(), "`teacher.model`");
     }
 }

@@ -39,7 +39,14 @@ fn show(args: &ShowDataArgs, global: &Global) -> Result<()> {
         (None, Some(_)) => usize::MAX,
         (None, None) => 1,
     };
-    let (shown, skipped) = dataset::show(&config, &selection, &tokenizer, id, limit)?;
+    let (shown, skipped) = dataset::show(
+        &config.data,
+        &config.run_dir,
+        &selection,
+        &tokenizer,
+        id,
+        limit,
+    )?;
     if shown.is_empty() {
         bail!(Exit::Usage(match id {
             Some(id) => format!(

@@ -4,11 +4,9 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::cli::{Global, TrainArgs};
-use crate::harvest::scorer::ScoringStats;
-use crate::prompt::Prompt;
-use crate::signal::StopFlag;
+use crate::data::text_scorer::TextScorer;
+use crate::harvest::scorer::{EndpointScorer, ScoringStats};
 use crate::terminal::{format_count, format_dollars, sanitise, table};
-use crate::train::on_policy::TextScorer;
 use crate::train::summary::StartMode;
 use crate::train::{self, TrainOptions};
 
@@ -26,11 +24,10 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
         force: args.force,
         quiet: global.json,
     };
-    let judge = crate::harvest::scorer::TextScorer::new(&config, options.quiet)?;
-    let mut scorer = judge.map(EndpointScorer);
+    let mut scorer = EndpointScorer::new(&config, options.quiet)?;
     let text_scorer = scorer.as_mut().map(|scorer| scorer as &mut dyn TextScorer);
     let summary = train::run_with_scorer(&config, options, text_scorer)?;
-    let scoring_stats = scorer.as_ref().map(|scorer| scorer.0.stats());
+    let scoring_stats = scorer.as_ref().map(EndpointScorer::stats);
     if global.json {
         return super::print_json(
             &json!({ "version": 1, "summary": summary, "judged": scoring_stats }),
@@ -81,15 +78,6 @@ pub fn run(args: &TrainArgs, global: &Global) -> Result<()> {
         "{}\n{changes}",
         sanitise(&summary.data.to_string())
     ))
-}
-
-/// Scores the student's answers with the endpoint of the config.
-struct EndpointScorer(crate::harvest::scorer::TextScorer);
-
-impl TextScorer for EndpointScorer {
-    fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
-        self.0.score(texts, stop)
-    }
 }
 
 /// Table rows about the requests to the judge.

@@ -1,6 +1,6 @@
 //! Settings of the training data.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -105,6 +105,12 @@ pub enum Thinking {
 }
 
 impl DataConfig {
+    /// Cache folder with the answers to train on, for a run in `run_dir`.
+    pub fn cache_folder(&self, run_dir: &Path) -> PathBuf {
+        let own = || run_dir.join("cache");
+        self.cache.clone().unwrap_or_else(own)
+    }
+
     /// The same settings with `max_length` limited to the context length of a model.
     pub fn within(&self, context: usize) -> DataConfig {
         DataConfig {

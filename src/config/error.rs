@@ -1,11 +1,35 @@
 //! Error messages for mistakes in a TOML file, with their position and a hint.
 
+use std::ops::Range;
 use std::path::Path;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
 
 use crate::exit::Exit;
 
 /// Maximum number of valid keys that a message lists.
 const MAX_LISTED_KEYS: usize = 12;
+
+/// A mistake in the value of a setting.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Mistake {
+    /// `section.key`.
+    pub key: &'static str,
+    /// Index of the entry of `[[teachers]]` that the mistake is in.
+    pub teacher: Option<usize>,
+    pub message: String,
+}
+
+impl Mistake {
+    pub(crate) fn new(key: &'static str, message: impl Into<String>) -> Mistake {
+        Mistake {
+            key,
+            teacher: None,
+            message: message.into(),
+        }
+    }
+}
 
 /// Formats an error in `text`, the content of `path`, with file, line and column. For an unknown key the message names
 /// the nearest valid key, or ends with `otherwise`.
@@ -15,12 +39,9 @@ pub(crate) fn describe(
     error: &toml::de::Error,
     otherwise: &str,
 ) -> anyhow::Error {
-    let place = error.span().map_or(String::new(), |span| {
-        let before = &text[..span.start.min(text.len())];
-        let line = before.matches('\n').count() + 1;
-        let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
-        format!(":{line}:{column}")
-    });
+    let place = error
+        .span()
+        .map_or(String::new(), |span| line_and_column(text, span.start));
     let message = error.message();
     // serde's message: unknown field `x`, expected one of `a`, `b`
     let hint = match message.strip_prefix("unknown field `") {
@@ -42,7 +63,69 @@ pub(crate) fn describe(
         }
         None => message.replace('\n', " "),
     };
-    usage(format!("{}{place}: {hint}", path.display()))
+    let key = error
+        .span()
+        .and_then(|span| key_at(text, &span))
+        .map_or(String::new(), |key| format!("{key}: "));
+    usage(format!("{}{place}: {key}{hint}", path.display()))
+}
+
+/// Formats the position of a byte as `:line:column`, both from 1.
+pub(crate) fn line_and_column(text: &str, byte: usize) -> String {
+    let before = &text[..byte.min(text.len())];
+    let line = before.matches('\n').count() + 1;
+    let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+    format!(":{line}:{column}")
+}
+
+/// Returns the byte at which the value of a key starts in a TOML file; `keys` are the names of the tables and the key.
+/// In an array of tables, `entry` is the index of the table. None if the file does not set the key.
+pub(crate) fn position(text: &str, keys: &[&str], entry: Option<usize>) -> Option<usize> {
+    let document = DeTable::parse(text).ok()?;
+    let mut table = document.get_ref();
+    let (last, sections) = keys.split_last()?;
+    for section in sections {
+        table = match table.get(*section)?.get_ref() {
+            DeValue::Table(table) => table,
+            DeValue::Array(tables) => tables.get(entry?)?.get_ref().as_table()?,
+            _ => return None,
+        };
+    }
+    Some(table.get(*last)?.span().start)
+}
+
+/// Returns the `section.key` of the value at `span`. None if the text is not TOML, or no value stands there.
+fn key_at(text: &str, span: &Range<usize>) -> Option<String> {
+    let document = DeTable::parse(text).ok()?;
+    let mut keys = Vec::new();
+    key_in_table(document.get_ref(), span, &mut keys).then(|| keys.join("."))
+}
+
+/// Appends the names of tables and key that lead to the value at `span`. Returns false if the table does not hold it.
+/// The span of a table is that of its header, so all tables are searched.
+fn key_in_table<'t>(table: &'t DeTable, span: &Range<usize>, keys: &mut Vec<&'t str>) -> bool {
+    let is_at = |value: &Spanned<DeValue>| {
+        let place = value.span();
+        place.start <= span.start && span.end <= place.end
+    };
+    for (key, value) in table {
+        keys.push(key.get_ref());
+        let found = match value.get_ref() {
+            DeValue::Table(table) => key_in_table(table, span, keys),
+            DeValue::Array(entries) => {
+                let mut tables = entries
+                    .iter()
+                    .filter_map(|entry| entry.get_ref().as_table());
+                tables.any(|table| key_in_table(table, span, keys)) || is_at(value)
+            }
+            _ => is_at(value),
+        };
+        if found {
+            return true;
+        }
+        keys.pop();
+    }
+    false
 }
 
 /// Returns `; did you mean ...?` if a candidate is similar to `word`, else `; ` and `otherwise`.

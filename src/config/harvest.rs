@@ -1,10 +1,14 @@
 //! Settings of `distill harvest`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use jiff::civil::Date;
+use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::parsed::{DailyWindow, Deadline, Parsed, seconds};
 use super::redis_url::RedisUrl;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -190,21 +194,24 @@ impl Default for LimitsConfig {
 pub struct RetryConfig {
     /// Maximum number of attempts for a request with transient failures (5xx, timeout, reset).
     pub max_attempts: u32,
-    /// First pause in seconds; each further one doubles, with full jitter.
-    pub base_s: f64,
-    /// Longest pause in seconds.
-    pub max_s: f64,
-    /// Seconds without a success after which the run stops (exit 4).
-    pub max_outage_s: f64,
+    /// First pause; each further one doubles, with full jitter.
+    #[serde(rename = "base_s", with = "seconds")]
+    pub base: Duration,
+    /// Longest pause.
+    #[serde(rename = "max_s", with = "seconds")]
+    pub max: Duration,
+    /// Time without a success after which the run stops (exit 4).
+    #[serde(rename = "max_outage_s", with = "seconds")]
+    pub max_outage: Duration,
 }
 
 impl Default for RetryConfig {
     fn default() -> Self {
         Self {
             max_attempts: 6,
-            base_s: 0.5,
-            max_s: 60.0,
-            max_outage_s: 1800.0,
+            base: Duration::from_millis(500),
+            max: Duration::from_secs(60),
+            max_outage: Duration::from_secs(1_800),
         }
     }
 }
@@ -217,12 +224,12 @@ pub struct Price {
     pub cached_input: Option<f64>,
     pub output: Option<f64>,
     /// Day on which these prices were looked up, `YYYY-MM-DD`.
-    pub as_of: Option<String>,
+    pub as_of: Option<Parsed<Date>>,
 }
 
 impl Price {
     /// The prices multiplied by `share`.
-    pub fn at(&self, share: f64) -> Price {
+    pub fn discounted(&self, share: f64) -> Price {
         let at = |price: Option<f64>| price.map(|price| price * share);
         Price {
             input: at(self.input),
@@ -246,11 +253,11 @@ pub struct BudgetConfig {
 pub struct ScheduleConfig {
     pub mode: RequestMode,
     /// Daily window in which requests are sent, such as `"22:00-06:30"`.
-    pub window: Option<String>,
+    pub window: Option<Parsed<DailyWindow>>,
     /// End of the run: the next `"06:30"`, a date and time, or an RFC 3339 time stamp.
-    pub deadline: Option<String>,
+    pub deadline: Option<Parsed<Deadline>>,
     /// Time zone of these times, such as `Europe/Berlin`; this machine's by default.
-    pub timezone: Option<String>,
+    pub timezone: Option<Parsed<TimeZone>>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -276,7 +283,9 @@ pub struct BatchConfig {
     pub enqueued_tokens: Option<u64>,
     /// Value of the field `completion_window` of the Batch API.
     pub completion_window: String,
-    pub poll_s: f64,
+    /// Time between two polls of a batch.
+    #[serde(rename = "poll_s", with = "seconds")]
+    pub poll: Duration,
     /// Price of an answer in a batch, as a share of `[price]`.
     pub discount: f64,
 }
@@ -289,7 +298,7 @@ impl Default for BatchConfig {
             max_output_gigabytes: 4.0,
             enqueued_tokens: None,
             completion_window: "24h".into(),
-            poll_s: 30.0,
+            poll: Duration::from_secs(30),
             discount: 0.5,
         }
     }

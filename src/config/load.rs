@@ -7,11 +7,15 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use toml::{Table, Value};
 
+use super::error::Mistake;
 use super::settings::Config;
-use super::validate::validate;
-use crate::config::error::{describe, nearest, usage};
+use crate::config::error::{describe, line_and_column, nearest, position, usage};
 
 const PREFIX: &str = "DISTILL_";
+/// Origin of a value in the config file.
+const FROM_FILE: &str = "file";
+/// Origin of a value in a `--set` flag.
+const FROM_FLAG: &str = "flag";
 /// Hint of the messages about unknown keys.
 const KEYS_HINT: &str = "`distill config show` lists every key";
 
@@ -44,10 +48,10 @@ pub fn load(
         match value {
             Value::Table(keys) => origins.extend(
                 keys.keys()
-                    .map(|key| (format!("{section}.{key}"), "file".to_string())),
+                    .map(|key| (format!("{section}.{key}"), FROM_FILE.to_string())),
             ),
             _ => {
-                origins.insert(section.clone(), "file".into());
+                origins.insert(section.clone(), FROM_FILE.into());
             }
         }
     }
@@ -88,7 +92,7 @@ pub fn load(
         }
         set(&mut table, key, value);
         check_value(key, value, "--set")?;
-        origins.insert(key.to_string(), "flag".into());
+        origins.insert(key.to_string(), FROM_FLAG.into());
     }
     complete_teachers(&mut table);
     let mut config = Config::deserialize(table)
@@ -97,8 +101,42 @@ pub fn load(
     resolve_paths(&mut config, folder);
     config.file = Some(path.to_owned());
     config.flags = flags.to_vec();
-    validate(&config)?;
+    if let Err(mistake) = config.validate() {
+        let origin = origin(path, &text, &origins, &mistake);
+        return Err(usage(format!("{origin}: {}", mistake.message)));
+    }
     Ok(LoadedConfig { config, origins })
+}
+
+/// Returns the place of the setting that a mistake is in: flag, environment variable, or position in the file.
+fn origin(
+    path: &Path,
+    text: &str,
+    origins: &BTreeMap<String, String>,
+    mistake: &Mistake,
+) -> String {
+    let key: Vec<&str> = mistake.key.split('.').collect();
+    let in_file = |keys: &[&str], entry: Option<usize>| {
+        let start = position(text, keys, entry)?;
+        Some(format!(
+            "{}{}",
+            path.display(),
+            line_and_column(text, start)
+        ))
+    };
+    // A section of a teacher's own has the name of the common section.
+    let own = if key[0] == "teacher" { &key[1..] } else { &key };
+    let in_list = mistake
+        .teacher
+        .and_then(|entry| in_file(&[&["teachers"], own].concat(), Some(entry)));
+    let in_teacher = || in_file(&[&["teacher"], own].concat(), None);
+    match origins.get(mistake.key).map(String::as_str) {
+        _ if in_list.is_some() => in_list,
+        Some(FROM_FILE) | None => in_file(&key, None).or_else(in_teacher),
+        Some(FROM_FLAG) => Some("--set".to_owned()),
+        Some(variable) => Some(variable.to_owned()),
+    }
+    .unwrap_or_else(|| path.display().to_string())
 }
 
 /// Parses the text of a config file, without the environment and without validation.

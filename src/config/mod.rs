@@ -13,16 +13,22 @@
 //! | `harvest` | `[prompts]` to `[cache]`: requests, limits, prices, schedule |
 //! | `student` | `[student]`, `[loss]`, `[lora]`, `[train]`, `[on_policy]`, `[eval]` |
 //! | `data` | `[data]`: selection of the training data |
+//! | `request_fields` | fields that `sampling.extra` must not contain |
+//! | `address` | checks of the endpoint's address and headers |
+//! | `parsed` | settings that are written as text: patterns, times, dates |
 //! | `redis_url` | address of a Redis server that never shows its password |
 //!
 //! Invariants: `config.example.toml` has every key with its default (a test compares them); the names and the order
 //! of the `train` and `loss` fields are part of the checkpoint fingerprint; no message repeats an API key.
 
+pub(crate) mod address;
 pub(crate) mod data;
 pub(crate) mod error;
 pub(crate) mod harvest;
 pub mod load;
+pub(crate) mod parsed;
 pub(crate) mod redis_url;
+pub(crate) mod request_fields;
 pub(crate) mod settings;
 pub(crate) mod student;
 pub(crate) mod teacher;
@@ -31,6 +37,7 @@ pub(crate) mod validate;
 pub use data::*;
 pub use harvest::*;
 pub use load::{LoadedConfig, load, parse};
+pub use parsed::{DailyWindow, Deadline, ParseSetting, Parsed};
 pub use redis_url::{CANNOT_SHARE, RedisUrl};
 pub use settings::*;
 pub use student::*;

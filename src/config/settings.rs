@@ -1,8 +1,9 @@
 //! The whole config, and values derived from several sections. `config.example.toml` documents every setting.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::data::*;
 use super::harvest::*;
@@ -74,53 +75,89 @@ impl Config {
         teachers.iter().map(endpoint).collect()
     }
 
-    /// The same settings with the prices of batches.
-    pub fn at_batch_prices(&self) -> Config {
-        let mut config = self.clone();
-        let discount = self.batch.discount;
-        config.price = self.price.at(discount);
-        for teacher in config.teachers.iter_mut().chain([&mut config.teacher]) {
-            teacher.price = teacher.price.as_ref().map(|price| price.at(discount));
-        }
-        config
-    }
-
-    /// The same settings with the concurrency of the endpoints scaled down to a total of about `max_in_flight`.
-    pub fn with_at_most_in_flight(&self, max_in_flight: usize) -> Config {
-        let total: usize = self
-            .endpoints()
-            .iter()
-            .map(|endpoint| endpoint.limits.concurrency)
-            .sum();
-        let scale = |limits: &mut LimitsConfig| {
-            limits.concurrency = (limits.concurrency * max_in_flight / total.max(1)).max(1);
-        };
-        let mut config = self.clone();
-        scale(&mut config.limits);
-        for teacher in config.teachers.iter_mut().chain([&mut config.teacher]) {
-            teacher.limits.iter_mut().for_each(scale);
-        }
-        config
-    }
-
     /// Cache folder of this run, which `harvest` writes.
     pub fn own_cache(&self) -> PathBuf {
         self.run_dir.join("cache")
     }
 
-    /// Run folder, within `run_dir`, for an endpoint's scores of the student's own answers.
-    pub fn judged_dir(&self) -> PathBuf {
-        self.run_dir.join("judged")
-    }
-
     /// Cache folder that `train` and `eval` read.
     pub fn training_cache(&self) -> PathBuf {
-        self.data.cache.clone().unwrap_or_else(|| self.own_cache())
+        self.data.cache_folder(&self.run_dir)
     }
 
     /// Model folder that `train` writes the student to.
     pub fn student_dir(&self) -> PathBuf {
         self.run_dir.join("student")
+    }
+}
+
+/// Returns the run folder of an endpoint's scores of the student's own answers, within the folder of a run.
+pub fn scores_dir(run_dir: &Path) -> PathBuf {
+    run_dir.join("judged")
+}
+
+impl Config {
+    /// Settings that the trained weights depend on, as JSON. `train.steps` must hold the number of steps of the run.
+    /// Names and order of the fields are hashed.
+    pub fn checkpoint_inputs(&self) -> Value {
+        let settings = TrainConfig {
+            // These do not affect the weights.
+            eval_every: 0,
+            checkpoint_every: 0,
+            keep_checkpoints: 0,
+            patience: 0,
+            epochs: 0.0,
+            threads: 0,
+            activation_checkpointing: false,
+            ..self.train.clone()
+        };
+        let teacher = &self.teacher;
+        let has_remote_judge = self.train.on_policy && self.on_policy.judge != ScoredBy::Local;
+        let judge = has_remote_judge.then_some((&teacher.base_url, &teacher.model));
+        // Contents of files are hashed, their paths are not.
+        let student = StudentConfig {
+            path: PathBuf::new(),
+            ..self.student.clone()
+        };
+        let on_policy = OnPolicyConfig {
+            tokenizer: None,
+            ..self.on_policy.clone()
+        };
+        json!({
+            "train": settings,
+            "loss": &self.loss,
+            "lora": &self.lora,
+            "student": student,
+            "teacher": { "cotrain": teacher.cotrain, "cotrain_rate": teacher.cotrain_rate },
+            "on_policy": on_policy,
+            "judge": judge,
+        })
+    }
+
+    /// Settings that select the examples, without paths, as JSON.
+    pub fn example_settings(&self) -> Value {
+        let teacher = &self.teacher;
+        let mut settings = json!({
+            "data": &self.data,
+            "prompts": &self.prompts,
+            "sampling": &self.sampling,
+            "teacher": { "base_url": &teacher.base_url, "model": &teacher.model, "name": &teacher.name },
+        });
+        for (section, file) in [
+            ("data", "source"),
+            ("data", "cache"),
+            ("data", "teacher_tokenizer"),
+            ("prompts", "source"),
+        ] {
+            settings[section][file] = Value::Null;
+        }
+        settings
+    }
+
+    /// Returns true if training uses the soft labels of a cache.
+    pub fn uses_cached_soft_labels(&self) -> bool {
+        let is_from_cache = self.data.source.is_none() && self.teacher.local.is_none();
+        self.loss.kd != KdMode::None && is_from_cache
     }
 }
 

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use regex::Regex;
 use serde::{Deserialize, Serialize};
+
+use super::parsed::Parsed;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -176,7 +179,7 @@ pub struct LoraConfig {
     /// The output of an adapter is multiplied by `alpha` / `rank`.
     pub alpha: f64,
     /// Linear layers that get an adapter, as regular expressions for a part of the name; empty for all.
-    pub targets: Vec<String>,
+    pub targets: Vec<Parsed<Regex>>,
 }
 
 impl Default for LoraConfig {
@@ -211,9 +214,9 @@ pub struct TrainConfig {
     pub decay_share: f64,
     pub weight_decay: f64,
     /// Parameters without weight decay, besides norms and biases, as regular expressions for a part of the name.
-    pub no_decay: Vec<String>,
+    pub no_decay: Vec<Parsed<Regex>>,
     /// Parameters that are not trained, as regular expressions for a part of the name.
-    pub freeze: Vec<String>,
+    pub freeze: Vec<Parsed<Regex>>,
     pub beta1: f64,
     pub beta2: f64,
     pub epsilon: f64,

@@ -4,13 +4,14 @@ use crate::config::error::SHORTEST_KEY;
 use crate::config::error::hide_keys;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::harvest::{LimitsConfig, Price, SamplingConfig};
 use crate::config;
-use crate::config::error::usage;
+use crate::config::error::Mistake;
+use crate::config::parsed::seconds;
 
 const DEFAULT_VARIABLE: &str = "OPENAI_API_KEY";
 
@@ -45,9 +46,11 @@ pub struct TeacherConfig {
     pub ca_file: Option<PathBuf>,
     /// PEM file of a client certificate with its private key.
     pub client_certificate: Option<PathBuf>,
-    pub connect_timeout_s: f64,
+    #[serde(rename = "connect_timeout_s", with = "seconds")]
+    pub connect_timeout: Duration,
     /// Timeout for the whole answer. Generous, since a request that timed out may have been billed.
-    pub timeout_s: f64,
+    #[serde(rename = "timeout_s", with = "seconds")]
+    pub timeout: Duration,
     /// Model folder of a teacher on this machine. `distill train` uses its full distributions as soft labels, instead
     /// of the logprobs in the cache.
     pub local: Option<PathBuf>,
@@ -101,8 +104,8 @@ impl Default for TeacherConfig {
             allow_http: AllowHttp::No,
             ca_file: None,
             client_certificate: None,
-            connect_timeout_s: 10.0,
-            timeout_s: 600.0,
+            connect_timeout: Duration::from_secs(10),
+            timeout: Duration::from_secs(600),
             local: None,
             cotrain: false,
             cotrain_rate: 1.0,
@@ -170,26 +173,26 @@ impl TeacherConfig {
     /// Checks the API key settings. The messages never repeat a value that may be a key.
     ///
     /// # Errors
-    /// [`crate::exit::Exit::Usage`] for several sources of the key, or a key in a field for other values.
-    pub fn check(&self) -> Result<()> {
+    /// If the key has several sources, or stands in a field for other values.
+    pub(crate) fn check(&self) -> Result<(), Mistake> {
         let sources = [
             self.api_key_command.is_some(),
             self.api_key_file.is_some(),
             !self.api_key_env.is_empty() && self.api_key_env != DEFAULT_VARIABLE,
         ];
         if sources.into_iter().filter(|is_set| *is_set).count() > 1 {
-            return Err(usage(
+            return Err(Mistake::new(
+                "teacher.api_key_env",
                 "the API key has several sources: set only one of teacher.api_key_env, api_key_file and \
-                 api_key_command"
-                    .into(),
+                 api_key_command",
             ));
         }
         if !self.api_key_env.is_empty() && !is_name(&self.api_key_env) {
-            return Err(usage(
+            return Err(Mistake::new(
+                "teacher.api_key_env",
                 "teacher.api_key_env must be the name of the environment variable that holds the key; its value \
                  is not a valid name (it is not repeated here, as it may be the key itself): run \
-                 `export TEACHER_KEY=...` and set teacher.api_key_env = \"TEACHER_KEY\""
-                    .into(),
+                 `export TEACHER_KEY=...` and set teacher.api_key_env = \"TEACHER_KEY\"",
             ));
         }
         for (name, value) in &self.headers {
@@ -199,18 +202,19 @@ impl TeacherConfig {
             if (is_secret && value.len() >= SHORTEST_KEY || looks_like_key(value))
                 && !value.contains("${")
             {
-                return Err(usage(format!(
+                let message = format!(
                     "teacher.headers.{name} seems to contain a key (it is not repeated here): put it \
                      into an environment variable and write ${{NAME}} in its place"
-                )));
+                );
+                return Err(Mistake::new("teacher.headers", message));
             }
         }
         let in_query = self.query.values().find(|value| looks_like_key(value));
         if in_query.is_some() || looks_like_key(&self.base_url) {
-            return Err(usage(
+            return Err(Mistake::new(
+                "teacher.base_url",
                 "teacher.base_url or teacher.query seems to contain a key (it is not repeated here): \
-                 put it into an environment variable and write ${NAME} in its place"
-                    .into(),
+                 put it into an environment variable and write ${NAME} in its place",
             ));
         }
         Ok(())
@@ -260,7 +264,7 @@ mod tests {
                 api_key_env: value.into(),
                 ..TeacherConfig::default()
             };
-            let error = teacher.check().unwrap_err().to_string();
+            let error = teacher.check().unwrap_err().message;
             assert!(
                 !error.contains(value) && error.contains("export"),
                 "{error}"
@@ -297,7 +301,7 @@ mod tests {
         let error = with(|teacher| {
             teacher.headers = BTreeMap::from([("X-Api-Key".into(), "0123456789abcdef0123".into())]);
         });
-        assert!(!error.unwrap_err().to_string().contains(secret));
+        assert!(!error.unwrap_err().message.contains(secret));
         let teacher = TeacherConfig {
             headers: header("X-Api-Key", "${GATEWAY_KEY}"),
             ..TeacherConfig::default()

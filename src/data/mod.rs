@@ -30,3 +30,4 @@ pub mod prepared;
 pub mod report;
 pub(crate) mod sample_trie;
 pub(crate) mod sampling;
+pub mod text_scorer;

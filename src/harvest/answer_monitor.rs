@@ -8,8 +8,9 @@ use std::collections::{HashMap, HashSet};
 
 use crate::cache::record::Status;
 use crate::config;
-use crate::config::{Config, OnMissingLogprobs};
+use crate::config::OnMissingLogprobs;
 use crate::harvest::run_error;
+use crate::plan::run_settings::RunSettings;
 
 /// Number of consecutive answers with the same fault after which a note is shown.
 const NOTE_AFTER: u32 = 20;
@@ -58,10 +59,13 @@ pub(crate) struct AnswerMonitor {
 }
 
 impl AnswerMonitor {
-    pub(crate) fn from_config(settings: &config::EndpointConfig, config: &Config) -> AnswerMonitor {
-        let on_missing = config.harvest.on_missing_logprobs;
-        let mut monitor = AnswerMonitor::new(settings, on_missing, config.budget.usd.is_some());
-        if config.data.teacher_tokenizer.is_some() {
+    pub(crate) fn from_settings(
+        settings: &config::EndpointConfig,
+        run: &RunSettings,
+    ) -> AnswerMonitor {
+        let has_budget = run.budget_usd.is_some();
+        let mut monitor = AnswerMonitor::new(settings, run.on_missing_logprobs, has_budget);
+        if run.has_teacher_tokenizer {
             monitor.token_ids = None;
         }
         monitor
@@ -333,9 +337,10 @@ mod tests {
             ..good(0)
         };
         let notes = |teacher_tokenizer: Option<&str>| {
-            let mut config = Config::default();
+            let mut config = crate::config::Config::default();
             config.data.teacher_tokenizer = teacher_tokenizer.map(Into::into);
-            let mut monitor = AnswerMonitor::from_config(&upstream(), &config);
+            let mut monitor =
+                AnswerMonitor::from_settings(&upstream(), &RunSettings::new(&config).unwrap());
             assert!(monitor.check(&good(0)).is_empty());
             monitor.check(&facts).len() + monitor.check(&facts).len()
         };

@@ -11,8 +11,7 @@ use crate::budget::dollars::Dollars;
 use crate::budget::ledger::LedgerStore;
 use crate::cache;
 use crate::client::http::HttpTeacher;
-use crate::client::request;
-use crate::config::{Config, RequestMode, StudentConfig, StudentInit};
+use crate::config::{RequestMode, ScheduleConfig, StudentConfig, StudentInit};
 use crate::exit::Exit;
 use crate::harvest::options::HarvestOptions;
 use crate::harvest::window::{RequestWindow, WindowState};
@@ -22,31 +21,35 @@ use crate::plan::estimate::Estimate;
 use crate::plan::prepare::{
     check_fits, check_money, prompts, request_templates, sample_stats, unused_answers,
 };
+use crate::plan::run_settings::RunSettings;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, PlanScope};
 use crate::report::summary::HarvestSummary;
 use crate::signal::StopFlag;
 use crate::terminal::format_dollars;
 
-/// Returns a summary with the estimate and the warnings; its error is the first failed check.
-pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSummary> {
-    check(config, options)?;
-    let is_batch = config.schedule.mode == RequestMode::Batch;
-    let config = &if is_batch {
-        config.at_batch_prices()
+/// Returns a summary with the estimate and the warnings.
+///
+/// # Errors
+/// The first check that fails.
+pub(crate) fn run(settings: RunSettings, options: &HarvestOptions) -> Result<HarvestSummary> {
+    check(&settings, options)?;
+    let is_batch = settings.schedule.mode == RequestMode::Batch;
+    let settings = &if is_batch {
+        settings.at_batch_prices()
     } else {
-        config.clone()
+        settings
     };
-    let prompts = prompts(&config.prompts, options.limit, &StopFlag::default())?;
-    let dir = config.own_cache();
-    let cached = crate::cache::open::peek(&dir)?;
-    let stats = sample_stats(&dir)?;
-    let templates = request_templates(config, &[])?;
-    let unanswered = Unanswered::load(&config.run_dir)?;
+    let prompts = prompts(&settings.prompts, options.limit, &StopFlag::default())?;
+    let dir = &settings.cache_dir;
+    let cached = crate::cache::open::peek(dir)?;
+    let stats = sample_stats(dir)?;
+    let templates = request_templates(&settings.endpoints, &[])?;
+    let unanswered = Unanswered::load(&settings.run_dir)?;
     let mut past = cached.past.clone();
     past.has_schema_1 |=
-        crate::harvest::batch::journal::is_under_way(&config.run_dir)? || !unanswered.is_empty();
-    let max_attempts = config.retry.max_attempts;
+        crate::harvest::batch::journal::is_under_way(&settings.run_dir)? || !unanswered.is_empty();
+    let max_attempts = settings.retry.max_attempts;
     let row_status = |key: &str| Ok(unanswered.row_status(key, cached.contains(key), max_attempts));
     let plan = if options.again.is_empty() {
         let scope = PlanScope {
@@ -56,41 +59,46 @@ pub(crate) fn run(config: &Config, options: &HarvestOptions) -> Result<HarvestSu
         Plan::new(
             prompts,
             templates,
-            &config.prompts,
+            &settings.prompts,
             scope,
             &past,
             row_status,
         )?
     } else {
-        again::select(config, &options.again, options.shard, &prompts, &unanswered)?.plan
+        again::select(
+            settings,
+            &options.again,
+            options.shard,
+            &prompts,
+            &unanswered,
+        )?
+        .plan
     };
     for upstream in 0..plan.rows_by_endpoint.len() {
-        check_fits(config, &plan, upstream)?;
+        check_fits(settings.budget_usd, &plan, upstream)?;
     }
     let mut estimate = Estimate::new(&plan, &stats, cached.bytes_per_record());
     if is_batch {
         estimate.minutes = 0.0;
         estimate.batches = Some(crate::harvest::batch::outlook::estimate_batches(
-            config, &plan,
+            settings, &plan,
         )?);
     }
     if options.again.is_empty() {
-        estimate.cached = unused_answers(&dir, &plan, cached.len(), &StopFlag::default())?;
+        estimate.cached = unused_answers(dir, &plan, cached.len(), &StopFlag::default())?;
     }
     estimate.first_request = first_request(&plan);
     let mut summary = HarvestSummary {
         pending: plan.rows.len() as u64,
         estimate: Some(estimate),
-        arguments: config.arguments(),
+        arguments: settings.arguments.clone(),
         ..HarvestSummary::from_plan(&plan, &unanswered)
     };
     summary.warnings.extend(plan.repeats_warning());
-    let cached_usd = cached.cost_usd + scorer::scoring_cost_usd(config)?;
-    let account = run_files::open_read_only(config, cached_usd)?;
+    let cached_usd = cached.cost_usd + scorer::scoring_cost_usd(&settings.run_dir)?;
+    let account = run_files::open_read_only(settings, cached_usd)?;
     add_budget_warnings(&mut summary, &plan, &account);
-    add_wait_warnings(&mut summary, config, &plan, account)?;
-    // Reported in the summary, so that the estimate is shown too.
-    summary.error = check_student(config).err();
+    add_wait_warnings(&mut summary, &settings.schedule, &plan, account)?;
     Ok(summary)
 }
 
@@ -144,19 +152,19 @@ fn cheapest<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Option<Dollars
 /// Adds a warning for each wait with which a run started now would begin.
 fn add_wait_warnings<S: LedgerStore>(
     summary: &mut HarvestSummary,
-    config: &Config,
+    schedule: &ScheduleConfig,
     plan: &Plan,
     mut account: Account<S>,
 ) -> Result<()> {
     let now = jiff::Timestamp::now();
-    let schedule = RequestWindow::new(&config.schedule, now)?;
-    if let WindowState::Closed(until) = schedule.state(now) {
+    let window = RequestWindow::new(schedule, now)?;
+    if let WindowState::Closed(until) = window.state(now) {
         summary.warnings.push(format!(
             "outside the window: a run started now waits until {}",
-            schedule.show(until)
+            window.show(until)
         ));
     }
-    if config.schedule.mode == RequestMode::Batch {
+    if schedule.mode == RequestMode::Batch {
         return Ok(());
     }
     for (template, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
@@ -167,7 +175,7 @@ fn add_wait_warnings<S: LedgerStore>(
             summary.warnings.push(format!(
                 "`limits.requests_per_day` of {} is used up: a run started now waits until {}",
                 template.endpoint.teacher.label(),
-                schedule.show(until)
+                window.show(until)
             ));
         }
     }
@@ -175,34 +183,32 @@ fn add_wait_warnings<S: LedgerStore>(
 }
 
 /// Makes the checks of a run.
-fn check(config: &Config, options: &HarvestOptions) -> Result<()> {
-    request::check(config)?;
-    for upstream in config.endpoints() {
+fn check(settings: &RunSettings, options: &HarvestOptions) -> Result<()> {
+    for upstream in &settings.endpoints {
         HttpTeacher::new(&upstream.teacher)?;
     }
     let now = jiff::Timestamp::now();
-    RequestWindow::new(&config.schedule, now)?.check_not_over(now)?;
-    if config.run_dir.exists() && !config.run_dir.is_dir() {
-        let message = format!("`run_dir` = {} is a file", config.run_dir.display());
+    RequestWindow::new(&settings.schedule, now)?.check_not_over(now)?;
+    if settings.run_dir.exists() && !settings.run_dir.is_dir() {
+        let message = format!("`run_dir` = {} is a file", settings.run_dir.display());
         return Err(Exit::Usage(message).into());
     }
-    check_money(config, options.shard, now)?;
-    if config.schedule.mode == RequestMode::Realtime {
-        crate::harvest::batch::journal::check_none_under_way(&config.run_dir)?;
+    check_money(settings, options.shard, now)?;
+    if settings.schedule.mode == RequestMode::Realtime {
+        crate::harvest::batch::journal::check_none_under_way(&settings.run_dir)?;
     }
-    cache::open_file::check_nothing_displaced(&config.own_cache())
+    cache::open_file::check_nothing_displaced(&settings.cache_dir)
 }
 
 /// Checks that the student, if one is configured, can be trained.
-fn check_student(config: &Config) -> Result<()> {
-    let folder = config.file.as_deref().and_then(Path::parent);
+pub(crate) fn check_student(student: &StudentConfig, config_file: Option<&Path>) -> Result<()> {
+    let folder = config_file.and_then(Path::parent);
     let unset = StudentConfig {
         path: folder
             .unwrap_or(Path::new(""))
             .join(StudentConfig::default().path),
         ..StudentConfig::default()
     };
-    let student = &config.student;
     if *student == unset {
         return Ok(());
     }

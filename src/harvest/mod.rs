@@ -45,7 +45,6 @@ pub(crate) mod upstream;
 pub(crate) mod window;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Result;
 use tokio::sync::Notify;
@@ -66,6 +65,7 @@ use crate::plan::again;
 use crate::plan::prepare::{
     check_endpoints, check_money, open_cache, prompts, request_templates, unused_answers,
 };
+use crate::plan::run_settings::RunSettings;
 use crate::plan::shard::Shard;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, PlanScope, RowStatus};
@@ -88,7 +88,10 @@ use dispatch::Dispatcher;
 /// If the run cannot start, or an answer cannot be recorded.
 pub async fn run(config: &Config, options: HarvestOptions) -> Result<HarvestSummary> {
     if options.dry_run {
-        dry_run::run(config, &options)
+        let mut summary = dry_run::run(RunSettings::new(config)?, &options)?;
+        // Reported in the summary, so that the estimate is shown too.
+        summary.error = dry_run::check_student(&config.student, config.file.as_deref()).err();
+        Ok(summary)
     } else {
         run_until(config, options, Signals::listen()?).await
     }
@@ -100,10 +103,9 @@ pub async fn run_until(
     options: HarvestOptions,
     signals: Signals,
 ) -> Result<HarvestSummary> {
-    crate::client::request::check(config)?;
-    let config = &cap_concurrency(config);
-    let upstreams = config.endpoints();
-    let teachers = upstreams.iter().map(|upstream| {
+    let mut settings = RunSettings::new(config)?;
+    cap_concurrency(&mut settings);
+    let teachers = settings.endpoints.iter().map(|upstream| {
         let teacher: Arc<dyn Transport> = Arc::new(HttpTeacher::new(&upstream.teacher)?);
         Ok(teacher)
     });
@@ -113,24 +115,20 @@ pub async fn run_until(
         clock: WallClock::system(),
         storage: crate::cache::storage::plain_storage(),
     };
-    run_in(environment, config, options, signals).await
+    harvest(environment, &settings, options, signals).await
 }
 
-/// Returns the config with its concurrency capped to the number of connections that this process may open.
-fn cap_concurrency(config: &Config) -> Config {
-    let wanted: usize = config
-        .endpoints()
-        .iter()
-        .map(|upstream| upstream.limits.concurrency)
-        .sum();
+/// Caps the concurrency to the number of connections that this process may open.
+fn cap_concurrency(settings: &mut RunSettings) {
+    let wanted = settings.concurrency();
     let Some(most) = process::max_connections().filter(|most| *most < wanted) else {
-        return config.clone();
+        return;
     };
     tracing::warn!(
         "`limits.concurrency` = {wanted} needs as many connections, but this process may open only {most}: \
          at most {most} requests are in flight; raise `ulimit -n` for more"
     );
-    config.with_at_most_in_flight(most)
+    settings.limit_concurrency(most);
 }
 
 /// Network, clock and disk of a run; tests replace them with simulated ones.
@@ -148,45 +146,60 @@ pub async fn run_in(
     options: HarvestOptions,
     signals: Signals,
 ) -> Result<HarvestSummary> {
+    harvest(environment, &RunSettings::new(config)?, options, signals).await
+}
+
+async fn harvest(
+    environment: Environment,
+    settings: &RunSettings,
+    options: HarvestOptions,
+    signals: Signals,
+) -> Result<HarvestSummary> {
     let Environment {
         transports,
         clock,
         storage,
     } = environment;
-    let prompts = prompts(&config.prompts, options.limit, signals.flag())?;
-    let probes = check_endpoints(config)?;
-    check_money(config, options.shard, clock.now())?;
-    let mut unanswered = Unanswered::load(&config.run_dir)?;
-    let is_batch = config.schedule.mode == RequestMode::Batch;
+    let prompts = prompts(&settings.prompts, options.limit, signals.flag())?;
+    let probes = check_endpoints(&settings.run_dir, &settings.endpoints)?;
+    check_money(settings, options.shard, clock.now())?;
+    let mut unanswered = Unanswered::load(&settings.run_dir)?;
+    let is_batch = settings.schedule.mode == RequestMode::Batch;
     let again = if options.again.is_empty() {
         None
-    } else if is_batch && journal::is_under_way(&config.run_dir)? {
+    } else if is_batch && journal::is_under_way(&settings.run_dir)? {
         tracing::warn!(
             "batches are under way: this run waits for them, and `--again` removes nothing from the cache"
         );
         None
     } else {
-        journal::check_none_under_way(&config.run_dir)?;
-        RequestWindow::new(&config.schedule, clock.now())?.check_not_over(clock.now())?;
+        journal::check_none_under_way(&settings.run_dir)?;
+        RequestWindow::new(&settings.schedule, clock.now())?.check_not_over(clock.now())?;
         // An account without a ledger counts the cost of the cache, so it is opened before records are removed.
-        let cached = crate::cache::open::peek(&config.own_cache())?.cost_usd
-            + scorer::scoring_cost_usd(config)?;
-        RunFiles::open(config, cached, Unanswered::default(), clock.clone())?
+        let cached = crate::cache::open::peek(&settings.cache_dir)?.cost_usd
+            + scorer::scoring_cost_usd(&settings.run_dir)?;
+        RunFiles::open(settings, cached, Unanswered::default(), clock.clone())?
             .1
             .warn();
-        let selected = again::select(config, &options.again, options.shard, &prompts, &unanswered)?;
+        let selected = again::select(
+            settings,
+            &options.again,
+            options.shard,
+            &prompts,
+            &unanswered,
+        )?;
         let selectors = &options.again;
         Some(again::remove_from_cache(
-            config,
+            settings,
             selectors,
             selected,
             &mut unanswered,
         )?)
     };
-    let cache = open_cache(config, options.quiet, storage, signals.flag())?;
-    summary::warn_of_empty_cache(&config.run_dir, &config.own_cache(), cache.len());
+    let cache = open_cache(settings, options.quiet, storage, signals.flag())?;
+    summary::warn_of_empty_cache(&settings.run_dir, &settings.cache_dir, cache.len());
     let run = Run {
-        config,
+        settings,
         shard: options.shard,
         quiet: options.quiet,
         cache: &cache,
@@ -197,20 +210,20 @@ pub async fn run_in(
         stop: signals.flag().clone(),
         clock,
     };
-    let summary = match config.schedule.mode {
+    let summary = match settings.schedule.mode {
         RequestMode::Realtime => run.realtime(prompts, signals).await,
         RequestMode::Batch => run.batch(prompts, signals).await,
     }?;
     let is_all = !options.again.is_empty() || options.limit.is_none() && options.shard.is_none();
     if summary.pending == 0 && is_all {
-        again::finish(&config.run_dir)?;
+        again::finish(&settings.run_dir)?;
     }
     Ok(summary)
 }
 
 /// Inputs shared by real-time and batch mode.
 struct Run<'a> {
-    config: &'a Config,
+    settings: &'a RunSettings,
     shard: Option<Shard>,
     quiet: bool,
     cache: &'a Cache,
@@ -227,17 +240,17 @@ struct Run<'a> {
 
 impl Run<'_> {
     async fn realtime(mut self, prompts: Vec<Prompt>, signals: Signals) -> Result<HarvestSummary> {
-        journal::check_none_under_way(&self.config.run_dir)?;
-        journal::drop_uncreated(&self.config.run_dir)?;
-        let plan = self.plan(self.config, prompts, |key| self.row_status(key))?;
+        journal::check_none_under_way(&self.settings.run_dir)?;
+        journal::drop_uncreated(&self.settings.run_dir)?;
+        let plan = self.plan(self.settings, prompts, |key| self.row_status(key))?;
         let run_files = self.open_run_files()?;
-        let dispatcher = self.dispatcher(self.config, plan, run_files).await?;
+        let dispatcher = self.dispatcher(self.settings, plan, run_files).await?;
         dispatcher.run(signals).await
     }
 
     async fn batch(mut self, prompts: Vec<Prompt>, mut signals: Signals) -> Result<HarvestSummary> {
-        let config = self.config.at_batch_prices();
-        let plan = self.plan(&config, prompts, |key| self.row_status(key))?;
+        let at_batch_prices = self.settings.at_batch_prices();
+        let plan = self.plan(&at_batch_prices, prompts, |key| self.row_status(key))?;
         let run_files = self.open_run_files()?;
         for upstream in 0..plan.rows_by_endpoint.len() {
             run_files.check_largest(&plan, upstream)?;
@@ -247,24 +260,30 @@ impl Run<'_> {
         let transports = &self.transports;
         let clock = self.clock.clone();
         let batches = Batches::new(
-            &config, plan, self.cache, transports, run_files, clock, self.quiet,
+            &at_batch_prices,
+            plan,
+            self.cache,
+            transports,
+            run_files,
+            clock,
+            self.quiet,
         )?;
         let rest = match batches.run(&mut signals).await? {
             BatchOutcome::Finished(summary) => return Ok(*summary),
             BatchOutcome::Rest(rest) => *rest,
         };
         // The deadline applied to the batches only.
-        let mut config = self.config.clone();
-        config.schedule.deadline = None;
-        let max_attempts = config.retry.max_attempts;
-        let plan = self.plan(&config, rest.prompts, |key| {
+        let mut settings = self.settings.clone();
+        settings.schedule.deadline = None;
+        let max_attempts = settings.retry.max_attempts;
+        let plan = self.plan(&settings, rest.prompts, |key| {
             if rest.not_to_ask.contains(key) {
                 return Ok(RowStatus::Answered);
             }
             let unanswered = &rest.run_files.unanswered;
             Ok(unanswered.row_status(key, self.cache.contains(key), max_attempts))
         })?;
-        let dispatcher = self.dispatcher(&config, plan, rest.run_files).await?;
+        let dispatcher = self.dispatcher(&settings, plan, rest.run_files).await?;
         let dispatcher = dispatcher.after(rest.summary, rest.started);
         let mut summary = dispatcher.run(signals).await?;
         if rest.under_way > 0 && summary.error.is_none() {
@@ -273,22 +292,22 @@ impl Run<'_> {
                 rest.under_way
             );
             summary.error = Some(Exit::Resumable(message).into());
-            crate::report::write(&mut summary, &config.run_dir)?;
+            crate::report::write(&mut summary, &settings.run_dir)?;
         }
         Ok(summary)
     }
 
     fn plan(
         &self,
-        config: &Config,
+        settings: &RunSettings,
         prompts: Vec<Prompt>,
         row_status: impl Fn(&str) -> Result<RowStatus>,
     ) -> Result<Plan> {
-        let templates = request_templates(config, &self.probes)?;
+        let templates = request_templates(&settings.endpoints, &self.probes)?;
         let mut past = self.cache.past();
         // Rows of earlier batches have the keys of the version that submitted them.
         past.has_schema_1 |=
-            journal::is_under_way(&self.config.run_dir)? || !self.unanswered.is_empty();
+            journal::is_under_way(&self.settings.run_dir)? || !self.unanswered.is_empty();
         let scope = PlanScope {
             shard: self.shard,
             only: self.again.as_ref(),
@@ -296,7 +315,7 @@ impl Run<'_> {
         let plan = Plan::new(
             prompts,
             templates,
-            &config.prompts,
+            &settings.prompts,
             scope,
             &past,
             row_status,
@@ -305,10 +324,10 @@ impl Run<'_> {
             tracing::warn!("{warning}");
         }
         if self.again.is_none() {
-            let dir = config.own_cache();
+            let dir = &settings.cache_dir;
             let known = self.cache.len();
-            let unused = unused_answers(&dir, &plan, known, &self.stop)?;
-            if let Some(advice) = unused.advice(&config.arguments()) {
+            let unused = unused_answers(dir, &plan, known, &self.stop)?;
+            if let Some(advice) = unused.advice(&settings.arguments) {
                 tracing::warn!("{advice}");
             }
         }
@@ -317,24 +336,25 @@ impl Run<'_> {
 
     fn row_status(&self, key: &str) -> Result<RowStatus> {
         self.stop.check()?;
-        let max_attempts = self.config.retry.max_attempts;
+        let max_attempts = self.settings.retry.max_attempts;
         let is_cached = self.cache.contains(key);
         Ok(self.unanswered.row_status(key, is_cached, max_attempts))
     }
 
     /// Opens the run files and takes over `self.unanswered`.
     fn open_run_files(&mut self) -> Result<RunFiles> {
-        let config = self.config;
-        let cached = self.cache.cost_when_opened() + scorer::scoring_cost_usd(config)?;
+        let settings = self.settings;
+        let scored = scorer::scoring_cost_usd(&settings.run_dir)?;
+        let cached = self.cache.cost_when_opened() + scored;
         let unanswered = std::mem::take(&mut self.unanswered);
-        let (run_files, lost) = RunFiles::open(config, cached, unanswered, self.clock.clone())?;
+        let (run_files, lost) = RunFiles::open(settings, cached, unanswered, self.clock.clone())?;
         lost.warn();
         Ok(run_files)
     }
 
     async fn dispatcher<'b>(
         &'b self,
-        config: &'b Config,
+        settings: &'b RunSettings,
         plan: Plan,
         mut run_files: RunFiles,
     ) -> Result<Dispatcher<'b>> {
@@ -345,14 +365,14 @@ impl Run<'_> {
             let day = run_files.daily_limit(&plan.templates[index].endpoint);
             let shared = self.shared(&plan, index, &wake).await?;
             let transport = Arc::clone(transport);
-            let upstream = Upstream::new(&plan, index, transport, day, shared, config)?;
+            let upstream = Upstream::new(&plan, index, transport, day, shared, settings)?;
             upstreams.push(upstream);
         }
         let progress = Progress::new("harvest", plan.total, self.quiet);
         let plan = Arc::new(plan);
         let clock = self.clock.clone();
         let dispatcher = Dispatcher::new(
-            config, plan, self.cache, upstreams, run_files, clock, progress,
+            settings, plan, self.cache, upstreams, run_files, clock, progress,
         )?;
         Ok(dispatcher.with_waker(wake))
     }
@@ -367,7 +387,7 @@ impl Run<'_> {
         if plan.rows_by_endpoint[upstream].is_empty() {
             return Ok(None);
         }
-        let patience = Duration::try_from_secs_f64(self.config.retry.max_outage_s)?;
+        let patience = self.settings.retry.max_outage;
         let settings = &plan.templates[upstream].endpoint;
         SharedLimits::connect(settings, plan.largest(upstream), patience, wake).await
     }
@@ -378,17 +398,17 @@ impl Run<'_> {
 /// # Errors
 /// If an endpoint does not answer.
 pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
-    crate::client::request::check(config)?;
+    let settings = &RunSettings::new(config)?;
     let clock = WallClock::system();
-    check_money(config, None, clock.now())?;
-    let upstreams = config.endpoints().into_iter();
+    check_money(settings, None, clock.now())?;
+    let upstreams = settings.endpoints.iter().cloned();
     let upstreams =
         upstreams.map(|upstream| Ok((Arc::new(HttpTeacher::new(&upstream.teacher)?), upstream)));
     let upstreams = upstreams.collect::<Result<Vec<_>>>()?;
-    let cached =
-        crate::cache::open::peek(&config.own_cache())?.cost_usd + scorer::scoring_cost_usd(config)?;
+    let scored = scorer::scoring_cost_usd(&settings.run_dir)?;
+    let cached = crate::cache::open::peek(&settings.cache_dir)?.cost_usd + scored;
     let (mut run_files, lost) =
-        RunFiles::open(config, cached, Unanswered::default(), clock.clone())?;
+        RunFiles::open(settings, cached, Unanswered::default(), clock.clone())?;
     lost.warn();
     let mut endpoints = Vec::new();
     for (teacher, upstream) in upstreams {
@@ -405,7 +425,7 @@ pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
         endpoints,
     };
     let text = serde_json::to_vec_pretty(&endpoints)?;
-    crate::fs::create_dir_all(&config.run_dir)?;
-    crate::fs::write_atomic(&crate::probe::findings::file(&config.run_dir), &text)?;
+    crate::fs::create_dir_all(&settings.run_dir)?;
+    crate::fs::write_atomic(&crate::probe::findings::file(&settings.run_dir), &text)?;
     Ok(endpoints)
 }

@@ -15,9 +15,10 @@ use crate::cache;
 use crate::cache::usage::Usage;
 use crate::clock::WallClock;
 use crate::config;
-use crate::config::{Config, Price};
+use crate::config::{EndpointConfig, Price};
 use crate::harvest::upstream::Upstream;
 use crate::plan::prepare::check_budget;
+use crate::plan::run_settings::RunSettings;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, RowStatus};
 use crate::rate_limit::daily::DailyLimit;
@@ -38,13 +39,13 @@ impl RunFiles {
     /// # Errors
     /// If another process has the account open, or its files are damaged or cannot be written.
     pub(crate) fn open(
-        config: &Config,
+        settings: &RunSettings,
         cached_usd: f64,
         unanswered: Unanswered,
         clock: WallClock,
     ) -> Result<(RunFiles, InFlight)> {
-        let (files, ledger, is_complete) = LedgerFiles::open(&config.run_dir)?;
-        let (account, lost) = account(config, files, ledger, is_complete, cached_usd)?;
+        let (files, ledger, is_complete) = LedgerFiles::open(&settings.run_dir)?;
+        let (account, lost) = account(settings, files, ledger, is_complete, cached_usd)?;
         let run_files = RunFiles {
             account,
             unanswered,
@@ -130,15 +131,18 @@ impl RunFiles {
 ///
 /// # Errors
 /// If its files are damaged.
-pub(crate) fn open_read_only(config: &Config, cached_usd: f64) -> Result<Account<ReadOnlyLedger>> {
-    let (ledger, is_complete) = ledger::read_only(&config.run_dir)?;
-    let (account, _) = account(config, ReadOnlyLedger, ledger, is_complete, cached_usd)?;
+pub(crate) fn open_read_only(
+    settings: &RunSettings,
+    cached_usd: f64,
+) -> Result<Account<ReadOnlyLedger>> {
+    let (ledger, is_complete) = ledger::read_only(&settings.run_dir)?;
+    let (account, _) = account(settings, ReadOnlyLedger, ledger, is_complete, cached_usd)?;
     Ok(account)
 }
 
 /// Opens the account over its files; `is_complete` is the value returned by [`LedgerFiles::open`].
 fn account<S: LedgerStore>(
-    config: &Config,
+    settings: &RunSettings,
     store: S,
     ledger: Ledger,
     is_complete: bool,
@@ -150,15 +154,16 @@ fn account<S: LedgerStore>(
     };
     if !is_complete {
         // Older versions recorded measured tokens in the caches only.
-        for dir in [config.own_cache(), config.judged_dir().join("cache")] {
-            floor.measured_tokens.add(unpriced(&dir)?);
+        let scores = config::scores_dir(&settings.run_dir).join("cache");
+        for dir in [&settings.cache_dir, &scores] {
+            floor.measured_tokens.add(unpriced(dir)?);
         }
     }
     Account::open(
         store,
         ledger,
-        config.budget.usd,
-        &highest_prices(config),
+        settings.budget_usd,
+        &highest_prices(&settings.endpoints),
         &floor,
     )
 }
@@ -240,13 +245,13 @@ fn unpriced(dir: &Path) -> Result<UnpricedTokens> {
 }
 
 /// Returns the highest price of each kind over all teachers.
-pub(crate) fn highest_prices(config: &Config) -> Price {
+pub(crate) fn highest_prices(endpoints: &[EndpointConfig]) -> Price {
     let mut highest = Price::default();
     let higher = |a: Option<f64>, b: Option<f64>| match (a, b) {
         (Some(a), Some(b)) => Some(a.max(b)),
         (a, b) => a.or(b),
     };
-    for upstream in config.endpoints() {
+    for upstream in endpoints {
         highest.input = higher(highest.input, upstream.price.input);
         highest.cached_input = higher(highest.cached_input, upstream.price.cached_input);
         highest.output = higher(highest.output, upstream.price.output);

@@ -1,33 +1,35 @@
 //! Scores texts that a student wrote during on-policy training: asks an endpoint for the teacher's logprobs.
 //!
 //! Scoring requests cost money like answers, so they use the same rate limits, retries and budget, and a cache of their
-//! own ([`Config::judged_dir`]). A killed and resumed training writes the same texts again, and none is bought twice.
+//! own ([`config::scores_dir`]). A killed and resumed training writes the same texts again, and none is bought twice.
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use tokio::runtime::Runtime;
 
 use crate::cache;
+use crate::cache::logprobs_view::LogprobsView;
 use crate::cache::lookup::Lookup;
 use crate::cache::question::{CacheKeys, KeyEndpoint, Question};
+use crate::cache::view::RecordView;
 use crate::cache::writer::Cache;
 use crate::client::http::HttpTeacher;
-use crate::client::request;
 use crate::client::request::RequestTemplate;
 use crate::client::score_text::ScoringMethod;
 use crate::client::transport::Transport;
 use crate::clock::WallClock;
 use crate::config;
 use crate::config::{Assignment, Compression, Config, PromptOrder, ScoredBy};
+use crate::data::text_scorer::TextScorer;
 use crate::exit::Exit;
 use crate::harvest::dispatch::Dispatcher;
 use crate::harvest::dispatch::ending::DispatchEnd;
 use crate::harvest::run_files::RunFiles;
 use crate::harvest::upstream::Upstream;
+use crate::plan::run_settings::RunSettings;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::probe::findings;
@@ -40,9 +42,9 @@ use crate::terminal::progress::Progress;
 use crate::tokenizer::Tokenizer;
 
 /// Scores texts through an endpoint.
-pub struct TextScorer {
-    /// Config whose `run_dir` is the folder of the scores.
-    config: Config,
+pub struct EndpointScorer {
+    /// Settings of a run in the folder of the scores.
+    settings: RunSettings,
     upstream: config::EndpointConfig,
     scoring: Arc<ScoringMethod>,
     transport: Arc<dyn Transport>,
@@ -77,22 +79,22 @@ pub struct ScoringStats {
     pub cost_usd: Option<f64>,
 }
 
-impl TextScorer {
+impl EndpointScorer {
     /// Opens the scorer of the config. None if a local model scores, or training is not on-policy. `quiet`
     /// suppresses notes about long waits.
     ///
     /// # Errors
     /// If a setting, the key or the tokenizer's folder is missing ([`Exit::Usage`]), or the cache of scores cannot be
     /// opened.
-    pub fn new(config: &Config, quiet: bool) -> Result<Option<TextScorer>> {
+    pub fn new(config: &Config, quiet: bool) -> Result<Option<EndpointScorer>> {
         let method = config.on_policy.judge;
         if !config.train.on_policy || method == ScoredBy::Local {
             return Ok(None);
         }
-        request::check(config)?;
+        let harvest_settings = RunSettings::new(config)?;
         let clock = WallClock::system();
-        crate::plan::prepare::check_money(config, None, clock.now())?;
-        let Some(mut upstream) = config.endpoints().pop() else {
+        crate::plan::prepare::check_money(&harvest_settings, None, clock.now())?;
+        let Some(mut upstream) = harvest_settings.endpoints.last().cloned() else {
             return Ok(None);
         };
         // The completion is not used, but 1 is the minimum of every endpoint.
@@ -117,30 +119,28 @@ impl TextScorer {
             (_, tokenizer) => ("chat/completions", ScoringMethod::PromptLogprobs(tokenizer)),
         };
         let transport = Arc::new(HttpTeacher::with_path(&upstream.teacher, path)?);
-        let scoring_config = Config {
-            run_dir: config.judged_dir(),
-            cache: config::CacheConfig {
-                // Lines are looked up by their offset, so they must not move.
-                compression: Compression::None,
-                ..config.cache.clone()
-            },
-            ..config.clone()
+        let cache_settings = config::CacheConfig {
+            // Lines are looked up by their offset, so they must not move.
+            compression: Compression::None,
+            ..config.cache.clone()
         };
-        let harvest = Cache::open(&config.own_cache(), &scoring_config.cache)?;
-        let cache = Cache::open(&scoring_config.own_cache(), &scoring_config.cache)?;
-        let scored = Lookup::open(&scoring_config.own_cache())?;
+        let settings =
+            harvest_settings.in_folder(config::scores_dir(&config.run_dir), cache_settings);
+        let harvest = Cache::open(&harvest_settings.cache_dir, &settings.cache)?;
+        let cache = Cache::open(&settings.cache_dir, &settings.cache)?;
+        let scored = Lookup::open(&settings.cache_dir)?;
         // Harvest and scoring share one budget account.
         let spent = harvest.cost_when_opened() + scored.cost_usd();
-        let unanswered = Unanswered::load(&config.judged_dir())?;
-        let (run_files, lost) = RunFiles::open(config, spent, unanswered, clock)?;
+        let unanswered = Unanswered::load(&settings.run_dir)?;
+        let (run_files, lost) = RunFiles::open(&harvest_settings, spent, unanswered, clock)?;
         lost.warn();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .context("cannot start the async runtime")?;
-        Ok(Some(TextScorer {
-            config: scoring_config,
+        Ok(Some(EndpointScorer {
+            settings,
             upstream,
             scoring: Arc::new(scoring),
             transport,
@@ -160,74 +160,15 @@ impl TextScorer {
         &self.stats
     }
 
-    /// Returns the cache lines of the texts, in order. A text is a conversation whose last message is scored. None for
-    /// a text that the endpoint refuses or fails.
-    ///
-    /// # Errors
-    /// If a harvest would stop (budget used up, outage, signal of `stop`), or all texts so far failed or were unusable.
-    pub fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
-        let template = self.request_template();
-        let teacher = &self.upstream.teacher;
-        let endpoint = KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
-        let past = self.cache.past();
-        let names = |text: &Prompt| match self.scoring.check(&text.messages) {
-            Ok(()) => {
-                let body = template.body(&text.messages, 0);
-                let question = Question::new(&body, 0);
-                let old = past.has_schema_1.then_some((&body, 0));
-                Some(CacheKeys::new(&question, &endpoint, old))
+    /// Reads the logprobs of a text from the cache of scores.
+    fn logprobs(&self, keys: &CacheKeys) -> Result<Option<LogprobsView<'static>>> {
+        for key in keys.iter() {
+            if let Some(line) = self.scored.line(key)? {
+                let record = RecordView::from_line(&line)?;
+                return Ok(record.logprobs.map(LogprobsView::into_owned));
             }
-            Err(error) => {
-                tracing::warn!("{} cannot be scored: {error:#}", text.id);
-                None
-            }
-        };
-        let keys: Vec<Option<CacheKeys>> = texts.iter().map(names).collect();
-        let mut is_scorable = keys.iter().map(Option::is_some);
-        let mut texts = texts;
-        texts.retain(|_| is_scorable.next().unwrap_or_default());
-        let settings = config::PromptsConfig {
-            samples: 1,
-            order: PromptOrder::Source,
-            teachers: Assignment::All,
-            ..config::PromptsConfig::default()
-        };
-        let max_attempts = self.config.retry.max_attempts;
-        let run_files = self.run_files.as_ref();
-        let row_status = |key: &str| match run_files {
-            Some(run_files) => {
-                let is_cached = self.cache.contains(key);
-                Ok(run_files
-                    .unanswered
-                    .row_status(key, is_cached, max_attempts))
-            }
-            None => Ok(RowStatus::Open),
-        };
-        let plan = Plan::new(
-            texts,
-            vec![template],
-            &settings,
-            PlanScope::default(),
-            &past,
-            row_status,
-        )?;
-        self.stats.texts += plan.total;
-        self.stats.cached += plan.cached - plan.repeated;
-        if !plan.rows.is_empty() {
-            self.send(plan, stop)?;
-            self.scored.refresh()?;
         }
-        let mut lines = Vec::with_capacity(keys.len());
-        for names in &keys {
-            let mut line = None;
-            for key in names.iter().flat_map(CacheKeys::iter) {
-                if line.is_none() {
-                    line = self.scored.line(key)?;
-                }
-            }
-            lines.push(line);
-        }
-        Ok(lines)
+        Ok(None)
     }
 
     fn request_template(&self) -> RequestTemplate {
@@ -243,7 +184,7 @@ impl TextScorer {
         run_files.check_largest(&plan, 0)?;
         let limits = self.limits.take();
         let progress = Progress::notes(self.quiet);
-        let config = &self.config;
+        let settings = &self.settings;
         let cache = &self.cache;
         let upstream = &self.upstream;
         let transport = Arc::clone(&self.transport);
@@ -255,17 +196,17 @@ impl TextScorer {
                     limits
                 }
                 None => {
-                    let patience = Duration::try_from_secs_f64(config.retry.max_outage_s)?;
+                    let patience = settings.retry.max_outage;
                     let shared =
                         SharedLimits::connect(upstream, plan.largest(0), patience, &wake).await?;
                     let day = run_files.daily_limit(upstream);
-                    Upstream::new(&plan, 0, transport, day, shared, config)?
+                    Upstream::new(&plan, 0, transport, day, shared, settings)?
                 }
             };
             let clock = WallClock::system();
             let plan = Arc::new(plan);
             let dispatcher = Dispatcher::new(
-                config,
+                settings,
                 plan,
                 cache,
                 vec![limits],
@@ -315,6 +256,75 @@ impl TextScorer {
     }
 }
 
+impl TextScorer for EndpointScorer {
+    /// A text is a conversation whose last message is scored.
+    ///
+    /// # Errors
+    /// If a harvest would stop (budget used up, outage, signal of `stop`), or all texts so far failed or were unusable.
+    fn score(
+        &mut self,
+        texts: Vec<Prompt>,
+        stop: &StopFlag,
+    ) -> Result<Vec<Option<LogprobsView<'static>>>> {
+        let template = self.request_template();
+        let teacher = &self.upstream.teacher;
+        let endpoint = KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
+        let past = self.cache.past();
+        let names = |text: &Prompt| match self.scoring.check(&text.messages) {
+            Ok(()) => {
+                let body = template.body(&text.messages, 0);
+                let question = Question::new(&body, 0);
+                let old = past.has_schema_1.then_some((&body, 0));
+                Some(CacheKeys::new(&question, &endpoint, old))
+            }
+            Err(error) => {
+                tracing::warn!("{} cannot be scored: {error:#}", text.id);
+                None
+            }
+        };
+        let keys: Vec<Option<CacheKeys>> = texts.iter().map(names).collect();
+        let mut is_scorable = keys.iter().map(Option::is_some);
+        let mut texts = texts;
+        texts.retain(|_| is_scorable.next().unwrap_or_default());
+        let settings = config::PromptsConfig {
+            samples: 1,
+            order: PromptOrder::Source,
+            teachers: Assignment::All,
+            ..config::PromptsConfig::default()
+        };
+        let max_attempts = self.settings.retry.max_attempts;
+        let run_files = self.run_files.as_ref();
+        let row_status = |key: &str| match run_files {
+            Some(run_files) => {
+                let is_cached = self.cache.contains(key);
+                Ok(run_files
+                    .unanswered
+                    .row_status(key, is_cached, max_attempts))
+            }
+            None => Ok(RowStatus::Open),
+        };
+        let plan = Plan::new(
+            texts,
+            vec![template],
+            &settings,
+            PlanScope::default(),
+            &past,
+            row_status,
+        )?;
+        self.stats.texts += plan.total;
+        self.stats.cached += plan.cached - plan.repeated;
+        if !plan.rows.is_empty() {
+            self.send(plan, stop)?;
+            self.scored.refresh()?;
+        }
+        let logprobs = keys.iter().map(|names| match names {
+            Some(names) => self.logprobs(names),
+            None => Ok(None),
+        });
+        logprobs.collect()
+    }
+}
+
 /// Checks that `distill probe` did not find `prompt_logprobs` ignored or refused.
 fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
     let known = findings::load(run_dir)?;
@@ -337,8 +347,8 @@ fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<(
 ///
 /// # Errors
 /// If the cache of scores cannot be read.
-pub fn scoring_cost_usd(config: &Config) -> Result<f64> {
-    let dir = config.judged_dir().join("cache");
+pub fn scoring_cost_usd(run_dir: &Path) -> Result<f64> {
+    let dir = config::scores_dir(run_dir).join("cache");
     if cache::exists(&dir) {
         Ok(Lookup::open(&dir)?.cost_usd())
     } else {

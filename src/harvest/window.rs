@@ -3,18 +3,17 @@
 //! Times of day are wall-clock times in the configured time zone, so a window from 22:00 to 06:30 is an hour longer
 //! or shorter when daylight saving time changes.
 
-use anyhow::{Result, anyhow};
-use jiff::civil::{DateTime, Time};
+use anyhow::{Context, Result};
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan};
 
-use crate::config::ScheduleConfig;
+use crate::config::{DailyWindow, Deadline, Parsed, ScheduleConfig};
 use crate::exit::Exit;
 
-/// Parsed `[schedule]` settings.
+/// `[schedule]` of one run.
 #[derive(Debug, Clone)]
 pub(crate) struct RequestWindow {
-    window: Option<(Time, Time)>,
+    window: Option<DailyWindow>,
     deadline: Option<Timestamp>,
     zone: TimeZone,
 }
@@ -36,28 +35,26 @@ pub(crate) fn deadline_passed() -> anyhow::Error {
 }
 
 impl RequestWindow {
-    /// Parses the settings. A deadline without a date is the next such time after `now`.
+    /// The window of a run that starts at `now`.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if a time or time zone is not valid.
+    /// [`Exit::Usage`] if the calendar ends before the deadline.
     pub(crate) fn new(config: &ScheduleConfig, now: Timestamp) -> Result<RequestWindow> {
         let zone = match &config.timezone {
-            Some(name) => TimeZone::get(name).map_err(|_| {
-                usage(format!(
-                    "schedule.timezone = {name:?} is not a known time zone: expected a name like \"Europe/Berlin\""
-                ))
-            })?,
+            Some(zone) => TimeZone::clone(zone),
             None => TimeZone::system(),
         };
-        let window = config.window.as_deref().map(parse_window).transpose()?;
-        let deadline = config
-            .deadline
-            .as_deref()
-            .map(|text| parse_deadline(text, now, &zone))
-            .transpose()?;
+        let deadline = |text: &Parsed<Deadline>| {
+            text.after(now, &zone).with_context(|| {
+                Exit::Usage(format!(
+                    "schedule.deadline = {:?} is past the end of the calendar",
+                    text.text()
+                ))
+            })
+        };
         Ok(RequestWindow {
-            window,
-            deadline,
+            window: config.window.as_deref().copied(),
+            deadline: config.deadline.as_ref().map(deadline).transpose()?,
             zone,
         })
     }
@@ -77,7 +74,7 @@ impl RequestWindow {
         if self.deadline.is_some_and(|deadline| deadline <= now) {
             return WindowState::Over;
         }
-        let Some((opens, closes)) = self.window else {
+        let Some(DailyWindow { opens, closes }) = self.window else {
             return WindowState::Open;
         };
         let local = now.to_zoned(self.zone.clone());
@@ -117,63 +114,18 @@ impl RequestWindow {
     }
 }
 
-fn parse_window(text: &str) -> Result<(Time, Time)> {
-    let times = text.split_once('-').and_then(|(opens, closes)| {
-        let opens: Time = opens.trim().parse().ok()?;
-        let closes: Time = closes.trim().parse().ok()?;
-        (opens != closes).then_some((opens, closes))
-    });
-    times.ok_or_else(|| {
-        usage(format!(
-            "schedule.window = {text:?} is not a valid window: expected two times of day, like \"22:00-06:30\""
-        ))
-    })
-}
-
-fn parse_deadline(text: &str, now: Timestamp, zone: &TimeZone) -> Result<Timestamp> {
-    if let Ok(time) = text.parse::<Timestamp>() {
-        return Ok(time);
-    }
-    let unreadable = || {
-        usage(format!(
-            "schedule.deadline = {text:?} is not a valid time: expected \"06:30\", \"2026-11-23 06:30\" or an \
-             RFC 3339 timestamp"
-        ))
-    };
-    let at = |civil: DateTime| -> Result<Timestamp> {
-        let zoned = civil.to_zoned(zone.clone()).map_err(|_| unreadable())?;
-        Ok(zoned.timestamp())
-    };
-    if let Ok(civil) = text.parse::<DateTime>() {
-        return at(civil);
-    }
-    if let Ok(time) = text.parse::<Time>() {
-        let today = now.to_zoned(zone.clone()).date().to_datetime(time);
-        let deadline = at(today)?;
-        return if deadline > now {
-            Ok(deadline)
-        } else {
-            at(today.checked_add(1.day()).map_err(|_| unreadable())?)
-        };
-    }
-    Err(unreadable())
-}
-
-fn usage(message: String) -> anyhow::Error {
-    anyhow!(Exit::Usage(message))
-}
-
 #[cfg(test)]
 mod tests {
+    use jiff::civil::DateTime;
+
     use super::*;
 
     fn schedule_config(window: &str, deadline: &str) -> ScheduleConfig {
-        let some = |text: &str| (!text.is_empty()).then(|| text.to_string());
         ScheduleConfig {
             mode: crate::config::RequestMode::Realtime,
-            window: some(window),
-            deadline: some(deadline),
-            timezone: Some("Europe/Berlin".into()),
+            window: window.parse().ok(),
+            deadline: deadline.parse().ok(),
+            timezone: Some("Europe/Berlin".parse().unwrap()),
         }
     }
 
@@ -250,20 +202,5 @@ mod tests {
             RequestWindow::new(&schedule_config("", "06:30"), at("2026-11-22 22:00")).unwrap();
         assert_eq!(schedule.state(at("2026-11-23 06:29")), WindowState::Open);
         assert_eq!(schedule.state(at("2026-11-23 06:30")), WindowState::Over);
-    }
-
-    #[test]
-    fn invalid_time_is_a_usage_error_with_its_setting() {
-        for (window, deadline, part) in [
-            ("22-6", "", "schedule.window"),
-            ("22:00-22:00", "", "schedule.window"),
-            ("", "tomorrow", "schedule.deadline"),
-        ] {
-            let error =
-                RequestWindow::new(&schedule_config(window, deadline), at("2026-11-22 22:00"));
-            let error = error.unwrap_err();
-            assert!(error.to_string().contains(part), "{error}");
-            assert_eq!(Exit::code_of(&error), 2);
-        }
     }
 }

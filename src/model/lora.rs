@@ -10,6 +10,7 @@ use regex::Regex;
 
 use super::parameters::ParameterRole;
 use super::weights::Tensors;
+use crate::config::Parsed;
 use crate::model::config::shape::ModelConfig;
 use crate::ops::CpuValues;
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
@@ -28,7 +29,7 @@ const B: &str = ".lora_B.weight";
 pub fn new_adapters(
     config: &ModelConfig,
     rank: usize,
-    targets: &[Regex],
+    targets: &[Parsed<Regex>],
     seed: u64,
 ) -> Result<Tensors> {
     let mut random = fastrand::Rng::with_seed(seed);

@@ -3,6 +3,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 
 use anyhow::Result;
 
@@ -13,7 +14,7 @@ use crate::cache::question::KeyVariants;
 use crate::cache::record::{SCHEMA, is_mock};
 use crate::cache::rewrite::{RewriteDecision, rewrite};
 use crate::cache::unused_answers::question_half_of;
-use crate::config::Config;
+use crate::config::{CacheConfig, EndpointConfig, PromptsConfig};
 use crate::plan::RowStatus;
 use crate::plan::prepare::request_templates;
 use crate::plan::{Plan, PlanScope};
@@ -61,17 +62,21 @@ fn is_sent_to(rows: &[AdoptableRow], base_url: &str) -> bool {
         .any(|row| question::endpoint("", row.base_url) == address)
 }
 
-/// Adopts the answers in the cache of the run folder.
+/// Adopts the answers in the cache `dir` of a run.
 ///
 /// # Errors
 /// If the config, the prompts or the cache cannot be read, or another process has the cache open.
-pub fn adopt(config: &Config) -> Result<Adopted> {
-    let prompts = prompt::load(&config.prompts, || Ok(()))?;
+pub fn adopt(
+    prompts: &PromptsConfig,
+    endpoints: &[EndpointConfig],
+    dir: &Path,
+    settings: &CacheConfig,
+) -> Result<Adopted> {
     let open = |_: &str| Ok(RowStatus::Open);
     let plan = Plan::new(
+        prompt::load(prompts, || Ok(()))?,
+        request_templates(endpoints, &[])?,
         prompts,
-        request_templates(config, &[])?,
-        &config.prompts,
         PlanScope::default(),
         &KeyVariants::default(),
         open,
@@ -89,13 +94,12 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
             });
         }
     }
-    let dir = config.own_cache();
-    let known = crate::cache::open::peek(&dir)?;
+    let known = crate::cache::open::peek(dir)?;
     let mut targets = HashMap::<String, (String, &str)>::new();
     let mut taken = HashSet::new();
     let mut answered = HashSet::new();
-    let records = if cache::exists(&dir) {
-        Some(crate::cache::reader::read(&dir)?)
+    let records = if cache::exists(dir) {
+        Some(crate::cache::reader::read(dir)?)
     } else {
         None
     };
@@ -146,7 +150,7 @@ pub fn adopt(config: &Config) -> Result<Adopted> {
             targets.insert(record, (row.key_of_answer(cut_at), row.teacher));
         }
     }
-    let records = rewrite(&dir, &config.cache, &|line| {
+    let records = rewrite(dir, settings, &|line| {
         let Some((key, name)) = targets.get(&*line::head(line)?.key) else {
             return Ok(RewriteDecision::Keep);
         };

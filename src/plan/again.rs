@@ -17,10 +17,10 @@ use crate::cache::question;
 use crate::cache::record::{Record, Status};
 use crate::cache::rewrite::{RewriteDecision, read_replaced, replaced_file, rewrite};
 use crate::cache::unused_answers::question_half_of;
-use crate::config::Config;
 use crate::exit::Exit;
 use crate::plan::prepare::check_fits;
 use crate::plan::prepare::request_templates;
+use crate::plan::run_settings::RunSettings;
 use crate::plan::shard::Shard;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, PlanScope, RowStatus};
@@ -35,17 +35,17 @@ pub(crate) type RowKeys = HashSet<String>;
 /// # Errors
 /// [`Exit::Usage`] if `selectors` name no row, or a row exceeds a limit or the budget.
 pub(crate) fn select(
-    config: &Config,
+    settings: &RunSettings,
     selectors: &[String],
     shard: Option<Shard>,
     prompts: &[Prompt],
     unanswered: &Unanswered,
 ) -> Result<RowsToRepeat> {
-    let dir = config.own_cache();
-    if let Some(under_way) = AgainFile::load(&config.run_dir, selectors)? {
-        let known = crate::cache::open::peek(&dir)?;
+    let dir = &settings.cache_dir;
+    if let Some(under_way) = AgainFile::load(&settings.run_dir, selectors)? {
+        let known = crate::cache::open::peek(dir)?;
         let is_kept = |key: &str| known.contains(key);
-        let mut rows = select_rows(config, shard, prompts, &under_way.keys, is_kept)?;
+        let mut rows = select_rows(settings, shard, prompts, &under_way.keys, is_kept)?;
         // Resumes with no open rows, too: the last run ended before `finish`.
         if rows.plan.total > 0 {
             rows.is_resumed = true;
@@ -53,12 +53,12 @@ pub(crate) fn select(
         }
     }
     let mut found = FoundAnswers::default();
-    if cache::exists(&dir) {
-        for record in crate::cache::reader::read(&dir)? {
+    if cache::exists(dir) {
+        for record in crate::cache::reader::read(dir)? {
             found.add(&record?, selectors, true);
         }
     }
-    for record in read_replaced(&dir)? {
+    for record in read_replaced(dir)? {
         found.add(&record?, selectors, false);
     }
     if names_failed(selectors) {
@@ -69,12 +69,12 @@ pub(crate) fn select(
             .kept
             .contains(&crate::cache::fingerprint::fingerprint(key))
     };
-    let rows = select_rows(config, shard, prompts, &found.names, is_kept)?;
+    let rows = select_rows(settings, shard, prompts, &found.names, is_kept)?;
     if rows.plan.total == 0 {
         return Err(found.no_match_error(selectors));
     }
     for endpoint in 0..rows.plan.rows_by_endpoint.len() {
-        check_fits(config, &rows.plan, endpoint)?;
+        check_fits(settings.budget_usd, &rows.plan, endpoint)?;
     }
     Ok(rows)
 }
@@ -85,12 +85,12 @@ pub(crate) fn select(
 /// # Errors
 /// If the cache is damaged, or the disk fails.
 pub(crate) fn remove_from_cache(
-    config: &Config,
+    settings: &RunSettings,
     selectors: &[String],
     rows: RowsToRepeat,
     unanswered: &mut Unanswered,
 ) -> Result<RowKeys> {
-    let dir = config.own_cache();
+    let dir = &settings.cache_dir;
     if rows.is_resumed {
         let done = format_count(rows.plan.cached);
         match rows.plan.rows.len() as u64 {
@@ -104,11 +104,11 @@ pub(crate) fn remove_from_cache(
             ),
         }
         if names_failed(selectors) {
-            forget(config, selectors, &rows, unanswered)?;
+            forget(&settings.run_dir, selectors, &rows, unanswered)?;
         }
         return Ok(rows.open_keys());
     }
-    let moved = rewrite(&dir, &config.cache, &|line| {
+    let moved = rewrite(dir, &settings.cache, &|line| {
         let record = line::decode(line)?;
         Ok(
             if is_selected(&record, selectors) && rows.has_answer(&record) {
@@ -125,9 +125,9 @@ pub(crate) fn remove_from_cache(
         keys: open_keys.clone(),
         has_forgotten: false,
     }
-    .save(&config.run_dir)?;
+    .save(&settings.run_dir)?;
     let forgotten = if names_failed(selectors) {
-        forget(config, selectors, &rows, unanswered)?
+        forget(&settings.run_dir, selectors, &rows, unanswered)?
     } else {
         0
     };
@@ -136,7 +136,7 @@ pub(crate) fn remove_from_cache(
          stop, rerun the command to resume",
         format_count(rows.plan.rows.len() as u64),
         format_count(moved),
-        replaced_file(&dir).display(),
+        replaced_file(dir).display(),
         format_count(forgotten),
         match rows.plan.cached {
             0 => String::new(),
@@ -148,12 +148,12 @@ pub(crate) fn remove_from_cache(
 
 /// Removes the failures of the rows from `unanswered.jsonl`, once per selection. Returns the number of rows.
 fn forget(
-    config: &Config,
+    run_dir: &Path,
     selectors: &[String],
     rows: &RowsToRepeat,
     unanswered: &mut Unanswered,
 ) -> Result<u64> {
-    let Some(mut under_way) = AgainFile::load(&config.run_dir, selectors)? else {
+    let Some(mut under_way) = AgainFile::load(run_dir, selectors)? else {
         return Ok(0);
     };
     if under_way.has_forgotten {
@@ -161,7 +161,7 @@ fn forget(
     }
     let forgotten = unanswered.forget(|key, _| rows.keys.contains(key))?;
     under_way.has_forgotten = true;
-    under_way.save(&config.run_dir)?;
+    under_way.save(run_dir)?;
     Ok(forgotten.len() as u64)
 }
 
@@ -337,13 +337,13 @@ impl RowsToRepeat {
 
 /// Plans the rows of this run that `names` contains, by question half or key.
 fn select_rows(
-    config: &Config,
+    settings: &RunSettings,
     shard: Option<Shard>,
     prompts: &[Prompt],
     names: &HashSet<String>,
     is_kept: impl Fn(&str) -> bool,
 ) -> Result<RowsToRepeat> {
-    let variants = crate::cache::open::peek(&config.own_cache())?.past;
+    let variants = crate::cache::open::peek(&settings.cache_dir)?.past;
     let scope = PlanScope {
         shard,
         only: Some(names),
@@ -357,8 +357,8 @@ fn select_rows(
     };
     let plan = Plan::new(
         prompts.to_vec(),
-        request_templates(config, &[])?,
-        &config.prompts,
+        request_templates(&settings.endpoints, &[])?,
+        &settings.prompts,
         scope,
         &variants,
         key_status,

@@ -25,6 +25,7 @@ pub(crate) mod prefix_order;
 pub(crate) mod prepare;
 pub mod questions;
 pub(crate) mod queue;
+pub(crate) mod run_settings;
 pub(crate) mod shard;
 pub(crate) mod unanswered;
 

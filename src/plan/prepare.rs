@@ -16,9 +16,10 @@ use crate::cache::unused_answers::{self, UnusedAnswers};
 use crate::cache::writer::Cache;
 use crate::client::request::RequestTemplate;
 use crate::client::structured_output::StructuredOutput;
-use crate::config::{self, Config};
+use crate::config::{self, EndpointConfig};
 use crate::exit::Exit;
 use crate::plan::Plan;
+use crate::plan::run_settings::RunSettings;
 use crate::plan::shard::Shard;
 use crate::probe::findings;
 use crate::prompt::{self, Prompt};
@@ -30,38 +31,26 @@ use crate::terminal::progress::ReadProgress;
 
 /// Builds the request template of each endpoint. `probes` are the hashes of the probe results by endpoint.
 pub(crate) fn request_templates(
-    config: &Config,
+    endpoints: &[EndpointConfig],
     probes: &[String],
 ) -> Result<Vec<RequestTemplate>> {
-    let endpoints = config.endpoints().into_iter().enumerate();
-    let template = |(index, endpoint): (usize, config::EndpointConfig)| {
+    let template = |(index, endpoint): (usize, &EndpointConfig)| {
         let schema = endpoint.sampling.schema.as_deref();
         Ok(RequestTemplate {
             structured: schema.map(StructuredOutput::load).transpose()?,
             probe: probes.get(index).cloned().unwrap_or_default(),
             scoring: None,
-            endpoint,
+            endpoint: endpoint.clone(),
         })
     };
-    endpoints.map(template).collect()
-}
-
-/// Advice after the run: changes to the config that training needs; empty if there are none.
-pub(crate) fn before_training(config: &Config) -> &'static str {
-    if config.data.cache.is_some() {
-        "unset data.cache, which is the cache of another run, and then "
-    } else if !config.student.path.join("tokenizer.json").exists() {
-        "set student.path to a model folder, and then "
-    } else {
-        ""
-    }
+    endpoints.iter().enumerate().map(template).collect()
 }
 
 /// Checks that every row of the endpoint fits its limits and the budget.
 ///
 /// # Errors
 /// [`Exit::Usage`] if a row of the endpoint can never be sent.
-pub(crate) fn check_fits(config: &Config, plan: &Plan, endpoint: usize) -> Result<()> {
+pub(crate) fn check_fits(budget_usd: Option<f64>, plan: &Plan, endpoint: usize) -> Result<()> {
     if plan.rows_by_endpoint[endpoint].is_empty() {
         return Ok(());
     }
@@ -73,12 +62,7 @@ pub(crate) fn check_fits(config: &Config, plan: &Plan, endpoint: usize) -> Resul
             .cost(&settings.price)
             .map_or(Dollars::ZERO, Dollars::at_least)
     };
-    check_budget(
-        plan,
-        endpoint,
-        config.budget.usd.map(Dollars::at_most),
-        cost,
-    )
+    check_budget(plan, endpoint, budget_usd.map(Dollars::at_most), cost)
 }
 
 /// Checks that the most expensive request fits the budget.
@@ -147,14 +131,14 @@ pub(crate) fn unused_answers(
 
 /// Compares the config with the findings of `distill probe`. Returns the hash of the findings by endpoint, which
 /// is empty for an endpoint that was not probed.
-pub(crate) fn check_endpoints(config: &Config) -> Result<Vec<String>> {
-    let known = findings::load(&config.run_dir)?;
+pub(crate) fn check_endpoints(run_dir: &Path, endpoints: &[EndpointConfig]) -> Result<Vec<String>> {
+    let known = findings::load(run_dir)?;
     let mut hashes = Vec::new();
-    for endpoint in config.endpoints() {
-        let found = known.as_ref().and_then(|known| known.find(&endpoint));
+    for endpoint in endpoints {
+        let found = known.as_ref().and_then(|known| known.find(endpoint));
         let warnings = match found {
-            Some(found) => found.check(&endpoint)?,
-            None => findings::check_unprobed(&endpoint).into_iter().collect(),
+            Some(found) => found.check(endpoint)?,
+            None => findings::check_unprobed(endpoint).into_iter().collect(),
         };
         for warning in warnings {
             tracing::warn!("{warning}");
@@ -182,16 +166,16 @@ pub(crate) fn prompts(
 
 /// Opens the cache of the run folder, with progress on the terminal unless `quiet`.
 pub(crate) fn open_cache(
-    config: &Config,
+    settings: &RunSettings,
     quiet: bool,
     storage: WrapFile,
     stop: &StopFlag,
 ) -> Result<Cache> {
     let mut reading = ReadProgress::new("opening the cache", quiet);
-    let dir = config.own_cache();
-    cache::open_file::check_nothing_displaced(&dir)?;
-    cache::open_file::remove_move_note(&dir)?;
-    Cache::open_with(&dir, &config.cache, storage, &mut |done, total| {
+    let dir = &settings.cache_dir;
+    cache::open_file::check_nothing_displaced(dir)?;
+    cache::open_file::remove_move_note(dir)?;
+    Cache::open_with(dir, &settings.cache, storage, &mut |done, total| {
         reading.update(done, total);
         stop.check()
     })
@@ -202,11 +186,11 @@ pub(crate) fn open_cache(
 /// # Errors
 /// [`Exit::Usage`] if a budget is set and an endpoint has no price.
 pub(crate) fn check_money(
-    config: &Config,
+    settings: &RunSettings,
     shard: Option<Shard>,
     now: jiff::Timestamp,
 ) -> Result<()> {
-    let Some(usd) = config.budget.usd else {
+    let Some(usd) = settings.budget_usd else {
         return Ok(());
     };
     if let Some(shard) = shard {
@@ -216,7 +200,7 @@ pub(crate) fn check_money(
         );
     }
     let today = now.to_zoned(jiff::tz::TimeZone::UTC).date();
-    for endpoint in config.endpoints() {
+    for endpoint in &settings.endpoints {
         let label = endpoint.teacher.label();
         if endpoint.price.input.is_none() || endpoint.price.output.is_none() {
             let message = format!(

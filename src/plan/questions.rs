@@ -11,7 +11,7 @@ use crate::cache::question;
 use crate::cache::reader::CacheLines;
 use crate::cache::view::RecordView;
 use crate::client::request::RequestTemplate;
-use crate::config::{Config, Groups};
+use crate::config::{Config, Groups, PromptsConfig};
 use crate::data::groups::{
     ConfigSelection, ExclusionReason, PlannedRows, RecordIdentity, Selection, TeacherIdentity,
 };
@@ -30,7 +30,12 @@ pub fn selection(config: &Config) -> Result<Selection> {
         Groups::All => Ok(Selection::All),
         Groups::Named(names) => named(&config.training_cache(), names.clone()),
         Groups::Asked if config.data.source.is_some() => Ok(Selection::All),
-        Groups::Asked => questions_of(config),
+        Groups::Asked => {
+            let templates = request_templates(&config.endpoints(), &[])?;
+            let planned =
+                PlannedQuestions::load(&config.prompts, &config.training_cache(), templates)?;
+            planned.selection(config.data.cache.as_deref())
+        }
     }
 }
 
@@ -79,34 +84,56 @@ fn each_candidate(dir: &Path, mut each: impl FnMut(RecordIdentity) -> bool) -> R
     Ok(())
 }
 
-/// Selects the answers to the questions of the config.
-fn questions_of(config: &Config) -> Result<Selection> {
-    let templates = request_templates(config, &[])?;
-    let teachers = templates.iter().map(|template| {
-        let teacher = &template.endpoint.teacher;
-        TeacherIdentity::new(&teacher.name, &teacher.base_url, &template.body(&[], 0))
-    });
-    let teachers = teachers.collect();
-    let prompts = prompt::load(&config.prompts, || Ok(()));
-    let (rows, load_error) = match prompts {
-        Ok(prompts) => (Some(planned_rows(config, prompts, templates)?), None),
-        Err(error) => (None, Some(error)),
-    };
-    let selection = Selection::Config(ConfigSelection { rows, teachers });
-    if let Some(dir) = &config.data.cache
-        && let Some(only) = only_group_of(dir, &selection)?
-    {
-        tracing::warn!(
-            "data.cache has no answers for this config's teacher, model and sampling: using its only group"
-        );
-        return Ok(Selection::Named(vec![only]));
+/// The questions of a config.
+struct PlannedQuestions {
+    selection: Selection,
+    /// Error of the prompts file; without prompts, answers are selected by endpoint, model and sampling alone.
+    load_error: Option<anyhow::Error>,
+}
+
+impl PlannedQuestions {
+    /// Plans the questions and looks up their answers in a cache.
+    fn load(
+        prompts: &PromptsConfig,
+        cache_dir: &Path,
+        templates: Vec<RequestTemplate>,
+    ) -> Result<PlannedQuestions> {
+        let teachers = templates.iter().map(|template| {
+            let teacher = &template.endpoint.teacher;
+            TeacherIdentity::new(&teacher.name, &teacher.base_url, &template.body(&[], 0))
+        });
+        let teachers = teachers.collect();
+        let (rows, load_error) = match prompt::load(prompts, || Ok(())) {
+            Ok(loaded) => {
+                let rows = planned_rows(prompts, cache_dir, loaded, templates)?;
+                (Some(rows), None)
+            }
+            Err(error) => (None, Some(error)),
+        };
+        Ok(PlannedQuestions {
+            selection: Selection::Config(ConfigSelection { rows, teachers }),
+            load_error,
+        })
     }
-    if let Some(error) = load_error {
-        tracing::warn!(
-            "cannot read the prompts, selecting answers by endpoint, model and sampling alone: {error:#}"
-        );
+
+    /// Returns the selection of the answers to these questions, or of the only group of `data.cache` if that cache
+    /// answers none of them.
+    fn selection(self, other_cache: Option<&Path>) -> Result<Selection> {
+        if let Some(dir) = other_cache
+            && let Some(only) = only_group_of(dir, &self.selection)?
+        {
+            tracing::warn!(
+                "data.cache has no answers for this config's teacher, model and sampling: using its only group"
+            );
+            return Ok(Selection::Named(vec![only]));
+        }
+        if let Some(error) = self.load_error {
+            tracing::warn!(
+                "cannot read the prompts, selecting answers by endpoint, model and sampling alone: {error:#}"
+            );
+        }
+        Ok(self.selection)
     }
-    Ok(selection)
 }
 
 /// Returns the id of the only group of another run's cache. Returns `None` if the cache has several groups, or an
@@ -136,11 +163,12 @@ fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
 /// Plans the questions of the config, and collects the cache key of each answer. Of several answers to a question,
 /// the first in harvest order counts.
 fn planned_rows(
-    config: &Config,
+    settings: &PromptsConfig,
+    cache_dir: &Path,
     prompts: Vec<Prompt>,
     request_templates: Vec<RequestTemplate>,
 ) -> Result<PlannedRows> {
-    let known = crate::cache::open::peek(&config.training_cache())?;
+    let known = crate::cache::open::peek(cache_dir)?;
     let rows = RefCell::new(PlannedRows::default());
     let key_status = |key: &str| {
         if !known.contains(key) {
@@ -155,7 +183,7 @@ fn planned_rows(
     let plan = Plan::new(
         prompts,
         request_templates,
-        &config.prompts,
+        settings,
         PlanScope::default(),
         &known.past,
         key_status,

@@ -15,13 +15,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::ema::Ema;
 use super::objective::ModelPair;
 use super::optimizer::Optimizer;
 use super::trainable::{self, TrainableModel};
-use crate::config::{self, Config, KdMode, ScoredBy, TrainConfig};
+use crate::config::{Config, KdMode};
 use crate::data::batch::Cursor;
 use crate::exit::Exit;
 use crate::fs;
@@ -55,10 +55,10 @@ impl TrainingState {
     /// If a model does not load, or a pattern is not valid.
     pub fn initial(config: &Config, tokenizer: &Tokenizer) -> Result<Self> {
         let train = &config.train;
-        let student = TrainableModel::student(config, tokenizer)?;
+        let student = TrainableModel::student(&config.student, &config.lora, train, tokenizer)?;
         let has_ema = train.ema_decay > 0.0;
         Ok(Self {
-            optimizer: Optimizer::new(&student, &trainable::parse_patterns(&train.no_decay)?)?,
+            optimizer: Optimizer::new(&student, &train.no_decay)?,
             ema: has_ema
                 .then(|| Ema::new(&student, train.ema_decay))
                 .transpose()?,
@@ -280,75 +280,22 @@ pub fn load(
     Ok(state)
 }
 
-/// Settings and hashes that the trained weights depend on: the inputs of the [`fingerprint`].
+/// Adds the hashes that the trained weights depend on to `settings`, those of [`Config::checkpoint_inputs`].
 ///
-/// `data` is the hash of the examples, `training` the state before the first step. Device and number type of `config`
-/// must be resolved. Names and order of the fields are hashed.
+/// `data` is the hash of the examples, `training` the state before the first step. The order of the fields is hashed.
 ///
 /// # Errors
-/// If the settings cannot be serialised, or a device fails.
+/// If a device fails.
 pub fn fingerprint_inputs(
-    config: &Config,
+    mut settings: Value,
     data: &str,
     training: &TrainingState,
-    total: u64,
 ) -> Result<Value> {
-    let settings = TrainConfig {
-        // These do not affect the weights.
-        eval_every: 0,
-        checkpoint_every: 0,
-        keep_checkpoints: 0,
-        patience: 0,
-        steps: Some(total),
-        epochs: 0.0,
-        threads: 0,
-        activation_checkpointing: false,
-        ..config.train.clone()
-    };
-    let teacher = &config.teacher;
-    let has_remote_judge = config.train.on_policy && config.on_policy.judge != ScoredBy::Local;
-    let judge = has_remote_judge.then_some((&teacher.base_url, &teacher.model));
-    // Contents of files are hashed, their paths are not.
-    let student = config::StudentConfig {
-        path: PathBuf::new(),
-        ..config.student.clone()
-    };
-    let on_policy = config::OnPolicyConfig {
-        tokenizer: None,
-        ..config.on_policy.clone()
-    };
-    Ok(json!({
-        "train": settings,
-        "loss": &config.loss,
-        "lora": &config.lora,
-        "student": student,
-        "teacher": { "cotrain": teacher.cotrain, "cotrain_rate": teacher.cotrain_rate },
-        "on_policy": on_policy,
-        "judge": judge,
-        "data": data,
-        "frozen weights": training.student.hash_of_frozen()?,
-        "local teacher": training.teacher.as_ref().map_or("", LocalTeacher::hash),
-    }))
-}
-
-/// Settings that select the examples, without paths. They explain why the hash of the examples differs.
-pub fn data_settings(config: &Config) -> Value {
-    let teacher = &config.teacher;
-    let mut settings = json!({
-        "data": &config.data,
-        "prompts": &config.prompts,
-        "sampling": &config.sampling,
-        "teacher": { "base_url": &teacher.base_url, "model": &teacher.model, "name": &teacher.name },
-    });
-    for (section, file) in [
-        ("data", "source"),
-        ("data", "cache"),
-        ("data", "teacher_tokenizer"),
-        ("prompts", "source"),
-    ] {
-        settings[section][file] = Value::Null;
-    }
-    settings
+    settings["data"] = data.into();
+    settings["frozen weights"] = training.student.hash_of_frozen()?.into();
+    let teacher = training.teacher.as_ref();
+    settings["local teacher"] = teacher.map_or("", LocalTeacher::hash).into();
+    Ok(settings)
 }
 
 /// Hash of [`fingerprint_inputs`].
@@ -358,7 +305,7 @@ pub fn fingerprint(inputs: &Value) -> String {
         .to_string()
 }
 
-/// Describes the differences between two values of [`fingerprint_inputs`] or [`data_settings`].
+/// Describes the differences between two values of [`fingerprint_inputs`] or [`Config::example_settings`].
 fn describe_changes(before: &Value, now: &Value) -> Vec<String> {
     let mut changes = Vec::new();
     for (section, value) in now.as_object().into_iter().flatten() {

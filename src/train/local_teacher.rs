@@ -17,7 +17,6 @@ use crate::tokenizer::Tokenizer;
 use crate::train::optimizer::Optimizer;
 use crate::train::soft_labels::SoftLabelChoice;
 use crate::train::step::{StepBatch, StepResult, Stepper};
-use crate::train::trainable;
 use crate::train::trainable::TrainableModel;
 use crate::train::{device, model_card};
 
@@ -59,15 +58,12 @@ impl LocalTeacher {
         let (shape, tensors) = decoder::load(dir)?;
         let hash = weights::hash(&tensors)?;
         let tensors = weights::to_device(&tensors, &device::open(train)?)?;
-        let match_all = [String::new()];
-        let freeze = trainable::parse_patterns(if cotrain { &[] } else { &match_all })?;
-        let mut trainable = TrainableModel::new(shape, tensors, Tensors::new(), &freeze)
+        let mut trainable = TrainableModel::new(shape, tensors, Tensors::new(), |_| !cotrain)
             .with_context(|| format!("cannot load teacher.local {}", dir.display()))?;
         trainable.model.set_precision(device::precision(train));
         let training = cotrain.then(|| -> Result<_> {
-            let no_decay = trainable::parse_patterns(&train.no_decay)?;
             Ok(Cotraining {
-                optimizer: Optimizer::new(&trainable, &no_decay)?,
+                optimizer: Optimizer::new(&trainable, &train.no_decay)?,
                 rate: settings.cotrain_rate,
                 stepper: Stepper::new(
                     train,

@@ -18,7 +18,7 @@
 //! - A resumed run ends with the same bytes as an uninterrupted one.
 //! - No sum depends on the number of threads.
 //! - Nothing is updated unless loss and gradient are finite, and every trainable parameter has a gradient.
-//! - A remote teacher is reached through [`on_policy::TextScorer`] alone; nothing here uses the network.
+//! - A remote teacher is reached through [`TextScorer`] alone; nothing here uses the network.
 
 pub mod checkpoint;
 pub(crate) mod device;
@@ -43,11 +43,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::config::{Config, TrainConfig};
+use crate::config::{Config, ScoredBy, TrainConfig};
+use crate::data::align::Mapper;
 use crate::data::batch::{Batches, Cursor};
 use crate::data::dataset;
 use crate::data::groups::Selection;
 use crate::data::prepared::shard::ExampleView;
+use crate::data::text_scorer::TextScorer;
 use crate::fs;
 use crate::model::Model;
 use crate::signal::StopFlag;
@@ -59,7 +61,7 @@ use early_stopping::EarlyStopping;
 use ema::Ema;
 use metrics::{MetricMeans, MetricsLog, StepMetrics};
 use objective::ModelPair;
-use on_policy::{OnPolicy, TextScorer};
+use on_policy::{OnPolicy, RemoteTeacher};
 use step::{StepBatch, Stepper};
 use summary::{StartMode, TrainSummary};
 use trainable::TrainableModel;
@@ -131,18 +133,18 @@ fn train(
     let settings = &config.train;
     let stop = StopFlag::watch()?;
     let tokenizer = Tokenizer::for_student(&config.student)?;
-    soft_labels::check_tokenizer(config, &tokenizer)?;
+    if config.uses_cached_soft_labels() {
+        soft_labels::check_tokenizer(&tokenizer)?;
+    }
     let mut training = TrainingState::initial(config, &tokenizer)?;
     // Detects files that could not be written at the end of the run.
     let shape = training.student.model.config();
     folder::files(shape, "", (tokenizer.dir(), &tokenizer), "")?;
     let mut reading = ReadProgress::new("prepare", quiet);
-    let fitted_config = Config {
-        data: config.data.within(training.models().context()),
-        ..config.clone()
-    };
+    let data_settings = config.data.within(training.models().context());
     let data = dataset::load(
-        &fitted_config,
+        &data_settings,
+        &config.run_dir,
         &selection,
         &tokenizer,
         &mut |done, total| {
@@ -166,9 +168,11 @@ fn train(
         training.teacher.is_some() || has_labels()
     })?;
     let total = total_steps(settings, train.len());
-    let fingerprint_inputs =
-        checkpoint::fingerprint_inputs(config, data.fingerprint(), &training, total)?;
-    let data_settings = checkpoint::data_settings(config);
+    let mut inputs = config.clone();
+    inputs.train.steps = Some(total);
+    let inputs = inputs.checkpoint_inputs();
+    let fingerprint_inputs = checkpoint::fingerprint_inputs(inputs, data.fingerprint(), &training)?;
+    let data_settings = config.example_settings();
     let parameters = ParameterCounts::new(&training.student);
     let checkpoints = config.run_dir.join("checkpoints");
     let mut tokens = 0;
@@ -205,7 +209,19 @@ fn train(
     let first_tokens = tokens;
     // Shortens the lifetime of the trait object to this function.
     let scorer = scorer.map(|scorer| scorer as &mut dyn TextScorer);
-    let mut on_policy = OnPolicy::from_config(config, &selection, &tokenizer, scorer)?;
+    let is_scored_remotely = settings.on_policy && config.on_policy.judge != ScoredBy::Local;
+    let remote = if is_scored_remotely {
+        Some(RemoteTeacher {
+            scorer: scorer
+                .context("internal error: train.on_policy without a teacher to score answers")?,
+            mapper: Mapper::new(&tokenizer, config.data.top_logprobs),
+            prompts: dataset::prompts(&config.data, &config.run_dir, &selection)?,
+        })
+    } else {
+        None
+    };
+    let on_policy = OnPolicy::new(&config.on_policy, settings, &tokenizer, remote);
+    let mut on_policy = settings.on_policy.then_some(on_policy);
     let on_policy_divergence = on_policy
         .as_ref()
         .and_then(|on_policy| on_policy.divergence(&config.loss));

@@ -17,14 +17,12 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::loss::divergence::Divergence;
-use crate::cache::view::RecordView;
-use crate::config::{self, Config, LossConfig};
+use crate::config::{LossConfig, OnPolicyConfig, TrainConfig};
 use crate::data::align::Mapper;
 use crate::data::align::aligned::Aligned;
 use crate::data::batch::Batch;
-use crate::data::dataset;
-use crate::data::groups::Selection;
 use crate::data::prepared::shard::ExampleView;
+use crate::data::text_scorer::TextScorer;
 use crate::model::Model;
 use crate::model::batcher::GenerateOptions;
 use crate::model::generate;
@@ -34,19 +32,9 @@ use crate::prompt::message::Message;
 use crate::signal::StopFlag;
 use crate::tokenizer::Tokenizer;
 
-/// A teacher behind an API that scores given texts.
-pub trait TextScorer: Send {
-    /// Scores the last message of each conversation. Returns cache lines with its logprobs, in order; None for a text
-    /// that the teacher could not score.
-    ///
-    /// # Errors
-    /// If the teacher is not available any more, or `stop` is set.
-    fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>>;
-}
-
 /// Generator of the student's own answers.
 pub struct OnPolicy<'a> {
-    settings: &'a config::OnPolicyConfig,
+    settings: &'a OnPolicyConfig,
     tokenizer: &'a Tokenizer,
     /// Number of answers in a batch.
     batch_size: usize,
@@ -68,11 +56,11 @@ pub struct OnPolicyCounts {
 }
 
 /// A teacher behind an API.
-struct RemoteTeacher<'a> {
-    scorer: &'a mut dyn TextScorer,
-    mapper: Mapper<'a>,
+pub(crate) struct RemoteTeacher<'a> {
+    pub scorer: &'a mut dyn TextScorer,
+    pub mapper: Mapper<'a>,
     /// Prompts by the keys of the examples.
-    prompts: HashMap<String, Vec<Message>>,
+    pub prompts: HashMap<String, Vec<Message>>,
 }
 
 /// An answer that the student generated.
@@ -85,37 +73,21 @@ struct GeneratedAnswer<'a> {
 }
 
 impl<'a> OnPolicy<'a> {
-    /// Returns None without `train.on_policy`. `scorer` is needed unless the teacher is local.
-    ///
-    /// # Errors
-    /// If the prompts cannot be read.
-    pub fn from_config(
-        config: &'a Config,
-        selection: &Selection,
+    /// `remote` scores the answers, unless the teacher is local.
+    pub(crate) fn new(
+        settings: &'a OnPolicyConfig,
+        train: &TrainConfig,
         tokenizer: &'a Tokenizer,
-        scorer: Option<&'a mut dyn TextScorer>,
-    ) -> Result<Option<Self>> {
-        if !config.train.on_policy {
-            return Ok(None);
-        }
-        let remote = match (config.on_policy.judge, scorer) {
-            (config::ScoredBy::Local, _) => None,
-            (_, scorer) => Some(RemoteTeacher {
-                scorer: scorer.context(
-                    "internal error: train.on_policy without a teacher to score answers",
-                )?,
-                mapper: Mapper::new(tokenizer, config.data.top_logprobs),
-                prompts: dataset::prompts(config, selection)?,
-            }),
-        };
-        Ok(Some(Self {
-            settings: &config.on_policy,
+        remote: Option<RemoteTeacher<'a>>,
+    ) -> Self {
+        Self {
+            settings,
             tokenizer,
-            batch_size: config.train.micro_batch_size,
-            seed: config.train.seed,
+            batch_size: train.micro_batch_size,
+            seed: train.seed,
             remote,
             counts: OnPolicyCounts::default(),
-        }))
+        }
     }
 
     pub fn counts(&self) -> OnPolicyCounts {
@@ -235,16 +207,12 @@ impl RemoteTeacher<'_> {
             texts.push(Prompt::plain(answer.key.to_owned(), messages));
             sent.push((at, text, ids));
         }
-        let lines = self.scorer.score(texts, stop)?;
-        for ((at, text, ids), line) in sent.into_iter().zip(lines) {
-            let Some(line) = line else { continue };
-            let record = RecordView::from_line(&line)?;
-            let Some(logprobs) = &record.logprobs else {
-                continue;
-            };
+        let scored = self.scorer.score(texts, stop)?;
+        for ((at, text, ids), logprobs) in sent.into_iter().zip(scored) {
+            let Some(logprobs) = logprobs else { continue };
             let aligned = self
                 .mapper
-                .align(logprobs, text.as_bytes(), 0..text.len(), ids, None);
+                .align(&logprobs, text.as_bytes(), 0..text.len(), ids, None);
             soft_labels[at] = aligned
                 .ok()
                 .filter(|labels| (0..labels.len()).any(|at| labels.is_soft(at)));

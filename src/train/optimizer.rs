@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use regex::Regex;
 
 use super::trainable::TrainableModel;
+use crate::config::Parsed;
 use crate::config::TrainConfig;
 use crate::model::Backend;
 use crate::model::gradients::Gradients;
@@ -51,7 +52,7 @@ impl Optimizer {
     ///
     /// # Errors
     /// If memory cannot be allocated.
-    pub fn new(student: &TrainableModel, no_decay: &[Regex]) -> Result<Self> {
+    pub fn new(student: &TrainableModel, no_decay: &[Parsed<Regex>]) -> Result<Self> {
         // A separate arena: long-lived buffers must not fragment the memory of the passes.
         let arena = Arena::default();
         let parameter = |(name, var): (&String, &Var)| {

@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 
 use super::loss::divergence::Divergence;
-use crate::config::{Config, KdMode, LossConfig};
+use crate::config::{KdMode, LossConfig};
 use crate::data::logprob_check::Agreement;
 use crate::data::report::{DataReport, NO_LOGPROBS, by_reason};
 use crate::exit::Exit;
@@ -30,17 +30,16 @@ pub struct SoftLabelChoice {
 /// Checks that soft labels of a cache can be mapped to the tokens of `tokenizer`.
 ///
 /// # Errors
-/// [`Exit::Usage`] if soft labels are used, and the bytes of the tokens are unknown.
-pub fn check_tokenizer(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
-    let uses_soft_labels = config.loss.kd != KdMode::None && config.data.source.is_none();
-    if !uses_soft_labels || config.teacher.local.is_some() || tokenizer.has_token_bytes() {
+/// [`Exit::Usage`] if the bytes of the tokens are unknown.
+pub fn check_tokenizer(tokenizer: &Tokenizer) -> Result<()> {
+    if tokenizer.has_token_bytes() {
         return Ok(());
     }
     bail!(Exit::Usage(format!(
         "the tokenizer in {} does not define the bytes of its tokens (WordPiece drops the spaces between \
          words), so the teacher's tokens cannot be aligned with them: choose a student with a byte-level \
          BPE or SentencePiece tokenizer, or set loss.kd = \"none\" to train on the answers alone",
-        config.student.path.display()
+        tokenizer.dir().display()
     )))
 }
 

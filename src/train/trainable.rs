@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Var};
 use regex::Regex;
 
 use super::{device, folder};
-use crate::config::{Config, SaveDtype, StudentInit};
+use crate::config::{LoraConfig, SaveDtype, StudentConfig, StudentInit, TrainConfig};
 use crate::exit::Exit;
 use crate::fs;
 use crate::model::config::shape::ModelConfig;
@@ -25,13 +25,16 @@ pub struct TrainableModel {
 }
 
 impl TrainableModel {
-    /// Loads or initialises the student of the config.
+    /// Loads or initialises the student.
     ///
     /// # Errors
     /// If the folder does not load, or its tokenizer has ids beyond the embedding.
-    pub fn student(config: &Config, tokenizer: &Tokenizer) -> Result<Self> {
-        let settings = &config.student;
-        let train = &config.train;
+    pub fn student(
+        settings: &StudentConfig,
+        adapters: &LoraConfig,
+        train: &TrainConfig,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self> {
         let (mut shape, weights) = match settings.init {
             StudentInit::Pretrained => decoder::load(&settings.path)?,
             StudentInit::Random => {
@@ -44,34 +47,31 @@ impl TrainableModel {
         };
         tokenizer.check_fits(shape.vocab_size)?;
         let device = device::open(train)?;
-        let adapters = match config.lora.rank {
+        let new_adapters = match adapters.rank {
             0 => Tensors::new(),
             rank => {
-                shape.adapter_scale = config.lora.alpha / rank as f64;
-                lora::new_adapters(
-                    &shape,
-                    rank,
-                    &parse_patterns(&config.lora.targets)?,
-                    train.seed,
-                )?
+                shape.adapter_scale = adapters.alpha / rank as f64;
+                lora::new_adapters(&shape, rank, &adapters.targets, train.seed)?
             }
         };
-        if config.lora.rank > 0 && adapters.is_empty() {
+        if adapters.rank > 0 && new_adapters.is_empty() {
             bail!(Exit::Usage(format!(
                 "lora.targets matches no linear layer of the student; its layers are named like {}",
                 lora::first_projection_name(&shape)
             )));
         }
         let weights = weights::to_device(&weights, &device)?;
-        let adapters = weights::to_device(&adapters, &device)?;
-        let mut student = Self::new(shape, weights, adapters, &parse_patterns(&train.freeze)?)
-            .with_context(|| format!("cannot load the student {}", settings.path.display()))?;
+        let new_adapters = weights::to_device(&new_adapters, &device)?;
+        let mut student = Self::new(shape, weights, new_adapters, |name| {
+            train.freeze.iter().any(|pattern| pattern.is_match(name))
+        })
+        .with_context(|| format!("cannot load the student {}", settings.path.display()))?;
         let matches_parameter = |pattern: &Regex| {
             let names = student.vars.keys().chain(student.frozen.keys());
             names.into_iter().any(|name| pattern.is_match(name))
         };
-        for pattern in parse_patterns(&train.freeze)? {
-            if !matches_parameter(&pattern) {
+        for pattern in &train.freeze {
+            if !matches_parameter(pattern) {
                 bail!(Exit::Usage(format!(
                     "train.freeze: {:?} matches no parameter",
                     pattern.as_str()
@@ -87,8 +87,8 @@ impl TrainableModel {
         Ok(student)
     }
 
-    /// A model over the given weights. All weights are trained, or only the adapters if there are any. Parameters that
-    /// match a pattern of `freeze` are not trained.
+    /// A model over the given weights. All weights are trained, or only the adapters if there are any. Parameters for which
+    /// `is_frozen` returns true are not trained.
     ///
     /// # Errors
     /// If weights are missing or their shapes differ from `config`.
@@ -96,7 +96,7 @@ impl TrainableModel {
         config: ModelConfig,
         mut weights: Tensors,
         adapters: Tensors,
-        freeze: &[Regex],
+        is_frozen: impl Fn(&str) -> bool,
     ) -> Result<Self> {
         let mut vars = BTreeMap::new();
         let mut frozen = Tensors::new();
@@ -112,7 +112,7 @@ impl TrainableModel {
             .chain(adapters.into_iter().map(|adapter| (true, adapter)))
         {
             let trains = all_weights_train || is_adapter;
-            if trains && !freeze.iter().any(|pattern| pattern.is_match(&name)) {
+            if trains && !is_frozen(&name) {
                 vars.insert(name, Var::from_tensor(&tensor)?);
             } else {
                 frozen.insert(name, tensor);
@@ -207,20 +207,4 @@ pub fn restore(vars: &BTreeMap<String, Var>, file: &weights::SafetensorsFile) ->
             .with_context(|| format!("{name} has another shape in the checkpoint"))?;
     }
     Ok(())
-}
-
-/// Compiles regular expressions of the config.
-///
-/// # Errors
-/// [`Exit::Usage`] if one is not valid.
-pub fn parse_patterns(texts: &[String]) -> Result<Vec<Regex>> {
-    let pattern = |text: &String| {
-        Regex::new(text).map_err(|error| {
-            Exit::Usage(format!(
-                "{text:?} is not a valid regular expression: {error}"
-            ))
-            .into()
-        })
-    };
-    texts.iter().map(pattern).collect()
 }

@@ -206,7 +206,13 @@ fn run(dir: &Path) -> anyhow::Result<()> {
     config.student.path = dir.join("student");
     let tokenizer = Tokenizer::load(&config.student.path)?;
     let started = Instant::now();
-    let data = dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(()))?;
+    let data = dataset::load(
+        &config.data,
+        &config.run_dir,
+        &Selection::All,
+        &tokenizer,
+        &mut |_, _| Ok(()),
+    )?;
     let seconds = started.elapsed().as_secs_f64();
     let report = &data.report;
     println!(

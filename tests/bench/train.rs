@@ -156,8 +156,12 @@ fn time(case: &Case) -> Result<()> {
         0 => Tensors::new(),
         rank => lora::new_adapters(&config, rank, &[], 0)?,
     };
-    let mut student =
-        TrainableModel::new(config.clone(), random_weights(&config, 0)?, adapters, &[])?;
+    let mut student = TrainableModel::new(
+        config.clone(),
+        random_weights(&config, 0)?,
+        adapters,
+        |_| false,
+    )?;
     student.model.set_precision(case.precision);
     let mut optimizer = Optimizer::new(&student, &[])?;
     let mut gradients = student.model.gradients();

@@ -358,8 +358,8 @@ fn requested_wait_is_returned_with_the_class() {
 #[test]
 fn backoff_doubles_up_to_max_s() {
     let retry = config::RetryConfig {
-        base_s: 0.5,
-        max_s: 60.0,
+        base: Duration::from_millis(500),
+        max: Duration::from_secs(60),
         ..config::RetryConfig::default()
     };
     let ceilings = [1, 2, 3, 7, 8, 1000].map(|attempt| backoff(attempt, &retry, 1.0).as_secs_f64());

@@ -40,15 +40,21 @@ pub fn run(args: &CacheArgs, global: &Global) -> Result<()> {
         CacheAction::Repair(place) => maintenance::repair(&folder(place)?, global.json),
         CacheAction::Merge { place, sources } => {
             let price = config(place)?.map_or_else(Default::default, |config| {
-                crate::harvest::run_files::highest_prices(&config)
+                crate::harvest::run_files::highest_prices(&config.endpoints())
             });
             let dir = folder(place)?;
             maintenance::merge(&dir, &settings(place)?, &price, sources, global.json)
         }
         CacheAction::Adopt(file) => {
             let config = load_config(file)?.config;
-            let done = crate::plan::adopt::adopt(&config)?;
-            maintenance::adopted(&config.own_cache(), &done, global.json)
+            let dir = config.own_cache();
+            let done = crate::plan::adopt::adopt(
+                &config.prompts,
+                &config.endpoints(),
+                &dir,
+                &config.cache,
+            )?;
+            maintenance::adopted(&dir, &done, global.json)
         }
         CacheAction::Show {
             place,

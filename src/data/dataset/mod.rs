@@ -24,7 +24,7 @@ use anyhow::{Context, Result, bail};
 use super::groups::Selection;
 use super::prepared::index::VERSION;
 use super::prepared::{self, Prepared};
-use crate::config::{self, Config, Groups};
+use crate::config::{self, Groups};
 use crate::data::prepared::shard::ExampleView;
 use crate::data::prepared::writer::OutputSink;
 use crate::data::report::DataReport;
@@ -122,15 +122,16 @@ impl Dataset {
 /// If the source cannot be read, a row of a file of conversations is invalid, the prepared examples cannot be
 /// written, or no example is left ([`Exit::Usage`], with the reasons).
 pub fn load(
-    config: &Config,
+    settings: &config::DataConfig,
+    run_dir: &Path,
     selection: &Selection,
     tokenizer: &Tokenizer,
     on_progress: OnProgress<'_>,
 ) -> Result<Dataset> {
-    let source = DataSource::from_config(config);
-    let selected = (&config.data, selection);
+    let source = DataSource::new(settings, run_dir);
+    let selected = (settings, selection);
     let hash = hash(&source, selected, tokenizer)?;
-    let root = config.run_dir.join("prepared");
+    let root = run_dir.join("prepared");
     let dir = root.join(&hash);
     let found = Prepared::open(&dir).unwrap_or_else(|error| {
         tracing::warn!(
@@ -151,7 +152,7 @@ pub fn load(
             Prepared::open_new(&dir).with_context(|| format!("could not read {}", dir.display()))?
         }
     };
-    let share = config.data.validation_share;
+    let share = settings.validation_share;
     let dataset = Dataset::new(prepared, share, is_new);
     if dataset.train().is_empty() {
         bail!(Exit::Usage(format!(
@@ -167,10 +168,14 @@ pub fn load(
 ///
 /// # Errors
 /// If the source cannot be read, or a row of a file of conversations is invalid.
-pub fn prompts(config: &Config, selection: &Selection) -> Result<HashMap<String, Vec<Message>>> {
-    let source = DataSource::from_config(config);
+pub fn prompts(
+    settings: &config::DataConfig,
+    run_dir: &Path,
+    selection: &Selection,
+) -> Result<HashMap<String, Vec<Message>>> {
+    let source = DataSource::new(settings, run_dir);
     let mut prompts = HashMap::new();
-    source.for_each_row((&config.data, selection), |row| {
+    source.for_each_row((settings, selection), |row| {
         let Ok(mut row) = row else {
             return true;
         };

@@ -1,6 +1,7 @@
 //! Examples token by token, for `distill data show`.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use anyhow::Result;
 use serde::Serialize;
@@ -8,7 +9,7 @@ use serde::Serialize;
 use super::prepare::{ExampleBuilder, TokenizedRow};
 use super::rows::{SkippedRow, TrainingRow};
 use super::source::DataSource;
-use crate::config::{self, Config};
+use crate::config::{self, DataConfig};
 use crate::data::groups::{Group, Selection};
 use crate::data::sample_trie::SampleTrie;
 use crate::tokenizer::Tokenizer;
@@ -66,23 +67,24 @@ pub struct ShownLabel {
 /// # Errors
 /// If the source or the teacher's tokenizer cannot be read.
 pub fn show(
-    config: &Config,
+    settings: &DataConfig,
+    run_dir: &Path,
     selection: &Selection,
     tokenizer: &Tokenizer,
     id: Option<&str>,
     limit: usize,
 ) -> Result<(Vec<ShownExample>, BTreeMap<String, u64>)> {
-    let source = DataSource::from_config(config);
-    let teacher = config.data.teacher_tokenizer.as_deref();
+    let source = DataSource::new(settings, run_dir);
+    let teacher = settings.teacher_tokenizer.as_deref();
     let teacher = teacher.map(Tokenizer::load).transpose()?;
     let tokenizers = (tokenizer, teacher.as_ref());
-    let selected = (&config.data, selection);
-    let samples = if config.data.sample_trie {
+    let selected = (settings, selection);
+    let samples = if settings.sample_trie {
         sample_trie(&source, selected, tokenizers)?
     } else {
         SampleTrie::default()
     };
-    let mut builder = ExampleBuilder::new(&source, &config.data, tokenizers, &samples);
+    let mut builder = ExampleBuilder::new(&source, settings, tokenizers, &samples);
     let is_named = |key: &str, prompt_id: &str| {
         id.is_none_or(|id| {
             let is_beginning = id.len() >= MIN_KEY_DIGITS && key.starts_with(id);

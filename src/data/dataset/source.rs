@@ -33,9 +33,9 @@ pub(crate) enum DataSource {
 
 impl DataSource {
     /// Returns `data.source`, or the cache of the run if it is not set.
-    pub(crate) fn from_config(config: &config::Config) -> Self {
-        match &config.data.source {
-            None => Self::Cache(config.training_cache()),
+    pub(crate) fn new(settings: &config::DataConfig, run_dir: &Path) -> Self {
+        match &settings.source {
+            None => Self::Cache(settings.cache_folder(run_dir)),
             Some(path) => Self::File(path.clone()),
         }
     }

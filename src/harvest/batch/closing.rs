@@ -161,7 +161,7 @@ impl Batches<'_> {
             };
             // A row of a cancelled batch keeps its attempts.
             entry.failed += u32::from(!was_cancelled);
-            if entry.failed.max(paid) >= self.config.retry.max_attempts {
+            if entry.failed.max(paid) >= self.settings.retry.max_attempts {
                 self.fail(upstream, entry, failure);
             } else {
                 self.counts.asked_again += 1;
@@ -181,7 +181,7 @@ impl Batches<'_> {
         }
         self.end_part(index, status)?;
         if let Some(claim) = closing.claim {
-            self.upstreams[upstream].all_claimed(claim, &self.config.retry);
+            self.upstreams[upstream].all_claimed(claim, &self.settings.retry);
         }
         Ok(())
     }

@@ -85,7 +85,7 @@ impl Batches<'_> {
         file: &str,
     ) -> Result<(), BatchStepError> {
         let (upstream, _) = self.upstream_of(index)?;
-        let folder = unreadable_bodies::dir(&self.config.run_dir);
+        let folder = unreadable_bodies::dir(&self.settings.run_dir);
         crate::fs::create_dir_all(&folder)?;
         let path = folder.join(format!("{}.results", self.journal.parts[index].nonce));
         let mut kept = crate::fs::AtomicFile::create(&path)?;

@@ -114,10 +114,10 @@ impl Batches<'_> {
         if let Some((reason, message)) = batch_failure.stop {
             let failure = RowFailure::new("failed batch", &message);
             self.upstreams[upstream]
-                .all_claimed(RefusalClaim { reason, failure }, &self.config.retry);
+                .all_claimed(RefusalClaim { reason, failure }, &self.settings.retry);
             return Ok(());
         }
-        let retry = &self.config.retry;
+        let retry = &self.settings.retry;
         let upstream_state = &mut self.upstreams[upstream];
         match batch_failure.over_tokens {
             Some(stated) => {

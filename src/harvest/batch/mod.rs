@@ -47,13 +47,13 @@ use crate::cache::writer::Cache;
 use crate::client::attempt_error::{AttemptError, RowFailure};
 use crate::client::transport::Transport;
 use crate::clock::WallClock;
-use crate::config::Config;
 use crate::exit::Exit;
 use crate::harvest::run_files::RunFiles;
 use crate::harvest::unreadable_bodies::UnreadableBodies;
 use crate::harvest::window::{RequestWindow, WindowState};
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
+use crate::plan::run_settings::RunSettings;
 use crate::prompt::Prompt;
 use crate::report::failures::FailedRow;
 use crate::report::summary::HarvestSummary;
@@ -74,7 +74,7 @@ const MAX_CANCEL_TIME: Duration = Duration::from_secs(1_200);
 
 /// State of a run in batch mode.
 pub(crate) struct Batches<'a> {
-    config: &'a Config,
+    settings: &'a RunSettings,
     plan: Plan,
     cache: &'a Cache,
     upstreams: Vec<BatchUpstream>,
@@ -137,9 +137,9 @@ impl From<anyhow::Error> for BatchStepError {
 }
 
 impl<'a> Batches<'a> {
-    /// `config` has batch prices.
+    /// `settings` have the prices of batch mode.
     pub(crate) fn new(
-        config: &'a Config,
+        settings: &'a RunSettings,
         plan: Plan,
         cache: &'a Cache,
         transports: &[Arc<dyn Transport>],
@@ -148,23 +148,23 @@ impl<'a> Batches<'a> {
         quiet: bool,
     ) -> Result<Self> {
         let upstreams = transports.iter().enumerate().map(|(index, transport)| {
-            BatchUpstream::new(&plan, index, Arc::clone(transport), config)
+            BatchUpstream::new(&plan, index, Arc::clone(transport), settings)
         });
         Ok(Self {
             upstreams: upstreams.collect(),
-            journal: BatchJournal::load(&config.run_dir)?,
-            schedule: RequestWindow::new(&config.schedule, clock.now())?,
+            journal: BatchJournal::load(&settings.run_dir)?,
+            schedule: RequestWindow::new(&settings.schedule, clock.now())?,
             summary: HarvestSummary {
-                arguments: config.arguments(),
-                before_training: crate::plan::prepare::before_training(config),
+                arguments: settings.arguments.clone(),
+                before_training: settings.before_training,
                 ..HarvestSummary::from_plan(&plan, &run_files.unanswered)
             },
             counts: BatchCounts::default(),
             started: Instant::now(),
             deadline_passed_at: None,
             progress: Progress::new("harvest", plan.total, quiet),
-            unreadable: UnreadableBodies::new(&config.run_dir),
-            config,
+            unreadable: UnreadableBodies::new(&settings.run_dir),
+            settings,
             plan,
             cache,
             run_files,
@@ -227,7 +227,7 @@ impl<'a> Batches<'a> {
         let is_due = self.upstreams[upstream].next_poll <= now;
         if is_due {
             let jitter = 0.75 + fastrand::f64() / 2.0;
-            let pause = Duration::from_secs_f64(self.config.batch.poll_s * jitter);
+            let pause = self.settings.batch.poll.mul_f64(jitter);
             self.upstreams[upstream].next_poll = now + pause;
         }
         // A failed call for one part does not hold up the others.
@@ -273,7 +273,7 @@ impl<'a> Batches<'a> {
     }
 
     fn step_failed(&mut self, upstream: usize, error: AttemptError) {
-        let (pause, message) = self.upstreams[upstream].call_failed(error, &self.config.retry);
+        let (pause, message) = self.upstreams[upstream].call_failed(error, &self.settings.retry);
         if pause >= LONG_WAIT {
             let pause = format_duration(pause);
             self.progress.note(&format!("waiting {pause}: {message}"));
@@ -347,7 +347,7 @@ impl<'a> Batches<'a> {
         self.run_files.close(&mut [], 0)?;
         let mut summary = self.summary;
         summary.pending = summary.total - summary.done();
-        let max_attempts = self.config.retry.max_attempts;
+        let max_attempts = self.settings.retry.max_attempts;
         summary.given_up = self.run_files.given_up(&summary.failed_rows, max_attempts);
         summary.seconds = self.started.elapsed().as_secs_f64();
         let upstream_error = self
@@ -365,9 +365,9 @@ impl<'a> Batches<'a> {
                 };
                 Some(anyhow::Error::from(Exit::Signal(number)).context(advice))
             }
-            _ => upstream_error.or(summary.failed_rows_error(&self.config.run_dir)),
+            _ => upstream_error.or(summary.failed_rows_error(&self.settings.run_dir)),
         };
-        crate::report::write(&mut summary, &self.config.run_dir)?;
+        crate::report::write(&mut summary, &self.settings.run_dir)?;
         Ok(BatchOutcome::Finished(Box::new(summary)))
     }
 

@@ -4,18 +4,18 @@ use std::collections::HashSet;
 
 use anyhow::Result;
 
-use crate::config::Config;
 use crate::harvest::batch::journal::BatchJournal;
 use crate::harvest::batch::parts::{self, PartLimits};
 use crate::plan::estimate::BatchEstimate;
+use crate::plan::run_settings::RunSettings;
 use crate::plan::{Plan, PlannedRow};
 
 /// Estimates the batches of a plan.
 ///
 /// # Errors
 /// If the journal of an earlier run is damaged.
-pub(crate) fn estimate_batches(config: &Config, plan: &Plan) -> Result<BatchEstimate> {
-    let journal = BatchJournal::load(&config.run_dir)?;
+pub(crate) fn estimate_batches(settings: &RunSettings, plan: &Plan) -> Result<BatchEstimate> {
+    let journal = BatchJournal::load(&settings.run_dir)?;
     let mut estimate = BatchEstimate::default();
     let mut asked = HashSet::new();
     for part in journal.parts.iter().filter(|part| !part.is_done()) {
@@ -23,7 +23,7 @@ pub(crate) fn estimate_batches(config: &Config, plan: &Plan) -> Result<BatchEsti
         let members = journal.members(&part.nonce)?;
         asked.extend(members.into_iter().map(|member| member.key));
     }
-    let limits = PartLimits::new(&config.batch, None, f64::INFINITY);
+    let limits = PartLimits::new(&settings.batch, None, f64::INFINITY);
     for (upstream, rows) in plan.rows_by_endpoint.iter().enumerate() {
         let mut sizes = Vec::new();
         for row in rows.clone() {
@@ -36,7 +36,7 @@ pub(crate) fn estimate_batches(config: &Config, plan: &Plan) -> Result<BatchEsti
             }
         }
         let tokens: u64 = sizes.iter().map(|size| size.tokens).sum();
-        let limit = config.batch.enqueued_tokens.unwrap_or(u64::MAX).max(1);
+        let limit = settings.batch.enqueued_tokens.unwrap_or(u64::MAX).max(1);
         estimate.rounds = estimate.rounds.max(tokens.div_ceil(limit));
         let mut rest = &sizes[..];
         while !rest.is_empty() {

@@ -33,7 +33,7 @@ impl Batches<'_> {
     pub(super) fn plan_part(&mut self, upstream: usize) -> Result<Option<usize>> {
         let sizes: Vec<RowSize> = {
             let waiting = self.upstreams[upstream].waiting.iter();
-            let most = self.config.batch.max_requests;
+            let most = self.settings.batch.max_requests;
             waiting
                 .take(most + 1)
                 .map(|entry| self.size(upstream, entry.row))
@@ -55,7 +55,7 @@ impl Batches<'_> {
             }
         });
         let limits = PartLimits::new(
-            &self.config.batch,
+            &self.settings.batch,
             tokens,
             self.run_files.account.remaining().usd(),
         );
@@ -120,7 +120,7 @@ impl Batches<'_> {
         };
         let message = format!(
             "a request of {bytes} bytes is larger than `batch.max_megabytes` = {}",
-            self.config.batch.max_megabytes
+            self.settings.batch.max_megabytes
         );
         self.fail(upstream, entry, RowFailure::new("over the limit", &message));
     }
@@ -198,7 +198,7 @@ impl Batches<'_> {
         let body = json!({
             "input_file_id": file,
             "endpoint": ENDPOINT,
-            "completion_window": self.config.batch.completion_window,
+            "completion_window": self.settings.batch.completion_window,
             "metadata": {"nonce": self.journal.parts[index].nonce},
         });
         // Until the reply arrives, the batch may or may not exist.

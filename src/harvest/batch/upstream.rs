@@ -11,12 +11,13 @@ use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
 use crate::client::outcome;
 use crate::client::transport::BatchApi;
 use crate::client::transport::Transport;
-use crate::config::{self, Config};
+use crate::config;
 use crate::exit::Exit;
 use crate::harvest::answer_monitor::AnswerMonitor;
 use crate::harvest::run_error;
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
+use crate::plan::run_settings::RunSettings;
 
 /// Failed calls after which an address that never answered is given up.
 const FIRST_CONTACT_CALLS: u32 = 3;
@@ -66,7 +67,7 @@ impl BatchUpstream {
         plan: &Plan,
         index: usize,
         transport: Arc<dyn Transport>,
-        config: &Config,
+        run: &RunSettings,
     ) -> BatchUpstream {
         let now = Instant::now();
         let rows = plan.rows_by_endpoint[index].clone();
@@ -75,7 +76,7 @@ impl BatchUpstream {
             settings: plan.templates[index].endpoint.clone(),
             transport,
             waiting: rows.map(QueuedRow::fresh).collect(),
-            token_limit: config.batch.enqueued_tokens,
+            token_limit: run.batch.enqueued_tokens,
             has_answered: false,
             not_before: now,
             next_poll: now,
@@ -86,7 +87,7 @@ impl BatchUpstream {
             has_batches: false,
             claims: 0,
             refused_calls: 0,
-            monitor: AnswerMonitor::from_config(&plan.templates[index].endpoint, config),
+            monitor: AnswerMonitor::from_settings(&plan.templates[index].endpoint, run),
             stopped: None,
         }
     }
@@ -146,7 +147,7 @@ impl BatchUpstream {
             }
         };
         let silence = now - self.last_success;
-        if silence.as_secs_f64() >= retry.max_outage_s {
+        if silence >= retry.max_outage {
             self.stop(run_error::outage(silence, &message));
         }
         // Jitter applies to the upper half of the pause only.

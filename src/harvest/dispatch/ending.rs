@@ -33,7 +33,7 @@ impl Dispatcher<'_> {
         let mut summary = std::mem::take(&mut self.summary);
         summary.attempts_lost += still_in_flight;
         summary.pending = summary.total - summary.done();
-        let max_attempts = self.config.retry.max_attempts;
+        let max_attempts = self.settings.retry.max_attempts;
         summary.given_up = self.run_files.given_up(&summary.failed_rows, max_attempts);
         summary.seconds = self.started.elapsed().as_secs_f64();
         summary.hours = std::mem::take(&mut self.timeline.hours);
@@ -42,9 +42,9 @@ impl Dispatcher<'_> {
             .hours
             .retain(|hour| hour.seconds > 0.0 || hour.requests > 0);
         let upstream_error = self.upstreams.iter_mut().find_map(Upstream::take_error);
-        let rows_error = summary.failed_rows_error(&self.config.run_dir);
+        let rows_error = summary.failed_rows_error(&self.settings.run_dir);
         summary.error = self.stop.take().or(upstream_error).or(rows_error);
-        self.downgrade_write_error(crate::report::write(&mut summary, &self.config.run_dir))?;
+        self.downgrade_write_error(crate::report::write(&mut summary, &self.settings.run_dir))?;
         Ok(DispatchEnd {
             summary,
             upstreams: self.upstreams,

@@ -25,7 +25,6 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use crate::cache::open_file::DisplacedFile;
 use crate::cache::writer::Cache;
 use crate::clock::WallClock;
-use crate::config::Config;
 use crate::exit::Exit;
 use crate::harvest::attempt::{self, Attempt, FinishedAttempt};
 use crate::harvest::disk_full;
@@ -37,6 +36,7 @@ use crate::harvest::upstream::Upstream;
 use crate::harvest::window;
 use crate::harvest::window::{RequestWindow, WindowState};
 use crate::plan::Plan;
+use crate::plan::run_settings::RunSettings;
 use crate::report::progress::Rates;
 use crate::report::summary::HarvestSummary;
 use crate::report::timeline::{LimitUse, Timeline};
@@ -52,7 +52,7 @@ const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// State of a real-time run.
 pub(crate) struct Dispatcher<'a> {
-    config: &'a Config,
+    settings: &'a RunSettings,
     plan: Arc<Plan>,
     cache: &'a Cache,
     upstreams: Vec<Upstream>,
@@ -95,7 +95,7 @@ enum SendOutcome {
 
 impl<'a> Dispatcher<'a> {
     pub(crate) fn new(
-        config: &'a Config,
+        settings: &'a RunSettings,
         plan: Arc<Plan>,
         cache: &'a Cache,
         upstreams: Vec<Upstream>,
@@ -110,17 +110,17 @@ impl<'a> Dispatcher<'a> {
         });
         let summary = HarvestSummary {
             used: used.collect(),
-            arguments: config.arguments(),
-            before_training: crate::plan::prepare::before_training(config),
+            arguments: settings.arguments.clone(),
+            before_training: settings.before_training,
             ..HarvestSummary::from_plan(&plan, &run_files.unanswered)
         };
         Ok(Self {
-            config,
+            settings,
             cache,
             upstreams,
             run_files,
-            unreadable: UnreadableBodies::new(&config.run_dir),
-            schedule: RequestWindow::new(&config.schedule, clock.now())?,
+            unreadable: UnreadableBodies::new(&settings.run_dir),
+            schedule: RequestWindow::new(&settings.schedule, clock.now())?,
             in_flight: JoinSet::new(),
             held_answers: HeldAnswers::default(),
             wake: Arc::default(),

@@ -69,7 +69,7 @@ impl Dispatcher<'_> {
             entry.paid += 1;
             paid = self.note_paid(entry, failure)?;
         }
-        let is_spent = paid >= self.config.retry.max_attempts;
+        let is_spent = paid >= self.settings.retry.max_attempts;
         self.decide(index, entry, &attempt.ticket, error, is_spent)
     }
 

@@ -22,10 +22,10 @@ use crate::client::attempt_error::RowFailure;
 use crate::client::outcome;
 use crate::client::transport::Transport;
 use crate::config;
-use crate::config::Config;
 use crate::harvest::health::EndpointHealth;
 use crate::harvest::run_error;
 use crate::plan::queue::{QueuedRow, RowQueue};
+use crate::plan::run_settings::RunSettings;
 
 use crate::harvest::answer_monitor::AnswerMonitor;
 use crate::plan::Plan;
@@ -124,7 +124,7 @@ impl Upstream {
         transport: Arc<dyn Transport>,
         day: DailyLimit,
         shared: Option<SharedLimits>,
-        config: &Config,
+        run: &RunSettings,
     ) -> Result<Upstream> {
         let settings = plan.templates[index].endpoint.clone();
         let now = Instant::now();
@@ -134,14 +134,14 @@ impl Upstream {
             queue: queue(plan, index, now),
             health: EndpointHealth::new(now),
             concurrency: ConcurrencyLimit::new(concurrency),
-            retry: config.retry.clone(),
+            retry: run.retry.clone(),
             in_flight: 0,
             probe: None,
             first: None,
             is_known: plan.answered[index] > 0,
             has_suspects: plan.suspects[index] > 0,
-            has_budget: config.budget.usd.is_some(),
-            monitor: AnswerMonitor::from_config(&settings, config),
+            has_budget: run.budget_usd.is_some(),
+            monitor: AnswerMonitor::from_settings(&settings, run),
             stopped: None,
             daily_limit_noted_at: None,
             settings,
@@ -400,8 +400,8 @@ impl Upstream {
 
     /// Returns the longest pause between the last rows in an outage, so that all of them are tried soon.
     fn pause_of_last(&self, remaining: usize) -> Duration {
-        let part = Duration::try_from_secs_f64(self.retry.max_outage_s * LAST_ROWS_OUTAGE_FRACTION);
-        let within = part.unwrap_or(LAST_ROWS_WITHIN).min(LAST_ROWS_WITHIN);
+        let part = self.retry.max_outage.mul_f64(LAST_ROWS_OUTAGE_FRACTION);
+        let within = part.min(LAST_ROWS_WITHIN);
         within / remaining.max(1) as u32
     }
 
@@ -422,7 +422,7 @@ impl Upstream {
     /// Returns a back-off pause for all rows, with jitter over its upper half only.
     fn backoff_pause(&self, attempt: u32, stretch: f64) -> Duration {
         let retry = config::RetryConfig {
-            max_s: self.retry.max_s * stretch,
+            max: self.retry.max.mul_f64(stretch),
             ..self.retry.clone()
         };
         outcome::backoff(attempt, &retry, 0.5 + fastrand::f64() / 2.0)
@@ -442,7 +442,7 @@ impl Upstream {
     /// wait requested by the endpoint is completed first.
     fn stop_after_outage(&mut self, message: &str) {
         let silence = self.health.time_without_success(Instant::now());
-        if silence.as_secs_f64() >= self.retry.max_outage_s {
+        if silence >= self.retry.max_outage {
             self.stop(run_error::outage(silence, message));
         }
     }

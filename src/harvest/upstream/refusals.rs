@@ -82,7 +82,7 @@ impl Upstream {
             None => backoff,
         };
         let was_open = self.limiter.close_until(now + pause);
-        let is_long = wait.is_some() && pause.as_secs_f64() > self.retry.max_s;
+        let is_long = wait.is_some() && pause > self.retry.max;
         if was_open && is_long && round <= MAX_THROTTLES_PER_ROW {
             self.health.exclude_wait(pause);
         }

@@ -58,7 +58,13 @@ pub fn write_cache(dir: &Path, records: &[Record]) {
 }
 
 pub fn load(config: &config::Config, tokenizer: &Tokenizer) -> anyhow::Result<Dataset> {
-    dataset::load(config, &Selection::All, tokenizer, &mut |_, _| Ok(()))
+    dataset::load(
+        &config.data,
+        &config.run_dir,
+        &Selection::All,
+        tokenizer,
+        &mut |_, _| Ok(()),
+    )
 }
 
 #[test]

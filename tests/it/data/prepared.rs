@@ -252,9 +252,13 @@ fn incomplete_folder_is_prepared_again() {
 
     // A run that stops during the preparation leaves nothing.
     std::fs::remove_dir_all(&whole).unwrap();
-    let stopped = dataset::load(&run.config, &Selection::All, &run.tokenizer, &mut |_, _| {
-        anyhow::bail!("stop")
-    });
+    let stopped = dataset::load(
+        &run.config.data,
+        &run.config.run_dir,
+        &Selection::All,
+        &run.tokenizer,
+        &mut |_, _| anyhow::bail!("stop"),
+    );
     assert_eq!(stopped.unwrap_err().to_string(), "stop");
     assert!(run.folders().is_empty());
 }

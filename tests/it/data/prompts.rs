@@ -192,7 +192,7 @@ fn examples(
     config.data.validation_share = 0.0;
     set(&mut config);
     let data = load(&config, &tokenizer).unwrap();
-    let prompts = dataset::prompts(&config, &Selection::All).unwrap();
+    let prompts = dataset::prompts(&config.data, &config.run_dir, &Selection::All).unwrap();
     let mut found = BTreeMap::new();
     for example in data.train().iter() {
         assert!(prompts.contains_key(example.key()), "{}", example.key());

@@ -153,7 +153,7 @@ struct Trained {
 
 fn train(backend: Backend) -> Trained {
     let (config, tensors) = tiny(true);
-    let mut student = TrainableModel::new(config, tensors, Tensors::new(), &[]).unwrap();
+    let mut student = TrainableModel::new(config, tensors, Tensors::new(), |_| false).unwrap();
     student.model.set_backend(backend);
     let mut optimizer = Optimizer::new(&student, &[]).unwrap();
     let ema = Ema::new(&student, 0.5).unwrap();

@@ -141,7 +141,7 @@ async fn always_throttled_last_row_fails() {
         let server = teacher(1, reaction).await;
         let mut run = Run::new(&server, &[]);
         run.config.limits.concurrency = 3;
-        run.config.retry.max_outage_s = 60.0;
+        run.config.retry.max_outage = Duration::from_secs_f64(60.0);
         prompts(&run, 12);
         let summary = run.harvest().await;
         let context = format!("{status} {header}: {summary:?}");
@@ -174,8 +174,8 @@ async fn many_failing_last_rows_end_as_failed() {
     run.config.sampling.top_logprobs = 0;
     run.config.limits.concurrency = 1;
     run.config.retry.max_attempts = 2;
-    run.config.retry.max_s = 5.0;
-    run.config.retry.max_outage_s = 20.0;
+    run.config.retry.max = Duration::from_secs_f64(5.0);
+    run.config.retry.max_outage = Duration::from_secs_f64(20.0);
     prompts(&run, 60);
     let summary = run.harvest().await;
     assert_eq!(outcome(&summary), (25, 35, 3), "{summary:?}");

@@ -296,9 +296,9 @@ async fn zero_retry_after_uses_backoff() {
         let server =
             FaultServer::start(move |_| reply_with(429, "retry-after", value, json!({}))).await;
         let mut run = run_of(&server, 10);
-        run.config.retry.base_s = 0.05;
-        run.config.retry.max_s = 0.2;
-        run.config.retry.max_outage_s = 2.0;
+        run.config.retry.base = Duration::from_secs_f64(0.05);
+        run.config.retry.max = Duration::from_secs_f64(0.2);
+        run.config.retry.max_outage = Duration::from_secs_f64(2.0);
         let summary = run.harvest().await;
         assert_eq!((end(&summary).0, summary.pending), (4, 10), "{value}");
         assert!(
@@ -346,7 +346,7 @@ async fn reset_hours_away_stops_run_with_time() {
             .await;
             let mut run = run_of(&server, 10);
             run.config.limits.concurrency = 1;
-            run.config.schedule.timezone = Some("UTC".into());
+            run.config.schedule.timezone = Some("UTC".parse().unwrap());
             let summary = run.harvest().await;
             let (code, message) = end(&summary);
             assert_eq!(
@@ -381,7 +381,7 @@ async fn last_failing_rows_end_within_seconds() {
     let server = FaultServer::start(poison).await;
     let mut run = run_of(&server, 25);
     run.config.retry.max_attempts = 3;
-    run.config.retry.max_outage_s = 600.0;
+    run.config.retry.max_outage = Duration::from_secs_f64(600.0);
     for round in 0..2 {
         let started = Instant::now();
         let summary = run.harvest().await;
@@ -405,7 +405,7 @@ async fn failing_first_rows_do_not_block_other_rows() {
         let server = FaultServer::start(poison).await;
         let mut run = run_of(&server, 40);
         run.config.limits.concurrency = concurrency;
-        run.config.retry.max_outage_s = 600.0;
+        run.config.retry.max_outage = Duration::from_secs_f64(600.0);
         let summary = run.harvest().await;
         assert_eq!(
             (summary.ok, summary.failed),
@@ -424,7 +424,7 @@ async fn identical_server_errors_stop_run() {
     })
     .await;
     let mut run = run_of(&server, 50);
-    run.config.retry.max_outage_s = 600.0;
+    run.config.retry.max_outage = Duration::from_secs_f64(600.0);
     let summary = run.harvest().await;
     let (code, message) = end(&summary);
     assert_eq!((code, summary.failed), (1, 0), "{message}");

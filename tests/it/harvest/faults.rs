@@ -61,7 +61,7 @@ async fn transient_failures_are_retried_and_counted() {
         let name = format!("{fault:?}");
         let server = FaultServer::start(at_first(2, fault)).await;
         let mut run = Run::new(&server, &["a"]);
-        run.config.teacher.timeout_s = 0.1;
+        run.config.teacher.timeout = Duration::from_secs_f64(0.1);
         let summary = run.harvest().await;
         assert_eq!(
             (summary.ok, summary.requests),
@@ -227,8 +227,8 @@ async fn unreachable_address_is_given_up_after_few_attempts() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     run.config.teacher.base_url = format!("http://{}/v1", free.local_addr().unwrap());
     drop(free);
-    run.config.retry.max_outage_s = 600.0;
-    run.config.retry.max_s = 60.0;
+    run.config.retry.max_outage = Duration::from_secs_f64(600.0);
+    run.config.retry.max = Duration::from_secs_f64(60.0);
     let summary = run.harvest().await;
     let (code, message) = end(&summary);
     assert_eq!((code, summary.pending), (1, 50));
@@ -279,8 +279,8 @@ async fn rows_survive_a_temporary_outage() {
     let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
     let mut run = Run::new(&server, &prompts);
     run.config.limits.concurrency = 3;
-    run.config.retry.max_s = 0.01;
-    run.config.retry.max_outage_s = 20.0;
+    run.config.retry.max = Duration::from_secs_f64(0.01);
+    run.config.retry.max_outage = Duration::from_secs_f64(20.0);
     let summary = run.harvest().await;
     assert_eq!((summary.ok, summary.failed), (120, 0), "{summary:?}");
 }

@@ -6,15 +6,19 @@ use distill::data::groups::Selection;
 use distill::exit::Exit;
 
 use super::nights::Night;
-use super::{Run, end};
+use super::{Run, adopt, end};
 use crate::data::tokenizer;
 use crate::fault_server::{FaultServer, Reaction, answer, completion};
 
 fn load(config: &Config) -> anyhow::Result<Dataset> {
     let selection = distill::plan::questions::selection(config)?;
-    dataset::load(config, &selection, &tokenizer("bytelevel"), &mut |_, _| {
-        Ok(())
-    })
+    dataset::load(
+        &config.data,
+        &config.run_dir,
+        &selection,
+        &tokenizer("bytelevel"),
+        &mut |_, _| Ok(()),
+    )
 }
 
 async fn harvested(run: &mut Run) {
@@ -175,7 +179,7 @@ async fn mock_answers_are_used_only_by_name() {
     assert_eq!(kept(config).0, 5);
     // Another endpoint does not adopt its answers.
     let address = std::mem::replace(&mut config.teacher.base_url, "http://other/v1".into());
-    let adopted = distill::plan::adopt::adopt(config).unwrap();
+    let adopted = adopt(config).unwrap();
     assert_eq!(
         (adopted.records, adopted.mocks, adopted.answered),
         (0, 5, 0)
@@ -209,7 +213,7 @@ async fn harvested_answers_are_trained_on() {
     config.prompts.limit = None;
     config.teacher.base_url = "http://127.0.0.1:1/v1".into();
     assert!(refused(config).1.contains("distill cache adopt"));
-    assert_eq!(distill::plan::adopt::adopt(config).unwrap().records, 3);
+    assert_eq!(adopt(config).unwrap().records, 3);
     assert_eq!(kept(config).0, 3, "adopted");
 }
 

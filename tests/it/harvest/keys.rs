@@ -13,7 +13,7 @@ use distill::harvest::options::HarvestOptions;
 use distill::report::summary::HarvestSummary;
 use serde_json::json;
 
-use super::{Run, end, quietly};
+use super::{Run, adopt, end, quietly};
 use crate::cache_samples;
 use crate::data::dataset::write_cache;
 use crate::fault_server::{
@@ -132,7 +132,7 @@ async fn answers_of_another_url_are_reported_and_adopted() {
         "{table}"
     );
     assert!(table.contains("\"content\": \"short one\""), "{table}");
-    let adopted = distill::plan::adopt::adopt(&run.config).unwrap();
+    let adopted = adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.questions), (4, 5));
     assert_eq!(requests(&run).await, (4, 1));
     run.config.sampling.max_tokens = 100;
@@ -265,7 +265,7 @@ async fn adopt_prefers_complete_answers() {
     assert_eq!(requests(&run).await, (0, 2));
     // The first endpoint has truncated answers to both, the second one complete ones.
     run.config.teacher.base_url.clone_from(&server.base_url);
-    let adopted = distill::plan::adopt::adopt(&run.config).unwrap();
+    let adopted = adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.answered), (2, 2));
     assert_eq!(requests(&run).await, (2, 0));
 }
@@ -336,7 +336,7 @@ async fn cache_of_earlier_version_stays_valid() {
     let before = run.records();
     // With a new setting the records are unused until they are adopted.
     run.config.sampling.max_tokens = 40;
-    let adopted = distill::plan::adopt::adopt(&run.config).unwrap();
+    let adopted = adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.questions), (12, 12));
     let after = run.records();
     let what = |records: &[Record]| -> Vec<_> {
@@ -355,7 +355,7 @@ async fn cache_of_earlier_version_stays_valid() {
     assert_eq!(what(&before), what(&after));
     run.config.teacher.base_url.clone_from(&server.base_url);
     // These answers come from a mock.
-    assert_eq!(distill::plan::adopt::adopt(&run.config).unwrap().records, 0);
+    assert_eq!(adopt(&run.config).unwrap().records, 0);
     let others = after.into_iter().map(|record| Record {
         fingerprint: "fp_real".into(),
         ..record
@@ -363,10 +363,7 @@ async fn cache_of_earlier_version_stays_valid() {
     let cache = run.config.run_dir.join("cache");
     std::fs::remove_dir_all(&cache).unwrap();
     write_cache(&cache, &others.collect::<Vec<_>>());
-    assert_eq!(
-        distill::plan::adopt::adopt(&run.config).unwrap().records,
-        12
-    );
+    assert_eq!(adopt(&run.config).unwrap().records, 12);
     // Eight were cut off at 24 tokens.
     assert_eq!(requests(&run).await, (4, 8));
 }
@@ -397,12 +394,12 @@ async fn again_removes_only_selected_records_and_resumes() {
                 config.budget.usd = Some(1e-9);
                 config.price.input = Some(1.0);
                 config.price.output = Some(1.0);
-                config.price.as_of = Some(jiff::Zoned::now().date().to_string());
+                config.price.as_of = Some(jiff::Zoned::now().date().to_string().parse().unwrap());
             },
             2,
         ),
         (
-            |config| config.schedule.deadline = Some("2020-01-01 00:00".into()),
+            |config| config.schedule.deadline = Some("2020-01-01 00:00".parse().unwrap()),
             4,
         ),
     ];
@@ -439,7 +436,7 @@ async fn adopt_skips_answers_of_another_configured_teacher() {
     run.config.teachers = vec![teacher("A"), teacher("B")];
     assert_eq!(requests(&run).await, (0, 6));
     run.config.prompts.teachers = distill::config::Assignment::All;
-    assert_eq!(distill::plan::adopt::adopt(&run.config).unwrap().records, 0);
+    assert_eq!(adopt(&run.config).unwrap().records, 0);
     let dry = HarvestOptions {
         dry_run: true,
         ..quietly()

@@ -128,7 +128,7 @@ proptest! {
         run.config.limits.requests_per_minute = requests_per_minute;
         run.config.limits.tokens_per_minute = tokens_per_minute;
         run.config.limits.concurrency = concurrency;
-        run.config.retry.max_outage_s = 1e6;
+        run.config.retry.max_outage = Duration::from_secs_f64(1e6);
         let teacher = Arc::new(Watching {
             departures: Mutex::default(),
             closed: Mutex::default(),

@@ -1,5 +1,7 @@
 //! Row F of the test matrix: every fault of a teacher, once, twice and always, at one row among good rows.
 
+use std::time::Duration;
+
 use std::collections::BTreeSet;
 
 use distill::config::Config;
@@ -126,7 +128,7 @@ fn night(fault: &str, when: &str) -> Night {
     Night::new(&script, 4, |config: &mut Config| {
         config.limits.concurrency = 2;
         config.sampling.top_logprobs = 5;
-        config.teacher.timeout_s = 60.0;
+        config.teacher.timeout = Duration::from_secs_f64(60.0);
     })
 }
 
@@ -236,7 +238,7 @@ async fn fault_matrix_over_tcp_matches_simulation() {
         let server = distill::mock::server::start(script, [127, 0, 0, 1].into(), 0).unwrap();
         let mut run = Run::at(&server.base_url(), &["a", "b", "c"]);
         run.config.teacher.model = "mock".into();
-        run.config.teacher.timeout_s = 0.3;
+        run.config.teacher.timeout = Duration::from_secs_f64(0.3);
         let summary = run.harvest().await;
         let context = format!("{kind}: {summary:?}");
         match kind {

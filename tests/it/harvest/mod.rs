@@ -26,6 +26,7 @@ use distill::config::{Config, OnMissingLogprobs};
 use distill::exit::Exit;
 use distill::harvest;
 use distill::harvest::options::HarvestOptions;
+use distill::plan::adopt::Adopted;
 use distill::report::summary::HarvestSummary;
 use distill::signal::Signals;
 use serde_json::Value;
@@ -58,9 +59,9 @@ impl Run {
         config.sampling.max_tokens = 16;
         // The fault server sends no logprobs.
         config.harvest.on_missing_logprobs = OnMissingLogprobs::Warn;
-        config.retry.base_s = 0.002;
-        config.retry.max_s = 0.02;
-        config.retry.max_outage_s = 0.5;
+        config.retry.base = Duration::from_secs_f64(0.002);
+        config.retry.max = Duration::from_secs_f64(0.02);
+        config.retry.max_outage = Duration::from_secs_f64(0.5);
         let run = Run { dir, config };
         run.write("prompts.txt", &prompts.join("\n"));
         run
@@ -117,6 +118,12 @@ impl Run {
 }
 
 /// Options without progress output.
+/// Runs `cache adopt` on the cache of the run folder.
+pub fn adopt(config: &Config) -> anyhow::Result<Adopted> {
+    let dir = config.own_cache();
+    distill::plan::adopt::adopt(&config.prompts, &config.endpoints(), &dir, &config.cache)
+}
+
 pub fn quietly() -> HarvestOptions {
     HarvestOptions {
         quiet: true,

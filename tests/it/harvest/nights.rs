@@ -94,7 +94,7 @@ impl Night {
         run.config.retry = distill::config::RetryConfig::default();
         run.config.cache.durability = Durability::None;
         run.config.sampling.top_logprobs = 0;
-        run.config.schedule.timezone = Some("UTC".into());
+        run.config.schedule.timezone = Some("UTC".parse().unwrap());
         change(&mut run.config);
         let (start, evening) = (Instant::now(), EVENING.parse::<jiff::Timestamp>().unwrap());
         let clock = WallClock::from_fn(move || {
@@ -144,7 +144,7 @@ impl Night {
     pub fn teacher(&self) -> Simulated {
         Simulated {
             mock: Arc::clone(&self.mock),
-            timeout: Duration::from_secs_f64(self.run.config.teacher.timeout_s),
+            timeout: self.run.config.teacher.timeout,
         }
     }
 
@@ -214,11 +214,11 @@ async fn night(seed: u64) {
     let night = Night::new(&script, prompts, |config| {
         config.limits.concurrency = 16 + random.usize(0..64);
         config.limits.requests_per_minute = random.bool().then_some(requests_per_minute);
-        config.teacher.timeout_s = 120.0;
-        config.retry.max_outage_s = 7_200.0;
+        config.teacher.timeout = Duration::from_secs_f64(120.0);
+        config.retry.max_outage = Duration::from_secs_f64(7_200.0);
         config.price.input = Some(1.0);
         config.price.output = Some(4.0);
-        config.price.as_of = Some("2026-11-22".into());
+        config.price.as_of = Some("2026-11-22".parse().unwrap());
         config.budget.usd = Some(50.0);
     });
     let concurrency = night.run.config.limits.concurrency as u64;
@@ -314,8 +314,8 @@ pub fn paused() -> tokio::runtime::Runtime {
 async fn requests_stay_in_window_and_deadline_ends_run() {
     let night = Night::new("[answers]\nlatency_s = 1.0", 10_000, |config| {
         config.limits.requests_per_minute = Some(10);
-        config.schedule.window = Some("22:00-02:00".into());
-        config.schedule.deadline = Some("2026-11-24 23:00".into());
+        config.schedule.window = Some("22:00-02:00".parse().unwrap());
+        config.schedule.deadline = Some("2026-11-24 23:00".parse().unwrap());
     });
     let summary = night.harvest().await;
     let error = summary.error.as_ref().unwrap();
@@ -341,7 +341,7 @@ async fn wall_clock_jumps_of_a_day_are_survived() {
     for jump in [-86_400, 86_400] {
         let mut night = Night::new("[answers]\nlatency_s = 1.0", 3_000, |config| {
             config.limits.requests_per_minute = Some(20);
-            config.schedule.window = Some("22:00-02:00".into());
+            config.schedule.window = Some("22:00-02:00".parse().unwrap());
         });
         let clock = night.clock.clone();
         let start = Instant::now();

@@ -18,7 +18,9 @@ const ALPHA: f64 = 3.0;
 fn with_adapters(config: &mut Config) {
     config.lora.rank = RANK;
     config.lora.alpha = ALPHA;
-    config.lora.targets = vec!["q_proj".into(), r"layers\.1\.mlp\.down".into()];
+    config.lora.targets = ["q_proj", r"layers\.1\.mlp\.down"]
+        .map(|pattern| pattern.parse().unwrap())
+        .into();
     config.train.checkpoint_every = 1;
     config.train.keep_checkpoints = 100;
 }
@@ -128,7 +130,7 @@ fn lora_resumes_to_the_same_bytes_and_refuses_other_frozen_weights() {
 fn lora_targets_that_match_no_layer_are_refused_with_a_layer_name() {
     let (_dir, mut config) = run_folder();
     config.lora.rank = RANK;
-    config.lora.targets = vec!["c_attn".into()];
+    config.lora.targets = vec!["c_attn".parse().unwrap()];
     let error = train::run(&config, StartMode::New.into()).err().unwrap();
     let message = format!("{error:#}");
     assert!(

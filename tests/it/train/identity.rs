@@ -239,7 +239,14 @@ async fn student_distilled_from_itself_has_zero_gradient() {
         let answers = config.own_cache().join("responses.jsonl");
         let answers = std::fs::read_to_string(answers).unwrap();
         let tokenizer = Tokenizer::for_student(&config.student).unwrap();
-        let data = dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(())).unwrap();
+        let data = dataset::load(
+            &config.data,
+            &config.run_dir,
+            &Selection::All,
+            &tokenizer,
+            &mut |_, _| Ok(()),
+        )
+        .unwrap();
         let report = &data.report;
         assert!(report.ce_only.is_empty(), "{name}: {report}");
         assert_eq!(report.positions, report.soft_positions, "{name}: {report}");
@@ -251,7 +258,7 @@ async fn student_distilled_from_itself_has_zero_gradient() {
         );
         let mut teacher = Model::load(dir.path()).unwrap();
         let (shape, weights) = decoder::load(dir.path()).unwrap();
-        let mut student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
+        let mut student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
         for (precision, largest) in [
             (Precision::F32, LARGEST),
             (Precision::Bf16, LARGEST_ROUNDED),
@@ -314,9 +321,16 @@ async fn trained_model_distilled_from_itself_has_a_tiny_gradient() {
     let dir = shipped.join("teacher");
     let config = harvest_model(&dir, &shipped.join("prompts.jsonl"), run.path()).await;
     let tokenizer = Tokenizer::for_student(&config.student).unwrap();
-    let data = dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(())).unwrap();
+    let data = dataset::load(
+        &config.data,
+        &config.run_dir,
+        &Selection::All,
+        &tokenizer,
+        &mut |_, _| Ok(()),
+    )
+    .unwrap();
     let (shape, weights) = decoder::load(&dir).unwrap();
-    let student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
+    let student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
     let chain = Gradients {
         student: &student,
         teacher: None,
@@ -338,7 +352,14 @@ async fn student_distilled_from_itself_without_end_logprobs_has_no_bias() {
     leave_out_ends(&config.own_cache(), &without_ends);
     config.data.cache = Some(without_ends);
     let tokenizer = Tokenizer::for_student(&config.student).unwrap();
-    let data = dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(())).unwrap();
+    let data = dataset::load(
+        &config.data,
+        &config.run_dir,
+        &Selection::All,
+        &tokenizer,
+        &mut |_, _| Ok(()),
+    )
+    .unwrap();
     let report = &data.report;
     assert!(report.misses_ends() && report.ends > 0, "{report}");
     assert_eq!(report.positions - report.soft_positions, report.ends);
@@ -349,7 +370,7 @@ async fn student_distilled_from_itself_without_end_logprobs_has_no_bias() {
     );
     assert!(choice.notes.join("\n").contains(&note), "{choice:?}");
     let (shape, weights) = decoder::load(dir.path()).unwrap();
-    let student = TrainableModel::new(shape, weights, Tensors::new(), &[]).unwrap();
+    let student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
     let deviation_of = |divergence, end| {
         let chain = Gradients {
             student: &student,

@@ -52,9 +52,14 @@ fn reported_kl_equals_the_kl_of_both_models() {
     let [teacher, student] =
         [&config.student.path, &config.student_dir()].map(|dir| Model::load(dir).unwrap());
     let tokenizer = distill::tokenizer::Tokenizer::load(&config.student.path).unwrap();
-    let data =
-        distill::data::dataset::load(&config, &Selection::All, &tokenizer, &mut |_, _| Ok(()))
-            .unwrap();
+    let data = distill::data::dataset::load(
+        &config.data,
+        &config.run_dir,
+        &Selection::All,
+        &tokenizer,
+        &mut |_, _| Ok(()),
+    )
+    .unwrap();
     let mut sum = 0.0;
     let mut count = 0;
     for example in data.validation().iter() {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Result, bail};
+use distill::cache::logprobs_view::LogprobsView;
 use distill::config::{ComputeDtype, Config, KdMode, ScoredBy, StudentInit, TeacherConfig};
+use distill::data::text_scorer::TextScorer;
 use distill::exit::Exit;
 use distill::harvest;
 use distill::harvest::options::HarvestOptions;
@@ -16,7 +18,6 @@ use distill::serve::{self, ServeOptions, Server};
 use distill::signal::StopFlag;
 use distill::tokenizer::Tokenizer;
 use distill::train;
-use distill::train::on_policy::TextScorer;
 use distill::train::summary::{StartMode, TrainSummary};
 
 use super::local_teacher::log_softmax;
@@ -47,14 +48,18 @@ fn serve_judge(config: &mut Config, teacher: &Path, by: ScoredBy) -> Server {
 
 /// The judge of the config; it counts its calls and fails at one of them.
 struct FailingScorer {
-    judge: distill::harvest::scorer::TextScorer,
+    judge: distill::harvest::scorer::EndpointScorer,
     calls: Arc<AtomicUsize>,
     /// Number of the call that fails; 0 for none.
     fails: usize,
 }
 
 impl TextScorer for FailingScorer {
-    fn score(&mut self, texts: Vec<Prompt>, stop: &StopFlag) -> Result<Vec<Option<Vec<u8>>>> {
+    fn score(
+        &mut self,
+        texts: Vec<Prompt>,
+        stop: &StopFlag,
+    ) -> Result<Vec<Option<LogprobsView<'static>>>> {
         if self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.fails {
             bail!("the teacher is gone");
         }
@@ -68,7 +73,7 @@ fn run(
     start: StartMode,
     fails: usize,
 ) -> (Result<TrainSummary>, distill::harvest::scorer::ScoringStats) {
-    let judge = distill::harvest::scorer::TextScorer::new(config, true)
+    let judge = distill::harvest::scorer::EndpointScorer::new(config, true)
         .unwrap()
         .unwrap();
     let calls = Arc::default();
@@ -163,7 +168,7 @@ fn judge_dialects_agree_with_each_other_and_with_the_models() {
             };
             assert!(fits, "{judged_as:?} and {expected}");
         }
-        std::fs::remove_dir_all(config.judged_dir()).unwrap();
+        std::fs::remove_dir_all(distill::config::scores_dir(&config.run_dir)).unwrap();
     }
     assert!((judged_as[1] - judged_as[2]).abs() < 1e-5, "{judged_as:?}");
 }
@@ -176,7 +181,9 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
     let vocabulary = tokenizer.vocab_size();
     let mut sum = 0.0;
     let mut count = 0;
-    for record in distill::cache::read(&config.judged_dir().join("cache")).unwrap() {
+    for record in
+        distill::cache::read(&distill::config::scores_dir(&config.run_dir).join("cache")).unwrap()
+    {
         let record = record.unwrap();
         let messages: Vec<Message> =
             serde_json::from_value(record.request["messages"].clone()).unwrap();
@@ -314,7 +321,7 @@ fn endpoint_without_prompt_logprobs_is_refused_at_the_first_batch() {
     // After a probe it is refused before any request.
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(distill::harvest::probe(&config)).unwrap();
-    let error = distill::harvest::scorer::TextScorer::new(&config, true)
+    let error = distill::harvest::scorer::EndpointScorer::new(&config, true)
         .err()
         .unwrap();
     assert_eq!(Exit::code_of(&error), 2, "{error:#}");
@@ -323,7 +330,7 @@ fn endpoint_without_prompt_logprobs_is_refused_at_the_first_batch() {
     let teacher = config.student.path.clone();
     let _server = serve_judge(&mut config, &teacher, ScoredBy::PromptLogprobs);
     runtime.block_on(distill::harvest::probe(&config)).unwrap();
-    assert!(distill::harvest::scorer::TextScorer::new(&config, true).is_ok());
+    assert!(distill::harvest::scorer::EndpointScorer::new(&config, true).is_ok());
 }
 
 #[test]

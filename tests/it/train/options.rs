@@ -25,22 +25,22 @@ fn freeze_keeps_matching_parameters_and_trains_the_others() {
     train::run(&config, StartMode::New.into()).unwrap();
     let before = tensors(&config);
     config.train.steps = Some(3);
-    config.train.freeze = vec!["embed_tokens".into(), r"layers\.0\..*proj".into()];
+    config.train.freeze = ["embed_tokens", r"layers\.0\..*proj"]
+        .map(|pattern| pattern.parse().unwrap())
+        .into();
     train::run(&config, StartMode::New.into()).unwrap();
     for (name, after) in tensors(&config) {
         let frozen =
             name.contains("embed_tokens") || (name.contains("layers.0.") && name.contains("proj"));
         assert_eq!(values(&after) == values(&before[&name]), frozen, "{name}");
     }
-    for (freeze, complaint) in [
-        ("", "leaves no parameter"),
-        ("(", "not a valid regular expression"),
-    ] {
-        config.train.freeze = vec![freeze.into()];
-        let error = train::run(&config, StartMode::Fresh.into()).err().unwrap();
-        assert!(format!("{error:#}").contains(complaint), "{error:#}");
-        assert_eq!(Exit::code_of(&error), 2);
-    }
+    config.train.freeze = vec!["".parse().unwrap()];
+    let error = train::run(&config, StartMode::Fresh.into()).err().unwrap();
+    assert!(
+        format!("{error:#}").contains("leaves no parameter"),
+        "{error:#}"
+    );
+    assert_eq!(Exit::code_of(&error), 2);
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn weight_decay_skips_norms_and_no_decay_patterns() {
     config.train.weight_decay = 0.0;
     let without = run(&config);
     config.train.weight_decay = 0.5;
-    config.train.no_decay = vec!["embed".into()];
+    config.train.no_decay = vec!["embed".parse().unwrap()];
     for (name, decayed) in run(&config) {
         let spared = name.contains("norm") || name.contains("embed");
         assert_eq!(
@@ -227,7 +227,7 @@ fn settings_without_effect_are_refused() {
         assert_eq!(Exit::code_of(&error), 2);
         format!("{error:#}")
     };
-    config.train.freeze = vec!["nope".into()];
+    config.train.freeze = vec!["nope".parse().unwrap()];
     assert!(refused(&config).contains("\"nope\" matches no parameter"));
     config.train.freeze.clear();
     config.train.best = BestMetric::Kl;

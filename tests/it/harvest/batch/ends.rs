@@ -332,7 +332,9 @@ async fn batch_outage_is_waited_out_or_exits_resumable() {
     for (most, code) in [(7_200.0, 0), (600.0, 4)] {
         let script =
             "[[faults]]\nkind = \"http 503\"\npath = \"/v1/\"\nfrom_s = 600.0\nto_s = 4200.0";
-        let night = night(script, 5, |config| config.retry.max_outage_s = most);
+        let night = night(script, 5, |config| {
+            config.retry.max_outage = Duration::from_secs_f64(most)
+        });
         let summary = harvest(&night).await;
         assert_eq!(end(&summary).0, code, "{summary:?}");
         assert_eq!(summary.ok, if code == 0 { 5 } else { 0 });
@@ -379,7 +381,7 @@ async fn batch_polling_does_not_spin() {
 #[tokio::test(start_paused = true)]
 async fn window_delays_batch_submission_only() {
     let night = night("", 5, |config| {
-        config.schedule.window = Some("22:00-22:10".into());
+        config.schedule.window = Some("22:00-22:10".parse().unwrap());
     });
     let start = Instant::now();
     let summary = harvest(&night).await;

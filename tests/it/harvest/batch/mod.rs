@@ -249,7 +249,7 @@ fn timeless(records: Vec<Record>) -> BTreeMap<String, Record> {
 fn priced(config: &mut Config) {
     config.price.input = Some(1.0);
     config.price.output = Some(4.0);
-    config.price.as_of = Some("2026-11-22".into());
+    config.price.as_of = Some("2026-11-22".parse().unwrap());
 }
 
 #[tokio::test(start_paused = true)]

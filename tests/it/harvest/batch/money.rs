@@ -1,5 +1,7 @@
 //! Batches under a budget, and the deadline after which the rest is sent at the full price.
 
+use std::time::Duration;
+
 use super::super::end;
 use super::*;
 
@@ -19,7 +21,7 @@ async fn deadline_cancels_batches_and_sends_rest_in_real_time() {
     let script = "[answers]\nlatency_s = 1.0\n[batch]\nin_progress_s = 14400.0";
     let night = night(script, 90, |config| {
         priced(config);
-        config.schedule.deadline = Some("21:21".into());
+        config.schedule.deadline = Some("21:21".parse().unwrap());
     });
     let summary = harvest(&night).await;
     assert!(summary.error.is_none(), "{summary:?}");
@@ -47,7 +49,7 @@ async fn deadline_cancels_batches_and_sends_rest_in_real_time() {
 async fn uncancellable_batch_rows_are_not_bought_twice() {
     let script = "[batch]\ncancelling_s = 90000.0\nin_progress_s = 14400.0";
     let mut night = night(script, 30, |config| {
-        config.schedule.deadline = Some("2026-11-22T21:00:00Z".into());
+        config.schedule.deadline = Some("2026-11-22T21:00:00Z".parse().unwrap());
     });
     // A separate run for the real-time rows.
     let summary = harvest(&night).await;
@@ -55,7 +57,7 @@ async fn uncancellable_batch_rows_are_not_bought_twice() {
     assert_eq!((code, summary.pending), (4, 30), "{message}");
     assert!(message.contains("being cancelled"), "{message}");
     tokio::time::advance(Duration::from_secs(90_000)).await;
-    night.run.config.schedule.deadline = Some("2026-11-22T21:00:00Z".into());
+    night.run.config.schedule.deadline = Some("2026-11-22T21:00:00Z".parse().unwrap());
     let summary = harvest(&night).await;
     assert_eq!((summary.ok + summary.cached, summary.pending), (30, 0));
     assert_eq!(night.mock.stats().billed.answers, 30);
@@ -71,7 +73,7 @@ async fn failed_batch_rows_stay_failed_in_real_time() {
         matching = "number 1"
     "#;
     let night = night(script, 40, |config| {
-        config.schedule.deadline = Some("20:45".into());
+        config.schedule.deadline = Some("20:45".parse().unwrap());
     });
     let summary = harvest(&night).await;
     // 1 and 10 to 19.

@@ -1,5 +1,7 @@
 //! Batch mode over real TCP, with a day scaled to a second.
 
+use std::time::Duration;
+
 use distill::mock::script::Script;
 use distill::mock::server::start;
 
@@ -15,7 +17,7 @@ fn run(script: &str, change: impl FnOnce(&mut Config)) -> (distill::mock::server
     let mut run = Run::at(&server.base_url(), &prompts);
     run.config.teacher.model = "mock".into();
     run.config.schedule.mode = RequestMode::Batch;
-    run.config.batch.poll_s = 0.02;
+    run.config.batch.poll = Duration::from_secs_f64(0.02);
     run.config.batch.max_requests = 15;
     change(&mut run.config);
     (server, run)

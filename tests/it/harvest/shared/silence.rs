@@ -1,5 +1,7 @@
 //! While the server cannot be asked, nothing leaves.
 
+use std::time::Duration;
+
 use std::io::{Read, Write};
 use std::net::TcpListener;
 
@@ -152,7 +154,7 @@ async fn run_continues_after_redis_outage() {
     for (name, act, undo, goes_on) in cases {
         let mut redis = Redis::start();
         let mut run = run(&redis, 110, per_minute(6_000));
-        run.config.retry.max_outage_s = 10.0;
+        run.config.retry.max_outage = Duration::from_secs_f64(10.0);
         let teacher = Noting::new(1);
         let (summary, ()) = tokio::join!(harvest(&run, &teacher), async {
             teacher.until(80).await;

@@ -1,0 +1,160 @@
+//! Checks of the endpoint's address and headers that need no environment variable.
+
+use std::net::IpAddr;
+
+use http::HeaderName;
+use url::Url;
+
+use super::error::Mistake;
+use super::teacher::{AllowHttp, KeySource, TeacherConfig};
+
+/// Headers that the HTTP client controls.
+const CONNECTION_HEADERS: [&str; 10] = [
+    "Host",
+    "Connection",
+    "Content-Length",
+    "Content-Type",
+    "Content-Encoding",
+    "Accept-Encoding",
+    "Transfer-Encoding",
+    "TE",
+    "Upgrade",
+    "Expect",
+];
+
+/// Start of an environment variable in a text.
+const VARIABLE: &str = "${";
+
+/// Checks address and headers, apart from texts with environment variables.
+pub(crate) fn check(settings: &TeacherConfig) -> Result<(), Mistake> {
+    if !settings.base_url.contains(VARIABLE) {
+        parse(settings, settings.base_url.trim().trim_end_matches('/'))?;
+    }
+    check_headers(settings)
+}
+
+/// Parses `text`, the base URL with its variables expanded: https, or http if allowed; without credentials, query or the
+/// path of an API method.
+///
+/// # Errors
+/// The value to set instead.
+pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake> {
+    let shown = &settings.base_url;
+    if !text.contains("://") {
+        return Err(mistake(format!(
+            "`teacher.base_url` = \"{shown}\" has no scheme: write \"https://{shown}\", or \
+             \"http://{shown}\" for a server on this machine"
+        )));
+    }
+    let url = Url::parse(&text)
+        .map_err(|error| mistake(format!("`teacher.base_url` is not a valid URL: {error}")))?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(mistake(
+            "`teacher.base_url` must not contain a user name or password: set \
+             `teacher.api_key_env` to the name of the variable that holds the key"
+                .into(),
+        ));
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        let (address, _) = shown.split_once(['?', '#']).unwrap_or((shown, ""));
+        return Err(mistake(format!(
+            "`teacher.base_url` must not contain a query: set it to \"{address}\", and move the \
+             parameters after the ? to `teacher.query = {{ api-version = \"...\" }}`"
+        )));
+    }
+    for path in [
+        "/chat/completions",
+        "/completions",
+        "/responses",
+        "/messages",
+    ] {
+        if let Some(address) = shown.trim().trim_end_matches('/').strip_suffix(path) {
+            return Err(mistake(format!(
+                "`teacher.base_url` must not end with \"{path}\", which is appended to each request: \
+                 set it to \"{address}\""
+            )));
+        }
+    }
+    check_scheme(settings, &url)?;
+    Ok(url)
+}
+
+fn mistake(message: String) -> Mistake {
+    Mistake::new("teacher.base_url", message)
+}
+
+fn check_scheme(settings: &TeacherConfig, url: &Url) -> Result<(), Mistake> {
+    let shown = &settings.base_url;
+    let mut texts = settings.headers.values().chain(settings.query.values());
+    let has_key = settings.key_source() != KeySource::None
+        || texts.any(|text| text.contains("${"))
+        || shown.contains("${");
+    let message = match (url.scheme(), settings.allow_http) {
+        ("https", _) => return Ok(()),
+        ("http", _) if is_loopback(url) => return Ok(()),
+        ("http", AllowHttp::WithKey) => return Ok(()),
+        ("http", AllowHttp::WithoutKey) if !has_key => return Ok(()),
+        ("http", AllowHttp::WithoutKey) => format!(
+            "`teacher.base_url` = \"{shown}\" would send the key unencrypted: use https; or, where the \
+             endpoint needs no key, set `teacher.api_key_env = \"\"`; or allow it with \
+             `teacher.allow_http = \"with_key\"`"
+        ),
+        ("http", AllowHttp::No) if has_key => format!(
+            "`teacher.base_url` = \"{shown}\" would send the key and the prompts unencrypted: use https; or \
+             set `teacher.api_key_env = \"\"` and `teacher.allow_http = true` for an endpoint without a key on \
+             your own network, or `teacher.allow_http = \"with_key\"` to send the key as well"
+        ),
+        ("http", AllowHttp::No) => format!(
+            "`teacher.base_url` = \"{shown}\" would send the prompts unencrypted: use https, or \
+             set `teacher.allow_http = true` for an endpoint on your own network"
+        ),
+        _ => format!("`teacher.base_url` = \"{shown}\" must begin with https://"),
+    };
+    Err(mistake(message))
+}
+
+/// Returns true if the host is this machine.
+pub(crate) fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost"
+        || address
+            .parse()
+            .is_ok_and(|address: IpAddr| address.is_loopback())
+}
+
+fn check_headers(settings: &TeacherConfig) -> Result<(), Mistake> {
+    let key_header = header_name("teacher.api_key_header", &settings.api_key_header)
+        .map_err(|message| Mistake::new("teacher.api_key_header", message))?;
+    let refuse = |message: String| Err(Mistake::new("teacher.headers", message));
+    for (name, value) in &settings.headers {
+        let is = |other: &str| name.eq_ignore_ascii_case(other);
+        if CONNECTION_HEADERS.iter().any(|header| is(header)) {
+            return refuse(format!(
+                "`teacher.headers.{name}` cannot be set: the HTTP client controls this header"
+            ));
+        }
+        if is(key_header.as_str()) && settings.key_source() != KeySource::None {
+            return refuse(format!(
+                "`teacher.headers.{name}` is already the header of the key: remove it, or set \
+                 `teacher.api_key_env = \"\"`"
+            ));
+        }
+        let setting = format!("teacher.headers.{name}");
+        if let Err(message) = header_name(&setting, name) {
+            return refuse(message);
+        }
+        let is_valid = http::HeaderValue::try_from(value).is_ok();
+        if !is_valid && !value.contains(VARIABLE) {
+            return refuse(format!(
+                "`{setting}` contains characters that are not allowed in a header: set it without line breaks"
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn header_name(setting: &str, name: &str) -> Result<HeaderName, String> {
+    HeaderName::try_from(name)
+        .map_err(|_| format!("`{setting}`: {name:?} is not a valid header name"))
+}

@@ -1,0 +1,198 @@
+//! [`Parsed`]: settings that are written as text and parsed when the config is read.
+
+use std::fmt;
+use std::ops::Deref;
+use std::str::FromStr;
+
+use jiff::civil::{Date, DateTime, Time};
+use jiff::tz::TimeZone;
+use jiff::{Timestamp, ToSpan};
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+
+/// A value and the text from which it was parsed. It is serialised and compared as text.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(
+    try_from = "String",
+    into = "String",
+    bound(deserialize = "T: ParseSetting", serialize = "T: Clone")
+)]
+pub struct Parsed<T> {
+    text: String,
+    value: T,
+}
+
+/// Parses the text of a setting.
+pub trait ParseSetting: Sized {
+    /// # Errors
+    /// A message that quotes the text and describes what is expected.
+    fn parse_setting(text: &str) -> Result<Self, String>;
+}
+
+impl<T> Parsed<T> {
+    /// The text as written in the config.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+}
+
+impl<T> Deref for Parsed<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.value
+    }
+}
+
+impl<T: ParseSetting> TryFrom<String> for Parsed<T> {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let value = T::parse_setting(&text)?;
+        Ok(Self { text, value })
+    }
+}
+
+impl<T: ParseSetting> FromStr for Parsed<T> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::try_from(text.to_owned())
+    }
+}
+
+impl<T> From<Parsed<T>> for String {
+    fn from(parsed: Parsed<T>) -> String {
+        parsed.text
+    }
+}
+
+impl<T> fmt::Debug for Parsed<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.text.fmt(f)
+    }
+}
+
+impl<T> PartialEq for Parsed<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl ParseSetting for Regex {
+    fn parse_setting(text: &str) -> Result<Regex, String> {
+        Regex::new(text)
+            .map_err(|error| format!("{text:?} is not a valid regular expression: {error}"))
+    }
+}
+
+impl ParseSetting for Date {
+    fn parse_setting(text: &str) -> Result<Date, String> {
+        text.parse()
+            .map_err(|_| format!("{text:?} is not a valid date: expected one like \"2026-11-22\""))
+    }
+}
+
+impl ParseSetting for TimeZone {
+    fn parse_setting(text: &str) -> Result<TimeZone, String> {
+        TimeZone::get(text).map_err(|_| {
+            format!("{text:?} is not a known time zone: expected a name like \"Europe/Berlin\"")
+        })
+    }
+}
+
+/// Daily window between two different times of day.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DailyWindow {
+    pub opens: Time,
+    pub closes: Time,
+}
+
+impl ParseSetting for DailyWindow {
+    fn parse_setting(text: &str) -> Result<DailyWindow, String> {
+        let times = text.split_once('-').and_then(|(opens, closes)| {
+            let opens: Time = opens.trim().parse().ok()?;
+            let closes: Time = closes.trim().parse().ok()?;
+            (opens != closes).then_some(DailyWindow { opens, closes })
+        });
+        times.ok_or_else(|| {
+            format!(
+                "{text:?} is not a valid window: expected two times of day, like \"22:00-06:30\""
+            )
+        })
+    }
+}
+
+/// End of a run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Deadline {
+    /// The next such time of day.
+    TimeOfDay(Time),
+    /// A date and time in the time zone of the config.
+    Local(DateTime),
+    Instant(Timestamp),
+}
+
+impl ParseSetting for Deadline {
+    fn parse_setting(text: &str) -> Result<Deadline, String> {
+        if let Ok(instant) = text.parse() {
+            return Ok(Deadline::Instant(instant));
+        }
+        if let Ok(local) = text.parse() {
+            return Ok(Deadline::Local(local));
+        }
+        let time = text.parse().map(Deadline::TimeOfDay);
+        time.map_err(|_| {
+            format!(
+                "{text:?} is not a valid time: expected \"06:30\", \"2026-11-23 06:30\" or an RFC 3339 timestamp"
+            )
+        })
+    }
+}
+
+impl Deadline {
+    /// The deadline of a run that starts at `now`. None if the calendar ends before it.
+    pub fn after(self, now: Timestamp, zone: &TimeZone) -> Option<Timestamp> {
+        let timestamp = |local: DateTime| Some(local.to_zoned(zone.clone()).ok()?.timestamp());
+        match self {
+            Deadline::Instant(instant) => Some(instant),
+            Deadline::Local(local) => timestamp(local),
+            Deadline::TimeOfDay(time) => {
+                let today = now.to_zoned(zone.clone()).date().to_datetime(time);
+                match timestamp(today) {
+                    Some(deadline) if deadline > now => Some(deadline),
+                    _ => timestamp(today.checked_add(1.day()).ok()?),
+                }
+            }
+        }
+    }
+}
+
+/// Serialises a [`Duration`](std::time::Duration) as a number of seconds.
+pub(crate) mod seconds {
+    use std::time::Duration;
+
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    const MAX: f64 = 1e9;
+
+    pub(crate) fn serialize<S: Serializer>(
+        duration: &Duration,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.serialize_f64(duration.as_secs_f64())
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Duration, D::Error> {
+        let seconds = f64::deserialize(deserializer)?;
+        if (0.0..=MAX).contains(&seconds) {
+            Ok(Duration::from_secs_f64(seconds))
+        } else {
+            let message = format!("{seconds} is not a valid time: expected 0 to 1e9 seconds");
+            Err(D::Error::custom(message))
+        }
+    }
+}

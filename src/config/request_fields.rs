@@ -1,0 +1,86 @@
+//! Checks that `sampling.extra` has no field that the rest of the config sets.
+
+use serde_json::{Map, Value};
+
+use super::error::Mistake;
+
+const SAMPLES: &str = "set `prompts.samples` instead, so that each answer has its own record";
+const MAX_TOKENS: &str = "set `sampling.max_tokens` and, for its name in the request, \
+                          `sampling.max_tokens_field`: the budget depends on them";
+
+/// Fields that `sampling.extra` must not contain, since they change the prompt or the cost of a request, each with
+/// advice.
+const RESERVED: [(&str, &str); 14] = [
+    ("n", SAMPLES),
+    ("best_of", SAMPLES),
+    ("num_return_sequences", SAMPLES),
+    ("candidateCount", SAMPLES),
+    ("candidate_count", SAMPLES),
+    ("max_tokens", MAX_TOKENS),
+    ("max_completion_tokens", MAX_TOKENS),
+    ("max_output_tokens", MAX_TOKENS),
+    ("maxOutputTokens", MAX_TOKENS),
+    ("max_new_tokens", MAX_TOKENS),
+    ("max_length", MAX_TOKENS),
+    ("num_predict", MAX_TOKENS),
+    ("messages", "the prompts come from `prompts.source`"),
+    ("model", "set `teacher.model` instead"),
+];
+
+/// Objects in `sampling.extra` whose fields some servers treat as fields of the request.
+const CONTAINERS: [&str; 6] = [
+    "extra_body",
+    "options",
+    "parameters",
+    "generation_config",
+    "generationConfig",
+    "sampling_params",
+];
+
+/// Rejects fields that change a request in a way that the budget does not account for.
+///
+/// # Errors
+/// The setting to use instead.
+pub(crate) fn check_extra(extra: &Map<String, Value>) -> Result<(), Mistake> {
+    let refuse = |field: &str, advice: &str| {
+        let message = format!("`sampling.extra` must not contain `{field}`: {advice}");
+        Err(Mistake::new("sampling.extra", message))
+    };
+    for (field, advice) in RESERVED {
+        if extra.contains_key(field) {
+            return refuse(field, advice);
+        }
+    }
+    if extra.get("stream").is_some_and(|stream| stream != false) {
+        let advice = "streaming is not supported; set it to false or remove it";
+        return refuse("stream", advice);
+    }
+    let inner = CONTAINERS
+        .iter()
+        .filter_map(|name| extra.get(*name)?.as_object());
+    inner.into_iter().try_for_each(check_extra)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn reserved_fields_are_rejected() {
+        let refuse = |extra: Value, field: &str| {
+            let error = check_extra(extra.as_object().unwrap()).unwrap_err();
+            assert!(error.message.contains(&format!("`{field}`")), "{error:?}");
+        };
+        for (field, _) in RESERVED {
+            refuse(json!({ field: 2 }), field);
+            refuse(json!({"extra_body": { field: 2 }}), field);
+        }
+        refuse(json!({"stream": true}), "stream");
+        // Reserved names are allowed inside the parameters of a tool.
+        let tools = json!([{"function": {"parameters": {"properties": {"n": {}, "model": {}}}}}]);
+        let allowed = json!({"stream": false, "tools": tools});
+        check_extra(allowed.as_object().unwrap()).unwrap();
+    }
+}

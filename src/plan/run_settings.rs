@@ -1,0 +1,106 @@
+//! Settings of a harvest run, built once from the config.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::config::{
+    BatchConfig, CacheConfig, Config, EndpointConfig, OnMissingLogprobs, PromptsConfig,
+    RetryConfig, ScheduleConfig,
+};
+use crate::exit::Exit;
+
+/// Settings of a harvest run. Real-time mode, batch mode and scoring change some of them.
+#[derive(Debug, Clone)]
+pub(crate) struct RunSettings {
+    pub run_dir: PathBuf,
+    /// The cache that the run writes.
+    pub cache_dir: PathBuf,
+    pub cache: CacheConfig,
+    pub endpoints: Vec<EndpointConfig>,
+    pub prompts: PromptsConfig,
+    pub budget_usd: Option<f64>,
+    pub retry: RetryConfig,
+    pub schedule: ScheduleConfig,
+    pub batch: BatchConfig,
+    pub on_missing_logprobs: OnMissingLogprobs,
+    /// `data.teacher_tokenizer` is set, so logprobs of token ids can be used.
+    pub has_teacher_tokenizer: bool,
+    /// Flags that name the config on a command line.
+    pub arguments: String,
+    /// Advice after the run: changes to the config that training needs. Empty if there are none.
+    pub before_training: &'static str,
+}
+
+impl RunSettings {
+    /// Collects the settings of the config.
+    ///
+    /// # Errors
+    /// [`Exit::Usage`] if an endpoint has no model.
+    pub(crate) fn new(config: &Config) -> Result<RunSettings> {
+        let endpoints = config.endpoints();
+        if endpoints
+            .iter()
+            .any(|endpoint| endpoint.teacher.model.is_empty())
+        {
+            let message = "set `teacher.model` to the name of the teacher's model";
+            return Err(Exit::Usage(message.into()).into());
+        }
+        let before_training = if config.data.cache.is_some() {
+            "unset data.cache, which is the cache of another run, and then "
+        } else if !config.student.path.join("tokenizer.json").exists() {
+            "set student.path to a model folder, and then "
+        } else {
+            ""
+        };
+        Ok(RunSettings {
+            run_dir: config.run_dir.clone(),
+            cache_dir: config.own_cache(),
+            cache: config.cache.clone(),
+            endpoints,
+            prompts: config.prompts.clone(),
+            budget_usd: config.budget.usd,
+            retry: config.retry.clone(),
+            schedule: config.schedule.clone(),
+            batch: config.batch.clone(),
+            on_missing_logprobs: config.harvest.on_missing_logprobs,
+            has_teacher_tokenizer: config.data.teacher_tokenizer.is_some(),
+            arguments: config.arguments(),
+            before_training,
+        })
+    }
+
+    /// Returns the settings of a run that writes to another folder, within which `cache` are its cache settings.
+    pub(crate) fn in_folder(&self, run_dir: PathBuf, cache: CacheConfig) -> RunSettings {
+        RunSettings {
+            cache_dir: run_dir.join("cache"),
+            run_dir,
+            cache,
+            ..self.clone()
+        }
+    }
+
+    /// Returns the settings with the prices of batch mode.
+    pub(crate) fn at_batch_prices(&self) -> RunSettings {
+        let mut settings = self.clone();
+        for endpoint in &mut settings.endpoints {
+            endpoint.price = endpoint.price.discounted(self.batch.discount);
+        }
+        settings
+    }
+
+    /// Scales the concurrency of the endpoints down to a total of about `max`.
+    pub(crate) fn limit_concurrency(&mut self, max: usize) {
+        let wanted = self.concurrency().max(1);
+        for endpoint in &mut self.endpoints {
+            let limits = &mut endpoint.limits;
+            limits.concurrency = (limits.concurrency * max / wanted).max(1);
+        }
+    }
+
+    /// Maximum number of requests in flight over all endpoints.
+    pub(crate) fn concurrency(&self) -> usize {
+        let endpoints = self.endpoints.iter();
+        endpoints.map(|endpoint| endpoint.limits.concurrency).sum()
+    }
+}
