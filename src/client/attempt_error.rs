@@ -1,4 +1,4 @@
-//! Errors of one attempt, by their effect on the request and on the run.
+//! Errors of one attempt, grouped by their consequence for the request and for the run.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::terminal::sanitise;
 /// Failure of one attempt.
 #[derive(Debug)]
 pub(crate) enum AttemptError {
-    /// The reply indicates that no request can succeed.
+    /// The reply indicates that every request will fail.
     Claim(RefusalClaim),
     /// This request cannot succeed; other requests can.
     Refused(RowFailure),
@@ -23,7 +23,7 @@ pub(crate) enum AttemptError {
     Transient { failure: RowFailure, wait: Duration },
     /// An answer that was paid for but cannot be parsed.
     Unreadable { problem: String, body: bytes::Bytes },
-    /// The key had expired and was renewed.
+    /// The endpoint rejected the key, and a new key is in place.
     KeyRenewed,
 }
 
@@ -56,11 +56,11 @@ impl AttemptError {
     }
 }
 
-/// One reply's indication that no request can succeed.
+/// A reply that indicates that every request will fail.
 #[derive(Debug)]
 pub(crate) struct RefusalClaim {
     pub reason: RefusalReason,
-    /// Failure of the request, if only this request is affected after all.
+    /// Failure to record for this request if other requests still succeed.
     pub failure: RowFailure,
 }
 
@@ -73,6 +73,7 @@ pub(crate) enum RefusalReason {
     Model,
     /// The path of the URL does not exist.
     Address,
+    /// The endpoint redirects to another address; redirects are not followed.
     Redirect,
 }
 
@@ -86,12 +87,12 @@ pub struct RowFailure {
     pub unreachable: bool,
     /// The endpoint may bill the request although no answer arrived.
     pub may_be_billed: bool,
-    /// Refused with an empty body, as broken gateways do.
+    /// The error reply had an empty body, as those of broken gateways do.
     pub is_bodyless: bool,
 }
 
 impl RowFailure {
-    /// Failure of a request of `tokens` tokens, which is larger than the server's limit `limit`.
+    /// Returns the failure of a request whose `tokens` tokens exceed the server's limit named `limit`.
     pub fn over_limit(limit: &str, tokens: f64, message: &str) -> Self {
         let message =
             format!("a request of about {tokens} tokens never fits into {limit} ({message})");
@@ -105,7 +106,7 @@ impl RowFailure {
         !self.unreachable && !is_server_down
     }
 
-    /// Failure of this class, with the message shortened to one line.
+    /// Returns a failure of this class, with the message shortened to one line.
     pub fn new(class: impl Into<String>, message: &str) -> Self {
         Self {
             class: class.into(),
@@ -130,8 +131,8 @@ pub(crate) fn shorten(message: &str) -> String {
 /// Maximum length of a message that is shown and stored, in characters.
 const MESSAGE_LENGTH: usize = 300;
 
-/// Temporary failure of a request that may have been answered and billed.
-pub(crate) fn connection_lost(class: &str, message: &str) -> AttemptError {
+/// Returns a temporary failure of a request that may have been answered and billed.
+pub(crate) fn possibly_billed(class: &str, message: &str) -> AttemptError {
     AttemptError::Transient {
         failure: RowFailure {
             may_be_billed: true,

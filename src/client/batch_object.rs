@@ -38,17 +38,20 @@ pub(crate) fn check(
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct BatchObject {
     pub id: String,
-    /// Status in OpenAI's spelling if it is a known one, else as reported.
+    /// Status in OpenAI's spelling; an unknown status is kept as reported.
     pub status: String,
+    /// Random text of `metadata.nonce`, by which a batch is found if the reply to its creation was lost.
     pub nonce: String,
     pub output_file: Option<String>,
     pub error_file: Option<String>,
     pub errors: Vec<BatchFileError>,
-    /// Number of rows that have ended, and of rows with an answer, if reported.
+    /// Number of rows that have ended, with or without an answer, if reported.
     pub rows: Option<u64>,
+    /// Number of rows with an answer, if reported.
     pub answered: Option<u64>,
     /// Unix time in seconds.
     pub created_at: Option<i64>,
+    /// Unix time in seconds.
     pub ended_at: Option<i64>,
 }
 
@@ -61,7 +64,8 @@ pub(crate) struct BatchFileError {
 }
 
 impl BatchFileError {
-    /// Parses a line of an error file that concerns no single row.
+    /// Parses a line of an error file that reports an error of the whole input file or of one of its lines. Returns
+    /// None if the line contains no message.
     pub(crate) fn from_line(line: &[u8]) -> Option<BatchFileError> {
         let value = json::value(line).ok()?;
         let error = ApiError::from_value(if value["error"].is_null() {
@@ -82,8 +86,8 @@ impl BatchObject {
         BatchObject::from_value(&json::value(body).ok()?)
     }
 
-    /// Returns true if rows were, or may have been, answered. An error file alone is no sign of answers: it may
-    /// only report why the input file was rejected.
+    /// Returns true if rows were, or may have been, answered. An error file does not count: it may only report why
+    /// the input file was rejected.
     pub(crate) fn has_answers(&self) -> bool {
         let is_completed = self.status == "completed";
         self.output_file.is_some() || self.answered.map_or(is_completed, |answered| answered > 0)
@@ -91,13 +95,13 @@ impl BatchObject {
 
     fn from_value(value: &Value) -> Option<BatchObject> {
         let text = |name: &str| value[name].as_str().map(String::from);
-        // Other providers use the second name.
+        // OpenAI's name of the field, and the one of other providers.
         let file = |names: [&str; 2]| {
-            let found = names.iter().filter_map(|name| text(name));
-            found.into_iter().find(|id| !id.is_empty())
+            let mut ids = names.iter().filter_map(|name| text(name));
+            ids.find(|id| !id.is_empty())
         };
-        let at = |name: &&str| value[*name].as_f64().map(|seconds| seconds as i64);
-        let ends = ["completed_at", "expired_at", "cancelled_at", "failed_at"];
+        let unix_time = |name: &&str| value[*name].as_f64().map(|seconds| seconds as i64);
+        let end_times = ["completed_at", "expired_at", "cancelled_at", "failed_at"];
         let errors = value["errors"]["data"].as_array();
         let file_error = |value: &Value| BatchFileError {
             error: ApiError::from_value(value),
@@ -115,8 +119,8 @@ impl BatchObject {
             errors: errors.into_iter().flatten().map(file_error).collect(),
             rows: rows(&value["request_counts"]),
             answered: count(&value["request_counts"]["completed"]),
-            created_at: at(&"created_at"),
-            ended_at: ends.iter().find_map(at),
+            created_at: unix_time(&"created_at"),
+            ended_at: end_times.iter().find_map(unix_time),
         })
     }
 }
@@ -133,7 +137,7 @@ fn count(value: &Value) -> Option<u64> {
 
 /// Converts a status to OpenAI's spelling; unknown ones are returned unchanged.
 fn status(reported: &str) -> String {
-    let known = match reported.to_ascii_lowercase().as_str() {
+    let openai_status = match reported.to_ascii_lowercase().as_str() {
         "completed" | "complete" | "succeeded" | "success" | "ended" | "done" => "completed",
         "expired" | "timeout_exceeded" => "expired",
         "cancelled" | "canceled" => "cancelled",
@@ -144,10 +148,10 @@ fn status(reported: &str) -> String {
         "finalizing" => "finalizing",
         _ => reported,
     };
-    known.into()
+    openai_status.into()
 }
 
-/// Parses a page of batches. Returns them, and whether more pages follow.
+/// Parses a page of batches. Returns the batches, and whether more pages follow. None if the body is not a page.
 pub(crate) fn parse_page(body: &[u8]) -> Option<(Vec<BatchObject>, bool)> {
     let page = json::value(body).ok()?;
     let batches = page["data"].as_array()?.iter();
@@ -155,8 +159,8 @@ pub(crate) fn parse_page(body: &[u8]) -> Option<(Vec<BatchObject>, bool)> {
     Some((batches, page["has_more"].as_bool().unwrap_or(false)))
 }
 
-/// Parses the id of an uploaded file.
-pub(crate) fn parse_file(body: &[u8]) -> Option<String> {
+/// Parses a file object. Returns the id of the file.
+pub(crate) fn parse_file_id(body: &[u8]) -> Option<String> {
     let file = json::value(body).ok()?;
     Some(file["id"].as_str()?.to_owned()).filter(|id| !id.is_empty())
 }
@@ -169,9 +173,9 @@ pub(crate) struct FileLines {
     /// Number of leading bytes of the buffer that contain no `\n`.
     searched: usize,
     is_at_end: bool,
-    /// The current line is too long; its rest is discarded.
+    /// The current line is too long; the remaining bytes are discarded.
     is_skipping: bool,
-    /// Number of lines that were too long.
+    /// Number of lines longer than [`MAX_LINE_LENGTH`].
     pub skipped: u64,
 }
 
@@ -187,11 +191,12 @@ impl FileLines {
         }
     }
 
-    /// Returns the next line without its `\n`, or None after the last one. A line that is too long is empty.
+    /// Returns the next line without its `\n`, or None after the last one. A line longer than [`MAX_LINE_LENGTH`] is
+    /// returned as an empty line.
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, TransportError> {
         loop {
-            let rest = &self.buffer[self.searched..];
-            if let Some(length) = rest.iter().position(|byte| *byte == b'\n') {
+            let unsearched = &self.buffer[self.searched..];
+            if let Some(length) = unsearched.iter().position(|byte| *byte == b'\n') {
                 let line = self.buffer.split_to(self.searched + length);
                 self.buffer.advance(1);
                 self.searched = 0;
@@ -267,14 +272,14 @@ mod tests {
                 expected.pop();
             }
             let mut chunks = Vec::new();
-            let mut rest = content.as_bytes();
+            let mut remaining = content.as_bytes();
             for cut in cuts.iter().cycle() {
-                if rest.is_empty() {
+                if remaining.is_empty() {
                     break;
                 }
-                let (chunk, after) = rest.split_at((*cut).min(rest.len()));
+                let (chunk, after) = remaining.split_at((*cut).min(remaining.len()));
                 chunks.push(Ok(Bytes::copy_from_slice(chunk)));
-                rest = after;
+                remaining = after;
             }
             let found: Vec<_> = lines(chunks).into_iter().map(Result::unwrap).collect();
             prop_assert_eq!(found, expected);
@@ -329,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn error_file_alone_is_no_answer() {
+    fn error_file_alone_does_not_count_as_answers() {
         let batch = |text: &str| BatchObject::parse(text.as_bytes()).unwrap();
         let failed = r#"{"id":"b","status":"failed","error_file_id":"f","request_counts":{"completed":0,"failed":0}}"#;
         assert!(!batch(failed).has_answers());

@@ -12,14 +12,15 @@ use crate::exit::Exit;
 /// Validated address of an endpoint.
 #[derive(Debug)]
 pub(crate) struct EndpointAddress {
-    /// The base URL without a trailing slash, its `${NAME}` variables expanded.
-    pub text: String,
-    pub query: Vec<(String, String)>,
-    url: Url,
+    /// The base URL, its `${NAME}` variables expanded.
+    base: Url,
+    /// Query parameters of every request.
+    query: Vec<(String, String)>,
 }
 
 impl EndpointAddress {
-    /// Checks `base_url`: https, or http if allowed; without credentials, query or the path of an API method.
+    /// Expands and checks `teacher.base_url`: it must be https, or http where that is allowed, and contain no
+    /// credentials, no query and no path of an API method.
     ///
     /// # Errors
     /// [`Exit::Usage`] with the value to set instead.
@@ -28,15 +29,31 @@ impl EndpointAddress {
         let text = text.trim().trim_end_matches('/').to_owned();
         let url = config::address::parse(settings, &text)
             .map_err(|mistake| Exit::Usage(mistake.message))?;
-        let pair = |(name, value): (&String, &String)| {
+        let expand_pair = |(name, value): (&String, &String)| {
             let setting = format!("teacher.query.{name}");
             Ok((name.clone(), expand(&setting, value)?.text))
         };
         Ok(EndpointAddress {
-            text,
-            query: settings.query.iter().map(pair).collect::<Result<_>>()?,
-            url,
+            base: url,
+            query: settings
+                .query
+                .iter()
+                .map(expand_pair)
+                .collect::<Result<_>>()?,
         })
+    }
+
+    /// Returns the URL of an API method, such as `chat/completions`, with the query parameters of the config.
+    pub(crate) fn method_url(&self, path: &str) -> Url {
+        let mut url = self.base.clone();
+        url.set_path(&format!(
+            "{}/{path}",
+            self.base.path().trim_end_matches('/')
+        ));
+        if !self.query.is_empty() {
+            url.query_pairs_mut().extend_pairs(&self.query);
+        }
+        url
     }
 }
 
@@ -48,7 +65,7 @@ pub(crate) fn client(
     settings: &config::TeacherConfig,
     address: &EndpointAddress,
 ) -> Result<reqwest::Client> {
-    // An error means that a provider is already installed.
+    // Fails only if a crypto provider is already installed.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut builder = reqwest::Client::builder()
         .user_agent(concat!("distill/", env!("CARGO_PKG_VERSION")))
@@ -61,7 +78,7 @@ pub(crate) fn client(
         .http1_ignore_invalid_headers_in_responses(true)
         .connect_timeout(settings.connect_timeout)
         .timeout(settings.timeout);
-    if config::address::is_loopback(&address.url) {
+    if config::address::is_loopback(&address.base) {
         builder = builder.no_proxy();
     }
     if let Some(path) = &settings.client_certificate {
@@ -86,8 +103,8 @@ pub(crate) fn client(
             return Err(no_certificate("").into());
         }
         builder = builder.tls_certs_merge(certificates);
-    } else if address.url.scheme() == "http" {
-        // Plain HTTP checks no certificate, so the machine needs none installed.
+    } else if address.base.scheme() == "http" {
+        // Plain HTTP verifies no certificate, so the machine need not have any installed.
         builder = builder.tls_certs_only([]);
     }
     builder.build().context(

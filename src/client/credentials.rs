@@ -21,19 +21,20 @@ use crate::exit::Exit;
 /// Timeout of a command that prints a key.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Time to wait for a new key after a key that used to be accepted is rejected: the renewal may be late.
+/// Time to wait for a new key after the endpoint rejects a key that it accepted before: whatever writes the new key
+/// may be late.
 const RENEWAL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Pause between two attempts to read a new key.
 const RENEWAL_PAUSE: Duration = Duration::from_secs(2);
 
-/// Maximum output of a command that is read, in bytes.
+/// Maximum number of bytes that are read from a command's output.
 const MAX_OUTPUT: u64 = 1 << 16;
 
 /// Time to wait for remaining output after the command has ended.
 const OUTPUT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Maximum number of consecutive new keys that the endpoint rejects before renewal stops.
+/// Maximum number of consecutive renewals without an accepted key.
 const MAX_REJECTED_KEYS: u32 = 2;
 
 /// Snapshot of the headers of a request, and the secrets in them.
@@ -50,32 +51,35 @@ pub(crate) struct Credentials {
     settings: config::TeacherConfig,
     header: HeaderName,
     current: Mutex<Arc<RequestHeaders>>,
-    /// Number of consecutive keys that the endpoint rejected.
+    /// Number of renewals since the endpoint last accepted a key.
     rejected_keys: AtomicU32,
     /// The endpoint has accepted a key.
     was_accepted: AtomicBool,
-    /// Locked while a new key is read. Holds the rejected key's version and the time of the last failed renewal.
+    /// Locked during a renewal. Holds the version of the key that could not be renewed last, and when that failed.
     failed_renewal: tokio::sync::Mutex<Option<(u64, Instant)>>,
 }
 
 impl Credentials {
-    /// Reads the key and expands the variables in headers and query.
+    /// Reads the key and expands the variables in the headers, the query and the base URL.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if one is missing or is not valid in a header.
+    /// [`Exit::Usage`] if a variable or the key is missing, or a value is not valid in a header.
     pub(crate) fn load(settings: &config::TeacherConfig) -> Result<Credentials> {
         let header = header_name("teacher.api_key_header", &settings.api_key_header)?;
         let mut headers = HeaderMap::new();
-        let accepted = HeaderValue::from_static(response::encoding::ACCEPTED);
-        headers.insert(ACCEPT_ENCODING, accepted);
+        let encodings = HeaderValue::from_static(response::encoding::ACCEPTED);
+        headers.insert(ACCEPT_ENCODING, encodings);
         let mut secrets = Vec::new();
-        let own = [
+        let openai_headers = [
             ("OpenAI-Organization", &settings.organization),
             ("OpenAI-Project", &settings.project),
         ];
-        let own = own.into_iter().filter(|(_, value)| !value.is_empty());
-        let others = settings.headers.iter();
-        for (name, value) in own.chain(others.map(|(name, value)| (name.as_str(), value))) {
+        let openai_headers = openai_headers
+            .into_iter()
+            .filter(|(_, value)| !value.is_empty());
+        let configured_headers = settings.headers.iter();
+        let configured_headers = configured_headers.map(|(name, value)| (name.as_str(), value));
+        for (name, value) in openai_headers.chain(configured_headers) {
             let setting = format!("teacher.headers.{name}");
             let expanded = expand(&setting, value)?;
             headers.insert(
@@ -88,7 +92,7 @@ impl Credentials {
         for (name, value) in &settings.query {
             secrets.extend(expand(&format!("teacher.query.{name}"), value)?.secrets);
         }
-        let sent = RequestHeaders {
+        let initial = RequestHeaders {
             headers,
             secrets: Arc::new(Secrets::new(secrets)?),
             key_version: 0,
@@ -96,13 +100,13 @@ impl Credentials {
         let credentials = Credentials {
             settings: settings.clone(),
             header,
-            current: Mutex::new(Arc::new(sent)),
+            current: Mutex::new(Arc::new(initial)),
             rejected_keys: AtomicU32::new(0),
             was_accepted: AtomicBool::new(false),
             failed_renewal: tokio::sync::Mutex::default(),
         };
         if let Some(key) = read_key(settings)? {
-            credentials.set(&key)?;
+            credentials.set_key(&key)?;
         }
         Ok(credentials)
     }
@@ -127,33 +131,35 @@ impl Credentials {
             return false;
         }
         let rejected_at = Instant::now();
-        let mut failed = self.failed_renewal.lock().await;
+        let mut last_failure = self.failed_renewal.lock().await;
         if self.current().key_version != sent.key_version {
             return true;
         }
         if self.rejected_keys.load(Ordering::Relaxed) >= MAX_REJECTED_KEYS {
             return false;
         }
-        // Requests that waited for the same renewal share its outcome.
-        if failed.is_some_and(|(version, at)| version == sent.key_version && rejected_at < at) {
+        // A renewal of this key failed while this request waited for the lock: a second one would fail, too.
+        if last_failure.is_some_and(|(version, failed_at)| {
+            version == sent.key_version && rejected_at < failed_at
+        }) {
             return false;
         }
         let started = Instant::now();
-        let fetched = loop {
+        let reloaded = loop {
             let this = Arc::clone(self);
-            let fetched = tokio::task::spawn_blocking(move || this.fetch()).await;
-            let fetched = fetched.map_err(anyhow::Error::from).flatten();
+            let reloaded = tokio::task::spawn_blocking(move || this.reload_key()).await;
+            let reloaded = reloaded.map_err(anyhow::Error::from).flatten();
             let may_retry =
                 self.was_accepted.load(Ordering::Relaxed) && started.elapsed() < RENEWAL_TIMEOUT;
-            if !may_retry || matches!(fetched, Ok(true)) {
-                break fetched;
+            if !may_retry || matches!(reloaded, Ok(true)) {
+                break reloaded;
             }
             tokio::time::sleep(RENEWAL_PAUSE).await;
         };
-        if !matches!(fetched, Ok(true)) {
-            *failed = Some((sent.key_version, Instant::now()));
+        if !matches!(reloaded, Ok(true)) {
+            *last_failure = Some((sent.key_version, Instant::now()));
         }
-        match fetched {
+        match reloaded {
             Ok(is_new) => {
                 self.rejected_keys.fetch_add(1, Ordering::Relaxed);
                 if is_new {
@@ -171,18 +177,18 @@ impl Credentials {
     }
 
     /// Reads the key again. Returns true if it has changed.
-    fn fetch(&self) -> Result<bool> {
+    fn reload_key(&self) -> Result<bool> {
         let before = self.current();
         let Some(key) = read_key(&self.settings)? else {
             return Ok(false);
         };
-        self.set(&key)?;
+        self.set_key(&key)?;
         let now = self.current();
         Ok(now.headers.get(&self.header) != before.headers.get(&self.header))
     }
 
-    /// Replaces the key; a key that has not changed keeps its version.
-    fn set(&self, key: &SecretString) -> Result<()> {
+    /// Replaces the key and increments its version, unless the key is the same.
+    fn set_key(&self, key: &SecretString) -> Result<()> {
         let key = key.expose_secret();
         let text = if self.header == AUTHORIZATION {
             format!("Bearer {}", key.strip_prefix("Bearer ").unwrap_or(key))
@@ -194,18 +200,19 @@ impl Credentials {
         if current.headers.get(&self.header) == Some(&value) {
             return Ok(());
         }
-        let mut sent = RequestHeaders::clone(&current);
-        sent.headers.insert(self.header.clone(), value);
-        sent.secrets = Arc::new(sent.secrets.with([key.to_owned()])?);
-        sent.key_version += 1;
-        *current = Arc::new(sent);
+        let mut updated = RequestHeaders::clone(&current);
+        updated.headers.insert(self.header.clone(), value);
+        updated.secrets = Arc::new(updated.secrets.with([key.to_owned()])?);
+        updated.key_version += 1;
+        *current = Arc::new(updated);
         Ok(())
     }
 }
 
-/// Config text with its variables expanded.
+/// Value of a setting with its `${NAME}` variables expanded.
 pub(crate) struct Expanded {
     pub text: String,
+    /// Values of the variables.
     secrets: Vec<String>,
 }
 
@@ -218,8 +225,8 @@ pub(crate) fn expand(setting: &str, text: &str) -> Result<Expanded> {
         text: String::new(),
         secrets: Vec::new(),
     };
-    let mut rest = text;
-    while let Some((before, after)) = rest.split_once("${") {
+    let mut remaining = text;
+    while let Some((before, after)) = remaining.split_once("${") {
         let Some((name, after)) = after.split_once('}') else {
             break;
         };
@@ -232,9 +239,9 @@ pub(crate) fn expand(setting: &str, text: &str) -> Result<Expanded> {
         expanded.text.push_str(before);
         expanded.text.push_str(&value);
         expanded.secrets.push(value);
-        rest = after;
+        remaining = after;
     }
-    expanded.text.push_str(rest);
+    expanded.text.push_str(remaining);
     Ok(expanded)
 }
 

@@ -1,11 +1,11 @@
-//! Classifies a teacher's reply: an answer, or a kind of error; and computes backoff pauses. Pure.
+//! Classifies a teacher's reply as an answer or a kind of error, and computes backoff pauses. Pure.
 //!
-//! Only the status, error code and message of the one reply count. The consequences for the request and for the
-//! run also depend on earlier replies, and are decided in `harvest`.
+//! A reply is classified without knowledge of earlier replies. `harvest` combines the classes of several replies, and
+//! decides whether a request is retried and whether the run stops.
 
 use std::time::{Duration, SystemTime};
 
-use crate::client::attempt_error::{AttemptError, RowFailure, connection_lost};
+use crate::client::attempt_error::{AttemptError, RowFailure, possibly_billed};
 use crate::client::refusal_reason::classify_error;
 use crate::client::response;
 use crate::client::response::completion::{Completion, NoAnswer};
@@ -19,29 +19,29 @@ pub(crate) fn classify(
     result: Result<HttpReply, TransportError>,
     now: SystemTime,
 ) -> Result<Box<Completion>, AttemptError> {
-    classify_by(result, now, response::parse)
+    classify_with(result, now, response::parse)
 }
 
-/// As [`classify`], with `read` as the parser of bodies.
-pub(crate) fn classify_by(
+/// As [`classify`], with another parser of the body.
+pub(crate) fn classify_with(
     result: Result<HttpReply, TransportError>,
     now: SystemTime,
-    read: impl FnOnce(&[u8]) -> Result<Completion, NoAnswer>,
+    parse: impl FnOnce(&[u8]) -> Result<Completion, NoAnswer>,
 ) -> Result<Box<Completion>, AttemptError> {
     let reply = result.map_err(classify_transport_error)?;
     if !(200..300).contains(&reply.status) {
         // Some content filters return the paid first part of an answer with an error status.
         if memchr::memmem::find(&reply.body, b"\"choices\"").is_some()
-            && let Ok(completion) = read(&reply.body)
+            && let Ok(completion) = parse(&reply.body)
             && !completion.answer.text.is_empty()
         {
             return Ok(Box::new(completion));
         }
-        return Err(classify_refusal(&reply, now));
+        return Err(classify_error_reply(&reply, now));
     }
-    let cut = match reply.end {
-        BodyEnd::Whole => None,
-        BodyEnd::Cut(error) => Some(error),
+    let connection_error = match reply.end {
+        BodyEnd::Complete => None,
+        BodyEnd::Truncated(error) => Some(error),
         BodyEnd::Unreadable { problem, raw } if raw.is_empty() => {
             return Err(AttemptError::Unreadable {
                 problem,
@@ -51,22 +51,22 @@ pub(crate) fn classify_by(
         // The decoded part may contain a complete answer.
         BodyEnd::Unreadable { problem, raw } => {
             let unreadable = |_| AttemptError::Unreadable { problem, body: raw };
-            return read(&reply.body).map(Box::new).map_err(unreadable);
+            return parse(&reply.body).map(Box::new).map_err(unreadable);
         }
     };
-    match (read(&reply.body), cut) {
+    match (parse(&reply.body), connection_error) {
         (Ok(completion), Some(error)) if completion.is_stream_delta => {
             Err(classify_transport_error(error))
         }
         // The answer arrived completely before the connection broke.
         (Ok(completion), _) => Ok(Box::new(completion)),
         (Err(_), Some(error)) => Err(classify_transport_error(error)),
-        (Err(NoAnswer::Malformed(problem)), None) => Err(connection_lost("malformed", &problem)),
+        (Err(NoAnswer::Malformed(problem)), None) => Err(possibly_billed("malformed", &problem)),
         (Err(NoAnswer::Unreadable(problem)), None) => Err(AttemptError::Unreadable {
             problem,
             body: reply.body,
         }),
-        // The endpoint had sent status 200 before generation failed; the error code names the intended status.
+        // Generation failed after the endpoint had sent status 200; the body may contain the status of the error.
         (Err(NoAnswer::Error(error)), None) => {
             let default = if error.is_content_filter() { 400 } else { 500 };
             let status = error.status.unwrap_or(default);
@@ -83,26 +83,26 @@ pub(crate) fn classify_by(
     }
 }
 
-/// Returns replies with a success status, whatever their body, and classifies all others.
+/// Returns a complete reply with a success status, without parsing its body; classifies any other.
 pub(crate) fn check(
     result: Result<HttpReply, TransportError>,
     now: SystemTime,
 ) -> Result<HttpReply, AttemptError> {
     let reply = result.map_err(classify_transport_error)?;
     match reply.end {
-        _ if !(200..300).contains(&reply.status) => Err(classify_refusal(&reply, now)),
-        BodyEnd::Whole => Ok(reply),
-        BodyEnd::Cut(error) => Err(classify_transport_error(error)),
-        BodyEnd::Unreadable { problem, .. } => Err(connection_lost("malformed", &problem)),
+        _ if !(200..300).contains(&reply.status) => Err(classify_error_reply(&reply, now)),
+        BodyEnd::Complete => Ok(reply),
+        BodyEnd::Truncated(error) => Err(classify_transport_error(error)),
+        BodyEnd::Unreadable { problem, .. } => Err(possibly_billed("malformed", &problem)),
     }
 }
 
-fn classify_refusal(reply: &HttpReply, now: SystemTime) -> AttemptError {
+fn classify_error_reply(reply: &HttpReply, now: SystemTime) -> AttemptError {
     let error = ApiError::parse(&reply.body);
     classify_error(reply.status, &reply.headers, &error, now)
 }
 
-/// Classifies an attempt without a reply.
+/// Classifies an attempt that got no usable reply.
 pub(crate) fn classify_transport_error(error: TransportError) -> AttemptError {
     match error {
         TransportError::Unreachable(message) => AttemptError::Transient {
@@ -119,20 +119,20 @@ pub(crate) fn classify_transport_error(error: TransportError) -> AttemptError {
             message: format!("{message}; lower `limits.concurrency` or raise `ulimit -n`"),
         },
         TransportError::Timeout => {
-            connection_lost("timeout", "no complete answer within the timeout")
+            possibly_billed("timeout", "no complete answer within the timeout")
         }
-        TransportError::Broken(message) => connection_lost("connection lost", &message),
+        TransportError::Broken(message) => possibly_billed("connection lost", &message),
     }
 }
 
-/// Returns the pause after the `attempt`-th failure (from 1) with full jitter: uniform between 0 and
-/// `min(base * 2^(attempt - 1), max)`. `random` is uniform in [0, 1).
+/// Returns the pause before the next attempt after `failures` failed attempts (at least 1): exponential backoff with
+/// full jitter, uniform between 0 and `min(base * 2^(failures - 1), max)`. `random` is a random number between 0 and 1.
 ///
 /// See "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-pub(crate) fn backoff(attempt: u32, retry: &config::RetryConfig, random: f64) -> Duration {
-    let doublings = attempt.saturating_sub(1).min(32);
-    let ceiling = retry.base.as_secs_f64() * 2f64.powi(doublings as i32);
-    Duration::from_secs_f64(ceiling.min(retry.max.as_secs_f64()) * random)
+pub(crate) fn backoff(failures: u32, retry: &config::RetryConfig, random: f64) -> Duration {
+    let doublings = failures.saturating_sub(1).min(32);
+    let max_pause_s = retry.base.as_secs_f64() * 2f64.powi(doublings as i32);
+    Duration::from_secs_f64(max_pause_s.min(retry.max.as_secs_f64()) * random)
 }
 
 #[cfg(test)]

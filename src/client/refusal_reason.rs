@@ -1,4 +1,4 @@
-//! Classifies an error reply by its status, code and message. Pure.
+//! Classifies an error reply by its status, error code and message. Pure.
 
 use std::time::{Duration, SystemTime};
 
@@ -11,7 +11,7 @@ use crate::client::response::error::ApiError;
 use crate::client::retry_after;
 use crate::rate_limit::headers;
 
-/// Classifies a reply with an error by its status, then by the error's code and message.
+/// Classifies an error. Error codes and messages that name a reason take precedence over the status.
 pub(crate) fn classify_error(
     status: u16,
     headers: &HeaderMap,
@@ -84,10 +84,10 @@ pub(crate) fn classify_error(
 /// Returns the longest time until an exhausted limit resets, from the headers of the reply.
 fn until_reset(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let reports = headers::parse(headers, now);
-    let used_up = reports
+    let exhausted = reports
         .iter()
         .filter(|report| report.remaining == Some(0.0));
-    used_up.filter_map(|report| report.reset).max()
+    exhausted.filter_map(|report| report.reset).max()
 }
 
 /// Returns the reason why every request would fail, from the error's code or message. With a rate limit
@@ -122,16 +122,16 @@ pub(crate) fn refusal_reason(error: &ApiError, is_throttle: bool) -> Option<Refu
         "check your plan and billing",
         "add credits",
     ];
-    let has_mark = |mark: &str| error.marks.iter().any(|found| found == mark);
-    if CREDIT.iter().any(|mark| has_mark(mark)) {
+    let has_code = |code: &str| error.codes.iter().any(|found| found == code);
+    if CREDIT.iter().any(|code| has_code(code)) {
         return Some(RefusalReason::Credit);
     }
-    if MODEL.iter().any(|mark| has_mark(mark)) {
+    if MODEL.iter().any(|code| has_code(code)) {
         return Some(RefusalReason::Model);
     }
     let message = error.message.to_lowercase();
     let has_key_words = KEY_WORDS.iter().any(|words| message.contains(words));
-    if has_key_words || KEY.iter().any(|mark| has_mark(mark)) {
+    if has_key_words || KEY.iter().any(|code| has_code(code)) {
         return Some(RefusalReason::Key);
     }
     let has_words = CREDIT_WORDS.iter().any(|words| message.contains(words));
@@ -140,7 +140,7 @@ pub(crate) fn refusal_reason(error: &ApiError, is_throttle: bool) -> Option<Refu
 
 /// Returns true if the error's code or message describes a rate limit.
 fn is_rate_limit(error: &ApiError) -> bool {
-    const MARKS: [&str; 4] = ["resource_exhausted", "rate_limit", "ratelimit", "throttl"];
+    const CODES: [&str; 4] = ["resource_exhausted", "rate_limit", "ratelimit", "throttl"];
     const WORDS: [&str; 7] = [
         "rate limit",
         "per minute",
@@ -151,7 +151,7 @@ fn is_rate_limit(error: &ApiError) -> bool {
         "too many requests",
     ];
     let message = error.message.to_lowercase();
-    (error.marks.iter()).any(|mark| MARKS.iter().any(|word| mark.contains(word)))
+    (error.codes.iter()).any(|code| CODES.iter().any(|part| code.contains(part)))
         || WORDS.iter().any(|words| message.contains(words))
 }
 
@@ -193,7 +193,7 @@ fn reports_missing_model(message: &str) -> bool {
         "deprecated",
         "not available",
     ];
-    /// Words between "model" and such a phrase; one other word, the name, may come before them.
+    /// Words that may stand between "model" and a phrase of `MISSING`; so may one other word, the model's name.
     const FILLERS: [&str; 14] = [
         "",
         "is",
@@ -213,26 +213,26 @@ fn reports_missing_model(message: &str) -> bool {
     let message = message.to_lowercase();
     let words: Vec<&str> = message.split_whitespace().collect();
     let message = words.join(" ");
-    let is_invalid = message.split("invalid model").skip(1).any(|rest| {
-        let is_word = rest.is_empty() || rest.starts_with([' ', ':', '.']);
-        let word = rest.trim_start_matches([' ', ':']).split(' ').next();
+    let is_invalid = message.split("invalid model").skip(1).any(|after| {
+        let is_whole_word = after.is_empty() || after.starts_with([' ', ':', '.']);
+        let word = after.trim_start_matches([' ', ':']).split(' ').next();
         let word = word.unwrap_or_default().trim_end_matches([':', ',', '.']);
         let is_name = word.contains(['`', '\'', '"', '=', '-', '.', '/']);
-        is_word && (is_name || rest.starts_with(':') || NOUNS.contains(&word))
+        is_whole_word && (is_name || after.starts_with(':') || NOUNS.contains(&word))
     });
     let is_missing = message.match_indices("model").any(|(start, model)| {
-        let rest = &message[start + model.len()..];
-        let is_word = !message[..start].ends_with(char::is_alphanumeric);
-        if !is_word || !rest.starts_with([' ', ':', '`', '"', '\'', '/', 's']) {
+        let after = &message[start + model.len()..];
+        let begins_word = !message[..start].ends_with(char::is_alphanumeric);
+        if !begins_word || !after.starts_with([' ', ':', '`', '"', '\'', '/', 's']) {
             return false;
         }
-        let at = MISSING.iter().filter_map(|words| rest.find(words)).min();
-        at.is_some_and(|at| {
-            let between = rest[..at].trim();
+        let phrase_starts = MISSING.iter().filter_map(|words| after.find(words));
+        phrase_starts.min().is_some_and(|phrase_start| {
+            let between = after[..phrase_start].trim();
             let words = between.split_whitespace();
             let others: Vec<&str> = words.filter(|word| !FILLERS.contains(word)).collect();
-            let is_of_part = others.iter().any(|word| PARTS.contains(word));
-            !between.contains(", ") && others.len() <= 1 && !is_of_part
+            let names_a_part = others.iter().any(|word| PARTS.contains(word));
+            !between.contains(", ") && others.len() <= 1 && !names_a_part
         })
     });
     is_invalid || is_missing || NO_MODEL.iter().any(|words| message.contains(words))

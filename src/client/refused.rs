@@ -6,7 +6,7 @@ use crate::client::attempt_error::RefusalReason;
 use crate::config::{self, KeySource};
 use crate::exit::Exit;
 
-/// Returns the error, with advice, for an endpoint that refuses every request.
+/// Returns the error message, with advice, for an endpoint that refuses every request.
 pub(crate) fn refused(
     reason: RefusalReason,
     message: &str,
@@ -42,7 +42,7 @@ pub(crate) fn refused(
              command"
         ),
         RefusalReason::Model => format!(
-            "the endpoint has no model `teacher.model` = \"{}\" ({message})",
+            "the endpoint has no model `teacher.model` = \"{}\" ({message}): set it to a model of the endpoint",
             teacher.model
         ),
         RefusalReason::Address => format!(
@@ -71,7 +71,7 @@ pub(crate) fn path_advice(teacher: &config::TeacherConfig) -> &'static str {
     let address = crate::config::teacher::identity(teacher);
     let path = address
         .split_once("://")
-        .and_then(|(_, rest)| rest.split_once('/'));
+        .and_then(|(_, host_and_path)| host_and_path.split_once('/'));
     if path.is_none() {
         ", which for most endpoints ends with /v1"
     } else {

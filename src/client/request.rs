@@ -26,12 +26,11 @@ pub struct RequestTemplate {
     pub structured: Option<StructuredOutput>,
     /// Hash of the findings of `distill probe`; empty if the endpoint was not probed.
     pub probe: String,
-    /// Set if requests score given answers instead of generating new ones.
+    /// Set if requests score existing answers instead of generating new ones.
     pub scoring: Option<Arc<ScoringMethod>>,
 }
 
-/// Returns a message as JSON.
-fn message(message: &Message) -> Value {
+fn message_to_json(message: &Message) -> Value {
     let mut fields = Map::with_capacity(2);
     fields.insert("role".into(), message.role.as_str().into());
     fields.insert("content".into(), message.content.as_str().into());
@@ -49,11 +48,11 @@ impl RequestTemplate {
         }
     }
 
-    /// Builds the body of a request, its fields in a fixed order.
+    /// Builds the body of a request. Its fields have a fixed order.
     pub fn body(&self, messages: &[Message], sample: u32) -> Value {
         match &self.scoring {
             Some(scoring) => scoring.body(&self.endpoint, messages),
-            None => self.chat(messages, sample),
+            None => self.chat_body(messages, sample),
         }
     }
 
@@ -71,37 +70,39 @@ impl RequestTemplate {
         body
     }
 
-    /// Returns the question template of each sample, up to [`MAX_TEMPLATES`], for prompts without request fields.
-    /// Empty for scoring requests.
+    /// Returns the question templates of the first [`MAX_TEMPLATES`] samples at most, which are valid for prompts
+    /// without request fields. Empty for scoring requests.
     pub fn templates(&self, samples: u32) -> Vec<QuestionTemplate> {
         if self.scoring.is_some() {
             return Vec::new();
         }
         let samples = 0..samples.min(MAX_TEMPLATES);
         samples
-            .map(|sample| QuestionTemplate::new(&self.chat(&[], sample), sample))
+            .map(|sample| QuestionTemplate::new(&self.chat_body(&[], sample), sample))
             .collect()
     }
 
-    /// Parses the reply to `body`, which was built from `messages`.
-    pub fn read(
-        &self,
-        reply: &[u8],
-        body: &Value,
-        messages: &[Message],
-    ) -> Result<Completion, NoAnswer> {
-        match &self.scoring {
-            Some(scoring) => scoring.read(reply, body, messages),
+    /// Returns the parser of replies to `body`, which was built from `messages`.
+    pub fn reply_parser<'a>(
+        &'a self,
+        body: &'a Value,
+        messages: &'a [Message],
+    ) -> impl Fn(&[u8]) -> Result<Completion, NoAnswer> + 'a {
+        move |reply| match &self.scoring {
+            Some(scoring) => scoring.parse_reply(reply, body, messages),
             None => response::parse(reply),
         }
     }
 
     /// Builds the body of a chat completion. Sample i uses seed + i, since the same seed would give the same answer.
-    fn chat(&self, messages: &[Message], sample: u32) -> Value {
+    fn chat_body(&self, messages: &[Message], sample: u32) -> Value {
         let sampling = &self.endpoint.sampling;
         let mut body = Map::with_capacity(USUAL_FIELDS + sampling.extra.len());
         body.insert("model".into(), json!(self.endpoint.teacher.model));
-        body.insert("messages".into(), messages.iter().map(message).collect());
+        body.insert(
+            "messages".into(),
+            messages.iter().map(message_to_json).collect(),
+        );
         let max_tokens = sampling.max_tokens_field.name();
         body.insert(max_tokens.into(), json!(sampling.max_tokens));
         if !sampling.reasoning {
@@ -128,9 +129,7 @@ impl RequestTemplate {
         if let Some(structured) = &self.structured {
             body.insert("response_format".into(), structured.response_format());
         }
-        for (field, value) in &sampling.extra {
-            body.insert(field.clone(), value.clone());
-        }
+        body.extend(sampling.extra.clone());
         Value::Object(body)
     }
 

@@ -26,7 +26,7 @@ const WAIT_PHRASES: [&str; 15] = [
     "wait",
 ];
 
-/// Words between such a phrase and the wait.
+/// Words that may stand between a phrase of [`WAIT_PHRASES`] and the wait.
 const FILLERS: [&str; 6] = [
     "about ",
     "approximately ",
@@ -37,20 +37,21 @@ const FILLERS: [&str; 6] = [
 ];
 
 /// Headers that contain a wait in seconds, as a duration or as a date.
-const SECONDS: [&str; 3] = ["retry-after", "x-retry-after", "x-ratelimit-reset-after"];
+const SECONDS_HEADERS: [&str; 3] = ["retry-after", "x-retry-after", "x-ratelimit-reset-after"];
 
 /// Headers that contain a wait in milliseconds.
-const MILLISECONDS: [&str; 2] = ["retry-after-ms", "x-ms-retry-after-ms"];
+const MILLISECONDS_HEADERS: [&str; 2] = ["retry-after-ms", "x-ms-retry-after-ms"];
 
-/// Headers with the reset time of a limit. They are a requested wait only if no header reports the remaining amount.
-const RESETS: [&str; 4] = [
+/// Headers with the reset time of a limit. They count as a requested wait only if no header reports the remaining
+/// amount of a limit.
+const RESET_HEADERS: [&str; 4] = [
     "x-ratelimit-reset",
     "x-ratelimit-reset-requests",
     "x-ratelimit-reset-tokens",
     "ratelimit-reset",
 ];
 
-/// Phrases before a point in time.
+/// Phrases before a point in time in an error message, in lower case.
 const DATE_PHRASES: [&str; 5] = [
     "try again at",
     "resets at",
@@ -59,18 +60,22 @@ const DATE_PHRASES: [&str; 5] = [
     "until",
 ];
 
-/// Returns the wait that an error reply requests, from the first of: `retry-after-ms`, `Retry-After`, a field of
-/// the body, the message. None if there is no valid wait.
+/// Returns the wait that an error reply requests. The first valid wait counts, in this order: [`MILLISECONDS_HEADERS`],
+/// [`SECONDS_HEADERS`], a field of the body, the message, [`RESET_HEADERS`]. A wait of 0 in a header counts only if
+/// neither the body nor the message contains a wait. None if the reply requests no wait.
 pub(crate) fn requested_wait(
     headers: &HeaderMap,
     error: &ApiError,
     now: SystemTime,
 ) -> Option<Duration> {
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let milliseconds = MILLISECONDS.into_iter().find_map(header).and_then(amount);
+    let milliseconds = MILLISECONDS_HEADERS
+        .into_iter()
+        .find_map(header)
+        .and_then(amount);
     let milliseconds = milliseconds.and_then(|milliseconds| seconds(milliseconds / 1e3));
     let is_positive = |wait: &Duration| !wait.is_zero();
-    let in_seconds = SECONDS.into_iter().filter_map(header);
+    let in_seconds = SECONDS_HEADERS.into_iter().filter_map(header);
     let by_header = milliseconds.or_else(|| in_seconds.filter_map(|text| until(text, now)).next());
     by_header
         .filter(is_positive)
@@ -81,7 +86,7 @@ pub(crate) fn requested_wait(
         .or_else(|| {
             let mut names = headers.keys().map(|name| name.as_str());
             let has_remaining = names.any(|name| name.contains("remaining"));
-            let resets = RESETS.into_iter().filter_map(header);
+            let resets = RESET_HEADERS.into_iter().filter_map(header);
             let longest = resets.filter_map(|text| until(text, now)).max();
             longest.filter(|wait| !has_remaining && is_positive(wait))
         })
@@ -93,29 +98,29 @@ fn wait_in_message(message: &str, now: SystemTime) -> Option<Duration> {
     let lower = message.to_ascii_lowercase();
     let ends_of = |words: &'static str| {
         let places = lower.match_indices(words);
-        places.map(move |(at, _)| at + words.len())
+        places.map(move |(start, _)| start + words.len())
     };
-    let by_duration = WAIT_PHRASES.into_iter().flat_map(ends_of).find_map(|at| {
-        let rest = lower[at..].trim_start_matches([' ', ':', '~']);
-        let rest = without_fillers(rest);
-        if let Some(wait) = leading_clock_time(rest) {
+    let by_duration = WAIT_PHRASES.into_iter().flat_map(ends_of).find_map(|end| {
+        let after = lower[end..].trim_start_matches([' ', ':', '~']);
+        let after = without_fillers(after);
+        if let Some(wait) = leading_clock_time(after) {
             return Some(wait);
         }
-        leading(rest).map(|(wait, _)| wait).or_else(|| {
+        leading(after).map(|(wait, _)| wait).or_else(|| {
             // A number without a unit is seconds if it ends the sentence.
-            let word = rest.split_whitespace().next()?;
-            let is_last = rest.len() == word.len() || word.ends_with(['.', ',']);
+            let word = after.split_whitespace().next()?;
+            let is_last = after.len() == word.len() || word.ends_with(['.', ',']);
             seconds(amount(word.trim_end_matches(['.', ',']))?).filter(|_| is_last)
         })
     });
     by_duration.or_else(|| {
-        DATE_PHRASES.into_iter().flat_map(ends_of).find_map(|at| {
-            let rest = message[at..].trim_start_matches([' ', ':']);
-            let word = rest.split_whitespace().next()?;
+        DATE_PHRASES.into_iter().flat_map(ends_of).find_map(|end| {
+            let after = message[end..].trim_start_matches([' ', ':']);
+            let word = after.split_whitespace().next()?;
             let word = word.trim_end_matches(['.', ',', ')']);
             // A small number is a count, not a Unix time.
-            let is_point = amount(word).is_none_or(|number| number >= 1e8);
-            until(word, now).filter(|_| is_point && duration(word).is_none())
+            let is_time = amount(word).is_none_or(|number| number >= 1e8);
+            until(word, now).filter(|_| is_time && duration(word).is_none())
         })
     })
 }
@@ -135,7 +140,7 @@ fn leading_clock_time(text: &str) -> Option<Duration> {
         .map(|part| amount(part).filter(|_| part.len() >= 2))
         .collect::<Option<_>>()?;
     match parts[..] {
-        [hours, minutes, rest] => seconds(hours * 3_600.0 + minutes * 60.0 + rest),
+        [hours, minutes, secs] => seconds(hours * 3_600.0 + minutes * 60.0 + secs),
         _ => None,
     }
 }

@@ -1,9 +1,12 @@
-//! Scores a given answer: the teacher's logprobs at each token of a text that it did not write. Pure.
+//! Scoring of existing answers: the request for the teacher's logprobs of a text, and the parser of the reply. Pure.
 //!
-//! Two APIs provide them. vLLM's chat completions take `prompt_logprobs` and return the most likely tokens at
-//! each position of the conversation, which the server templates. Text completions with `echo` return the prompt
-//! and the logprobs of its tokens; here the client applies the chat template. Servers require at least one
-//! generated token in both cases, so one is requested and discarded.
+//! Two APIs return these logprobs:
+//! - vLLM's chat completions with `prompt_logprobs` return the most likely tokens at each position of the
+//!   conversation. The server applies the chat template.
+//! - Text completions with `echo` return the prompt and the logprobs of its tokens. The client applies the chat
+//!   template.
+//!
+//! Both APIs generate at least one token, so one is requested and discarded.
 
 use std::borrow::Cow;
 
@@ -36,7 +39,7 @@ impl ScoringMethod {
         }
     }
 
-    /// Checks that these messages can be scored.
+    /// Checks that the last of these messages can be scored.
     ///
     /// # Errors
     /// If the client applies the chat template and the template rejects them.
@@ -47,7 +50,8 @@ impl ScoringMethod {
         }
     }
 
-    /// Builds the request that scores the last message. [`ScoringMethod::check`] must have accepted the messages.
+    /// Builds the body of the request that scores the last message. [`ScoringMethod::check`] must have accepted the
+    /// messages.
     pub fn body(&self, endpoint: &EndpointConfig, messages: &[Message]) -> Value {
         let sampling = &endpoint.sampling;
         let mut body = Map::new();
@@ -71,14 +75,12 @@ impl ScoringMethod {
                 body.insert("return_token_ids".into(), json!(true));
             }
         }
-        for (field, value) in &sampling.extra {
-            body.insert(field.clone(), value.clone());
-        }
+        body.extend(sampling.extra.clone());
         Value::Object(body)
     }
 
-    /// Parses the reply to `body` into the scored text as an answer, with its logprobs.
-    pub fn read(
+    /// Parses the reply to `body`. Returns the scored text as an answer, with its logprobs.
+    pub fn parse_reply(
         &self,
         reply: &[u8],
         body: &Value,
@@ -134,7 +136,7 @@ impl ScoringMethod {
         let ids = self.final_token_ids(&positions, reported_ids, messages);
         let tokens = ids.iter().rev().zip(positions.iter().rev());
         let scored = tokens.map(|(id, position)| {
-            // vLLM includes the prompt's token even if it is not among the most likely.
+            // vLLM includes the prompt's token even if it is not among the most likely tokens.
             let likeliest = position.iter().map(|(id, token)| self.token(id, token));
             Some((self.token(id, position.get(id)?), likeliest.collect()))
         });
@@ -143,9 +145,9 @@ impl ScoringMethod {
 
     /// Returns the ids of the last tokens of the conversation.
     ///
-    /// They are the reported ids; else the teacher's tokenization of the answer; else the first id of each
-    /// position. Newer servers list the prompt's token first. Older ones sort by probability; tokens that do not
-    /// spell the answer are rejected later.
+    /// In order of preference: the ids that the server reports; the ids of the answer by the teacher's tokenizer; the
+    /// first id of each position. Newer servers list the prompt's token first. Older servers sort by probability, so
+    /// that the first id may be wrong; [`answer_logprobs`] rejects tokens that do not spell the answer.
     fn final_token_ids(
         &self,
         positions: &[&Map<String, Value>],
@@ -171,7 +173,7 @@ impl ScoringMethod {
     fn parse_echo(
         &self,
         logprobs: &Value,
-        sent: &Value,
+        prompt_ids: &Value,
         answer: &str,
     ) -> Result<Option<Logprobs>, NoAnswer> {
         let list = |name: &str| logprobs[name].as_array();
@@ -182,17 +184,17 @@ impl ScoringMethod {
                 "no logprobs of the prompt: it does not support `echo`, or not together with `logprobs`",
             ));
         };
-        let count = sent.as_array().map_or(0, Vec::len);
+        let count = prompt_ids.as_array().map_or(0, Vec::len);
         if names.len() < count || token_logprobs.len() < count || top.len() < count {
             return Err(missing_logprob("fewer tokens than the prompt has"));
         }
-        let scored = (0..count).rev().map(|at| {
-            let name = names[at].as_str()?;
-            let id = u32::try_from(sent[at].as_u64()?).ok()?;
-            let token = self.wire_token(Some(id), name.into(), &token_logprobs[at]);
-            let likeliest = top[at].as_object().into_iter().flatten();
+        let scored = (0..count).rev().map(|position| {
+            let name = names[position].as_str()?;
+            let id = u32::try_from(prompt_ids[position].as_u64()?).ok()?;
+            let token = self.wire_token(Some(id), name.into(), &token_logprobs[position]);
+            let likeliest = top[position].as_object().into_iter().flatten();
             let likeliest = likeliest.map(|(name, logprob)| self.token_by_name(name, logprob));
-            // A server that adds tokens of its own shifts the positions.
+            // The positions are shifted if the server added tokens to the prompt.
             name_matches(&token, id, name).then(|| (token, likeliest.collect()))
         });
         Ok(answer_logprobs(scored, answer))
@@ -216,9 +218,9 @@ impl ScoringMethod {
         text: Cow<'a, str>,
         logprob: &Value,
     ) -> WireToken<'a> {
-        let known = self.tokenizer().zip(id);
-        let bytes = known.and_then(|(tokenizer, id)| tokenizer.token_bytes(id));
-        let token = match known {
+        let identified = self.tokenizer().zip(id);
+        let bytes = identified.and_then(|(tokenizer, id)| tokenizer.token_bytes(id));
+        let token = match identified {
             // Control tokens have a name instead of bytes.
             Some((tokenizer, id)) if bytes.is_none() => tokenizer.token_name(id).into(),
             _ => text,
@@ -243,39 +245,39 @@ fn name_matches(token: &WireToken, id: u32, name: &str) -> bool {
 }
 
 /// The token of a position, and the most likely tokens there.
-type Scored<'a> = (WireToken<'a>, Vec<WireToken<'a>>);
+type TokenWithAlternatives<'a> = (WireToken<'a>, Vec<WireToken<'a>>);
 
-/// Returns the logprobs of the answer that ends a conversation. `backwards` yields the conversation's tokens from
-/// the end, until they cover the answer's length, since only the server knows where the answer begins. None if a
-/// token's logprob is missing.
+/// Returns the logprobs of the answer that ends a conversation. `tokens_from_end` yields the conversation's tokens,
+/// last first. The last tokens that together have at least the answer's length are used, since only the server knows
+/// where the answer begins. None if these tokens do not spell the answer, or one is missing.
 fn answer_logprobs<'a>(
-    mut backwards: impl Iterator<Item = Option<Scored<'a>>>,
+    mut tokens_from_end: impl Iterator<Item = Option<TokenWithAlternatives<'a>>>,
     answer: &str,
 ) -> Option<Logprobs> {
     let mut scored = Vec::new();
     let mut missing_bytes = answer.len();
     while missing_bytes > 0 {
-        let (token, likeliest) = backwards.next()??;
+        let (token, likeliest) = tokens_from_end.next()??;
         missing_bytes = missing_bytes.saturating_sub(token.spelled().len());
         scored.push((token, likeliest));
     }
     scored.reverse();
-    columns(scored, answer)
+    columns_if_spelled(scored, answer)
 }
 
 /// Returns the columns of an answer if its tokens spell it. White space before the answer belongs to the template,
 /// even if it shares a token with the beginning of the answer, as with SentencePiece.
-fn columns(scored: Vec<Scored>, answer: &str) -> Option<Logprobs> {
+fn columns_if_spelled(scored: Vec<TokenWithAlternatives>, answer: &str) -> Option<Logprobs> {
     let spelled: usize = scored.iter().map(|(token, _)| token.spelled().len()).sum();
-    let mut lead = spelled.checked_sub(answer.len())?;
+    let mut excess = spelled.checked_sub(answer.len())?;
     let mut columns = LogprobColumns::default();
     for (token, likeliest) in scored {
         let length = token.spelled().len();
-        let prefix = token.spelled()[..lead.min(length)].to_vec();
+        let prefix = token.spelled()[..excess.min(length)].to_vec();
         if !prefix.iter().all(u8::is_ascii_whitespace) {
             return None;
         }
-        lead -= prefix.len();
+        excess -= prefix.len();
         if !prefix.is_empty() && prefix.len() == length {
             continue;
         }
@@ -290,15 +292,15 @@ fn columns(scored: Vec<Scored>, answer: &str) -> Option<Logprobs> {
     logprobs.filter(|logprobs| logprobs.matches_text)
 }
 
-/// Removes `prefix` from a token. A token that does not begin with it becomes empty.
+/// Removes `prefix` from a token. A token that does not begin with `prefix` becomes empty.
 fn without_prefix<'a>(token: WireToken<'a>, prefix: &[u8]) -> WireToken<'a> {
     if prefix.is_empty() {
         return token;
     }
-    let rest = token.spelled().strip_prefix(prefix).unwrap_or_default();
+    let suffix = token.spelled().strip_prefix(prefix).unwrap_or_default();
     WireToken {
-        bytes: Some(TokenByteList::from(rest)),
-        token: String::from_utf8_lossy(rest).into_owned().into(),
+        bytes: Some(TokenByteList::from(suffix)),
+        token: String::from_utf8_lossy(suffix).into_owned().into(),
         logprob: token.logprob,
         prob: None,
     }

@@ -1,7 +1,7 @@
 //! Removes API keys from replies before they are parsed, shown or stored.
 //!
-//! Endpoints echo keys in many forms: plain, escaped for JSON, URLs or HTML, in hexadecimal and in base64. All of
-//! them are searched.
+//! Endpoints repeat keys in many forms: plain, escaped for JSON, URLs or HTML, in hexadecimal and in base64. All
+//! these forms are searched.
 
 use aho_corasick::{AhoCorasick, AhoCorasickKind};
 use anyhow::{Context as _, Result};
@@ -31,8 +31,8 @@ const REPLACEMENT: &str = "[key]";
 pub struct Secrets {
     keys: Vec<String>,
     forms: Option<AhoCorasick>,
-    /// For each form, whether it matches whole words only.
-    is_word: Vec<bool>,
+    /// For each form, whether it counts as a key only if it is a whole word.
+    whole_words_only: Vec<bool>,
 }
 
 impl Secrets {
@@ -46,10 +46,10 @@ impl Secrets {
             .filter(|secret| secret.len() >= MIN_LENGTH)
             .collect();
         let mut all = Vec::new();
-        let mut is_word = Vec::new();
+        let mut whole_words_only = Vec::new();
         for secret in &keys {
             let forms = forms(secret);
-            is_word.extend(forms.iter().map(|_| secret.len() < MIN_ENCODED_LENGTH));
+            whole_words_only.extend(forms.iter().map(|_| secret.len() < MIN_ENCODED_LENGTH));
             all.extend(forms);
         }
         // Other kinds of automata take minutes to build for a long, repetitive key.
@@ -58,8 +58,8 @@ impl Secrets {
             .build(all)
             .context("the key is too long")?;
         Ok(Secrets {
-            forms: (!is_word.is_empty()).then_some(finder),
-            is_word,
+            forms: (!whole_words_only.is_empty()).then_some(finder),
+            whole_words_only,
             keys,
         })
     }
@@ -77,7 +77,7 @@ impl Secrets {
         self.cleaned(&text).map_or(text, Bytes::from)
     }
 
-    /// As [`Secrets::clean`]; returns None if the text contains no key.
+    /// As [`Secrets::clean`], but returns None if the text contains no key.
     fn cleaned(&self, text: &[u8]) -> Option<Vec<u8>> {
         let forms = self.forms.as_ref().filter(|_| text.len() >= MIN_LENGTH)?;
         let mut found = self.key_ranges(forms, text);
@@ -91,26 +91,29 @@ impl Secrets {
         }
         found.sort_unstable();
         let mut clean = Vec::with_capacity(text.len());
-        let mut at = 0;
+        let mut end_of_last = 0;
         for (start, end) in found {
-            if start >= at {
-                clean.extend_from_slice(&text[at..start]);
+            if start >= end_of_last {
+                clean.extend_from_slice(&text[end_of_last..start]);
                 clean.extend_from_slice(REPLACEMENT.as_bytes());
             }
-            at = at.max(end);
+            end_of_last = end_of_last.max(end);
         }
-        clean.extend_from_slice(&text[at..]);
+        clean.extend_from_slice(&text[end_of_last..]);
         Some(clean)
     }
 
     /// Returns the byte ranges of keys in a text. They may overlap.
     fn key_ranges(&self, forms: &AhoCorasick, text: &[u8]) -> Vec<(usize, usize)> {
         let is_alphanumeric = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
-        // Overlapping matches too: a long key may contain a rejected match of a short one.
+        // Overlapping matches are needed: a long key may contain a short one that is not a whole word there.
         let found = forms.find_overlapping_iter(text).filter(|found| {
-            let before = found.start().checked_sub(1).and_then(|at| text.get(at));
+            let before = found
+                .start()
+                .checked_sub(1)
+                .and_then(|index| text.get(index));
             let touches_word = is_alphanumeric(before) || is_alphanumeric(text.get(found.end()));
-            !(self.is_word[found.pattern().as_usize()] && touches_word)
+            !(self.whole_words_only[found.pattern().as_usize()] && touches_word)
         });
         found.map(|found| (found.start(), found.end())).collect()
     }
@@ -121,7 +124,7 @@ impl Secrets {
         forms.is_some_and(|forms| !self.key_ranges(forms, text.as_bytes()).is_empty())
     }
 
-    /// Removes keys from a text. Returns true if there was one.
+    /// Removes keys from a text. Returns true if it contained one.
     pub fn clean_text(&self, text: &mut String) -> bool {
         let clean = self.cleaned(text.as_bytes());
         if let Some(clean) = &clean {
@@ -166,7 +169,7 @@ impl Secrets {
         }
     }
 
-    /// Removes keys from an answer that was joined from parts. Returns true if there was one.
+    /// Removes keys from an answer that was joined from several parts of a reply. Returns true if it contained one.
     pub fn clean_answer(&self, answer: &mut Answer) -> bool {
         let texts = [&mut answer.text, &mut answer.reasoning, &mut answer.refusal];
         texts
@@ -204,11 +207,11 @@ fn forms(secret: &str) -> Vec<Vec<u8>> {
 /// Returns true if the text escapes a character of a key. Escaped line breaks, quotes and non-ASCII letters are
 /// common, but keys do not contain them.
 fn has_escaped_letters(text: &[u8]) -> bool {
-    memchr3_iter(b'\\', b'%', b'&', text).any(|at| {
+    memchr3_iter(b'\\', b'%', b'&', text).any(|position| {
         // Each run of backslashes is parsed once, at its start.
-        let is_within_run = text[at] == b'\\' && at > 0 && text[at - 1] == b'\\';
+        let is_within_run = text[..position].ends_with(b"\\") && text[position] == b'\\';
         !is_within_run
-            && escape(&text[at..]).is_some_and(|(letter, _)| {
+            && escape(&text[position..]).is_some_and(|(letter, _)| {
                 letter.is_ascii_alphanumeric() || b"+/-_=.".contains(&letter)
             })
     })
@@ -258,20 +261,23 @@ fn entity(text: &[u8]) -> Option<(u8, usize)> {
 fn decode(text: &[u8]) -> (Vec<u8>, Vec<usize>) {
     let mut decoded = Vec::new();
     let mut offsets = Vec::new();
-    let mut at = 0;
-    while at < text.len() {
-        if let Some((byte, length)) = escape(&text[at..]) {
+    let mut position = 0;
+    while position < text.len() {
+        if let Some((byte, length)) = escape(&text[position..]) {
             decoded.push(byte);
-            offsets.push(at);
-            at += length;
+            offsets.push(position);
+            position += length;
             continue;
         }
-        // A run of backslashes that begins no escape contains none.
-        let run = text[at..].iter().take_while(|byte| **byte == b'\\').count();
-        let end = at + run.max(1);
-        decoded.extend_from_slice(&text[at..end]);
-        offsets.extend(at..end);
-        at = end;
+        // If a run of backslashes does not begin an escape, no part of the run does.
+        let run = text[position..]
+            .iter()
+            .take_while(|byte| **byte == b'\\')
+            .count();
+        let end = position + run.max(1);
+        decoded.extend_from_slice(&text[position..end]);
+        offsets.extend(position..end);
+        position = end;
     }
     offsets.push(text.len());
     (decoded, offsets)
@@ -366,9 +372,8 @@ mod tests {
         ) {
             let text = format!("{before}{KEY}{after}");
             let encoded = if is_url_safe { BASE64_URL_SAFE_NO_PAD.encode(&text) } else { BASE64_STANDARD_NO_PAD.encode(&text).replace('/', "\\/") };
-            let left = clean(&format!("x {encoded} y"));
-            let pieces = left.split("[key]").count();
-            prop_assert_eq!(pieces, 2, "{}", left);
+            let cleaned = clean(&format!("x {encoded} y"));
+            prop_assert_eq!(cleaned.split("[key]").count(), 2, "{}", cleaned);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Structured output: a JSON schema that is sent to the endpoint and that answers are validated against, since
-//! some endpoints silently ignore it.
+//! Structured output: a JSON schema that requests send to the endpoint. Answers are validated against it, since some
+//! endpoints ignore it.
 
 use std::path::Path;
 
@@ -61,14 +61,14 @@ impl StructuredOutput {
         })
     }
 
-    /// Returns why the answer violates the schema, or None if it is valid. Equal faults give equal texts, so that
+    /// Returns why the answer violates the schema, or None if it is valid. Equal violations have equal texts, so that
     /// they can be counted.
     pub fn violation(&self, answer: &str) -> Option<String> {
         let Ok(value) = serde_json::from_str::<Value>(answer) else {
             return Some("schema: no JSON".into());
         };
         let error = self.validator.iter_errors(&value).next()?;
-        // Indexes are replaced, so that all items of a list share one reason.
+        // Indexes are replaced by `*`, so that violations in different items of a list have the same text.
         let path: Vec<_> = error.instance_path().as_str().split('/').collect();
         let path = path.iter().map(|part| match part.parse::<usize>() {
             Ok(_) => "*",

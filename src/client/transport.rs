@@ -1,4 +1,4 @@
-//! The seam between the callers and HTTP: traits of a teacher's API, raw replies, transport errors.
+//! Traits of a teacher's API, which tests implement without a network; raw replies; transport errors.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,31 +14,30 @@ use tokio::sync::SemaphorePermit;
 use crate::client::secrets::Secrets;
 
 /// A raw HTTP reply of any status.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("a reply with status {status}")]
+#[derive(Debug, Clone)]
 pub struct HttpReply {
     pub status: u16,
     pub headers: HeaderMap,
-    /// The decoded body; the received bytes if decoding failed.
+    /// The decoded body. If decoding failed: the part that could be decoded, else the received bytes.
     pub body: Bytes,
     pub end: BodyEnd,
-    /// Permit of a large body, held while the body is in memory.
+    /// Permit of a large body, released when the body is no longer in memory.
     pub permit: Option<LargeBodyPermit>,
 }
 
 impl HttpReply {
-    /// Returns a complete reply without headers, such as a row of a batch.
+    /// Returns a complete reply without headers, such as a line of a batch's result file.
     pub fn without_headers(status: u16, body: Bytes) -> HttpReply {
-        HttpReply::whole(status, HeaderMap::new(), body)
+        HttpReply::complete(status, HeaderMap::new(), body)
     }
 
     /// Returns a reply with a complete body.
-    pub fn whole(status: u16, headers: HeaderMap, body: Bytes) -> HttpReply {
+    pub fn complete(status: u16, headers: HeaderMap, body: Bytes) -> HttpReply {
         HttpReply {
             status,
             headers,
             body,
-            end: BodyEnd::Whole,
+            end: BodyEnd::Complete,
             permit: None,
         }
     }
@@ -50,43 +49,43 @@ pub type LargeBodyPermit = Arc<SemaphorePermit<'static>>;
 /// How a body ended.
 #[derive(Debug, Clone)]
 pub enum BodyEnd {
-    Whole,
+    Complete,
     /// The connection broke or timed out before the body ended.
-    Cut(TransportError),
-    /// The body is too large, or its content encoding is invalid. `raw` holds the received bytes if they differ
-    /// from the body.
+    Truncated(TransportError),
+    /// The body is too large, or its content encoding is invalid. `raw` holds the received bytes of an encoded body,
+    /// and is empty for any other.
     Unreadable {
         problem: String,
         raw: Bytes,
     },
 }
 
-/// Why there is no reply.
+/// Failure of a request that got no usable reply.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum TransportError {
     /// Connection refused, unknown host, no route, TLS failure: nothing was sent.
     #[error("{0}")]
     Unreachable(String),
-    /// The key had expired and was renewed.
+    /// The endpoint rejected the key, and a new key is in place.
     #[error("the key had expired")]
     KeyRenewed,
     /// The process or machine is out of file descriptors: nothing was sent.
     #[error("{0}")]
     NoDescriptor(String),
-    /// May have been billed.
+    /// No complete reply within the timeout; the request may have been billed.
     #[error("timed out")]
     Timeout,
-    /// Reset, closed early, or not HTTP: may have been billed.
+    /// The connection was reset or closed early, or the reply is not HTTP; the request may have been billed.
     #[error("{0}")]
     Broken(String),
 }
 
 /// Sends requests to a teacher: over HTTP, or in tests to a simulation on the paused clock.
 pub trait Transport: Send + Sync {
-    /// Sends one request and waits for the whole reply.
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
+    /// Sends one completion request and waits for the whole reply.
+    fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
 
-    /// Secrets to remove from answers.
+    /// Returns the keys to remove from answers.
     fn secrets(&self) -> Arc<Secrets> {
         Arc::default()
     }
@@ -99,25 +98,29 @@ pub trait Transport: Send + Sync {
 
 /// The files and batches API of a teacher: over HTTP, or in tests a simulation on the paused clock.
 pub trait BatchApi: Send + Sync {
-    /// Uploads a file of requests.
+    /// Uploads the input file of a batch.
     fn upload<'a>(&'a self, file: &'a Path) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
 
+    /// Creates a batch.
     fn create<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
 
+    /// Requests the batch object of the batch with this id.
     fn retrieve<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
 
-    /// Returns a page of the account's batches, the newest first, starting after the batch `after`.
+    /// Requests a page of the account's batches, newest first: the first page, or the one after the batch with id
+    /// `after`.
     fn list<'a>(
         &'a self,
         after: Option<&'a str>,
     ) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
 
+    /// Cancels the batch with this id.
     fn cancel<'a>(&'a self, batch: &'a str) -> BoxFuture<'a, Result<HttpReply, TransportError>>;
 
-    /// Streams the content of a file.
+    /// Streams the content of the file with this id.
     fn content<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<FileDownload, TransportError>>;
 
-    /// Removes echoed keys from a line.
+    /// Removes keys from a line of a downloaded file.
     fn without_key(&self, line: Bytes) -> Bytes {
         line
     }

@@ -74,7 +74,7 @@ pub(crate) async fn run(
     let body = template.body_for_prompt(prompt, row.sample);
     let sent_at = clock.now();
     let started = Instant::now();
-    let reply = transport.ask(&body).await;
+    let reply = transport.complete(&body).await;
     let latency = started.elapsed();
     let now = clock.now().into();
     let mut reports = Vec::new();
@@ -85,8 +85,8 @@ pub(crate) async fn run(
         permit = reply.permit.clone();
         raw = Some(reply.body.clone());
     }
-    let read = |reply: &[u8]| template.read(reply, &body, &prompt.messages);
-    let completion = match outcome::classify_by(reply, now, read) {
+    let parser = template.reply_parser(&body, &prompt.messages);
+    let completion = match outcome::classify_with(reply, now, parser) {
         Ok(completion) => Ok(*completion),
         Err(AttemptError::Unreadable { problem, body }) => {
             let file = unreadable.keep(&row.key, &body)?;
@@ -147,7 +147,7 @@ impl EncodedAnswer {
         if completion.usage.is_none() {
             // A usage with only one of its two counts is a lower bound of the billed tokens.
             let mut least = reported.unwrap_or_default();
-            usage::raise_by(&mut least, &completion.extra);
+            usage::raise_to_counts_in(&mut least, &completion.extra);
             bound.input_tokens = bound.input_tokens.max(least.prompt_tokens);
             bound.output_tokens = bound.output_tokens.max(least.completion_tokens);
         }

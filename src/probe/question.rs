@@ -89,7 +89,7 @@ impl Probe<'_> {
         loop {
             self.found.requests += 1;
             let reserved = self.reserve(&body)?;
-            let reply = self.transport.ask(&body).await;
+            let reply = self.transport.complete(&body).await;
             let now = std::time::SystemTime::now();
             let classified = outcome::classify(reply.clone(), now);
             self.settle(&reserved, &body, &classified)?;

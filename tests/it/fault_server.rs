@@ -1,7 +1,7 @@
-//! A scripted HTTP/1.1 server on loopback that can misbehave below HTTP.
+//! A scripted HTTP/1.1 server on loopback that can also break the protocol.
 //!
-//! It speaks raw TCP, since the faults that matter (a reset in the middle of a body, a length that
-//! lies) are those that a proper server refuses to make.
+//! It writes to the TCP socket itself, since an HTTP library would refuse to produce these faults: a reset in the middle
+//! of a body, or a wrong `content-length`.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,12 +11,12 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-/// A request as it arrived.
+/// A received request.
 #[derive(Debug, Clone)]
-pub struct Seen {
-    /// The how-many-th request of this server, from 0.
+pub struct RecordedRequest {
+    /// Number of earlier requests to this server.
     pub number: usize,
-    /// The how-many-th with this very body, from 0.
+    /// Number of earlier requests with the same body.
     pub repeat: usize,
     pub path: String,
     /// Names in lower case.
@@ -25,43 +25,43 @@ pub struct Seen {
     pub at: Instant,
 }
 
-impl Seen {
+impl RecordedRequest {
     pub fn header(&self, name: &str) -> Option<&str> {
         let found = self.headers.iter().find(|(other, _)| other == name);
         found.map(|(_, value)| value.as_str())
     }
 
-    /// The last message's content.
+    /// Returns the content of the last message.
     pub fn prompt(&self) -> &str {
         let messages = self.body["messages"].as_array().unwrap();
         messages.last().unwrap()["content"].as_str().unwrap()
     }
 }
 
-/// What the server does with a request.
+/// Reaction of the server to a request.
 #[derive(Debug, Clone)]
 pub enum Reaction {
     Reply(u16, Vec<(&'static str, String)>, Vec<u8>),
-    /// Waits, then does the other.
+    /// Waits before another reaction.
     After(Duration, Box<Reaction>),
-    /// Closes with a reset before a byte is sent.
+    /// Resets the connection without sending a byte.
     Reset,
-    /// Sends the headers and half of the body, then resets.
+    /// Sends the headers and half of the body, then resets the connection.
     ResetInBody(Vec<u8>),
-    /// Announces the whole body, sends half of it, and closes in good order.
+    /// Sends the content length of the whole body and half of the body, then closes the connection normally.
     ShortBody(Vec<u8>),
-    /// Begins a chunked body and closes without its end.
+    /// Sends a chunked body without its last chunk, then closes the connection.
     UnfinishedChunks(Vec<u8>),
-    /// Says nothing, and keeps the connection open.
+    /// Sends nothing and keeps the connection open.
     Stall,
 }
 
-/// `body` as JSON under this status.
+/// Returns a reply with a JSON body.
 pub fn reply(status: u16, body: Value) -> Reaction {
     Reaction::Reply(status, Vec::new(), body.to_string().into_bytes())
 }
 
-/// As [`reply`], with one header.
+/// Returns a reply with a JSON body and one header.
 pub fn reply_with(status: u16, name: &'static str, value: &str, body: Value) -> Reaction {
     Reaction::Reply(
         status,
@@ -70,12 +70,12 @@ pub fn reply_with(status: u16, name: &'static str, value: &str, body: Value) -> 
     )
 }
 
-/// OpenAI's shape of an error.
+/// Returns an error body in OpenAI's format.
 pub fn error(message: &str, code: &str) -> Value {
     json!({"error": {"message": message, "type": "t", "param": null, "code": code}})
 }
 
-/// A good answer: the text, a token for each of its characters, k alternatives for each.
+/// Returns a chat completion with this text. Each character is a token, with `top_logprobs` alternatives.
 pub fn completion(text: &str, top_logprobs: u64) -> Value {
     let alternatives: Vec<_> = (0..top_logprobs)
         .map(|rank| json!({"token": format!("t{rank}"), "logprob": -0.5 - rank as f64, "bytes": format!("t{rank}").as_bytes()}))
@@ -96,51 +96,56 @@ pub fn completion(text: &str, top_logprobs: u64) -> Value {
     })
 }
 
-/// A good answer to `seen`: its last message in capitals.
-pub fn answer(seen: &Seen) -> Reaction {
-    let top_logprobs = seen.body["top_logprobs"].as_u64().unwrap_or(0);
-    reply(200, completion(&seen.prompt().to_uppercase(), top_logprobs))
+/// Answers a request with its last message in capitals.
+pub fn answer(request: &RecordedRequest) -> Reaction {
+    let top_logprobs = request.body["top_logprobs"].as_u64().unwrap_or(0);
+    reply(
+        200,
+        completion(&request.prompt().to_uppercase(), top_logprobs),
+    )
 }
 
 pub struct FaultServer {
     pub base_url: String,
-    seen: Arc<Mutex<Vec<Seen>>>,
+    requests: Arc<Mutex<Vec<RecordedRequest>>>,
     in_flight: Arc<AtomicUsize>,
 }
 
 impl FaultServer {
-    /// Serves on a free port until the runtime ends; `script` decides about each request.
-    pub async fn start(script: impl Fn(&Seen) -> Reaction + Send + Sync + 'static) -> FaultServer {
+    /// Serves on a free port until the runtime ends. `script` returns the reaction to each request.
+    pub async fn start(
+        script: impl Fn(&RecordedRequest) -> Reaction + Send + Sync + 'static,
+    ) -> FaultServer {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let server = FaultServer {
             base_url: format!("http://{}/v1", listener.local_addr().unwrap()),
-            seen: Arc::default(),
+            requests: Arc::default(),
             in_flight: Arc::default(),
         };
-        let (seen, in_flight) = (Arc::clone(&server.seen), Arc::clone(&server.in_flight));
+        let (requests, in_flight) = (Arc::clone(&server.requests), Arc::clone(&server.in_flight));
         let script = Arc::new(script);
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let (seen, in_flight) = (Arc::clone(&seen), Arc::clone(&in_flight));
+                let (requests, in_flight) = (Arc::clone(&requests), Arc::clone(&in_flight));
                 let script = Arc::clone(&script);
                 tokio::spawn(async move {
-                    // An error is the client hanging up.
-                    let _ = serve(stream, &seen, &in_flight, script.as_ref()).await;
+                    // Fails if the client closes the connection.
+                    let _ = serve(stream, &requests, &in_flight, script.as_ref()).await;
                 });
             }
         });
         server
     }
 
-    pub fn seen(&self) -> Vec<Seen> {
-        self.seen.lock().unwrap().clone()
+    pub fn requests(&self) -> Vec<RecordedRequest> {
+        self.requests.lock().unwrap().clone()
     }
 
     pub fn count(&self) -> usize {
-        self.seen.lock().unwrap().len()
+        self.requests.lock().unwrap().len()
     }
 
-    /// Requests that are being answered.
+    /// Returns the number of requests without a complete reply.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::SeqCst)
     }
@@ -148,24 +153,24 @@ impl FaultServer {
 
 async fn serve(
     mut stream: TcpStream,
-    seen: &Mutex<Vec<Seen>>,
+    requests: &Mutex<Vec<RecordedRequest>>,
     in_flight: &AtomicUsize,
-    script: &(impl Fn(&Seen) -> Reaction + Sync),
+    script: &(impl Fn(&RecordedRequest) -> Reaction + Sync),
 ) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let mut buffer = Vec::new();
     while let Some((path, headers, body)) = read_request(&mut stream, &mut buffer).await? {
         let request = {
-            let mut seen = seen.lock().unwrap();
-            let request = Seen {
-                number: seen.len(),
-                repeat: seen.iter().filter(|other| other.body == body).count(),
+            let mut requests = requests.lock().unwrap();
+            let request = RecordedRequest {
+                number: requests.len(),
+                repeat: requests.iter().filter(|other| other.body == body).count(),
                 path,
                 headers,
                 body,
                 at: Instant::now(),
             };
-            seen.push(request.clone());
+            requests.push(request.clone());
             request
         };
         in_flight.fetch_add(1, Ordering::SeqCst);
@@ -178,7 +183,7 @@ async fn serve(
     Ok(())
 }
 
-/// True if the connection can go on.
+/// Returns true if the connection can be used for another request.
 async fn react(stream: &mut TcpStream, mut reaction: Reaction) -> std::io::Result<bool> {
     while let Reaction::After(wait, then) = reaction {
         tokio::time::sleep(wait).await;
@@ -197,7 +202,7 @@ async fn react(stream: &mut TcpStream, mut reaction: Reaction) -> std::io::Resul
         Reaction::Reset => stream.set_zero_linger()?,
         Reaction::ResetInBody(body) => {
             send_half(stream, &body).await?;
-            // Without this the reset may overtake what was sent.
+            // Without this pause, the reset may discard the bytes that were sent.
             tokio::time::sleep(Duration::from_millis(20)).await;
             stream.set_zero_linger()?;
         }
@@ -225,7 +230,7 @@ async fn send_half(stream: &mut TcpStream, body: &[u8]) -> std::io::Result<()> {
 
 type Request = (String, Vec<(String, String)>, Value);
 
-/// None once the client has closed.
+/// Reads the next request. Returns None if the client closed the connection.
 async fn read_request(
     stream: &mut TcpStream,
     buffer: &mut Vec<u8>,

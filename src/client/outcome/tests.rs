@@ -12,7 +12,11 @@ fn reply(
         .iter()
         .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
         .collect();
-    Ok(HttpReply::whole(status, headers, body.to_string().into()))
+    Ok(HttpReply::complete(
+        status,
+        headers,
+        body.to_string().into(),
+    ))
 }
 
 /// Formats the class of a reply, with its wait in milliseconds if there is one.
@@ -302,13 +306,13 @@ fn transport_errors_are_transient() {
 fn complete_answer_before_a_connection_loss_is_an_answer() {
     let cut = |body: &str| {
         let mut reply = reply(200, &[], body).unwrap();
-        reply.end = BodyEnd::Cut(TransportError::Broken("reset".into()));
+        reply.end = BodyEnd::Truncated(TransportError::Broken("reset".into()));
         class_of(Ok(reply))
     };
-    let whole = r#"{"choices":[{"message":{"content":"x"}}]}"#;
-    assert_eq!(cut(whole), "answer");
+    let complete_body = r#"{"choices":[{"message":{"content":"x"}}]}"#;
+    assert_eq!(cut(complete_body), "answer");
     assert_eq!(
-        cut(&whole[..whole.len() - 1]),
+        cut(&complete_body[..complete_body.len() - 1]),
         "transient: connection lost 0"
     );
     for piece in [
@@ -317,7 +321,7 @@ fn complete_answer_before_a_connection_loss_is_an_answer() {
     ] {
         assert_eq!(cut(piece), "transient: connection lost 0");
     }
-    let mut reply = reply(200, &[], whole).unwrap();
+    let mut reply = reply(200, &[], complete_body).unwrap();
     reply.end = BodyEnd::Unreadable {
         problem: "too large".into(),
         raw: bytes::Bytes::new(),

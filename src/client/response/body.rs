@@ -65,8 +65,8 @@ fn completion<L>(
     }
     let (usage, usage_extra) = usage::usage(take_usage(body.usage, &mut extra));
     let Some(choice) = choice else {
-        let named = ApiError::in_body(&extra).filter(|_| is_missing_or_zero(usage));
-        if let Some(error) = named {
+        let body_error = ApiError::in_body(&extra).filter(|_| is_missing_or_zero(usage));
+        if let Some(error) = body_error {
             return Err(NoAnswer::error(error));
         }
         // With usage but without a choice, the prompt was billed and the answer is empty.
@@ -115,13 +115,13 @@ fn completion<L>(
             Err(fault) => (None, Some(fault)),
         },
     };
-    for (name, rest) in [
+    for (name, fields) in [
         ("choice", choice_extra),
         ("message", message),
         ("usage", usage_extra),
     ] {
-        if !rest.is_empty() {
-            extra.insert(name.into(), Value::Object(rest));
+        if !fields.is_empty() {
+            extra.insert(name.into(), Value::Object(fields));
         }
     }
     for (error, name) in [(body.error, "error"), (choice.error, "choice_error")] {
@@ -151,7 +151,7 @@ fn first_with_content<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
     if choices.len() == 1 {
         return choices.pop();
     }
-    // One choice was requested, so the one with the lowest index counts.
+    // Requests ask for one choice, so only the choice with the lowest index counts.
     choices.sort_by_key(|choice| choice.extra.get("index").and_then(Value::as_u64));
     let first = choices.iter().position(has_content).unwrap_or(0);
     (!choices.is_empty()).then(|| choices.swap_remove(first))
@@ -220,7 +220,7 @@ fn take_usage(usage: Value, extra: &mut Map<String, Value>) -> Value {
     alternatives.unwrap_or(usage)
 }
 
-/// Returns true if a content filter of Azure or Google refused the prompt; they send no choices then.
+/// Returns true if a content filter of Azure or Google refused the prompt. Such a body has no choices.
 fn is_blocked(extra: &Map<String, Value>) -> bool {
     let names = ["prompt_filter_results", "promptFeedback", "prompt_feedback"];
     names.iter().any(|name| extra.contains_key(*name))

@@ -18,9 +18,9 @@ pub struct Completion {
     pub logprobs: Option<Logprobs>,
     /// Why the received logprobs cannot be used.
     pub logprobs_fault: Option<String>,
-    /// All other fields of the body, unchanged.
+    /// All other fields of the body, with their values unchanged.
     pub extra: Map<String, Value>,
-    /// The text came as a stream delta without a finish reason: if the body was cut off, text is missing.
+    /// The text came as a stream delta without a finish reason, so text is missing if the connection broke.
     pub is_stream_delta: bool,
     /// Why the reply could not be parsed at all.
     pub unreadable: Option<String>,
@@ -43,16 +43,16 @@ impl Completion {
             reasoning,
             ..
         } = &self.answer;
-        let rest = self.extra.get("message");
+        let other_fields = self.extra.get("message");
         [text, refusal, reasoning]
             .iter()
             .any(|text| !text.is_empty())
-            || rest.is_some_and(crate::client::response::text::has_text)
+            || other_fields.is_some_and(crate::client::response::text::has_text)
     }
 
-    /// Removes keys from an answer that was joined from parts, none of which contained a whole key.
+    /// Removes keys that were split between the parts of a reply, and are complete only in the joined answer.
     pub fn clean(&mut self, secrets: &Secrets) {
-        // Logprobs may still contain the key in their tokens.
+        // The tokens of the logprobs may spell the key as well.
         let is_in_tokens = self.logprobs.as_ref().is_some_and(|logprobs| {
             secrets.is_in(&logprobs.token.concat())
                 || logprobs
@@ -78,7 +78,7 @@ impl Completion {
 pub enum NoAnswer {
     /// An error, as some routers send with status 200 after generation has started.
     Error(Box<ApiError>),
-    /// The body is empty, truncated or not a completion, as the text explains. A retry may help.
+    /// The body is empty, truncated or not a completion; the text is the reason. A retry may help.
     Malformed(String),
     /// The body indicates a paid answer that cannot be parsed.
     Unreadable(String),
@@ -90,7 +90,7 @@ impl NoAnswer {
     }
 }
 
-/// Returns true if the body has a field `choices`, also in JSON within JSON.
+/// Returns true if the body contains the quoted name `choices`, also in JSON within JSON.
 pub(crate) fn names_choices(body: &[u8]) -> bool {
     ["\"choices\"", "\"choices\\"]
         .iter()

@@ -23,7 +23,7 @@ const MAGIC_LENGTH: usize = 4;
 const BROTLI_BUFFER: usize = 4096;
 
 /// Decodes the body of one response.
-pub(crate) struct Decoder {
+pub(crate) struct ContentDecoder {
     declared: Option<Encoding>,
     state: DecoderState,
 }
@@ -49,7 +49,7 @@ enum DecoderState {
     Brotli(Box<DecompressorWriter<Sink>>),
 }
 
-/// Decoded bytes that were not taken yet.
+/// Output of a decoder: decoded bytes that [`DecoderState::feed`] has not returned yet.
 #[derive(Default)]
 struct Sink(Vec<u8>);
 
@@ -67,9 +67,9 @@ impl Write for Sink {
     }
 }
 
-impl Decoder {
+impl ContentDecoder {
     /// Returns a decoder for the body of a response with these headers.
-    pub(crate) fn new(headers: &HeaderMap) -> Decoder {
+    pub(crate) fn new(headers: &HeaderMap) -> ContentDecoder {
         let label = headers
             .get_all(CONTENT_ENCODING)
             .iter()
@@ -84,7 +84,7 @@ impl Decoder {
             Some("deflate") => Some(Encoding::Deflate),
             _ => None,
         };
-        Decoder {
+        ContentDecoder {
             declared,
             state: DecoderState::Beginning(Vec::new()),
         }
@@ -95,9 +95,10 @@ impl Decoder {
         matches!(self.state, DecoderState::Plain)
     }
 
-    /// As [`Decoder::is_plain`], for a body that may begin with this chunk.
+    /// As [`ContentDecoder::is_plain`], where `chunk` may be the first of the body. Does not decode it.
     pub(crate) fn begins_plain(&mut self, chunk: &[u8]) -> bool {
-        let is_first = matches!(&self.state, DecoderState::Beginning(first) if first.is_empty());
+        let is_first =
+            matches!(&self.state, DecoderState::Beginning(first_bytes) if first_bytes.is_empty());
         if is_first && chunk.len() >= MAGIC_LENGTH && encoding(chunk, self.declared).is_none() {
             self.state = DecoderState::Plain;
         }
@@ -109,17 +110,17 @@ impl Decoder {
     /// # Errors
     /// If the encoding is invalid.
     pub(crate) fn feed(&mut self, chunk: &[u8]) -> io::Result<Vec<u8>> {
-        let DecoderState::Beginning(first) = &mut self.state else {
+        let DecoderState::Beginning(first_bytes) = &mut self.state else {
             return self.state.feed(chunk);
         };
-        first.extend_from_slice(chunk);
-        if first.len() < MAGIC_LENGTH {
+        first_bytes.extend_from_slice(chunk);
+        if first_bytes.len() < MAGIC_LENGTH {
             return Ok(Vec::new());
         }
         self.begin()
     }
 
-    /// Returns the rest of the decoded body.
+    /// Ends the body. Returns its last decoded bytes.
     ///
     /// # Errors
     /// If the encoded stream is truncated.
@@ -132,13 +133,13 @@ impl Decoder {
         Ok(decoded)
     }
 
-    /// Selects the decoder by the first bytes and decodes them.
+    /// Selects the decoder by the first bytes of the body and decodes them.
     fn begin(&mut self) -> io::Result<Vec<u8>> {
-        let DecoderState::Beginning(first) = &mut self.state else {
+        let DecoderState::Beginning(first_bytes) = &mut self.state else {
             return Ok(Vec::new());
         };
-        let first = std::mem::take(first);
-        self.state = match encoding(&first, self.declared) {
+        let first_bytes = std::mem::take(first_bytes);
+        self.state = match encoding(&first_bytes, self.declared) {
             None => DecoderState::Plain,
             Some(Encoding::Gzip) => DecoderState::Gzip(MultiGzDecoder::new(Sink::default())),
             Some(Encoding::Zstd) => {
@@ -149,41 +150,27 @@ impl Decoder {
                 DecoderState::Brotli(Box::new(writer))
             }
             // "deflate" means zlib, but some servers omit its two header bytes.
-            Some(Encoding::Deflate) if is_zlib(&first) => {
+            Some(Encoding::Deflate) if is_zlib(&first_bytes) => {
                 DecoderState::Zlib(ZlibDecoder::new(Sink::default()))
             }
             Some(Encoding::Deflate) => DecoderState::Deflate(DeflateDecoder::new(Sink::default())),
         };
-        self.state.feed(&first)
+        self.state.feed(&first_bytes)
     }
 }
 
 impl DecoderState {
     fn feed(&mut self, chunk: &[u8]) -> io::Result<Vec<u8>> {
-        let sink = match self {
-            DecoderState::Beginning(_) | DecoderState::Plain => return Ok(chunk.to_vec()),
-            DecoderState::Gzip(decoder) => {
-                decoder.write_all(chunk)?;
-                decoder.get_mut()
-            }
-            DecoderState::Zlib(decoder) => {
-                decoder.write_all(chunk)?;
-                decoder.get_mut()
-            }
-            DecoderState::Deflate(decoder) => {
-                decoder.write_all(chunk)?;
-                decoder.get_mut()
-            }
-            DecoderState::Zstd(decoder) => {
-                decoder.write_all(chunk)?;
-                decoder.get_mut()
-            }
+        match self {
+            DecoderState::Beginning(_) | DecoderState::Plain => Ok(chunk.to_vec()),
+            DecoderState::Gzip(decoder) => decode(decoder, chunk, MultiGzDecoder::get_mut),
+            DecoderState::Zlib(decoder) => decode(decoder, chunk, ZlibDecoder::get_mut),
+            DecoderState::Deflate(decoder) => decode(decoder, chunk, DeflateDecoder::get_mut),
+            DecoderState::Zstd(decoder) => decode(decoder, chunk, |zstd| zstd.get_mut()),
             DecoderState::Brotli(decoder) => {
-                decoder.write_all(chunk)?;
-                decoder.get_mut()
+                decode(&mut **decoder, chunk, |brotli| brotli.get_mut())
             }
-        };
-        Ok(std::mem::take(&mut sink.0))
+        }
     }
 
     fn finish(self) -> io::Result<Vec<u8>> {
@@ -207,14 +194,24 @@ impl DecoderState {
     }
 }
 
-/// Decodes a body again while its magic number shows another encoding.
+/// Feeds a chunk to a decoder. Returns the bytes that arrived in the decoder's sink.
+fn decode<D: Write>(
+    decoder: &mut D,
+    chunk: &[u8],
+    sink: impl Fn(&mut D) -> &mut Sink,
+) -> io::Result<Vec<u8>> {
+    decoder.write_all(chunk)?;
+    Ok(std::mem::take(&mut sink(decoder).0))
+}
+
+/// Decodes a body again while it begins with the magic number of an encoding, up to three times.
 pub(crate) fn decode_again(mut body: Bytes) -> Bytes {
     const MAX_LAYERS: usize = 3;
     for _ in 0..MAX_LAYERS {
         if encoding(&body, None).is_none() {
             break;
         }
-        let mut decoder = Decoder::new(&HeaderMap::new());
+        let mut decoder = ContentDecoder::new(&HeaderMap::new());
         let decoded = decoder.feed(&body).and_then(|mut decoded| {
             decoded.extend(decoder.finish()?);
             Ok(decoded)
@@ -227,17 +224,17 @@ pub(crate) fn decode_again(mut body: Bytes) -> Bytes {
     body
 }
 
-/// Decodes a damaged gzip stream: with trailing bytes, or truncated before its checksum. None if the checksum is
-/// wrong.
+/// Decodes a gzip stream that is followed by other bytes or truncated. None if a checksum is wrong, or nothing could be
+/// decoded.
 pub(crate) fn salvage_gzip(raw: &[u8]) -> Option<Vec<u8>> {
     let mut decoded = Vec::new();
-    let mut rest = raw;
-    while encoding(rest, None).is_some() {
+    let mut remaining = raw;
+    while encoding(remaining, None).is_some() {
         let before = decoded.len();
         let limit = (MAX_DECODED_CHUNK - before) as u64;
-        let mut member = flate2::bufread::GzDecoder::new(rest).take(limit);
+        let mut member = flate2::bufread::GzDecoder::new(remaining).take(limit);
         match member.read_to_end(&mut decoded) {
-            Ok(_) => rest = member.into_inner().into_inner(),
+            Ok(_) => remaining = member.into_inner().into_inner(),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
             Err(_) if before > 0 => {
                 decoded.truncate(before);
@@ -250,8 +247,8 @@ pub(crate) fn salvage_gzip(raw: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Determines the encoding by its magic number, else by the label unless the bytes are plain text.
-fn encoding(first: &[u8], declared: Option<Encoding>) -> Option<Encoding> {
-    match first {
+fn encoding(first_bytes: &[u8], declared: Option<Encoding>) -> Option<Encoding> {
+    match first_bytes {
         [0x1f, 0x8b, ..] => return Some(Encoding::Gzip),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => return Some(Encoding::Zstd),
         // zlib at the usual compression levels.
@@ -260,7 +257,7 @@ fn encoding(first: &[u8], declared: Option<Encoding>) -> Option<Encoding> {
         }
         _ => {}
     }
-    let text = first.trim_ascii_start();
+    let text = first_bytes.trim_ascii_start();
     let is_plain_text = text.starts_with(b"{\"")
         || text.starts_with(b"data:")
         || text.starts_with(b"<!")
@@ -313,12 +310,12 @@ mod tests {
     }
 
     /// Decodes in pieces of `step` bytes.
-    fn decode(label: &str, body: &[u8], step: usize) -> io::Result<Vec<u8>> {
+    fn decode_in_steps(label: &str, body: &[u8], step: usize) -> io::Result<Vec<u8>> {
         let mut headers = HeaderMap::new();
         if !label.is_empty() {
             headers.insert(CONTENT_ENCODING, label.parse().unwrap());
         }
-        let mut decoder = Decoder::new(&headers);
+        let mut decoder = ContentDecoder::new(&headers);
         let mut decoded = Vec::new();
         for chunk in body.chunks(step) {
             decoded.extend(decoder.feed(chunk)?);
@@ -352,12 +349,12 @@ mod tests {
         ];
         for (label, body) in cases {
             for step in [1, 3, 7, 1_000] {
-                let decoded = decode(label, &body, step).unwrap();
+                let decoded = decode_in_steps(label, &body, step).unwrap();
                 assert_eq!(decoded, TEXT, "{label}, {step} bytes at a time");
             }
         }
-        assert_eq!(decode("gzip", b"", 1).unwrap(), b"");
-        assert_eq!(decode("gzip", b"{}", 1).unwrap(), b"{}");
+        assert_eq!(decode_in_steps("gzip", b"", 1).unwrap(), b"");
+        assert_eq!(decode_in_steps("gzip", b"{}", 1).unwrap(), b"{}");
     }
 
     #[test]
@@ -369,7 +366,7 @@ mod tests {
             &whole[..whole.len() - 8],
             &whole[..whole.len() - 3],
         ] {
-            assert!(decode("gzip", raw, 1_000).is_err());
+            assert!(decode_in_steps("gzip", raw, 1_000).is_err());
             assert_eq!(salvage_gzip(raw).as_deref(), Some(TEXT));
         }
         let mut wrong = whole.clone();
@@ -384,11 +381,11 @@ mod tests {
     #[test]
     fn damaged_streams_and_decompression_bombs_are_errors() {
         let whole = gzip(TEXT);
-        assert!(decode("gzip", &whole[..whole.len() - 9], 1_000).is_err());
+        assert!(decode_in_steps("gzip", &whole[..whole.len() - 9], 1_000).is_err());
         let mut broken = whole.clone();
         broken[20] ^= 0x55;
-        assert!(decode("gzip", &broken, 1_000).is_err());
+        assert!(decode_in_steps("gzip", &broken, 1_000).is_err());
         let bomb = zstd::encode_all(&vec![b' '; 100 << 20][..], 3).unwrap();
-        assert!(decode("zstd", &bomb, bomb.len()).is_err());
+        assert!(decode_in_steps("zstd", &bomb, bomb.len()).is_err());
     }
 }

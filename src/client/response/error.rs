@@ -9,13 +9,14 @@ use crate::client::response::text::text;
 /// An endpoint's error. Missing fields are empty.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub struct ApiError {
-    /// HTTP status in the `code` field, as vLLM, llama.cpp and OpenRouter send it.
+    /// HTTP status in a field for the code, as vLLM, llama.cpp and OpenRouter send it.
     pub status: Option<u16>,
     pub code: String,
     pub kind: String,
     pub message: String,
-    /// All codes in lower case: code, type, status, and those of an inner error.
-    pub marks: Vec<String>,
+    /// The values of all fields that classify the error, in lower case: code, type, status, reason and parameter, and
+    /// the codes of an inner error.
+    pub codes: Vec<String>,
     /// Requested wait, from a field of the body.
     pub retry_delay: Option<Duration>,
     /// Header `X-RateLimit-Reset` of a router's upstream provider, which the router repeats in the body.
@@ -25,6 +26,7 @@ pub struct ApiError {
 }
 
 impl ApiError {
+    /// Returns the error for a body that is not JSON.
     pub(crate) fn from_text(text: &str) -> ApiError {
         let text = text.trim();
         let message = if text.starts_with('<') {
@@ -41,6 +43,7 @@ impl ApiError {
         }
     }
 
+    /// Parses the JSON body of a reply with an error status.
     pub(crate) fn from_body(body: &Value) -> ApiError {
         match body.as_object() {
             Some(fields) => ApiError::in_body(fields).unwrap_or_else(|| ApiError::from_value(body)),
@@ -48,14 +51,14 @@ impl ApiError {
         }
     }
 
-    /// Returns the error in a body of any status, if there is one.
+    /// Returns the error in a body of a reply with any status, or None if its fields report no error.
     pub fn in_body(fields: &Map<String, Value>) -> Option<ApiError> {
         if let Some(error) = fields.get("error").filter(|error| is_error(error)) {
             let mut found = ApiError::from_value(error);
-            // TGI sends the type next to the text.
-            found.mark(fields.get("error_type"));
-            let beside = || retry_delay(fields).filter(|wait| !wait.is_zero());
-            found.retry_delay = found.retry_delay.or_else(beside);
+            // TGI sends the type in a field next to `error`.
+            found.add_code(fields.get("error_type"));
+            let sibling = || retry_delay(fields).filter(|wait| !wait.is_zero());
+            found.retry_delay = found.retry_delay.or_else(sibling);
             return Some(found);
         }
         if let Some(Value::Object(status)) = fields.get("base_resp") {
@@ -130,7 +133,7 @@ impl ApiError {
             "reason",
             "param",
         ] {
-            found.mark(fields.get(name));
+            found.add_code(fields.get(name));
         }
         if let Some(headers) = error.pointer("/metadata/headers") {
             found.reset = headers
@@ -140,8 +143,8 @@ impl ApiError {
         }
         for inner in ["innererror", "metadata", "inner_error"] {
             if let Some(Value::Object(inner)) = fields.get(inner) {
-                found.mark(inner.get("code"));
-                found.mark(inner.get("error_type"));
+                found.add_code(inner.get("code"));
+                found.add_code(inner.get("error_type"));
             }
         }
         found
@@ -149,7 +152,7 @@ impl ApiError {
 
     /// Returns true if a content filter refused the prompt or the answer.
     pub fn is_content_filter(&self) -> bool {
-        const MARKS: [&str; 11] = [
+        const CODES: [&str; 11] = [
             "content_filter",
             "contentfilter",
             "responsibleai",
@@ -177,14 +180,14 @@ impl ApiError {
             "sensitive content",
         ];
         let message = self.message.to_lowercase();
-        let has_mark = |mark: &String| MARKS.iter().any(|word| mark.contains(word));
-        self.marks.iter().any(has_mark) || WORDS.iter().any(|word| message.contains(word))
+        let is_filter_code = |code: &String| CODES.iter().any(|part| code.contains(part));
+        self.codes.iter().any(is_filter_code) || WORDS.iter().any(|word| message.contains(word))
     }
 
-    fn mark(&mut self, value: Option<&Value>) {
-        let mark = value.map(text).unwrap_or_default().to_ascii_lowercase();
-        if !mark.is_empty() {
-            self.marks.push(mark);
+    fn add_code(&mut self, value: Option<&Value>) {
+        let code = value.map(text).unwrap_or_default().to_ascii_lowercase();
+        if !code.is_empty() {
+            self.codes.push(code);
         }
     }
 }
@@ -195,7 +198,7 @@ fn minimax_error(fields: &Map<String, Value>) -> Option<ApiError> {
     if number == 0 {
         return None;
     }
-    let (status, mark) = match number {
+    let (status, code) = match number {
         1002 | 1039 | 1041 => (429, "rate_limit"),
         1008 => (402, "insufficient_balance"),
         1004 | 2049 => (401, "invalid_api_key"),
@@ -207,7 +210,7 @@ fn minimax_error(fields: &Map<String, Value>) -> Option<ApiError> {
         status: Some(status),
         code: number.to_string(),
         message: fields.get("status_msg").map(text).unwrap_or_default(),
-        marks: vec![mark.into()],
+        codes: vec![code.into()],
         ..ApiError::default()
     })
 }
@@ -215,8 +218,8 @@ fn minimax_error(fields: &Map<String, Value>) -> Option<ApiError> {
 /// Returns the wait in a field: `details[].retryDelay` of Google's errors, such as `"1.5s"`, or a spelling of
 /// `retry_after`, in seconds or milliseconds, in the error or an object inside it.
 fn retry_delay(fields: &Map<String, Value>) -> Option<Duration> {
-    const DEEPEST: usize = 3;
-    wait_in(fields, DEEPEST)
+    const MAX_DEPTH: usize = 3;
+    wait_in(fields, MAX_DEPTH)
 }
 
 fn wait_in(fields: &Map<String, Value>, depth: usize) -> Option<Duration> {
@@ -262,8 +265,8 @@ fn delay(value: &Value, unit_s: f64) -> Option<Duration> {
 
 /// Returns the title of an HTML page.
 fn title(page: &str) -> Option<&str> {
-    let (_, rest) = page.split_once("<title>")?;
-    let (title, _) = rest.split_once("</title>")?;
+    let (_, after) = page.split_once("<title>")?;
+    let (title, _) = after.split_once("</title>")?;
     Some(title.trim()).filter(|title| !title.is_empty())
 }
 
@@ -342,23 +345,23 @@ mod tests {
     }
 
     #[test]
-    fn codes_types_and_inner_codes_are_collected_as_marks() {
-        let marks = |body: &str| ApiError::parse(body.as_bytes()).marks.join(" ");
+    fn codes_types_and_inner_codes_are_collected() {
+        let codes = |body: &str| ApiError::parse(body.as_bytes()).codes.join(" ");
         assert_eq!(
-            marks(
+            codes(
                 r#"{"error":{"code":400,"innererror":{"code":"ResponsibleAIPolicyViolation"},"type":null}}"#
             ),
             "400 responsibleaipolicyviolation"
         );
         assert_eq!(
-            marks(r#"{"error":{"code":429,"status":"RESOURCE_EXHAUSTED"}}"#),
+            codes(r#"{"error":{"code":429,"status":"RESOURCE_EXHAUSTED"}}"#),
             "429 resource_exhausted"
         );
         assert_eq!(
-            marks(r#"{"error":"x","error_type":"generation"}"#),
+            codes(r#"{"error":"x","error_type":"generation"}"#),
             "generation"
         );
-        assert_eq!(marks(r#"{"code":"Arrearage","message":"m"}"#), "arrearage");
+        assert_eq!(codes(r#"{"code":"Arrearage","message":"m"}"#), "arrearage");
     }
 
     #[test]
@@ -423,8 +426,8 @@ mod tests {
     }
 
     #[test]
-    fn success_bodies_with_error_fields_are_no_errors() {
-        let names = |body: &str| {
+    fn success_bodies_with_error_fields_are_not_errors() {
+        let has_error = |body: &str| {
             let Ok(Value::Object(fields)) = serde_json::from_str(body) else {
                 unreachable!()
             };
@@ -439,7 +442,7 @@ mod tests {
             r#"{"error":{"code":0,"message":"success"},"msg":"OK"}"#,
             r#"{"code":200,"message":"success"}"#,
         ] {
-            assert!(!names(body), "{body}");
+            assert!(!has_error(body), "{body}");
         }
     }
 }

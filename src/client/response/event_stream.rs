@@ -1,7 +1,7 @@
 //! Joins an event stream that was not requested into one body. Pure.
 //!
-//! Some gateways stream unless `"stream": false` is sent, and some send a whole answer as one event. Texts and
-//! logprobs of the chunks are concatenated; of all other fields the last value that is not null counts.
+//! Some gateways stream unless the request contains `"stream": false`, and some send a complete answer as one event.
+//! Texts and logprobs of the chunks are concatenated. Of every other field, the last value that is not null counts.
 
 use serde_json::{Map, Value};
 
@@ -32,21 +32,21 @@ pub(crate) fn joined(body: &[u8]) -> Option<Result<Value, JsonProblem>> {
     let names = ["data:", "event:", "id:", "retry:", ":"];
     if names.iter().any(|name| body.starts_with(name.as_bytes())) {
         let joined = join(&events(body));
-        // A plain JSON body after keep-alive comments.
-        let plain = memchr::memmem::find(body, b"\n{").map(|at| &body[at + 1..]);
+        // The stream may consist of keep-alive comments before a plain JSON body.
+        let plain = memchr::memmem::find(body, b"\n{").map(|line_end| &body[line_end + 1..]);
         return Some(match (joined, plain) {
             (Err(_), Some(plain)) => json::value(plain),
             (joined, _) => joined,
         });
     }
-    let (values, rest) = leading_objects(body)?;
+    let (values, after) = leading_objects(body)?;
     if !values.iter().any(is_chunk) {
-        // Keep-alive objects before the answer.
+        // Several objects: keep-alive objects before the answer.
         return (values.len() > 1).then_some(Ok(Value::Array(values)));
     }
-    if rest.starts_with(b"{") {
+    if after.starts_with(b"{") {
         return Some(Err(JsonProblem::NotJson(
-            crate::client::response::json_error::beginning(rest),
+            crate::client::response::json_error::beginning(after),
         )));
     }
     Some(join_values(values))
@@ -78,7 +78,7 @@ pub(crate) fn is_chunk(value: &Value) -> bool {
     choice.is_some_and(|choice| choice.get("delta").is_some() && choice.get("message").is_none())
 }
 
-/// Joins the chunks of a stream whose end marker is missing.
+/// Joins the chunks of a stream without an end marker.
 pub(crate) fn join_values(values: Vec<Value>) -> Result<Value, JsonProblem> {
     let mut joined = JoinedStream::default();
     for value in values {
@@ -108,18 +108,18 @@ fn events(body: &[u8]) -> Vec<Vec<u8>> {
             // Some servers omit the blank line.
             events.extend(data.take().map(|data| event_data(data, is_error)));
             is_error = kind.trim_ascii() == b"error";
-        } else if let Some(rest) = line.strip_prefix(b"data:") {
-            let rest = rest.strip_prefix(b" ").unwrap_or(rest);
+        } else if let Some(text) = line.strip_prefix(b"data:") {
+            let text = text.strip_prefix(b" ").unwrap_or(text);
             match &mut data {
-                // An object that ends before another begins also shows a missing blank line.
-                Some(before) if before.ends_with(b"}") && rest.starts_with(b"{") => {
-                    events.push(std::mem::replace(before, rest.to_vec()));
+                // The blank line is also missing if one object ends and another begins.
+                Some(before) if before.ends_with(b"}") && text.starts_with(b"{") => {
+                    events.push(std::mem::replace(before, text.to_vec()));
                 }
                 Some(before) => {
                     before.push(b'\n');
-                    before.extend_from_slice(rest);
+                    before.extend_from_slice(text);
                 }
-                None => data = Some(rest.to_vec()),
+                None => data = Some(text.to_vec()),
             }
         } else if line.is_empty() {
             events.extend(data.take().map(|data| event_data(data, is_error)));
@@ -164,8 +164,8 @@ fn join(events: &[Vec<u8>]) -> Result<Value, JsonProblem> {
                     }
                 }
                 Ok(other) => not_json = Some(other.to_string()),
-                // After the finish reason no part of the answer can be missing.
-                Err(_) if joined.is_whole => {
+                // After the finish reason, an unreadable chunk cannot contain a part of the answer.
+                Err(_) if joined.is_complete => {
                     not_json = Some(crate::client::response::json_error::beginning(data))
                 }
                 Err(problem) if names_choices(data) => return Err(problem),
@@ -175,7 +175,7 @@ fn join(events: &[Vec<u8>]) -> Result<Value, JsonProblem> {
                 }
             }
         } else if !data.is_empty() {
-            // A word such as `ping` or `null` is no part of an answer.
+            // Words such as `ping` or `null` are not part of an answer.
             not_json.get_or_insert_with(|| crate::client::response::json_error::beginning(data));
         }
         if is_done {
@@ -192,10 +192,10 @@ fn join(events: &[Vec<u8>]) -> Result<Value, JsonProblem> {
 #[derive(Default)]
 struct JoinedStream {
     body: Map<String, Value>,
-    /// A choice has a finish reason, or arrived as a whole message.
-    is_whole: bool,
+    /// A choice has a finish reason, or arrived as a complete message.
+    is_complete: bool,
     /// The last chunk contains the usage of the stream.
-    is_counted: bool,
+    ends_with_usage: bool,
     /// Some chunks contained deltas.
     has_deltas: bool,
     /// Why a chunk could not be parsed.
@@ -213,21 +213,21 @@ impl JoinedStream {
                 JsonProblem::CutOff
             });
         }
-        // The chunk that could not be parsed may have been a delta.
+        // The chunk that could not be parsed may have contained a part of the text.
         if let Some(problem) = self.chunk_error.filter(|_| self.has_deltas) {
             return Err(problem);
         }
-        let mut text_received = false;
+        let mut has_received_text = false;
         if let Some(Value::Array(choices)) = body.get_mut("choices") {
             choices.sort_by_key(choice_index);
-            text_received = choices.iter().any(has_text);
+            has_received_text = choices.iter().any(has_text);
         }
         let has_failed = ApiError::in_body(&body).is_some();
-        let has_ended = is_done || self.is_counted && text_received;
-        if self.is_whole || has_ended && !has_failed {
+        let has_ended = is_done || self.ends_with_usage && has_received_text;
+        if self.is_complete || has_ended && !has_failed {
             return Ok(Value::Object(body));
         }
-        // An error is complete without an end marker; a partial text before it is no answer.
+        // An error needs no end marker. The partial text before an error is not an answer.
         body.remove("choices");
         if has_failed {
             Ok(Value::Object(body))
@@ -247,7 +247,7 @@ impl JoinedStream {
         // A whole answer sent as one event may have no finish reason.
         let is_measured = chunk.get("usage").is_some_and(Value::is_object);
         if let Some(Value::Array(choices)) = chunk.get("choices") {
-            self.is_counted = choices.is_empty() && counts(chunk.get("usage"));
+            self.ends_with_usage = choices.is_empty() && has_completion_tokens(chunk.get("usage"));
         }
         for (name, value) in chunk {
             match value {
@@ -265,8 +265,10 @@ impl JoinedStream {
     }
 
     fn add_choices(&mut self, choices: Vec<Value>, is_measured: bool) {
-        let whole = self.body.entry("choices");
-        let Value::Array(whole) = whole.or_insert_with(|| Value::Array(Vec::new())) else {
+        let joined_choices = self.body.entry("choices");
+        let Value::Array(joined_choices) =
+            joined_choices.or_insert_with(|| Value::Array(Vec::new()))
+        else {
             return;
         };
         for choice in choices {
@@ -276,15 +278,17 @@ impl JoinedStream {
             };
             let finish_reason = choice.get("finish_reason");
             let has_reason = finish_reason.is_some_and(|reason| !reason.is_null() && reason != "");
-            self.is_whole |= has_reason || is_measured && choice.contains_key("message");
+            self.is_complete |= has_reason || is_measured && choice.contains_key("message");
             self.has_deltas |= choice.contains_key("delta");
-            let known = whole.iter().position(|known| choice_index(known) == index);
-            let known = known.unwrap_or_else(|| {
-                whole.push(Value::Object(Map::new()));
-                whole.len() - 1
+            let position = joined_choices
+                .iter()
+                .position(|joined| choice_index(joined) == index);
+            let position = position.unwrap_or_else(|| {
+                joined_choices.push(Value::Object(Map::new()));
+                joined_choices.len() - 1
             });
-            if let Value::Object(known) = &mut whole[known] {
-                add_choice(known, choice);
+            if let Value::Object(joined) = &mut joined_choices[position] {
+                add_choice(joined, choice);
             }
         }
     }
@@ -295,22 +299,22 @@ fn choice_index(choice: &Value) -> u64 {
     choice.get("index").and_then(Value::as_u64).unwrap_or(0)
 }
 
-/// Returns true if a usage counts completion tokens, as only that of the whole stream does.
-fn counts(value: Option<&Value>) -> bool {
+/// Returns true if a usage contains completion tokens, as only the usage of the complete stream does.
+fn has_completion_tokens(value: Option<&Value>) -> bool {
     let counts = value.map(|value| usage::usage(value.clone()).0);
     counts
         .flatten()
         .is_some_and(|usage| usage.completion_tokens > 0)
 }
 
-fn add_choice(whole: &mut Map<String, Value>, choice: Map<String, Value>) {
+fn add_choice(joined: &mut Map<String, Value>, choice: Map<String, Value>) {
     for (name, value) in choice {
         match name.as_str() {
-            "delta" => join_texts(whole, "message".into(), value),
-            // Either a part of the message, or the whole message again.
-            "message" if !repeats(whole.get("message"), &value) => join_texts(whole, name, value),
-            "logprobs" | "text" => join_texts(whole, name, value),
-            _ => merge(whole, name, value),
+            "delta" => join_texts(joined, "message".into(), value),
+            // A part to append, or the complete message, which replaces the parts before it.
+            "message" if !repeats(joined.get("message"), &value) => join_texts(joined, name, value),
+            "logprobs" | "text" => join_texts(joined, name, value),
+            _ => merge(joined, name, value),
         }
     }
 }
@@ -329,11 +333,11 @@ fn merge(fields: &mut Map<String, Value>, name: String, value: Value) {
     }
 }
 
-/// As [`merge`], but texts and lists are appended.
+/// As [`merge`], but appends to texts and lists.
 fn join_texts(fields: &mut Map<String, Value>, name: String, value: Value) {
     match (fields.get_mut(&name), value) {
         (Some(Value::String(text)), Value::String(more)) => {
-            // Each chunk repeats these fields whole.
+            // Every chunk repeats the complete value of these fields.
             if !matches!(name.as_str(), "role" | "type" | "id") {
                 text.push_str(&more);
             }
@@ -348,16 +352,18 @@ fn join_texts(fields: &mut Map<String, Value>, name: String, value: Value) {
     }
 }
 
-/// Joins items that have an index (tool calls) by index, and appends all others.
+/// Joins items with the same index, such as parts of a tool call, and appends all other items.
 fn join_lists(list: &mut Vec<Value>, more: Vec<Value>) {
     let item_index = |item: &Value| item.get("index").and_then(Value::as_u64);
     for item in more {
-        let known = item_index(&item)
-            .and_then(|at| list.iter_mut().find(|known| item_index(known) == Some(at)));
-        match (known, item) {
-            (Some(Value::Object(known)), Value::Object(fields)) => {
+        let index = item_index(&item);
+        let mut earlier_items = list.iter_mut();
+        let earlier =
+            index.and_then(|_| earlier_items.find(|earlier| item_index(earlier) == index));
+        match (earlier, item) {
+            (Some(Value::Object(earlier)), Value::Object(fields)) => {
                 for (name, value) in fields {
-                    join_texts(known, name, value);
+                    join_texts(earlier, name, value);
                 }
             }
             (_, item) => list.push(item),

@@ -1,5 +1,5 @@
-//! Deserializes objects with known fields and a map of all others, like serde's `flatten` but without its copy of
-//! every value. Of duplicate fields, the last one that is not null counts.
+//! Deserializes objects into structs with named fields and a map of all other fields, like serde's `flatten`, but
+//! without the copy of every value that `flatten` makes. Of duplicate fields, the last one that is not null counts.
 
 /// Implements `Deserialize` for structs with a parameter `L` that have the given fields and
 /// `extra: Map<String, Value>`. Missing fields get the default of their type.

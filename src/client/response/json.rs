@@ -5,7 +5,7 @@
 //! - Numbers that JSON cannot represent (`NaN`, `-inf`) become null.
 //! - Values nested too deeply for a parser become strings of their own text.
 //! - A byte order mark, and text before or after the first value, are removed.
-//! - A body that is truncated after its choices is closed there.
+//! - If a body is truncated after its choices, the rest is removed and the missing brackets are added.
 
 use serde_json::Value;
 
@@ -23,19 +23,22 @@ pub(crate) fn value(body: &[u8]) -> Result<Value, JsonProblem> {
     }
 }
 
-/// Returns the first JSON value in `body` as strict JSON.
+/// Returns the first JSON value in `body`, converted to strict JSON.
+///
+/// # Errors
+/// If the body contains no JSON, or is truncated before its choices are complete.
 pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     let decoded = utf16(body);
     let body = decoded.as_deref().unwrap_or(body);
     let mut body = body.trim_ascii();
-    while let Some(rest) = body.strip_prefix(b"\xef\xbb\xbf") {
-        body = rest.trim_ascii_start();
+    while let Some(after_mark) = body.strip_prefix(b"\xef\xbb\xbf") {
+        body = after_mark.trim_ascii_start();
     }
     let first = *body.first().ok_or(JsonProblem::Empty)?;
-    // Some servers send a guard or a log line before the object.
-    let starts_well = matches!(first, b'{' | b'[' | b'"');
+    // Some servers send a log line, or a prefix against JSON hijacking, before the object.
+    let begins_as_json = matches!(first, b'{' | b'[' | b'"');
     let start = match memchr::memchr(b'{', body) {
-        Some(start) if !starts_well => start,
+        Some(start) if !begins_as_json => start,
         _ => 0,
     };
     let found = match first {
@@ -45,9 +48,9 @@ pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     let Err(JsonProblem::NotJson(problem)) = found else {
         return found;
     };
-    let below = completion_below(body).map(run);
-    below.and_then(Result::ok).ok_or_else(|| {
-        JsonProblem::NotJson(if starts_well || first == b'<' {
+    let later = completion_after_first_line(body).map(run);
+    later.and_then(Result::ok).ok_or_else(|| {
+        JsonProblem::NotJson(if begins_as_json || first == b'<' {
             problem
         } else {
             beginning(body)
@@ -58,10 +61,10 @@ pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, JsonProblem> {
 fn run(text: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     let mut repair = JsonRepair {
         text,
-        at: 0,
+        pos: 0,
         out: Vec::with_capacity(text.len() + 16),
         open: Vec::new(),
-        whole: 0,
+        complete_length: 0,
     };
     match repair.run() {
         Err(JsonProblem::CutOff) if repair.close() => {}
@@ -70,23 +73,24 @@ fn run(text: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     Ok(repair.out)
 }
 
-/// Returns the completion after other lines, such as a warning.
-fn completion_below(body: &[u8]) -> Option<&[u8]> {
-    let below = &body[memchr::memmem::find(body, b"\n{")?..];
-    memchr::memmem::find(below, b"\"choices\"")?;
-    Some(below.trim_ascii_start())
+/// Returns the rest of the body from the first later line that begins with an object, if a completion follows.
+fn completion_after_first_line(body: &[u8]) -> Option<&[u8]> {
+    let later_lines = &body[memchr::memmem::find(body, b"\n{")?..];
+    memchr::memmem::find(later_lines, b"\"choices\"")?;
+    Some(later_lines.trim_ascii_start())
 }
 
-/// Converts UTF-16 to UTF-8. UTF-16 is detected by its byte order mark, or a zero byte next to the first character.
+/// Converts UTF-16 to UTF-8. Returns None for other bytes. UTF-16 is recognised by its byte order mark, or by a zero
+/// byte next to the first character.
 pub(crate) fn utf16(body: &[u8]) -> Option<Vec<u8>> {
-    let (is_little, rest) = match body {
-        [0xff, 0xfe, rest @ ..] => (true, rest),
-        [0xfe, 0xff, rest @ ..] => (false, rest),
+    let (is_little, units) = match body {
+        [0xff, 0xfe, units @ ..] => (true, units),
+        [0xfe, 0xff, units @ ..] => (false, units),
         [b'{' | b'[', 0, ..] => (true, body),
         [0, b'{' | b'[', ..] => (false, body),
         _ => return None,
     };
-    let units = rest.chunks_exact(2).map(|pair| {
+    let units = units.chunks_exact(2).map(|pair| {
         let pair = [pair[0], pair[1]];
         if is_little {
             u16::from_le_bytes(pair)

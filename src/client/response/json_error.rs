@@ -4,9 +4,9 @@
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum JsonProblem {
     Empty,
-    /// The value does not end.
+    /// The body ends within the value.
     CutOff,
-    /// The text found where JSON was expected.
+    /// The reason, or the text that was found instead of JSON.
     NotJson(String),
 }
 

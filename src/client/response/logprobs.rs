@@ -1,7 +1,7 @@
 //! Converts the logprobs of a reply to the columns of a record. Pure.
 //!
-//! Two formats are parsed: that of chat completions, a list of positions in `content`, and that of text
-//! completions, the parallel lists `tokens`, `token_logprobs` and `top_logprobs`.
+//! Two formats are parsed. Chat completions have a list of positions in `content`. Text completions have the parallel
+//! lists `tokens`, `token_logprobs` and `top_logprobs`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -35,7 +35,7 @@ struct Position<'a> {
     bytes: Option<TokenByteList>,
     #[serde(borrow, alias = "top_probs")]
     top_logprobs: Option<Vec<WireToken<'a>>>,
-    /// Probability instead of a logprob, as llama.cpp sends it after sampling.
+    /// Probability instead of a logprob, as llama.cpp sends it for probabilities after sampling.
     prob: Option<f64>,
 }
 
@@ -66,7 +66,7 @@ impl WireToken<'_> {
 pub(crate) struct Logprob(Option<f32>);
 
 impl Logprob {
-    /// Returns the logprob, or the logarithm of a probability sent instead.
+    /// Returns the logprob, or the logarithm of the probability if the logprob is missing.
     fn or_ln(self, probability: Option<f64>) -> Logprob {
         match (self.0, probability) {
             (None, Some(probability)) => probability.ln().into(),
@@ -117,41 +117,42 @@ impl<'de> Deserialize<'de> for Logprob {
     }
 }
 
-/// Bytes of a token, stored inline if there are at most [`FEW`]: a reply has thousands of tokens.
+/// Bytes of a token. A reply has thousands of tokens, so up to [`MAX_INLINE`] bytes are stored without an allocation.
 pub(crate) enum TokenByteList {
-    Few([u8; FEW], usize),
-    Many(Vec<u8>),
+    /// The bytes and their number.
+    Inline([u8; MAX_INLINE], usize),
+    Allocated(Vec<u8>),
 }
 
-/// Maximum number of bytes stored inline.
-const FEW: usize = 24;
+/// Maximum number of bytes that are stored inline.
+const MAX_INLINE: usize = 24;
 
 impl Default for TokenByteList {
     fn default() -> Self {
-        TokenByteList::Few([0; FEW], 0)
+        TokenByteList::Inline([0; MAX_INLINE], 0)
     }
 }
 
 impl TokenByteList {
     pub(crate) fn push(&mut self, byte: u8) {
         match self {
-            TokenByteList::Few(bytes, length) if *length < FEW => {
+            TokenByteList::Inline(bytes, length) if *length < MAX_INLINE => {
                 bytes[*length] = byte;
                 *length += 1;
             }
-            TokenByteList::Few(bytes, _) => {
-                let mut many = bytes.to_vec();
-                many.push(byte);
-                *self = TokenByteList::Many(many);
+            TokenByteList::Inline(bytes, _) => {
+                let mut allocated = bytes.to_vec();
+                allocated.push(byte);
+                *self = TokenByteList::Allocated(allocated);
             }
-            TokenByteList::Many(bytes) => bytes.push(byte),
+            TokenByteList::Allocated(bytes) => bytes.push(byte),
         }
     }
 
     fn as_slice(&self) -> &[u8] {
         match self {
-            TokenByteList::Few(bytes, length) => &bytes[..*length],
-            TokenByteList::Many(bytes) => bytes,
+            TokenByteList::Inline(bytes, length) => &bytes[..*length],
+            TokenByteList::Allocated(bytes) => bytes,
         }
     }
 }
@@ -199,15 +200,15 @@ pub(crate) fn parse(raw: &str, text: &str) -> Result<Option<Logprobs>, String> {
         return Err(error.to_string());
     };
     let normalized = normalize(value).to_string();
-    // The first error refers to the received text.
+    // Errors of the normalized text would not refer to the received one, so the first error is returned.
     columns(
         serde_json::from_str(&normalized).map_err(|_| error.to_string())?,
         text,
     )
 }
 
-/// Converts other formats to the usual one: a bare list of positions, tokens with bytes but without text,
-/// alternatives as a map.
+/// Converts unusual formats to the usual one: a list of positions without an object around it, tokens with bytes but
+/// without text, and alternatives as a map.
 fn normalize(value: Value) -> Value {
     let mut fields = match value {
         Value::Array(positions) => {
@@ -345,7 +346,7 @@ impl LogprobColumns {
         }
     }
 
-    /// Returns the columns of an answer whose content is `text`, unless they are empty.
+    /// Returns the columns of an answer whose content is `text`. None if no position was added.
     pub(crate) fn finish(mut self, text: &str) -> Option<Logprobs> {
         if self.logprobs.token.is_empty() {
             return None;

@@ -22,7 +22,7 @@ const THINKING: [&str; 5] = [
     "thought",
 ];
 
-/// Takes the answer out of a message. Unknown fields stay in it.
+/// Takes the answer out of a message. Unknown fields stay in the message.
 pub(crate) fn answer(message: &mut Map<String, Value>, finish_reason: String) -> Answer {
     message.remove("role");
     let mut answer = Answer {
@@ -33,9 +33,9 @@ pub(crate) fn answer(message: &mut Map<String, Value>, finish_reason: String) ->
         None | Some(Value::Null) => {}
         Some(Value::String(text)) => answer.text = text,
         Some(content) => {
-            let rest = add_content(content, &mut answer);
-            if !rest.is_empty() {
-                message.insert("content".into(), Value::Array(rest));
+            let unknown_parts = add_content(content, &mut answer);
+            if !unknown_parts.is_empty() {
+                message.insert("content".into(), Value::Array(unknown_parts));
             }
         }
     }
@@ -81,19 +81,19 @@ fn add_part(part: Value, answer: &mut Answer) -> Option<Value> {
         _ => return Some(part),
     };
     let kind = fields.get("type").and_then(Value::as_str).unwrap_or("text");
-    let into = match kind {
+    let target = match kind {
         "text" | "output_text" => &mut answer.text,
         "refusal" => &mut answer.refusal,
         kind if THINKING.contains(&kind) => &mut answer.reasoning,
         _ => return Some(part),
     };
-    // The text of a part is in the field of its type or in `text`, and may be nested once more.
+    // The text of a part is in the field named as its type, or in one of the other fields, and may be nested.
     let inner = [kind, "text", "thinking", "summary"]
         .into_iter()
         .find_map(|name| fields.get(name).filter(|value| !value.is_null()));
-    match inner.map(flat) {
+    match inner.map(joined_text) {
         Some(Some(text)) => {
-            into.push_str(&text);
+            target.push_str(&text);
             None
         }
         _ => Some(part),
@@ -101,11 +101,11 @@ fn add_part(part: Value, answer: &mut Answer) -> Option<Value> {
 }
 
 /// Returns a text, or the joined texts of a list of parts.
-fn flat(value: &Value) -> Option<String> {
+fn joined_text(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
-        Value::Object(fields) => flat(fields.get("text").or(fields.get("value"))?),
-        Value::Array(parts) => parts.iter().map(flat).collect(),
+        Value::Object(fields) => joined_text(fields.get("text").or(fields.get("value"))?),
+        Value::Array(parts) => parts.iter().map(joined_text).collect(),
         _ => None,
     }
 }
@@ -211,8 +211,8 @@ mod tests {
                 ("", json!({"reasoning": {"a": 1}})),
             ),
         ];
-        for (message, (reasoning, rest)) in cases {
-            assert_eq!(parse(message), (reasoning.into(), rest));
+        for (message, (reasoning, other_fields)) in cases {
+            assert_eq!(parse(message), (reasoning.into(), other_fields));
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! bytes --encoding--> body --scan (logprobs), serde--> Completion
-//!                          --event_stream or json (repair)--> Completion, if the body is not strict JSON
+//!                          --event_stream, wrapped or json (repair)--> Completion, if that fails
 //! ```
 //!
 //! | file | content |
@@ -42,15 +42,15 @@ use crate::cache::record::Logprobs;
 use crate::client::response::body::read;
 use crate::client::response::completion::{Completion, NoAnswer, names_choices};
 use crate::client::response::json_error::JsonProblem;
-use crate::client::response::scan::{BodyWithoutLogprobs, Mark};
+use crate::client::response::scan::{BodyWithoutLogprobs, Placeholder};
 
 /// Parses the body of a reply with a success status.
 ///
-/// Top-k logprobs are most of a body, so [`scan`] parses them first if they have the usual shape; else serde
-/// does. If both fail, the answer is parsed without them, so that invalid logprobs do not discard it. A body that
-/// is not strict JSON of this shape is repaired first.
+/// Top-k logprobs are most of a body, so [`scan`] parses them first if they have the usual format; serde parses all
+/// other formats. If both parsers fail, the answer is parsed without logprobs, so that invalid logprobs do not discard
+/// it. A body that is not strict JSON of the usual shape is repaired and parsed again.
 pub(crate) fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
-    let completion = match strict(body) {
+    let completion = match parse_strict(body) {
         Err(_) => parse_repaired(body)?,
         Ok(Ok(completion)) if completion.has_content() => completion,
         // The completion may be nested in, or follow, other data.
@@ -65,13 +65,13 @@ pub(crate) fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
 }
 
 /// Parses a body that is strict JSON of the usual shape.
-fn strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
-    if let Some(BodyWithoutLogprobs { rest, columns }) = scan::cut(body) {
+fn parse_strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
+    if let Some(BodyWithoutLogprobs { body, columns }) = scan::remove_logprobs(body) {
         let columns = Cell::new(Some(columns));
-        let answer = read(&rest, |_: Mark, text| {
+        let answer = read(&body, |_: Placeholder, text| {
             Ok(columns.take().and_then(|columns| columns.finish(text)))
         });
-        // Otherwise the removed list was not that of the answer.
+        // If the columns were not taken, the removed list belonged to another part of the body.
         if let Ok(answer) = answer
             && columns.take().is_none()
         {
@@ -85,8 +85,8 @@ fn strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json::Error
 fn with_usage(mut completion: Completion, body: &[u8]) -> Completion {
     // Parts of the names of token counts. Logprobs do not contain them, though they contain `tokens`.
     let names = ["_tokens", "Tokens", "TokenCount", "_eval_count"];
-    let is_there = |name: &str| memchr::memmem::find(body, name.as_bytes()).is_some();
-    let has_counts = || names.into_iter().any(is_there);
+    let contains = |name: &str| memchr::memmem::find(body, name.as_bytes()).is_some();
+    let has_counts = || names.into_iter().any(contains);
     if completion.usage.is_none() && has_counts() {
         let value = event_stream::joined(body).unwrap_or_else(|| json::value(body));
         completion.usage = value.ok().and_then(|value| wrapped::usage_in(&value));
@@ -112,13 +112,13 @@ fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
         .count()
         > 1
     {
-        let whole = event_stream::join_values(found);
-        found = vec![whole.map_err(|problem| invalid_json(problem, body))?];
+        let joined = event_stream::join_values(found);
+        found = vec![joined.map_err(|problem| invalid_json(problem, body))?];
     }
     let mut answers = found.iter().map(|value| {
         let text = value.to_string();
         read(text.as_bytes(), parse_raw_logprobs).unwrap_or_else(|error| {
-            Err(if has_signs_of_an_answer(body) {
+            Err(if may_contain_answer(body) {
                 NoAnswer::Unreadable(format!("the body is not a chat completion: {error}"))
             } else {
                 NoAnswer::Malformed(not_a_completion(body))
@@ -135,18 +135,18 @@ fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
 
 fn invalid_json(problem: JsonProblem, body: &[u8]) -> NoAnswer {
     match problem {
-        JsonProblem::NotJson(_) if has_signs_of_an_answer(body) => {
+        JsonProblem::NotJson(_) if may_contain_answer(body) => {
             NoAnswer::Unreadable(problem.to_string())
         }
         _ => NoAnswer::Malformed(problem.to_string()),
     }
 }
 
-/// Returns true if the body indicates that text was generated.
-fn has_signs_of_an_answer(body: &[u8]) -> bool {
-    let signs = ["\"usage\"", "completion_tokens"];
-    let has = |sign: &&str| memchr::memmem::find(body, sign.as_bytes()).is_some();
-    names_choices(body) || signs.iter().any(has)
+/// Returns true if the body contains a field that indicates a generated text.
+fn may_contain_answer(body: &[u8]) -> bool {
+    let names = ["\"usage\"", "completion_tokens"];
+    let contains = |name: &&str| memchr::memmem::find(body, name.as_bytes()).is_some();
+    names_choices(body) || names.iter().any(contains)
 }
 
 fn not_a_completion(body: &[u8]) -> String {

@@ -1,4 +1,4 @@
-//! Byte-by-byte conversion of invalid JSON to strict JSON, for `json`. Pure.
+//! Converts invalid JSON to strict JSON byte by byte. Pure.
 
 use crate::client::response::json_error::{JsonProblem, beginning};
 
@@ -9,26 +9,26 @@ const MAX_DEPTH: usize = 96;
 /// Repair of one JSON value, with an explicit stack instead of recursion.
 pub(crate) struct JsonRepair<'a> {
     pub(crate) text: &'a [u8],
-    pub(crate) at: usize,
+    pub(crate) pos: usize,
     pub(crate) out: Vec<u8>,
     /// Stack of open brackets.
     pub(crate) open: Vec<u8>,
     /// Length of `out` after the last complete element of a list in the outermost object.
-    pub(crate) whole: usize,
+    pub(crate) complete_length: usize,
 }
 
 impl JsonRepair<'_> {
     pub(crate) fn run(&mut self) -> Result<(), JsonProblem> {
         loop {
             self.value()?;
-            // After a value: a closing bracket, or a comma and another value.
+            // A value is followed by a closing bracket, or by a comma and another value.
             loop {
                 let Some(&bracket) = self.open.last() else {
                     return Ok(());
                 };
                 let next = self.peek()?;
                 if next == b',' {
-                    self.at += 1;
+                    self.pos += 1;
                     if self.closes(bracket)? {
                         // A trailing comma.
                         continue;
@@ -47,21 +47,21 @@ impl JsonRepair<'_> {
         }
     }
 
-    /// Closes a truncated body. Returns true if it contains a choice with a finish reason, so that the answer is
-    /// complete.
+    /// Closes a truncated body after the last complete element. Returns true if the body then contains a choice with a
+    /// finish reason, since the answer is complete in this case.
     pub(crate) fn close(&mut self) -> bool {
-        self.out.truncate(self.whole);
+        self.out.truncate(self.complete_length);
         let choices = memchr::memmem::find(&self.out, b"\"choices\":[");
-        let has_reason = |at: usize| {
-            let reason = b"\"finish_reason\":\"";
-            memchr::memmem::find(&self.out[at..], reason).is_some()
+        let has_finish_reason = |choices: usize| {
+            let field = b"\"finish_reason\":\"";
+            memchr::memmem::find(&self.out[choices..], field).is_some()
         };
-        let is_whole = choices.is_some_and(has_reason);
+        let is_complete = choices.is_some_and(has_finish_reason);
         self.out.extend_from_slice(b"]}");
-        is_whole
+        is_complete
     }
 
-    /// Converts a scalar or empty value, or opens containers up to their first scalar.
+    /// Converts a scalar or an empty container, or opens nested containers up to their first scalar.
     fn value(&mut self) -> Result<(), JsonProblem> {
         loop {
             match self.peek()? {
@@ -69,7 +69,7 @@ impl JsonRepair<'_> {
                     if self.open.len() == MAX_DEPTH {
                         return self.keep_as_text();
                     }
-                    self.at += 1;
+                    self.pos += 1;
                     self.out.push(bracket);
                     self.open.push(bracket);
                     if self.closes(bracket)? {
@@ -90,16 +90,17 @@ impl JsonRepair<'_> {
         let end = if bracket == b'{' { b'}' } else { b']' };
         let is_next = self.peek()? == end;
         if is_next {
-            self.at += 1;
+            self.pos += 1;
             self.out.push(end);
             self.open.pop();
             if self.open == *b"{[" {
-                self.whole = self.out.len();
+                self.complete_length = self.out.len();
             }
         }
         Ok(is_next)
     }
 
+    /// Converts the name of a field and the colon after it.
     fn key(&mut self) -> Result<(), JsonProblem> {
         if self.peek()? != b'"' {
             return Err(self.unexpected());
@@ -108,17 +109,17 @@ impl JsonRepair<'_> {
         if self.peek()? != b':' {
             return Err(self.unexpected());
         }
-        self.at += 1;
+        self.pos += 1;
         self.out.push(b':');
         Ok(())
     }
 
     /// Returns the next byte that is not white space, without consuming it.
     fn peek(&mut self) -> Result<u8, JsonProblem> {
-        while let Some(byte) = self.text.get(self.at) {
+        while let Some(byte) = self.text.get(self.pos) {
             // Some proxies send NUL bytes as keep-alive.
             if byte.is_ascii_whitespace() || *byte == 0 {
-                self.at += 1;
+                self.pos += 1;
             } else {
                 return Ok(*byte);
             }
@@ -129,32 +130,32 @@ impl JsonRepair<'_> {
     fn unexpected(&self) -> JsonProblem {
         JsonProblem::NotJson(format!(
             "at byte {}: {}",
-            self.at,
-            beginning(&self.text[self.at..])
+            self.pos,
+            beginning(&self.text[self.pos..])
         ))
     }
 
     fn string(&mut self) -> Result<(), JsonProblem> {
         self.out.push(b'"');
-        self.at += 1;
+        self.pos += 1;
         loop {
-            let rest = &self.text[self.at..];
-            let plain = rest
+            let remaining = &self.text[self.pos..];
+            let plain = remaining
                 .iter()
                 .position(|byte| matches!(byte, b'"' | b'\\' | 0..0x20))
                 .ok_or(JsonProblem::CutOff)?;
             self.out
-                .extend_from_slice(String::from_utf8_lossy(&rest[..plain]).as_bytes());
-            self.at += plain;
-            match self.text[self.at] {
+                .extend_from_slice(String::from_utf8_lossy(&remaining[..plain]).as_bytes());
+            self.pos += plain;
+            match self.text[self.pos] {
                 b'"' => {
-                    self.at += 1;
+                    self.pos += 1;
                     self.out.push(b'"');
                     return Ok(());
                 }
                 b'\\' => self.escape()?,
                 control => {
-                    self.at += 1;
+                    self.pos += 1;
                     self.out
                         .extend_from_slice(format!("\\u{control:04x}").as_bytes());
                 }
@@ -163,63 +164,64 @@ impl JsonRepair<'_> {
     }
 
     fn escape(&mut self) -> Result<(), JsonProblem> {
-        let kind = *self.text.get(self.at + 1).ok_or(JsonProblem::CutOff)?;
+        let kind = *self.text.get(self.pos + 1).ok_or(JsonProblem::CutOff)?;
         match kind {
             b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => {
                 self.out.extend_from_slice(&[b'\\', kind]);
-                self.at += 2;
+                self.pos += 2;
             }
-            b'u' => match unit(&self.text[self.at..]) {
-                None => self.escaped_backslash(),
+            b'u' => match utf16_unit(&self.text[self.pos..]) {
+                None => self.escape_backslash(),
                 Some(high @ 0xd800..0xdc00) => {
-                    let low = unit(&self.text[self.at + 6..]);
+                    let low = utf16_unit(&self.text[self.pos + 6..]);
                     if let Some(low @ 0xdc00..0xe000) = low {
                         self.out
                             .extend_from_slice(format!("\\u{high:04x}\\u{low:04x}").as_bytes());
-                        self.at += 12;
+                        self.pos += 12;
                     } else {
-                        self.replacement();
+                        self.replace_surrogate();
                     }
                 }
-                Some(0xdc00..0xe000) => self.replacement(),
+                Some(0xdc00..0xe000) => self.replace_surrogate(),
                 Some(_) => {
-                    self.out.extend_from_slice(&self.text[self.at..self.at + 6]);
-                    self.at += 6;
+                    self.out
+                        .extend_from_slice(&self.text[self.pos..self.pos + 6]);
+                    self.pos += 6;
                 }
             },
             b'\'' => {
                 self.out.push(b'\'');
-                self.at += 2;
+                self.pos += 2;
             }
-            _ => self.escaped_backslash(),
+            _ => self.escape_backslash(),
         }
         Ok(())
     }
 
-    /// Replaces an unpaired surrogate, from an answer that was cut off within a character.
-    fn replacement(&mut self) {
+    /// Replaces an unpaired surrogate, which occurs if an answer was truncated within a character.
+    fn replace_surrogate(&mut self) {
         self.out.extend_from_slice(b"\\ufffd");
-        self.at += 6;
+        self.pos += 6;
     }
 
-    /// Escapes a backslash that begins no valid escape.
-    fn escaped_backslash(&mut self) {
+    /// Escapes a backslash that does not begin a valid escape.
+    fn escape_backslash(&mut self) {
         self.out.extend_from_slice(b"\\\\");
-        self.at += 1;
+        self.pos += 1;
     }
 
     /// Converts a number or literal; null if JSON has no such value.
     fn word(&mut self) -> Result<(), JsonProblem> {
-        let rest = &self.text[self.at..];
+        let remaining = &self.text[self.pos..];
         let is_part =
             |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.');
-        let length = rest.iter().take_while(|byte| is_part(byte)).count();
-        let word = std::str::from_utf8(&rest[..length]).unwrap_or_default();
+        let length = remaining.iter().take_while(|byte| is_part(byte)).count();
+        let word = std::str::from_utf8(&remaining[..length]).unwrap_or_default();
         if word.is_empty() {
             return Err(self.unexpected());
         }
         // The number or literal may continue after the end of the text.
-        if self.at + length == self.text.len() && !self.open.is_empty() {
+        if self.pos + length == self.text.len() && !self.open.is_empty() {
             return Err(JsonProblem::CutOff);
         }
         let bare = word.trim_start_matches(['+', '-']).to_ascii_lowercase();
@@ -228,21 +230,21 @@ impl JsonRepair<'_> {
             "none" | "undefined" | "nan" | "inf" | "infinity" => "null".into(),
             _ => number(word).ok_or_else(|| self.unexpected())?,
         };
-        self.at += length;
+        self.pos += length;
         self.out.extend_from_slice(strict.as_bytes());
         Ok(())
     }
 
     /// Converts a value that is nested too deeply to a string of its text.
     fn keep_as_text(&mut self) -> Result<(), JsonProblem> {
-        let start = self.at;
+        let start = self.pos;
         let mut depth = 0usize;
         let mut in_string = false;
         loop {
-            let byte = *self.text.get(self.at).ok_or(JsonProblem::CutOff)?;
-            self.at += 1;
+            let byte = *self.text.get(self.pos).ok_or(JsonProblem::CutOff)?;
+            self.pos += 1;
             match byte {
-                b'\\' if in_string => self.at += 1,
+                b'\\' if in_string => self.pos += 1,
                 b'"' => in_string = !in_string,
                 b'{' | b'[' if !in_string => depth += 1,
                 b'}' | b']' if !in_string => {
@@ -254,7 +256,7 @@ impl JsonRepair<'_> {
                 _ => {}
             }
         }
-        let text = String::from_utf8_lossy(&self.text[start..self.at.min(self.text.len())]);
+        let text = String::from_utf8_lossy(&self.text[start..self.pos.min(self.text.len())]);
         // Serializing a string never fails.
         self.out
             .extend_from_slice(&serde_json::to_vec(&text).unwrap_or_default());
@@ -276,7 +278,7 @@ fn number(word: &str) -> Option<String> {
 }
 
 /// Parses the UTF-16 code unit of `\uXXXX` at the start of `text`.
-fn unit(text: &[u8]) -> Option<u16> {
+fn utf16_unit(text: &[u8]) -> Option<u16> {
     let digits = text.strip_prefix(b"\\u")?.get(..4)?;
     if !digits.iter().all(u8::is_ascii_hexdigit) {
         return None;

@@ -226,7 +226,7 @@ fn usage_in_the_text_of_an_answer_is_ignored() {
 }
 
 #[test]
-fn truncated_stream_is_no_answer() {
+fn truncated_stream_is_not_an_answer() {
     let with = |delta: Value, finish: Value| {
         let chunk = json!({"choices": [{"delta": delta, "finish_reason": finish}], "error": null});
         parse(format!("data: {chunk}\n\n").as_bytes())
@@ -352,7 +352,7 @@ fn billed_reply_without_text_is_an_empty_answer() {
         );
         assert_eq!(completion.usage.unwrap().prompt_tokens, 12, "{body}");
     }
-    // An incomplete usage is kept, but is no measurement.
+    // An incomplete usage is kept in `extra`, but does not count as a usage.
     let half = answer(json!({"choices": [], "usage": {"prompt_tokens": 12}}));
     assert_eq!(
         (half.usage, &half.extra["usage"]["prompt_tokens"]),

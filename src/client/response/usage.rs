@@ -4,7 +4,8 @@ use serde_json::{Map, Value};
 
 use crate::cache::usage::Usage;
 
-/// Maximum plausible token count of a request: a larger one, such as an unsigned -1, is an error of the server.
+/// Maximum plausible token count of a request. A larger count, such as -1 as an unsigned integer, is an error of the
+/// server.
 const MAX_TOKENS: u64 = 10_000_000;
 
 /// Names of the prompt token count.
@@ -29,8 +30,8 @@ const COMPLETION: [&str; 6] = [
 /// Names of the total token count.
 const TOTAL: [&str; 3] = ["total_tokens", "totalTokenCount", "totalTokens"];
 
-/// Takes the known counts out of a `usage` object. If they are missing, incomplete or implausible, returns None
-/// and all fields.
+/// Takes the token counts out of a `usage` object. Returns them and the other fields; or None and all fields if the
+/// counts are missing, incomplete or implausible.
 pub(crate) fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
     let mut fields = match value {
         Value::Object(fields) => fields,
@@ -42,8 +43,8 @@ pub(crate) fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
         return (None, fields);
     };
     fields.retain(|name, _| {
-        let known = PROMPT.iter().chain(&COMPLETION).chain(&TOTAL);
-        known.into_iter().all(|known| name != known)
+        let mut parsed = PROMPT.iter().chain(&COMPLETION).chain(&TOTAL);
+        parsed.all(|parsed| name != parsed)
     });
     (Some(usage), fields)
 }
@@ -88,8 +89,8 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
     )
     .or_else(|| first(&["reasoning_tokens", "thoughtsTokenCount"]))
     .unwrap_or(0);
-    // Some providers (xAI, Gemini) do not include thinking in the completion, as the total shows. Without a total,
-    // more thinking than completion tokens shows it.
+    // Some providers (xAI, Gemini) do not count thinking as completion tokens. Then the total is larger than the sum of
+    // prompt and completion; without a total, there may be more thinking than completion tokens.
     match total {
         Some(total) => {
             completion_tokens = completion_tokens.max(total.saturating_sub(prompt_tokens))
@@ -109,32 +110,32 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
     is_plausible.then_some(usage)
 }
 
-/// Returns the largest prompt and completion counts in a value that has no complete usage.
-fn reported(value: &Value) -> Usage {
-    let mut most = Usage::default();
+/// Returns the largest prompt and completion counts in a value, which need not be a complete usage.
+fn largest_counts(value: &Value) -> Usage {
+    let mut found = Usage::default();
     match value {
         Value::Object(fields) => {
-            let first = |names: &[&str]| {
+            let largest = |names: &[&str]| {
                 let counts = names.iter().filter_map(|name| count(fields.get(*name)));
                 counts
                     .filter(|count| *count <= MAX_TOKENS)
                     .max()
                     .unwrap_or(0)
             };
-            let total = first(&TOTAL);
-            most.prompt_tokens = first(&PROMPT);
-            most.completion_tokens =
-                first(&COMPLETION).max(total.saturating_sub(most.prompt_tokens));
-            fields.values().for_each(|value| raise(&mut most, value));
+            let total = largest(&TOTAL);
+            found.prompt_tokens = largest(&PROMPT);
+            found.completion_tokens =
+                largest(&COMPLETION).max(total.saturating_sub(found.prompt_tokens));
+            fields.values().for_each(|value| raise(&mut found, value));
         }
-        Value::Array(items) => items.iter().for_each(|value| raise(&mut most, value)),
+        Value::Array(items) => items.iter().for_each(|value| raise(&mut found, value)),
         _ => {}
     }
-    most
+    found
 }
 
-/// Raises `most` to the counts in the other fields of a body.
-pub(crate) fn raise_by(most: &mut Usage, extra: &Map<String, Value>) {
+/// Raises the counts in `most` to the largest counts in `extra`, the remaining fields of a body.
+pub(crate) fn raise_to_counts_in(most: &mut Usage, extra: &Map<String, Value>) {
     // An answer, or the request, may contain an example of token counts.
     let other_fields = extra
         .iter()
@@ -143,7 +144,7 @@ pub(crate) fn raise_by(most: &mut Usage, extra: &Map<String, Value>) {
 }
 
 fn raise(most: &mut Usage, value: &Value) {
-    let other = reported(value);
+    let other = largest_counts(value);
     most.prompt_tokens = most.prompt_tokens.max(other.prompt_tokens);
     most.completion_tokens = most.completion_tokens.max(other.completion_tokens);
 }
@@ -154,7 +155,7 @@ fn count(value: Option<&Value>) -> Option<u64> {
         Value::String(text) => text.trim().replace(',', "").parse().ok()?,
         Value::Number(number) => number
             .as_u64()
-            .map_or_else(|| number.as_f64(), |whole| Some(whole as f64))?,
+            .map_or_else(|| number.as_f64(), |integer| Some(integer as f64))?,
         _ => return None,
     };
     (value.is_finite() && value >= 0.0).then_some(value.ceil() as u64)
@@ -269,8 +270,8 @@ mod tests {
             json!({"prompt_tokens": "many", "completion_tokens": 1}),
         ];
         for value in cases {
-            let (found, rest) = usage(value.clone());
-            assert_eq!((found, Value::Object(rest)), (None, value));
+            let (found, other_fields) = usage(value.clone());
+            assert_eq!((found, Value::Object(other_fields)), (None, value));
         }
         let counts = Map::from_iter([("counts".to_owned(), json!([1, 2]))]);
         assert_eq!(usage(json!([1, 2])), (None, counts));
@@ -286,7 +287,7 @@ mod tests {
         let most = |name: &str| {
             let mut most = Usage::default();
             let extra = Map::from_iter([(name.to_owned(), json!({"parsed": counts}))]);
-            raise_by(&mut most, &extra);
+            raise_to_counts_in(&mut most, &extra);
             most.prompt_tokens
         };
         assert_eq!(
@@ -296,8 +297,8 @@ mod tests {
     }
 
     #[test]
-    fn zero_counts_with_a_text_are_not_a_measurement() {
-        let is_measured = |prompt_tokens, completion_tokens, bytes| {
+    fn zero_counts_of_a_text_are_implausible() {
+        let is_plausible_usage = |prompt_tokens, completion_tokens, bytes| {
             let usage = Usage {
                 prompt_tokens,
                 completion_tokens,
@@ -305,7 +306,11 @@ mod tests {
             };
             measured(Some(usage), bytes).is_some()
         };
-        assert!(is_measured(10, 2, 5) && is_measured(10, 0, 0));
-        assert!(!is_measured(0, 0, 5) && !is_measured(10, 0, 5) && !is_measured(0, 3, 5));
+        assert!(is_plausible_usage(10, 2, 5) && is_plausible_usage(10, 0, 0));
+        assert!(
+            !is_plausible_usage(0, 0, 5)
+                && !is_plausible_usage(10, 0, 5)
+                && !is_plausible_usage(0, 3, 5)
+        );
     }
 }

@@ -14,8 +14,8 @@ pub(crate) fn completions(value: &Value) -> Vec<Value> {
     search(value, MAX_DEPTH, &mut |fields| {
         if let Some(choices) = fields.get("choices") {
             let mut fields = fields.clone();
-            let list = listed(choices, MAX_DEPTH);
-            // Choices of unknown shape stay, so that the reply is kept as unreadable.
+            let list = choices_as_list(choices, MAX_DEPTH);
+            // Choices of an unknown shape stay unchanged: the reply is then kept as unreadable.
             if !list.is_empty() {
                 fields.insert("choices".into(), Value::Array(list));
             }
@@ -30,17 +30,17 @@ pub(crate) fn completions(value: &Value) -> Vec<Value> {
 pub(crate) fn usage_in(value: &Value) -> Option<Usage> {
     const ANSWERS: [&str; 6] = ["request", "message", "messages", "delta", "content", "text"];
     let mut found = None;
-    let mut look = |fields: &Map<String, Value>| {
+    let mut visit = |fields: &Map<String, Value>| {
         let counts = usage::usage(Value::Object(fields.clone())).0;
         found = found.or(counts.filter(|usage| usage.prompt_tokens > 0));
     };
-    search_except(value, &ANSWERS, MAX_DEPTH, &mut look);
+    search_except(value, &ANSWERS, MAX_DEPTH, &mut visit);
     found
 }
 
-/// Calls `look` with every object, outer ones first, including objects in JSON within a text.
-fn search(value: &Value, depth: usize, look: &mut impl FnMut(&Map<String, Value>)) {
-    search_except(value, &[], depth, look);
+/// Calls `visit` with every object, outer ones first, including objects in JSON within a text.
+fn search(value: &Value, depth: usize, visit: &mut impl FnMut(&Map<String, Value>)) {
+    search_except(value, &[], depth, visit);
 }
 
 /// As [`search`], without the fields in `skipped`.
@@ -48,27 +48,27 @@ fn search_except(
     value: &Value,
     skipped: &[&str],
     depth: usize,
-    look: &mut impl FnMut(&Map<String, Value>),
+    visit: &mut impl FnMut(&Map<String, Value>),
 ) {
     let Some(depth) = depth.checked_sub(1) else {
         return;
     };
     match value {
         Value::Object(fields) => {
-            look(fields);
+            visit(fields);
             let inner = fields
                 .iter()
                 .filter(|(name, _)| !skipped.contains(&name.as_str()));
-            inner.for_each(|(_, value)| search_except(value, skipped, depth, look));
+            inner.for_each(|(_, value)| search_except(value, skipped, depth, visit));
         }
         Value::Array(items) => {
             items
                 .iter()
-                .for_each(|value| search_except(value, skipped, depth, look));
+                .for_each(|value| search_except(value, skipped, depth, visit));
         }
         Value::String(text) => {
-            if let Some(value) = in_text(text, "choices") {
-                search_except(&value, skipped, depth, look);
+            if let Some(value) = json_in_text(text, "choices") {
+                search_except(&value, skipped, depth, visit);
             }
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => {}
@@ -76,14 +76,14 @@ fn search_except(
 }
 
 /// Parses a text as JSON if it contains `word`.
-fn in_text(text: &str, word: &str) -> Option<Value> {
+fn json_in_text(text: &str, word: &str) -> Option<Value> {
     let text = text.trim_start();
     let may_be = text.starts_with(['{', '[', '"']) && text.contains(word);
     may_be.then(|| json::value(text.as_bytes()).ok())?
 }
 
 /// Converts choices to a list of objects, from one choice, a map by index, nested lists or texts.
-fn listed(choices: &Value, depth: usize) -> Vec<Value> {
+fn choices_as_list(choices: &Value, depth: usize) -> Vec<Value> {
     const FIELDS: [&str; 6] = [
         "message",
         "delta",
@@ -96,7 +96,10 @@ fn listed(choices: &Value, depth: usize) -> Vec<Value> {
         return Vec::new();
     };
     match choices {
-        Value::Array(items) => items.iter().flat_map(|item| listed(item, depth)).collect(),
+        Value::Array(items) => items
+            .iter()
+            .flat_map(|item| choices_as_list(item, depth))
+            .collect(),
         Value::Object(fields) if fields.is_empty() => Vec::new(),
         Value::Object(fields) if FIELDS.iter().any(|name| fields.contains_key(*name)) => {
             vec![choices.clone()]
@@ -104,7 +107,7 @@ fn listed(choices: &Value, depth: usize) -> Vec<Value> {
         Value::Object(fields) => {
             let inner: Vec<Value> = fields
                 .values()
-                .flat_map(|item| listed(item, depth))
+                .flat_map(|item| choices_as_list(item, depth))
                 .collect();
             if inner.iter().any(Value::is_object) {
                 inner
@@ -113,8 +116,8 @@ fn listed(choices: &Value, depth: usize) -> Vec<Value> {
             }
         }
         Value::String(text) if text.is_empty() => Vec::new(),
-        Value::String(text) => match in_text(text, "message") {
-            Some(value) => listed(&value, depth),
+        Value::String(text) => match json_in_text(text, "message") {
+            Some(value) => choices_as_list(&value, depth),
             None => vec![serde_json::json!({ "text": text })],
         },
         Value::Null | Value::Bool(_) | Value::Number(_) => Vec::new(),

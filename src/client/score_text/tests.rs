@@ -28,7 +28,7 @@ fn read(reply: Value, answer: &str) -> Result<Completion, NoAnswer> {
     let scoring = ScoringMethod::PromptLogprobs(None);
     let messages = messages(answer);
     let body = scoring.body(&endpoint(), &messages);
-    scoring.read(reply.to_string().as_bytes(), &body, &messages)
+    scoring.parse_reply(reply.to_string().as_bytes(), &body, &messages)
 }
 
 /// vLLM's reply to a conversation whose template ends with `<|im_start|>assistant\n` before the answer " a cat".
@@ -125,7 +125,7 @@ fn reply_without_prompt_logprobs_is_an_error() {
     let error = json!({"error": {"message": "prompt_logprobs is too large", "code": 400}});
     assert!(matches!(read(error, ""), Err(NoAnswer::Error(_))));
     let scoring = ScoringMethod::PromptLogprobs(None);
-    let cut_off = scoring.read(b"{\"choices\":[", &Value::Null, &[]);
+    let cut_off = scoring.parse_reply(b"{\"choices\":[", &Value::Null, &[]);
     assert!(matches!(cut_off, Err(NoAnswer::Malformed(_))));
     let empty = read(json!({"choices": []}), "");
     assert!(matches!(empty, Err(NoAnswer::Malformed(_))));
@@ -157,7 +157,7 @@ fn echo_is_parsed_by_text_and_by_id_and_shifted_positions_are_rejected() {
         let logprobs = json!({"tokens": names, "token_logprobs": logprobs, "top_logprobs": top});
         let reply = json!({"choices": [{"text": "", "logprobs": logprobs}]}).to_string();
         scoring
-            .read(reply.as_bytes(), &body, &messages)
+            .parse_reply(reply.as_bytes(), &body, &messages)
             .unwrap()
             .logprobs
     };

@@ -117,7 +117,7 @@ impl Batches<'_> {
                 return self.batch_missing(index, &error.message);
             }
             (None, _) => {
-                return Err(crate::client::attempt_error::connection_lost(
+                return Err(crate::client::attempt_error::possibly_billed(
                     "malformed",
                     "the reply is not a batch",
                 )
@@ -170,7 +170,7 @@ impl Batches<'_> {
         let progress = &mut self.journal.parts[index].progress;
         progress.not_found += 1;
         if progress.not_found < MAX_NOT_FOUND {
-            Err(crate::client::attempt_error::connection_lost(
+            Err(crate::client::attempt_error::possibly_billed(
                 "gone", message,
             ))
         } else {

@@ -269,7 +269,7 @@ fn reply(response: &RawValue) -> (u16, &[u8]) {
 fn classify_without_response(error: &Value) -> AttemptError {
     if !is_error(error) {
         // The row may have been run.
-        return crate::client::attempt_error::connection_lost("no answer in the batch", "");
+        return crate::client::attempt_error::possibly_billed("no answer in the batch", "");
     }
     let error = &ApiError::from_value(error);
     let class = match error.code.as_str() {

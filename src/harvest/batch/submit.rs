@@ -183,8 +183,8 @@ impl Batches<'_> {
         let (upstream, transport) = self.upstream_of(index)?;
         let reply = batches(&transport)?.upload(&path).await;
         let reply = batch_object::check(reply, self.clock.now().into())?;
-        let file = batch_object::parse_file(&reply.body).ok_or_else(|| {
-            crate::client::attempt_error::connection_lost(
+        let file = batch_object::parse_file_id(&reply.body).ok_or_else(|| {
+            crate::client::attempt_error::possibly_billed(
                 "malformed",
                 "the reply to an upload names no file",
             )
@@ -236,7 +236,7 @@ impl Batches<'_> {
         self.upstreams[upstream].has_batches = true;
         match BatchObject::parse(&reply.body) {
             Some(object) => self.created(index, object),
-            None => Err(crate::client::attempt_error::connection_lost(
+            None => Err(crate::client::attempt_error::possibly_billed(
                 "malformed",
                 "the reply to a creation names no batch",
             )
@@ -266,7 +266,7 @@ impl Batches<'_> {
             let reply = batches(&transport)?.list(after.as_deref()).await;
             let reply = batch_object::check(reply, self.clock.now().into())?;
             let (objects, has_more) = batch_object::parse_page(&reply.body).ok_or_else(|| {
-                crate::client::attempt_error::connection_lost(
+                crate::client::attempt_error::possibly_billed(
                     "malformed",
                     "the reply is not a list of batches",
                 )

@@ -17,7 +17,7 @@ use crate::fault_server::{FaultServer, Reaction};
 const VARIABLE: &str = "CANARY_KEY";
 const KEY: &str = "sk-canary+/=0123456789abcdefghijklmnop";
 
-/// The key plain, URL-encoded, and in base64 at each offset within a longer text.
+/// Returns the key plain, URL-encoded, and in base64 at each offset within a longer text.
 fn forms() -> Vec<String> {
     let mut forms = vec![
         KEY.to_string(),
@@ -37,15 +37,15 @@ fn forms() -> Vec<String> {
 fn assert_clean(place: &str, bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
     for form in forms() {
-        if let Some(at) = text.find(&form) {
-            let around: String = text[..at].chars().rev().take(200).collect();
+        if let Some(start) = text.find(&form) {
+            let around: String = text[..start].chars().rev().take(200).collect();
             let around: String = around.chars().rev().collect();
-            panic!("{place} holds the key as {form}, after: {around}");
+            panic!("{place} contains the key as {form}, after: {around}");
         }
     }
 }
 
-/// Every file under `dir`.
+/// Checks every file below `dir`.
 fn assert_files_clean(dir: &Path) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
@@ -135,7 +135,7 @@ fn api_key_is_in_no_output_under_faults() {
         };
     }
 
-    // Faults that a run survives, each twice at its own row.
+    // Faults that do not end a run: each occurs twice, at a row of its own.
     let script: String = passing
         .iter()
         .enumerate()
@@ -173,7 +173,7 @@ fn api_key_is_in_no_output_under_faults() {
         }
     }
 
-    // Batches, whose files repeat the key too.
+    // Batch mode: the files repeat the key, too.
     let script = fault("http 500", "path = \"/content\"\nfirst = 1");
     let server = teacher(&format!(
         "{answers}{script}[batch]\nclock = 86400.0\nerror_rows = 2\n"
@@ -205,8 +205,8 @@ fn api_key_is_in_no_output_under_faults() {
     assert!(errors(&output).contains(VARIABLE) && !errors(&output).contains(&other));
 }
 
-/// The key in encoded forms, in each place of a reply.
-fn disguised() -> Vec<Reaction> {
+/// Returns replies that contain the key in encoded forms and in different places.
+fn replies_with_encoded_key() -> Vec<Reaction> {
     let escaped: String = KEY.bytes().map(|b| format!("\\u{b:04x}")).collect();
     let in_part = KEY.replacen('c', "\\u0063", 1);
     let twice = KEY.replace('a', "\\\\u0061");
@@ -272,7 +272,7 @@ fn unescaped(text: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn api_key_in_any_encoding_is_in_no_output() {
-    for reaction in disguised() {
+    for reaction in replies_with_encoded_key() {
         let context = format!("{reaction:?}");
         let server = FaultServer::start(move |_| reaction.clone()).await;
         let more = "max_attempts = 2\n";
@@ -342,9 +342,9 @@ fn api_key_in_place_of_variable_name_is_not_shown() {
                 .output()
                 .unwrap();
             assert_eq!(output.status.code(), Some(2), "{line}: {}", errors(&output));
-            let said = [&output.stdout[..], &output.stderr].concat();
-            let said = String::from_utf8_lossy(&said);
-            assert!(!said.contains(key), "{line}: {said}");
+            let shown = [&output.stdout[..], &output.stderr].concat();
+            let shown = String::from_utf8_lossy(&shown);
+            assert!(!shown.contains(key), "{line}: {shown}");
         }
     }
     let output = Command::new(env!("CARGO_BIN_EXE_distill"))
@@ -356,18 +356,18 @@ fn api_key_in_place_of_variable_name_is_not_shown() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn api_key_is_removed_from_logprobs() {
-    let spelled = |text: &str| {
+    let token = |text: &str| {
         json!({"token": text, "logprob": -0.5, "bytes": text.as_bytes(), "top_logprobs": [
             {"token": text, "logprob": -0.5, "bytes": text.as_bytes()}]})
     };
-    let whole = [spelled("it is "), spelled(KEY)];
+    let one_token = [token("it is "), token(KEY)];
     let pieces: Vec<_> = KEY
         .as_bytes()
         .chunks(4)
-        .map(|piece| spelled(std::str::from_utf8(piece).unwrap()))
+        .map(|piece| token(std::str::from_utf8(piece).unwrap()))
         .collect();
-    let pieces = [&[spelled("it is ")], &pieces[..]].concat();
-    for content in [whole.to_vec(), pieces] {
+    let pieces = [&[token("it is ")], &pieces[..]].concat();
+    for content in [one_token.to_vec(), pieces] {
         let body = json!({"choices": [{"message": {"content": format!("it is {KEY}")}, "finish_reason": "stop",
             "logprobs": {"content": content}}], "usage": {"prompt_tokens": 1, "completion_tokens": 2}});
         let server = FaultServer::start(move |_| {

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::{Run, end, outcome};
-use crate::fault_server::{FaultServer, Reaction, Seen, answer, error, reply, reply_with};
+use crate::fault_server::{
+    FaultServer, Reaction, RecordedRequest, answer, error, reply, reply_with,
+};
 
 /// Prompts `p0`, `p1`, ...
 fn run_of(server: &FaultServer, prompts: usize) -> Run {
@@ -246,7 +248,7 @@ async fn burst_of_refusals_waits_for_requests_in_flight() {
 
 /// Throttles the first `times` requests. Returns how long the run took, in seconds.
 async fn throttled(times: usize, reaction: Reaction) -> f64 {
-    let server = FaultServer::start(move |seen: &Seen| {
+    let server = FaultServer::start(move |seen: &RecordedRequest| {
         if seen.number < times {
             reaction.clone()
         } else {
@@ -372,7 +374,7 @@ async fn single_absurd_wait_between_answers_is_ignored() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn last_failing_rows_end_within_seconds() {
-    let poison = |seen: &Seen| match seen.prompt()[1..].parse::<usize>().unwrap() {
+    let poison = |seen: &RecordedRequest| match seen.prompt()[1..].parse::<usize>().unwrap() {
         20.. => reply(500, error("boom", "")),
         _ => answer(seen),
     };
@@ -396,7 +398,7 @@ async fn last_failing_rows_end_within_seconds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn failing_first_rows_do_not_block_other_rows() {
     for concurrency in [1, 3, 4, 32] {
-        let poison = |seen: &Seen| match seen.prompt()[1..].parse::<usize>().unwrap() {
+        let poison = |seen: &RecordedRequest| match seen.prompt()[1..].parse::<usize>().unwrap() {
             0..4 => reply(502, error("boom", "")),
             _ => answer(seen),
         };

@@ -24,7 +24,7 @@ async fn retry_after_pauses_all_rows_without_an_attempt() {
     run.config.retry.max_attempts = 1;
     let summary = run.harvest().await;
     assert_eq!((summary.ok, summary.requests), (3, 4));
-    let seen = server.seen();
+    let seen = server.requests();
     let wait = seen[1].at - seen[0].at;
     assert!(
         wait >= Duration::from_millis(300),

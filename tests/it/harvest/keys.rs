@@ -16,10 +16,12 @@ use serde_json::json;
 use super::{Run, adopt, end, quietly};
 use crate::cache_samples;
 use crate::data::dataset::write_cache;
-use crate::fault_server::{FaultServer, Reaction, Seen, answer, completion, error, reply};
+use crate::fault_server::{
+    FaultServer, Reaction, RecordedRequest, answer, completion, error, reply,
+};
 
 /// Answers up to `max_tokens`: `long` prompts need 100 tokens.
-fn teacher(seen: &Seen) -> Reaction {
+fn teacher(seen: &RecordedRequest) -> Reaction {
     let fields = ["max_tokens", "max_completion_tokens"];
     let most = fields.iter().find_map(|name| seen.body[name].as_u64());
     let is_cut = seen.prompt().contains("long") && most.unwrap() < 100;

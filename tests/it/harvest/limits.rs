@@ -41,7 +41,7 @@ struct Watching {
 }
 
 impl Transport for Watching {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
+    fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let at = Instant::now();
             let number = {
@@ -55,7 +55,11 @@ impl Transport for Watching {
             };
             sleep(self.latency).await;
             let reply = |status, headers, body: Value| {
-                Ok(HttpReply::whole(status, headers, body.to_string().into()))
+                Ok(HttpReply::complete(
+                    status,
+                    headers,
+                    body.to_string().into(),
+                ))
             };
             if number.is_multiple_of(self.refuse) {
                 let now = Instant::now();

@@ -33,7 +33,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::sync::mpsc::unbounded_channel;
 
-use crate::fault_server::{FaultServer, Reaction, Seen, answer};
+use crate::fault_server::{FaultServer, Reaction, RecordedRequest, answer};
 
 /// A run folder with a config for a test server, with short retries and without a key.
 pub struct Run {
@@ -158,7 +158,7 @@ pub fn outcome(summary: &HarvestSummary) -> (u64, u64, u8) {
 }
 
 /// Sends `fault` for the first `times` requests of each body, then answers.
-pub fn at_first(times: usize, fault: Reaction) -> impl Fn(&Seen) -> Reaction {
+pub fn at_first(times: usize, fault: Reaction) -> impl Fn(&RecordedRequest) -> Reaction {
     move |seen| {
         if seen.repeat < times {
             fault.clone()

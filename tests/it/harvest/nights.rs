@@ -31,7 +31,7 @@ pub struct Simulated {
 }
 
 impl Transport for Simulated {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
+    fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let body = body.to_string();
             let answer = async {
@@ -70,7 +70,7 @@ pub fn whole(reply: distill::mock::response::HttpReply) -> HttpReply {
         let name: reqwest::header::HeaderName = name.parse().unwrap();
         headers.insert(name, value.parse().unwrap());
     }
-    HttpReply::whole(reply.status, headers, reply.body)
+    HttpReply::complete(reply.status, headers, reply.body)
 }
 
 /// A simulated night: the run folder, the teacher, and a wall clock that follows tokio's clock.

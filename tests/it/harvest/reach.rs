@@ -28,30 +28,30 @@ async fn custom_headers_query_and_key_header_are_sent() {
     teacher.project = "proj-1".into();
     let summary = run.harvest().await;
     assert_eq!(summary.ok, 2);
-    for seen in server.seen() {
+    for request in server.requests() {
         assert_eq!(
-            seen.path,
+            request.path,
             "/openai/deployments/m/chat/completions?api-version=2024-10-21"
         );
-        assert_eq!(seen.header("api-key"), Some("a-key-of-azure"));
-        assert_eq!(seen.header("x-title"), Some("distill"));
-        assert_eq!(seen.header("openai-project"), Some("proj-1"));
-        assert_eq!(seen.header("authorization"), None);
+        assert_eq!(request.header("api-key"), Some("a-key-of-azure"));
+        assert_eq!(request.header("x-title"), Some("distill"));
+        assert_eq!(request.header("openai-project"), Some("proj-1"));
+        assert_eq!(request.header("authorization"), None);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn expired_key_is_renewed_without_an_attempt() {
+async fn renewal_of_expired_key_does_not_count_as_an_attempt() {
     let dir = tempfile::tempdir().unwrap();
     let count = dir.path().join("count");
     // Each key is valid for ten answers.
-    let used = std::sync::Mutex::new(BTreeMap::<String, u32>::new());
+    let uses_by_key = std::sync::Mutex::new(BTreeMap::<String, u32>::new());
     let server = FaultServer::start(move |seen| {
         let key = seen.header("authorization").unwrap().to_string();
-        let mut used = used.lock().unwrap();
-        let used = used.entry(key).or_default();
-        *used += 1;
-        if *used > 10 {
+        let mut uses_by_key = uses_by_key.lock().unwrap();
+        let uses = uses_by_key.entry(key).or_default();
+        *uses += 1;
+        if *uses > 10 {
             reply(401, error("the token has expired", "expired"))
         } else {
             answer(seen)
@@ -74,8 +74,8 @@ async fn expired_key_is_renewed_without_an_attempt() {
         "{:?}",
         end(&summary)
     );
-    let fetched = std::fs::read_to_string(&count).unwrap().lines().count();
-    assert!((4..=8).contains(&fetched), "{fetched} keys");
+    let keys_read = std::fs::read_to_string(&count).unwrap().lines().count();
+    assert!((4..=8).contains(&keys_read), "{keys_read} keys");
     assert!(
         run.records()
             .iter()
@@ -84,14 +84,14 @@ async fn expired_key_is_renewed_without_an_attempt() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_renewed_key_ends_run_after_few_tries() {
+async fn rejected_new_keys_end_the_run_after_few_requests() {
     let server = FaultServer::start(|_| reply(401, error("no", "invalid_api_key"))).await;
     let mut run = Run::new(&server, &["a", "b", "c"]);
-    // A new key each time.
+    // The command prints another key each time.
     run.config.teacher.api_key_command = Some("date +%s%N".into());
     let summary = run.harvest().await;
     let (code, message) = end(&summary);
     assert_eq!(code, 1, "{message}");
     assert!(message.contains("api_key_command"), "{message}");
-    assert!(server.seen().len() <= 4, "{}", server.seen().len());
+    assert!(server.requests().len() <= 4, "{}", server.requests().len());
 }

@@ -1,4 +1,4 @@
-//! Malformed replies: every answer in them is kept, once.
+//! Malformed replies: each answer in them is kept, and paid for once.
 
 use std::io::Write;
 
@@ -27,12 +27,12 @@ async fn records(reaction: Reaction) -> Vec<Record> {
     records
 }
 
-fn raw(headers: Vec<(&'static str, String)>, body: impl Into<Vec<u8>>) -> Reaction {
+fn reply_with_body(headers: Vec<(&'static str, String)>, body: impl Into<Vec<u8>>) -> Reaction {
     Reaction::Reply(200, headers, body.into())
 }
 
-/// The answer `hi` with its logprobs.
-fn good() -> String {
+/// Returns the body of the answer `hi` with its logprobs.
+fn valid_body() -> String {
     completion("hi", 5).to_string()
 }
 
@@ -44,10 +44,10 @@ fn gzip(text: &str) -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn encoding_and_json_errors_are_repaired() {
-    let good = good();
-    let with = |field: &str| format!("{},{field}}}", &good[..good.len() - 1]);
+    let body = valid_body();
+    let with = |field: &str| format!("{},{field}}}", &body[..body.len() - 1]);
     let label = |label: &str| vec![("content-encoding", label.to_owned())];
-    let zstd = zstd::encode_all(good.as_bytes(), 3).unwrap();
+    let zstd = zstd::encode_all(body.as_bytes(), 3).unwrap();
     let deep = format!("\"trace\":{}{}", "[".repeat(300), "]".repeat(300));
     let chunks = [json!({"content": "h"}), json!({"content": "i"})]
         .map(|delta| json!({"choices": [{"index": 0, "delta": delta}]}));
@@ -57,20 +57,20 @@ async fn encoding_and_json_errors_are_repaired() {
         chunks[0], chunks[1]
     );
     let reactions = [
-        raw(vec![], format!("\u{feff}{good}")),
-        raw(vec![], format!("{good}\n\ndata: [DONE]\n\n")),
-        raw(vec![], format!("{good}<!-- served by a proxy -->")),
-        raw(vec![], format!("data: {good}\n\n")),
-        raw(vec![], stream),
-        raw(vec![], with("\"timings\":{\"x\":1e400,\"y\":-inf}")),
-        raw(vec![], with(&deep)),
-        raw(vec![], with("\"choices\":null")),
-        raw(label("gzip"), gzip(&good)),
-        raw(vec![], gzip(&good)),
-        raw(label("gzip"), good.clone()),
-        raw(label("zstd"), zstd),
+        reply_with_body(vec![], format!("\u{feff}{body}")),
+        reply_with_body(vec![], format!("{body}\n\ndata: [DONE]\n\n")),
+        reply_with_body(vec![], format!("{body}<!-- served by a proxy -->")),
+        reply_with_body(vec![], format!("data: {body}\n\n")),
+        reply_with_body(vec![], stream),
+        reply_with_body(vec![], with("\"timings\":{\"x\":1e400,\"y\":-inf}")),
+        reply_with_body(vec![], with(&deep)),
+        reply_with_body(vec![], with("\"choices\":null")),
+        reply_with_body(label("gzip"), gzip(&body)),
+        reply_with_body(vec![], gzip(&body)),
+        reply_with_body(label("gzip"), body.clone()),
+        reply_with_body(label("zstd"), zstd),
         // The body is complete, then the connection breaks.
-        Reaction::UnfinishedChunks(good.into_bytes()),
+        Reaction::UnfinishedChunks(body.into_bytes()),
     ];
     for reaction in reactions {
         for record in records(reaction).await {
@@ -88,7 +88,7 @@ async fn encoding_and_json_errors_are_repaired() {
 async fn request_accepts_compressed_replies() {
     let server = FaultServer::start(|_| reply(200, completion("hi", 0))).await;
     Run::new(&server, &["a"]).harvest().await;
-    let accepted = server.seen()[0]
+    let accepted = server.requests()[0]
         .header("accept-encoding")
         .unwrap()
         .to_owned();
@@ -99,10 +99,10 @@ async fn request_accepts_compressed_replies() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn truncated_utf8_becomes_replacement_character() {
-    let spelled = |text: &[u8]| {
+    let body_with_text = |text: &[u8]| {
         let body = completion("hi", 0).to_string().into_bytes();
-        let at = memchr::memmem::find(&body, b"\"hi\"").unwrap() + 1;
-        [&body[..at], text, &body[at + 2..]].concat()
+        let start = memchr::memmem::find(&body, b"\"hi\"").unwrap() + 1;
+        [&body[..start], text, &body[start + 2..]].concat()
     };
     let cases: [(&[u8], &str); 5] = [
         (br"Nice \ud83d day", "Nice \u{fffd} day"),
@@ -112,7 +112,7 @@ async fn truncated_utf8_becomes_replacement_character() {
         (br"a \ud83d\ude00 b", "a 😀 b"),
     ];
     for (text, expected) in cases {
-        for record in records(raw(vec![], spelled(text))).await {
+        for record in records(reply_with_body(vec![], body_with_text(text))).await {
             assert_eq!(record.answer.text, expected);
         }
     }
@@ -120,14 +120,14 @@ async fn truncated_utf8_becomes_replacement_character() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn answer_fields_are_parsed_and_unknown_fields_kept() {
-    let of = async |content: Value| {
+    let record_with_content = async |content: Value| {
         let mut body = completion("x", 0);
         body["choices"][0]["message"]["content"] = content;
         records(reply(200, body)).await.remove(0)
     };
     let text = json!({"type": "text", "text": "Four."});
     let thinking = json!({"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]});
-    let record = of(json!([thinking, text])).await;
+    let record = record_with_content(json!([thinking, text])).await;
     assert_eq!(
         (
             record.answer.text.as_str(),
@@ -135,7 +135,7 @@ async fn answer_fields_are_parsed_and_unknown_fields_kept() {
         ),
         ("Four.", "Hm.")
     );
-    let record = of(json!([{"type": "reasoning", "text": "Hm."}, text])).await;
+    let record = record_with_content(json!([{"type": "reasoning", "text": "Hm."}, text])).await;
     assert_eq!(
         (
             record.answer.text.as_str(),
@@ -143,15 +143,18 @@ async fn answer_fields_are_parsed_and_unknown_fields_kept() {
         ),
         ("Four.", "Hm.")
     );
-    let record = of(json!([{"type": "refusal", "refusal": "No."}])).await;
+    let record = record_with_content(json!([{"type": "refusal", "refusal": "No."}])).await;
     assert_eq!(
         (record.answer.refusal.as_str(), record.reason.as_str()),
         ("No.", "refusal")
     );
-    assert_eq!(of(json!(["Four", "."])).await.answer.text, "Four.");
-    assert_eq!(of(text).await.answer.text, "Four.");
+    assert_eq!(
+        record_with_content(json!(["Four", "."])).await.answer.text,
+        "Four."
+    );
+    assert_eq!(record_with_content(text).await.answer.text, "Four.");
     let odd = json!({"answer": 4});
-    let record = of(odd.clone()).await;
+    let record = record_with_content(odd.clone()).await;
     assert_eq!(
         (
             record.reason.as_str(),
@@ -213,12 +216,12 @@ async fn paid_empty_answer_is_quarantined_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn unreadable_body_is_saved_and_not_requested_again() {
     let cases = [
-        raw(
+        reply_with_body(
             vec![],
             "{'choices': [{'message': {'content': 'hi'}}], \"usage\": 1}",
         ),
-        raw(vec![("content-encoding", "gzip".into())], {
-            let mut broken = gzip(&good());
+        reply_with_body(vec![("content-encoding", "gzip".into())], {
+            let mut broken = gzip(&valid_body());
             broken[30] ^= 0xff;
             broken
         }),
@@ -250,7 +253,7 @@ async fn unreadable_body_is_saved_and_not_requested_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn possibly_billed_attempts_are_limited_across_runs() {
     // An HTML page in place of an answer may have been billed.
-    let page = raw(vec![], "<html><title>Sign in</title></html>");
+    let page = reply_with_body(vec![], "<html><title>Sign in</title></html>");
     let server = FaultServer::start(move |seen| match seen.prompt() {
         "a" => page.clone(),
         _ => reply(200, completion("B", 0)),

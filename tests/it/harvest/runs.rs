@@ -12,7 +12,9 @@ use distill::signal::Signals;
 use tokio::sync::mpsc::unbounded_channel;
 
 use super::{Run, end, quietly};
-use crate::fault_server::{FaultServer, Reaction, Seen, answer, completion, error, reply};
+use crate::fault_server::{
+    FaultServer, Reaction, RecordedRequest, answer, completion, error, reply,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_are_recorded_once_with_their_logprobs() {
@@ -55,7 +57,7 @@ async fn answers_are_recorded_once_with_their_logprobs() {
     );
     assert_eq!(logprobs.top_logprob[0][1], Some(-1.5));
 
-    let seen = server.seen();
+    let seen = server.requests();
     assert_eq!(seen[0].path, "/v1/chat/completions");
     assert_eq!(seen[0].header("authorization"), None);
 
@@ -83,7 +85,7 @@ async fn only_changed_rows_are_requested_again() {
     );
     let summary = run.harvest().await;
     assert_eq!((summary.cached, summary.requests), (1, 1));
-    assert_eq!(server.seen().last().unwrap().prompt(), "changed");
+    assert_eq!(server.requests().last().unwrap().prompt(), "changed");
 
     let example = "examples = [{ user = \"x\", assistant = \"y\" }]";
     run.write(
@@ -92,7 +94,7 @@ async fn only_changed_rows_are_requested_again() {
     );
     assert_eq!(run.harvest().await.requests, 2);
     assert_eq!(
-        server.seen().last().unwrap().body["messages"]
+        server.requests().last().unwrap().body["messages"]
             .as_array()
             .unwrap()
             .len(),
@@ -119,7 +121,7 @@ async fn samples_of_a_prompt_have_different_seeds() {
     run.config.sampling.seed = Some(40);
     assert_eq!(run.harvest().await.ok, 3);
     let mut seeds: Vec<_> = server
-        .seen()
+        .requests()
         .iter()
         .map(|seen| seen.body["seed"].as_i64().unwrap())
         .collect();
@@ -311,7 +313,9 @@ const KEY_VARIABLE: &str = "PATH";
 #[tokio::test(flavor = "multi_thread")]
 async fn api_key_is_sent_and_never_shown_or_stored() {
     let key = std::env::var(KEY_VARIABLE).unwrap();
-    let echo = |seen: &Seen| seen.header("authorization").unwrap()["Bearer ".len()..].to_string();
+    let echo = |seen: &RecordedRequest| {
+        seen.header("authorization").unwrap()["Bearer ".len()..].to_string()
+    };
     let server = FaultServer::start(move |seen| match seen.prompt() {
         "answer" => reply(200, completion(&echo(seen), 0)),
         "refused" => reply(400, error(&format!("bad key {}", echo(seen)), "")),
@@ -321,7 +325,7 @@ async fn api_key_is_sent_and_never_shown_or_stored() {
     let mut run = Run::new(&server, &["answer", "refused"]);
     run.config.teacher.api_key_env = KEY_VARIABLE.into();
     let mut outputs = vec![format!("{:?}", run.harvest().await)];
-    let header = server.seen()[0]
+    let header = server.requests()[0]
         .header("authorization")
         .unwrap()
         .to_string();
@@ -377,7 +381,7 @@ async fn schema_violations_are_quarantined_and_counted() {
     assert_eq!((summary.ok, summary.quarantined), (1, 2));
     assert_eq!(summary.quarantines["schema: `/n` against `type`"], 1);
     assert_eq!(summary.quarantines["schema: no JSON"], 1);
-    let sent = &server.seen()[0].body["response_format"];
+    let sent = &server.requests()[0].body["response_format"];
     assert_eq!(sent["json_schema"]["name"], "call");
     assert_eq!(run.harvest().await.requests, 0, "nothing is bought twice");
 }

@@ -20,13 +20,13 @@ fn golden(name: &str) -> PathBuf {
 }
 
 /// Starts a server that answers `hi` after a successful handshake. Returns its base URL.
-fn serve(wants_client_certificate: bool) -> String {
+fn serve(requires_client_certificate: bool) -> String {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut roots = RootCertStore::empty();
     roots
         .add(CertificateDer::from_pem_file(golden("ca.pem")).unwrap())
         .unwrap();
-    let builder = if wants_client_certificate {
+    let builder = if requires_client_certificate {
         let verifier = WebPkiClientVerifier::builder(Arc::new(roots))
             .build()
             .unwrap();
@@ -82,7 +82,7 @@ async fn client_certificate_is_presented() {
     run.config.teacher.ca_file = Some(golden("ca.pem"));
     run.config.retry.max_attempts = 2;
     let summary = run.harvest().await;
-    assert_eq!(summary.ok, 0, "without one");
+    assert_eq!(summary.ok, 0, "without a client certificate");
     // The request may have been billed, so it counts against the attempts of the row.
     run.config.run_dir = run.dir.path().join("another");
     run.config.teacher.client_certificate = Some(golden("client.pem"));

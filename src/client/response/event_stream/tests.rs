@@ -131,7 +131,7 @@ fn truncated_stream_is_cut_off_whatever_its_end() {
 }
 
 #[test]
-fn whole_answer_in_one_event_is_that_answer() {
+fn complete_answer_in_one_event_is_returned() {
     let whole = json!({"choices": [{"message": {"content": "hi"}}], "usage": {"prompt_tokens": 1}});
     assert_eq!(stream(std::slice::from_ref(&whole), ""), whole);
     let lines = format!("data: {whole}\ndata: [DONE]\n");

@@ -48,8 +48,8 @@ struct Provider {
 }
 
 impl Transport for Provider {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
-        self.chat.ask(body)
+    fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
+        self.chat.complete(body)
     }
 
     fn batches(&self) -> Option<&dyn BatchApi> {
@@ -75,7 +75,7 @@ impl Provider {
         let take = |left: u32| left.checked_sub(1);
         let is_forbidden = self.forbidden.fetch_update(Relaxed, Relaxed, take).is_ok();
         let body = json!({"error": {"message": "not now"}}).to_string();
-        is_forbidden.then(|| HttpReply::whole(403, HeaderMap::new(), body.into()))
+        is_forbidden.then(|| HttpReply::complete(403, HeaderMap::new(), body.into()))
     }
 
     async fn travel(&self) {

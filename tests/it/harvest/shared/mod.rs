@@ -52,14 +52,14 @@ impl Noting {
 }
 
 impl Transport for Noting {
-    fn ask<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
+    fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let max_tokens = body["max_completion_tokens"].as_u64().unwrap();
             let tokens = (body.to_string().len() as u64).div_ceil(4) + max_tokens;
             self.asked.lock().unwrap().push((Instant::now(), tokens));
             tokio::time::sleep(self.latency).await;
             let body = completion("x", 0).to_string();
-            Ok(HttpReply::whole(200, HeaderMap::new(), body.into()))
+            Ok(HttpReply::complete(200, HeaderMap::new(), body.into()))
         }
         .boxed()
     }
