@@ -95,7 +95,7 @@ impl RunFiles {
         let at = |age: i64| Timestamp::from_second(now.as_second() - age).unwrap_or(now);
         let slots = slots.into_iter().map(|(age, count)| (at(age), count));
         let label = upstream.settings.teacher.label().to_owned();
-        self.account.day().insert(label, slots.collect());
+        self.account.daily_requests().insert(label, slots.collect());
     }
 
     /// Closes the account. Requests still in flight (after a second signal) count as possibly billed.
@@ -109,7 +109,7 @@ impl RunFiles {
     /// Copies the amounts in US dollars to the summary, if there are prices.
     pub(crate) fn summarise(&self, is_priced: bool, summary: &mut HarvestSummary) {
         if is_priced {
-            let now = self.account.spent_now();
+            let now = self.account.spent_by_process();
             summary.cost_usd = Some(now.measured_usd.usd());
             summary.estimated_usd = Some(now.estimated_usd.usd());
             summary.run_folder_usd = Some(self.account.spent().total().usd());
@@ -169,7 +169,7 @@ pub(crate) fn daily_limit<S: LedgerStore>(
     upstream: &config::EndpointConfig,
     now: Timestamp,
 ) -> DailyLimit {
-    let slots = account.day().get(upstream.teacher.label());
+    let slots = account.daily_requests().get(upstream.teacher.label());
     let slots: Vec<_> = slots
         .into_iter()
         .flatten()
@@ -193,7 +193,7 @@ impl MergeAccount {
     /// # Errors
     /// If another process has the account open, or its files are damaged or cannot be written.
     pub(crate) fn open(run_dir: &Path, price: &Price) -> Result<MergeAccount> {
-        if !ledger::file(run_dir).exists() {
+        if !ledger::ledger_path(run_dir).exists() {
             return Ok(MergeAccount(None));
         }
         let (files, ledger, is_complete) = LedgerFiles::open(run_dir)?;

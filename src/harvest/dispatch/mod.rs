@@ -230,7 +230,7 @@ impl<'a> Dispatcher<'a> {
         }
         if is_short_of_money && self.in_flight.is_empty() && wake.is_none() {
             self.stop
-                .get_or_insert(crate::budget::account::out_of_money(
+                .get_or_insert(crate::budget::account::budget_exhausted(
                     &self.run_files.account,
                 ));
         }
