@@ -29,7 +29,7 @@ pub(crate) struct ParsedChat<'a> {
     pub top_logprobs: Option<usize>,
 }
 
-/// The request fields that the mock reads; others are ignored.
+/// The request fields that the mock reads. Other fields are ignored.
 #[derive(Deserialize)]
 struct ChatBody<'a> {
     #[serde(borrow)]
@@ -45,7 +45,7 @@ struct ChatBody<'a> {
     stream: Option<bool>,
 }
 
-/// A message whose content stays raw: only the last message is decoded.
+/// A message. Its content stays raw, because only that of the last message is decoded.
 #[derive(Deserialize)]
 struct ChatMessage<'a> {
     #[serde(borrow)]
@@ -65,7 +65,7 @@ impl<'a> ParsedChat<'a> {
     /// Parses a request body.
     ///
     /// # Errors
-    /// The reply that rejects it: 400, or 404 for an unknown model.
+    /// The reply that rejects the request: a 400, or a 404 for an unknown model.
     pub(crate) fn parse(body: &'a [u8], script: &Script) -> Result<ParsedChat<'a>, HttpReply> {
         let fields: ChatBody<'a> = serde_json::from_slice(body).map_err(|error| {
             let message = format!("We could not parse the JSON body of your request: {error}");
@@ -117,18 +117,18 @@ impl<'a> ParsedChat<'a> {
 }
 
 impl ChatMessage<'_> {
-    /// Estimates the tokens of a message: one for four bytes, and four for its frame.
+    /// Estimates the tokens of a message: one per four bytes of the content's JSON, plus four for the role.
     fn tokens(&self) -> u64 {
         let bytes = self.content.map_or(0, |content| content.get().len());
         4 + (bytes as u64).div_ceil(4)
     }
 }
 
-fn check_model(asked: &str, script: &Script) -> Result<(), HttpReply> {
-    if script.model == "*" || script.model == asked {
+fn check_model(model: &str, script: &Script) -> Result<(), HttpReply> {
+    if script.model == "*" || script.model == model {
         return Ok(());
     }
-    let message = format!("The model `{asked}` does not exist or you do not have access to it.");
+    let message = format!("The model `{model}` does not exist or you do not have access to it.");
     Err(HttpReply::error(404, &message, "model_not_found"))
 }
 
@@ -153,16 +153,17 @@ fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), 
     if body.stream == Some(true) {
         return Err(unsupported("stream", ""));
     }
-    let most = answers.top_logprobs;
+    let max_top_logprobs = answers.top_logprobs;
     match body.top_logprobs {
         Some(_) if body.logprobs != Some(true) => Err(HttpReply::bad_field(
             "top_logprobs",
             "The 'logprobs' parameter must be true if 'top_logprobs' is set.",
             Value::Null,
         )),
-        Some(asked) if asked > most => {
-            let message =
-                format!("Invalid value for 'top_logprobs': must be less than or equal to {most}.");
+        Some(top_logprobs) if top_logprobs > max_top_logprobs => {
+            let message = format!(
+                "Invalid value for 'top_logprobs': must be less than or equal to {max_top_logprobs}."
+            );
             Err(HttpReply::bad_field(
                 "top_logprobs",
                 &message,
@@ -177,10 +178,11 @@ fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), 
     }
 }
 
-fn unsupported(name: &str, instead: &str) -> HttpReply {
+/// Returns the error for an unsupported field. `replacement` is the field to use instead, or empty.
+fn unsupported(name: &str, replacement: &str) -> HttpReply {
     let mut message = format!("Unsupported parameter: '{name}' is not supported with this model.");
-    if !instead.is_empty() {
-        message += &format!(" Use '{instead}' instead.");
+    if !replacement.is_empty() {
+        message += &format!(" Use '{replacement}' instead.");
     }
     HttpReply::bad_field(name, &message, "unsupported_parameter")
 }

@@ -1,4 +1,4 @@
-//! The mock's responses as values. [`crate::mock::http`] sends them over TCP; a simulation uses them
+//! [`MockResponse`]: a response or a failure, independent of TCP. [`crate::mock::http`] sends it over TCP; tests use it
 //! directly.
 
 use std::borrow::Cow;
@@ -11,21 +11,21 @@ use serde_json::{Value, json};
 /// answered has no response: the future of [`crate::mock::Mock::respond`] stays pending.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MockResponse {
-    /// The whole reply.
+    /// A complete reply.
     Complete(HttpReply),
-    /// Connection refused. Over TCP a reset, since the connection is already accepted.
+    /// A refused connection. Over TCP a reset, because the mock has already accepted the connection.
     Refused,
     /// A reset before the first byte.
     Reset,
     /// The head, half of the body, then a reset.
     ResetInBody(HttpReply),
-    /// The head, half of the body, then a regular close. The content length is that of the whole body.
+    /// The head, half of the body, then a regular close. The content length is that of the complete body.
     ShortBody(HttpReply),
     /// A chunked body without its last chunk, then a regular close.
     UnfinishedChunks(HttpReply),
     /// The head and half of the body; the connection stays open.
     StallInBody(HttpReply),
-    /// The first `slow` bytes of the body one by one, each after `interval`, then the rest.
+    /// The first `slow` bytes of the body one by one, each after `interval`, then the other bytes at once.
     Drip {
         reply: HttpReply,
         slow: usize,
@@ -33,7 +33,7 @@ pub enum MockResponse {
     },
 }
 
-/// A header: its name in lower case and its value.
+/// Name, in lower case, and value of a header.
 pub type ReplyHeader = (Cow<'static, str>, Cow<'static, str>);
 
 /// A valid HTTP response.
@@ -56,7 +56,7 @@ impl HttpReply {
         }
     }
 
-    /// Makes an error in OpenAI's format.
+    /// Creates an error in OpenAI's format.
     pub fn error(status: u16, message: &str, code: impl Into<Value>) -> HttpReply {
         HttpReply::json(
             status,
@@ -64,15 +64,15 @@ impl HttpReply {
         )
     }
 
-    /// Makes a 400 that names the invalid field.
+    /// Creates an error with status 400 that names the invalid field.
     pub fn bad_field(param: &str, message: &str, code: impl Into<Value>) -> HttpReply {
         HttpReply::json(400, error_body(400, message, param.into(), code.into()))
     }
 
     /// Returns the value of the first header with this name.
     pub fn header(&self, name: &str) -> Option<&str> {
-        let found = self.headers.iter().find(|(other, _)| other == name);
-        found.map(|(_, value)| value.as_ref())
+        let header = self.headers.iter().find(|(other, _)| other == name);
+        header.map(|(_, value)| value.as_ref())
     }
 
     /// Adds a header.
@@ -88,18 +88,6 @@ impl HttpReply {
 
 impl MockResponse {
     /// Returns the reply that is sent, completely or in part.
-    pub fn reply(&self) -> Option<&HttpReply> {
-        match self {
-            MockResponse::Refused | MockResponse::Reset => None,
-            MockResponse::Complete(reply)
-            | MockResponse::ResetInBody(reply)
-            | MockResponse::ShortBody(reply)
-            | MockResponse::UnfinishedChunks(reply)
-            | MockResponse::StallInBody(reply)
-            | MockResponse::Drip { reply, .. } => Some(reply),
-        }
-    }
-
     pub(crate) fn reply_mut(&mut self) -> Option<&mut HttpReply> {
         match self {
             MockResponse::Refused | MockResponse::Reset => None,

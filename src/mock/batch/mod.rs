@@ -1,7 +1,7 @@
 //! OpenAI's file and batch API, on a virtual clock.
 //!
-//! Nothing runs in the background: the state of a batch is a function of time, computed on request.
-//! A batch is billed when it ends.
+//! Nothing runs in the background: the state of a batch is a function of time, which is computed when a request
+//! arrives. A batch is billed when it ends.
 //!
 //! | file | content |
 //! |---|---|
@@ -9,8 +9,8 @@
 //! | `upload` | multipart parsing |
 //! | `rows` | validation of the input file; the lines of the result files |
 //! | `job` | one batch: its rows, planned results and JSON |
-//! | `lifecycle` | the status of a batch at a time |
-//! | `context` | script and time of a request |
+//! | `lifecycle` | the status of a batch as a function of time |
+//! | `context` | the script, and the current real and virtual time |
 
 pub(crate) mod context;
 pub(crate) mod job;
@@ -18,13 +18,13 @@ pub(crate) mod lifecycle;
 pub(crate) mod rows;
 pub(crate) mod upload;
 
-use crate::mock::batch::context::BatchContext;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 
+use crate::mock::batch::context::BatchContext;
 use crate::mock::batch::job::{AnswerRowFn, BatchJob, plan_rows};
 use crate::mock::batch::lifecycle::{BatchLifecycle, BatchStatus};
 use crate::mock::batch::rows::error_entry;
@@ -37,8 +37,8 @@ use crate::mock::script::batch::BatchOutcome;
 pub(crate) struct BatchStore {
     files: BTreeMap<String, StoredFile>,
     batches: Vec<BatchJob>,
-    /// Number of file ids given so far.
-    files_named: usize,
+    /// Number of file ids that were assigned.
+    assigned_file_ids: usize,
 }
 
 /// An uploaded file or a result file.
@@ -47,14 +47,14 @@ struct StoredFile {
     name: String,
     purpose: String,
     content: Bytes,
-    /// Time since the start from which the file is found.
+    /// Real time since the start of the mock at which requests begin to find the file.
     visible_at: Duration,
-    /// Virtual seconds since the start.
+    /// Time of creation, in virtual seconds since the start of the mock.
     created: f64,
 }
 
 impl BatchStore {
-    /// Handles a request to a file or batch route; returns `None` for other routes.
+    /// Handles a request to a file or batch route. Returns None for other routes.
     pub(crate) fn handle(
         &mut self,
         request: &MockRequest,
@@ -92,47 +92,48 @@ impl BatchStore {
             Ok(upload) => upload,
             Err(problem) => return HttpReply::error(400, problem, Value::Null),
         };
-        let missing = crate::mock::faults::duration(context.script.batch.missing_s);
+        let missing = crate::mock::faults::duration_from_s(context.script.batch.missing_s);
         let file = StoredFile {
             name: upload.filename,
             purpose: upload.purpose,
             content: Bytes::copy_from_slice(upload.content),
-            visible_at: context.at + missing,
-            created: context.now(),
+            visible_at: context.elapsed + missing,
+            created: context.virtual_now(),
         };
         let id = self.next_file_id();
-        let to_json = file.to_json(&id, context);
+        let json = file.to_json(&id, context);
         self.files.insert(id, file);
-        HttpReply::json(200, to_json.to_string())
+        HttpReply::json(200, json.to_string())
     }
 
     fn next_file_id(&mut self) -> String {
-        self.files_named += 1;
-        format!("file-{:024}", self.files_named)
+        self.assigned_file_ids += 1;
+        format!("file-{:024}", self.assigned_file_ids)
     }
 
+    /// Returns the reply of `respond` for a visible file, or a 404.
     fn with_file(
         &self,
         id: &str,
         context: &BatchContext,
-        then: impl FnOnce(&StoredFile) -> HttpReply,
+        respond: impl FnOnce(&StoredFile) -> HttpReply,
     ) -> HttpReply {
         match self
             .files
             .get(id)
-            .filter(|file| file.visible_at <= context.at)
+            .filter(|file| file.visible_at <= context.elapsed)
         {
-            Some(file) => then(file),
+            Some(file) => respond(file),
             None => not_found("File", id, 404, "id"),
         }
     }
 
     fn list_files(&self, context: &BatchContext) -> HttpReply {
-        let visible_at = self
+        let visible = self
             .files
             .iter()
-            .filter(|(_, file)| file.visible_at <= context.at);
-        let entries: Vec<Value> = visible_at
+            .filter(|(_, file)| file.visible_at <= context.elapsed);
+        let entries: Vec<Value> = visible
             .map(|(id, file)| file.to_json(id, context))
             .collect();
         HttpReply::json(200, list_page(entries, false).to_string())
@@ -172,13 +173,14 @@ impl BatchStore {
         };
         let input_file_id = required("input_file_id")?;
         let endpoint = required("endpoint")?;
-        let window = required("completion_window")?;
-        let seconds = parse_window(&window).ok_or_else(|| {
-            let message = format!("Invalid value: '{window}'. Supported values are: '24h'.");
+        let completion_window = required("completion_window")?;
+        let window_s = parse_window(&completion_window).ok_or_else(|| {
+            let message =
+                format!("Invalid value: '{completion_window}'. Supported values are: '24h'.");
             HttpReply::bad_field("completion_window", &message, "invalid_value")
         })?;
         let file = self.files.get(&input_file_id);
-        let file = file.filter(|file| file.visible_at <= context.at);
+        let file = file.filter(|file| file.visible_at <= context.elapsed);
         let file = file.ok_or_else(|| not_found("File", &input_file_id, 400, "input_file_id"))?;
         let (rows, mut errors) = rows::read(&file.content, &endpoint, script);
         if script.batch.outcome == BatchOutcome::Failed && errors.is_empty() {
@@ -197,8 +199,8 @@ impl BatchStore {
                 .filter(|batch| !batch.snapshot(context).status.is_final())
                 .map(BatchJob::tokens)
                 .sum();
-            let own: u64 = rows.iter().map(|row| row.tokens).sum();
-            if enqueued + own > limit {
+            let new_tokens: u64 = rows.iter().map(|row| row.tokens).sum();
+            if enqueued + new_tokens > limit {
                 let message = format!(
                     "Enqueued token limit reached for {} in organization org-mock. Limit: {limit} \
                      enqueued tokens. Please try again once some in_progress batches have been \
@@ -213,23 +215,23 @@ impl BatchStore {
             id: format!("batch_{number:024}"),
             input_file_id,
             endpoint,
-            window,
+            completion_window,
             metadata: body["metadata"].clone(),
             lifecycle: BatchLifecycle {
-                created: context.now(),
-                window: seconds,
+                created: context.virtual_now(),
+                window_s,
                 rows: rows.len(),
                 is_invalid: !errors.is_empty(),
                 cancelled: None,
             },
             errors,
-            order: plan_rows(rows.len(), script, number),
+            plan: plan_rows(rows.len(), script, number),
             rows,
             results: None,
         };
-        let to_json = batch.to_json(context);
+        let json = batch.to_json(context);
         self.batches.push(batch);
-        Ok(HttpReply::json(200, to_json.to_string()))
+        Ok(HttpReply::json(200, json.to_string()))
     }
 
     /// Lists batches, newest first: up to `limit`, starting after the batch `after`.
@@ -264,7 +266,7 @@ impl BatchStore {
         };
         match batch.snapshot(context).status {
             BatchStatus::Validating | BatchStatus::InProgress => {
-                batch.lifecycle.cancelled = Some(context.now());
+                batch.lifecycle.cancelled = Some(context.virtual_now());
                 HttpReply::json(200, batch.to_json(context).to_string())
             }
             BatchStatus::Cancelling => HttpReply::json(200, batch.to_json(context).to_string()),
@@ -291,9 +293,10 @@ impl BatchStore {
         }
     }
 
+    /// Stores a result file, unless it is empty, and returns its id.
     fn store_result(
         &mut self,
-        what: &str,
+        kind: &str,
         content: Vec<u8>,
         created: f64,
         context: &BatchContext,
@@ -303,10 +306,10 @@ impl BatchStore {
         }
         let id = self.next_file_id();
         let file = StoredFile {
-            name: format!("{id}_{what}.jsonl"),
+            name: format!("{id}_{kind}.jsonl"),
             purpose: "batch_output".into(),
             content: content.into(),
-            visible_at: context.at,
+            visible_at: context.elapsed,
             created,
         };
         self.files.insert(id.clone(), file);
@@ -320,7 +323,7 @@ impl StoredFile {
             "id": id,
             "object": "file",
             "bytes": self.content.len(),
-            "created_at": context.stamp(self.created),
+            "created_at": context.unix_time(self.created),
             "filename": self.name,
             "purpose": self.purpose,
             "status": "processed",
@@ -328,7 +331,7 @@ impl StoredFile {
     }
 }
 
-/// Parses a completion window such as `24h` or `7d`, in seconds.
+/// Parses a completion window such as `24h` or `7d`. Returns seconds.
 fn parse_window(window: &str) -> Option<f64> {
     let unit = match window.chars().last()? {
         'h' => 3600.0,
@@ -340,7 +343,7 @@ fn parse_window(window: &str) -> Option<f64> {
 }
 
 fn list_page(entries: Vec<Value>, has_more: bool) -> Value {
-    let id = |to_json: Option<&Value>| to_json.map_or(Value::Null, |to_json| to_json["id"].clone());
+    let id = |entry: Option<&Value>| entry.map_or(Value::Null, |entry| entry["id"].clone());
     json!({
         "object": "list",
         "first_id": id(entries.first()),
@@ -350,8 +353,8 @@ fn list_page(entries: Vec<Value>, has_more: bool) -> Value {
     })
 }
 
-fn not_found(what: &str, id: &str, status: u16, param: &str) -> HttpReply {
-    let message = format!("No such {what} object: {id}");
+fn not_found(object: &str, id: &str, status: u16, param: &str) -> HttpReply {
+    let message = format!("No such {object} object: {id}");
     let reply = HttpReply::bad_field(param, &message, Value::Null);
     HttpReply { status, ..reply }
 }

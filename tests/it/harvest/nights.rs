@@ -103,7 +103,7 @@ impl Night {
         });
         Night {
             run,
-            mock: Arc::new(Mock::at(script, SystemTime::from(evening))),
+            mock: Arc::new(Mock::with_wall_start(script, SystemTime::from(evening))),
             clock,
         }
     }

@@ -166,7 +166,7 @@ async fn refused(retry_after: &str) -> (HttpReply, String) {
         format!("[limits]\nrequests_per_minute = 60\nburst_s = 1\nretry_after = \"{retry_after}\"");
     // A fraction of a second, which a date must round up.
     let wall = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000 + SECOND / 4;
-    let mock = Mock::at(script(&limits), wall);
+    let mock = Mock::with_wall_start(script(&limits), wall);
     assert_eq!(ask(&mock, "hi").await.status, 200);
     advance(Duration::from_millis(400)).await;
     let reply = ask(&mock, "hi").await;
@@ -272,7 +272,7 @@ async fn rate_limit_headers_match_each_provider() {
         ("none", &[]),
     ] {
         let wall = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000;
-        let mock = Mock::at(
+        let mock = Mock::with_wall_start(
             script(&format!("[limits]\n{limits}\nheaders = \"{dialect}\"")),
             wall,
         );
