@@ -196,7 +196,7 @@ pub fn read_only(run_dir: &Path) -> Result<(Ledger, bool)> {
 
 /// Version of a ledger. Version 1 did not contain the measured cost.
 #[derive(Deserialize)]
-struct Version {
+struct LedgerVersion {
     #[serde(default)]
     version: u32,
 }
@@ -235,7 +235,7 @@ fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
             path.display()
         ))
     };
-    let Version { version } = serde_json::from_str(&text).map_err(damaged)?;
+    let LedgerVersion { version } = serde_json::from_str(&text).map_err(damaged)?;
     if version > VERSION {
         return Err(Exit::Damaged(format!(
             "{} has version {version}, which a newer distill wrote: update distill",

@@ -76,7 +76,7 @@ impl RunFiles {
         if !self.account.reserve(amount)? {
             return Ok(false);
         }
-        if upstream.limiter.day.must_be_written() {
+        if upstream.limiter.daily_limit.must_write_ledger() {
             self.note_day(upstream, false);
             if let Err(error) = self.account.save() {
                 self.account.release(amount);
@@ -88,7 +88,10 @@ impl RunFiles {
 
     fn note_day(&mut self, upstream: &mut Upstream, last: bool) {
         let now = self.clock.now();
-        let slots = upstream.limiter.day.written(Instant::now(), last);
+        let slots = upstream
+            .limiter
+            .daily_limit
+            .ledger_slots(Instant::now(), last);
         if slots.is_empty() {
             return;
         }

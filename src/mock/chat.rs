@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::mock::limits::TokenCost;
-use crate::mock::response::HttpReply;
+use crate::mock::response::MockReply;
 use crate::mock::script::Script;
 use crate::mock::script::answers::AcceptedMaxTokens;
 
@@ -66,10 +66,10 @@ impl<'a> ParsedChat<'a> {
     ///
     /// # Errors
     /// The reply that rejects the request: a 400, or a 404 for an unknown model.
-    pub(crate) fn parse(body: &'a [u8], script: &Script) -> Result<ParsedChat<'a>, HttpReply> {
+    pub(crate) fn parse(body: &'a [u8], script: &Script) -> Result<ParsedChat<'a>, MockReply> {
         let fields: ChatBody<'a> = serde_json::from_slice(body).map_err(|error| {
             let message = format!("We could not parse the JSON body of your request: {error}");
-            HttpReply::error(400, &message, Value::Null)
+            MockReply::error(400, &message, Value::Null)
         })?;
         check_model(&fields.model, script)?;
         check_parameters(body, &fields, script)?;
@@ -97,7 +97,7 @@ impl<'a> ParsedChat<'a> {
         }
     }
 
-    fn check_context(&self, script: &Script) -> Result<(), HttpReply> {
+    fn check_context(&self, script: &Script) -> Result<(), MockReply> {
         let requested = self.prompt_tokens + self.max_tokens.unwrap_or_default();
         match script.answers.context_tokens {
             Some(context) if requested > context => {
@@ -105,7 +105,7 @@ impl<'a> ParsedChat<'a> {
                     "This model's maximum context length is {context} tokens. However, you \
                      requested {requested} tokens. Please reduce the length of the messages."
                 );
-                Err(HttpReply::bad_field(
+                Err(MockReply::bad_field(
                     "messages",
                     &message,
                     "context_length_exceeded",
@@ -124,15 +124,15 @@ impl ChatMessage<'_> {
     }
 }
 
-fn check_model(model: &str, script: &Script) -> Result<(), HttpReply> {
+fn check_model(model: &str, script: &Script) -> Result<(), MockReply> {
     if script.model == "*" || script.model == model {
         return Ok(());
     }
     let message = format!("The model `{model}` does not exist or you do not have access to it.");
-    Err(HttpReply::error(404, &message, "model_not_found"))
+    Err(MockReply::error(404, &message, "model_not_found"))
 }
 
-fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), HttpReply> {
+fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), MockReply> {
     let answers = &script.answers;
     if !answers.refuse_parameters.is_empty() {
         let fields: Map<String, Value> = serde_json::from_slice(raw).unwrap_or_default();
@@ -155,7 +155,7 @@ fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), 
     }
     let max_top_logprobs = answers.top_logprobs;
     match body.top_logprobs {
-        Some(_) if body.logprobs != Some(true) => Err(HttpReply::bad_field(
+        Some(_) if body.logprobs != Some(true) => Err(MockReply::bad_field(
             "top_logprobs",
             "The 'logprobs' parameter must be true if 'top_logprobs' is set.",
             Value::Null,
@@ -164,7 +164,7 @@ fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), 
             let message = format!(
                 "Invalid value for 'top_logprobs': must be less than or equal to {max_top_logprobs}."
             );
-            Err(HttpReply::bad_field(
+            Err(MockReply::bad_field(
                 "top_logprobs",
                 &message,
                 "invalid_value",
@@ -172,26 +172,26 @@ fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), 
         }
         _ if body.n.is_some_and(|n| !(1..=128).contains(&n)) => {
             let message = "Invalid value for 'n': must be from 1 to 128.";
-            Err(HttpReply::bad_field("n", message, "invalid_value"))
+            Err(MockReply::bad_field("n", message, "invalid_value"))
         }
         _ => Ok(()),
     }
 }
 
 /// Returns the error for an unsupported field. `replacement` is the field to use instead, or empty.
-fn unsupported(name: &str, replacement: &str) -> HttpReply {
+fn unsupported(name: &str, replacement: &str) -> MockReply {
     let mut message = format!("Unsupported parameter: '{name}' is not supported with this model.");
     if !replacement.is_empty() {
         message += &format!(" Use '{replacement}' instead.");
     }
-    HttpReply::bad_field(name, &message, "unsupported_parameter")
+    MockReply::bad_field(name, &message, "unsupported_parameter")
 }
 
 /// Returns the text of the last message. Its content is a string or a list of parts.
-fn last_text<'a>(messages: &[ChatMessage<'a>]) -> Result<Cow<'a, str>, HttpReply> {
+fn last_text<'a>(messages: &[ChatMessage<'a>]) -> Result<Cow<'a, str>, MockReply> {
     let Some(last) = messages.last() else {
         let message = "Invalid 'messages': empty array.";
-        return Err(HttpReply::bad_field("messages", message, "empty_array"));
+        return Err(MockReply::bad_field("messages", message, "empty_array"));
     };
     let Some(content) = last.content else {
         return Ok(Cow::Borrowed(""));
@@ -203,7 +203,7 @@ fn last_text<'a>(messages: &[ChatMessage<'a>]) -> Result<Cow<'a, str>, HttpReply
         Ok(parts) => Ok(Cow::Owned(
             parts.into_iter().map(|part| part.text).collect(),
         )),
-        Err(_) => Err(HttpReply::bad_field(
+        Err(_) => Err(MockReply::bad_field(
             "messages",
             "Invalid type for 'messages[-1].content': expected a string or an array of parts.",
             "invalid_type",

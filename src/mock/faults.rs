@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::mock::corrupt::{blank_lines, corrupt_body};
 use crate::mock::headers::{wait_sentence, with_retry_after};
-use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::response::{MockReply, MockResponse};
 use crate::mock::script::Script;
 use crate::mock::script::fault::ScriptedFault;
 use crate::mock::script::fault_kind::FaultKind;
@@ -69,7 +69,7 @@ impl ScriptedFault {
     }
 
     /// Replaces the body and headers of the reply by those that the script sets.
-    fn apply_overrides(&self, mut reply: HttpReply) -> HttpReply {
+    fn apply_overrides(&self, mut reply: MockReply) -> MockReply {
         if let Some(body) = &self.body {
             reply.body = body.clone().into();
         }
@@ -90,26 +90,26 @@ pub(crate) fn error_response(fault: &ScriptedFault, now: SystemTime) -> Option<M
         FaultKind::Stall => return None,
         FaultKind::Reset => return Some(MockResponse::Reset),
         FaultKind::Refused => return Some(MockResponse::Refused),
-        FaultKind::Html(status) => HttpReply {
+        FaultKind::Html(status) => MockReply {
             content_type: "text/html",
-            ..HttpReply::json(status, html_page(status))
+            ..MockReply::json(status, html_page(status))
         },
-        FaultKind::InsufficientQuota => HttpReply::error(
+        FaultKind::InsufficientQuota => MockReply::error(
             429,
             "You exceeded your current quota, please check your plan and billing details.",
             "insufficient_quota",
         ),
-        FaultKind::Redirect => HttpReply::json(307, "").with_header("location", OTHER_HOST),
+        FaultKind::Redirect => MockReply::json(307, "").with_header("location", OTHER_HOST),
         // Routers such as OpenRouter send the status of the upstream as the error code.
         FaultKind::ErrorIn200 => {
-            let reply = HttpReply::error(502, "The upstream provider failed.", 502);
-            HttpReply {
+            let reply = MockReply::error(502, "The upstream provider failed.", 502);
+            MockReply {
                 status: 200,
                 ..reply
             }
         }
         FaultKind::Http(status) => status_error(status, &error_message(fault, status)),
-        _ => HttpReply::error(
+        _ => MockReply::error(
             500,
             "This fault needs an answer to corrupt.",
             "server_error",
@@ -121,7 +121,7 @@ pub(crate) fn error_response(fault: &ScriptedFault, now: SystemTime) -> Option<M
 }
 
 /// Returns the response of a fault that changes a valid answer.
-pub(crate) fn corrupt(fault: &ScriptedFault, mut answer: HttpReply) -> MockResponse {
+pub(crate) fn corrupt(fault: &ScriptedFault, mut answer: MockReply) -> MockResponse {
     let interval = duration_from_s(fault.interval_s.unwrap_or(1.0));
     let body = std::mem::take(&mut answer.body);
     answer.body = corrupt_body(fault.kind, body.into(), fault.size);
@@ -145,7 +145,7 @@ pub(crate) fn corrupt(fault: &ScriptedFault, mut answer: HttpReply) -> MockRespo
     }
 }
 
-fn status_error(status: u16, message: &str) -> HttpReply {
+fn status_error(status: u16, message: &str) -> MockReply {
     let code = match status {
         400 => "invalid_request",
         401 => "invalid_api_key",
@@ -160,7 +160,7 @@ fn status_error(status: u16, message: &str) -> HttpReply {
         503 | 529 => "overloaded",
         _ => "server_error",
     };
-    HttpReply::error(status, message, code)
+    MockReply::error(status, message, code)
 }
 
 fn error_message(fault: &ScriptedFault, status: u16) -> String {

@@ -11,7 +11,7 @@ use crate::mock::faults;
 use crate::mock::faults::RequestFacts;
 use crate::mock::headers;
 use crate::mock::limits::{AdmissionTicket, LimitKind, LimitRefusal, LimitStatus, TokenCost};
-use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::response::{MockReply, MockResponse};
 use crate::mock::script::fault::ScriptedFault;
 use crate::mock::script::limits::RetryAfter;
 use crate::mock::stats;
@@ -54,7 +54,7 @@ impl Mock {
         &self,
         hash: BodyHash,
         cost: TokenCost,
-    ) -> Result<(RequestGuard<'_>, u32, Duration), HttpReply> {
+    ) -> Result<(RequestGuard<'_>, u32, Duration), MockReply> {
         let mut locked = self.state();
         let state = &mut *locked;
         // The clock is read under the lock, so that the limiter's time does not decrease.
@@ -86,7 +86,7 @@ impl Mock {
     }
 
     /// Returns the reply to a request that exceeds a limit.
-    fn reject(&self, refusal: &LimitRefusal, limit_status: &LimitStatus) -> HttpReply {
+    fn reject(&self, refusal: &LimitRefusal, limit_status: &LimitStatus) -> MockReply {
         let limits = &self.script.limits;
         let format = match refusal.wait {
             Some(_) => limits.retry_after,
@@ -102,7 +102,7 @@ impl Mock {
                 headers::wait_sentence(format, wait)
             ),
         };
-        let reply = HttpReply::error(limits.status, &message, "rate_limit_exceeded");
+        let reply = MockReply::error(limits.status, &message, "rate_limit_exceeded");
         let mut reply = headers::with_retry_after(reply, format, wait, self.wall_now());
         headers::push_limits(
             &mut reply.headers,
@@ -157,7 +157,7 @@ impl Mock {
         let is_billed = fault.is_none_or(ScriptedFault::is_billed);
         guard.billed_if_dropped = (answers.bill_abandoned && is_billed).then_some(usage);
         pause(faults::duration_from_s(latency_s)).await;
-        let reply = HttpReply::json(200, body);
+        let reply = MockReply::json(200, body);
         let response = match fault {
             None => MockResponse::Complete(reply),
             Some(fault) => faults::corrupt(fault, reply),

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::mock::limits::LimitStatus;
 use crate::mock::quota::QuotaStatus;
-use crate::mock::response::{HttpReply, ReplyHeader};
+use crate::mock::response::{MockReply, ReplyHeader};
 use crate::mock::script::limits::{HeaderDialect, RetryAfter};
 
 const TEN_YEARS: Duration = Duration::from_secs(10 * 365 * 86_400);
@@ -139,11 +139,11 @@ pub(crate) fn wait_sentence(format: RetryAfter, wait: Duration) -> String {
 
 /// Adds the header that states how long to wait, if `format` is a header.
 pub(crate) fn with_retry_after(
-    reply: HttpReply,
+    reply: MockReply,
     format: RetryAfter,
     wait: Duration,
     now: SystemTime,
-) -> HttpReply {
+) -> MockReply {
     let date = |time| httpdate::fmt_http_date(time);
     let value = match format {
         RetryAfter::None | RetryAfter::Words => return reply,

@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::mock::Mock;
 use crate::mock::parse::{ChunkedBody, RequestError, RequestHead, parse_head};
 use crate::mock::request::MockRequest;
-use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::response::{MockReply, MockResponse};
 
 /// Maximum length of a request body in bytes. A batch file may have 200 MB.
 const MAX_BODY_BYTES: usize = 512 << 20;
@@ -99,12 +99,12 @@ async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
 }
 
 /// Compresses the body at the fastest level, as gateways do.
-fn gzip_reply(reply: HttpReply) -> io::Result<HttpReply> {
+fn gzip_reply(reply: MockReply) -> io::Result<MockReply> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(&reply.body)?;
     let mut headers = reply.headers;
     headers.push(("content-encoding".into(), "gzip".into()));
-    Ok(HttpReply {
+    Ok(MockReply {
         headers,
         body: encoder.finish()?.into(),
         ..reply
@@ -182,7 +182,7 @@ impl MockConnection {
     }
 
     async fn send_error(&mut self, error: RequestError) -> io::Result<()> {
-        let reply = HttpReply::error(error.status(), error.message(), "bad_request");
+        let reply = MockReply::error(error.status(), error.message(), "bad_request");
         self.send_response(MockResponse::Complete(reply), true)
             .await?;
         Ok(())
@@ -245,7 +245,7 @@ impl MockConnection {
     }
 
     /// Sends the head and the first half of the body.
-    async fn send_half(&mut self, reply: &HttpReply) -> io::Result<()> {
+    async fn send_half(&mut self, reply: &MockReply) -> io::Result<()> {
         self.write_head(reply, Some(reply.body.len()), false);
         self.output
             .extend_from_slice(&reply.body[..reply.body.len() / 2]);
@@ -253,7 +253,7 @@ impl MockConnection {
     }
 
     /// Appends the head of a reply to `output`; without a `length`, the body is chunked.
-    fn write_head(&mut self, reply: &HttpReply, length: Option<usize>, close: bool) {
+    fn write_head(&mut self, reply: &MockReply, length: Option<usize>, close: bool) {
         let out = &mut self.output;
         match reply.status {
             200 => out.extend_from_slice(b"HTTP/1.1 200 OK\r\ncontent-type: "),

@@ -67,7 +67,7 @@ use crate::mock::chat::ParsedChat;
 use crate::mock::limits::MockLimiter;
 use crate::mock::logprobs::LogprobTemplates;
 use crate::mock::request::{MockRequest, method_not_allowed};
-use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::response::{MockReply, MockResponse};
 use crate::mock::script::Script;
 use crate::mock::stats::{BodyHash, MockStats, StatsCollector};
 
@@ -136,7 +136,7 @@ impl Mock {
         let path = request.path.split('?').next().unwrap_or_default();
         if (request.method, path) == ("GET", "/mock/stats") {
             let stats = serde_json::to_vec(&self.stats()).unwrap_or_default();
-            return MockResponse::Complete(HttpReply::json(200, stats));
+            return MockResponse::Complete(MockReply::json(200, stats));
         }
         self.state().stats.record_request();
         let mut response = match self.check_key(request.authorization) {
@@ -172,7 +172,7 @@ impl Mock {
     }
 
     /// Checks the bearer key.
-    fn check_key(&self, authorization: Option<&str>) -> Result<(), HttpReply> {
+    fn check_key(&self, authorization: Option<&str>) -> Result<(), MockReply> {
         let Some(key) = &self.script.key else {
             return Ok(());
         };
@@ -181,7 +181,7 @@ impl Mock {
             return Ok(());
         }
         let message = "Incorrect API key provided.";
-        Err(HttpReply::error(401, message, "invalid_api_key"))
+        Err(MockReply::error(401, message, "invalid_api_key"))
     }
 
     fn wall_now(&self) -> SystemTime {

@@ -14,7 +14,7 @@ use crate::mock::faults::RequestFacts;
 use crate::mock::handle::pause;
 use crate::mock::request::CHAT_PATH;
 use crate::mock::request::{MockRequest, method_not_allowed};
-use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::response::{MockReply, MockResponse};
 use crate::mock::script::fault::ScriptedFault;
 use crate::mock::stats;
 use crate::mock::stats::StatsCollector;
@@ -77,11 +77,11 @@ impl Mock {
             Some(name) if name.strip_prefix('/') == Some(model) => model_json(),
             _ => {
                 let message = format!("unknown route: {method} {path}");
-                return MockResponse::Complete(HttpReply::error(404, &message, "not_found"));
+                return MockResponse::Complete(MockReply::error(404, &message, "not_found"));
             }
         };
         match method {
-            "GET" => MockResponse::Complete(HttpReply::json(200, body.to_string())),
+            "GET" => MockResponse::Complete(MockReply::json(200, body.to_string())),
             _ => method_not_allowed(path, method),
         }
     }
@@ -124,7 +124,7 @@ impl Mock {
         };
         let fault = faults::select(&self.script, facts, &mut self.rng(hash, attempt));
         let MockAnswer { body, usage } = self.write_answer(&chat, hash);
-        let reply = HttpReply::json(200, body);
+        let reply = MockReply::json(200, body);
         let mut response = match fault {
             None => Some(MockResponse::Complete(reply)),
             Some(fault) if fault.kind.corrupts_answer() => Some(faults::corrupt(fault, reply)),
@@ -139,11 +139,11 @@ impl Mock {
         // A result file contains JSON, so a reply that is not JSON becomes an error with status 500.
         let reply = response.as_mut().and_then(MockResponse::reply_mut);
         let is_json =
-            |reply: &&mut HttpReply| serde_json::from_slice::<IgnoredAny>(&reply.body).is_ok();
+            |reply: &&mut MockReply| serde_json::from_slice::<IgnoredAny>(&reply.body).is_ok();
         reply.filter(is_json).map_or_else(
             || {
                 let message = "The request failed.";
-                (500, HttpReply::error(500, message, "server_error").body)
+                (500, MockReply::error(500, message, "server_error").body)
             },
             |reply| (reply.status, reply.body.clone()),
         )

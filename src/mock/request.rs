@@ -1,6 +1,6 @@
 //! Requests to the mock.
 
-use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::response::{MockReply, MockResponse};
 
 /// Route of chat completions.
 pub(crate) const CHAT_PATH: &str = "/v1/chat/completions";
@@ -32,5 +32,5 @@ impl<'a> MockRequest<'a> {
 /// Creates an error with status 405.
 pub(crate) fn method_not_allowed(path: &str, method: &str) -> MockResponse {
     let message = format!("{path} does not support {method}");
-    MockResponse::Complete(HttpReply::error(405, &message, "method_not_allowed"))
+    MockResponse::Complete(MockReply::error(405, &message, "method_not_allowed"))
 }

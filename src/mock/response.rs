@@ -12,22 +12,22 @@ use serde_json::{Value, json};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MockResponse {
     /// A complete reply.
-    Complete(HttpReply),
+    Complete(MockReply),
     /// A refused connection. Over TCP a reset, because the mock has already accepted the connection.
     Refused,
     /// A reset before the first byte.
     Reset,
     /// The head, half of the body, then a reset.
-    ResetInBody(HttpReply),
+    ResetInBody(MockReply),
     /// The head, half of the body, then a regular close. The content length is that of the complete body.
-    ShortBody(HttpReply),
+    ShortBody(MockReply),
     /// A chunked body without its last chunk, then a regular close.
-    UnfinishedChunks(HttpReply),
+    UnfinishedChunks(MockReply),
     /// The head and half of the body; the connection stays open.
-    StallInBody(HttpReply),
+    StallInBody(MockReply),
     /// The first `slow` bytes of the body one by one, each after `interval`, then the other bytes at once.
     Drip {
-        reply: HttpReply,
+        reply: MockReply,
         slow: usize,
         interval: Duration,
     },
@@ -38,7 +38,7 @@ pub type ReplyHeader = (Cow<'static, str>, Cow<'static, str>);
 
 /// A valid HTTP response.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HttpReply {
+pub struct MockReply {
     pub status: u16,
     /// All headers except `content-type` and those that frame the body.
     pub headers: Vec<ReplyHeader>,
@@ -46,9 +46,9 @@ pub struct HttpReply {
     pub body: Bytes,
 }
 
-impl HttpReply {
-    pub fn json(status: u16, body: impl Into<Bytes>) -> HttpReply {
-        HttpReply {
+impl MockReply {
+    pub fn json(status: u16, body: impl Into<Bytes>) -> MockReply {
+        MockReply {
             status,
             headers: Vec::new(),
             content_type: "application/json",
@@ -57,16 +57,16 @@ impl HttpReply {
     }
 
     /// Creates an error in OpenAI's format.
-    pub fn error(status: u16, message: &str, code: impl Into<Value>) -> HttpReply {
-        HttpReply::json(
+    pub fn error(status: u16, message: &str, code: impl Into<Value>) -> MockReply {
+        MockReply::json(
             status,
             error_body(status, message, Value::Null, code.into()),
         )
     }
 
     /// Creates an error with status 400 that names the invalid field.
-    pub fn bad_field(param: &str, message: &str, code: impl Into<Value>) -> HttpReply {
-        HttpReply::json(400, error_body(400, message, param.into(), code.into()))
+    pub fn bad_field(param: &str, message: &str, code: impl Into<Value>) -> MockReply {
+        MockReply::json(400, error_body(400, message, param.into(), code.into()))
     }
 
     /// Returns the value of the first header with this name.
@@ -80,7 +80,7 @@ impl HttpReply {
         mut self,
         name: impl Into<Cow<'static, str>>,
         value: impl Into<Cow<'static, str>>,
-    ) -> HttpReply {
+    ) -> MockReply {
         self.headers.push((name.into(), value.into()));
         self
     }
@@ -88,7 +88,7 @@ impl HttpReply {
 
 impl MockResponse {
     /// Returns the reply that is sent, completely or in part.
-    pub(crate) fn reply_mut(&mut self) -> Option<&mut HttpReply> {
+    pub(crate) fn reply_mut(&mut self) -> Option<&mut MockReply> {
         match self {
             MockResponse::Refused | MockResponse::Reset => None,
             MockResponse::Complete(reply)

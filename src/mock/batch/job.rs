@@ -7,7 +7,7 @@ use crate::mock::batch::context::BatchContext;
 use crate::mock::batch::lifecycle::{BatchLifecycle, BatchSnapshot, BatchStatus};
 use crate::mock::batch::rows;
 use crate::mock::batch::rows::BatchRow;
-use crate::mock::response::HttpReply;
+use crate::mock::response::MockReply;
 use crate::mock::script::Script;
 use crate::mock::script::batch::RequestCountsMode;
 
@@ -92,7 +92,7 @@ impl BatchJob {
                     }
                     PlannedResult::Error(0) => {
                         let reply =
-                            HttpReply::error(500, "The server had an error.", "server_error");
+                            MockReply::error(500, "The server had an error.", "server_error");
                         rows::response_line(&id, &row.custom_id, 500, &reply.body)
                     }
                     PlannedResult::Error(1) => {
@@ -153,7 +153,6 @@ impl BatchJob {
     }
 
     fn request_counts(&self, script: &Script, snapshot: &BatchSnapshot) -> Value {
-        let counts = |total: usize, completed: usize, failed: usize| json!({"total": total, "completed": completed, "failed": failed});
         let total = snapshot.in_progress_at.map_or(0, |_| self.rows.len());
         match script.batch.request_counts {
             RequestCountsMode::Null => Value::Null,
@@ -174,6 +173,10 @@ impl BatchJob {
             },
         }
     }
+}
+
+fn counts(total: usize, completed: usize, failed: usize) -> Value {
+    json!({"total": total, "completed": completed, "failed": failed})
 }
 
 /// Shuffles the rows and plans the result of each, by the seed and the number of the batch.

@@ -1,7 +1,7 @@
 //! [`BatchLifecycle`]: the status of a batch as a function of time. Pure. Times are virtual seconds since the start of
 //! the mock.
 
-use crate::mock::script::batch::{BatchOutcome, BatchScript};
+use crate::mock::script::batch::{BatchScript, ScriptedOutcome};
 
 /// The events and sizes that determine the status of a batch.
 #[derive(Debug, Clone)]
@@ -126,10 +126,12 @@ impl BatchLifecycle {
     fn stop(&self, script: &BatchScript, validated: f64) -> (f64, BatchStatus) {
         let scripted = match script.outcome {
             _ if self.is_invalid => (validated, BatchStatus::Failed),
-            BatchOutcome::Failed => (validated, BatchStatus::Failed),
-            BatchOutcome::Completed => (validated + script.in_progress_s, BatchStatus::Completed),
-            BatchOutcome::Expired => (f64::INFINITY, BatchStatus::Expired),
-            BatchOutcome::Cancelled => (
+            ScriptedOutcome::Failed => (validated, BatchStatus::Failed),
+            ScriptedOutcome::Completed => {
+                (validated + script.in_progress_s, BatchStatus::Completed)
+            }
+            ScriptedOutcome::Expired => (f64::INFINITY, BatchStatus::Expired),
+            ScriptedOutcome::Cancelled => (
                 validated + script.in_progress_s / 2.0,
                 BatchStatus::Cancelled,
             ),
@@ -159,7 +161,7 @@ impl BatchLifecycle {
             1.0
         };
         let share = match script.outcome {
-            BatchOutcome::Expired => share.min(0.5),
+            ScriptedOutcome::Expired => share.min(0.5),
             _ => share,
         };
         // A rounding error may turn 3 rows into 2.9999999.
@@ -228,7 +230,7 @@ mod tests {
         };
         check(&bad, &BatchScript::default(), &expected);
         let script = BatchScript {
-            outcome: BatchOutcome::Failed,
+            outcome: ScriptedOutcome::Failed,
             ..BatchScript::default()
         };
         check(&lifecycle(), &script, &expected);
@@ -237,7 +239,7 @@ mod tests {
     #[test]
     fn expired_batch_keeps_processed_rows() {
         let stuck = BatchScript {
-            outcome: BatchOutcome::Expired,
+            outcome: ScriptedOutcome::Expired,
             ..BatchScript::default()
         };
         let slow = BatchScript {
@@ -282,7 +284,7 @@ mod tests {
         ];
         check(&cancelled(2800.0), &script, &late);
         let scripted = BatchScript {
-            outcome: BatchOutcome::Cancelled,
+            outcome: ScriptedOutcome::Cancelled,
             ..BatchScript::default()
         };
         check(

@@ -29,8 +29,8 @@ use crate::mock::batch::job::{AnswerRowFn, BatchJob, plan_rows};
 use crate::mock::batch::lifecycle::{BatchLifecycle, BatchStatus};
 use crate::mock::batch::rows::error_entry;
 use crate::mock::request::{MockRequest, method_not_allowed};
-use crate::mock::response::{HttpReply, MockResponse};
-use crate::mock::script::batch::BatchOutcome;
+use crate::mock::response::{MockReply, MockResponse};
+use crate::mock::script::batch::ScriptedOutcome;
 
 /// All files and batches.
 #[derive(Debug, Default)]
@@ -66,17 +66,17 @@ impl BatchStore {
             ("POST", ["files"]) => self.upload(request, context),
             ("GET", ["files"]) => self.list_files(context),
             ("GET", ["files", id]) => self.with_file(id, context, |file| {
-                HttpReply::json(200, file.to_json(id, context).to_string())
+                MockReply::json(200, file.to_json(id, context).to_string())
             }),
-            ("GET", ["files", id, "content"]) => self.with_file(id, context, |file| HttpReply {
+            ("GET", ["files", id, "content"]) => self.with_file(id, context, |file| MockReply {
                 content_type: "application/octet-stream",
-                ..HttpReply::json(200, file.content.clone())
+                ..MockReply::json(200, file.content.clone())
             }),
             ("DELETE", ["files", id]) => self.delete(id, context),
             ("POST", ["batches"]) => return Some(self.create(request.body, context)),
             ("GET", ["batches"]) => self.list_batches(query, context),
             ("GET", ["batches", id]) => match self.batch(id) {
-                Some(batch) => HttpReply::json(200, batch.to_json(context).to_string()),
+                Some(batch) => MockReply::json(200, batch.to_json(context).to_string()),
                 None => not_found("Batch", id, 404, "id"),
             },
             ("POST", ["batches", id, "cancel"]) => self.cancel(id, context),
@@ -86,11 +86,11 @@ impl BatchStore {
         Some(MockResponse::Complete(reply))
     }
 
-    fn upload(&mut self, request: &MockRequest, context: &BatchContext) -> HttpReply {
+    fn upload(&mut self, request: &MockRequest, context: &BatchContext) -> MockReply {
         let content_type = request.content_type.unwrap_or_default();
         let upload = match upload::parse(content_type, request.body) {
             Ok(upload) => upload,
-            Err(problem) => return HttpReply::error(400, problem, Value::Null),
+            Err(problem) => return MockReply::error(400, problem, Value::Null),
         };
         let missing = crate::mock::faults::duration_from_s(context.script.batch.missing_s);
         let file = StoredFile {
@@ -103,7 +103,7 @@ impl BatchStore {
         let id = self.next_file_id();
         let json = file.to_json(&id, context);
         self.files.insert(id, file);
-        HttpReply::json(200, json.to_string())
+        MockReply::json(200, json.to_string())
     }
 
     fn next_file_id(&mut self) -> String {
@@ -116,8 +116,8 @@ impl BatchStore {
         &self,
         id: &str,
         context: &BatchContext,
-        respond: impl FnOnce(&StoredFile) -> HttpReply,
-    ) -> HttpReply {
+        respond: impl FnOnce(&StoredFile) -> MockReply,
+    ) -> MockReply {
         match self
             .files
             .get(id)
@@ -128,7 +128,7 @@ impl BatchStore {
         }
     }
 
-    fn list_files(&self, context: &BatchContext) -> HttpReply {
+    fn list_files(&self, context: &BatchContext) -> MockReply {
         let visible = self
             .files
             .iter()
@@ -136,12 +136,12 @@ impl BatchStore {
         let entries: Vec<Value> = visible
             .map(|(id, file)| file.to_json(id, context))
             .collect();
-        HttpReply::json(200, list_page(entries, false).to_string())
+        MockReply::json(200, list_page(entries, false).to_string())
     }
 
-    fn delete(&mut self, id: &str, context: &BatchContext) -> HttpReply {
+    fn delete(&mut self, id: &str, context: &BatchContext) -> MockReply {
         let deleted = json!({"id": id, "object": "file", "deleted": true});
-        let reply = self.with_file(id, context, |_| HttpReply::json(200, deleted.to_string()));
+        let reply = self.with_file(id, context, |_| MockReply::json(200, deleted.to_string()));
         if reply.status == 200 {
             self.files.remove(id);
         }
@@ -161,14 +161,14 @@ impl BatchStore {
         }
     }
 
-    fn try_create(&mut self, body: &[u8], context: &BatchContext) -> Result<HttpReply, HttpReply> {
+    fn try_create(&mut self, body: &[u8], context: &BatchContext) -> Result<MockReply, MockReply> {
         let script = context.script;
         let body: Value = serde_json::from_slice(body)
-            .map_err(|_| HttpReply::error(400, "The body is not valid JSON.", Value::Null))?;
+            .map_err(|_| MockReply::error(400, "The body is not valid JSON.", Value::Null))?;
         let required = |param: &str| {
             body[param].as_str().map(String::from).ok_or_else(|| {
                 let message = format!("Missing required parameter: '{param}'.");
-                HttpReply::bad_field(param, &message, "missing_required_parameter")
+                MockReply::bad_field(param, &message, "missing_required_parameter")
             })
         };
         let input_file_id = required("input_file_id")?;
@@ -177,13 +177,13 @@ impl BatchStore {
         let window_s = parse_window(&completion_window).ok_or_else(|| {
             let message =
                 format!("Invalid value: '{completion_window}'. Supported values are: '24h'.");
-            HttpReply::bad_field("completion_window", &message, "invalid_value")
+            MockReply::bad_field("completion_window", &message, "invalid_value")
         })?;
         let file = self.files.get(&input_file_id);
         let file = file.filter(|file| file.visible_at <= context.elapsed);
         let file = file.ok_or_else(|| not_found("File", &input_file_id, 400, "input_file_id"))?;
         let (rows, mut errors) = rows::read(&file.content, &endpoint, script);
-        if script.batch.outcome == BatchOutcome::Failed && errors.is_empty() {
+        if script.batch.outcome == ScriptedOutcome::Failed && errors.is_empty() {
             let message = "The script fails this batch.";
             errors.push(error_entry(
                 "invalid_request",
@@ -231,11 +231,11 @@ impl BatchStore {
         };
         let json = batch.to_json(context);
         self.batches.push(batch);
-        Ok(HttpReply::json(200, json.to_string()))
+        Ok(MockReply::json(200, json.to_string()))
     }
 
     /// Lists batches, newest first: up to `limit`, starting after the batch `after`.
-    fn list_batches(&self, query: &str, context: &BatchContext) -> HttpReply {
+    fn list_batches(&self, query: &str, context: &BatchContext) -> MockReply {
         let parameter = |name: &str| {
             let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
             pairs
@@ -254,25 +254,25 @@ impl BatchStore {
             .take(limit)
             .map(|batch| batch.to_json(context))
             .collect();
-        HttpReply::json(
+        MockReply::json(
             200,
             list_page(entries, batches.next().is_some()).to_string(),
         )
     }
 
-    fn cancel(&mut self, id: &str, context: &BatchContext) -> HttpReply {
+    fn cancel(&mut self, id: &str, context: &BatchContext) -> MockReply {
         let Some(batch) = self.batches.iter_mut().find(|batch| batch.id == id) else {
             return not_found("Batch", id, 404, "id");
         };
         match batch.snapshot(context).status {
             BatchStatus::Validating | BatchStatus::InProgress => {
                 batch.lifecycle.cancelled = Some(context.virtual_now());
-                HttpReply::json(200, batch.to_json(context).to_string())
+                MockReply::json(200, batch.to_json(context).to_string())
             }
-            BatchStatus::Cancelling => HttpReply::json(200, batch.to_json(context).to_string()),
+            BatchStatus::Cancelling => MockReply::json(200, batch.to_json(context).to_string()),
             status => {
                 let message = format!("Cannot cancel a batch with status '{}'.", status.as_str());
-                HttpReply::error(409, &message, Value::Null)
+                MockReply::error(409, &message, Value::Null)
             }
         }
     }
@@ -353,8 +353,8 @@ fn list_page(entries: Vec<Value>, has_more: bool) -> Value {
     })
 }
 
-fn not_found(object: &str, id: &str, status: u16, param: &str) -> HttpReply {
+fn not_found(object: &str, id: &str, status: u16, param: &str) -> MockReply {
     let message = format!("No such {object} object: {id}");
-    let reply = HttpReply::bad_field(param, &message, Value::Null);
-    HttpReply { status, ..reply }
+    let reply = MockReply::bad_field(param, &message, Value::Null);
+    MockReply { status, ..reply }
 }

@@ -7,7 +7,7 @@ use crate::mock::script::values::{is_valid_amount, require};
 /// The final status of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum BatchOutcome {
+pub enum ScriptedOutcome {
     Completed,
     /// Fails at the end of validation, with an error that names a line.
     Failed,
@@ -40,7 +40,7 @@ pub struct BatchScript {
     pub in_progress_s: f64,
     pub finalizing_s: f64,
     pub cancelling_s: f64,
-    pub outcome: BatchOutcome,
+    pub outcome: ScriptedOutcome,
     /// Number of rows in the error file, in each of three formats in turn.
     pub error_rows: usize,
     /// Number of rows that are in neither result file.
@@ -66,7 +66,7 @@ impl Default for BatchScript {
             in_progress_s: 3600.0,
             finalizing_s: 60.0,
             cancelling_s: 60.0,
-            outcome: BatchOutcome::Completed,
+            outcome: ScriptedOutcome::Completed,
             error_rows: 0,
             lost_rows: 0,
             request_counts: RequestCountsMode::Right,

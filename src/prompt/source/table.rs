@@ -90,9 +90,9 @@ fn check_header(header: &StringRecord) -> Result<(), String> {
     Ok(())
 }
 
-/// Position of the tracker within a row.
+/// State of the tracker within a row.
 #[derive(Clone, Copy, PartialEq)]
-enum Position {
+enum FieldState {
     /// Before the first byte of a row, where line ends are ignored.
     RowStart,
     FieldStart,
@@ -107,7 +107,7 @@ enum Position {
 struct RowTracker<R> {
     file: R,
     delimiter: u8,
-    position: Position,
+    state: FieldState,
     /// Number of the current line, counted from 1.
     line: usize,
     /// First lines of the rows that were read from the file and not yet taken by [`Self::next_row_line`]. The `csv`
@@ -121,7 +121,7 @@ impl<R> RowTracker<R> {
         RowTracker {
             file,
             delimiter,
-            position: Position::RowStart,
+            state: FieldState::RowStart,
             line: 1,
             row_lines: VecDeque::new(),
             is_at_end: false,
@@ -135,23 +135,23 @@ impl<R> RowTracker<R> {
 
     /// Returns true if the whole file was read and its last field lacks its closing quote.
     fn is_quote_open_at_end(&self) -> bool {
-        self.is_at_end && self.position == Position::Quoted
+        self.is_at_end && self.state == FieldState::Quoted
     }
 
     /// Follows the same rules as the `csv` crate.
     fn advance(&mut self, byte: u8) {
         let is_line_end = matches!(byte, b'\n' | b'\r');
-        if self.position == Position::RowStart && !is_line_end {
+        if self.state == FieldState::RowStart && !is_line_end {
             self.row_lines.push_back(self.line);
-            self.position = Position::FieldStart;
+            self.state = FieldState::FieldStart;
         }
-        self.position = match self.position {
-            Position::Quoted if byte == b'"' => Position::AfterQuote,
-            Position::Quoted => Position::Quoted,
-            Position::FieldStart | Position::AfterQuote if byte == b'"' => Position::Quoted,
-            _ if is_line_end => Position::RowStart,
-            _ if byte == self.delimiter => Position::FieldStart,
-            _ => Position::Unquoted,
+        self.state = match self.state {
+            FieldState::Quoted if byte == b'"' => FieldState::AfterQuote,
+            FieldState::Quoted => FieldState::Quoted,
+            FieldState::FieldStart | FieldState::AfterQuote if byte == b'"' => FieldState::Quoted,
+            _ if is_line_end => FieldState::RowStart,
+            _ if byte == self.delimiter => FieldState::FieldStart,
+            _ => FieldState::Unquoted,
         };
         self.line += usize::from(byte == b'\n');
     }

@@ -64,7 +64,7 @@ impl Transport for Simulated {
     }
 }
 
-pub fn whole(reply: distill::mock::response::HttpReply) -> HttpReply {
+pub fn whole(reply: distill::mock::response::MockReply) -> HttpReply {
     let mut headers = HeaderMap::new();
     for (name, value) in &reply.headers {
         let name: reqwest::header::HeaderName = name.parse().unwrap();

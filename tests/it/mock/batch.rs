@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use distill::mock::Mock;
 use distill::mock::request::MockRequest;
-use distill::mock::response::{HttpReply, MockResponse};
+use distill::mock::response::{MockReply, MockResponse};
 use serde_json::{Value, json};
 use tokio::time::advance;
 
@@ -32,7 +32,7 @@ async fn send(mock: &Mock, method: &str, path: &str, body: &[u8]) -> MockRespons
     mock.respond(batch_request(method, path, body)).await
 }
 
-async fn call(mock: &Mock, method: &str, path: &str, body: &[u8]) -> HttpReply {
+async fn call(mock: &Mock, method: &str, path: &str, body: &[u8]) -> MockReply {
     match send(mock, method, path, body).await {
         MockResponse::Complete(reply) => reply,
         other => panic!("{other:?}"),

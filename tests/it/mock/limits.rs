@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use distill::mock::Mock;
-use distill::mock::response::HttpReply;
+use distill::mock::response::MockReply;
 use serde_json::json;
 use tokio::time::{Instant, advance};
 
@@ -161,7 +161,7 @@ async fn request_above_the_limit_itself_is_reported_as_too_large() {
 }
 
 /// Admits one request and rejects the next, 600 ms before it would be admitted.
-async fn refused(retry_after: &str) -> (HttpReply, String) {
+async fn refused(retry_after: &str) -> (MockReply, String) {
     let limits =
         format!("[limits]\nrequests_per_minute = 60\nburst_s = 1\nretry_after = \"{retry_after}\"");
     // A fraction of a second, which a date must round up.

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use distill::mock::Mock;
 use distill::mock::request::MockRequest;
-use distill::mock::response::{HttpReply, MockResponse};
+use distill::mock::response::{MockReply, MockResponse};
 use distill::mock::script::Script;
 use serde_json::{Value, json};
 
@@ -34,19 +34,19 @@ pub fn body(content: &str, extra: Value) -> Vec<u8> {
     body.to_string().into_bytes()
 }
 
-pub fn json_of(reply: &HttpReply) -> Value {
+pub fn json_of(reply: &MockReply) -> Value {
     serde_json::from_slice(&reply.body).unwrap()
 }
 
 /// The complete reply to a chat request.
-pub async fn ask_with(mock: &Mock, content: &str, extra: Value) -> HttpReply {
+pub async fn ask_with(mock: &Mock, content: &str, extra: Value) -> MockReply {
     match mock.respond(MockRequest::chat(&body(content, extra))).await {
         MockResponse::Complete(reply) => reply,
         other => panic!("{other:?}"),
     }
 }
 
-pub async fn ask(mock: &Mock, content: &str) -> HttpReply {
+pub async fn ask(mock: &Mock, content: &str) -> MockReply {
     ask_with(mock, content, json!({})).await
 }
 
