@@ -190,8 +190,8 @@ impl Quota {
         })
     }
 
-    /// Charges `cost`, which may exceed the remaining amount: that becomes negative, that of a bucket down to minus its
-    /// capacity.
+    /// Charges `cost`. If it exceeds the remaining amount, that becomes negative; the level of a bucket falls at most
+    /// to minus its capacity.
     pub(crate) fn charge(&mut self, now: Instant, cost: f64) {
         self.advance(now);
         let capacity = self.capacity();

@@ -31,7 +31,7 @@ pub struct ScriptedFault {
     pub after_s: Option<f64>,
     /// Seconds between the bytes of `drip` (1 by default) and of `blank lines` (sent at once by default).
     pub interval_s: Option<f64>,
-    /// Number of bytes of `huge body`, depth of `deep json`, number of `blank lines`.
+    /// Number of bytes of `huge body`, depth of `deep json`, or number of `blank lines`. Each kind has a default.
     pub size: Option<usize>,
     /// Headers to add to the reply. They replace headers of the same name.
     #[serde(default)]
