@@ -204,10 +204,10 @@ impl AnswerContent {
                     content.bytes.push(b' ');
                 }
             }
-            let (first, others) = remaining.split_at(token_len(remaining, token));
+            let (first, next) = remaining.split_at(token_len(remaining, token));
             content.bytes.extend_from_slice(first);
             content.ends.push(content.bytes.len());
-            remaining = others;
+            remaining = next;
         }
         content.is_truncated |= token_count.is_none() && !remaining.is_empty();
         content

@@ -226,8 +226,8 @@ impl MockLimiter {
 
     /// Applies the changes that are due.
     fn apply_changes(&mut self, now: Instant) {
-        while let Some(&(at, factor)) = self.changes.last()
-            && at <= now
+        while let Some(&(change_at, factor)) = self.changes.last()
+            && change_at <= now
         {
             self.changes.pop();
             let quotas = [
@@ -237,7 +237,7 @@ impl MockLimiter {
                 &mut self.day,
             ];
             for quota in quotas.into_iter().flatten() {
-                quota.set_factor(at, factor);
+                quota.set_factor(change_at, factor);
             }
         }
     }

@@ -153,8 +153,8 @@ impl Quota {
                 }
             }
             QuotaWindow::Sliding { used, entries } => {
-                while let Some(&(at, amount)) = entries.front()
-                    && now.duration_since(at) >= period
+                while let Some(&(charged_at, amount)) = entries.front()
+                    && now.duration_since(charged_at) >= period
                 {
                     *used -= amount;
                     entries.pop_front();
@@ -184,7 +184,7 @@ impl Quota {
                     expired += amount;
                     expired + TOLERANCE >= missing
                 });
-                let charged_at = last_needed.map_or(now, |(at, _)| *at);
+                let charged_at = last_needed.map_or(now, |(time, _)| *time);
                 (charged_at + self.period).duration_since(now)
             }
         })
@@ -201,7 +201,7 @@ impl Quota {
             QuotaWindow::Sliding { used, entries } => {
                 *used += cost;
                 match entries.back_mut() {
-                    Some((at, amount)) if *at == now => *amount += cost,
+                    Some((charged_at, amount)) if *charged_at == now => *amount += cost,
                     _ => entries.push_back((now, cost)),
                 }
             }
@@ -220,7 +220,7 @@ impl Quota {
                 }
             }
             QuotaWindow::Sliding { used, entries } => {
-                if let Ok(index) = entries.binary_search_by_key(&charged_at, |(at, _)| *at) {
+                if let Ok(index) = entries.binary_search_by_key(&charged_at, |(time, _)| *time) {
                     entries[index].1 -= amount;
                     *used -= amount;
                 }
@@ -240,8 +240,8 @@ impl Quota {
                 (*window_start + self.period).duration_since(now)
             }
             QuotaWindow::Sliding { entries, .. } => {
-                entries.back().map_or(Duration::ZERO, |(at, _)| {
-                    (*at + self.period).duration_since(now)
+                entries.back().map_or(Duration::ZERO, |(charged_at, _)| {
+                    (*charged_at + self.period).duration_since(now)
                 })
             }
         };

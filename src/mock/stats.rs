@@ -218,9 +218,9 @@ mod tests {
     #[test]
     fn busiest_minute_excludes_its_end() {
         let mut minute = BusiestMinute::default();
-        for (at, max_sum) in [(0, 1), (30_000, 2), (59_999, 3), (60_000, 3), (61_000, 4)] {
-            minute.add(Duration::from_millis(at), 1);
-            assert_eq!(minute.max_sum, max_sum, "at {at} ms");
+        for (ms, max_sum) in [(0, 1), (30_000, 2), (59_999, 3), (60_000, 3), (61_000, 4)] {
+            minute.add(Duration::from_millis(ms), 1);
+            assert_eq!(minute.max_sum, max_sum, "at {ms} ms");
         }
     }
 }

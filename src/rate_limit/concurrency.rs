@@ -38,7 +38,7 @@ pub(crate) struct ConcurrencyLimit {
 /// The search for the smallest window that keeps a queueing server busy.
 #[derive(Debug)]
 struct LatencySearch {
-    /// False when the server has throttled a request or reported a limit.
+    /// False after the server has throttled a request or reported a limit.
     is_active: bool,
     /// Start of the measurement. Answers to requests sent before it do not count.
     measuring_since: Option<Instant>,

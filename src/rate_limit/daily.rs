@@ -1,7 +1,7 @@
 //! [`DailyLimit`]: the user's limit of requests in any 24 hours, across restarts. Pure.
 //!
-//! Requests are counted in slots of five minutes, which keeps the list short. The count in the ledger is written before
-//! the requests are sent and is higher than their number, so after a kill it is never too low.
+//! Requests are counted in slots of five minutes, which keeps the list short. The ledger counts requests before they are
+//! sent, so its count is never too low, even after a kill.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -126,7 +126,7 @@ impl DailyLimit {
 mod tests {
     use super::*;
 
-    fn at(start: Instant, hours: f64) -> Instant {
+    fn hours_after(start: Instant, hours: f64) -> Instant {
         start + Duration::from_secs_f64(hours * 3600.0)
     }
 
@@ -136,7 +136,7 @@ mod tests {
         let mut daily = DailyLimit::new(Some(100), &[], start);
         let mut now = start;
         let mut sent = Vec::new();
-        while now < at(start, 72.0) {
+        while now < hours_after(start, 72.0) {
             match daily.check(now) {
                 Ok(()) => {
                     daily.count(now);
@@ -149,7 +149,7 @@ mod tests {
         for &from in &sent {
             let within = sent
                 .iter()
-                .filter(|&&time| time >= from && time < at(from, 24.0));
+                .filter(|&&time| time >= from && time < hours_after(from, 24.0));
             assert!(within.count() <= 100);
         }
         assert!(sent.len() >= 290, "{}", sent.len());
