@@ -1,5 +1,5 @@
-//! [`WallClock`]: the time for timestamps of records, HTTP dates and the night window. All waiting uses tokio's
-//! monotonic clock.
+//! [`WallClock`]: the date and time, for timestamps of records, HTTP dates and the request window. Waiting uses tokio's
+//! monotonic clock instead.
 
 use std::sync::Arc;
 

@@ -24,7 +24,7 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// Exit status of the process.
+    /// Returns the exit status of the process.
     pub fn code(&self) -> u8 {
         match self {
             Exit::Usage(_) => 2,
@@ -35,7 +35,7 @@ impl Exit {
         }
     }
 
-    /// Number of the signal that `error` contains.
+    /// Returns the number of the signal if `error` is an [`Exit::Signal`], with or without context.
     pub fn signal_of(error: &anyhow::Error) -> Option<u8> {
         match error.downcast_ref::<Exit>()? {
             Exit::Signal(number) => Some(*number),
@@ -43,7 +43,7 @@ impl Exit {
         }
     }
 
-    /// Exit status for any error: that of the `Exit` in its chain, or 1.
+    /// Returns the exit status for any error: that of the `Exit` in its chain, or 1.
     pub fn code_of(error: &anyhow::Error) -> u8 {
         error
             .chain()

@@ -25,8 +25,8 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Installs handlers for the signals of this process, which then no longer end it. SIGHUP stays ignored if the
-    /// process was started that way, as by `nohup`.
+    /// Installs handlers for SIGINT, SIGTERM and SIGHUP, which then no longer end the process. SIGHUP stays ignored if
+    /// the process was started that way, as by `nohup`.
     ///
     /// # Errors
     /// If the handlers cannot be installed.
@@ -38,23 +38,25 @@ impl Signals {
         ];
         let (sender, numbers) = unbounded_channel();
         let flag = StopFlag::default();
-        let last: Arc<Mutex<Option<Instant>>> = Arc::default();
+        let last_signal: Arc<Mutex<Option<Instant>>> = Arc::default();
         for kind in kinds {
-            // Background jobs of a script are started with Ctrl-C ignored, but shall stop at Ctrl-C.
+            // SIGINT is handled even if the process was started with it ignored: shells start background jobs that way,
+            // and they must stop cleanly too.
             if kind == SignalKind::hangup() && process::is_signal_ignored(kind.as_raw_value()) {
                 continue;
             }
             let mut signals = signal(kind).context("cannot listen for signals")?;
-            let (sender, flag, last) = (sender.clone(), flag.clone(), Arc::clone(&last));
+            let (sender, flag) = (sender.clone(), flag.clone());
+            let last_signal = Arc::clone(&last_signal);
             tokio::spawn(async move {
                 while signals.recv().await.is_some() {
                     let now = Instant::now();
-                    let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
-                    let is_duplicate = last.is_some_and(|last| now - last < DUPLICATE_WINDOW);
-                    if is_duplicate {
+                    let mut last_signal =
+                        last_signal.lock().unwrap_or_else(PoisonError::into_inner);
+                    if last_signal.is_some_and(|last| now - last < DUPLICATE_WINDOW) {
                         continue;
                     }
-                    *last = Some(now);
+                    *last_signal = Some(now);
                     flag.0.store(number(kind), Ordering::Relaxed);
                     if sender.send(number(kind)).is_err() {
                         return;
@@ -65,7 +67,7 @@ impl Signals {
         Ok(Signals { numbers, flag })
     }
 
-    /// Takes the signals from a channel.
+    /// Reads signal numbers from a channel instead of the operating system, for tests.
     pub fn from_channel(numbers: UnboundedReceiver<u8>) -> Signals {
         Signals {
             numbers,
@@ -73,7 +75,7 @@ impl Signals {
         }
     }
 
-    /// Flag that is set after the first signal, for code that does not wait.
+    /// Flag that is set after the first signal, for code that cannot wait for one.
     pub fn flag(&self) -> &StopFlag {
         &self.flag
     }
@@ -88,7 +90,7 @@ fn number(kind: SignalKind) -> u8 {
     u8::try_from(kind.as_raw_value()).unwrap_or_default()
 }
 
-/// Flag that is set once a signal has asked the program to stop.
+/// Number of the signal that asked the program to stop, or 0.
 #[derive(Clone, Default)]
 pub struct StopFlag(Arc<AtomicU8>);
 
@@ -124,7 +126,7 @@ impl StopFlag {
         Ok(FLAG.get_or_init(|| flag).clone())
     }
 
-    /// Returns a stream with the first signal, for async code.
+    /// Returns a stream that yields the first signal, for async code.
     pub fn signals(&self) -> Signals {
         let (sender, numbers) = unbounded_channel();
         let flag = self.clone();
@@ -145,10 +147,10 @@ impl StopFlag {
         }
     }
 
-    /// Fails with the signal's exit status once a signal was received.
+    /// Returns an error if a signal was received.
     ///
     /// # Errors
-    /// [`Exit::Signal`] if a signal was received.
+    /// [`Exit::Signal`] with the number of the signal.
     pub fn check(&self) -> Result<()> {
         match self.0.load(Ordering::Relaxed) {
             0 => Ok(()),
@@ -166,7 +168,7 @@ mod tests {
         let mut signals = Signals::listen().unwrap();
         let pid = std::process::id().to_string();
         for (name, number) in [("-TERM", 15), ("-INT", 2), ("-HUP", 1)] {
-            // As under `nohup`.
+            // Under `nohup`, SIGHUP stays ignored.
             if number == 1 && process::is_signal_ignored(number.into()) {
                 continue;
             }

@@ -1,4 +1,4 @@
-//! The account of a run folder in a running process. Pure, except for its store.
+//! [`Account`]: the spending of a run folder, in a running process. Pure, except for its store.
 
 use anyhow::Result;
 
@@ -10,28 +10,28 @@ use crate::cache::usage::Usage;
 use crate::config::Price;
 use crate::exit::Exit;
 
-/// Growth factor of the reservation written ahead, so that it is written rarely.
-const STEP: f64 = 2.0;
+/// Ratio of the upper bound that is written to the ledger to the amount reserved. A large one is written rarely.
+const WRITE_AHEAD: f64 = 2.0;
 
-/// Upper bound of the cost of a request: dollars, or tokens if no price is set.
+/// Upper bound of the cost of one or more requests: dollars, or tokens if no price is set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Reservation {
     pub usd: Dollars,
-    /// The bound before [`Ledger::excess`] raised it.
+    /// `usd` without the factor [`Ledger::excess`].
     pub unraised: Dollars,
     pub tokens: UnpricedTokens,
 }
 
-/// Outcome of a reservation.
+/// Cost that settles a reservation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Charge {
     /// An answer with reported usage.
     Measured(Usage),
     /// An answer without usage, with an upper bound of its tokens.
     Answered(TokenBound),
-    /// Possibly billed in full: a timeout, a lost connection, an unreadable body.
+    /// No answer, but possibly billed in full: a timeout, a lost connection, an unreadable body.
     Possible,
-    /// Refused, or never sent.
+    /// Not billed: the request was refused, or not sent.
     Nothing,
 }
 
@@ -39,27 +39,27 @@ pub enum Charge {
 #[derive(Debug, Clone)]
 pub struct Account<S> {
     cap: Option<Dollars>,
-    /// Content of the next ledger.
+    /// Content of the next `ledger.json`.
     ledger: Ledger,
+    /// Sum of the reservations that are not settled.
     reserved: Reservation,
-    /// Part of `reserved` for batches. Batches survive a kill, and so does this amount, in their own journal: the
-    /// ledger does not write it ahead.
-    in_batches: Dollars,
-    /// Spent and not in the log yet; the reservations in the ledger cover it.
-    pending: Spent,
-    /// Spent by this process.
-    now: Spent,
+    /// Part of `reserved` for batches. The journal of the batches keeps this amount across a kill, so the ledger's
+    /// upper bound excludes it.
+    reserved_for_batches: Dollars,
+    /// Spent, but not in the log yet. The ledger's upper bound covers it.
+    unlogged: Spent,
+    spent_by_process: Spent,
     /// True if the ledger has changed in a field that the log does not have.
     is_dirty: bool,
-    /// True if a write has failed that must succeed before the next request.
-    is_overdue: bool,
+    /// True if a write has failed: the ledger must be saved before the next request.
+    is_save_overdue: bool,
     store: S,
 }
 
 impl<S: LedgerStore> Account<S> {
-    /// Opens the account. Requests that a killed run left in flight count as spent; they are returned. `price` applies
-    /// to tokens that were spent without a price; `floor` is the amount that other records, such as the cache, show as
-    /// spent.
+    /// Opens the account. Counts the requests that a killed run left in flight as spent, and returns them. `price`
+    /// applies to tokens that were spent while no price was set. `floor` is the amount spent according to other
+    /// records, such as the cache; the larger amount counts.
     ///
     /// # Errors
     /// If the ledger cannot be written.
@@ -70,34 +70,34 @@ impl<S: LedgerStore> Account<S> {
         price: &Price,
         floor: &Spent,
     ) -> Result<(Self, InFlight)> {
-        let lost = ledger.settle_kill();
-        let known = ledger.spent;
+        let in_flight_at_kill = ledger.settle_kill();
+        let spent = ledger.spent;
         ledger.spent = Spent {
-            measured_usd: known.measured_usd.max(floor.measured_usd),
-            measured_tokens: if known.measured_tokens.is_none() {
+            measured_usd: spent.measured_usd.max(floor.measured_usd),
+            measured_tokens: if spent.measured_tokens.is_none() {
                 floor.measured_tokens
             } else {
-                known.measured_tokens
+                spent.measured_tokens
             },
-            ..known
+            ..spent
         };
         price_tokens(&mut ledger.spent, price);
         let mut account = Account {
             cap: cap.map(Dollars::at_most),
             ledger,
             reserved: Reservation::default(),
-            in_batches: Dollars::ZERO,
-            pending: Spent::default(),
-            now: Spent::default(),
+            reserved_for_batches: Dollars::ZERO,
+            unlogged: Spent::default(),
+            spent_by_process: Spent::default(),
             is_dirty: false,
-            is_overdue: false,
+            is_save_overdue: false,
             store,
         };
         account.save()?;
-        Ok((account, lost))
+        Ok((account, in_flight_at_kill))
     }
 
-    /// Upper bound of the cost of a request.
+    /// Returns the upper bound of the cost of a request with these tokens.
     pub fn bound(&self, bound: &TokenBound, price: &Price) -> Reservation {
         match bound.cost(price) {
             Some(usd) => Reservation {
@@ -128,22 +128,22 @@ impl<S: LedgerStore> Account<S> {
         {
             return Ok(false);
         }
-        // Pending amounts are covered only by the reservations that they came from.
+        // The new reservation may use the part of the ledger's upper bound that covers the unlogged amounts.
         self.flush()?;
         self.add(amount);
-        let usd = self.reserved.usd.minus(self.in_batches);
+        let usd = self.reserved.usd.minus(self.reserved_for_batches);
         let tokens = self.reserved.tokens;
-        let ahead = self.ledger.in_flight;
-        let is_raised = usd > ahead.usd
-            || tokens.prompt > ahead.tokens.prompt
-            || tokens.completion > ahead.tokens.completion;
-        if !is_raised && !self.is_overdue {
+        let written = self.ledger.in_flight;
+        let exceeds_written = usd > written.usd
+            || tokens.prompt > written.tokens.prompt
+            || tokens.completion > written.tokens.completion;
+        if !exceeds_written && !self.is_save_overdue {
             return Ok(true);
         }
-        let raised = &mut self.ledger.in_flight;
-        raised.usd = raised.usd.max(usd.times(STEP));
-        raised.tokens.prompt = raised.tokens.prompt.max(tokens.prompt.saturating_mul(2));
-        raised.tokens.completion = raised
+        let bound = &mut self.ledger.in_flight;
+        bound.usd = bound.usd.max(usd.times(WRITE_AHEAD));
+        bound.tokens.prompt = bound.tokens.prompt.max(tokens.prompt.saturating_mul(2));
+        bound.tokens.completion = bound
             .tokens
             .completion
             .max(tokens.completion.saturating_mul(2));
@@ -178,14 +178,14 @@ impl<S: LedgerStore> Account<S> {
     }
 
     /// Reserves the maximum cost of a batch, even above the cap: a resumed batch may have been billed already. The
-    /// journal of the batches has the amount before the batch may be billed.
+    /// caller must have written the amount to the journal of the batches.
     pub fn hold_for_batch(&mut self, usd: Dollars) {
         self.reserved.usd = self.reserved.usd.plus(usd);
-        self.in_batches = self.in_batches.plus(usd);
+        self.reserved_for_batches = self.reserved_for_batches.plus(usd);
     }
 
-    /// Settles the amount held for `rows` rows of a batch; `unraised` is their cost before the excess factor. The
-    /// amount spent is in the log when this returns.
+    /// Settles the amount that is reserved for `rows` rows of a batch: `held`, or `unraised` without the factor
+    /// [`Ledger::excess`]. The amount spent is in the log when this returns.
     ///
     /// # Errors
     /// If the log cannot be written.
@@ -200,9 +200,9 @@ impl<S: LedgerStore> Account<S> {
         if rows == 0 {
             return Ok(());
         }
-        self.in_batches = self.in_batches.minus(held);
+        self.reserved_for_batches = self.reserved_for_batches.minus(held);
         if charge == Charge::Possible {
-            // `settle` counts one of them.
+            // `settle` counts the last one.
             self.ledger.attempts_lost += rows - 1;
         }
         let amount = Reservation {
@@ -224,10 +224,10 @@ impl<S: LedgerStore> Account<S> {
                 None => spent.measured_tokens = usage.into(),
             },
             Charge::Answered(bound) => {
-                let at_most = self.bound(&bound, price);
-                // The reservation is a bound, too, unless the endpoint itself reports more tokens.
-                spent.estimated_usd = at_most.usd.min(reserved.usd).max(at_most.unraised);
-                spent.estimated_tokens = at_most.tokens;
+                let answer = self.bound(&bound, price);
+                // The reservation is an upper bound as well, unless the answer has more tokens than were reserved.
+                spent.estimated_usd = answer.usd.min(reserved.usd).max(answer.unraised);
+                spent.estimated_tokens = answer.tokens;
             }
             Charge::Possible => {
                 spent.estimated_usd = reserved.usd;
@@ -240,7 +240,7 @@ impl<S: LedgerStore> Account<S> {
             _ => spent.measured_usd,
         };
         if !reserved.unraised.is_zero() && cost > reserved.unraised {
-            // Not multiplied by the current factor: many requests reserved at the same factor may exceed it.
+            // The factor is replaced, not multiplied: many requests reserved at the same factor may exceed it equally.
             let excess = cost.usd() / reserved.unraised.usd();
             if excess > self.ledger.excess {
                 self.ledger.excess = excess;
@@ -251,46 +251,46 @@ impl<S: LedgerStore> Account<S> {
             self.ledger.attempts_lost = self.ledger.attempts_lost.saturating_add(1);
             self.is_dirty = true;
         }
-        self.pending.add(&spent);
-        self.now.add(&spent);
+        self.unlogged.add(&spent);
+        self.spent_by_process.add(&spent);
         self.ledger.spent.add(&spent);
     }
 
-    /// Appends pending amounts to the log.
+    /// Appends unlogged amounts to the log.
     ///
     /// # Errors
-    /// If the log cannot be written; the amounts stay pending, covered by the reservations in the ledger.
+    /// If the log cannot be written; the amounts stay unlogged, covered by the ledger's upper bound.
     pub fn flush(&mut self) -> Result<()> {
-        if self.pending.is_nothing() {
+        if self.unlogged.is_zero() {
             return Ok(());
         }
-        if self.is_overdue {
-            // After a failed write the log may end with a torn line: nothing may be appended to it.
+        if self.is_save_overdue {
+            // After a failed write the log may end with an incomplete line, so a new ledger and log are started.
             return self.save();
         }
-        let appended = self.store.append(&self.pending);
-        self.is_overdue |= appended.is_err();
+        let appended = self.store.append(&self.unlogged);
+        self.is_save_overdue |= appended.is_err();
         appended?;
-        self.pending = Spent::default();
+        self.unlogged = Spent::default();
         Ok(())
     }
 
-    /// Adds the spending of a merged cache.
+    /// Adds an amount that another account has spent, such as that of a merged cache.
     ///
     /// # Errors
     /// If the log cannot be written.
     pub fn add_spent(&mut self, spent: &Spent) -> Result<()> {
         self.ledger.spent.add(spent);
-        self.pending.add(spent);
+        self.unlogged.add(spent);
         self.flush()
     }
 
-    /// Makes the amounts spent durable, and writes the ledger if it has changed; called about once a second.
+    /// Makes the amounts spent durable, and writes the ledger if it has changed. Call it about once a second.
     ///
     /// # Errors
     /// If the ledger or the log cannot be written.
     pub fn tick(&mut self) -> Result<()> {
-        // Removed or replaced files are written again: this process has their content.
+        // Removed or replaced files are written again from memory.
         if self.is_dirty || !self.store.is_in_place() {
             return self.save();
         }
@@ -304,53 +304,55 @@ impl<S: LedgerStore> Account<S> {
     /// If it cannot be written; then no request is sent before a later write succeeds.
     pub fn save(&mut self) -> Result<()> {
         let saved = self.store.save(&self.ledger);
-        self.is_overdue = saved.is_err();
+        self.is_save_overdue = saved.is_err();
         saved?;
-        // The ledger includes the pending amounts.
-        self.pending = Spent::default();
+        // The ledger includes the unlogged amounts.
+        self.unlogged = Spent::default();
         self.is_dirty = false;
         Ok(())
     }
 
-    /// Closes the account. Requests still in flight, after a second signal, count as possibly billed.
+    /// Closes the account. Requests that are still in flight, as after a second Ctrl-C, count as possibly billed.
     ///
     /// # Errors
     /// If the ledger cannot be written.
     pub fn close(&mut self, still_in_flight: u64) -> Result<()> {
         let unsettled = Spent {
-            estimated_usd: self.reserved.usd.minus(self.in_batches),
+            estimated_usd: self.reserved.usd.minus(self.reserved_for_batches),
             estimated_tokens: self.reserved.tokens,
             ..Spent::default()
         };
-        self.now.add(&unsettled);
+        self.spent_by_process.add(&unsettled);
         self.ledger.spent.add(&unsettled);
         self.ledger.attempts_lost = self.ledger.attempts_lost.saturating_add(still_in_flight);
         self.ledger.in_flight = InFlight::default();
         self.save()
     }
 
-    /// Slots of the daily request count, by endpoint. Marks the ledger as changed.
-    pub fn day(&mut self) -> &mut std::collections::BTreeMap<String, Vec<(jiff::Timestamp, u64)>> {
+    /// Numbers of requests of the last day, by endpoint (see [`Ledger::day`]). Marks the ledger as changed.
+    pub fn daily_requests(
+        &mut self,
+    ) -> &mut std::collections::BTreeMap<String, Vec<(jiff::Timestamp, u64)>> {
         self.is_dirty = true;
         &mut self.ledger.day
     }
 
-    /// Spent and reserved dollars.
+    /// Sum of the dollars spent and reserved.
     fn committed(&self) -> Dollars {
         self.spent().total().plus(self.reserved.usd)
     }
 
-    /// Spent by all runs of the folder.
+    /// Amount spent by all runs of the folder.
     pub fn spent(&self) -> Spent {
         self.ledger.spent
     }
 
-    /// Spent by this process.
-    pub fn spent_now(&self) -> Spent {
-        self.now
+    /// Amount spent by this process.
+    pub fn spent_by_process(&self) -> Spent {
+        self.spent_by_process
     }
 
-    /// Dollars below the cap that are neither spent nor reserved.
+    /// Dollars of the cap that are neither spent nor reserved.
     pub fn remaining(&self) -> Dollars {
         self.cap
             .map_or(Dollars::MAX, |cap| cap.minus(self.committed()))
@@ -387,11 +389,11 @@ fn price_tokens(spent: &mut Spent, price: &Price) {
     spent.estimated_usd = spent.estimated_usd.plus(cost(&mut spent.estimated_tokens));
 }
 
-/// Error for a request whose maximum cost exceeds the rest of the budget.
-pub fn out_of_money<S: LedgerStore>(account: &Account<S>) -> anyhow::Error {
+/// Returns the error for a request whose maximum cost exceeds the remaining budget.
+pub fn budget_exhausted<S: LedgerStore>(account: &Account<S>) -> anyhow::Error {
     let message = format!(
-        "the budget is used up: {} of {} are spent, and the next request may cost more than the \
-         rest; raise `budget.usd` and run the same command to resume",
+        "the budget is used up: {} of {} spent, and the next request may cost more than what remains; raise \
+         `budget.usd` and rerun the command to resume",
         account.spent().total(),
         account.cap().unwrap_or_default()
     );

@@ -1,14 +1,15 @@
-//! US dollars as whole picodollars: sums are exact, and saturate instead of overflowing.
+//! [`Dollars`]: sums are exact, and saturate instead of overflowing.
 
 use std::fmt;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// Amount of US dollars in picodollars (10^-12). Amounts saturate at 18.4 million dollars.
+/// Amount of US dollars, stored as a whole number of picodollars (10^-12 dollars). Amounts saturate at 18.4 million
+/// dollars.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Dollars(u64);
 
-const PICO: f64 = 1e12;
+const PICODOLLARS_PER_DOLLAR: f64 = 1e12;
 
 impl Dollars {
     pub const ZERO: Dollars = Dollars(0);
@@ -18,16 +19,16 @@ impl Dollars {
     pub fn at_least(usd: f64) -> Dollars {
         // `as` saturates, and converts NaN to 0. The subtraction keeps a rounding error of the product from adding a
         // picodollar.
-        Dollars((usd * PICO - 1e-3).ceil() as u64)
+        Dollars((usd * PICODOLLARS_PER_DOLLAR - 1e-3).ceil() as u64)
     }
 
     /// Converts from dollars, rounded down; negative numbers and NaN become zero.
     pub fn at_most(usd: f64) -> Dollars {
-        Dollars((usd * PICO + 1e-3).floor() as u64)
+        Dollars((usd * PICODOLLARS_PER_DOLLAR + 1e-3).floor() as u64)
     }
 
     pub fn usd(self) -> f64 {
-        self.0 as f64 / PICO
+        self.0 as f64 / PICODOLLARS_PER_DOLLAR
     }
 
     pub fn is_zero(self) -> bool {
@@ -39,12 +40,13 @@ impl Dollars {
         Dollars(self.0.saturating_add(other.0))
     }
 
-    /// Difference, at least zero.
+    /// Returns the difference, or zero if `other` is larger.
     #[must_use]
     pub fn minus(self, other: Dollars) -> Dollars {
         Dollars(self.0.saturating_sub(other.0))
     }
 
+    /// Returns the product, rounded up.
     #[must_use]
     pub fn times(self, factor: f64) -> Dollars {
         Dollars((self.0 as f64 * factor).ceil() as u64)
@@ -65,13 +67,13 @@ impl Serialize for Dollars {
 
 impl<'de> Deserialize<'de> for Dollars {
     /// # Errors
-    /// For a negative amount: it would raise the budget.
+    /// If the amount is negative: it would raise the budget.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let usd = f64::deserialize(deserializer)?;
         if usd < 0.0 {
             return Err(de::Error::custom(format_args!("negative amount {usd}")));
         }
-        Ok(Dollars((usd * PICO).round() as u64))
+        Ok(Dollars((usd * PICODOLLARS_PER_DOLLAR).round() as u64))
     }
 }
 

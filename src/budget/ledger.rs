@@ -1,8 +1,9 @@
-//! `ledger.json` and its log in the run folder: the account on disk, whose guarantees survive a kill.
+//! The account on disk: `ledger.json` and its log in the run folder.
 //!
-//! The ledger has the amount spent, and an upper bound for the requests in flight. Amounts spent after it was written
-//! are appended to `spent.N.log`, where N is in the ledger. The next ledger includes the log, and starts log N + 1. A
-//! clean end of a run leaves nothing in flight. A kill leaves the upper bound, which the next run counts as spent.
+//! The ledger contains the amount spent, and an upper bound of the cost of the requests in flight. Amounts spent after
+//! it was written are appended to `spent.N.log`, where N is the `log` of the ledger. The next ledger includes the
+//! amounts of that log, and its own log is N + 1. A clean end of a run leaves an upper bound of zero. A kill leaves the
+//! upper bound of that moment, which the next run counts as spent.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use crate::fs::lock::FileLock;
 
 const VERSION: u32 = 2;
 
-/// Tokens of answers without a price.
+/// Tokens of answers that were requested while no price was set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct UnpricedTokens {
@@ -51,11 +52,11 @@ impl From<Usage> for UnpricedTokens {
     }
 }
 
-/// Dollars spent, and tokens of answers that were received without a price.
+/// Dollars spent, and tokens spent while no price was set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Spent {
-    /// Cost by the usage that endpoints reported.
+    /// Cost of the usage that endpoints reported.
     pub measured_usd: Dollars,
     /// Upper bounds for attempts that may have been billed, answers without usage, and requests in flight at a kill.
     pub estimated_usd: Dollars,
@@ -77,7 +78,7 @@ impl Spent {
         self.measured_usd.plus(self.estimated_usd)
     }
 
-    pub fn is_nothing(&self) -> bool {
+    pub fn is_zero(&self) -> bool {
         *self == Spent::default()
     }
 }
@@ -89,27 +90,27 @@ pub struct Ledger {
     version: u32,
     #[serde(flatten)]
     pub spent: Spent,
-    /// Upper bound; empty after a clean end of a run.
+    /// Upper bound for the requests in flight; zero after a clean end of a run.
     pub in_flight: InFlight,
-    /// Number of attempts that may have been billed without an answer, kills included.
+    /// Number of attempts that may have been billed without an answer, including requests in flight at a kill.
     pub attempts_lost: u64,
-    /// Largest ratio of the cost of an answer to its bound, if above 1; otherwise 0.
+    /// Largest ratio of the cost of an answer to its upper bound, or 0 if no answer has cost more than its bound.
     pub excess: f64,
-    /// Daily request counts by endpoint, as (slot, number of requests).
+    /// Numbers of requests of the last day by endpoint, as (start of the slot, number of requests).
     pub day: BTreeMap<String, Vec<(Timestamp, u64)>>,
-    /// Number of the log that follows this ledger.
+    /// Number of the log with the amounts spent after this ledger was written.
     pub log: u64,
 }
 
-/// Upper bound for the requests in flight.
+/// Upper bound of the number and the cost of the requests in flight.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct InFlight {
     pub requests: u64,
     pub usd: Dollars,
-    /// Budget that held for this bound and the amount spent together.
+    /// Cap that the amount spent and the cost in flight did not exceed together.
     pub budget_usd: Option<Dollars>,
-    /// Tokens of requests without a price.
+    /// Tokens in flight while no price is set.
     #[serde(skip_serializing_if = "UnpricedTokens::is_none")]
     pub tokens: UnpricedTokens,
 }
@@ -119,20 +120,19 @@ impl InFlight {
     pub fn warn(self) {
         if self.requests > 0 {
             tracing::warn!(
-                "the last run was killed: at most {} requests were in flight, and may be billed \
-                 without an answer",
+                "the last run was killed: up to {} requests were in flight and may have been billed without an answer",
                 self.requests
             );
         }
     }
 }
 
-/// Storage of an account: files, or a crashing store in tests.
+/// Storage of an account: files, or a store in tests that fails.
 pub trait LedgerStore {
-    /// Replaces the ledger and starts a new log. Durable once this returns.
+    /// Replaces the ledger and starts a new log. The ledger is durable when this returns.
     fn save(&mut self, ledger: &Ledger) -> Result<()>;
 
-    /// Appends to the log. The entry survives a kill once this returns.
+    /// Appends to the log. The entry survives a kill of the process when this returns.
     fn append(&mut self, spent: &Spent) -> Result<()>;
 
     /// Returns false if the files were removed or replaced; the caller then saves the ledger again.
@@ -147,96 +147,98 @@ pub trait LedgerStore {
 impl Ledger {
     /// Counts the requests in flight at a kill as spent, and returns them.
     pub fn settle_kill(&mut self) -> InFlight {
-        let mut lost = std::mem::take(&mut self.in_flight);
-        if let Some(cap) = lost.budget_usd {
-            // The bound was raised in steps, but spent and reserved together never exceeded the cap.
-            lost.usd = lost.usd.min(cap.minus(self.spent.total()));
+        let mut in_flight = std::mem::take(&mut self.in_flight);
+        if let Some(cap) = in_flight.budget_usd {
+            // The bound was written ahead, above the amount reserved, but spent and reserved together never exceeded
+            // the cap.
+            in_flight.usd = in_flight.usd.min(cap.minus(self.spent.total()));
         }
         self.spent.add(&Spent {
-            estimated_usd: lost.usd,
-            estimated_tokens: lost.tokens,
+            estimated_usd: in_flight.usd,
+            estimated_tokens: in_flight.tokens,
             ..Spent::default()
         });
-        self.attempts_lost = self.attempts_lost.saturating_add(lost.requests);
-        lost
+        self.attempts_lost = self.attempts_lost.saturating_add(in_flight.requests);
+        in_flight
     }
 }
 
 /// Files of the account in a run folder, locked by one process at a time.
 pub struct LedgerFiles {
     run_dir: PathBuf,
+    /// Open log; None until the first entry after a ledger.
     log: Option<LogFile>,
-    number: u64,
+    log_number: u64,
     _lock: FileLock,
 }
 
-pub fn file(run_dir: &Path) -> PathBuf {
+/// Returns the path of the ledger of a run folder.
+pub fn ledger_path(run_dir: &Path) -> PathBuf {
     run_dir.join("ledger.json")
 }
 
-fn log_file(run_dir: &Path, number: u64) -> PathBuf {
+fn log_path(run_dir: &Path, number: u64) -> PathBuf {
     run_dir.join(format!("spent.{number}.log"))
 }
 
-/// Reads the account of the run folder as it was last written, without the lock. The flag is that of
-/// [`LedgerFiles::open`].
+/// Reads the account of the run folder as it was last written, without the lock. The flag is true if the ledger
+/// includes the measured cost; for an older version, the caller computes that cost from the cache.
 ///
 /// # Errors
 /// [`Exit::Damaged`] if a file is damaged or newer than this version.
 pub fn read_only(run_dir: &Path) -> Result<(Ledger, bool)> {
-    let (mut ledger, is_complete) = load(run_dir)?;
+    let (mut ledger, has_measured_cost) = load(run_dir)?;
     for spent in read_log(run_dir, ledger.log)? {
         ledger.spent.add(&spent);
     }
-    Ok((ledger, is_complete))
+    Ok((ledger, has_measured_cost))
 }
 
-/// Version of a ledger; version 1 had no sum of the measured cost.
+/// Version of a ledger. Version 1 did not contain the measured cost.
 #[derive(Deserialize)]
-struct Version {
+struct LedgerVersion {
     #[serde(default)]
     version: u32,
 }
 
 impl LedgerFiles {
-    /// Opens and locks the account of the run folder. The flag is true if the ledger has the measured cost; for an
-    /// older ledger, the caller computes it from the cache.
+    /// Opens and locks the account of the run folder. The flag is that of [`read_only`].
     ///
     /// # Errors
     /// If another process has the lock; [`Exit::Damaged`] if a file is damaged or newer than this version.
     pub fn open(run_dir: &Path) -> Result<(LedgerFiles, Ledger, bool)> {
         crate::fs::create_dir_all(run_dir)?;
-        let holds =
-            "spends from the budget of this run folder: wait for it, or set another `run_dir`";
-        let lock = FileLock::acquire(&run_dir.join("ledger.lock"), holds)?;
-        let (ledger, is_complete) = read_only(run_dir)?;
+        let activity =
+            "is using the budget of this run folder: wait until it ends, or set another `run_dir`";
+        let lock = FileLock::acquire(&run_dir.join("ledger.lock"), activity)?;
+        let (ledger, has_measured_cost) = read_only(run_dir)?;
         let files = LedgerFiles {
             run_dir: run_dir.to_owned(),
             log: None,
-            number: ledger.log,
+            log_number: ledger.log,
             _lock: lock,
         };
-        Ok((files, ledger, is_complete))
+        Ok((files, ledger, has_measured_cost))
     }
 }
 
 fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
-    let path = file(run_dir);
+    let path = ledger_path(run_dir);
     if !path.exists() {
         return Ok((Ledger::default(), false));
     }
     let text = crate::fs::read_to_string(&path)?;
     let damaged = |error: serde_json::Error| {
         Exit::Damaged(format!(
-            "{} is damaged ({error}): restore it, or delete it if only the answers in the cache need to count \
-             against the budget and the daily limit",
+            "{} is damaged ({error}): restore it from a backup, or delete it if only the answers in the cache \
+             need to count against the budget and the daily limit",
             path.display()
         ))
     };
-    let Version { version } = serde_json::from_str(&text).map_err(damaged)?;
+    let LedgerVersion { version } = serde_json::from_str(&text).map_err(damaged)?;
     if version > VERSION {
         return Err(Exit::Damaged(format!(
-            "a newer distill wrote {} (version {version}): update distill",
+            "{} has version {version}, which a newer distill wrote: update distill",
             path.display()
         ))
         .into());
@@ -245,20 +247,21 @@ fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
     Ok((ledger, version == VERSION))
 }
 
-/// Reads the entries of a log. Skips a torn last line, which a kill may leave: it was not acknowledged.
+/// Reads the entries of a log. Skips an incomplete last line, which a kill may leave: `append` did not return for it.
 fn read_log(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
-    let path = log_file(run_dir, number);
+    let path = log_path(run_dir, number);
     if !path.exists() {
         return Ok(Vec::new());
     }
     let text = crate::fs::read(&path)?;
     let lines: Vec<&[u8]> = text.split_inclusive(|byte| *byte == b'\n').collect();
-    let whole = lines.iter().filter(|line| line.ends_with(b"\n"));
-    let spent = whole.map(|line| serde_json::from_slice(line));
+    let complete = lines.iter().filter(|line| line.ends_with(b"\n"));
+    let spent = complete.map(|line| serde_json::from_slice(line));
     let spent: Result<Vec<Spent>, _> = spent.collect();
     spent.map_err(|error| {
         let message = format!(
-            "{} is damaged ({error}): restore it, or delete it if its amounts need not count against the budget",
+            "{} is damaged ({error}): restore it from a backup, or delete it if its amounts need not count against \
+             the budget",
             path.display()
         );
         Exit::Damaged(message).into()
@@ -287,18 +290,21 @@ impl LedgerStore for LedgerFiles {
     fn save(&mut self, ledger: &Ledger) -> Result<()> {
         let next = Ledger {
             version: VERSION,
-            log: self.number + 1,
+            log: self.log_number + 1,
             ..ledger.clone()
         };
-        // A log with this number is left over from a deleted account.
-        let stale = log_file(&self.run_dir, next.log);
+        // A log with this number belongs to a ledger that was deleted.
+        let stale = log_path(&self.run_dir, next.log);
         if stale.exists() {
             crate::fs::remove_file(&stale)?;
         }
-        crate::fs::write_atomic(&file(&self.run_dir), &serde_json::to_vec_pretty(&next)?)?;
-        let old = log_file(&self.run_dir, self.number);
+        crate::fs::write_atomic(
+            &ledger_path(&self.run_dir),
+            &serde_json::to_vec_pretty(&next)?,
+        )?;
+        let old = log_path(&self.run_dir, self.log_number);
         self.log = None;
-        self.number += 1;
+        self.log_number += 1;
         // The new ledger includes the old log.
         if old.exists() {
             crate::fs::remove_file(&old)?;
@@ -309,18 +315,18 @@ impl LedgerStore for LedgerFiles {
     fn append(&mut self, spent: &Spent) -> Result<()> {
         let line = serde_json::to_string(spent)?;
         if self.log.is_none() {
-            let path = log_file(&self.run_dir, self.number);
+            let path = log_path(&self.run_dir, self.log_number);
             self.log = Some(LogFile::open(&path, |_| true)?);
         }
         let log = self
             .log
             .as_mut()
-            .context("internal error: the log of the budget is closed")?;
+            .context("internal error: the log of the budget is not open")?;
         log.write(&line)
     }
 
     fn is_in_place(&self) -> bool {
-        self.log.as_ref().is_none_or(LogFile::is_in_place) && file(&self.run_dir).exists()
+        self.log.as_ref().is_none_or(LogFile::is_in_place) && ledger_path(&self.run_dir).exists()
     }
 
     fn sync(&mut self) -> Result<()> {
@@ -349,8 +355,8 @@ mod tests {
     fn log_entries_count_once_after_a_kill_at_any_point() {
         let dir = tempfile::tempdir().unwrap();
         let open = || LedgerFiles::open(dir.path()).unwrap();
-        let (mut files, ledger, is_complete) = open();
-        assert_eq!((ledger.spent, is_complete), (Spent::default(), false));
+        let (mut files, ledger, has_measured_cost) = open();
+        assert_eq!((ledger.spent, has_measured_cost), (Spent::default(), false));
         files.append(&measured(0.25)).unwrap();
         files.append(&measured(0.5)).unwrap();
         drop(files);
@@ -361,21 +367,21 @@ mod tests {
         files.append(&measured(1.0)).unwrap();
         ledger.spent.add(&measured(1.0));
         drop(files);
-        // A torn line was never acknowledged.
-        crate::fs::append(&log_file(dir.path(), 1), b"{\"measured_usd\":0.").unwrap();
-        let (_files, again, is_complete) = open();
-        assert_eq!((again.spent, is_complete), (ledger.spent, true));
-        assert!(!log_file(dir.path(), 0).exists());
+        // A kill during `append` leaves an incomplete line.
+        crate::fs::append(&log_path(dir.path(), 1), b"{\"measured_usd\":0.").unwrap();
+        let (_files, reopened, has_measured_cost) = open();
+        assert_eq!((reopened.spent, has_measured_cost), (ledger.spent, true));
+        assert!(!log_path(dir.path(), 0).exists());
     }
 
     #[test]
     fn removed_or_replaced_ledger_files_are_written_again() {
         type Tamper = fn(&Path);
         let cases: [Tamper; 3] = [
-            |dir| std::fs::remove_file(log_file(dir, 1)).unwrap(),
-            |dir| std::fs::remove_file(file(dir)).unwrap(),
+            |dir| std::fs::remove_file(log_path(dir, 1)).unwrap(),
+            |dir| std::fs::remove_file(ledger_path(dir)).unwrap(),
             |dir| {
-                let path = log_file(dir, 1);
+                let path = log_path(dir, 1);
                 std::fs::rename(&path, dir.join("mine")).unwrap();
                 std::fs::write(&path, "").unwrap();
             },
@@ -405,7 +411,7 @@ mod tests {
         files.save(&ledger).unwrap();
         files.append(&measured(5.0)).unwrap();
         drop(files);
-        std::fs::remove_file(file(dir.path())).unwrap();
+        std::fs::remove_file(ledger_path(dir.path())).unwrap();
         let (mut files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
         files.save(&ledger).unwrap();
         files.append(&measured(0.5)).unwrap();
@@ -450,16 +456,16 @@ mod tests {
     #[test]
     fn older_ledger_is_read_and_damaged_or_newer_ledger_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let write = |text: &str| std::fs::write(file(dir.path()), text).unwrap();
+        let write = |text: &str| std::fs::write(ledger_path(dir.path()), text).unwrap();
         write(
             r#"{"version":1,"in_flight":{"requests":3,"usd":0.5,"budget_usd":null},"estimated_usd":0.25,"attempts_lost":4,"day":{}}"#,
         );
-        let (files, ledger, is_complete) = LedgerFiles::open(dir.path()).unwrap();
+        let (files, ledger, has_measured_cost) = LedgerFiles::open(dir.path()).unwrap();
         assert_eq!(
             (
                 ledger.spent.estimated_usd,
                 ledger.in_flight.requests,
-                is_complete
+                has_measured_cost
             ),
             (usd(0.25), 3, false)
         );

@@ -5,7 +5,8 @@ use jiff::civil::Date;
 use crate::cache::usage::Usage;
 use crate::config::Price;
 
-/// Estimated tokens of a prompt, as rate limits count them before the answer: one per four bytes of the body.
+/// Estimates the tokens of a prompt, as rate limits count them before the answer: one per four bytes of the request's
+/// body.
 pub fn estimate_prompt(body_bytes: usize) -> u64 {
     body_bytes.div_ceil(4) as u64
 }
@@ -27,7 +28,7 @@ impl TokenBound {
         }
     }
 
-    /// Cost in US dollars; `None` without a price for input and output.
+    /// Returns the cost in US dollars, or None without a price for input and output.
     pub fn cost(&self, price: &Price) -> Option<f64> {
         let usage = Usage {
             prompt_tokens: self.input_tokens,
@@ -38,21 +39,21 @@ impl TokenBound {
     }
 }
 
-/// Cost of a usage in US dollars; `None` without a price for input and output.
+/// Returns the cost of a usage in US dollars, or None without a price for input and output.
 pub fn cost(usage: &Usage, price: &Price) -> Option<f64> {
     let input = price.input?;
     let output = price.output?;
     let cached_input = price.cached_input.unwrap_or(input);
     let cached = usage.cached_tokens.min(usage.prompt_tokens);
-    let fresh = usage.prompt_tokens - cached;
-    let per_million = fresh as f64 * input
+    let uncached = usage.prompt_tokens - cached;
+    let microdollars = uncached as f64 * input
         + cached as f64 * cached_input
         + usage.completion_tokens as f64 * output;
-    Some(per_million / 1e6)
+    Some(microdollars / 1e6)
 }
 
-/// Age in days after which prices are warned of.
-const OLD_AFTER_DAYS: i32 = 90;
+/// Age in days after which [`price_warning`] reports prices as old.
+const MAX_PRICE_AGE_DAYS: i32 = 90;
 
 /// Returns a warning if the prices have no date or are old.
 pub fn price_warning(price: &Price, teacher: &str, today: Date) -> Option<String> {
@@ -62,7 +63,7 @@ pub fn price_warning(price: &Price, teacher: &str, today: Date) -> Option<String
         ));
     };
     let days = date.until(today).ok()?.get_days();
-    (days > OLD_AFTER_DAYS).then(|| {
+    (days > MAX_PRICE_AGE_DAYS).then(|| {
         format!(
             "the prices of {teacher} were looked up {days} days ago: check them, and set `price.as_of` to today"
         )

@@ -1,4 +1,5 @@
-//! [`FileLock`]: an exclusive lock between processes. The operating system releases it when its process ends.
+//! [`FileLock`]: an exclusive lock between processes. The operating system releases it when the process that holds it
+//! ends.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
@@ -18,21 +19,24 @@ impl Drop for FileLock {
 
 impl FileLock {
     /// Locks the file at `path` and writes this process's id into it, for the error message of a second process.
-    /// The file is never removed: that could release the lock of another process.
+    /// The file is never removed: a second process could then lock a new file of the same name. `activity` completes
+    /// the error message, as in "is using this run folder".
     ///
     /// # Errors
-    /// If another process has the lock: "another process (pid 123) `holds`".
-    pub fn acquire(path: &Path, holds: &str) -> Result<FileLock> {
+    /// If another process has the lock: "another process (pid 123) {activity}".
+    pub fn acquire(path: &Path, activity: &str) -> Result<FileLock> {
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(path)
-            .with_context(|| format!("could not open the lock {}", path.display()))?;
+            .with_context(|| format!("could not open the lock file {}", path.display()))?;
         match file.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => bail!("another process{} {holds}", holder(&mut file)),
+            Err(TryLockError::WouldBlock) => {
+                bail!("another process{} {activity}", holder_pid(&mut file))
+            }
             Err(TryLockError::Error(error)) => {
                 return Err(error).with_context(|| format!("could not lock {}", path.display()));
             }
@@ -46,7 +50,7 @@ impl FileLock {
 }
 
 /// Returns ` (pid 123)`, or nothing if the file contains no pid.
-fn holder(file: &mut File) -> String {
+fn holder_pid(file: &mut File) -> String {
     let mut text = String::new();
     let pid = file
         .read_to_string(&mut text)

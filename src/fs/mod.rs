@@ -6,8 +6,9 @@
 //! | `lock.rs` | a lock between processes |
 //!
 //! Invariants: no file with its final name is ever half-written. Content is written to a temporary file in the
-//! same folder, synced, and renamed; then the folder is synced, because a rename is not durable before that. Only
-//! the cache writes in another way: it appends (see `cache::storage`).
+//! same folder, synced, and renamed; then the folder is synced, because a rename is not durable before that. The
+//! exceptions are append-only files of lines, whose readers skip an incomplete line: [`append`], [`LogFile`] and the
+//! cache (`cache::storage`).
 
 pub(crate) mod lock;
 
@@ -20,13 +21,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use tempfile::NamedTempFile;
 
-/// Atomically and durably writes `bytes` to `path`: at every moment either the old file (or none) or the whole new
-/// file is there.
+/// Atomically and durably writes `bytes` to `path`: at every moment `path` is either the old file, if there was one, or
+/// the complete new one.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     write_with(path, |file| file.write_all(bytes))
 }
 
-/// As [`write_atomic`], with the bytes that `fill` writes: the content need not fit into memory.
+/// Like [`write_atomic`], but writes what `fill` writes, so the content need not fit into memory.
 pub fn write_with(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
@@ -60,8 +61,8 @@ fn temporary_in(folder: &Path) -> std::io::Result<NamedTempFile> {
     builder.prefix(".tmp-").tempfile_in(folder)
 }
 
-/// A file that is written in pieces and gets its name only once it is whole, by [`Self::commit`]. If it is dropped
-/// before, no file remains.
+/// A file that is written in pieces and gets its name only when [`Self::commit`] is called. If it is dropped without
+/// a commit, it is removed.
 pub struct AtomicFile {
     file: BufWriter<NamedTempFile>,
     path: PathBuf,
@@ -168,19 +169,17 @@ fn parent_of(path: &Path) -> &Path {
     }
 }
 
-/// Reads a file whole.
+/// Reads a whole file.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
     check_is_file(path)?;
     fs::read(path).with_context(|| format!("could not read {}", path.display()))
 }
 
-/// Refuses pipes and devices: reading them may never end.
-///
-/// # Errors
-/// If `path` is neither a file nor a folder. Reading a folder fails with its own message.
+/// Refuses pipes and devices, because reading them may never end. Accepts folders and missing files: reading those
+/// fails with its own message.
 pub fn check_is_file(path: &Path) -> Result<()> {
-    let is_odd = |metadata: fs::Metadata| !metadata.is_file() && !metadata.is_dir();
-    if path.metadata().is_ok_and(is_odd) {
+    let is_special = |metadata: fs::Metadata| !metadata.is_file() && !metadata.is_dir();
+    if path.metadata().is_ok_and(is_special) {
         bail!("could not read {}: not a regular file", path.display());
     }
     Ok(())
@@ -196,18 +195,18 @@ pub fn append(path: &Path, lines: &[u8]) -> Result<()> {
             .create(true)
             .open(path)?;
         let length = file.metadata()?.len();
-        let mut last = [b'\n'];
+        let mut last_byte = [b'\n'];
         if length > 0 {
             file.seek(SeekFrom::Start(length - 1))?;
-            file.read_exact(&mut last)?;
+            file.read_exact(&mut last_byte)?;
         }
-        let separator: &[u8] = if last == [b'\n'] { b"" } else { b"\n" };
+        let separator: &[u8] = if last_byte == [b'\n'] { b"" } else { b"\n" };
         file.write_all(&[separator, lines].concat())
     };
     append().with_context(|| format!("could not append to {}", path.display()))
 }
 
-/// Reads a text file whole.
+/// Reads a whole text file.
 pub fn read_to_string(path: &Path) -> Result<String> {
     check_is_file(path)?;
     fs::read_to_string(path).with_context(|| format!("could not read {}", path.display()))
@@ -220,7 +219,7 @@ pub fn read_data(path: &Path) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Opens a data file for reading, decompressed as by [`read_data`].
+/// Opens a data file for reading; a file whose name ends in `.gz` is decompressed.
 pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
     let file = File::open(path)?;
     let is_packed = |extension: &std::ffi::OsStr| extension.eq_ignore_ascii_case("gz");
@@ -235,10 +234,9 @@ pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
     Ok(Box::new(BufReader::with_capacity(1 << 20, unpacked)))
 }
 
-/// Maximum ratio of decompressed to compressed bytes: text stays far below it, and a higher ratio is an attempt to
-/// exhaust the memory.
+/// Maximum ratio of decompressed to compressed bytes. Text stays far below it; a file above it would fill the memory.
 const MAX_EXPANSION: u64 = 200;
-/// Number of decompressed bytes allowed for a file of any size.
+/// Number of decompressed bytes allowed in addition, so that small files may have a higher ratio.
 const ALWAYS_ALLOWED_BYTES: u64 = 16 << 20;
 
 /// File that counts the bytes read from it.
@@ -258,6 +256,7 @@ impl Read for CountingReader {
 /// Decompressed stream, limited in proportion to the compressed bytes read.
 struct LimitedDecoder {
     inner: flate2::bufread::MultiGzDecoder<BufReader<CountingReader>>,
+    /// Number of decompressed bytes.
     bytes: u64,
 }
 
@@ -321,13 +320,18 @@ pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<
     Ok(filled)
 }
 
-/// Copies the entries of the folder `from` that other programs have put there into the folder `to`. `is_ours` returns
-/// true for the names of our own entries.
+/// Copies entries of the folder `from` that other programs have put there into the folder `to`: those for whose name
+/// `is_ours` returns false, and that `to` does not have.
 pub fn copy_foreign_entries(from: &Path, to: &Path, is_ours: impl Fn(&str) -> bool) -> Result<()> {
     if !from.is_dir() {
         return Ok(());
     }
-    let could_not = || format!("could not copy the other files in {}", from.display());
+    let could_not = || {
+        format!(
+            "could not copy the files of other programs in {}",
+            from.display()
+        )
+    };
     for entry in fs::read_dir(from).with_context(could_not)? {
         let entry = entry.with_context(could_not)?;
         let name = entry.file_name();
@@ -355,20 +359,19 @@ fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Creates a file in a folder that [`write_dir_with`] creates, and which syncs it.
+/// Creates a file in a folder that [`write_dir_with`] creates and syncs.
 pub fn create(path: &Path) -> Result<BufWriter<File>> {
     let file = File::create_new(path);
     let file = file.with_context(|| format!("could not create {}", path.display()))?;
     Ok(BufWriter::with_capacity(1 << 20, file))
 }
 
-/// Runs `library`, which must write the file at `path`, in a folder that [`write_dir_with`] creates. Then gives the
-/// file the permissions of any new file: a library that renames a temporary file leaves it readable only by its
-/// owner.
-pub fn create_with(path: &Path, library: impl FnOnce() -> Result<()>) -> Result<()> {
-    let usual = create(path)?.get_ref().metadata()?.permissions();
-    library()?;
-    fs::set_permissions(path, usual)
+/// Calls `write`, in which a library writes the file at `path`, in a folder that [`write_dir_with`] creates. Then gives
+/// the file the default permissions: a library that renames a temporary file leaves it readable only by its owner.
+pub fn create_with(path: &Path, write: impl FnOnce() -> Result<()>) -> Result<()> {
+    let default_permissions = create(path)?.get_ref().metadata()?.permissions();
+    write()?;
+    fs::set_permissions(path, default_permissions)
         .with_context(|| format!("could not set the permissions of {}", path.display()))
 }
 
@@ -377,14 +380,14 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
         .with_context(|| format!("could not rename {} to {}", from.display(), to.display()))
 }
 
-/// An append-only text file, such as metrics, that may lose its last lines at a power loss.
+/// An append-only text file, such as a metrics file. A power loss may lose lines that were not synced.
 pub struct LogFile {
     file: File,
     path: PathBuf,
 }
 
 impl LogFile {
-    /// Opens `path` for appending, after dropping every line for which `keep` is false.
+    /// Removes the lines for which `keep` returns false, and opens `path` for appending.
     pub fn open(path: &Path, keep: impl Fn(&str) -> bool) -> Result<Self> {
         if path.exists() {
             let text = read(path)?;
@@ -421,7 +424,7 @@ impl LogFile {
             .with_context(|| format!("could not sync {}", self.path.display()))
     }
 
-    /// Returns true if the path still names this file.
+    /// Returns true if the file still has its path: it was not moved, removed or replaced.
     pub fn is_in_place(&self) -> bool {
         has_name(&self.file, &self.path)
     }
@@ -444,13 +447,14 @@ pub fn is_not_found(error: &std::io::Error) -> bool {
     )
 }
 
-/// Device and inode number.
+/// Device and inode number, which together identify a file.
 #[cfg(unix)]
 pub fn identity(metadata: &fs::Metadata) -> (u64, u64) {
     use std::os::unix::fs::MetadataExt;
     (metadata.dev(), metadata.ino())
 }
 
+/// Always the same, because only Unix has inode numbers.
 #[cfg(not(unix))]
 pub fn identity(_: &fs::Metadata) -> (u64, u64) {
     (0, 0)

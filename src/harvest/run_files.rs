@@ -77,7 +77,7 @@ impl RunFiles {
         if !self.account.reserve(amount)? {
             return Ok(false);
         }
-        if upstream.limiter.day.must_be_written() {
+        if upstream.limiter.daily_limit.must_write_ledger() {
             self.note_day(upstream, false);
             if let Err(error) = self.account.save() {
                 self.account.release(amount);
@@ -89,14 +89,17 @@ impl RunFiles {
 
     fn note_day(&mut self, upstream: &mut Upstream, last: bool) {
         let now = self.clock.now();
-        let slots = upstream.limiter.day.written(Instant::now(), last);
+        let slots = upstream
+            .limiter
+            .daily_limit
+            .ledger_slots(Instant::now(), last);
         if slots.is_empty() {
             return;
         }
         let at = |age: i64| Timestamp::from_second(now.as_second() - age).unwrap_or(now);
         let slots = slots.into_iter().map(|(age, count)| (at(age), count));
         let label = upstream.settings.teacher.label().to_owned();
-        self.account.day().insert(label, slots.collect());
+        self.account.daily_requests().insert(label, slots.collect());
     }
 
     /// Closes the account. Requests still in flight (after a second signal) count as possibly billed.
@@ -110,7 +113,7 @@ impl RunFiles {
     /// Copies the amounts in US dollars to the summary, if there are prices.
     pub(crate) fn summarise(&self, is_priced: bool, summary: &mut HarvestSummary) {
         if is_priced {
-            let now = self.account.spent_now();
+            let now = self.account.spent_by_process();
             summary.cost_usd = Some(now.measured_usd.usd());
             summary.estimated_usd = Some(now.estimated_usd.usd());
             summary.run_folder_usd = Some(self.account.spent().total().usd());
@@ -174,7 +177,7 @@ pub(crate) fn daily_limit<S: LedgerStore>(
     upstream: &config::EndpointConfig,
     now: Timestamp,
 ) -> DailyLimit {
-    let slots = account.day().get(upstream.teacher.label());
+    let slots = account.daily_requests().get(upstream.teacher.label());
     let slots: Vec<_> = slots
         .into_iter()
         .flatten()
@@ -198,7 +201,7 @@ impl MergeAccount {
     /// # Errors
     /// If another process has the account open, or its files are damaged or cannot be written.
     pub(crate) fn open(run_dir: &Path, price: &Price) -> Result<MergeAccount> {
-        if !ledger::file(run_dir).exists() {
+        if !ledger::ledger_path(run_dir).exists() {
             return Ok(MergeAccount(None));
         }
         let (files, ledger, is_complete) = LedgerFiles::open(run_dir)?;

@@ -5,7 +5,7 @@ use crate::mock::logprobs::{LogprobTemplates, write_number, write_string};
 use crate::mock::script::Script;
 use crate::mock::script::answers::{AnswerText, TokenUnit};
 
-/// Length of a token with [`TokenUnit::Bytes`].
+/// Length in bytes of a token of [`TokenUnit::Bytes`].
 const BYTES_PER_TOKEN: usize = 3;
 
 /// The tokens that are billed for an answer.
@@ -29,7 +29,7 @@ pub(crate) struct AnswerInputs<'a> {
     pub script: &'a Script,
     /// Templates for the script's `top_logprobs` at temperature 1.
     pub templates: &'a LogprobTemplates,
-    /// Id of the answer.
+    /// Last part of the answer's id.
     pub id: u128,
     /// Unix time in seconds.
     pub created: i64,
@@ -47,16 +47,20 @@ pub(crate) fn write(
         AnswerText::Upper => chat.prompt.to_uppercase().into(),
         AnswerText::Fixed(text) => std::borrow::Cow::Borrowed(text.as_str()),
     };
-    let wanted = answers
+    let token_count = answers
         .tokens
-        .map(|range| range.at(rng.f64()).round() as u64);
+        .map(|range| range.sample(rng.f64()).round() as u64);
     let max_tokens = chat
         .max_tokens
-        .map(|most| most.saturating_sub(answers.reasoning_tokens));
-    let content =
-        AnswerContent::from_text(&text, answers.token, wanted, max_tokens.unwrap_or(u64::MAX));
+        .map(|limit| limit.saturating_sub(answers.reasoning_tokens));
+    let content = AnswerContent::from_text(
+        &text,
+        answers.token,
+        token_count,
+        max_tokens.unwrap_or(u64::MAX),
+    );
     let reasoning_tokens = match chat.max_tokens {
-        Some(most) => answers.reasoning_tokens.min(most),
+        Some(limit) => answers.reasoning_tokens.min(limit),
         None => answers.reasoning_tokens,
     };
     let usage = MockUsage {
@@ -122,7 +126,7 @@ fn write_choice(
         }
     }
     out.extend_from_slice(b",\"finish_reason\":");
-    let finish_reason = if content.truncated {
+    let finish_reason = if content.is_truncated {
         "length"
     } else {
         &answers.finish_reason
@@ -170,42 +174,42 @@ struct AnswerContent {
     bytes: Vec<u8>,
     /// End offset of each token.
     ends: Vec<usize>,
-    /// Whether the maximum length cut the content off.
-    truncated: bool,
+    /// Whether `max_tokens` cut the content off.
+    is_truncated: bool,
 }
 
 impl AnswerContent {
-    /// Splits `text` into tokens, repeats or cuts it to `wanted` tokens, and cuts it to `max_tokens`.
+    /// Splits `text` into tokens, repeats or cuts it to `token_count` tokens, and cuts it to `max_tokens`.
     fn from_text(
         text: &str,
         token: TokenUnit,
-        wanted: Option<u64>,
+        token_count: Option<u64>,
         max_tokens: u64,
     ) -> AnswerContent {
         let mut content = AnswerContent {
             bytes: Vec::with_capacity(text.len()),
             ends: Vec::new(),
-            truncated: wanted.is_some_and(|wanted| wanted > max_tokens),
+            is_truncated: token_count.is_some_and(|count| count > max_tokens),
         };
-        let most = wanted.map_or(max_tokens, |wanted| wanted.min(max_tokens));
-        let mut rest = text.as_bytes();
-        while (content.ends.len() as u64) < most {
-            if rest.is_empty() {
-                if wanted.is_none() || text.is_empty() {
+        let limit = token_count.map_or(max_tokens, |count| count.min(max_tokens));
+        let mut remaining = text.as_bytes();
+        while (content.ends.len() as u64) < limit {
+            if remaining.is_empty() {
+                if token_count.is_none() || text.is_empty() {
                     return content;
                 }
-                rest = text.as_bytes();
-                // Separates the last word from the first word of the repetition.
-                if token == TokenUnit::Word && !rest[0].is_ascii_whitespace() {
+                remaining = text.as_bytes();
+                // A space separates the last word from the first word of the repetition.
+                if token == TokenUnit::Word && !remaining[0].is_ascii_whitespace() {
                     content.bytes.push(b' ');
                 }
             }
-            let (first, others) = rest.split_at(token_len(rest, token));
+            let (first, next) = remaining.split_at(token_len(remaining, token));
             content.bytes.extend_from_slice(first);
             content.ends.push(content.bytes.len());
-            rest = others;
+            remaining = next;
         }
-        content.truncated |= wanted.is_none() && !rest.is_empty();
+        content.is_truncated |= token_count.is_none() && !remaining.is_empty();
         content
     }
 }
@@ -236,12 +240,12 @@ mod tests {
     fn check(
         text: &str,
         token: TokenUnit,
-        wanted: Option<u64>,
+        token_count: Option<u64>,
         max_tokens: u64,
         tokens: &[&str],
-        truncated: bool,
+        is_truncated: bool,
     ) {
-        let content = AnswerContent::from_text(text, token, wanted, max_tokens);
+        let content = AnswerContent::from_text(text, token, token_count, max_tokens);
         let mut start = 0;
         let found: Vec<_> = content
             .ends
@@ -251,18 +255,18 @@ mod tests {
             })
             .collect();
         assert_eq!(found, tokens);
-        assert_eq!(content.truncated, truncated);
+        assert_eq!(content.is_truncated, is_truncated);
         assert_eq!(start, content.bytes.len());
     }
 
     #[test]
     fn text_is_repeated_or_cut_to_the_token_count() {
-        let many = u64::MAX;
+        let unlimited = u64::MAX;
         check(
             "a b  c ",
             TokenUnit::Word,
             None,
-            many,
+            unlimited,
             &["a", " b", "  c", " "],
             false,
         );
@@ -270,7 +274,7 @@ mod tests {
             "a b",
             TokenUnit::Word,
             Some(3),
-            many,
+            unlimited,
             &["a", " b", " a"],
             false,
         );
@@ -281,7 +285,7 @@ mod tests {
             "aä日",
             TokenUnit::Char,
             None,
-            many,
+            unlimited,
             &["a", "ä", "日"],
             false,
         );
@@ -289,11 +293,11 @@ mod tests {
             "ää",
             TokenUnit::Bytes,
             None,
-            many,
+            unlimited,
             &["ä\u{fffd}", "\u{fffd}"],
             false,
         );
-        check("", TokenUnit::Word, Some(3), many, &[], false);
+        check("", TokenUnit::Word, Some(3), unlimited, &[], false);
         check("a", TokenUnit::Word, None, 0, &[], true);
     }
 }

@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::mock::limits::TokenCost;
-use crate::mock::response::HttpReply;
+use crate::mock::response::MockReply;
 use crate::mock::script::Script;
 use crate::mock::script::answers::AcceptedMaxTokens;
 
@@ -29,7 +29,7 @@ pub(crate) struct ParsedChat<'a> {
     pub top_logprobs: Option<usize>,
 }
 
-/// The request fields that the mock reads; others are ignored.
+/// The request fields that the mock reads. Other fields are ignored.
 #[derive(Deserialize)]
 struct ChatBody<'a> {
     #[serde(borrow)]
@@ -45,7 +45,7 @@ struct ChatBody<'a> {
     stream: Option<bool>,
 }
 
-/// A message whose content stays raw: only the last message is decoded.
+/// A message. Its content stays raw, because only that of the last message is decoded.
 #[derive(Deserialize)]
 struct ChatMessage<'a> {
     #[serde(borrow)]
@@ -65,11 +65,11 @@ impl<'a> ParsedChat<'a> {
     /// Parses a request body.
     ///
     /// # Errors
-    /// The reply that rejects it: 400, or 404 for an unknown model.
-    pub(crate) fn parse(body: &'a [u8], script: &Script) -> Result<ParsedChat<'a>, HttpReply> {
+    /// The reply that rejects the request: a 400, or a 404 for an unknown model.
+    pub(crate) fn parse(body: &'a [u8], script: &Script) -> Result<ParsedChat<'a>, MockReply> {
         let fields: ChatBody<'a> = serde_json::from_slice(body).map_err(|error| {
             let message = format!("We could not parse the JSON body of your request: {error}");
-            HttpReply::error(400, &message, Value::Null)
+            MockReply::error(400, &message, Value::Null)
         })?;
         check_model(&fields.model, script)?;
         check_parameters(body, &fields, script)?;
@@ -97,7 +97,7 @@ impl<'a> ParsedChat<'a> {
         }
     }
 
-    fn check_context(&self, script: &Script) -> Result<(), HttpReply> {
+    fn check_context(&self, script: &Script) -> Result<(), MockReply> {
         let requested = self.prompt_tokens + self.max_tokens.unwrap_or_default();
         match script.answers.context_tokens {
             Some(context) if requested > context => {
@@ -105,7 +105,7 @@ impl<'a> ParsedChat<'a> {
                     "This model's maximum context length is {context} tokens. However, you \
                      requested {requested} tokens. Please reduce the length of the messages."
                 );
-                Err(HttpReply::bad_field(
+                Err(MockReply::bad_field(
                     "messages",
                     &message,
                     "context_length_exceeded",
@@ -117,22 +117,22 @@ impl<'a> ParsedChat<'a> {
 }
 
 impl ChatMessage<'_> {
-    /// Estimates the tokens of a message: one for four bytes, and four for its frame.
+    /// Estimates the tokens of a message: one per four bytes of the content's JSON, plus four for the role.
     fn tokens(&self) -> u64 {
         let bytes = self.content.map_or(0, |content| content.get().len());
         4 + (bytes as u64).div_ceil(4)
     }
 }
 
-fn check_model(asked: &str, script: &Script) -> Result<(), HttpReply> {
-    if script.model == "*" || script.model == asked {
+fn check_model(model: &str, script: &Script) -> Result<(), MockReply> {
+    if script.model == "*" || script.model == model {
         return Ok(());
     }
-    let message = format!("The model `{asked}` does not exist or you do not have access to it.");
-    Err(HttpReply::error(404, &message, "model_not_found"))
+    let message = format!("The model `{model}` does not exist or you do not have access to it.");
+    Err(MockReply::error(404, &message, "model_not_found"))
 }
 
-fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), HttpReply> {
+fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), MockReply> {
     let answers = &script.answers;
     if !answers.refuse_parameters.is_empty() {
         let fields: Map<String, Value> = serde_json::from_slice(raw).unwrap_or_default();
@@ -153,17 +153,18 @@ fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), 
     if body.stream == Some(true) {
         return Err(unsupported("stream", ""));
     }
-    let most = answers.top_logprobs;
+    let max_top_logprobs = answers.top_logprobs;
     match body.top_logprobs {
-        Some(_) if body.logprobs != Some(true) => Err(HttpReply::bad_field(
+        Some(_) if body.logprobs != Some(true) => Err(MockReply::bad_field(
             "top_logprobs",
             "The 'logprobs' parameter must be true if 'top_logprobs' is set.",
             Value::Null,
         )),
-        Some(asked) if asked > most => {
-            let message =
-                format!("Invalid value for 'top_logprobs': must be less than or equal to {most}.");
-            Err(HttpReply::bad_field(
+        Some(top_logprobs) if top_logprobs > max_top_logprobs => {
+            let message = format!(
+                "Invalid value for 'top_logprobs': must be less than or equal to {max_top_logprobs}."
+            );
+            Err(MockReply::bad_field(
                 "top_logprobs",
                 &message,
                 "invalid_value",
@@ -171,25 +172,26 @@ fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), 
         }
         _ if body.n.is_some_and(|n| !(1..=128).contains(&n)) => {
             let message = "Invalid value for 'n': must be from 1 to 128.";
-            Err(HttpReply::bad_field("n", message, "invalid_value"))
+            Err(MockReply::bad_field("n", message, "invalid_value"))
         }
         _ => Ok(()),
     }
 }
 
-fn unsupported(name: &str, instead: &str) -> HttpReply {
+/// Returns the error for an unsupported field. `replacement` is the field to use instead, or empty.
+fn unsupported(name: &str, replacement: &str) -> MockReply {
     let mut message = format!("Unsupported parameter: '{name}' is not supported with this model.");
-    if !instead.is_empty() {
-        message += &format!(" Use '{instead}' instead.");
+    if !replacement.is_empty() {
+        message += &format!(" Use '{replacement}' instead.");
     }
-    HttpReply::bad_field(name, &message, "unsupported_parameter")
+    MockReply::bad_field(name, &message, "unsupported_parameter")
 }
 
 /// Returns the text of the last message. Its content is a string or a list of parts.
-fn last_text<'a>(messages: &[ChatMessage<'a>]) -> Result<Cow<'a, str>, HttpReply> {
+fn last_text<'a>(messages: &[ChatMessage<'a>]) -> Result<Cow<'a, str>, MockReply> {
     let Some(last) = messages.last() else {
         let message = "Invalid 'messages': empty array.";
-        return Err(HttpReply::bad_field("messages", message, "empty_array"));
+        return Err(MockReply::bad_field("messages", message, "empty_array"));
     };
     let Some(content) = last.content else {
         return Ok(Cow::Borrowed(""));
@@ -201,7 +203,7 @@ fn last_text<'a>(messages: &[ChatMessage<'a>]) -> Result<Cow<'a, str>, HttpReply
         Ok(parts) => Ok(Cow::Owned(
             parts.into_iter().map(|part| part.text).collect(),
         )),
-        Err(_) => Err(HttpReply::bad_field(
+        Err(_) => Err(MockReply::bad_field(
             "messages",
             "Invalid type for 'messages[-1].content': expected a string or an array of parts.",
             "invalid_type",

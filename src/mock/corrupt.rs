@@ -7,10 +7,11 @@ use crate::mock::script::fault_kind::FaultKind;
 
 const HUGE_BODY_BYTES: usize = 64 << 20;
 const DEEP_JSON_DEPTH: usize = 100_000;
-/// Placeholder for numbers that JSON cannot express; replaced in the bytes. No real logprob is this low.
+/// Placeholder for `NaN` and `-Infinity`, which a JSON library cannot write. It is replaced in the text. No logprob of
+/// the mock has this value.
 const LOGPROB_PLACEHOLDER: &str = "-4242.4242";
 
-/// Corrupts a body as a fault of this kind does. `size` is the script's.
+/// Corrupts a body as a fault of this kind does. `size` is that of the scripted fault.
 pub(crate) fn corrupt_body(kind: FaultKind, body: Vec<u8>, size: Option<usize>) -> Bytes {
     let corrupted = match kind {
         FaultKind::Empty => Vec::new(),
@@ -28,14 +29,14 @@ pub(crate) fn corrupt_body(kind: FaultKind, body: Vec<u8>, size: Option<usize>) 
         | FaultKind::UnfinishedChunks
         | FaultKind::StallInBody
         | FaultKind::Drip => body,
-        FaultKind::LogprobsNan => replace(edit(kind, &body), LOGPROB_PLACEHOLDER, "NaN"),
-        FaultKind::LogprobsInf => replace(edit(kind, &body), LOGPROB_PLACEHOLDER, "-Infinity"),
-        _ => edit(kind, &body).into_bytes(),
+        FaultKind::LogprobsNan => replace(edit_json(kind, &body), LOGPROB_PLACEHOLDER, "NaN"),
+        FaultKind::LogprobsInf => replace(edit_json(kind, &body), LOGPROB_PLACEHOLDER, "-Infinity"),
+        _ => edit_json(kind, &body).into_bytes(),
     };
     corrupted.into()
 }
 
-/// Number of blank lines before the answer.
+/// Returns the number of blank lines before the answer.
 pub(crate) fn blank_lines(size: Option<usize>) -> usize {
     size.unwrap_or(3)
 }
@@ -43,15 +44,15 @@ pub(crate) fn blank_lines(size: Option<usize>) -> usize {
 /// Inserts invalid UTF-8 at the start of the content.
 fn bad_utf8(mut body: Vec<u8>) -> Vec<u8> {
     let content = b"\"content\":\"";
-    let at = body
+    let offset = body
         .windows(content.len())
         .position(|window| window == content);
-    let at = at.map_or(0, |at| at + content.len());
-    body.splice(at..at, [0xc3, 0x28, 0xff]);
+    let offset = offset.map_or(0, |start| start + content.len());
+    body.splice(offset..offset, [0xc3, 0x28, 0xff]);
     body
 }
 
-/// Makes an answer of `size` bytes.
+/// Creates a valid answer of `size` bytes, or of the shortest possible length if that is more.
 fn huge(size: usize) -> Vec<u8> {
     let head = br#"{"choices":[{"index":0,"message":{"role":"assistant","content":""#;
     let tail = br#""},"finish_reason":"stop"}]}"#;
@@ -65,7 +66,8 @@ fn replace(text: String, from: &str, to: &str) -> Vec<u8> {
     text.replace(from, to).into_bytes()
 }
 
-fn edit(kind: FaultKind, body: &[u8]) -> String {
+/// Changes the fields of an answer.
+fn edit_json(kind: FaultKind, body: &[u8]) -> String {
     let mut body: Value = serde_json::from_slice(body).unwrap_or_default();
     match kind {
         FaultKind::FloatCreated => {
@@ -99,7 +101,7 @@ fn edit_choice(kind: FaultKind, choice: &mut Value) {
             choice["message"]["content"] = "".into();
             choice["logprobs"] = Value::Null;
         }
-        FaultKind::LimitRefusal => {
+        FaultKind::Refusal => {
             choice["message"]["content"] = Value::Null;
             choice["message"]["refusal"] = "I'm sorry, I can't help with that.".into();
             choice["logprobs"] = Value::Null;
@@ -137,7 +139,7 @@ fn edit_logprobs(kind: FaultKind, positions: &mut Vec<Value>) {
                 last["logprob"] = logprob.clone();
             }
         }
-        // Without alternatives, the token itself has it.
+        // Without alternatives, the token itself has the invalid logprob.
         if let Some(logprob) = &logprob
             && position["top_logprobs"]
                 .as_array()
@@ -177,7 +179,7 @@ mod tests {
             (FaultKind::UnknownFinishReason, "model_length", "stop"),
             (FaultKind::Length, "\"length\"", "stop"),
             (FaultKind::ContentFilter, "content_filter", "a b"),
-            (FaultKind::LimitRefusal, "I can't", "a b"),
+            (FaultKind::Refusal, "I can't", "a b"),
             (FaultKind::FloatCreated, "5.25", "\"created\":5,"),
             (FaultKind::OtherModel, "another-model", "\"m\""),
             (FaultKind::NoUsage, "stop", "usage"),

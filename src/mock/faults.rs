@@ -1,20 +1,19 @@
-//! Selects the fault of a request and builds the faulty response. Pure: time and random numbers are
-//! arguments.
+//! Selects the fault of a request and creates its response. Pure: time and random numbers are arguments.
 
 use std::time::{Duration, SystemTime};
 
 use crate::mock::corrupt::{blank_lines, corrupt_body};
 use crate::mock::headers::{wait_sentence, with_retry_after};
-use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::response::{MockReply, MockResponse};
 use crate::mock::script::Script;
 use crate::mock::script::fault::ScriptedFault;
 use crate::mock::script::fault_kind::FaultKind;
 use crate::mock::script::limits::RetryAfter;
 
-/// A redirect target that no test serves.
+/// Redirect target on a host that does not exist.
 const OTHER_HOST: &str = "https://elsewhere.invalid/v1/chat/completions";
 
-/// The properties of a request that the conditions of a fault check.
+/// The properties of a request that the conditions of a fault are checked against.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RequestFacts<'a> {
     /// Path without the query.
@@ -25,52 +24,52 @@ pub(crate) struct RequestFacts<'a> {
     pub prompt: &'a str,
     /// Number of earlier attempts with the same body.
     pub attempt: u32,
-    /// Time since the start.
-    pub at: Duration,
+    /// Time since the start of the mock.
+    pub elapsed: Duration,
 }
 
-/// Returns the first fault of the script whose conditions hold. Every fault draws a random number, so
-/// that the draws do not depend on the conditions of other faults.
+/// Returns the first fault of the script whose conditions hold. A random number is drawn for every fault, so that the
+/// numbers do not depend on the conditions of other faults.
 pub(crate) fn select<'a>(
     script: &'a Script,
     facts: RequestFacts,
     rng: &mut fastrand::Rng,
 ) -> Option<&'a ScriptedFault> {
-    let mut chosen = None;
+    let mut selected = None;
     for fault in &script.faults {
         let random = rng.f64();
-        if chosen.is_none() && fault.matches(facts, random) {
-            chosen = Some(fault);
+        if selected.is_none() && fault.matches(facts, random) {
+            selected = Some(fault);
         }
     }
-    chosen
+    selected
 }
 
 impl ScriptedFault {
     fn matches(&self, facts: RequestFacts, random: f64) -> bool {
-        let at = facts.at.as_secs_f64();
+        let elapsed_s = facts.elapsed.as_secs_f64();
         let path_matches = match &self.path {
             None => facts.is_chat,
-            Some(part) => facts.path.contains(part.as_str()),
+            Some(text) => facts.path.contains(text.as_str()),
         };
         path_matches
             && self.first.is_none_or(|first| facts.attempt < first)
             && self.share.is_none_or(|share| random < share)
-            && self.from_s.is_none_or(|from| at >= from)
-            && self.to_s.is_none_or(|to| at < to)
+            && self.from_s.is_none_or(|from_s| elapsed_s >= from_s)
+            && self.to_s.is_none_or(|to_s| elapsed_s < to_s)
             && self
                 .matching
                 .as_ref()
-                .is_none_or(|part| facts.prompt.contains(part.as_str()))
+                .is_none_or(|text| facts.prompt.contains(text.as_str()))
     }
 
-    /// Whether the request is billed.
+    /// Returns true if the request is billed.
     pub fn is_billed(&self) -> bool {
         self.billed.unwrap_or(self.kind.corrupts_answer())
     }
 
     /// Replaces the body and headers of the reply by those that the script sets.
-    fn apply_overrides(&self, mut reply: HttpReply) -> HttpReply {
+    fn apply_overrides(&self, mut reply: MockReply) -> MockReply {
         if let Some(body) = &self.body {
             reply.body = body.clone().into();
         }
@@ -83,47 +82,47 @@ impl ScriptedFault {
     }
 }
 
-/// Returns the response of a fault without an answer, or `None` if there is never a response.
+/// Returns the response of a fault that replaces the answer by an error, or None for a stall, which has no response.
 ///
-/// `now` is used only by a `Retry-After` that is a date.
+/// `now` is used only for a `Retry-After` that is a date.
 pub(crate) fn error_response(fault: &ScriptedFault, now: SystemTime) -> Option<MockResponse> {
     let reply = match fault.kind {
         FaultKind::Stall => return None,
         FaultKind::Reset => return Some(MockResponse::Reset),
         FaultKind::Refused => return Some(MockResponse::Refused),
-        FaultKind::Html(status) => HttpReply {
+        FaultKind::Html(status) => MockReply {
             content_type: "text/html",
-            ..HttpReply::json(status, html_page(status))
+            ..MockReply::json(status, html_page(status))
         },
-        FaultKind::InsufficientQuota => HttpReply::error(
+        FaultKind::InsufficientQuota => MockReply::error(
             429,
             "You exceeded your current quota, please check your plan and billing details.",
             "insufficient_quota",
         ),
-        FaultKind::Redirect => HttpReply::json(307, "").with_header("location", OTHER_HOST),
-        // Routers send the upstream's status as the error code.
+        FaultKind::Redirect => MockReply::json(307, "").with_header("location", OTHER_HOST),
+        // Routers such as OpenRouter send the status of the upstream as the error code.
         FaultKind::ErrorIn200 => {
-            let reply = HttpReply::error(502, "The upstream provider failed.", 502);
-            HttpReply {
+            let reply = MockReply::error(502, "The upstream provider failed.", 502);
+            MockReply {
                 status: 200,
                 ..reply
             }
         }
-        FaultKind::Http(status) => status_error(status, &message(fault, status)),
-        _ => HttpReply::error(
+        FaultKind::Http(status) => status_error(status, &error_message(fault, status)),
+        _ => MockReply::error(
             500,
             "This fault needs an answer to corrupt.",
             "server_error",
         ),
     };
-    let form = fault.retry_after.unwrap_or(RetryAfter::None);
-    let reply = with_retry_after(reply, form, wait(fault), now);
+    let format = fault.retry_after.unwrap_or(RetryAfter::None);
+    let reply = with_retry_after(reply, format, wait_time(fault), now);
     Some(MockResponse::Complete(fault.apply_overrides(reply)))
 }
 
-/// Returns the response of a fault that corrupts a valid answer.
-pub(crate) fn corrupt(fault: &ScriptedFault, mut answer: HttpReply) -> MockResponse {
-    let interval = duration(fault.interval_s.unwrap_or(1.0));
+/// Returns the response of a fault that changes a valid answer.
+pub(crate) fn corrupt(fault: &ScriptedFault, mut answer: MockReply) -> MockResponse {
+    let interval = duration_from_s(fault.interval_s.unwrap_or(1.0));
     let body = std::mem::take(&mut answer.body);
     answer.body = corrupt_body(fault.kind, body.into(), fault.size);
     let reply = fault.apply_overrides(answer);
@@ -146,7 +145,7 @@ pub(crate) fn corrupt(fault: &ScriptedFault, mut answer: HttpReply) -> MockRespo
     }
 }
 
-fn status_error(status: u16, message: &str) -> HttpReply {
+fn status_error(status: u16, message: &str) -> MockReply {
     let code = match status {
         400 => "invalid_request",
         401 => "invalid_api_key",
@@ -161,19 +160,19 @@ fn status_error(status: u16, message: &str) -> HttpReply {
         503 | 529 => "overloaded",
         _ => "server_error",
     };
-    HttpReply::error(status, message, code)
+    MockReply::error(status, message, code)
 }
 
-fn message(fault: &ScriptedFault, status: u16) -> String {
-    let form = fault.retry_after.unwrap_or(RetryAfter::None);
+fn error_message(fault: &ScriptedFault, status: u16) -> String {
+    let format = fault.retry_after.unwrap_or(RetryAfter::None);
     format!(
         "The script answers with status {status}.{}",
-        wait_sentence(form, wait(fault))
+        wait_sentence(format, wait_time(fault))
     )
 }
 
-fn wait(fault: &ScriptedFault) -> Duration {
-    duration(fault.retry_after_s.unwrap_or(1.0))
+fn wait_time(fault: &ScriptedFault) -> Duration {
+    duration_from_s(fault.retry_after_s.unwrap_or(1.0))
 }
 
 fn html_page(status: u16) -> String {
@@ -183,7 +182,7 @@ fn html_page(status: u16) -> String {
     )
 }
 
-/// Converts seconds of the script. Invalid values become zero; [`Script::load`] has rejected them.
-pub(crate) fn duration(seconds: f64) -> Duration {
+/// Converts seconds of the script. Invalid values, which [`Script::load`] refuses, become zero.
+pub(crate) fn duration_from_s(seconds: f64) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }

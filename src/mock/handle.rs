@@ -1,4 +1,4 @@
-//! Handles a chat completion request: admission, latency, fault, billing.
+//! Handles chat completion requests: admission, latency, fault, billing.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::mock::faults;
 use crate::mock::faults::RequestFacts;
 use crate::mock::headers;
 use crate::mock::limits::{AdmissionTicket, LimitKind, LimitRefusal, LimitStatus, TokenCost};
-use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::response::{MockReply, MockResponse};
 use crate::mock::script::fault::ScriptedFault;
 use crate::mock::script::limits::RetryAfter;
 use crate::mock::stats;
@@ -24,7 +24,7 @@ impl Mock {
             Err(reply) => return MockResponse::Complete(reply),
         };
         let hash = stats::body_hash(body);
-        let (guard, attempt, at) = match self.admit(hash, chat.cost()) {
+        let (guard, attempt, elapsed) = match self.admit(hash, chat.cost()) {
             Ok(admitted) => admitted,
             Err(reply) => return MockResponse::Complete(reply),
         };
@@ -34,7 +34,7 @@ impl Mock {
             is_chat: true,
             prompt: &chat.prompt,
             attempt,
-            at,
+            elapsed,
         };
         let fault = faults::select(&self.script, facts, &mut rng);
         match fault {
@@ -54,15 +54,15 @@ impl Mock {
         &self,
         hash: BodyHash,
         cost: TokenCost,
-    ) -> Result<(RequestGuard<'_>, u32, Duration), HttpReply> {
+    ) -> Result<(RequestGuard<'_>, u32, Duration), MockReply> {
         let mut locked = self.state();
         let state = &mut *locked;
-        // Read the clock under the lock, so that the limiter's time is monotonic.
+        // The clock is read under the lock, so that the limiter's time does not decrease.
         let now = Instant::now();
-        let at = now.duration_since(self.started);
+        let elapsed = now.duration_since(self.started);
         state
             .stats
-            .record_chat_request(at, cost.prompt_tokens + cost.output_tokens);
+            .record_chat_request(elapsed, cost.prompt_tokens + cost.output_tokens);
         match state.limiter.admit(now, cost) {
             Ok(ticket) => {
                 let in_flight = state.limiter.in_flight();
@@ -74,7 +74,7 @@ impl Mock {
                     billed_if_dropped: None,
                     load_factor: self.load_factor(in_flight),
                 };
-                Ok((guard, attempt, at))
+                Ok((guard, attempt, elapsed))
             }
             Err(refusal) => {
                 state.stats.record_throttled();
@@ -85,25 +85,25 @@ impl Mock {
         }
     }
 
-    fn reject(&self, refusal: &LimitRefusal, limit_status: &LimitStatus) -> HttpReply {
+    /// Returns the reply to a request that exceeds a limit.
+    fn reject(&self, refusal: &LimitRefusal, limit_status: &LimitStatus) -> MockReply {
         let limits = &self.script.limits;
-        let form = match refusal.wait {
+        let format = match refusal.wait {
             Some(_) => limits.retry_after,
-            // The wait is unknown.
             None => RetryAfter::None,
         };
         let wait = refusal.wait.unwrap_or_default();
         let limit = refusal.limit.name();
-        let message = match (refusal.too_large, refusal.limit) {
+        let message = match (refusal.is_too_large, refusal.limit) {
             (true, _) => format!("Request too large for {limit}: it exceeds the limit itself."),
             (false, LimitKind::Concurrency) => format!("Too many {limit}."),
             (false, _) => format!(
                 "Rate limit reached for {limit}.{}",
-                headers::wait_sentence(form, wait)
+                headers::wait_sentence(format, wait)
             ),
         };
-        let reply = HttpReply::error(limits.status, &message, "rate_limit_exceeded");
-        let mut reply = headers::with_retry_after(reply, form, wait, self.wall_now());
+        let reply = MockReply::error(limits.status, &message, "rate_limit_exceeded");
+        let mut reply = headers::with_retry_after(reply, format, wait, self.wall_now());
         headers::push_limits(
             &mut reply.headers,
             limits.headers,
@@ -120,7 +120,7 @@ impl Mock {
         chat: &ParsedChat<'_>,
     ) -> MockResponse {
         self.state().stats.record_fault(fault.kind.to_string());
-        pause(faults::duration(fault.after_s.unwrap_or(0.0))).await;
+        pause(faults::duration_from_s(fault.after_s.unwrap_or(0.0))).await;
         let usage = MockUsage {
             prompt_tokens: chat.prompt_tokens,
             ..MockUsage::default()
@@ -129,7 +129,7 @@ impl Mock {
         let response = match faults::error_response(fault, self.wall_now()) {
             Some(response) => response,
             None => {
-                // Never ends: bill now, before the client gives up.
+                // There is no response, so the request is billed before the client gives up.
                 guard.bill(billed);
                 std::future::pending().await
             }
@@ -148,16 +148,16 @@ impl Mock {
     ) -> MockResponse {
         let answers = &self.script.answers;
         let MockAnswer { body, usage } = self.write_answer(chat, guard.hash);
-        let natural =
-            answers.latency_s.at(random) + answers.token_s * usage.completion_tokens as f64;
-        let latency = match fault.and_then(|fault| fault.after_s) {
+        let scripted_s =
+            answers.latency_s.sample(random) + answers.token_s * usage.completion_tokens as f64;
+        let latency_s = match fault.and_then(|fault| fault.after_s) {
             Some(after) => after,
-            None => natural * guard.load_factor,
+            None => scripted_s * guard.load_factor,
         };
-        let billed = fault.is_none_or(ScriptedFault::is_billed);
-        guard.billed_if_dropped = (answers.bill_abandoned && billed).then_some(usage);
-        pause(faults::duration(latency)).await;
-        let reply = HttpReply::json(200, body);
+        let is_billed = fault.is_none_or(ScriptedFault::is_billed);
+        guard.billed_if_dropped = (answers.bill_abandoned && is_billed).then_some(usage);
+        pause(faults::duration_from_s(latency_s)).await;
+        let reply = MockReply::json(200, body);
         let response = match fault {
             None => MockResponse::Complete(reply),
             Some(fault) => faults::corrupt(fault, reply),
@@ -169,11 +169,12 @@ impl Mock {
                 Some(fault) => state.stats.record_fault(fault.kind.to_string()),
             }
         }
-        guard.bill(billed.then_some(usage));
+        guard.bill(is_billed.then_some(usage));
         let limit_status = guard.finish(Some(usage));
         self.with_limits(response, &limit_status)
     }
 
+    /// Adds the rate-limit headers to the reply.
     fn with_limits(&self, mut response: MockResponse, limit_status: &LimitStatus) -> MockResponse {
         if let Some(reply) = response.reply_mut() {
             let dialect = self.script.limits.headers;
@@ -182,7 +183,7 @@ impl Mock {
         response
     }
 
-    /// Factor by which `in_flight` concurrent requests increase the latency.
+    /// Returns the factor by which `in_flight` concurrent requests increase the latency.
     fn load_factor(&self, in_flight: u64) -> f64 {
         let capacity = self.script.limits.load_capacity;
         capacity.map_or(1.0, |capacity| {
@@ -191,8 +192,8 @@ impl Mock {
     }
 }
 
-/// An admitted request. It is released by [`RequestGuard::finish`], or on drop, when its client
-/// disconnects.
+/// An admitted request. [`RequestGuard::finish`] releases it; so does a drop, which means that the client has
+/// disconnected.
 struct RequestGuard<'a> {
     mock: &'a Mock,
     hash: BodyHash,
@@ -205,8 +206,11 @@ struct RequestGuard<'a> {
 impl RequestGuard<'_> {
     fn bill(&self, usage: Option<MockUsage>) {
         if let Some(usage) = usage {
-            let at = self.mock.started.elapsed();
-            self.mock.state().stats.record_billed(at, self.hash, &usage);
+            let elapsed = self.mock.started.elapsed();
+            self.mock
+                .state()
+                .stats
+                .record_billed(elapsed, self.hash, &usage);
         }
     }
 
@@ -238,7 +242,7 @@ impl Drop for RequestGuard<'_> {
     }
 }
 
-/// Sleeps. A zero time does not yield to the timer.
+/// Sleeps for `time`; returns at once if it is zero.
 pub(crate) async fn pause(time: Duration) {
     if !time.is_zero() {
         tokio::time::sleep(time).await;

@@ -1,4 +1,4 @@
-//! Rate-limit headers of the providers. Pure: times are arguments.
+//! Rate-limit headers in the dialects of the providers. Pure: times are arguments.
 //!
 //! Sources: the "Rate limits" pages of OpenAI, Groq, Together, Fireworks and Anthropic.
 
@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::mock::limits::LimitStatus;
 use crate::mock::quota::QuotaStatus;
-use crate::mock::response::{HttpReply, ReplyHeader};
+use crate::mock::response::{MockReply, ReplyHeader};
 use crate::mock::script::limits::{HeaderDialect, RetryAfter};
 
 const TEN_YEARS: Duration = Duration::from_secs(10 * 365 * 86_400);
@@ -23,20 +23,15 @@ pub(crate) fn push_limits(
     match dialect {
         HeaderDialect::None => {}
         HeaderDialect::Openai | HeaderDialect::Groq => {
-            // Groq reports the daily limit of requests.
+            // Groq reports the daily limit of requests, not the one per minute.
             let requests = match dialect {
                 HeaderDialect::Groq => limits.day.or(limits.requests),
                 _ => limits.requests,
             };
             for (resource, quota) in present(&[("requests", requests), ("tokens", limits.tokens)]) {
-                push(
-                    format!("x-ratelimit-limit-{resource}"),
-                    format_floor(quota.limit),
-                );
-                push(
-                    format!("x-ratelimit-remaining-{resource}"),
-                    format_floor(quota.remaining),
-                );
+                for (name, value) in limit_and_remaining(resource, &quota) {
+                    push(name, value);
+                }
                 push(
                     format!("x-ratelimit-reset-{resource}"),
                     go_duration(quota.reset),
@@ -53,12 +48,12 @@ pub(crate) fn push_limits(
         }
         HeaderDialect::Anthropic => {
             let output = limits.output_tokens;
-            // Without a limit of output tokens, `tokens` limits all tokens.
+            // Without a limit of output tokens, `limits.tokens` counts prompt and output tokens.
             let input = output.and(limits.tokens);
-            let both = limits.tokens.filter(|_| output.is_none());
+            let all_tokens = limits.tokens.filter(|_| output.is_none());
             for (resource, quota) in present(&[
                 ("requests", limits.requests),
-                ("tokens", both),
+                ("tokens", all_tokens),
                 ("input-tokens", input),
                 ("output-tokens", output),
             ]) {
@@ -95,22 +90,31 @@ pub(crate) fn push_limits(
                 ("tokens-generated", limits.output_tokens),
             ];
             for (resource, quota) in present(&kinds) {
-                push(
-                    format!("x-ratelimit-limit-{resource}"),
-                    format_floor(quota.limit),
-                );
-                push(
-                    format!("x-ratelimit-remaining-{resource}"),
-                    format_floor(quota.remaining),
-                );
+                for (name, value) in limit_and_remaining(resource, &quota) {
+                    push(name, value);
+                }
             }
-            let over = present(&kinds).any(|(_, quota)| quota.remaining < 1.0);
-            let word = if over { "yes" } else { "no" };
-            push("x-ratelimit-over-limit".into(), word.into());
+            let is_over_limit = present(&kinds).any(|(_, quota)| quota.remaining < 1.0);
+            let value = if is_over_limit { "yes" } else { "no" };
+            push("x-ratelimit-over-limit".into(), value.into());
         }
     }
 }
 
+fn limit_and_remaining(resource: &str, quota: &QuotaStatus) -> [(String, String); 2] {
+    [
+        (
+            format!("x-ratelimit-limit-{resource}"),
+            format_floor(quota.limit),
+        ),
+        (
+            format!("x-ratelimit-remaining-{resource}"),
+            format_floor(quota.remaining),
+        ),
+    ]
+}
+
+/// Returns the quotas that the script sets.
 fn present<'a>(
     quotas: &'a [(&'static str, Option<QuotaStatus>)],
 ) -> impl Iterator<Item = (&'static str, QuotaStatus)> + 'a {
@@ -119,10 +123,10 @@ fn present<'a>(
         .filter_map(|(resource, quota)| Some((*resource, (*quota)?)))
 }
 
-/// Returns the sentence of a rejection's message that tells the wait; empty unless the form is
+/// Returns the sentence of an error message that states how long to wait; empty unless `format` is
 /// [`RetryAfter::Words`].
-pub(crate) fn wait_sentence(form: RetryAfter, wait: Duration) -> String {
-    match form {
+pub(crate) fn wait_sentence(format: RetryAfter, wait: Duration) -> String {
+    match format {
         RetryAfter::Words if wait < Duration::from_secs(1) => {
             format!(" Please try again in {}ms.", ceil_ms(wait))
         }
@@ -133,20 +137,20 @@ pub(crate) fn wait_sentence(form: RetryAfter, wait: Duration) -> String {
     }
 }
 
-/// Adds the header that tells the client to wait.
+/// Adds the header that states how long to wait, if `format` is a header.
 pub(crate) fn with_retry_after(
-    reply: HttpReply,
-    form: RetryAfter,
+    reply: MockReply,
+    format: RetryAfter,
     wait: Duration,
     now: SystemTime,
-) -> HttpReply {
+) -> MockReply {
     let date = |time| httpdate::fmt_http_date(time);
-    let value = match form {
+    let value = match format {
         RetryAfter::None | RetryAfter::Words => return reply,
         RetryAfter::Ms => return reply.with_header("retry-after-ms", ceil_ms(wait).to_string()),
         RetryAfter::Seconds => ceil_ms(wait).div_ceil(1000).to_string(),
         RetryAfter::Float => format!("{}", ceil_ms(wait) as f64 / 1000.0),
-        // Rounded up to whole seconds: a client that obeys must not retry too early.
+        // Rounded up to whole seconds, so that a client that waits until then does not retry too early.
         RetryAfter::Date => date(now + wait + Duration::from_millis(999)),
         RetryAfter::PastDate => date(now - Duration::from_secs(3600)),
         RetryAfter::FarDate => date(now + TEN_YEARS),
@@ -160,7 +164,7 @@ fn ceil_ms(wait: Duration) -> u64 {
 }
 
 fn format_floor(amount: f64) -> String {
-    // A refilled bucket may hold 2999.9999999.
+    // A bucket that was refilled in steps may hold 2999.9999999 instead of 3000.
     format!("{}", (amount + 1e-6).floor())
 }
 
@@ -171,9 +175,9 @@ fn rfc_3339(time: SystemTime) -> String {
     )
 }
 
-/// Formats a duration as Go does, truncated to milliseconds: `17ms`, `8.64s`, `6m0s`, `1h2m3s`.
+/// Formats a duration as Go's `time.Duration` does, truncated to milliseconds: `17ms`, `8.64s`, `6m0s`, `1h2m3s`.
 fn go_duration(duration: Duration) -> String {
-    // Round to microseconds first, so that six minutes are not 5m59.999s.
+    // Rounded to microseconds first, so that 359.9999999 s is 6m0s and not 5m59.999s.
     let ms = (duration + Duration::from_nanos(500)).as_micros() / 1000;
     if ms < 1000 {
         return if ms == 0 {

@@ -1,6 +1,6 @@
-//! The mock over raw TCP: HTTP/1.1 with keep-alive, and all failures below HTTP.
+//! Serves the mock over raw TCP: HTTP/1.1 with keep-alive, and failures of the connection.
 //!
-//! Load tests use this server too, so a small request costs one read and one write.
+//! Load tests use this server, so a small request needs only one read and one write.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::mock::Mock;
 use crate::mock::parse::{ChunkedBody, RequestError, RequestHead, parse_head};
 use crate::mock::request::MockRequest;
-use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::response::{MockReply, MockResponse};
 
 /// Maximum length of a request body in bytes. A batch file may have 200 MB.
 const MAX_BODY_BYTES: usize = 512 << 20;
@@ -36,7 +36,7 @@ pub async fn serve(mock: Arc<Mock>, listener: TcpListener) {
                     }
                 });
             }
-            // Usually too many open files; wait until some are closed.
+            // Usually, too many files are open: wait until some are closed.
             Err(error) => {
                 tracing::warn!("cannot accept a connection: {error}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -66,7 +66,7 @@ async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
         };
         let end = chunks
             .as_ref()
-            .map_or(head.end + head.length, |chunks| chunks.at);
+            .map_or(head.end + head.body_length, |chunks| chunks.offset);
         let request = MockRequest {
             method: &head.method,
             path: &head.path,
@@ -77,14 +77,14 @@ async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
                 None => &connection.input[head.end..end],
             },
         };
-        let mut early = Vec::new();
+        let mut next_request = Vec::new();
         let response = tokio::select! {
             biased;
             response = mock.respond(request) => response,
-            closed = wait_for_close(&mut connection.stream, &mut early) => return closed,
+            closed = wait_for_close(&mut connection.stream, &mut next_request) => return closed,
         };
         connection.input.drain(..end);
-        connection.input.extend_from_slice(&early);
+        connection.input.extend_from_slice(&next_request);
         let response = match response {
             MockResponse::Complete(reply) if mock.script.answers.gzip && head.accepts_gzip => {
                 MockResponse::Complete(gzip_reply(reply)?)
@@ -98,30 +98,32 @@ async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
     }
 }
 
-/// Compresses the body at the fast level, as gateways do.
-fn gzip_reply(reply: HttpReply) -> io::Result<HttpReply> {
+/// Compresses the body at the fastest level, as gateways do.
+fn gzip_reply(reply: MockReply) -> io::Result<MockReply> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(&reply.body)?;
     let mut headers = reply.headers;
     headers.push(("content-encoding".into(), "gzip".into()));
-    Ok(HttpReply {
+    Ok(MockReply {
         headers,
         body: encoder.finish()?.into(),
         ..reply
     })
 }
 
-/// Returns when the client closes the connection. Bytes of the next request go to `early`.
-async fn wait_for_close(stream: &mut TcpStream, early: &mut Vec<u8>) -> io::Result<()> {
-    while early.len() < SINGLE_WRITE_BYTES {
-        if stream.read_buf(early).await? == 0 {
+/// Returns when the client closes the connection. Bytes that the client sends before that, which belong to its next
+/// request, are appended to `received`.
+async fn wait_for_close(stream: &mut TcpStream, received: &mut Vec<u8>) -> io::Result<()> {
+    while received.len() < SINGLE_WRITE_BYTES {
+        if stream.read_buf(received).await? == 0 {
             return Ok(());
         }
     }
-    // A client that sends this much ahead is still connected.
+    // A client that sends so many bytes is still connected.
     std::future::pending().await
 }
 
+/// A connection of a client.
 struct MockConnection {
     stream: TcpStream,
     /// Received bytes, from the start of the current request.
@@ -131,7 +133,7 @@ struct MockConnection {
 }
 
 impl MockConnection {
-    /// Reads until the head is complete. Returns `None` if the client closes the connection.
+    /// Reads until the head is complete. Returns None if the client closes the connection first.
     async fn read_head(&mut self) -> io::Result<Option<Result<RequestHead, RequestError>>> {
         loop {
             match parse_head(&self.input) {
@@ -146,12 +148,12 @@ impl MockConnection {
     }
 
     /// Reads until the body is complete. A plain body stays in `input`; a chunked body is returned
-    /// decoded. Returns `None` if the client closes the connection first.
+    /// decoded. Returns None if the client closes the connection first.
     async fn read_body(
         &mut self,
         head: &RequestHead,
     ) -> io::Result<Option<Result<Option<ChunkedBody>, RequestError>>> {
-        if head.length > MAX_BODY_BYTES {
+        if head.body_length > MAX_BODY_BYTES {
             return Ok(Some(Err(RequestError::BodyTooLarge)));
         }
         if head.expects_continue && self.input.len() == head.end {
@@ -160,7 +162,7 @@ impl MockConnection {
                 .await?;
         }
         let mut chunks = head.is_chunked.then(|| ChunkedBody::new(head.end));
-        let end = head.end + head.length;
+        let end = head.end + head.body_length;
         self.input.reserve(end.saturating_sub(self.input.len()));
         loop {
             let is_complete = match &mut chunks {
@@ -180,13 +182,13 @@ impl MockConnection {
     }
 
     async fn send_error(&mut self, error: RequestError) -> io::Result<()> {
-        let reply = HttpReply::error(error.status(), error.message(), "bad_request");
+        let reply = MockReply::error(error.status(), error.message(), "bad_request");
         self.send_response(MockResponse::Complete(reply), true)
             .await?;
         Ok(())
     }
 
-    /// Sends a response. Returns whether the connection stays usable.
+    /// Sends a response. Returns true if the connection can be used for another request.
     async fn send_response(&mut self, response: MockResponse, close: bool) -> io::Result<bool> {
         match response {
             MockResponse::Complete(reply) => {
@@ -230,19 +232,20 @@ impl MockConnection {
             } => {
                 self.write_head(&reply, Some(reply.body.len()), close);
                 self.flush().await?;
-                let (slow, rest) = reply.body.split_at(slow.min(reply.body.len()));
+                let (slow, remaining) = reply.body.split_at(slow.min(reply.body.len()));
                 for byte in slow {
                     tokio::time::sleep(interval).await;
                     self.stream.write_all(&[*byte]).await?;
                 }
-                self.stream.write_all(rest).await?;
+                self.stream.write_all(remaining).await?;
                 return Ok(!close);
             }
         }
         Ok(false)
     }
 
-    async fn send_half(&mut self, reply: &HttpReply) -> io::Result<()> {
+    /// Sends the head and the first half of the body.
+    async fn send_half(&mut self, reply: &MockReply) -> io::Result<()> {
         self.write_head(reply, Some(reply.body.len()), false);
         self.output
             .extend_from_slice(&reply.body[..reply.body.len() / 2]);
@@ -250,7 +253,7 @@ impl MockConnection {
     }
 
     /// Appends the head of a reply to `output`; without a `length`, the body is chunked.
-    fn write_head(&mut self, reply: &HttpReply, length: Option<usize>, close: bool) {
+    fn write_head(&mut self, reply: &MockReply, length: Option<usize>, close: bool) {
         let out = &mut self.output;
         match reply.status {
             200 => out.extend_from_slice(b"HTTP/1.1 200 OK\r\ncontent-type: "),
@@ -278,9 +281,10 @@ impl MockConnection {
         out.extend_from_slice(b"\r\n\r\n");
     }
 
+    /// Sends `output` and clears it.
     async fn flush(&mut self) -> io::Result<()> {
-        let sent = self.stream.write_all(&self.output).await;
+        let result = self.stream.write_all(&self.output).await;
         self.output.clear();
-        sent
+        result
     }
 }

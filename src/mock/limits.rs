@@ -1,4 +1,4 @@
-//! Enforces the limits of a script: admits or rejects requests. Pure: the time is an argument.
+//! [`MockLimiter`]: admits or rejects requests by the limits of a script. Pure: the time is an argument.
 
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use tokio::time::Instant;
 use crate::mock::quota::{Quota, QuotaStatus};
 use crate::mock::script::limits::{LimitChange, LimitScript, TokenCounting};
 
-/// The tokens that a request is charged.
+/// The numbers of tokens that a request is charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TokenCost {
     pub prompt_tokens: u64,
-    /// Maximum length of its answers.
+    /// Maximum number of tokens of all its answers, or the number of the answers that were sent.
     pub output_tokens: u64,
 }
 
@@ -26,7 +26,7 @@ pub(crate) enum LimitKind {
 }
 
 impl LimitKind {
-    /// Name in error messages.
+    /// Returns the name in error messages.
     pub(crate) fn name(self) -> &'static str {
         match self {
             LimitKind::Requests => "requests per min (RPM)",
@@ -38,10 +38,10 @@ impl LimitKind {
     }
 }
 
-/// An admitted request, to be passed to [`MockLimiter::release`].
+/// An admitted request. Pass it to [`MockLimiter::release`] when the request ends.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AdmissionTicket {
-    at: Instant,
+    admitted_at: Instant,
     cost: TokenCost,
 }
 
@@ -49,10 +49,11 @@ pub(crate) struct AdmissionTicket {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct LimitRefusal {
     pub limit: LimitKind,
-    /// Time until the same request would be admitted if no other came; `None` if never or unknown.
+    /// Time until the same request would be admitted if no other request arrived. None if that time is unknown, or if
+    /// the request is too large.
     pub wait: Option<Duration>,
-    /// Whether the request exceeds the limit itself.
-    pub too_large: bool,
+    /// Whether the request exceeds the capacity of the limit, so that no wait helps.
+    pub is_too_large: bool,
 }
 
 /// The values of all limits for the rate-limit headers.
@@ -64,6 +65,7 @@ pub(crate) struct LimitStatus {
     pub day: Option<QuotaStatus>,
 }
 
+/// The state of all limits.
 #[derive(Debug)]
 pub(crate) struct MockLimiter {
     requests: Option<Quota>,
@@ -74,7 +76,7 @@ pub(crate) struct MockLimiter {
     in_flight: u64,
     counts: TokenCounting,
     count_refused: bool,
-    /// Pending changes, the next one last.
+    /// Times and factors of the changes that are not applied yet, the next one last.
     changes: Vec<(Instant, f64)>,
 }
 
@@ -83,9 +85,9 @@ impl MockLimiter {
         let quota = |limit: Option<u64>| {
             limit.map(|limit| Quota::per_minute(limit, limits.window, limits.burst_s, now))
         };
-        let due = |change: &LimitChange| {
-            let after = Duration::try_from_secs_f64(change.at_s).unwrap_or_default();
-            (now + after, change.factor)
+        let with_time = |change: &LimitChange| {
+            let delay = Duration::try_from_secs_f64(change.at_s).unwrap_or_default();
+            (now + delay, change.factor)
         };
         MockLimiter {
             requests: quota(limits.requests_per_minute),
@@ -98,11 +100,11 @@ impl MockLimiter {
             in_flight: 0,
             counts: limits.counts,
             count_refused: limits.count_refused,
-            changes: limits.changes.iter().rev().map(due).collect(),
+            changes: limits.changes.iter().rev().map(with_time).collect(),
         }
     }
 
-    /// Number of admitted requests that are not released.
+    /// Returns the number of admitted requests that are not released.
     pub(crate) fn in_flight(&self) -> u64 {
         self.in_flight
     }
@@ -114,14 +116,16 @@ impl MockLimiter {
         cost: TokenCost,
     ) -> Result<AdmissionTicket, LimitRefusal> {
         self.apply_changes(now);
-        let verdict = self.check(now, cost);
-        match verdict {
+        match self.check(now, cost) {
             Ok(()) => {
                 self.in_flight += 1;
                 for (_, quota, amount) in self.charges(cost) {
                     quota.charge(now, amount);
                 }
-                Ok(AdmissionTicket { at: now, cost })
+                Ok(AdmissionTicket {
+                    admitted_at: now,
+                    cost,
+                })
             }
             Err(refusal) => {
                 if self.count_refused {
@@ -136,11 +140,14 @@ impl MockLimiter {
 
     /// Checks a request against all limits. The error names the limit with the longest wait.
     fn check(&mut self, now: Instant, cost: TokenCost) -> Result<(), LimitRefusal> {
-        if self.concurrency.is_some_and(|most| self.in_flight >= most) {
+        if self
+            .concurrency
+            .is_some_and(|limit| self.in_flight >= limit)
+        {
             return Err(LimitRefusal {
                 limit: LimitKind::Concurrency,
                 wait: None,
-                too_large: false,
+                is_too_large: false,
             });
         }
         let mut longest: Option<(LimitKind, Duration)> = None;
@@ -150,7 +157,7 @@ impl MockLimiter {
                     return Err(LimitRefusal {
                         limit,
                         wait: None,
-                        too_large: true,
+                        is_too_large: true,
                     });
                 }
                 Some(Duration::ZERO) => {}
@@ -163,12 +170,12 @@ impl MockLimiter {
             Some((limit, wait)) => Err(LimitRefusal {
                 limit,
                 wait: Some(wait),
-                too_large: false,
+                is_too_large: false,
             }),
         }
     }
 
-    /// All quotas, each with the amount that a request is charged.
+    /// Returns the quotas of the script, each with the amount that a request is charged.
     fn charges(&mut self, cost: TokenCost) -> impl Iterator<Item = (LimitKind, &mut Quota, f64)> {
         let tokens = match self.output_tokens {
             Some(_) => cost.prompt_tokens,
@@ -188,7 +195,7 @@ impl MockLimiter {
         .filter_map(|(limit, quota, amount)| Some((limit, quota.as_mut()?, amount as f64)))
     }
 
-    /// Releases a request that ended; `used` is what its answer used.
+    /// Releases a request that has ended. `used` are the tokens of its answer, if it has one.
     pub(crate) fn release(
         &mut self,
         now: Instant,
@@ -200,9 +207,9 @@ impl MockLimiter {
         let (TokenCounting::Actual, Some(used)) = (self.counts, used) else {
             return;
         };
-        let paid: Vec<f64> = self.charges(ticket.cost).map(|charge| charge.2).collect();
-        for ((_, quota, amount), paid) in self.charges(used).zip(paid) {
-            quota.refund(now, ticket.at, paid - amount);
+        let charged: Vec<f64> = self.charges(ticket.cost).map(|charge| charge.2).collect();
+        for ((_, quota, amount), charged) in self.charges(used).zip(charged) {
+            quota.refund(now, ticket.admitted_at, charged - amount);
         }
     }
 
@@ -219,8 +226,8 @@ impl MockLimiter {
 
     /// Applies the changes that are due.
     fn apply_changes(&mut self, now: Instant) {
-        while let Some(&(at, factor)) = self.changes.last()
-            && at <= now
+        while let Some(&(change_at, factor)) = self.changes.last()
+            && change_at <= now
         {
             self.changes.pop();
             let quotas = [
@@ -230,7 +237,7 @@ impl MockLimiter {
                 &mut self.day,
             ];
             for quota in quotas.into_iter().flatten() {
-                quota.set_factor(at, factor);
+                quota.set_factor(change_at, factor);
             }
         }
     }

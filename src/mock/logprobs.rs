@@ -1,8 +1,7 @@
-//! Logprobs of a valid distribution: the probabilities of the alternatives sum to at most one.
+//! Writes logprobs of a valid distribution: the probabilities of the alternatives sum to at most one.
 //!
-//! The probability p of the chosen token is one of a few levels. The alternatives share the rest; each
-//! has half the probability of the one before: (1 - p) / 2, (1 - p) / 4, ... The JSON of each level is
-//! written once, and answers are assembled from these templates.
+//! The probability p of the chosen token is one of a few levels. The other tokens have the probabilities (1 - p) / 2,
+//! (1 - p) / 4, ... Their JSON is written once for each level, as a template from which answers are assembled.
 
 /// Number of different probabilities of a chosen token.
 const PROBABILITY_LEVELS: usize = 16;
@@ -20,15 +19,15 @@ struct LogprobTemplate {
     /// `,{"token":...}` for each rank after the first.
     alternatives: Vec<u8>,
     /// End offset of each alternative.
-    ends: Vec<usize>,
+    alternative_ends: Vec<usize>,
 }
 
 impl LogprobTemplates {
-    /// Makes templates for up to `max_alternatives` at a temperature; temperature 1 does not change
-    /// the probabilities.
+    /// Creates templates for up to `max_alternatives` at a temperature. Temperature 1 does not change the
+    /// probabilities.
     pub(crate) fn new(max_alternatives: usize, temperature: f64) -> LogprobTemplates {
-        let templates = (0..PROBABILITY_LEVELS).map(|template| {
-            let p = 0.5 + 0.49 * template as f64 / (PROBABILITY_LEVELS - 1) as f64;
+        let templates = (0..PROBABILITY_LEVELS).map(|level| {
+            let p = 0.5 + 0.49 * level as f64 / (PROBABILITY_LEVELS - 1) as f64;
             LogprobTemplate::new(p, max_alternatives, temperature)
         });
         LogprobTemplates {
@@ -54,9 +53,11 @@ impl LogprobTemplates {
             out.push(b'{');
             out.extend_from_within(start..end);
             out.push(b'}');
-            let rest = (top - 1).min(template.ends.len());
-            let rest = rest.checked_sub(1).map_or(0, |last| template.ends[last]);
-            out.extend_from_slice(&template.alternatives[..rest]);
+            let others = (top - 1).min(template.alternative_ends.len());
+            let end = others
+                .checked_sub(1)
+                .map_or(0, |last| template.alternative_ends[last]);
+            out.extend_from_slice(&template.alternatives[..end]);
         }
         out.extend_from_slice(b"]}");
     }
@@ -64,17 +65,17 @@ impl LogprobTemplates {
 
 impl LogprobTemplate {
     fn new(p: f64, max_alternatives: usize, temperature: f64) -> LogprobTemplate {
-        // At a temperature near 0, the most likely token has all the probability.
+        // A temperature near 0 gives the most likely token almost all of the probability.
         let power = 1.0 / temperature.max(0.01);
-        // q^power / sum of all q^power, where the alternatives are a geometric series.
+        // Each probability q becomes q^power / sum of all q^power. The other tokens form a geometric series.
         let half = 0.5f64.powf(power);
         let chosen = p.powf(power);
-        let rest = (1.0 - p).powf(power);
-        let log_sum = (chosen + rest * half / (1.0 - half)).ln();
+        let others = (1.0 - p).powf(power);
+        let log_sum = (chosen + others * half / (1.0 - half)).ln();
         let mut template = LogprobTemplate {
             logprob: format!("{:.6}", (power * p.ln() - log_sum).min(0.0)),
             alternatives: Vec::new(),
-            ends: Vec::new(),
+            alternative_ends: Vec::new(),
         };
         for rank in 1..max_alternatives {
             let logprob = power * ((1.0 - p).ln() - rank as f64 * 2f64.ln()) - log_sum;
@@ -85,7 +86,7 @@ impl LogprobTemplate {
                 &format!("{logprob:.6}"),
             );
             template.alternatives.push(b'}');
-            template.ends.push(template.alternatives.len());
+            template.alternative_ends.push(template.alternatives.len());
         }
         template
     }
@@ -148,9 +149,9 @@ mod tests {
     #[test]
     fn alternatives_sum_to_one_minus_the_tail() {
         for (top, tail) in [(1, 0.5), (5, 0.04), (20, 2e-6)] {
-            let found = probabilities(1.0, top);
-            assert_eq!(found.len(), top);
-            let sum: f64 = found.iter().sum();
+            let probabilities = probabilities(1.0, top);
+            assert_eq!(probabilities.len(), top);
+            let sum: f64 = probabilities.iter().sum();
             assert!(sum <= 1.0 + 1e-5 && sum > 1.0 - tail - 1e-5, "{top}: {sum}");
         }
         assert!(probabilities(1.0, 0).is_empty());
@@ -163,7 +164,7 @@ mod tests {
             let tempered = probabilities(temperature, 20);
             let sum: f64 = tempered.iter().sum();
             assert!((0.99..1.00001).contains(&sum), "{temperature}: {sum}");
-            // p_i^(1/T) up to a factor, which the ratio of two of them does not have.
+            // Each probability is p_i^(1/T) times a factor that cancels in the ratio of two.
             let ratio = |p: &[f64]| (p[0] / p[3]).ln();
             let expected = ratio(&plain) / temperature;
             assert!((ratio(&tempered) - expected).abs() < 1e-4, "{temperature}");

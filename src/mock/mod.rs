@@ -1,23 +1,24 @@
-//! A scripted teacher: it answers with a given latency, enforces rate limits, fails on purpose and
-//! counts what it would bill. It rehearses a harvest before it costs money, and tests that a harvest
-//! neither loses nor buys an answer twice.
+//! A scripted teacher: it answers with a scripted latency, enforces rate limits, fails on purpose and counts the tokens
+//! that it would bill. Users rehearse a harvest with it before it costs money; tests check with it that a harvest
+//! neither loses an answer nor pays for it twice.
 //!
 //! | file | content |
 //! |---|---|
 //! | `mod`, `stats` | [`Mock`], the teacher itself; its counts |
-//! | `request`, `response` | requests and responses as values |
+//! | `request`, `response` | requests and responses, independent of TCP |
 //! | `handle`, `other_routes` | the handlers of chat completions and of all other routes |
-//! | `chat`, `answer`, `logprobs` | parsed requests; generated answers |
-//! | `faults`, `corrupt` | selection of faults; faulty bodies |
+//! | `chat`, `answer`, `logprobs` | parsed chat requests; generated answers and their logprobs |
+//! | `faults`, `corrupt` | selection of a request's fault; corruption of a body |
 //! | `limits`, `quota`, `headers` | rate limits and their headers |
 //! | `batch/`, `script/` | the batch API; the TOML script |
 //! | `http`, `parse`, `server` | TCP, HTTP/1.1 requests, a server thread for `distill serve --mock` |
 //!
 //! # Invariants
 //!
-//! 1. [`Mock`] uses tokio's clock and no socket: with a paused clock, a night takes a second.
-//! 2. Latencies, faults and answers depend only on the seed, the body and the number of attempts.
-//! 3. `http` writes to a raw socket: no HTTP library would send a wrong length or reset a body.
+//! 1. [`Mock`] uses tokio's clock and no socket, so a test with a paused clock simulates a night within a second.
+//! 2. Random numbers depend only on the seed, the body and the number of earlier attempts with that body, not on the
+//!    order of the requests.
+//! 3. `http` writes to a raw socket, because no HTTP library sends a wrong length or resets a connection within a body.
 //!
 //! ```no_run
 //! # async fn simulate() -> anyhow::Result<()> {
@@ -66,7 +67,7 @@ use crate::mock::chat::ParsedChat;
 use crate::mock::limits::MockLimiter;
 use crate::mock::logprobs::LogprobTemplates;
 use crate::mock::request::{MockRequest, method_not_allowed};
-use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::response::{MockReply, MockResponse};
 use crate::mock::script::Script;
 use crate::mock::stats::{BodyHash, MockStats, StatsCollector};
 
@@ -76,8 +77,8 @@ pub struct Mock {
     script: Script,
     templates: LogprobTemplates,
     started: Instant,
-    /// Wall-clock time of the start. It advances with tokio's clock.
-    wall: SystemTime,
+    /// Wall-clock time at `started`. Later times are computed from tokio's clock.
+    wall_start: SystemTime,
     state: Mutex<MockState>,
 }
 
@@ -89,14 +90,13 @@ pub(crate) struct MockState {
 }
 
 impl Mock {
-    /// Makes a mock that starts now. Call it inside the tokio runtime whose clock it shall use.
+    /// Creates a mock that starts now. Call it within the tokio runtime whose clock it must use.
     pub fn new(script: Script) -> Mock {
-        Mock::at(script, SystemTime::now())
+        Mock::with_wall_start(script, SystemTime::now())
     }
 
-    /// As [`Mock::new`], with `wall` as the current wall-clock time, which `created` and dates in
-    /// headers use.
-    pub fn at(script: Script, wall: SystemTime) -> Mock {
+    /// Like [`Mock::new`], with `wall_start` as the current wall-clock time, which `created` and dates in headers use.
+    pub fn with_wall_start(script: Script, wall_start: SystemTime) -> Mock {
         let started = Instant::now();
         Mock {
             templates: LogprobTemplates::new(script.answers.top_logprobs, 1.0),
@@ -106,7 +106,7 @@ impl Mock {
                 batches: BatchStore::default(),
             }),
             started,
-            wall,
+            wall_start,
             script,
         }
     }
@@ -117,29 +117,29 @@ impl Mock {
 
     pub fn stats(&self) -> MockStats {
         let mut state = self.state();
-        let context = self.context();
+        let context = self.batch_context();
         self.settle_batches(&mut state, &context);
         let in_flight = state.limiter.in_flight();
-        state.stats.snapshot(context.at, in_flight)
+        state.stats.snapshot(context.elapsed, in_flight)
     }
 
-    /// Number of times that an answer to this body was billed.
+    /// Returns how often an answer to this body was billed.
     pub fn times_billed(&self, body: &[u8]) -> u32 {
         let mut state = self.state();
-        self.settle_batches(&mut state, &self.context());
+        self.settle_batches(&mut state, &self.batch_context());
         state.stats.times_billed(stats::body_hash(body))
     }
 
-    /// Handles a request with the script's latency. The future of a stalled request stays pending.
-    /// Dropping the future means that the client disconnects.
+    /// Handles a request with the script's latency. The future of a stalled request stays pending. Dropping the future
+    /// has the effect of a client that disconnects.
     pub async fn respond(&self, request: MockRequest<'_>) -> MockResponse {
         let path = request.path.split('?').next().unwrap_or_default();
         if (request.method, path) == ("GET", "/mock/stats") {
             let stats = serde_json::to_vec(&self.stats()).unwrap_or_default();
-            return MockResponse::Complete(HttpReply::json(200, stats));
+            return MockResponse::Complete(MockReply::json(200, stats));
         }
         self.state().stats.record_request();
-        let response = match self.check_key(request.authorization) {
+        let mut response = match self.check_key(request.authorization) {
             Err(reply) => MockResponse::Complete(reply),
             Ok(()) if path.ends_with("/chat/completions") => match request.method {
                 "POST" => self.respond_chat(path, request.body).await,
@@ -147,7 +147,7 @@ impl Mock {
             },
             Ok(()) => self.respond_other_route(&request, path).await,
         };
-        if let Some(reply) = response.reply() {
+        if let Some(reply) = response.reply_mut() {
             self.state().stats.record_status(reply.status);
         }
         response
@@ -164,32 +164,32 @@ impl Mock {
         answer::write(chat, &inputs, &mut self.rng(hash, u32::MAX))
     }
 
-    /// Returns the random numbers of an attempt, which depend only on seed, body and attempt. Answers
-    /// use an attempt number of their own, so that their lengths are independent of faults.
+    /// Returns the random numbers of an attempt, which depend only on seed, body and attempt. Answers use the attempt
+    /// number `u32::MAX`, so that every attempt gets the same answer.
     fn rng(&self, hash: BodyHash, attempt: u32) -> fastrand::Rng {
         let attempt = u64::from(attempt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         fastrand::Rng::with_seed(self.script.seed ^ hash as u64 ^ attempt)
     }
 
     /// Checks the bearer key.
-    fn check_key(&self, authorization: Option<&str>) -> Result<(), HttpReply> {
+    fn check_key(&self, authorization: Option<&str>) -> Result<(), MockReply> {
         let Some(key) = &self.script.key else {
             return Ok(());
         };
-        let given = authorization.and_then(|value| value.strip_prefix("Bearer "));
-        if given == Some(key) {
+        let sent_key = authorization.and_then(|value| value.strip_prefix("Bearer "));
+        if sent_key == Some(key) {
             return Ok(());
         }
         let message = "Incorrect API key provided.";
-        Err(HttpReply::error(401, message, "invalid_api_key"))
+        Err(MockReply::error(401, message, "invalid_api_key"))
     }
 
     fn wall_now(&self) -> SystemTime {
-        self.wall + self.started.elapsed()
+        self.wall_start + self.started.elapsed()
     }
 
     fn state(&self) -> MutexGuard<'_, MockState> {
-        // A panic does not invalidate counters.
+        // After a panic of another thread the counts are still usable.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,11 +1,11 @@
-//! HTTP/1.1 requests, read from the bytes received so far. Pure; the grammar is `httparse`'s.
+//! Parses HTTP/1.1 requests from the bytes received so far, with `httparse`. Pure.
 
 use httparse::{EMPTY_HEADER, Status, parse_chunk_size, parse_headers};
 
 const MAX_HEAD_BYTES: usize = 64 << 10;
 const MAX_HEADERS: usize = 128;
 
-/// The request line and the headers that the mock uses.
+/// The request line, and the headers that the mock reads.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct RequestHead {
     pub method: String,
@@ -14,14 +14,14 @@ pub(crate) struct RequestHead {
     pub authorization: Option<String>,
     pub content_type: Option<String>,
     /// Content length in bytes; 0 for a chunked body.
-    pub length: usize,
+    pub body_length: usize,
     pub is_chunked: bool,
-    /// Whether the client wants the connection closed after the reply.
+    /// Whether the client asks for the connection to be closed after the reply.
     pub close: bool,
     /// Whether the client waits for `100 Continue` before it sends the body.
     pub expects_continue: bool,
     pub accepts_gzip: bool,
-    /// Length of the head in bytes: the body begins here.
+    /// Length of the head in bytes, which is the offset of the body.
     pub end: usize,
 }
 
@@ -51,7 +51,7 @@ impl RequestError {
     }
 }
 
-/// Parses the head at the start of `input`. Returns `None` while the head is incomplete.
+/// Parses the head at the start of `input`. Returns None while the head is incomplete.
 pub(crate) fn parse_head(input: &[u8]) -> Result<Option<RequestHead>, RequestError> {
     let mut headers = [EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
@@ -78,27 +78,27 @@ pub(crate) fn parse_head(input: &[u8]) -> Result<Option<RequestHead>, RequestErr
 }
 
 fn read_header(name: &str, value: &[u8], head: &mut RequestHead) -> Result<(), RequestError> {
-    let is = |other: &str| name.eq_ignore_ascii_case(other);
-    let lists = |word: &str| {
+    let is_named = |other: &str| name.eq_ignore_ascii_case(other);
+    let contains = |word: &str| {
         value
             .split(|byte| *byte == b',')
             .any(|part| part.trim_ascii().eq_ignore_ascii_case(word.as_bytes()))
     };
     let text = || String::from_utf8_lossy(value).into_owned();
-    if is("authorization") {
+    if is_named("authorization") {
         head.authorization = Some(text());
-    } else if is("content-type") {
+    } else if is_named("content-type") {
         head.content_type = Some(text());
-    } else if is("content-length") {
-        head.length = text().parse().map_err(|_| RequestError::Malformed)?;
-    } else if is("transfer-encoding") {
-        head.is_chunked = lists("chunked");
-    } else if is("connection") {
-        head.close |= lists("close");
-    } else if is("expect") {
-        head.expects_continue = lists("100-continue");
-    } else if is("accept-encoding") {
-        head.accepts_gzip = lists("gzip");
+    } else if is_named("content-length") {
+        head.body_length = text().parse().map_err(|_| RequestError::Malformed)?;
+    } else if is_named("transfer-encoding") {
+        head.is_chunked = contains("chunked");
+    } else if is_named("connection") {
+        head.close |= contains("close");
+    } else if is_named("expect") {
+        head.expects_continue = contains("100-continue");
+    } else if is_named("accept-encoding") {
+        head.accepts_gzip = contains("gzip");
     }
     Ok(())
 }
@@ -107,34 +107,34 @@ fn read_header(name: &str, value: &[u8], head: &mut RequestHead) -> Result<(), R
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct ChunkedBody {
     pub body: Vec<u8>,
-    /// Offset of the next chunk in the input; once the body is complete, the end of the request.
-    pub at: usize,
-    /// Whether only the trailers are missing.
+    /// Offset of the next chunk in the input. When the body is complete, the offset of the request's end.
+    pub offset: usize,
+    /// Whether the last chunk was received, so that only the trailers can be missing.
     has_last_chunk: bool,
 }
 
 impl ChunkedBody {
-    /// Starts decoding at offset `at` of the input.
-    pub(crate) fn new(at: usize) -> ChunkedBody {
+    /// Starts decoding at `offset` in the input.
+    pub(crate) fn new(offset: usize) -> ChunkedBody {
         ChunkedBody {
             body: Vec::new(),
-            at,
+            offset,
             has_last_chunk: false,
         }
     }
 
-    /// Decodes the chunks received since the last call; `input` must still begin with all earlier
-    /// bytes. Returns true once the body is complete.
+    /// Decodes the chunks received since the last call. `input` must begin with the input of the last call. Returns
+    /// true if the body is complete.
     pub(crate) fn advance(&mut self, input: &[u8]) -> Result<bool, RequestError> {
         let malformed = || RequestError::Malformed;
         while !self.has_last_chunk {
-            let size = parse_chunk_size(&input[self.at..]).map_err(|_| malformed())?;
-            let Status::Complete((line, size)) = size else {
+            let size = parse_chunk_size(&input[self.offset..]).map_err(|_| malformed())?;
+            let Status::Complete((line_length, size)) = size else {
                 return Ok(false);
             };
-            let start = self.at + line;
+            let start = self.offset + line_length;
             if size == 0 {
-                self.at = start;
+                self.offset = start;
                 self.has_last_chunk = true;
                 break;
             }
@@ -144,12 +144,12 @@ impl ChunkedBody {
                 return Ok(false);
             }
             self.body.extend_from_slice(&input[start..end]);
-            self.at = end + 2;
+            self.offset = end + 2;
         }
         let mut trailers = [EMPTY_HEADER; MAX_HEADERS];
-        match parse_headers(&input[self.at..], &mut trailers).map_err(|_| malformed())? {
+        match parse_headers(&input[self.offset..], &mut trailers).map_err(|_| malformed())? {
             Status::Complete((length, _)) => {
-                self.at += length;
+                self.offset += length;
                 Ok(true)
             }
             Status::Partial => Ok(false),
@@ -176,7 +176,7 @@ mod tests {
         assert_eq!(head.path, "/v1/x?y");
         assert_eq!(head.authorization.unwrap(), "Bearer k");
         assert_eq!(
-            (head.length, head.is_chunked, head.close),
+            (head.body_length, head.is_chunked, head.close),
             (3, false, false)
         );
     }
@@ -213,7 +213,7 @@ mod tests {
         for mut chunks in [chunks, ChunkedBody::new(2)] {
             assert_eq!(chunks.advance(input), Ok(true));
             assert_eq!(chunks.body, b"abc0123456789");
-            assert_eq!(chunks.at, end);
+            assert_eq!(chunks.offset, end);
         }
         assert_eq!(
             ChunkedBody::new(0).advance(b"zz\r\n"),

@@ -1,4 +1,4 @@
-//! One rate limit: an amount per minute or per day. Pure: the time is an argument.
+//! [`Quota`]: one rate limit, an amount per minute or per day. Pure: the time is an argument.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -10,33 +10,38 @@ use crate::mock::script::limits::LimitWindow;
 /// Tolerance for rounding errors of a bucket that was refilled many times.
 const TOLERANCE: f64 = 1e-6;
 
-/// Stands for an endless wait; small enough to be added to a date.
+/// Stands for an endless wait, and can be added to a date without overflow.
 const FOREVER: Duration = Duration::from_secs(1_000_000_000);
 
-/// The state of one rate limit. `now` must be monotonic.
+/// The state of one rate limit. `now` must not decrease from call to call.
 #[derive(Debug)]
 pub(crate) struct Quota {
-    /// The script's limit per `per`.
-    nominal: f64,
+    /// The script's limit for each `period`.
+    base_limit: f64,
+    /// Current factor of [`crate::mock::script::limits::LimitChange`].
     factor: f64,
-    per: Duration,
-    window_state: QuotaWindow,
+    period: Duration,
+    window: QuotaWindow,
 }
 
 #[derive(Debug)]
 enum QuotaWindow {
     Bucket {
+        /// Amount that remains at `updated`.
         level: f64,
-        /// The bucket's capacity as a fraction of the limit.
+        /// Capacity of the bucket as a fraction of the limit.
         burst: f64,
-        at: Instant,
+        updated: Instant,
     },
     Fixed {
+        /// Amount charged since `window_start`.
         used: f64,
-        since: Instant,
+        window_start: Instant,
     },
     Sliding {
+        /// Sum of `entries`.
         used: f64,
+        /// Charges of the last period.
         entries: VecDeque<(Instant, f64)>,
     },
 }
@@ -51,20 +56,20 @@ pub(crate) struct QuotaStatus {
 }
 
 impl Quota {
-    /// Makes a quota of `limit` per minute. A bucket's capacity is the limit of `burst_s` seconds.
+    /// Creates a quota of `limit` per minute. The capacity of a bucket is the limit of `burst_s` seconds, at least 1.
     pub(crate) fn per_minute(limit: u64, window: LimitWindow, burst_s: f64, now: Instant) -> Quota {
-        let nominal = limit as f64;
+        let base_limit = limit as f64;
         let burst = burst_s / 60.0;
-        let window_state = match window {
+        let window = match window {
             LimitWindow::Bucket => QuotaWindow::Bucket {
-                // A bucket with a capacity below one request would reject all.
-                level: (nominal * burst).max(1.0),
+                // A bucket with a capacity below one request would reject every request.
+                level: (base_limit * burst).max(1.0),
                 burst,
-                at: now,
+                updated: now,
             },
             LimitWindow::FixedMinute => QuotaWindow::Fixed {
                 used: 0.0,
-                since: now,
+                window_start: now,
             },
             LimitWindow::SlidingMinute => QuotaWindow::Sliding {
                 used: 0.0,
@@ -72,22 +77,22 @@ impl Quota {
             },
         };
         Quota {
-            nominal,
+            base_limit,
             factor: 1.0,
-            per: Duration::from_secs(60),
-            window_state,
+            period: Duration::from_secs(60),
+            window,
         }
     }
 
-    /// Makes a quota of `limit` per day, reset every 24 hours.
+    /// Creates a quota of `limit` per day, which is reset every 24 hours.
     pub(crate) fn per_day(limit: u64, now: Instant) -> Quota {
         Quota {
-            nominal: limit as f64,
+            base_limit: limit as f64,
             factor: 1.0,
-            per: Duration::from_secs(86_400),
-            window_state: QuotaWindow::Fixed {
+            period: Duration::from_secs(86_400),
+            window: QuotaWindow::Fixed {
                 used: 0.0,
-                since: now,
+                window_start: now,
             },
         }
     }
@@ -97,32 +102,32 @@ impl Quota {
         self.advance(now);
         self.factor = factor;
         let capacity = self.capacity();
-        if let QuotaWindow::Bucket { level, .. } = &mut self.window_state {
+        if let QuotaWindow::Bucket { level, .. } = &mut self.window {
             *level = level.min(capacity);
         }
     }
 
-    /// The current limit per `per`.
+    /// Returns the current limit for each period.
     fn limit(&self) -> f64 {
-        self.nominal * self.factor
+        self.base_limit * self.factor
     }
 
-    /// Maximum amount that can be charged at one moment.
+    /// Returns the maximum amount that a single request can be charged.
     pub(crate) fn capacity(&self) -> f64 {
-        match self.window_state {
+        match self.window {
             QuotaWindow::Bucket { burst, .. } => (self.limit() * burst).max(1.0),
             QuotaWindow::Fixed { .. } | QuotaWindow::Sliding { .. } => self.limit(),
         }
     }
 
-    /// Time in which a bucket refills by `amount`; [`FOREVER`] if it does not refill.
+    /// Returns the time in which a bucket refills by `amount`, at most [`FOREVER`].
     fn refill_time(&self, amount: f64) -> Duration {
-        let seconds = self.per.as_secs_f64() * amount / self.limit();
+        let seconds = self.period.as_secs_f64() * amount / self.limit();
         Duration::try_from_secs_f64(seconds).map_or(FOREVER, |time| time.min(FOREVER))
     }
 
     fn remaining(&self) -> f64 {
-        match self.window_state {
+        match self.window {
             QuotaWindow::Bucket { level, .. } => level,
             QuotaWindow::Fixed { used, .. } | QuotaWindow::Sliding { used, .. } => {
                 self.limit() - used
@@ -130,25 +135,26 @@ impl Quota {
         }
     }
 
+    /// Refills a bucket, or removes charges that are older than the period.
     fn advance(&mut self, now: Instant) {
         let capacity = self.capacity();
         let limit = self.limit();
-        let per = self.per;
-        match &mut self.window_state {
-            QuotaWindow::Bucket { level, at, .. } => {
-                let passed = now.duration_since(*at).div_duration_f64(per);
-                *level = (*level + limit * passed).min(capacity);
-                *at = now.max(*at);
+        let period = self.period;
+        match &mut self.window {
+            QuotaWindow::Bucket { level, updated, .. } => {
+                let elapsed_periods = now.duration_since(*updated).div_duration_f64(period);
+                *level = (*level + limit * elapsed_periods).min(capacity);
+                *updated = now.max(*updated);
             }
-            QuotaWindow::Fixed { used, since } => {
-                while now.duration_since(*since) >= per {
-                    *since += per;
+            QuotaWindow::Fixed { used, window_start } => {
+                while now.duration_since(*window_start) >= period {
+                    *window_start += period;
                     *used = 0.0;
                 }
             }
             QuotaWindow::Sliding { used, entries } => {
-                while let Some(&(at, amount)) = entries.front()
-                    && now.duration_since(at) >= per
+                while let Some(&(charged_at, amount)) = entries.front()
+                    && now.duration_since(charged_at) >= period
                 {
                     *used -= amount;
                     entries.pop_front();
@@ -157,7 +163,7 @@ impl Quota {
         }
     }
 
-    /// Time until `cost` is available, or `None` if it exceeds the capacity.
+    /// Returns the time until `cost` is available, or None if it exceeds the capacity.
     pub(crate) fn time_until(&mut self, now: Instant, cost: f64) -> Option<Duration> {
         self.advance(now);
         if cost > self.capacity() + TOLERANCE {
@@ -167,52 +173,54 @@ impl Quota {
         if missing <= TOLERANCE {
             return Some(Duration::ZERO);
         }
-        Some(match &self.window_state {
+        Some(match &self.window {
             QuotaWindow::Bucket { .. } => self.refill_time(missing),
-            QuotaWindow::Fixed { since, .. } => (*since + self.per).duration_since(now),
+            QuotaWindow::Fixed { window_start, .. } => {
+                (*window_start + self.period).duration_since(now)
+            }
             QuotaWindow::Sliding { entries, .. } => {
-                let mut freed = 0.0;
-                let enough = entries.iter().find(|(_, amount)| {
-                    freed += amount;
-                    freed + TOLERANCE >= missing
+                let mut expired = 0.0;
+                let last_needed = entries.iter().find(|(_, amount)| {
+                    expired += amount;
+                    expired + TOLERANCE >= missing
                 });
-                let at = enough.map_or(now, |(at, _)| *at);
-                (at + self.per).duration_since(now)
+                let charged_at = last_needed.map_or(now, |(time, _)| *time);
+                (charged_at + self.period).duration_since(now)
             }
         })
     }
 
-    /// Charges `cost`. It may exceed what remains: the quota becomes negative, a bucket at most by
-    /// its capacity.
+    /// Charges `cost`. If it exceeds the remaining amount, that becomes negative; the level of a bucket falls at most
+    /// to minus its capacity.
     pub(crate) fn charge(&mut self, now: Instant, cost: f64) {
         self.advance(now);
         let capacity = self.capacity();
-        match &mut self.window_state {
+        match &mut self.window {
             QuotaWindow::Bucket { level, .. } => *level = (*level - cost).max(-capacity),
             QuotaWindow::Fixed { used, .. } => *used += cost,
             QuotaWindow::Sliding { used, entries } => {
                 *used += cost;
                 match entries.back_mut() {
-                    Some((at, amount)) if *at == now => *amount += cost,
+                    Some((charged_at, amount)) if *charged_at == now => *amount += cost,
                     _ => entries.push_back((now, cost)),
                 }
             }
         }
     }
 
-    /// Returns `amount` of a charge made at `charged_at`; a negative amount is charged.
+    /// Refunds `amount` of a charge made at `charged_at`, or charges more if `amount` is negative.
     pub(crate) fn refund(&mut self, now: Instant, charged_at: Instant, amount: f64) {
         self.advance(now);
         let capacity = self.capacity();
-        match &mut self.window_state {
+        match &mut self.window {
             QuotaWindow::Bucket { level, .. } => *level = (*level + amount).min(capacity),
-            QuotaWindow::Fixed { used, since } => {
-                if charged_at >= *since {
+            QuotaWindow::Fixed { used, window_start } => {
+                if charged_at >= *window_start {
                     *used -= amount;
                 }
             }
             QuotaWindow::Sliding { used, entries } => {
-                if let Ok(index) = entries.binary_search_by_key(&charged_at, |(at, _)| *at) {
+                if let Ok(index) = entries.binary_search_by_key(&charged_at, |(time, _)| *time) {
                     entries[index].1 -= amount;
                     *used -= amount;
                 }
@@ -223,15 +231,17 @@ impl Quota {
     pub(crate) fn status(&mut self, now: Instant) -> QuotaStatus {
         self.advance(now);
         let remaining = self.remaining().max(0.0);
-        let reset = match &self.window_state {
+        let reset = match &self.window {
             QuotaWindow::Bucket { level, .. } => {
                 self.refill_time((self.capacity() - level).max(0.0))
             }
             QuotaWindow::Fixed { used, .. } if *used <= 0.0 => Duration::ZERO,
-            QuotaWindow::Fixed { since, .. } => (*since + self.per).duration_since(now),
+            QuotaWindow::Fixed { window_start, .. } => {
+                (*window_start + self.period).duration_since(now)
+            }
             QuotaWindow::Sliding { entries, .. } => {
-                entries.back().map_or(Duration::ZERO, |(at, _)| {
-                    (*at + self.per).duration_since(now)
+                entries.back().map_or(Duration::ZERO, |(charged_at, _)| {
+                    (*charged_at + self.period).duration_since(now)
                 })
             }
         };

@@ -1,11 +1,11 @@
 //! Requests to the mock.
 
-use crate::mock::response::{HttpReply, MockResponse};
+use crate::mock::response::{MockReply, MockResponse};
 
 /// Route of chat completions.
 pub(crate) const CHAT_PATH: &str = "/v1/chat/completions";
 
-/// An HTTP request, reduced to what the mock uses.
+/// The parts of an HTTP request that the mock reads.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MockRequest<'a> {
     pub method: &'a str,
@@ -17,7 +17,7 @@ pub struct MockRequest<'a> {
 }
 
 impl<'a> MockRequest<'a> {
-    /// Makes a chat completion request.
+    /// Creates a chat completion request.
     pub fn chat(body: &'a [u8]) -> MockRequest<'a> {
         MockRequest {
             method: "POST",
@@ -29,8 +29,8 @@ impl<'a> MockRequest<'a> {
     }
 }
 
-/// Makes a 405.
+/// Creates an error with status 405.
 pub(crate) fn method_not_allowed(path: &str, method: &str) -> MockResponse {
     let message = format!("{path} does not support {method}");
-    MockResponse::Complete(HttpReply::error(405, &message, "method_not_allowed"))
+    MockResponse::Complete(MockReply::error(405, &message, "method_not_allowed"))
 }

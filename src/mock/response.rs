@@ -1,4 +1,4 @@
-//! The mock's responses as values. [`crate::mock::http`] sends them over TCP; a simulation uses them
+//! [`MockResponse`]: a response or a failure, independent of TCP. [`crate::mock::http`] sends it over TCP; tests use it
 //! directly.
 
 use std::borrow::Cow;
@@ -11,34 +11,34 @@ use serde_json::{Value, json};
 /// answered has no response: the future of [`crate::mock::Mock::respond`] stays pending.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MockResponse {
-    /// The whole reply.
-    Complete(HttpReply),
-    /// Connection refused. Over TCP a reset, since the connection is already accepted.
+    /// A complete reply.
+    Complete(MockReply),
+    /// A refused connection. Over TCP a reset, because the mock has already accepted the connection.
     Refused,
     /// A reset before the first byte.
     Reset,
     /// The head, half of the body, then a reset.
-    ResetInBody(HttpReply),
-    /// The head, half of the body, then a regular close. The content length is that of the whole body.
-    ShortBody(HttpReply),
+    ResetInBody(MockReply),
+    /// The head, half of the body, then a regular close. The content length is that of the complete body.
+    ShortBody(MockReply),
     /// A chunked body without its last chunk, then a regular close.
-    UnfinishedChunks(HttpReply),
+    UnfinishedChunks(MockReply),
     /// The head and half of the body; the connection stays open.
-    StallInBody(HttpReply),
-    /// The first `slow` bytes of the body one by one, each after `interval`, then the rest.
+    StallInBody(MockReply),
+    /// The first `slow` bytes of the body one by one, each after `interval`, then the other bytes at once.
     Drip {
-        reply: HttpReply,
+        reply: MockReply,
         slow: usize,
         interval: Duration,
     },
 }
 
-/// A header: its name in lower case and its value.
+/// Name, in lower case, and value of a header.
 pub type ReplyHeader = (Cow<'static, str>, Cow<'static, str>);
 
 /// A valid HTTP response.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HttpReply {
+pub struct MockReply {
     pub status: u16,
     /// All headers except `content-type` and those that frame the body.
     pub headers: Vec<ReplyHeader>,
@@ -46,9 +46,9 @@ pub struct HttpReply {
     pub body: Bytes,
 }
 
-impl HttpReply {
-    pub fn json(status: u16, body: impl Into<Bytes>) -> HttpReply {
-        HttpReply {
+impl MockReply {
+    pub fn json(status: u16, body: impl Into<Bytes>) -> MockReply {
+        MockReply {
             status,
             headers: Vec::new(),
             content_type: "application/json",
@@ -56,23 +56,23 @@ impl HttpReply {
         }
     }
 
-    /// Makes an error in OpenAI's format.
-    pub fn error(status: u16, message: &str, code: impl Into<Value>) -> HttpReply {
-        HttpReply::json(
+    /// Creates an error in OpenAI's format.
+    pub fn error(status: u16, message: &str, code: impl Into<Value>) -> MockReply {
+        MockReply::json(
             status,
             error_body(status, message, Value::Null, code.into()),
         )
     }
 
-    /// Makes a 400 that names the invalid field.
-    pub fn bad_field(param: &str, message: &str, code: impl Into<Value>) -> HttpReply {
-        HttpReply::json(400, error_body(400, message, param.into(), code.into()))
+    /// Creates an error with status 400 that names the invalid field.
+    pub fn bad_field(param: &str, message: &str, code: impl Into<Value>) -> MockReply {
+        MockReply::json(400, error_body(400, message, param.into(), code.into()))
     }
 
     /// Returns the value of the first header with this name.
     pub fn header(&self, name: &str) -> Option<&str> {
-        let found = self.headers.iter().find(|(other, _)| other == name);
-        found.map(|(_, value)| value.as_ref())
+        let header = self.headers.iter().find(|(other, _)| other == name);
+        header.map(|(_, value)| value.as_ref())
     }
 
     /// Adds a header.
@@ -80,7 +80,7 @@ impl HttpReply {
         mut self,
         name: impl Into<Cow<'static, str>>,
         value: impl Into<Cow<'static, str>>,
-    ) -> HttpReply {
+    ) -> MockReply {
         self.headers.push((name.into(), value.into()));
         self
     }
@@ -88,19 +88,7 @@ impl HttpReply {
 
 impl MockResponse {
     /// Returns the reply that is sent, completely or in part.
-    pub fn reply(&self) -> Option<&HttpReply> {
-        match self {
-            MockResponse::Refused | MockResponse::Reset => None,
-            MockResponse::Complete(reply)
-            | MockResponse::ResetInBody(reply)
-            | MockResponse::ShortBody(reply)
-            | MockResponse::UnfinishedChunks(reply)
-            | MockResponse::StallInBody(reply)
-            | MockResponse::Drip { reply, .. } => Some(reply),
-        }
-    }
-
-    pub(crate) fn reply_mut(&mut self) -> Option<&mut HttpReply> {
+    pub(crate) fn reply_mut(&mut self) -> Option<&mut MockReply> {
         match self {
             MockResponse::Refused | MockResponse::Reset => None,
             MockResponse::Complete(reply)

@@ -1,4 +1,4 @@
-//! A mock server on its own thread.
+//! [`MockServer`]: a mock that serves TCP on its own thread.
 
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -12,8 +12,7 @@ use crate::mock::script::Script;
 use crate::mock::stats::MockStats;
 use crate::mock::{Mock, http};
 
-/// A running mock server. Both synchronous and async code can hold it. Dropping it stops it
-/// immediately.
+/// A running mock server, for synchronous and async code. Dropping it stops the server immediately.
 #[derive(Debug)]
 pub struct MockServer {
     address: SocketAddr,
@@ -44,10 +43,10 @@ pub fn start(script: Script, host: IpAddr, port: u16) -> Result<MockServer> {
     let runtime = runtime.enable_all().build()?;
     let mock = Arc::new(Mock::new(script));
     let stop = CancellationToken::new();
-    let serving = Arc::clone(&mock);
-    let stopped = stop.clone();
+    let served_mock = Arc::clone(&mock);
+    let stop_signal = stop.clone();
     let listener = {
-        let _inside = runtime.enter();
+        let _guard = runtime.enter();
         tokio::net::TcpListener::from_std(listener)?
     };
     let thread = std::thread::Builder::new()
@@ -55,8 +54,8 @@ pub fn start(script: Script, host: IpAddr, port: u16) -> Result<MockServer> {
         .spawn(move || {
             runtime.block_on(async {
                 tokio::select! {
-                    () = http::serve(serving, listener) => {}
-                    () = stopped.cancelled() => {}
+                    () = http::serve(served_mock, listener) => {}
+                    () = stop_signal.cancelled() => {}
                 }
             });
         })?;
@@ -69,7 +68,7 @@ pub fn start(script: Script, host: IpAddr, port: u16) -> Result<MockServer> {
 }
 
 impl MockServer {
-    /// Base URL for clients: `http://127.0.0.1:PORT/v1`.
+    /// Returns the base URL for clients: `http://127.0.0.1:PORT/v1`.
     pub fn base_url(&self) -> String {
         format!("http://{}/v1", self.address)
     }

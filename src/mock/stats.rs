@@ -10,20 +10,21 @@ use crate::mock::answer::MockUsage;
 /// Counts since the start. `GET /mock/stats` returns them as JSON.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct MockStats {
+    /// Seconds since the start of the mock.
     pub seconds: f64,
-    /// TCP connections.
+    /// Number of TCP connections.
     pub connections: u64,
-    /// All requests except those to `/mock/stats`.
+    /// Number of requests, except those to `/mock/stats`.
     pub requests: u64,
-    /// Replies by status, including those that were cut off.
+    /// Number of replies by status, including incomplete ones.
     pub by_status: BTreeMap<u16, u64>,
-    /// Valid answers, sent completely.
+    /// Number of valid answers that were sent completely.
     pub answered: u64,
-    /// Requests rejected by a limit.
+    /// Number of requests rejected by a limit.
     pub throttled: u64,
-    /// Requests whose client disconnected before the reply.
+    /// Number of requests whose client disconnected before the reply.
     pub abandoned: u64,
-    /// Faults by kind.
+    /// Number of faults by kind.
     pub faults: BTreeMap<String, u64>,
     pub in_flight: u64,
     pub max_in_flight: u64,
@@ -47,31 +48,33 @@ pub struct BillingTotals {
     pub answers: u64,
     pub batch_answers: u64,
     pub prompt_tokens: u64,
-    /// Part of the prompt tokens.
+    /// Included in `prompt_tokens`.
     pub cached_tokens: u64,
     pub completion_tokens: u64,
-    /// Part of the completion tokens.
+    /// Included in `completion_tokens`.
     pub reasoning_tokens: u64,
 }
 
 /// Hash of a request body.
 pub type BodyHash = u128;
 
+/// Returns the first 128 bits of the body's BLAKE3 hash.
 pub fn body_hash(body: &[u8]) -> BodyHash {
-    let mut short = [0; 16];
-    short.copy_from_slice(&blake3::hash(body).as_bytes()[..16]);
-    u128::from_le_bytes(short)
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&blake3::hash(body).as_bytes()[..16]);
+    u128::from_le_bytes(bytes)
 }
 
+/// Collects the counts of [`MockStats`].
 #[derive(Debug, Default)]
 pub struct StatsCollector {
     stats: MockStats,
     bodies: HashMap<BodyHash, BodyCounts>,
-    /// Number of attempts of each request to another route.
-    others: HashMap<BodyHash, u32>,
+    /// Number of attempts of each request to a route other than chat completions.
+    other_route_attempts: HashMap<BodyHash, u32>,
     requests: BusiestMinute,
-    asked: BusiestMinute,
-    billed: BusiestMinute,
+    requested_tokens: BusiestMinute,
+    billed_tokens: BusiestMinute,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -89,28 +92,28 @@ impl StatsCollector {
         self.stats.requests += 1;
     }
 
-    /// Records a chat request, `at` after the start.
-    pub fn record_chat_request(&mut self, at: Duration, tokens: u64) {
-        self.requests.add(at, 1);
-        self.asked.add(at, tokens);
+    /// Records a chat request with its tokens (prompt and `max_tokens`).
+    pub fn record_chat_request(&mut self, elapsed: Duration, tokens: u64) {
+        self.requests.add(elapsed, 1);
+        self.requested_tokens.add(elapsed, tokens);
     }
 
     /// Records an admitted request. Returns the number of earlier attempts with the same body.
     pub fn record_admission(&mut self, hash: BodyHash, in_flight: u64) -> u32 {
         self.stats.max_in_flight = self.stats.max_in_flight.max(in_flight);
-        self.next_attempt(hash)
+        self.record_attempt(hash)
     }
 
-    /// As [`StatsCollector::record_admission`], for a batch row, which no limit counts.
-    pub fn next_attempt(&mut self, hash: BodyHash) -> u32 {
+    /// Like [`StatsCollector::record_admission`], for a batch row, to which no rate limit applies.
+    pub fn record_attempt(&mut self, hash: BodyHash) -> u32 {
         let body = self.bodies.entry(hash).or_default();
         body.attempts += 1;
         body.attempts - 1
     }
 
-    /// Returns the number of earlier attempts of this request to another route.
-    pub fn next_other_attempt(&mut self, hash: BodyHash) -> u32 {
-        let attempts = self.others.entry(hash).or_default();
+    /// Returns the number of earlier attempts of this request to a route other than chat completions.
+    pub fn next_other_route_attempt(&mut self, hash: BodyHash) -> u32 {
+        let attempts = self.other_route_attempts.entry(hash).or_default();
         *attempts += 1;
         *attempts - 1
     }
@@ -135,13 +138,13 @@ impl StatsCollector {
         *self.stats.faults.entry(kind).or_default() += 1;
     }
 
-    pub fn record_billed(&mut self, at: Duration, hash: BodyHash, usage: &MockUsage) {
+    pub fn record_billed(&mut self, elapsed: Duration, hash: BodyHash, usage: &MockUsage) {
         self.bill(hash, usage);
-        self.billed
-            .add(at, usage.prompt_tokens + usage.completion_tokens);
+        self.billed_tokens
+            .add(elapsed, usage.prompt_tokens + usage.completion_tokens);
     }
 
-    /// As [`StatsCollector::record_billed`], for a batch row.
+    /// Like [`StatsCollector::record_billed`], for a batch row.
     pub fn record_billed_in_batch(&mut self, hash: BodyHash, usage: &MockUsage) {
         self.bill(hash, usage);
         self.stats.billed.batch_answers += 1;
@@ -161,19 +164,19 @@ impl StatsCollector {
         self.bodies.get(&hash).map_or(0, |body| body.billed)
     }
 
-    pub fn snapshot(&self, at: Duration, in_flight: u64) -> MockStats {
-        let mut by_times = BTreeMap::new();
+    pub fn snapshot(&self, elapsed: Duration, in_flight: u64) -> MockStats {
+        let mut bodies_by_times_billed = BTreeMap::new();
         for body in self.bodies.values() {
-            *by_times.entry(body.billed).or_default() += 1;
+            *bodies_by_times_billed.entry(body.billed).or_default() += 1;
         }
         MockStats {
-            seconds: at.as_secs_f64(),
+            seconds: elapsed.as_secs_f64(),
             in_flight,
-            most_requests_in_a_minute: self.requests.most,
-            most_tokens_asked_in_a_minute: self.asked.most,
-            most_tokens_billed_in_a_minute: self.billed.most,
+            most_requests_in_a_minute: self.requests.max_sum,
+            most_tokens_asked_in_a_minute: self.requested_tokens.max_sum,
+            most_tokens_billed_in_a_minute: self.billed_tokens.max_sum,
             bodies: self.bodies.len() as u64,
-            bodies_by_times_billed: by_times,
+            bodies_by_times_billed,
             ..self.stats.clone()
         }
     }
@@ -183,26 +186,28 @@ impl StatsCollector {
 /// bounds the memory.
 #[derive(Debug, Default)]
 struct BusiestMinute {
+    /// Milliseconds since the start, and the amount of that millisecond.
     entries: VecDeque<(u64, u64)>,
+    /// Sum of `entries`.
     sum: u64,
-    most: u64,
+    max_sum: u64,
 }
 
 impl BusiestMinute {
-    fn add(&mut self, at: Duration, amount: u64) {
-        let ms = at.as_millis() as u64;
-        while let Some(&(old, gone)) = self.entries.front()
-            && old + 60_000 <= ms
+    fn add(&mut self, elapsed: Duration, amount: u64) {
+        let ms = elapsed.as_millis() as u64;
+        while let Some(&(oldest_ms, oldest)) = self.entries.front()
+            && oldest_ms + 60_000 <= ms
         {
-            self.sum -= gone;
+            self.sum -= oldest;
             self.entries.pop_front();
         }
         match self.entries.back_mut() {
-            Some((same, sum)) if *same == ms => *sum += amount,
+            Some((last_ms, last)) if *last_ms == ms => *last += amount,
             _ => self.entries.push_back((ms, amount)),
         }
         self.sum += amount;
-        self.most = self.most.max(self.sum);
+        self.max_sum = self.max_sum.max(self.sum);
     }
 }
 
@@ -213,9 +218,9 @@ mod tests {
     #[test]
     fn busiest_minute_excludes_its_end() {
         let mut minute = BusiestMinute::default();
-        for (at, most) in [(0, 1), (30_000, 2), (59_999, 3), (60_000, 3), (61_000, 4)] {
-            minute.add(Duration::from_millis(at), 1);
-            assert_eq!(minute.most, most, "at {at} ms");
+        for (ms, max_sum) in [(0, 1), (30_000, 2), (59_999, 3), (60_000, 3), (61_000, 4)] {
+            minute.add(Duration::from_millis(ms), 1);
+            assert_eq!(minute.max_sum, max_sum, "at {ms} ms");
         }
     }
 }

@@ -38,7 +38,7 @@ impl Probe<'_> {
         if self.account.reserve(&amount)? {
             Ok(amount)
         } else {
-            Err(crate::budget::account::out_of_money(self.account))
+            Err(crate::budget::account::budget_exhausted(self.account))
         }
     }
 

@@ -1,8 +1,8 @@
-//! [`MemoryGuard`]: limits the memory that a template may use for one row.
+//! [`MemoryGuard`]: ends the process if a template uses too much memory for one row.
 //!
-//! The fuel limits the number of steps, but a text that is joined to itself doubles at each step. The template
-//! engine has no memory limit and cannot be interrupted within an expression, so the guard ends the process. No
-//! data is lost: prompts are rendered before the cache is opened and before any request.
+//! The template engine's fuel limits the number of steps, but a string that is appended to itself doubles at each step.
+//! The engine has no memory limit and cannot be interrupted within an expression, so a thread watches the memory and
+//! ends the process. No data is lost: prompts are rendered before the cache is opened and before any request.
 
 use std::io::Write;
 use std::path::Path;
@@ -13,26 +13,26 @@ use std::time::Duration;
 use crate::exit::Exit;
 use crate::ops::process;
 
-/// Maximum growth of the process in bytes while one row is rendered.
-const MAX_GROWTH: u64 = 512 << 20;
+/// Maximum growth of the process's resident memory, in bytes, while one row is rendered.
+const MAX_GROWTH_BYTES: u64 = 512 << 20;
 
-/// Interval between two checks, in which a doubling text grows far less than the limit.
+/// Interval between two checks. A doubling string grows far less than the limit within it.
 const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Value of the counter while no row is rendered.
+/// Value of [`MemoryGuard::row`] while no row is rendered.
 const IDLE: u64 = 0;
 
-/// Value of the counter that ends the watching thread.
+/// Value of [`MemoryGuard::row`] that ends the watching thread.
 const STOP: u64 = u64::MAX;
 
 /// Watches the memory of the process while rows are rendered, until it is dropped.
 pub(crate) struct MemoryGuard {
-    /// Number of the row that is being rendered, counted from 1.
+    /// Number of the row that is being rendered plus 1, `IDLE` or `STOP`.
     row: Arc<AtomicU64>,
 }
 
 impl MemoryGuard {
-    /// Starts the watching thread; `template` is for the error message.
+    /// Starts the watching thread. The error message names `template`.
     pub(crate) fn new(template: &Path) -> MemoryGuard {
         let row = Arc::new(AtomicU64::new(IDLE));
         let watched = Arc::clone(&row);
@@ -41,9 +41,9 @@ impl MemoryGuard {
         MemoryGuard { row }
     }
 
-    /// Renders the row with this number under the memory limit.
-    pub(crate) fn watch_row<T>(&self, row: usize, render: impl FnOnce() -> T) -> T {
-        self.row.store(row as u64 + 1, Ordering::Relaxed);
+    /// Calls `render`, which renders the row `number`, under the memory limit.
+    pub(crate) fn watch_row<T>(&self, number: usize, render: impl FnOnce() -> T) -> T {
+        self.row.store(number as u64 + 1, Ordering::Relaxed);
         let rendered = render();
         self.row.store(IDLE, Ordering::Relaxed);
         rendered
@@ -57,29 +57,33 @@ impl Drop for MemoryGuard {
 }
 
 fn watch(row: &AtomicU64, template: &Path) {
-    let mut last = (IDLE, 0);
+    let mut last_row = IDLE;
+    let mut bytes_before = 0;
     loop {
         std::thread::sleep(CHECK_INTERVAL);
-        let (now, Some(bytes)) = (row.load(Ordering::Relaxed), process::resident_bytes()) else {
+        let row = row.load(Ordering::Relaxed);
+        // Without a report of the memory there is nothing to watch.
+        let Some(bytes) = process::resident_bytes() else {
             return;
         };
-        match now {
+        match row {
             STOP => return,
-            IDLE => last = (IDLE, bytes),
-            // A new row: it starts from the current memory.
-            row if row != last.0 => last = (row, bytes),
-            row if bytes > last.1 + MAX_GROWTH => exit_over_limit(row, template),
+            row if row == IDLE || row != last_row => {
+                last_row = row;
+                bytes_before = bytes;
+            }
+            row if bytes > bytes_before + MAX_GROWTH_BYTES => exit_over_limit(row - 1, template),
             _ => {}
         }
     }
 }
 
-fn exit_over_limit(row: u64, template: &Path) -> ! {
+fn exit_over_limit(number: u64, template: &Path) -> ! {
     let message = format!(
-        "error: row {}: the template {} renders it to more than {} MiB of text",
-        row - 1,
+        "error: line or row {number} of the prompts: the template {} used more than {} MiB of memory for it: make \
+         the rendered text shorter",
         template.display(),
-        MAX_GROWTH >> 20
+        MAX_GROWTH_BYTES >> 20
     );
     // If stderr is closed, the exit status still reports the error.
     let _ = writeln!(std::io::stderr(), "{message}");

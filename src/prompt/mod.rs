@@ -1,7 +1,7 @@
 //! Reads prompt sources and templates into [`Prompt`]s.
 //!
-//! With a template, each row of the source is rendered through it. Without one, the `messages` of a row are sent
-//! unchanged, and a line of plain text is one user message.
+//! With a template, each row of the source is rendered into messages. Without one, the `messages` of a row are sent
+//! unchanged, and the `text` of a row, or a line of plain text, becomes one user message.
 //!
 //! | file | content |
 //! |---|---|
@@ -12,8 +12,8 @@
 //! | `message` | one turn of a conversation |
 //! | `control_tokens` | names of control tokens |
 //!
-//! Invariants: every error names the file and the line. All prompts are read and rendered before the first request.
-//! Every prompt has a unique id.
+//! Invariants: every error about a row names the file and the line, or the index of the row in a JSON array or a
+//! Parquet file. All prompts are read and rendered before the first request. Every prompt has a unique id.
 
 pub(crate) mod control_tokens;
 pub(crate) mod guard;
@@ -41,12 +41,12 @@ pub struct Prompt {
     /// `id` of the row, or the hash of the prompt if the row has none.
     pub id: String,
     pub messages: Vec<Message>,
-    /// Parts of a JSON row that are sent unchanged, if the row is more than roles and texts.
+    /// Parts of the row that are sent unchanged, if it has any.
     pub raw: Option<Box<RawRequest>>,
 }
 
 impl Prompt {
-    /// A prompt of messages that are only roles and texts.
+    /// Creates a prompt without raw parts.
     pub fn plain(id: impl Into<String>, messages: Vec<Message>) -> Prompt {
         Prompt {
             id: id.into(),
@@ -65,10 +65,11 @@ impl Prompt {
     }
 }
 
-/// Maximum number of unsent fields listed in the warning.
+/// Maximum number of field names in the warning about unsent fields.
 const MAX_LISTED_FIELDS: usize = 8;
 
-/// Loads the prompts of a run, in the order of the source. `check` is called for each row.
+/// Loads the prompts of a run, in the order of the source. `check` is called for each row; its error, for example after
+/// Ctrl-C, ends the load.
 ///
 /// # Errors
 /// [`Exit::Usage`] with file, line and what to change; and the errors of `check`.
@@ -79,7 +80,7 @@ pub fn load(
     let template = settings.template.as_deref();
     let mut unsent = BTreeSet::new();
     let mut prompts = load_with(&settings.source, template, |_, row| {
-        for name in row::unsent(&row) {
+        for name in row::unsent_fields(&row) {
             if unsent.len() < MAX_LISTED_FIELDS && !unsent.contains(name) {
                 unsent.insert(name.to_owned());
             }
@@ -89,7 +90,7 @@ pub fn load(
     if template.is_none() && !unsent.is_empty() {
         let names: Vec<_> = unsent.iter().map(|name| format!("`{name}`")).collect();
         tracing::warn!(
-            "{}: these fields of its rows are not sent: {}; set `prompts.template` to use them",
+            "{}: these fields of the rows are not sent: {}; set `prompts.template` to use them",
             settings.source.display(),
             names.join(", ")
         );
@@ -98,22 +99,22 @@ pub fn load(
     Ok(prompts.into_iter().map(|(prompt, ())| prompt).collect())
 }
 
-/// Loads every row of `source` as a prompt, with the result of `take` for its id and fields.
+/// Loads every row of `source` as a prompt, paired with the result of `map_row` for the prompt's id and the row.
 pub fn load_with<T>(
     source: &Path,
     template: Option<&Path>,
-    mut take: impl FnMut(&str, Value) -> Result<T>,
+    mut map_row: impl FnMut(&str, Value) -> Result<T>,
 ) -> Result<Vec<(Prompt, T)>> {
     let template = template.map(Template::load).transpose()?;
     let mut prompts = Vec::new();
-    let mut lines = Vec::new();
-    source::read(source, &mut |line, row| {
-        let location = format_args!("{}:{line}", source.display());
+    let mut row_numbers = Vec::new();
+    source::read(source, &mut |number, row| {
+        let location = format_args!("{}:{number}", source.display());
         let usage = |problem| Exit::Usage(format!("{location}: {problem}"));
-        let fields = row::fields(&row);
+        let fields = row::request_fields(&row);
         let (messages, raw_messages) = match &template {
             Some(template) => {
-                let messages = template.render(line, &row);
+                let messages = template.render(number, &row);
                 (
                     messages.with_context(|| format!("cannot render {location}"))?,
                     None,
@@ -140,30 +141,40 @@ pub fn load_with<T>(
         if prompt.id.is_empty() {
             prompt.id = prompt.hash()?;
         }
-        let taken = take(&prompt.id, row)?;
-        prompts.push((prompt, taken));
-        lines.push(line);
+        let mapped = map_row(&prompt.id, row)?;
+        prompts.push((prompt, mapped));
+        row_numbers.push(number);
         Ok(())
     })?;
     if prompts.is_empty() {
-        return Err(Exit::Usage(format!("there is no prompt in {}", source.display())).into());
+        return Err(Exit::Usage(format!("{} contains no prompts", source.display())).into());
     }
-    let mut line_of_id = HashMap::with_capacity(prompts.len());
-    for ((prompt, _), line) in prompts.iter().zip(lines) {
-        let Some(first) = line_of_id.insert(prompt.id.as_str(), line) else {
+    check_unique_ids(source, &prompts, row_numbers)?;
+    Ok(prompts)
+}
+
+fn check_unique_ids<T>(
+    source: &Path,
+    prompts: &[(Prompt, T)],
+    row_numbers: Vec<usize>,
+) -> Result<()> {
+    let source = source.display();
+    let mut number_of_id = HashMap::with_capacity(prompts.len());
+    for ((prompt, _), number) in prompts.iter().zip(row_numbers) {
+        let Some(first) = number_of_id.insert(prompt.id.as_str(), number) else {
             continue;
         };
         let problem = if prompt.id == prompt.hash()? {
             format!(
-                "repeats the prompt of line {first}: remove one, or set `prompts.samples` to request several answers"
+                "the same prompt as {source}:{first}: remove one, or set `prompts.samples` to request several answers"
             )
         } else {
             let id = &prompt.id;
-            format!("has the id `{id}` of line {first}: give each row a unique id")
+            format!("the same id `{id}` as {source}:{first}: give each row a unique id")
         };
-        return Err(Exit::Usage(format!("{}:{line} {problem}", source.display())).into());
+        return Err(Exit::Usage(format!("{source}:{number}: {problem}")).into());
     }
-    Ok(prompts)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -235,15 +246,15 @@ mod tests {
             "{\"question\":1}\n{\"text\":1,\"id\":2}",
             TEMPLATE,
         ));
-        for part in ["p.jsonl:2", "row 2", "`question`", "`text`, `id`"] {
+        for part in ["p.jsonl:2: `user`", "`question`", "only `text`, `id`"] {
             assert!(missing.contains(part), "{part} is not in: {missing}");
         }
         let cases = [
-            ("p.jsonl", "{}", "p.jsonl:1: there is no `messages`"),
+            ("p.jsonl", "{}", "p.jsonl:1: the row is empty"),
             (
                 "p.jsonl",
                 "{\"prompt\":1}",
-                "but `prompt`: set `prompts.template`",
+                "p.jsonl:1: the row has no `messages`, but `prompt`: set `prompts.template`",
             ),
             ("p.jsonl", "[1]", "p.jsonl:1: not a JSON object"),
             (
@@ -254,10 +265,24 @@ mod tests {
             (
                 "p.jsonl",
                 "\n{\"messages\":[{\"role\":1}]}",
-                "p.jsonl:2: `messages[0]` has no `role`",
+                "p.jsonl:2: `messages[0]` has a `role` that is not a string",
             ),
-            ("p.txt", "a\nb\na", "p.txt:3 repeats the prompt of line 1"),
-            ("p.txt", " \n", "there is no prompt in"),
+            (
+                "p.jsonl",
+                "{\"messages\":[{\"content\":\"x\"}]}",
+                "p.jsonl:1: `messages[0]` has no `role`",
+            ),
+            (
+                "p.jsonl",
+                "{\"id\":\"\",\"text\":\"x\"}",
+                "p.jsonl:1: `id` is empty",
+            ),
+            (
+                "p.jsonl",
+                "{\"id\":true,\"text\":\"x\"}",
+                "p.jsonl:1: `id` is neither a string nor a number",
+            ),
+            ("p.txt", " \n", "p.txt contains no prompts"),
         ];
         for (name, content, expected) in cases {
             let message = problem(load(name, content, ""));
@@ -266,12 +291,31 @@ mod tests {
                 "{expected} is not in: {message}"
             );
         }
-        let rows = r#"{"id":"a","messages":[{"role":"user","content":"x"}]}"#;
-        let message = problem(load("p.jsonl", &format!("{rows}\n\n{rows}"), ""));
-        assert!(
-            message.contains("p.jsonl:3 has the id `a` of line 1"),
-            "{message}"
-        );
+        let message = problem(load("p.jsonl", "{}", TEMPLATE));
+        assert!(message.ends_with("but the row has no fields"), "{message}");
+    }
+
+    #[test]
+    fn repeated_prompts_and_ids_are_refused() {
+        let row = r#"{"id":"a","messages":[{"role":"user","content":"x"}]}"#;
+        let cases = [
+            (
+                "p.txt",
+                "a\nb\na".to_owned(),
+                [":3: the same prompt as ", "p.txt:1: "],
+            ),
+            (
+                "p.jsonl",
+                format!("{row}\n\n{row}"),
+                [":3: the same id `a` as ", "p.jsonl:1: "],
+            ),
+        ];
+        for (name, content, parts) in cases {
+            let message = problem(load(name, &content, ""));
+            for part in parts {
+                assert!(message.contains(part), "{part} is not in: {message}");
+            }
+        }
     }
 
     #[test]
@@ -289,6 +333,16 @@ mod tests {
     }
 
     #[test]
+    fn json_lines_error_of_a_valid_row_does_not_blame_the_format() {
+        let message = problem(load("p.json", "{\"text\":\"a\"}\n{\"a\":1}", ""));
+        assert!(!message.contains("an array of objects"), "{message}");
+        assert!(
+            message.contains("p.json:2: the row has no `messages`"),
+            "{message}"
+        );
+    }
+
+    #[test]
     fn unsupported_and_malformed_sources_are_refused() {
         let cases = [
             ("p.xlsx", "x", "suffix `.xlsx`"),
@@ -297,14 +351,24 @@ mod tests {
             (
                 "p.csv",
                 "a,b\n1\n",
-                "p.csv:2: the row has 1 fields, and the header has 2",
+                "p.csv:2: the header has 2 columns, but this row has 1",
             ),
             (
                 "p.csv",
                 "id,text\n1,\"hello\n2,x\n",
-                "p.csv:2: a quote in this row is not closed",
+                "p.csv:2: a quoted field in this row is not closed",
             ),
-            ("p.csv", "a,a\n1,2\n", "\"a\" is empty or repeated"),
+            (
+                "p.csv",
+                "a,a\n1,2\n",
+                "p.csv:1: the header names two columns \"a\"",
+            ),
+            (
+                "p.csv",
+                "a, \n1,2\n",
+                "p.csv:1: column 2 of the header has no name",
+            ),
+            ("p.parquet.gz", "x", "must not be compressed with gzip"),
             (
                 "p.json",
                 "[{\"text\":\"a\"}, 3]",
@@ -314,11 +378,11 @@ mod tests {
             (
                 "p.json",
                 "[{\"text\":\"a\"}, {}]",
-                "p.json:2: there is no `messages`",
+                "p.json:2: the row is empty",
             ),
             ("p.json", "{\n\"text\":\"a\"}", "an array of objects"),
-            ("p.txt", "a\0b", "p.txt:1: there is a NUL byte"),
-            ("p.txt", "a\rb\rc", "\\r alone"),
+            ("p.txt", "a\0b", "p.txt:1: the line contains a NUL byte"),
+            ("p.txt", "a\rb\rc", "a \\r without a \\n"),
         ];
         for (name, content, expected) in cases {
             let message = problem(load(name, content, ""));
@@ -384,11 +448,12 @@ mod tests {
         for (content, expected) in [
             (
                 r#"[{"type":"image_url","image_url":{"url":"x"}}]"#,
-                "`messages[0]` holds a part of the type \"image_url\"",
+                "`messages[0]` has a part of type \"image_url\"",
             ),
             (r#"[{"type":"input_audio"}]"#, "input_audio"),
             ("null", "`messages[0]` has no `content`"),
-            ("3", "neither a text nor a list of parts"),
+            (r#"[{"type":"text"}]"#, "no string `text`"),
+            ("3", "neither a string nor a list of parts"),
         ] {
             let message = problem(load("p.jsonl", &message(content), ""));
             assert!(

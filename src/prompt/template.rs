@@ -12,7 +12,7 @@ use super::guard::MemoryGuard;
 use crate::exit::Exit;
 use crate::prompt::message::Message;
 
-/// Maximum number of template instructions per row.
+/// Maximum number of template instructions per rendered message.
 const FUEL: u64 = 2_000_000;
 
 /// Content of a template file; `prompts/plain.toml` documents it.
@@ -35,7 +35,7 @@ struct FewShotExample {
 
 /// A parsed template file.
 pub struct Template {
-    /// Holds the template `user` and, if the file has one, `system`.
+    /// Contains the template `user` and, if the file has one, `system`.
     environment: Environment<'static>,
     has_system: bool,
     examples: Vec<FewShotExample>,
@@ -74,10 +74,11 @@ impl Template {
         })
     }
 
-    /// Renders the conversation of one row: the system message, the examples, the user message.
+    /// Renders the conversation of one row: the system message, the examples, the user message. `row_number` is
+    /// named by the message of the memory limit.
     ///
     /// # Errors
-    /// [`Exit::Usage`] with the row and the variable if a variable is undefined.
+    /// [`Exit::Usage`], without the location of the row: an undefined variable, or another error of the template.
     pub fn render(&self, row_number: usize, row: &Value) -> Result<Vec<Message>> {
         let mut messages = Vec::with_capacity(2 + 2 * self.examples.len());
         if self.has_system {
@@ -106,21 +107,25 @@ impl Template {
             let variables = template.undeclared_variables(true);
             let missing = missing_variables(&variables, row);
             let problem = if error.kind() == ErrorKind::UndefinedError && !missing.is_empty() {
-                let fields = row.as_object().map(|fields| list(fields.keys()));
-                format!(
-                    "`{name}` of the template uses {}, but the row has only {}",
-                    list(missing),
-                    fields.unwrap_or_default()
-                )
+                let fields = row
+                    .as_object()
+                    .map_or(String::new(), |row| quote(row.keys()));
+                let fields = if fields.is_empty() {
+                    "no fields".to_owned()
+                } else {
+                    format!("only {fields}")
+                };
+                let missing = quote(missing);
+                format!("`{name}` of the template uses {missing}, but the row has {fields}")
             } else {
                 error.to_string()
             };
-            Exit::Usage(format!("row {row_number}: {problem}")).into()
+            Exit::Usage(problem).into()
         })
     }
 }
 
-/// Returns the `variables` (`a` or `a.b`) that the row does not have, sorted.
+/// Returns those of the variables (`a` or `a.b`) that the row does not have, sorted.
 fn missing_variables<'a>(
     variables: &'a std::collections::HashSet<String>,
     row: &Value,
@@ -137,7 +142,8 @@ fn missing_variables<'a>(
     missing
 }
 
-fn list<'a>(names: impl IntoIterator<Item = &'a String>) -> String {
+/// Formats names as a list: `` `a`, `b` ``.
+fn quote<'a>(names: impl IntoIterator<Item = &'a String>) -> String {
     let quoted: Vec<_> = names.into_iter().map(|name| format!("`{name}`")).collect();
     quoted.join(", ")
 }

@@ -1,58 +1,59 @@
-//! Maximum number of requests in flight (the window): additive increase and multiplicative decrease on 429s, or
-//! the gradient of latency for a server that never answers 429. Pure.
+//! [`ConcurrencyLimit`]: the maximum number of requests in flight (the window). If the server answers 429 or reports
+//! limits, additive increase and multiplicative decrease; otherwise a search by latency. Pure.
 //!
-//! A server with a queue shows its limit only by latency: once it is saturated, half the window halves the
-//! latency, and the throughput stays the same. From time to time a smaller window is tried, and kept if latency
-//! fell in proportion; or a larger one, and kept if latency did not rise in proportion. By Little's law this
-//! compares throughputs.
+//! A server with a queue shows its capacity only by latency: when it is saturated, half the window halves the latency,
+//! and the throughput stays the same. From time to time the search tries a smaller window, and keeps it if the latency
+//! fell in proportion; or a larger one, and keeps it if the latency did not rise in proportion. By Little's law
+//! (window = throughput * latency) this compares throughputs.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 /// Ratio of the smaller to the larger window of a trial.
-const STEP: f64 = 0.75;
+const TRIAL_RATIO: f64 = 0.75;
 
-/// Minimum slope of log latency over log window at which the server counts as saturated; 1 means in proportion, 0
-/// no dependence.
-const SATURATED: f64 = 0.8;
+/// Minimum slope of log latency over log window at which the server counts as saturated. At a slope of 1, latency is
+/// proportional to the window; at 0, it does not depend on the window.
+const SATURATED_SLOPE: f64 = 0.8;
 
-/// Minimum number of answers per latency measurement.
-const SAMPLES: f64 = 128.0;
+/// Minimum number of answers in a latency measurement.
+const MIN_SAMPLES: f64 = 128.0;
 
-/// Maximum number of measurements between trials; it doubles after each failed trial.
-const LONGEST_PAUSE: u32 = 64;
+/// Maximum number of measurements between trials. The number doubles after each failed trial.
+const MAX_PAUSE: u32 = 64;
 
 /// Window of one endpoint.
 #[derive(Debug)]
 pub(crate) struct ConcurrencyLimit {
     /// `limits.concurrency`.
     max_window: f64,
+    /// Current maximum number of requests in flight.
     window: f64,
-    /// Time of the last decrease. Refusals of requests that were sent before it cause no further decrease.
+    /// Time of the last decrease. A 429 for a request that was sent before it causes no further decrease.
     last_decrease: Option<Instant>,
-    gradient: Gradient,
+    search: LatencySearch,
 }
 
 /// The search for the smallest window that keeps a queueing server busy.
 #[derive(Debug)]
-struct Gradient {
-    /// False once the server has throttled a request or reported a limit.
+struct LatencySearch {
+    /// False after the server has throttled a request or reported a limit.
     is_active: bool,
-    /// Start of the measurement: answers to requests sent before it do not count.
-    since: Option<Instant>,
+    /// Start of the measurement. Answers to requests sent before it do not count.
+    measuring_since: Option<Instant>,
     /// Sum of the measured latencies in seconds.
-    sum: f64,
+    latency_sum_s: f64,
     /// Number of measured latencies.
     count: u32,
-    /// Window and mean latency before the current trial.
-    before: Option<(f64, f64)>,
+    /// Window, and mean latency in seconds, before the current trial. None if no trial is running.
+    baseline: Option<(f64, f64)>,
     /// True if the next trial has a larger window.
-    upwards: bool,
+    is_next_trial_larger: bool,
     /// Number of measurements to skip after the next failed trial.
-    pause: u32,
+    pause_after_failure: u32,
     /// Number of measurements to skip before the next trial.
-    paused: u32,
+    remaining_pause: u32,
 }
 
 impl ConcurrencyLimit {
@@ -62,35 +63,35 @@ impl ConcurrencyLimit {
             max_window,
             window: max_window,
             last_decrease: None,
-            gradient: Gradient {
+            search: LatencySearch {
                 is_active: true,
-                since: None,
-                sum: 0.0,
+                measuring_since: None,
+                latency_sum_s: 0.0,
                 count: 0,
-                before: None,
-                upwards: false,
-                pause: 1,
-                paused: 0,
+                baseline: None,
+                is_next_trial_larger: false,
+                pause_after_failure: 1,
+                remaining_pause: 0,
             },
         }
     }
 
-    /// Number of requests that may be in flight.
-    pub(crate) fn free_slots(&self) -> usize {
+    /// Returns the maximum number of requests in flight.
+    pub(crate) fn max_in_flight(&self) -> usize {
         self.window as usize
     }
 
     /// Records an answer to a request that was sent at `sent_at`. `is_full` is true if the window, not a rate limit
     /// or the end of the queue, bounds the number of requests in flight.
     pub(crate) fn answered(&mut self, sent_at: Instant, now: Instant, is_full: bool) {
-        if !self.gradient.is_active {
+        if !self.search.is_active {
             self.window = (self.window + 1.0 / self.window).min(self.max_window);
         } else if is_full {
             self.measure(sent_at, now);
         }
     }
 
-    /// Records a throttled request. All requests that were in flight together cause one decrease.
+    /// Records a throttled request. Requests that were in flight together cause only one decrease.
     pub(crate) fn throttled(&mut self, sent_at: Instant, now: Instant) {
         self.follow_limits();
         if self
@@ -103,52 +104,53 @@ impl ConcurrencyLimit {
         self.last_decrease = Some(now);
     }
 
-    /// Stops the search by latency: the server throttles or reports limits, so latency does not show its capacity.
+    /// Ends the search by latency, because the server throttles or reports limits.
     pub(crate) fn follow_limits(&mut self) {
-        self.gradient.is_active = false;
+        self.search.is_active = false;
     }
 
+    /// Adds a latency to the measurement. At its end, starts a trial or evaluates one.
     fn measure(&mut self, sent_at: Instant, now: Instant) {
-        let gradient = &mut self.gradient;
-        let since = *gradient.since.get_or_insert(now);
-        if sent_at < since {
+        let search = &mut self.search;
+        let start = *search.measuring_since.get_or_insert(now);
+        if sent_at < start {
             return;
         }
-        gradient.sum += (now - sent_at).max(Duration::from_micros(1)).as_secs_f64();
-        gradient.count += 1;
-        if f64::from(gradient.count) < SAMPLES.max(4.0 * self.window) {
+        search.latency_sum_s += (now - sent_at).max(Duration::from_micros(1)).as_secs_f64();
+        search.count += 1;
+        if f64::from(search.count) < MIN_SAMPLES.max(4.0 * self.window) {
             return;
         }
-        let latency = gradient.sum / f64::from(gradient.count);
-        (gradient.since, gradient.sum, gradient.count) = (Some(now), 0.0, 0);
-        let Some((window, before)) = gradient.before.take() else {
-            if gradient.paused > 0 {
-                gradient.paused -= 1;
+        let latency = search.latency_sum_s / f64::from(search.count);
+        (search.measuring_since, search.latency_sum_s, search.count) = (Some(now), 0.0, 0);
+        let Some((baseline_window, baseline_latency)) = search.baseline.take() else {
+            if search.remaining_pause > 0 {
+                search.remaining_pause -= 1;
                 return;
             }
-            gradient.before = Some((self.window, latency));
-            let trial = if gradient.upwards {
-                (self.window / STEP).ceil().min(self.max_window)
+            search.baseline = Some((self.window, latency));
+            let trial_window = if search.is_next_trial_larger {
+                (self.window / TRIAL_RATIO).ceil().min(self.max_window)
             } else {
-                (self.window * STEP).floor().max(1.0)
+                (self.window * TRIAL_RATIO).floor().max(1.0)
             };
-            if trial == self.window {
-                gradient.before = None;
-                gradient.upwards = !gradient.upwards;
+            if trial_window == self.window {
+                search.baseline = None;
+                search.is_next_trial_larger = !search.is_next_trial_larger;
             }
-            self.window = trial;
+            self.window = trial_window;
             return;
         };
         // d log(latency) / d log(window)
-        let slope = (latency / before).ln() / (self.window / window).ln();
-        let is_saturated = slope >= SATURATED;
-        if is_saturated != gradient.upwards {
-            gradient.pause = 1;
+        let slope = (latency / baseline_latency).ln() / (self.window / baseline_window).ln();
+        let is_saturated = slope >= SATURATED_SLOPE;
+        if is_saturated != search.is_next_trial_larger {
+            search.pause_after_failure = 1;
         } else {
-            self.window = window;
-            gradient.upwards = !gradient.upwards;
-            gradient.paused = gradient.pause;
-            gradient.pause = (gradient.pause * 2).min(LONGEST_PAUSE);
+            self.window = baseline_window;
+            search.is_next_trial_larger = !search.is_next_trial_larger;
+            search.remaining_pause = search.pause_after_failure;
+            search.pause_after_failure = (search.pause_after_failure * 2).min(MAX_PAUSE);
         }
     }
 }
@@ -157,13 +159,13 @@ impl ConcurrencyLimit {
 mod tests {
     use super::*;
 
-    /// Windows over time against a server whose latency is `latency(requests in flight)` seconds.
+    /// Returns the windows over time with a server whose latency in seconds is `latency(requests in flight)`.
     fn windows(max_window: usize, rounds: usize, latency: impl Fn(f64) -> f64) -> Vec<usize> {
         let mut concurrency = ConcurrencyLimit::new(max_window);
         let mut now = Instant::now();
         (0..rounds)
             .map(|_| {
-                let slots = concurrency.free_slots();
+                let slots = concurrency.max_in_flight();
                 let sent_at = now;
                 now += Duration::from_secs_f64(latency(slots as f64));
                 for _ in 0..slots {
@@ -176,7 +178,7 @@ mod tests {
 
     #[test]
     fn concurrency_of_a_queueing_server_settles_near_its_capacity() {
-        // The server works on 16 requests at a time, and queues the others.
+        // The server processes 16 requests at a time and queues the others.
         let windows = windows(200, 3_000, |in_flight| 0.5 * (in_flight / 16.0).max(1.0));
         let last = &windows[windows.len() / 2..];
         let mean = last.iter().sum::<usize>() as f64 / last.len() as f64;
@@ -199,17 +201,17 @@ mod tests {
         for _ in 0..20 {
             concurrency.throttled(start, at(1));
         }
-        assert_eq!(concurrency.free_slots(), 16);
+        assert_eq!(concurrency.max_in_flight(), 16);
         concurrency.throttled(at(2), at(3));
-        assert_eq!(concurrency.free_slots(), 8);
+        assert_eq!(concurrency.max_in_flight(), 8);
         for _ in 0..10 {
             concurrency.throttled(at(100), at(100));
             concurrency.throttled(at(101), at(101));
         }
-        assert_eq!(concurrency.free_slots(), 1);
+        assert_eq!(concurrency.max_in_flight(), 1);
         for second in 200..1_200 {
             concurrency.answered(at(second), at(second + 1), true);
         }
-        assert_eq!(concurrency.free_slots(), 32);
+        assert_eq!(concurrency.max_in_flight(), 32);
     }
 }

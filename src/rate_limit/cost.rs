@@ -1,8 +1,8 @@
-//! Cost of a request in the units that rate limits count.
+//! [`RequestCost`]: the amounts that a request uses of the resources that rate limits count.
 
 use crate::rate_limit::headers::Resource;
 
-/// Tokens of a request, estimated before it is sent or reported by its answer.
+/// Tokens of a request: estimated before it is sent, or reported by its answer.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct RequestCost {
     pub input_tokens: u64,
@@ -14,7 +14,7 @@ impl RequestCost {
         self.input_tokens + self.output_tokens
     }
 
-    /// Amount of a resource that the request uses.
+    /// Returns the amount of a resource that the request uses.
     pub fn get(&self, resource: Resource) -> f64 {
         let amount = match resource {
             Resource::Requests => 1,

@@ -1,40 +1,41 @@
-//! The user's limit of requests per day: it holds in any 24 hours, restarts included. Pure.
+//! [`DailyLimit`]: the user's limit of requests in any 24 hours, across restarts. Pure.
 //!
-//! Requests are counted in slots of five minutes, which keeps the list short. The count in the ledger runs ahead of
-//! the requests sent, so a kill can only make it too high.
+//! Requests are counted in slots of five minutes, which keeps the list short. The ledger counts requests before they are
+//! sent, so its count is never too low, even after a kill.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-const DAY: i64 = 86_400;
-const SLOT: i64 = 300;
+const DAY_S: i64 = 86_400;
+const SLOT_S: i64 = 300;
 
-/// The count in the ledger runs ahead by the limit divided by this number.
-const AHEAD_DIVISOR: u64 = 200;
+/// The ledger counts this fraction of the limit in advance: 1 / `PRECOUNT_DIVISOR`.
+const PRECOUNT_DIVISOR: u64 = 200;
 
-/// Count of the requests of the last 24 hours.
+/// The limit, and the count of the requests of the last 24 hours.
 #[derive(Debug)]
 pub(crate) struct DailyLimit {
     limit: Option<u64>,
     start: Instant,
     /// Slots as (seconds from `start` to the beginning of the slot, number of requests), oldest first.
     slots: VecDeque<(i64, u64)>,
+    /// Sum of the requests in `slots`.
     total: u64,
-    /// Number of requests that may be sent before the ledger must be written again.
-    ahead: u64,
+    /// Number of requests that the ledger counts in advance: so many may be sent before it must be written again.
+    precounted: u64,
     /// Instant until which the limit is used up.
     full_until: Option<Instant>,
 }
 
 impl DailyLimit {
-    /// `earlier` has the slots of earlier runs as (age in seconds, number of requests).
+    /// Creates the count. `earlier` contains the slots of earlier runs as (age in seconds, number of requests).
     pub(crate) fn new(limit: Option<u64>, earlier: &[(i64, u64)], now: Instant) -> DailyLimit {
         let mut slots: Vec<(i64, u64)> = earlier
             .iter()
-            // After the wall clock was set back an age may be negative: it counts as 0.
-            .map(|&(age, count)| (-age.clamp(0, DAY), count))
+            // If the wall clock was set back, an age may be negative. It counts as 0.
+            .map(|&(age, count)| (-age.clamp(0, DAY_S), count))
             .collect();
         slots.sort();
         DailyLimit {
@@ -42,26 +43,29 @@ impl DailyLimit {
             start: now,
             total: slots.iter().map(|(_, count)| count).sum(),
             slots: slots.into(),
-            ahead: 0,
+            precounted: 0,
             full_until: None,
         }
     }
 
-    /// Returns `Ok` if one more request may be sent, else the instant at which the oldest slot expires.
+    /// Checks that one more request may be sent.
+    ///
+    /// # Errors
+    /// The instant at which the oldest slot expires.
     pub(crate) fn check(&mut self, now: Instant) -> Result<(), Instant> {
         let Some(limit) = self.limit else {
             return Ok(());
         };
         let elapsed = (now - self.start).as_secs() as i64;
         while let Some(&(slot, count)) = self.slots.front()
-            && slot + SLOT + DAY <= elapsed
+            && slot + SLOT_S + DAY_S <= elapsed
         {
             self.slots.pop_front();
             self.total -= count;
         }
         self.full_until = match self.slots.front() {
             Some(&(slot, _)) if self.total >= limit => {
-                let seconds = (slot + SLOT + DAY - elapsed).max(1);
+                let seconds = (slot + SLOT_S + DAY_S - elapsed).max(1);
                 Some(now + Duration::from_secs(seconds as u64))
             }
             _ => None,
@@ -69,7 +73,7 @@ impl DailyLimit {
         self.full_until.map_or(Ok(()), Err)
     }
 
-    /// Returns the limit and the instant until which it is used up, if it is.
+    /// Returns the limit and the instant until which it is used up, or None if it is not used up.
     pub(crate) fn used_up(&self, now: Instant) -> Option<(u64, Instant)> {
         self.limit.zip(self.full_until.filter(|until| *until > now))
     }
@@ -80,30 +84,30 @@ impl DailyLimit {
             return;
         }
         let elapsed = (now - self.start).as_secs() as i64;
-        let slot = elapsed - elapsed.rem_euclid(SLOT);
+        let slot = elapsed - elapsed.rem_euclid(SLOT_S);
         match self.slots.back_mut() {
-            Some((last, count)) if *last == slot => *count += 1,
+            Some((last_slot, count)) if *last_slot == slot => *count += 1,
             _ => self.slots.push_back((slot, 1)),
         }
         self.total += 1;
-        self.ahead = self.ahead.saturating_sub(1);
+        self.precounted = self.precounted.saturating_sub(1);
     }
 
     /// Returns true if the ledger must be written before the next request.
-    pub(crate) fn must_be_written(&self) -> bool {
-        self.limit.is_some() && self.ahead == 0
+    pub(crate) fn must_write_ledger(&self) -> bool {
+        self.limit.is_some() && self.precounted == 0
     }
 
-    /// Returns the slots for the ledger as (age in seconds, number of requests). Unless this is the `last` write of
-    /// the run, the newest slot includes some requests ahead of time.
-    pub(crate) fn written(&mut self, now: Instant, last: bool) -> Vec<(i64, u64)> {
+    /// Returns the slots for the ledger as (age in seconds, number of requests). They include requests that are counted
+    /// in advance, unless this is the last write of the run.
+    pub(crate) fn ledger_slots(&mut self, now: Instant, is_last: bool) -> Vec<(i64, u64)> {
         let Some(limit) = self.limit else {
             return Vec::new();
         };
-        self.ahead = if last {
+        self.precounted = if is_last {
             0
         } else {
-            (limit / AHEAD_DIVISOR).max(1)
+            (limit / PRECOUNT_DIVISOR).max(1)
         };
         let elapsed = (now - self.start).as_secs() as i64;
         let mut slots: Vec<_> = self
@@ -111,8 +115,8 @@ impl DailyLimit {
             .iter()
             .map(|&(slot, count)| (elapsed - slot, count))
             .collect();
-        if self.ahead > 0 {
-            slots.push((0, self.ahead));
+        if self.precounted > 0 {
+            slots.push((0, self.precounted));
         }
         slots
     }
@@ -122,30 +126,30 @@ impl DailyLimit {
 mod tests {
     use super::*;
 
-    fn at(start: Instant, hours: f64) -> Instant {
+    fn hours_after(start: Instant, hours: f64) -> Instant {
         start + Duration::from_secs_f64(hours * 3600.0)
     }
 
     #[test]
     fn daily_limit_holds_in_any_24_hours() {
         let start = Instant::now();
-        let mut day = DailyLimit::new(Some(100), &[], start);
+        let mut daily = DailyLimit::new(Some(100), &[], start);
         let mut now = start;
         let mut sent = Vec::new();
-        while now < at(start, 72.0) {
-            match day.check(now) {
+        while now < hours_after(start, 72.0) {
+            match daily.check(now) {
                 Ok(()) => {
-                    day.count(now);
+                    daily.count(now);
                     sent.push(now);
                     now += Duration::from_secs(200);
                 }
-                Err(until) => now = until,
+                Err(retry_at) => now = retry_at,
             }
         }
         for &from in &sent {
             let within = sent
                 .iter()
-                .filter(|&&time| time >= from && time < at(from, 24.0));
+                .filter(|&&time| time >= from && time < hours_after(from, 24.0));
             assert!(within.count() <= 100);
         }
         assert!(sent.len() >= 290, "{}", sent.len());
@@ -154,18 +158,18 @@ mod tests {
     #[test]
     fn daily_count_survives_restarts_and_a_kill_never_lowers_it() {
         let start = Instant::now();
-        let mut day = DailyLimit::new(Some(1_000), &[], start);
+        let mut daily = DailyLimit::new(Some(1_000), &[], start);
         let mut written = Vec::new();
         for _ in 0..123 {
-            if day.must_be_written() {
-                written = day.written(start, false);
+            if daily.must_write_ledger() {
+                written = daily.ledger_slots(start, false);
             }
-            day.check(start).unwrap();
-            day.count(start);
+            daily.check(start).unwrap();
+            daily.count(start);
         }
         let total = |slots: &[(i64, u64)]| slots.iter().map(|slot| slot.1).sum::<u64>();
         assert!((123..=128).contains(&total(&written)), "{written:?}");
-        assert_eq!(total(&day.written(start, true)), 123);
+        assert_eq!(total(&daily.ledger_slots(start, true)), 123);
 
         let mut resumed = DailyLimit::new(Some(125), &[(3_600, 100), (-50, 24)], start);
         resumed.check(start).unwrap();
@@ -174,7 +178,7 @@ mod tests {
         assert_eq!(until, start + Duration::from_secs(82_800 + 300));
         assert_eq!(resumed.used_up(start), Some((125, until)));
         assert_eq!(resumed.used_up(until), None);
-        let mut free = DailyLimit::new(None, &[], start);
-        assert!(free.check(start).is_ok() && !free.must_be_written());
+        let mut unlimited = DailyLimit::new(None, &[], start);
+        assert!(unlimited.check(start).is_ok() && !unlimited.must_write_ledger());
     }
 }

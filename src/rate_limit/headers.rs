@@ -1,7 +1,7 @@
-//! Parser of rate-limit headers, in all dialects. Pure.
+//! Parses rate-limit headers in all dialects. Pure.
 //!
-//! One grammar covers them: a header name begins with a family prefix (`x-ratelimit-`, `anthropic-ratelimit-`,
-//! `x-tokenlimit-`, the IETF's `ratelimit-`). The rest of the name has, in any order, a figure (`limit`,
+//! One grammar covers all dialects: a header name begins with the prefix of a family (`x-ratelimit-`,
+//! `anthropic-ratelimit-`, `x-tokenlimit-`, the IETF's `ratelimit-`). Then it names, in any order, a value (`limit`,
 //! `remaining`, `reset`), a resource (`requests`, `tokens`, `input-tokens`, `tokens-generated`, ...) and sometimes a
 //! period (`minute`, `day`).
 
@@ -27,7 +27,7 @@ impl Resource {
         Resource::OutputTokens,
     ];
 
-    /// Name in messages.
+    /// Returns the name in messages.
     pub fn name(self) -> &'static str {
         match self {
             Resource::Requests => "requests",
@@ -38,7 +38,7 @@ impl Resource {
     }
 }
 
-/// Figures of one limit in the headers of one reply.
+/// Values of one limit in the headers of one reply.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct LimitReport {
     pub resource: Resource,
@@ -46,7 +46,7 @@ pub(crate) struct LimitReport {
     pub remaining: Option<f64>,
     /// Time until the full limit is available again.
     pub reset: Option<Duration>,
-    /// Length of the window, if the server reports it.
+    /// Length of the window in which the limit counts, if the server reports it.
     pub window: Option<Duration>,
     /// Period of the limit, if the dialect or the header name fixes it.
     period: Option<Duration>,
@@ -61,25 +61,26 @@ const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(3_600);
 const DAY: Duration = Duration::from_secs(86_400);
 
-/// Refill behaviour of a limit, as far as one reply shows it.
+/// How a limit refills, as far as one reply shows it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Refill {
-    /// At a constant rate, the full limit in this time; `reset` is the time until the bucket is full.
+    /// At a constant rate, which refills the full limit in this time. [`LimitReport::reset`] is the time until the
+    /// bucket is full.
     Constant(Duration),
-    /// All at once, at the end of the window after `reset`.
+    /// To the full limit at the end of a window, which is after [`LimitReport::reset`].
     AtReset,
-    /// The reply reports too little, or nothing has been used yet.
+    /// The reply does not show it, or nothing has been used yet.
     Unknown,
 }
 
 impl LimitReport {
-    /// Distinguishes a bucket from a fixed window, and a period of a minute from that of a day, by the reset time.
+    /// Distinguishes by the reset time a bucket from a fixed window, and a limit per minute from one per day.
     ///
-    /// The same header name means a minute at one endpoint and a day at another (requests at Groq). A bucket with
-    /// a constant refill rate needs `period * used / limit` to be full again, so the reset time determines the
-    /// period once something is used. If no usual period fits, the reset time is the end of a window. If an almost
-    /// empty bucket reports that it is full within a second, its capacity is probably one second of a limit per
-    /// minute, not a limit per second; the result is `Unknown` then.
+    /// The same header name means a limit per minute at one endpoint and per day at another (requests at Groq). A
+    /// bucket with a constant refill rate is full again after `period * used / limit`, so the reset time determines
+    /// the period if something is used. If no usual period fits, the reset time is the end of a window. An almost
+    /// empty bucket that is full again within a second probably belongs to a limit per minute and has the capacity of
+    /// one second of it; the result is then `Unknown`.
     pub(crate) fn refill(&self) -> Refill {
         if let Some(period) = self.period {
             return Refill::Constant(period);
@@ -108,8 +109,8 @@ impl LimitReport {
     }
 }
 
-/// Reset time above which a limit is not a limit per second.
-const LONGER_THAN_A_SECOND: Duration = Duration::from_secs(5);
+/// Minimum reset time that shows that a limit is not per second.
+const MIN_RESET_OF_LONGER_PERIOD: Duration = Duration::from_secs(5);
 
 /// Parses all limits in the headers. Returns at most one report per resource and period.
 pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<LimitReport> {
@@ -120,39 +121,39 @@ pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<LimitReport> {
         };
         let Ok(value) = value.to_str() else { continue };
         let report = find_or_insert(&mut reports, field.resource, field.period);
-        match field.figure {
-            Figure::Limit => report.limit = amount(value),
-            Figure::Remaining => report.remaining = amount(value),
-            Figure::Reset => report.reset = crate::rate_limit::wait::until(value, now),
+        match field.value_kind {
+            ValueKind::Limit => report.limit = amount(value),
+            ValueKind::Remaining => report.remaining = amount(value),
+            ValueKind::Reset => report.reset = crate::rate_limit::wait::until(value, now),
         }
         report.is_bare |= field.is_bare;
         report.is_window |= name.as_str().starts_with("ratelimit-");
     }
     for report in &mut reports {
-        // Bare names mean a limit per day at OpenRouter, per second at Together.
+        // Names without a resource and a period mean a limit per day at OpenRouter, and per second at Together.
         if report.is_bare
             && report
                 .reset
-                .is_some_and(|reset| reset > LONGER_THAN_A_SECOND)
+                .is_some_and(|reset| reset > MIN_RESET_OF_LONGER_PERIOD)
         {
             report.period = None;
         }
     }
-    structured(headers, now, &mut reports);
+    parse_structured(headers, now, &mut reports);
     reports.retain(|report| report.limit.is_some() || report.remaining.is_some());
     reports
 }
 
-/// Returns the report of a resource and period; creates it if it is missing.
+/// Returns the report of a resource and period, and adds it if it is missing.
 fn find_or_insert(
     reports: &mut Vec<LimitReport>,
     resource: Resource,
     period: Option<Duration>,
 ) -> &mut LimitReport {
-    let found = reports
+    let existing = reports
         .iter()
         .position(|report| report.resource == resource && report.period == period);
-    let index = found.unwrap_or_else(|| {
+    let index = existing.unwrap_or_else(|| {
         reports.push(LimitReport {
             resource,
             limit: None,
@@ -170,15 +171,15 @@ fn find_or_insert(
 
 /// Parses the IETF's structured fields (draft-ietf-httpapi-ratelimit-headers): `RateLimit: "default";r=50;t=30`
 /// with `RateLimit-Policy: "default";q=100;w=60`, and the older `RateLimit: limit=100, remaining=50, reset=30`.
-fn structured(headers: &HeaderMap, now: SystemTime, reports: &mut Vec<LimitReport>) {
+fn parse_structured(headers: &HeaderMap, now: SystemTime, reports: &mut Vec<LimitReport>) {
     let line = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let figures = line("ratelimit").into_iter().flat_map(parameters);
+    let state = line("ratelimit").into_iter().flat_map(parameters);
     let policy = line("ratelimit-policy").into_iter().flat_map(parameters);
     let mut limit = None;
     let mut remaining = None;
     let mut reset = None;
     let mut window = None;
-    for (name, value) in policy.chain(figures) {
+    for (name, value) in policy.chain(state) {
         match name {
             "q" | "limit" => limit = amount(value),
             "r" | "remaining" => remaining = amount(value),
@@ -212,23 +213,25 @@ fn parameters(line: &str) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
+/// Value of a limit that a header contains.
 #[derive(Debug, Clone, Copy)]
-enum Figure {
+enum ValueKind {
     Limit,
     Remaining,
     Reset,
 }
 
-/// Meaning of a header name.
+/// The parts of a header name.
 struct Field {
-    figure: Figure,
+    value_kind: ValueKind,
     resource: Resource,
     period: Option<Duration>,
     /// True if the name has neither a resource nor a period.
     is_bare: bool,
 }
 
-/// Families of header names as (prefix, counts tokens, bare names count per second).
+/// Families of header names, as (prefix, counts tokens, bare names mean a limit per second). A bare name has neither a
+/// resource nor a period.
 const FAMILIES: [(&str, bool, bool); 7] = [
     ("x-tokenlimit-", true, true),
     ("x-ratelimitbysize-", true, false),
@@ -241,18 +244,22 @@ const FAMILIES: [(&str, bool, bool); 7] = [
 
 impl Field {
     fn parse(name: &str) -> Option<Field> {
-        let (rest, of_tokens, by_second) =
-            FAMILIES.iter().find_map(|(prefix, of_tokens, by_second)| {
-                Some((name.strip_prefix(prefix)?, *of_tokens, *by_second))
-            })?;
-        let mut figure = None;
+        let (words, counts_tokens, is_bare_per_second) =
+            FAMILIES
+                .iter()
+                .find_map(|(prefix, counts_tokens, is_bare_per_second)| {
+                    let words = name.strip_prefix(prefix)?;
+                    Some((words, *counts_tokens, *is_bare_per_second))
+                })?;
+        let mut value_kind = None;
         let mut period = None;
-        let (mut requests, mut tokens, mut input, mut output) = (false, of_tokens, false, false);
-        for word in rest.split('-') {
+        let (mut requests, mut tokens, mut input, mut output) =
+            (false, counts_tokens, false, false);
+        for word in words.split('-') {
             match word {
-                "limit" => figure = Some(Figure::Limit),
-                "remaining" => figure = Some(Figure::Remaining),
-                "reset" => figure = Some(Figure::Reset),
+                "limit" => value_kind = Some(ValueKind::Limit),
+                "remaining" => value_kind = Some(ValueKind::Remaining),
+                "reset" => value_kind = Some(ValueKind::Reset),
                 "requests" | "request" | "req" => requests = true,
                 "tokens" | "token" => tokens = true,
                 "input" | "prompt" => input = true,
@@ -261,7 +268,7 @@ impl Field {
                 "minute" | "min" => period = Some(MINUTE),
                 "hour" => period = Some(HOUR),
                 "day" => period = Some(DAY),
-                // Limits of a resource that is not used here, such as images or audio.
+                // A limit of another resource, such as images or audio.
                 _ => return None,
             }
         }
@@ -271,12 +278,12 @@ impl Field {
             (_, true, ..) => Resource::Tokens,
             _ => Resource::Requests,
         };
-        let is_bare = !requests && (!tokens || of_tokens) && period.is_none();
-        if is_bare && by_second {
+        let is_bare = !requests && (!tokens || counts_tokens) && period.is_none();
+        if is_bare && is_bare_per_second {
             period = Some(SECOND);
         }
         Some(Field {
-            figure: figure?,
+            value_kind: value_kind?,
             resource,
             period,
             is_bare,
@@ -307,7 +314,7 @@ mod tests {
         reports
     }
 
-    /// Formats the reports as `resource remaining/limit per period`, with `?` for unknown figures.
+    /// Formats the reports as `resource remaining/limit per period`, with `?` for unknown values.
     fn summary(headers: &[(&'static str, &str)]) -> String {
         let show = |value: Option<f64>| value.map_or("?".into(), |value| value.to_string());
         reports(headers)

@@ -1,5 +1,5 @@
-//! All rate limits of one endpoint behind one call: the user's limits, the daily limit, the server's limits, and a
-//! gate that refusals close.
+//! [`Pacer`]: all rate limits of one endpoint behind one call. These are the user's limits, the daily limit, the
+//! server's limits, and a gate that is closed after refusals.
 
 use anyhow::Result;
 use tokio::time::Instant;
@@ -20,23 +20,24 @@ pub(crate) struct Pacer {
     /// The user's limits that Redis counts for several processes.
     shared: Option<SharedLimits>,
     server_limits: ServerLimits,
-    pub day: DailyLimit,
+    pub daily_limit: DailyLimit,
     /// No request is sent before this instant.
     closed_until: Option<Instant>,
-    /// True after the gate was closed: one request is sent first, to test the server.
+    /// True from the closing of the gate until an answer arrives. Requests are sent one at a time.
     is_half_open: bool,
     limits: LimitsConfig,
 }
 
 impl Pacer {
-    /// `largest` is the cost of the largest request to come; `shared` has the limits shared with other processes.
+    /// Creates a pacer. `largest` is the cost of the largest request; `shared` contains the limits that are shared with
+    /// other processes.
     ///
     /// # Errors
     /// If the largest request can never be sent.
     pub(crate) fn new(
         limits: &LimitsConfig,
         largest: RequestCost,
-        day: DailyLimit,
+        daily_limit: DailyLimit,
         shared: Option<SharedLimits>,
     ) -> Result<Pacer> {
         let limits = limits.own();
@@ -44,14 +45,14 @@ impl Pacer {
             user_limits: UserLimits::new(&limits, largest.tokens())?,
             shared,
             server_limits: ServerLimits::new(Instant::now()),
-            day,
+            daily_limit,
             closed_until: None,
             is_half_open: false,
             limits,
         })
     }
 
-    /// Raises the cost of the largest request to come.
+    /// Allows requests of a higher cost than before.
     ///
     /// # Errors
     /// If that request can never be sent.
@@ -59,8 +60,10 @@ impl Pacer {
         self.user_limits.allow_request_of(largest.tokens())
     }
 
-    /// Admits a request, or returns the instant at which to try again. `slots` is the number of such requests that
-    /// could be sent now.
+    /// Admits a request. `slots` is the number of such requests that could be sent now.
+    ///
+    /// # Errors
+    /// The instant at which to try again.
     pub(crate) fn admit(&mut self, cost: RequestCost, slots: usize) -> Result<SendTicket, Instant> {
         let now = Instant::now();
         if let Some(until) = self.closed_until
@@ -68,23 +71,24 @@ impl Pacer {
         {
             return Err(until);
         }
-        self.day.check(now)?;
+        self.daily_limit.check(now)?;
         self.server_limits.check(&cost, now)?;
-        // Last, because a grant cannot be returned.
+        // After the other checks, because a grant cannot be returned.
         self.user_limits.admit(cost.tokens())?;
         if let Some(shared) = &mut self.shared {
             shared.take(cost.tokens(), slots, now)?;
         }
-        self.day.count(now);
+        self.daily_limit.count(now);
         Ok(self.server_limits.charge(cost, now))
     }
 
-    /// Returns a change in the state of the shared limits, if there is one.
+    /// Returns a change in the availability of the shared limits, if there is one.
     pub(crate) fn poll_event(&mut self) -> Option<LimiterEvent> {
         self.shared.as_mut().and_then(SharedLimits::poll_event)
     }
 
-    /// Updates the server's limits from the headers of an answer or a refusal. Returns true if there were any.
+    /// Updates the server's limits from the headers of an answer or a refusal. Returns true if the headers report
+    /// limits.
     pub(crate) fn update_from_headers(
         &mut self,
         reports: &[LimitReport],
@@ -103,7 +107,10 @@ impl Pacer {
         ticket: &SendTicket,
         used: Option<RequestCost>,
     ) {
-        if self.closed_until.is_none_or(|until| ticket.at >= until) {
+        if self
+            .closed_until
+            .is_none_or(|until| ticket.sent_at >= until)
+        {
             self.is_half_open = false;
         }
         if let Some(used) = used {
@@ -111,17 +118,17 @@ impl Pacer {
         }
     }
 
-    /// Closes the gate until the given instant or a later one set before. Returns true if the gate was open.
+    /// Closes the gate until `until`, unless it is closed for longer. Returns true if the gate was open.
     pub(crate) fn close_until(&mut self, until: Instant) -> bool {
         let was_open = self
             .closed_until
-            .is_none_or(|until| until <= Instant::now());
+            .is_none_or(|closed_until| closed_until <= Instant::now());
         self.closed_until = self.closed_until.max(Some(until));
         self.is_half_open = true;
         was_open
     }
 
-    /// Returns true if only one request may be sent, until its answer shows that the server accepts requests.
+    /// Returns true if requests may be sent only one at a time, until an answer shows that the server accepts them.
     pub(crate) fn is_half_open(&self) -> bool {
         self.is_half_open
     }
@@ -135,23 +142,23 @@ impl Pacer {
                 .is_some_and(SharedLimits::is_unavailable)
     }
 
-    /// Returns the server's limit that is smaller than the cost of a request, if there is one.
+    /// Returns a limit of the server that is smaller than the cost of the request, if there is one.
     pub(crate) fn too_small(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
         self.server_limits.too_small(cost)
     }
 
-    /// Requests and tokens per minute that all limits together allow. Shared limits are not included: the part of
-    /// this process is unknown.
+    /// Returns the requests and tokens per minute that all limits together allow. Shared limits are not included,
+    /// because the part of this process is unknown.
     pub(crate) fn per_minute(&self) -> (Option<f64>, Option<f64>) {
         let mut requests = self.limits.requests_per_minute.map(f64::from);
         let mut tokens = self.limits.tokens_per_minute.map(f64::from);
-        let at_most = |limit: &mut Option<f64>, other: f64| {
+        let lower_to = |limit: &mut Option<f64>, other: f64| {
             *limit = Some(limit.map_or(other, |limit| limit.min(other)));
         };
         for (resource, per_minute) in self.server_limits.per_minute() {
             match resource {
-                Resource::Requests => at_most(&mut requests, per_minute),
-                Resource::Tokens => at_most(&mut tokens, per_minute),
+                Resource::Requests => lower_to(&mut requests, per_minute),
+                Resource::Tokens => lower_to(&mut tokens, per_minute),
                 Resource::InputTokens | Resource::OutputTokens => {}
             }
         }
@@ -170,7 +177,7 @@ mod tests {
     };
 
     #[tokio::test(start_paused = true)]
-    async fn closed_gate_admits_nothing_and_then_one_request_first() {
+    async fn closed_gate_admits_no_request_and_then_one_at_a_time() {
         let mut limiter = Pacer::new(
             &LimitsConfig::default(),
             ONE,
@@ -179,7 +186,7 @@ mod tests {
         )
         .unwrap();
         let now = Instant::now();
-        let early = limiter.admit(ONE, 1).unwrap();
+        let sent_before = limiter.admit(ONE, 1).unwrap();
         assert!(limiter.close_until(now + Duration::from_secs(20)));
         assert!(!limiter.close_until(now + Duration::from_secs(5)));
         assert_eq!(
@@ -190,7 +197,7 @@ mod tests {
         let first = limiter.admit(ONE, 1).unwrap();
         assert!(limiter.is_half_open());
         // The answer to a request sent before the gate closed does not open it.
-        limiter.answered(&[], &early, None);
+        limiter.answered(&[], &sent_before, None);
         assert!(limiter.is_half_open());
         limiter.answered(&[], &first, None);
         assert!(!limiter.is_half_open());

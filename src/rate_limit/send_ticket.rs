@@ -1,14 +1,14 @@
-//! Ticket of a sent request.
+//! [`SendTicket`]: send time and charges of a request.
 
 use crate::rate_limit::cost::RequestCost;
 use crate::rate_limit::headers::Resource;
 use tokio::time::Instant;
 
-/// Time and charges of a sent request, with which its reply is interpreted.
+/// Send time and charges of a request. The rate-limit headers of its reply are interpreted with them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SendTicket {
-    pub at: Instant,
+    pub sent_at: Instant,
     pub(crate) cost: RequestCost,
-    /// Total charged to each bucket so far, this request included.
+    /// Amount charged to each bucket of the server's limits by all requests up to this one.
     pub(crate) charged: [f64; Resource::ALL.len()],
 }

@@ -1,8 +1,8 @@
-//! The server's limits as its headers report them: one bucket per resource. Pure.
+//! [`ServerLimits`]: the server's limits as its headers report them, one bucket per resource. Pure.
 //!
-//! The figures in a reply are as old as its request. Amounts sent since are subtracted, and amounts refilled since
-//! are added. The estimate is right whether the server counts at the request or at the answer, as long as the send
-//! rate is close to the limit.
+//! The values in a reply are as old as its request. Amounts charged since then are subtracted, and amounts refilled
+//! since then are added. The estimate is right for servers that count at the request and for servers that count at the
+//! answer, as long as the send rate is close to the limit.
 
 use tokio::time::Instant;
 
@@ -24,13 +24,16 @@ impl ServerLimits {
         }
     }
 
-    /// Returns `Ok` if the server's limits allow a request, else the instant at which to try again.
+    /// Checks that the server's limits allow a request.
+    ///
+    /// # Errors
+    /// The instant at which to try again.
     pub(crate) fn check(&self, cost: &RequestCost, now: Instant) -> Result<(), Instant> {
-        let waits = self.each(cost).filter_map(|(bucket, amount)| {
-            let until = bucket.free_at(amount, now);
-            (until > now).then_some(until)
+        let later = self.reported_buckets(cost).filter_map(|(bucket, amount)| {
+            let send_at = bucket.earliest_send(amount, now);
+            (send_at > now).then_some(send_at)
         });
-        waits.max().map_or(Ok(()), Err)
+        later.max().map_or(Ok(()), Err)
     }
 
     /// Charges a request that is sent.
@@ -42,13 +45,13 @@ impl ServerLimits {
             charged[index] = bucket.charged;
         }
         SendTicket {
-            at: now,
+            sent_at: now,
             cost,
             charged,
         }
     }
 
-    /// Updates the buckets by the reply to the request of `ticket`.
+    /// Updates the buckets from the reply to the request of `ticket`.
     pub(crate) fn sync(&mut self, reports: &[LimitReport], ticket: &SendTicket, now: Instant) {
         for report in reports {
             let index = report.resource as usize;
@@ -56,7 +59,7 @@ impl ServerLimits {
         }
     }
 
-    /// Refunds tokens that were charged and not used, unless the reply reports the remaining amount.
+    /// Refunds tokens that were charged but not used, unless the reply reports the remaining amount.
     pub(crate) fn refund(
         &mut self,
         ticket: &SendTicket,
@@ -76,7 +79,7 @@ impl ServerLimits {
         }
     }
 
-    /// Returns the known limits, in units per minute.
+    /// Returns the limits that the server has reported, in units per minute.
     pub(crate) fn per_minute(&self) -> impl Iterator<Item = (Resource, f64)> {
         Resource::ALL
             .into_iter()
@@ -87,17 +90,18 @@ impl ServerLimits {
             })
     }
 
-    /// Returns the limit that is smaller than the cost of a request, if there is one.
+    /// Returns a limit of tokens that is smaller than the cost of the request, if there is one.
     pub(crate) fn too_small(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
-        let known = Resource::ALL.into_iter().zip(&self.buckets);
-        known
+        Resource::ALL
+            .into_iter()
+            .zip(&self.buckets)
             .filter(|(resource, _)| *resource != Resource::Requests)
             .filter_map(|(resource, bucket)| Some((resource, bucket.limit?)))
             .find(|(resource, limit)| cost.get(*resource) > *limit)
     }
 
-    /// Returns the buckets with a known level, with the amount that a request uses.
-    fn each(&self, cost: &RequestCost) -> impl Iterator<Item = (&ServerBucket, f64)> {
+    /// Returns the buckets that the server has reported, each with the amount that the request uses.
+    fn reported_buckets(&self, cost: &RequestCost) -> impl Iterator<Item = (&ServerBucket, f64)> {
         Resource::ALL
             .into_iter()
             .zip(&self.buckets)
@@ -134,7 +138,7 @@ mod tests {
         now + Duration::from_secs_f64(seconds)
     }
 
-    /// Number of requests that `limits` admits in the `seconds` from `start`.
+    /// Returns the number of requests that `limits` admits within `seconds` of `start`.
     fn count_sent(limits: &mut ServerLimits, start: Instant, seconds: f64) -> u32 {
         let (mut now, mut count) = (start, 0);
         while now < after(start, seconds) {
@@ -143,7 +147,7 @@ mod tests {
                     limits.charge(ONE, now);
                     count += 1;
                 }
-                Err(until) => now = until,
+                Err(retry_at) => now = retry_at,
             }
         }
         count
@@ -191,11 +195,11 @@ mod tests {
         for _ in 0..4 {
             limits.charge(ONE, after(now, 0.1));
         }
-        let reply = after(now, 0.1);
-        limits.sync(&reports("60", "5", "55s"), &second, reply);
-        assert!((limits.buckets[0].level(reply) - 1.0).abs() < 1e-9);
-        limits.sync(&reports("60", "59", "1s"), &first, reply);
-        assert!((limits.buckets[0].level(reply) - 1.0).abs() < 1e-9);
+        let replied_at = after(now, 0.1);
+        limits.sync(&reports("60", "5", "55s"), &second, replied_at);
+        assert!((limits.buckets[0].level(replied_at) - 1.0).abs() < 1e-9);
+        limits.sync(&reports("60", "59", "1s"), &first, replied_at);
+        assert!((limits.buckets[0].level(replied_at) - 1.0).abs() < 1e-9);
     }
 
     #[test]
@@ -205,12 +209,11 @@ mod tests {
             let mut limits = ServerLimits::new(now);
             let ticket = limits.charge(ONE, now);
             limits.sync(&reports(limit, "0", reset), &ticket, now);
-            let until = limits.check(&ONE, now).err().unwrap_or(now);
-            assert_eq!(until, after(now, seconds));
-            let then = after(now, seconds);
+            let retry_at = limits.check(&ONE, now).err().unwrap_or(now);
+            assert_eq!(retry_at, after(now, seconds));
             for _ in 0..1_000 {
-                limits.check(&ONE, then).unwrap();
-                limits.charge(ONE, then);
+                limits.check(&ONE, retry_at).unwrap();
+                limits.charge(ONE, retry_at);
             }
             assert_eq!(limits.too_small(&ONE), None);
         }
@@ -229,12 +232,12 @@ mod tests {
         let count = count_sent(&mut limits, now, 62.0);
         assert!(
             (100..=160).contains(&count),
-            "{count} in 60 s, of 5 every 2 s"
+            "{count} requests in 62 s, with a limit of 5 every 2 s"
         );
     }
 
     #[test]
-    fn changed_limits_are_followed() {
+    fn lowered_limit_in_the_headers_is_applied() {
         let now = Instant::now();
         let mut limits = ServerLimits::new(now);
         let ticket = limits.charge(ONE, now);
@@ -255,37 +258,41 @@ mod tests {
         assert_eq!(limits.check(&ONE, after(now, 20.0)), Ok(()));
     }
 
-    /// Simulates two minutes with a server whose bucket has `size` units, refills 50 per second, and reports a limit
-    /// of 3,000 per minute. Replies take a second. Returns the number of requests sent, and of those refused.
-    fn two_minutes(size: f64) -> (u32, u32) {
+    /// Simulates two minutes with a server whose bucket has a capacity of `capacity` requests, refills 50 per second,
+    /// and reports a limit of 3,000 per minute. Replies take a second. Returns the number of requests sent, and the
+    /// number of requests that the server refused.
+    fn simulate_two_minutes(capacity: f64) -> (u32, u32) {
         let start = Instant::now();
         let mut limits = ServerLimits::new(start);
-        let mut server = size;
-        let mut at = start;
+        let mut server_level = capacity;
+        let mut server_updated = start;
         let mut replies = std::collections::VecDeque::new();
         let (mut now, mut sent, mut refused) = (start, 0, 0);
         while now < after(start, 120.0) {
-            let until = match limits.check(&ONE, now) {
+            let next_event = match limits.check(&ONE, now) {
                 // Before the first reply only one request is sent.
                 Ok(()) if sent == 0 || limits.buckets[0].as_of.is_some() => {
                     let ticket = limits.charge(ONE, now);
-                    server = (server + 50.0 * (now - at).as_secs_f64()).min(size);
-                    at = now;
+                    server_level =
+                        (server_level + 50.0 * (now - server_updated).as_secs_f64()).min(capacity);
+                    server_updated = now;
                     sent += 1;
-                    if server >= 1.0 {
-                        server -= 1.0;
+                    if server_level >= 1.0 {
+                        server_level -= 1.0;
                     } else {
                         refused += 1;
                     }
-                    let reset = format!("{:.0}ms", (size - server) / 50.0 * 1e3);
-                    let report = reports("3000", &format!("{}", server.floor()), &reset);
+                    let reset = format!("{:.0}ms", (capacity - server_level) / 50.0 * 1e3);
+                    let report = reports("3000", &format!("{}", server_level.floor()), &reset);
                     replies.push_back((after(now, 1.0), ticket, report));
                     continue;
                 }
                 Ok(()) => replies[0].0,
-                Err(until) => replies.front().map_or(until, |reply| until.min(reply.0)),
+                Err(retry_at) => replies
+                    .front()
+                    .map_or(retry_at, |reply| retry_at.min(reply.0)),
             };
-            now = until;
+            now = next_event;
             while replies.front().is_some_and(|reply| reply.0 <= now) {
                 let Some((_, ticket, report)) = replies.pop_front() else {
                     break;
@@ -297,8 +304,8 @@ mod tests {
     }
 
     #[test]
-    fn bucket_with_a_capacity_of_one_second_is_not_taken_for_a_window() {
-        let (sent, refused) = two_minutes(50.0);
+    fn bucket_with_a_capacity_of_one_second_is_not_treated_as_a_window() {
+        let (sent, refused) = simulate_two_minutes(50.0);
         assert!(sent >= 5_900, "{sent}");
         assert!(refused * 50 <= sent, "{refused} of {sent} are refused");
     }

@@ -1,7 +1,8 @@
-//! The user's limits of requests and tokens per minute.
+//! [`UserLimits`]: the user's limits of requests and tokens per minute.
 //!
-//! The pacing is governor's GCRA on tokio's clock, which tests can pause. Only the dispatcher calls it, one request
-//! at a time in queue order: governor is not fair among waiters, and a grant cannot be returned.
+//! The algorithm is GCRA (generic cell rate algorithm), from the crate `governor`, on tokio's clock, which tests can
+//! pause. Only the dispatcher calls it, one request at a time in the order of the queue, because governor does not
+//! serve waiting callers in order, and a grant cannot be returned.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -37,19 +38,17 @@ pub(crate) struct UserLimits {
     clock: TokioClock,
     requests: Option<Gcra>,
     tokens: Option<Gcra>,
-    /// Tokens granted to the head of the queue while it waits for a request permit. A grant cannot be returned, so
-    /// it is kept for the next call.
+    /// Tokens granted to the first request of the queue, which still waits for the limit of requests. A grant cannot be
+    /// returned, so it is kept for the next call.
     granted_tokens: u32,
     limits: LimitsConfig,
-    /// Minimum burst in tokens: the size of the largest request.
+    /// Tokens of the largest request, which are the minimum burst.
     largest: u64,
 }
 
 impl UserLimits {
-    /// `largest` is the estimated number of tokens of the largest request to come.
-    ///
-    /// A burst is less than one second of the limit, but at least one request. In any minute, at most the limit and
-    /// one burst are admitted.
+    /// Creates limiters whose burst is less than one second of the limit, but at least one request. In any minute they
+    /// admit at most the limit plus one burst. `largest` is the estimated number of tokens of the largest request.
     ///
     /// # Errors
     /// If the largest request can never be sent.
@@ -75,8 +74,8 @@ impl UserLimits {
         })
     }
 
-    /// Raises the burst to a larger request. The new limiter starts empty, so no minute exceeds the limit because
-    /// of it.
+    /// Raises the burst to the tokens of a larger request. The new limiter starts with its burst used up, so that the
+    /// change admits no additional tokens.
     ///
     /// # Errors
     /// Those of [`UserLimits::new`].
@@ -90,16 +89,19 @@ impl UserLimits {
         };
         check_largest(&self.limits, largest)?;
         let tokens = gcra(limit, largest as u32, self.clock.clone())?;
-        if let Some(all) = NonZeroU32::new(burst(limit).max(largest as u32)) {
-            // A new limiter starts with a full burst: use it up.
-            let _ = tokens.check_n(all);
+        if let Some(full_burst) = NonZeroU32::new(burst(limit).max(largest as u32)) {
+            // A new limiter admits a full burst at once: use it up.
+            let _ = tokens.check_n(full_burst);
         }
         (self.tokens, self.largest) = (Some(tokens), largest);
         self.granted_tokens = 0;
         Ok(())
     }
 
-    /// Admits a request of about `tokens` tokens, or returns the instant at which to try again.
+    /// Admits a request of about `tokens` tokens.
+    ///
+    /// # Errors
+    /// The instant at which to try again.
     pub(crate) fn admit(&mut self, tokens: u64) -> Result<(), Instant> {
         if let Some(limiter) = &self.tokens {
             let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
@@ -121,13 +123,14 @@ impl UserLimits {
         Ok(())
     }
 
-    fn instant(&self, reference: Duration) -> Instant {
-        // tokio's timers have milliseconds, so one may fire before governor's nanosecond.
-        self.clock.start + reference + Duration::from_millis(1)
+    /// Converts a time of governor, which is counted from the start of the clock.
+    fn instant(&self, since_start: Duration) -> Instant {
+        // tokio's timers round to milliseconds, so a timer may fire before governor admits the request.
+        self.clock.start + since_start + Duration::from_millis(1)
     }
 }
 
-/// Checks that the largest request, of about `largest` tokens, fits the token limit.
+/// Checks that the token limit admits the largest request, of about `largest` tokens.
 pub(crate) fn check_largest(limits: &LimitsConfig, largest: u64) -> Result<()> {
     if let Some(limit) = limits.tokens_per_minute
         && largest > u64::from(limit)
@@ -141,15 +144,15 @@ pub(crate) fn check_largest(limits: &LimitsConfig, largest: u64) -> Result<()> {
     Ok(())
 }
 
-/// Burst of a limit: three quarters of a second. A server whose bucket has the capacity of one second then never
-/// refuses, even if its clock runs a little differently.
+/// Returns the burst of a limit: three quarters of one second's amount. A server whose bucket has the capacity of one
+/// second then refuses no request, even if its clock runs at a slightly different speed.
 pub(crate) fn burst(per_minute: u32) -> u32 {
     per_minute / 80
 }
 
-/// Creates a limiter of `per_minute` cells with a burst of at least `min_burst`.
+/// Creates a limiter of `per_minute` units with a burst of at least `min_burst` units.
 fn gcra(per_minute: u32, min_burst: u32, clock: TokioClock) -> Result<Gcra> {
-    // Rounded up: rounding down would admit a little more than the limit.
+    // Rounded up, because a shorter period would admit more than the limit.
     let period = Duration::from_nanos(60_000_000_000u64.div_ceil(u64::from(per_minute.max(1))));
     let quota = Quota::with_period(period)
         .filter(|_| per_minute > 0)
@@ -183,17 +186,17 @@ mod tests {
         let start = Instant::now();
         let mut times = Vec::new();
         for tokens in sizes {
-            while let Err(until) = limiter.admit(tokens) {
-                tokio::time::sleep_until(until).await;
+            while let Err(retry_at) = limiter.admit(tokens) {
+                tokio::time::sleep_until(retry_at).await;
             }
             times.push(start.elapsed().as_secs_f64());
         }
         times
     }
 
-    /// Maximum total size of the requests in any minute.
+    /// Returns the maximum total size of the requests in any minute.
     fn busiest_minute(times: &[f64], sizes: &[u64]) -> u64 {
-        let weight = |start: f64| -> u64 {
+        let size_of_minute = |start: f64| -> u64 {
             let inside = times
                 .iter()
                 .map(|time| (start..start + 60.0).contains(time));
@@ -203,7 +206,11 @@ mod tests {
                 .map(|(_, size)| size)
                 .sum()
         };
-        times.iter().map(|&start| weight(start)).max().unwrap_or(0)
+        times
+            .iter()
+            .map(|&start| size_of_minute(start))
+            .max()
+            .unwrap_or(0)
     }
 
     #[tokio::test(start_paused = true)]
@@ -243,10 +250,10 @@ mod tests {
             let largest = 100 * round;
             limiter.allow_request_of(largest).unwrap();
             let before = start.elapsed().as_secs_f64();
-            let more = [largest, 50, 100, 50];
-            let sent = send_times(&mut limiter, more).await;
+            let round_sizes = [largest, 50, 100, 50];
+            let sent = send_times(&mut limiter, round_sizes).await;
             times.extend(sent.into_iter().map(|time| before + time));
-            sizes.extend(more);
+            sizes.extend(round_sizes);
         }
         let busiest = busiest_minute(&times, &sizes);
         assert!(busiest <= 6_000 + 2_000, "{busiest}");

@@ -1,13 +1,13 @@
-//! Parser of the waiting times in headers and error messages. Pure.
+//! Parses waiting times in headers and error messages. Pure.
 
 use std::time::Duration;
 use std::time::SystemTime;
 
 /// Parses the waiting time in a header value.
 ///
-/// The value is a number of seconds, a Unix time in seconds or milliseconds, a date of HTTP or RFC 3339, or a duration
-/// such as `2m59.56s`. For a list, which a proxy may make of two headers, the longest time counts. For an instant in
-/// the past the result is zero.
+/// The value is a number of seconds, a Unix time in seconds or milliseconds, a date in the format of HTTP or RFC 3339,
+/// or a duration such as `2m59.56s`. A proxy may join two headers to a list, of which the longest time counts. For a
+/// time in the past the result is zero.
 pub(crate) fn until(text: &str, now: SystemTime) -> Option<Duration> {
     let text = text.trim().trim_matches('"').trim();
     if let Some(number) = amount(text) {
@@ -28,7 +28,8 @@ pub(crate) fn until(text: &str, now: SystemTime) -> Option<Duration> {
     duration(text)
 }
 
-/// Parses a date of RFC 3339 (in UTC if it has no zone) or of HTTP (also with another name for GMT).
+/// Parses a date in the format of RFC 3339 (in UTC if it has no zone) or of HTTP (also with `UTC`, `Z` or `+0000`
+/// instead of `GMT`).
 pub(crate) fn date(text: &str) -> Option<SystemTime> {
     if let Ok(date) = text.parse::<jiff::Timestamp>() {
         return Some(date.into());
@@ -41,8 +42,8 @@ pub(crate) fn date(text: &str) -> Option<SystemTime> {
     if let Ok(date) = httpdate::parse_http_date(text) {
         return Some(date);
     }
-    let others = ["UTC", "+0000", "Z"].into_iter();
-    let date = others.filter_map(|zone| text.strip_suffix(zone)).next()?;
+    let zones = ["UTC", "+0000", "Z"].into_iter();
+    let date = zones.filter_map(|zone| text.strip_suffix(zone)).next()?;
     httpdate::parse_http_date(&format!("{} GMT", date.trim_end())).ok()
 }
 
@@ -50,23 +51,25 @@ pub(crate) fn date(text: &str) -> Option<SystemTime> {
 pub(crate) fn duration(text: &str) -> Option<Duration> {
     let lower = text.trim().to_ascii_lowercase();
     let lower = lower.strip_prefix("pt").unwrap_or(&lower);
-    let (total, rest) = leading(lower)?;
-    rest.trim().is_empty().then_some(total)
+    let (total, remaining) = leading(lower)?;
+    remaining.trim().is_empty().then_some(total)
 }
 
-/// Parses the duration at the beginning of a text in lower case. Returns it with the rest of the text.
+/// Parses the duration at the beginning of a text in lower case. Returns it with the text that follows.
 pub(crate) fn leading(text: &str) -> Option<(Duration, &str)> {
-    let (mut rest, mut total, mut is_any) = (text, 0.0, false);
+    let mut remaining = text;
+    let mut total_s = 0.0;
+    let mut has_number = false;
     loop {
-        let start = rest.trim_start_matches([' ', ',', ':']);
+        let start = remaining.trim_start_matches([' ', ',', ':']);
         let start = match start.strip_prefix("and ") {
-            Some(after) if is_any => after.trim_start(),
+            Some(next) if has_number => next.trim_start(),
             _ => start,
         };
         let digits = start
             .find(|char: char| !char.is_ascii_digit() && char != '.')
             .unwrap_or(start.len());
-        // A full stop after the number ends the sentence.
+        // A full stop after the number is the end of the sentence.
         let number: f64 = match start[..digits].trim_end_matches('.').parse() {
             Ok(number) => number,
             Err(_) => break,
@@ -78,15 +81,15 @@ pub(crate) fn leading(text: &str) -> Option<(Duration, &str)> {
         let Some(unit) = unit(&unit_start[..letters]) else {
             break;
         };
-        total += number * unit;
-        is_any = true;
-        rest = &unit_start[letters..];
+        total_s += number * unit;
+        has_number = true;
+        remaining = &unit_start[letters..];
     }
-    let total = seconds(total).filter(|_| is_any)?;
-    Some((total, rest))
+    let total = seconds(total_s).filter(|_| has_number)?;
+    Some((total, remaining))
 }
 
-/// Length of a time unit in seconds.
+/// Returns the length of a time unit in seconds.
 pub(crate) fn unit(name: &str) -> Option<f64> {
     Some(match name {
         "d" | "day" | "days" => 86_400.0,
@@ -106,10 +109,10 @@ pub(crate) fn amount(text: &str) -> Option<f64> {
     (!amount.is_nan() && amount >= 0.0).then_some(amount)
 }
 
-/// Converts seconds to a duration, clamped to 0 and [`LONGEST`].
+/// Converts seconds to a duration from 0 to [`MAX_WAIT_S`]. Returns None for NaN.
 pub(crate) fn seconds(seconds: f64) -> Option<Duration> {
-    Duration::try_from_secs_f64(seconds.clamp(0.0, LONGEST)).ok()
+    Duration::try_from_secs_f64(seconds.clamp(0.0, MAX_WAIT_S)).ok()
 }
 
 /// Maximum waiting time in seconds.
-pub(crate) const LONGEST: f64 = 10.0 * 366.0 * 86_400.0;
+pub(crate) const MAX_WAIT_S: f64 = 10.0 * 366.0 * 86_400.0;

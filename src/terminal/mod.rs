@@ -2,8 +2,8 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `mod.rs` | `sanitise` and `escape_unsafe`; formats of durations, counts, dollars and bytes; tables |
-//! | `progress.rs` | progress bars and lines on stderr |
+//! | `mod` | `sanitise` and `escape_unsafe`; formats of durations, counts, dollars and bytes; tables |
+//! | `progress` | progress bars and lines on stderr |
 //!
 //! Invariant: text from a model, an endpoint or a data file reaches a terminal only through [`sanitise`] (or, as
 //! JSON, through [`escape_unsafe`]).
@@ -18,8 +18,8 @@ use std::time::Duration;
 
 /// Makes text from a model, an endpoint or a data file safe to print.
 ///
-/// Control characters (including escape sequences and C1) and characters that change the display order become
-/// visible escapes. Line feeds and tabs stay.
+/// Control characters (including escape sequences and C1) and characters that change the display order are
+/// replaced by visible escapes. Line feeds and tabs are kept.
 pub fn sanitise(text: &str) -> Cow<'_, str> {
     if !text.chars().any(is_unsafe) {
         return Cow::Borrowed(text);
@@ -35,7 +35,7 @@ pub fn sanitise(text: &str) -> Cow<'_, str> {
     Cow::Owned(safe)
 }
 
-/// Escapes unsafe characters in JSON, so that printing it to a terminal is safe. The value stays the same.
+/// Escapes the characters that [`sanitise`] replaces, as JSON escapes: the text stays JSON with the same value.
 pub fn escape_unsafe(json: &str) -> Cow<'_, str> {
     if !json.chars().any(is_unsafe) {
         return Cow::Borrowed(json);
@@ -116,9 +116,9 @@ pub fn format_bytes(bytes: u64) -> String {
     format!("{value:.1} TB")
 }
 
-/// Formats `part` of `whole` in per cent.
-pub fn format_share(part: u64, whole: u64) -> String {
-    format!("{:.1} %", 100.0 * part as f64 / whole.max(1) as f64)
+/// Formats `part / total` in per cent: `12.5 %`.
+pub fn format_share(part: u64, total: u64) -> String {
+    format!("{:.1} %", 100.0 * part as f64 / total.max(1) as f64)
 }
 
 /// Formats rows as a table: the first column left-aligned, the others right-aligned.

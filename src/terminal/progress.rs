@@ -1,4 +1,4 @@
-//! Progress on stderr: a bar on a terminal, or else one line every 30 s.
+//! [`Progress`] on stderr: a bar on a terminal, one line every 30 s elsewhere.
 
 use std::io::{IsTerminal, Write, stderr};
 use std::time::Duration;
@@ -9,26 +9,30 @@ use tokio::time::Instant;
 use super::format_count;
 
 /// Interval between progress lines if stderr is not a terminal.
-const LINE_EVERY: Duration = Duration::from_secs(30);
+const LINE_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Progress of one long operation. It uses no colour, so `NO_COLOR` needs no special case.
+/// Progress of one long operation, without colours.
 pub struct Progress {
-    verb: &'static str,
+    label: &'static str,
     total: u64,
     output: ProgressOutput,
 }
 
 enum ProgressOutput {
+    /// A bar on a terminal.
     Bar(ProgressBar),
-    Lines { last: Instant },
+    /// A line at most every [`LINE_INTERVAL`].
+    Lines { last_printed: Instant },
+    /// Only the lines of [`Progress::note`].
     Notes,
+    /// Nothing.
     Quiet,
 }
 
 impl Progress {
     /// Starts the progress display. `total` has the unit of [`Progress::update`], such as requests or optimizer
     /// steps.
-    pub fn new(verb: &'static str, total: u64, quiet: bool) -> Self {
+    pub fn new(label: &'static str, total: u64, quiet: bool) -> Self {
         let output = if quiet {
             ProgressOutput::Quiet
         } else if stderr().is_terminal() {
@@ -39,21 +43,21 @@ impl Progress {
             {
                 bar.set_style(style);
             }
-            bar.set_prefix(verb);
+            bar.set_prefix(label);
             ProgressOutput::Bar(bar)
         } else {
             ProgressOutput::Lines {
-                last: Instant::now(),
+                last_printed: Instant::now(),
             }
         };
         Self {
-            verb,
+            label,
             total,
             output,
         }
     }
 
-    /// Shows notes only, for an operation inside another one that shows its own progress.
+    /// Shows only notes, for an operation within another one that shows the progress.
     pub fn notes(quiet: bool) -> Self {
         let output = if quiet {
             ProgressOutput::Quiet
@@ -61,30 +65,30 @@ impl Progress {
             ProgressOutput::Notes
         };
         Self {
-            verb: "",
+            label: "",
             total: 0,
             output,
         }
     }
 
-    /// Shows that `done` of the total are done. `details` is only called if its text is shown; the text must be
-    /// sanitised.
+    /// Shows that `done` units of the total are complete. `details` is called only if its text is shown; the text must
+    /// be sanitised.
     pub fn update(&mut self, done: u64, details: impl FnOnce() -> String) {
         match &mut self.output {
             ProgressOutput::Bar(bar) => {
                 bar.set_position(done);
                 bar.set_message(details());
             }
-            ProgressOutput::Lines { last } if last.elapsed() >= LINE_EVERY => {
-                *last = Instant::now();
+            ProgressOutput::Lines { last_printed } if last_printed.elapsed() >= LINE_INTERVAL => {
+                *last_printed = Instant::now();
                 let (done, total) = (format_count(done), format_count(self.total));
-                write_line(&format!("{}: {done} of {total}, {}", self.verb, details()));
+                write_line(&format!("{}: {done} of {total}, {}", self.label, details()));
             }
             ProgressOutput::Lines { .. } | ProgressOutput::Notes | ProgressOutput::Quiet => {}
         }
     }
 
-    /// Prints a line above the bar immediately.
+    /// Prints a line immediately, above the bar if there is one.
     pub fn note(&self, line: &str) {
         match &self.output {
             ProgressOutput::Bar(bar) => bar.suspend(|| write_line(line)),
@@ -94,35 +98,36 @@ impl Progress {
     }
 }
 
-/// Progress of reading large files, shown only if it takes longer than 300 ms.
+/// Progress of reading large files in MB, shown only if it takes longer than 300 ms.
 pub struct ReadProgress {
-    verb: &'static str,
+    label: &'static str,
     quiet: bool,
     started: Instant,
-    shown: Option<Progress>,
+    /// None until [`Self::SHOW_AFTER`] has passed.
+    progress: Option<Progress>,
 }
 
 impl ReadProgress {
-    const SHORT: Duration = Duration::from_millis(300);
+    const SHOW_AFTER: Duration = Duration::from_millis(300);
     const MB: u64 = 1_000_000;
 
-    pub fn new(verb: &'static str, quiet: bool) -> Self {
+    pub fn new(label: &'static str, quiet: bool) -> Self {
         Self {
-            verb,
+            label,
             quiet,
             started: Instant::now(),
-            shown: None,
+            progress: None,
         }
     }
 
     /// Shows that `done` of `total` bytes have been read.
     pub fn update(&mut self, done: u64, total: u64) {
-        if self.shown.is_none() && self.started.elapsed() < Self::SHORT {
+        if self.progress.is_none() && self.started.elapsed() < Self::SHOW_AFTER {
             return;
         }
         let progress = self
-            .shown
-            .get_or_insert_with(|| Progress::new(self.verb, total / Self::MB, self.quiet));
+            .progress
+            .get_or_insert_with(|| Progress::new(self.label, total / Self::MB, self.quiet));
         progress.update(done / Self::MB, || "MB".to_owned());
     }
 }

@@ -1,10 +1,11 @@
-//! Files appear whole under their name, or not at all.
+//! Files and folders are written atomically.
 
 use std::fs;
 use std::io::Write;
 
 use distill::fs::{AtomicFile, commit_dir, create_dir_all, write_atomic, write_dir_with};
 
+/// Returns the names in a folder, sorted.
 fn names(folder: &std::path::Path) -> Vec<String> {
     let mut names: Vec<_> = fs::read_dir(folder)
         .unwrap()
@@ -32,7 +33,7 @@ fn write_atomic_replaces_the_file_and_leaves_no_temporary_file() {
 #[test]
 fn failed_write_names_its_file_and_cleans_up() {
     let dir = tempfile::tempdir().unwrap();
-    // A folder is in the way of the rename.
+    // The path is a folder, so the rename fails.
     let path = dir.path().join("taken");
     create_dir_all(&path.join("inside")).unwrap();
     let error = write_atomic(&path, b"x").unwrap_err();
@@ -59,23 +60,23 @@ fn written_file_has_default_permissions() {
 #[test]
 fn commit_dir_renames_the_folder() {
     let dir = tempfile::tempdir().unwrap();
-    let [temporary, last] = [".tmp-step", "step-000500"].map(|name| dir.path().join(name));
+    let [temporary, destination] = [".tmp-step", "step-000500"].map(|name| dir.path().join(name));
     create_dir_all(&temporary.join("nested/deeper")).unwrap();
     create_dir_all(&temporary.join("nested/deeper")).unwrap();
     fs::write(temporary.join("nested/state.json"), "{}").unwrap();
-    commit_dir(&temporary, &last).unwrap();
+    commit_dir(&temporary, &destination).unwrap();
     assert_eq!(names(dir.path()), ["step-000500"]);
     assert_eq!(
-        fs::read_to_string(last.join("nested/state.json")).unwrap(),
+        fs::read_to_string(destination.join("nested/state.json")).unwrap(),
         "{}"
     );
 
     create_dir_all(&temporary).unwrap();
-    let error = commit_dir(&temporary, &last).unwrap_err();
+    let error = commit_dir(&temporary, &destination).unwrap_err();
     assert!(error.to_string().contains("step-000500"), "{error}");
     assert!(
-        last.join("nested/state.json").exists(),
-        "what was committed stays"
+        destination.join("nested/state.json").exists(),
+        "the failed commit removed a committed file"
     );
 }
 
@@ -88,12 +89,12 @@ fn atomic_file_gets_its_name_at_commit() {
         file.write_all(text.as_bytes()).unwrap();
         file
     };
-    drop(begin("given up"));
+    drop(begin("dropped"));
     assert!(names(dir.path()).is_empty());
     let (first, second, third) = (begin("first"), begin("second"), begin("third"));
     assert!(!path.exists());
     first.commit(false).unwrap();
-    // Somebody was faster: what is there now was not there when this was begun.
+    // `first` has created the path since `second` was begun.
     let error = second.commit(false).unwrap_err();
     assert!(error.to_string().contains("rows.jsonl"), "{error}");
     assert_eq!(fs::read_to_string(&path).unwrap(), "first");

@@ -82,7 +82,7 @@ impl Stage {
         let in_flight = ledger["in_flight"]["requests"].as_u64().unwrap_or(0);
         let (status, errors) = end(self.start(), Duration::from_secs(60));
         assert!(status.success(), "{errors}");
-        let told = format!("the last run was killed: at most {in_flight} requests");
+        let told = format!("the last run was killed: up to {in_flight} requests");
         assert_eq!(errors.contains(&told), in_flight > 0, "{errors}");
     }
 

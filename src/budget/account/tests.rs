@@ -1,24 +1,7 @@
-//! Tests of the account's guarantees.
+//! Tests of reservations, charges and the excess factor.
 
 use crate::budget::account::*;
-
-/// Store that discards all writes.
-#[derive(Debug, Clone)]
-struct NullStore;
-
-impl LedgerStore for NullStore {
-    fn save(&mut self, _: &Ledger) -> Result<()> {
-        Ok(())
-    }
-
-    fn append(&mut self, _: &Spent) -> Result<()> {
-        Ok(())
-    }
-
-    fn sync(&mut self) -> Result<()> {
-        Ok(())
-    }
-}
+use crate::budget::ledger::ReadOnlyLedger;
 
 const PRICE: Price = Price {
     input: Some(1.0),
@@ -27,8 +10,8 @@ const PRICE: Price = Price {
     as_of: None,
 };
 
-fn account(cap: f64, ledger: Ledger, price: &Price) -> Account<NullStore> {
-    let opened = Account::open(NullStore, ledger, Some(cap), price, &Spent::default());
+fn account(cap: f64, ledger: Ledger, price: &Price) -> Account<ReadOnlyLedger> {
+    let opened = Account::open(ReadOnlyLedger, ledger, Some(cap), price, &Spent::default());
     opened.unwrap().0
 }
 
@@ -52,7 +35,7 @@ fn reservation_is_settled_by_the_charge() {
     assert!(account.reserve(&amount).unwrap() && account.reserve(&amount).unwrap());
     assert!(
         !account.reserve(&amount).unwrap(),
-        "a third one does not fit"
+        "a third reservation exceeds the cap"
     );
     account.settle(&amount, Charge::Nothing, &PRICE);
     assert!(account.reserve(&amount).unwrap());

@@ -134,7 +134,7 @@ impl Batches<'_> {
         if open.any(|upstream| !self.parts_of(upstream.index).is_empty()) {
             return;
         }
-        let error = crate::budget::account::out_of_money(&self.run_files.account);
+        let error = crate::budget::account::budget_exhausted(&self.run_files.account);
         self.upstreams[upstream].stop(error);
     }
 

@@ -230,7 +230,7 @@ impl<'a> Dispatcher<'a> {
         }
         if is_short_of_money && self.in_flight.is_empty() && wake.is_none() {
             self.stop
-                .get_or_insert(crate::budget::account::out_of_money(
+                .get_or_insert(crate::budget::account::budget_exhausted(
                     &self.run_files.account,
                 ));
         }
@@ -303,7 +303,7 @@ impl<'a> Dispatcher<'a> {
         let used = &mut self.summary.used[index];
         used.requests += 1;
         used.tokens += cost.tokens();
-        self.timeline.hour(ticket.at).requests += 1;
+        self.timeline.hour(ticket.sent_at).requests += 1;
         self.in_flight.spawn(attempt::run(
             Arc::clone(&self.plan),
             Arc::clone(&upstream.transport),

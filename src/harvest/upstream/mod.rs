@@ -190,7 +190,7 @@ impl Upstream {
             }
         }
         let must_drain = self.health.is_forbidding() && self.in_flight > 0;
-        if !must_drain && self.in_flight < self.concurrency.free_slots() {
+        if !must_drain && self.in_flight < self.concurrency.max_in_flight() {
             Ok(())
         } else {
             Err(None)
@@ -225,7 +225,9 @@ impl Upstream {
         let slots = if self.is_probing() || !self.health.is_proven() {
             1
         } else {
-            self.concurrency.free_slots().saturating_sub(self.in_flight)
+            self.concurrency
+                .max_in_flight()
+                .saturating_sub(self.in_flight)
         };
         self.limiter.admit(cost, slots.min(self.queue.len()))
     }
@@ -233,7 +235,7 @@ impl Upstream {
     /// Returns the daily limit and the wait for the next request, if a notice is due.
     pub(crate) fn daily_limit_notice(&mut self) -> Option<(u64, Duration)> {
         let now = Instant::now();
-        let (limit, until) = self.limiter.day.used_up(now)?;
+        let (limit, until) = self.limiter.daily_limit.used_up(now)?;
         if self
             .daily_limit_noted_at
             .is_some_and(|noted_at| now < noted_at + DAILY_LIMIT_NOTICE_INTERVAL)
@@ -246,24 +248,24 @@ impl Upstream {
 
     /// Returns true if rows are left and the daily limit is not used up.
     pub(crate) fn may_send(&self) -> bool {
-        !self.is_done() && self.limiter.day.used_up(Instant::now()).is_none()
+        !self.is_done() && self.limiter.daily_limit.used_up(Instant::now()).is_none()
     }
 
     /// Handles an event of the shared limits. Returns a notice for the user.
     pub(crate) fn poll_limiter_event(&mut self) -> Option<String> {
         match self.limiter.poll_event()? {
-            LimiterEvent::Silent(reason) => Some(format!(
+            LimiterEvent::Unavailable(reason) => Some(format!(
                 "waiting: no request is sent while the shared limits cannot be read \
                  ({reason})"
             )),
-            LimiterEvent::Back(silence) => {
+            LimiterEvent::Recovered(silence) => {
                 self.health.exclude_wait(silence);
                 let silence = format_duration(silence);
                 Some(format!(
                     "the shared limits can be read again, after {silence}"
                 ))
             }
-            LimiterEvent::Over(silence, reason) => {
+            LimiterEvent::OutageTooLong(silence, reason) => {
                 self.stop(run_error::no_shared_limits(silence, &reason));
                 None
             }
@@ -273,20 +275,20 @@ impl Upstream {
     pub(crate) fn request_sent(&mut self, ticket: &SendTicket) {
         self.in_flight += 1;
         if !self.health.is_proven() {
-            self.first.get_or_insert(ticket.at);
+            self.first.get_or_insert(ticket.sent_at);
         }
         if self.is_probing() {
-            self.probe = Some(ticket.at);
+            self.probe = Some(ticket.sent_at);
         }
     }
 
     /// Updates the limits after a reply or a failed request.
     pub(crate) fn reply_received(&mut self, ticket: &SendTicket, reports: &[LimitReport]) {
         self.in_flight -= 1;
-        if self.probe == Some(ticket.at) {
+        if self.probe == Some(ticket.sent_at) {
             self.probe = None;
         }
-        if self.first == Some(ticket.at) {
+        if self.first == Some(ticket.sent_at) {
             self.first = None;
         }
         if self.limiter.update_from_headers(reports, ticket) {
@@ -302,10 +304,10 @@ impl Upstream {
         usage: Option<&Usage>,
     ) {
         let now = Instant::now();
-        self.health.success(ticket.at, now);
+        self.health.success(ticket.sent_at, now);
         if self.settings.limits.adapt {
-            let is_full = self.in_flight + 1 >= self.concurrency.free_slots();
-            self.concurrency.answered(ticket.at, now, is_full);
+            let is_full = self.in_flight + 1 >= self.concurrency.max_in_flight();
+            self.concurrency.answered(ticket.sent_at, now, is_full);
         }
         let used = usage.map(|usage| RequestCost {
             input_tokens: usage.prompt_tokens,
@@ -326,7 +328,7 @@ impl Upstream {
 
     /// Counts a row that a content filter refused as a success of the endpoint.
     pub(crate) fn filtered(&mut self, ticket: &SendTicket) {
-        self.health.success(ticket.at, Instant::now());
+        self.health.success(ticket.sent_at, Instant::now());
         self.limiter.answered(&[], ticket, None);
     }
 

@@ -54,7 +54,7 @@ impl Upstream {
         message: String,
     ) -> RetryDecision {
         let now = Instant::now();
-        let round = self.health.throttled(ticket.at, now);
+        let round = self.health.throttled(ticket.sent_at, now);
         // A request larger than the limit itself never fits.
         let too_small = self.limiter.too_small(&cost);
         if too_small.is_some() || message.to_lowercase().contains("request too large") {
@@ -65,12 +65,12 @@ impl Upstream {
             return RetryDecision::Failed(entry, failure);
         }
         if self.settings.limits.adapt {
-            self.concurrency.throttled(ticket.at, now);
+            self.concurrency.throttled(ticket.sent_at, now);
         }
         let backoff = self.backoff_pause(round, 1.0);
         let long_wait = wait.filter(|wait| *wait > LONGEST_WAIT);
         if let Some(long_wait) = long_wait
-            && self.health.long_wait_requested(ticket.at, now) >= LONG_WAIT_ROUNDS
+            && self.health.long_wait_requested(ticket.sent_at, now) >= LONG_WAIT_ROUNDS
         {
             self.queue.delay(entry, now);
             return RetryDecision::LongWait(long_wait);
@@ -154,7 +154,7 @@ impl Upstream {
             return RetryDecision::Failed(entry, failure);
         }
         entry.claimed += 1;
-        let round = self.health.claimed(entry.row, ticket.at, now);
+        let round = self.health.claimed(entry.row, ticket.sent_at, now);
         let contradicted = self.health.contradicted();
         if round > CLAIM_ROUNDS + contradicted.min(MAX_EXTRA_CLAIM_ROUNDS) {
             self.queue.delay(entry, now);

@@ -1,25 +1,26 @@
-//! The script and the time of a request to the batch store.
+//! [`BatchContext`]: the script, and the current time in real and virtual seconds.
 
-use crate::mock::script::Script;
 use std::time::Duration;
 
-/// The script and the current time.
+use crate::mock::script::Script;
+
+/// The script and the time of a request to the batch API.
 pub(crate) struct BatchContext<'a> {
     pub script: &'a Script,
-    /// Time since the start.
-    pub at: Duration,
-    /// Unix time of the start, in seconds.
-    pub started: i64,
+    /// Real time since the start of the mock.
+    pub elapsed: Duration,
+    /// Unix time of the start of the mock, in seconds.
+    pub start_unix_s: i64,
 }
 
 impl BatchContext<'_> {
-    /// Returns the virtual seconds since the start.
-    pub(crate) fn now(&self) -> f64 {
-        self.at.as_secs_f64() * self.script.batch.clock
+    /// Returns the number of virtual seconds since the start of the mock.
+    pub(crate) fn virtual_now(&self) -> f64 {
+        self.elapsed.as_secs_f64() * self.script.batch.clock
     }
 
-    /// Converts virtual seconds since the start to Unix time.
-    pub(crate) fn stamp(&self, at: f64) -> i64 {
-        self.started + at as i64
+    /// Converts virtual seconds since the start of the mock to Unix time.
+    pub(crate) fn unix_time(&self, virtual_s: f64) -> i64 {
+        self.start_unix_s + virtual_s as i64
     }
 }

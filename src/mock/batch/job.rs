@@ -1,4 +1,4 @@
-//! One batch: its rows, their planned results and its JSON.
+//! [`BatchJob`]: the rows of a batch, their planned results, and the JSON of the batch.
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use crate::mock::batch::context::BatchContext;
 use crate::mock::batch::lifecycle::{BatchLifecycle, BatchSnapshot, BatchStatus};
 use crate::mock::batch::rows;
 use crate::mock::batch::rows::BatchRow;
-use crate::mock::response::HttpReply;
+use crate::mock::response::MockReply;
 use crate::mock::script::Script;
 use crate::mock::script::batch::RequestCountsMode;
 
@@ -17,24 +17,25 @@ pub(crate) struct BatchJob {
     pub id: String,
     pub input_file_id: String,
     pub endpoint: String,
-    pub window: String,
+    pub completion_window: String,
     pub metadata: Value,
     pub lifecycle: BatchLifecycle,
-    /// Validation errors, reported when validation ends.
+    /// Validation errors. They are reported when validation ends.
     pub errors: Vec<Value>,
     pub rows: Vec<BatchRow>,
-    /// Row index and planned result, in processing order.
-    pub order: Vec<(usize, PlannedResult)>,
+    /// Index and planned result of each row, in processing order.
+    pub plan: Vec<(usize, PlannedResult)>,
+    /// None until the batch has ended.
     pub results: Option<BatchResults>,
 }
 
-/// The result that the script plans for a row.
+/// The result of a row, as the script determines it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PlannedResult {
     Answer,
-    /// One of three kinds of line in the error file.
+    /// A line of the error file, in format 0, 1 or 2.
     Error(usize),
-    /// In neither file.
+    /// No line in either result file.
     Lost,
 }
 
@@ -47,19 +48,21 @@ pub(crate) struct BatchResults {
     pub failed: usize,
 }
 
-/// Answers the body of a row: returns a status and a response body.
+/// Function that answers the body of a row with a status and a response body.
 pub(crate) type AnswerRowFn<'a> = dyn FnMut(&[u8]) -> (u16, Bytes) + 'a;
 
 impl BatchJob {
     pub(crate) fn snapshot(&self, context: &BatchContext) -> BatchSnapshot {
-        self.lifecycle.at(&context.script.batch, context.now())
+        self.lifecycle
+            .snapshot(&context.script.batch, context.virtual_now())
     }
 
+    /// Returns the number of tokens of all rows: prompt tokens and `max_tokens`.
     pub(crate) fn tokens(&self) -> u64 {
         self.rows.iter().map(|row| row.tokens).sum()
     }
 
-    /// Runs the rows. Returns the results and the contents of the output and the error file.
+    /// Answers the rows. Returns the results, and the contents of the output file and the error file.
     pub(crate) fn run_rows(
         &self,
         snapshot: &BatchSnapshot,
@@ -71,10 +74,10 @@ impl BatchJob {
         if snapshot.status == BatchStatus::Failed {
             return (results, output, errors);
         }
-        for (position, &(index, planned)) in self.order.iter().enumerate() {
+        for (position, &(index, planned)) in self.plan.iter().enumerate() {
             let row = &self.rows[index];
             let id = format!("batch_req_{}_{index}", &self.id[6..]);
-            let line = if position < snapshot.done {
+            let line = if position < snapshot.processed_rows {
                 match planned {
                     PlannedResult::Lost => continue,
                     PlannedResult::Answer => {
@@ -89,7 +92,7 @@ impl BatchJob {
                     }
                     PlannedResult::Error(0) => {
                         let reply =
-                            HttpReply::error(500, "The server had an error.", "server_error");
+                            MockReply::error(500, "The server had an error.", "server_error");
                         rows::response_line(&id, &row.custom_id, 500, &reply.body)
                     }
                     PlannedResult::Error(1) => {
@@ -118,8 +121,10 @@ impl BatchJob {
             (Some(other), BatchStatus::InProgress) => other,
             (_, status) => status.as_str(),
         };
-        let stamp = |at: Option<f64>| at.map(|at| context.stamp(at));
-        let ended = |end: BatchStatus| stamp(snapshot.ended_at.filter(|_| snapshot.status == end));
+        let unix_time = |virtual_s: Option<f64>| virtual_s.map(|time| context.unix_time(time));
+        let ended_as = |status: BatchStatus| {
+            unix_time(snapshot.ended_at.filter(|_| snapshot.status == status))
+        };
         let results = self.results.as_ref();
         let errors = (snapshot.status == BatchStatus::Failed)
             .then(|| json!({"object": "list", "data": self.errors}));
@@ -129,26 +134,25 @@ impl BatchJob {
             "endpoint": self.endpoint,
             "errors": errors,
             "input_file_id": self.input_file_id,
-            "completion_window": self.window,
+            "completion_window": self.completion_window,
             "status": status,
             "output_file_id": results.and_then(|results| results.output_file_id.as_ref()),
             "error_file_id": results.and_then(|results| results.error_file_id.as_ref()),
-            "created_at": context.stamp(self.lifecycle.created),
-            "in_progress_at": stamp(snapshot.in_progress_at),
-            "expires_at": context.stamp(self.lifecycle.expires()),
-            "finalizing_at": stamp(snapshot.finalizing_at),
-            "completed_at": ended(BatchStatus::Completed),
-            "failed_at": ended(BatchStatus::Failed),
-            "expired_at": ended(BatchStatus::Expired),
-            "cancelling_at": stamp(snapshot.cancelling_at),
-            "cancelled_at": ended(BatchStatus::Cancelled),
+            "created_at": context.unix_time(self.lifecycle.created),
+            "in_progress_at": unix_time(snapshot.in_progress_at),
+            "expires_at": context.unix_time(self.lifecycle.expires()),
+            "finalizing_at": unix_time(snapshot.finalizing_at),
+            "completed_at": ended_as(BatchStatus::Completed),
+            "failed_at": ended_as(BatchStatus::Failed),
+            "expired_at": ended_as(BatchStatus::Expired),
+            "cancelling_at": unix_time(snapshot.cancelling_at),
+            "cancelled_at": ended_as(BatchStatus::Cancelled),
             "request_counts": self.request_counts(context.script, &snapshot),
             "metadata": self.metadata,
         })
     }
 
     fn request_counts(&self, script: &Script, snapshot: &BatchSnapshot) -> Value {
-        let counts = |total: usize, completed: usize, failed: usize| json!({"total": total, "completed": completed, "failed": failed});
         let total = snapshot.in_progress_at.map_or(0, |_| self.rows.len());
         match script.batch.request_counts {
             RequestCountsMode::Null => Value::Null,
@@ -156,30 +160,39 @@ impl BatchJob {
             RequestCountsMode::AllCompleted if snapshot.status.is_final() => {
                 counts(total, total, 0)
             }
-            RequestCountsMode::AllCompleted => counts(total, snapshot.done, 0),
+            RequestCountsMode::AllCompleted => counts(total, snapshot.processed_rows, 0),
             RequestCountsMode::Right => match &self.results {
                 Some(results) => counts(total, results.completed, results.failed),
                 None => {
-                    let done = &self.order[..snapshot.done];
-                    let is = |planned: &&(usize, PlannedResult)| planned.1 == PlannedResult::Answer;
-                    let completed = done.iter().filter(is).count();
-                    counts(total, completed, snapshot.done - completed)
+                    let processed = &self.plan[..snapshot.processed_rows];
+                    let is_answer =
+                        |(_, planned): &&(usize, PlannedResult)| *planned == PlannedResult::Answer;
+                    let completed = processed.iter().filter(is_answer).count();
+                    counts(total, completed, snapshot.processed_rows - completed)
                 }
             },
         }
     }
 }
 
-/// Shuffles the rows and plans the result of each.
-pub(crate) fn plan_rows(rows: usize, script: &Script, batch: u64) -> Vec<(usize, PlannedResult)> {
+fn counts(total: usize, completed: usize, failed: usize) -> Value {
+    json!({"total": total, "completed": completed, "failed": failed})
+}
+
+/// Shuffles the rows and plans the result of each, by the seed and the number of the batch.
+pub(crate) fn plan_rows(
+    rows: usize,
+    script: &Script,
+    batch_number: u64,
+) -> Vec<(usize, PlannedResult)> {
     let batch_script = &script.batch;
     let mut order: Vec<usize> = (0..rows).collect();
-    let mut rng = fastrand::Rng::with_seed(script.seed ^ batch.wrapping_mul(0x9e37_79b9));
+    let mut rng = fastrand::Rng::with_seed(script.seed ^ batch_number.wrapping_mul(0x9e37_79b9));
     rng.shuffle(&mut order);
     let mut results: Vec<PlannedResult> = (0..rows)
-        .map(|place| match place {
-            _ if place < batch_script.error_rows => PlannedResult::Error(place % 3),
-            _ if place - batch_script.error_rows < batch_script.lost_rows => PlannedResult::Lost,
+        .map(|index| match index {
+            _ if index < batch_script.error_rows => PlannedResult::Error(index % 3),
+            _ if index - batch_script.error_rows < batch_script.lost_rows => PlannedResult::Lost,
             _ => PlannedResult::Answer,
         })
         .collect();

@@ -1,30 +1,31 @@
-//! The status of a batch as a function of time. Pure. Times are virtual seconds since the start.
+//! [`BatchLifecycle`]: the status of a batch as a function of time. Pure. Times are virtual seconds since the start of
+//! the mock.
 
-use crate::mock::script::batch::{BatchOutcome, BatchScript};
+use crate::mock::script::batch::{BatchScript, ScriptedOutcome};
 
 /// The events and sizes that determine the status of a batch.
 #[derive(Debug, Clone)]
 pub(crate) struct BatchLifecycle {
     pub created: f64,
-    /// Completion window: seconds from creation to expiry.
-    pub window: f64,
+    /// Seconds from creation to expiry.
+    pub window_s: f64,
     pub rows: usize,
     /// Whether validation fails.
     pub is_invalid: bool,
-    /// Time of the client's cancel request.
+    /// Time of the client's request to cancel the batch.
     pub cancelled: Option<f64>,
 }
 
-/// The state of a batch at a time. Later events have no timestamp yet.
+/// The state of a batch at one time. Timestamps of later events are None.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct BatchSnapshot {
     pub status: BatchStatus,
     /// Number of processed rows.
-    pub done: usize,
+    pub processed_rows: usize,
     pub in_progress_at: Option<f64>,
     pub finalizing_at: Option<f64>,
     pub cancelling_at: Option<f64>,
-    /// Time of the final status, if it is reached.
+    /// Time at which the batch reached its final status.
     pub ended_at: Option<f64>,
 }
 
@@ -69,15 +70,15 @@ impl BatchStatus {
 
 impl BatchLifecycle {
     pub(crate) fn expires(&self) -> f64 {
-        self.created + self.window
+        self.created + self.window_s
     }
 
     /// Returns the state of the batch at `now`.
-    pub(crate) fn at(&self, script: &BatchScript, now: f64) -> BatchSnapshot {
+    pub(crate) fn snapshot(&self, script: &BatchScript, now: f64) -> BatchSnapshot {
         let validated = self.created + script.validating_s;
-        let (stopped, end) = self.stop(script, validated);
-        let is_cancel = end == BatchStatus::Cancelled;
-        let closing_time = if is_cancel {
+        let (stopped, final_status) = self.stop(script, validated);
+        let is_cancel = final_status == BatchStatus::Cancelled;
+        let closing_s = if is_cancel {
             script.cancelling_s
         } else {
             script.finalizing_s
@@ -90,8 +91,8 @@ impl BatchLifecycle {
             } else {
                 BatchStatus::Validating
             },
-            done: if is_running {
-                self.done(script, now.min(stopped))
+            processed_rows: if is_running {
+                self.processed_rows(script, now.min(stopped))
             } else {
                 0
             },
@@ -101,8 +102,8 @@ impl BatchLifecycle {
         if now < stopped {
             return snapshot;
         }
-        if end == BatchStatus::Failed {
-            snapshot.status = end;
+        if final_status == BatchStatus::Failed {
+            snapshot.status = final_status;
             snapshot.ended_at = Some(stopped);
             return snapshot;
         }
@@ -111,24 +112,26 @@ impl BatchLifecycle {
         } else {
             snapshot.finalizing_at = Some(stopped);
         }
-        let ended = stopped + closing_time;
+        let ended = stopped + closing_s;
         snapshot.status = match (now < ended, is_cancel) {
             (true, true) => BatchStatus::Cancelling,
             (true, false) => BatchStatus::Finalizing,
-            (false, _) => end,
+            (false, _) => final_status,
         };
         snapshot.ended_at = (now >= ended).then_some(ended);
         snapshot
     }
 
-    /// Returns when processing stops, and the final status.
+    /// Returns the time at which processing stops, and the final status that follows.
     fn stop(&self, script: &BatchScript, validated: f64) -> (f64, BatchStatus) {
         let scripted = match script.outcome {
             _ if self.is_invalid => (validated, BatchStatus::Failed),
-            BatchOutcome::Failed => (validated, BatchStatus::Failed),
-            BatchOutcome::Completed => (validated + script.in_progress_s, BatchStatus::Completed),
-            BatchOutcome::Expired => (f64::INFINITY, BatchStatus::Expired),
-            BatchOutcome::Cancelled => (
+            ScriptedOutcome::Failed => (validated, BatchStatus::Failed),
+            ScriptedOutcome::Completed => {
+                (validated + script.in_progress_s, BatchStatus::Completed)
+            }
+            ScriptedOutcome::Expired => (f64::INFINITY, BatchStatus::Expired),
+            ScriptedOutcome::Cancelled => (
                 validated + script.in_progress_s / 2.0,
                 BatchStatus::Cancelled,
             ),
@@ -140,25 +143,28 @@ impl BatchLifecycle {
         );
         [expired, cancelled]
             .into_iter()
-            .fold(
-                scripted,
-                |first, other| if other.0 < first.0 { other } else { first },
-            )
+            .fold(scripted, |earliest, other| {
+                if other.0 < earliest.0 {
+                    other
+                } else {
+                    earliest
+                }
+            })
     }
 
-    /// Number of rows processed by `until`. A batch scripted to expire stops halfway.
-    fn done(&self, script: &BatchScript, until: f64) -> usize {
-        let worked = until - self.created - script.validating_s;
+    /// Returns the number of rows processed until a time. A batch that is scripted to expire stops halfway.
+    fn processed_rows(&self, script: &BatchScript, until: f64) -> usize {
+        let processing_s = until - self.created - script.validating_s;
         let share = if script.in_progress_s > 0.0 {
-            (worked / script.in_progress_s).clamp(0.0, 1.0)
+            (processing_s / script.in_progress_s).clamp(0.0, 1.0)
         } else {
             1.0
         };
         let share = match script.outcome {
-            BatchOutcome::Expired => share.min(0.5),
+            ScriptedOutcome::Expired => share.min(0.5),
             _ => share,
         };
-        // A sum of times may yield 2.9999999 for 3.
+        // A rounding error may turn 3 rows into 2.9999999.
         (share * self.rows as f64 + 1e-6).floor() as usize
     }
 }
@@ -170,7 +176,7 @@ mod tests {
     fn lifecycle() -> BatchLifecycle {
         BatchLifecycle {
             created: 1000.0,
-            window: 86_400.0,
+            window_s: 86_400.0,
             rows: 4,
             is_invalid: false,
             cancelled: None,
@@ -185,9 +191,9 @@ mod tests {
         expected: &[(f64, BatchStatus, usize)],
     ) {
         for &(second, status, done) in expected {
-            let snapshot = lifecycle.at(script, lifecycle.created + second);
+            let snapshot = lifecycle.snapshot(script, lifecycle.created + second);
             assert_eq!(
-                (snapshot.status, snapshot.done),
+                (snapshot.status, snapshot.processed_rows),
                 (status, done),
                 "at {second} s"
             );
@@ -224,7 +230,7 @@ mod tests {
         };
         check(&bad, &BatchScript::default(), &expected);
         let script = BatchScript {
-            outcome: BatchOutcome::Failed,
+            outcome: ScriptedOutcome::Failed,
             ..BatchScript::default()
         };
         check(&lifecycle(), &script, &expected);
@@ -233,7 +239,7 @@ mod tests {
     #[test]
     fn expired_batch_keeps_processed_rows() {
         let stuck = BatchScript {
-            outcome: BatchOutcome::Expired,
+            outcome: ScriptedOutcome::Expired,
             ..BatchScript::default()
         };
         let slow = BatchScript {
@@ -278,7 +284,7 @@ mod tests {
         ];
         check(&cancelled(2800.0), &script, &late);
         let scripted = BatchScript {
-            outcome: BatchOutcome::Cancelled,
+            outcome: ScriptedOutcome::Cancelled,
             ..BatchScript::default()
         };
         check(

@@ -1,7 +1,7 @@
 //! OpenAI's file and batch API, on a virtual clock.
 //!
-//! Nothing runs in the background: the state of a batch is a function of time, computed on request.
-//! A batch is billed when it ends.
+//! Nothing runs in the background: the state of a batch is a function of time, which is computed when a request
+//! arrives. A batch is billed when it ends.
 //!
 //! | file | content |
 //! |---|---|
@@ -9,8 +9,8 @@
 //! | `upload` | multipart parsing |
 //! | `rows` | validation of the input file; the lines of the result files |
 //! | `job` | one batch: its rows, planned results and JSON |
-//! | `lifecycle` | the status of a batch at a time |
-//! | `context` | script and time of a request |
+//! | `lifecycle` | the status of a batch as a function of time |
+//! | `context` | the script, and the current real and virtual time |
 
 pub(crate) mod context;
 pub(crate) mod job;
@@ -18,27 +18,27 @@ pub(crate) mod lifecycle;
 pub(crate) mod rows;
 pub(crate) mod upload;
 
-use crate::mock::batch::context::BatchContext;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 
+use crate::mock::batch::context::BatchContext;
 use crate::mock::batch::job::{AnswerRowFn, BatchJob, plan_rows};
 use crate::mock::batch::lifecycle::{BatchLifecycle, BatchStatus};
 use crate::mock::batch::rows::error_entry;
 use crate::mock::request::{MockRequest, method_not_allowed};
-use crate::mock::response::{HttpReply, MockResponse};
-use crate::mock::script::batch::BatchOutcome;
+use crate::mock::response::{MockReply, MockResponse};
+use crate::mock::script::batch::ScriptedOutcome;
 
 /// All files and batches.
 #[derive(Debug, Default)]
 pub(crate) struct BatchStore {
     files: BTreeMap<String, StoredFile>,
     batches: Vec<BatchJob>,
-    /// Number of file ids given so far.
-    files_named: usize,
+    /// Number of file ids that were assigned.
+    assigned_file_ids: usize,
 }
 
 /// An uploaded file or a result file.
@@ -47,14 +47,14 @@ struct StoredFile {
     name: String,
     purpose: String,
     content: Bytes,
-    /// Time since the start from which the file is found.
+    /// Real time since the start of the mock at which requests begin to find the file.
     visible_at: Duration,
-    /// Virtual seconds since the start.
+    /// Time of creation, in virtual seconds since the start of the mock.
     created: f64,
 }
 
 impl BatchStore {
-    /// Handles a request to a file or batch route; returns `None` for other routes.
+    /// Handles a request to a file or batch route. Returns None for other routes.
     pub(crate) fn handle(
         &mut self,
         request: &MockRequest,
@@ -66,17 +66,17 @@ impl BatchStore {
             ("POST", ["files"]) => self.upload(request, context),
             ("GET", ["files"]) => self.list_files(context),
             ("GET", ["files", id]) => self.with_file(id, context, |file| {
-                HttpReply::json(200, file.to_json(id, context).to_string())
+                MockReply::json(200, file.to_json(id, context).to_string())
             }),
-            ("GET", ["files", id, "content"]) => self.with_file(id, context, |file| HttpReply {
+            ("GET", ["files", id, "content"]) => self.with_file(id, context, |file| MockReply {
                 content_type: "application/octet-stream",
-                ..HttpReply::json(200, file.content.clone())
+                ..MockReply::json(200, file.content.clone())
             }),
             ("DELETE", ["files", id]) => self.delete(id, context),
             ("POST", ["batches"]) => return Some(self.create(request.body, context)),
             ("GET", ["batches"]) => self.list_batches(query, context),
             ("GET", ["batches", id]) => match self.batch(id) {
-                Some(batch) => HttpReply::json(200, batch.to_json(context).to_string()),
+                Some(batch) => MockReply::json(200, batch.to_json(context).to_string()),
                 None => not_found("Batch", id, 404, "id"),
             },
             ("POST", ["batches", id, "cancel"]) => self.cancel(id, context),
@@ -86,61 +86,62 @@ impl BatchStore {
         Some(MockResponse::Complete(reply))
     }
 
-    fn upload(&mut self, request: &MockRequest, context: &BatchContext) -> HttpReply {
+    fn upload(&mut self, request: &MockRequest, context: &BatchContext) -> MockReply {
         let content_type = request.content_type.unwrap_or_default();
         let upload = match upload::parse(content_type, request.body) {
             Ok(upload) => upload,
-            Err(problem) => return HttpReply::error(400, problem, Value::Null),
+            Err(problem) => return MockReply::error(400, problem, Value::Null),
         };
-        let missing = crate::mock::faults::duration(context.script.batch.missing_s);
+        let missing = crate::mock::faults::duration_from_s(context.script.batch.missing_s);
         let file = StoredFile {
             name: upload.filename,
             purpose: upload.purpose,
             content: Bytes::copy_from_slice(upload.content),
-            visible_at: context.at + missing,
-            created: context.now(),
+            visible_at: context.elapsed + missing,
+            created: context.virtual_now(),
         };
         let id = self.next_file_id();
-        let to_json = file.to_json(&id, context);
+        let json = file.to_json(&id, context);
         self.files.insert(id, file);
-        HttpReply::json(200, to_json.to_string())
+        MockReply::json(200, json.to_string())
     }
 
     fn next_file_id(&mut self) -> String {
-        self.files_named += 1;
-        format!("file-{:024}", self.files_named)
+        self.assigned_file_ids += 1;
+        format!("file-{:024}", self.assigned_file_ids)
     }
 
+    /// Returns the reply of `respond` for a visible file, or a 404.
     fn with_file(
         &self,
         id: &str,
         context: &BatchContext,
-        then: impl FnOnce(&StoredFile) -> HttpReply,
-    ) -> HttpReply {
+        respond: impl FnOnce(&StoredFile) -> MockReply,
+    ) -> MockReply {
         match self
             .files
             .get(id)
-            .filter(|file| file.visible_at <= context.at)
+            .filter(|file| file.visible_at <= context.elapsed)
         {
-            Some(file) => then(file),
+            Some(file) => respond(file),
             None => not_found("File", id, 404, "id"),
         }
     }
 
-    fn list_files(&self, context: &BatchContext) -> HttpReply {
-        let visible_at = self
+    fn list_files(&self, context: &BatchContext) -> MockReply {
+        let visible = self
             .files
             .iter()
-            .filter(|(_, file)| file.visible_at <= context.at);
-        let entries: Vec<Value> = visible_at
+            .filter(|(_, file)| file.visible_at <= context.elapsed);
+        let entries: Vec<Value> = visible
             .map(|(id, file)| file.to_json(id, context))
             .collect();
-        HttpReply::json(200, list_page(entries, false).to_string())
+        MockReply::json(200, list_page(entries, false).to_string())
     }
 
-    fn delete(&mut self, id: &str, context: &BatchContext) -> HttpReply {
+    fn delete(&mut self, id: &str, context: &BatchContext) -> MockReply {
         let deleted = json!({"id": id, "object": "file", "deleted": true});
-        let reply = self.with_file(id, context, |_| HttpReply::json(200, deleted.to_string()));
+        let reply = self.with_file(id, context, |_| MockReply::json(200, deleted.to_string()));
         if reply.status == 200 {
             self.files.remove(id);
         }
@@ -160,28 +161,29 @@ impl BatchStore {
         }
     }
 
-    fn try_create(&mut self, body: &[u8], context: &BatchContext) -> Result<HttpReply, HttpReply> {
+    fn try_create(&mut self, body: &[u8], context: &BatchContext) -> Result<MockReply, MockReply> {
         let script = context.script;
         let body: Value = serde_json::from_slice(body)
-            .map_err(|_| HttpReply::error(400, "The body is not valid JSON.", Value::Null))?;
+            .map_err(|_| MockReply::error(400, "The body is not valid JSON.", Value::Null))?;
         let required = |param: &str| {
             body[param].as_str().map(String::from).ok_or_else(|| {
                 let message = format!("Missing required parameter: '{param}'.");
-                HttpReply::bad_field(param, &message, "missing_required_parameter")
+                MockReply::bad_field(param, &message, "missing_required_parameter")
             })
         };
         let input_file_id = required("input_file_id")?;
         let endpoint = required("endpoint")?;
-        let window = required("completion_window")?;
-        let seconds = parse_window(&window).ok_or_else(|| {
-            let message = format!("Invalid value: '{window}'. Supported values are: '24h'.");
-            HttpReply::bad_field("completion_window", &message, "invalid_value")
+        let completion_window = required("completion_window")?;
+        let window_s = parse_window(&completion_window).ok_or_else(|| {
+            let message =
+                format!("Invalid value: '{completion_window}'. Supported values are: '24h'.");
+            MockReply::bad_field("completion_window", &message, "invalid_value")
         })?;
         let file = self.files.get(&input_file_id);
-        let file = file.filter(|file| file.visible_at <= context.at);
+        let file = file.filter(|file| file.visible_at <= context.elapsed);
         let file = file.ok_or_else(|| not_found("File", &input_file_id, 400, "input_file_id"))?;
         let (rows, mut errors) = rows::read(&file.content, &endpoint, script);
-        if script.batch.outcome == BatchOutcome::Failed && errors.is_empty() {
+        if script.batch.outcome == ScriptedOutcome::Failed && errors.is_empty() {
             let message = "The script fails this batch.";
             errors.push(error_entry(
                 "invalid_request",
@@ -197,8 +199,8 @@ impl BatchStore {
                 .filter(|batch| !batch.snapshot(context).status.is_final())
                 .map(BatchJob::tokens)
                 .sum();
-            let own: u64 = rows.iter().map(|row| row.tokens).sum();
-            if enqueued + own > limit {
+            let new_tokens: u64 = rows.iter().map(|row| row.tokens).sum();
+            if enqueued + new_tokens > limit {
                 let message = format!(
                     "Enqueued token limit reached for {} in organization org-mock. Limit: {limit} \
                      enqueued tokens. Please try again once some in_progress batches have been \
@@ -213,27 +215,27 @@ impl BatchStore {
             id: format!("batch_{number:024}"),
             input_file_id,
             endpoint,
-            window,
+            completion_window,
             metadata: body["metadata"].clone(),
             lifecycle: BatchLifecycle {
-                created: context.now(),
-                window: seconds,
+                created: context.virtual_now(),
+                window_s,
                 rows: rows.len(),
                 is_invalid: !errors.is_empty(),
                 cancelled: None,
             },
             errors,
-            order: plan_rows(rows.len(), script, number),
+            plan: plan_rows(rows.len(), script, number),
             rows,
             results: None,
         };
-        let to_json = batch.to_json(context);
+        let json = batch.to_json(context);
         self.batches.push(batch);
-        Ok(HttpReply::json(200, to_json.to_string()))
+        Ok(MockReply::json(200, json.to_string()))
     }
 
     /// Lists batches, newest first: up to `limit`, starting after the batch `after`.
-    fn list_batches(&self, query: &str, context: &BatchContext) -> HttpReply {
+    fn list_batches(&self, query: &str, context: &BatchContext) -> MockReply {
         let parameter = |name: &str| {
             let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
             pairs
@@ -252,25 +254,25 @@ impl BatchStore {
             .take(limit)
             .map(|batch| batch.to_json(context))
             .collect();
-        HttpReply::json(
+        MockReply::json(
             200,
             list_page(entries, batches.next().is_some()).to_string(),
         )
     }
 
-    fn cancel(&mut self, id: &str, context: &BatchContext) -> HttpReply {
+    fn cancel(&mut self, id: &str, context: &BatchContext) -> MockReply {
         let Some(batch) = self.batches.iter_mut().find(|batch| batch.id == id) else {
             return not_found("Batch", id, 404, "id");
         };
         match batch.snapshot(context).status {
             BatchStatus::Validating | BatchStatus::InProgress => {
-                batch.lifecycle.cancelled = Some(context.now());
-                HttpReply::json(200, batch.to_json(context).to_string())
+                batch.lifecycle.cancelled = Some(context.virtual_now());
+                MockReply::json(200, batch.to_json(context).to_string())
             }
-            BatchStatus::Cancelling => HttpReply::json(200, batch.to_json(context).to_string()),
+            BatchStatus::Cancelling => MockReply::json(200, batch.to_json(context).to_string()),
             status => {
                 let message = format!("Cannot cancel a batch with status '{}'.", status.as_str());
-                HttpReply::error(409, &message, Value::Null)
+                MockReply::error(409, &message, Value::Null)
             }
         }
     }
@@ -291,9 +293,10 @@ impl BatchStore {
         }
     }
 
+    /// Stores a result file, unless it is empty, and returns its id.
     fn store_result(
         &mut self,
-        what: &str,
+        kind: &str,
         content: Vec<u8>,
         created: f64,
         context: &BatchContext,
@@ -303,10 +306,10 @@ impl BatchStore {
         }
         let id = self.next_file_id();
         let file = StoredFile {
-            name: format!("{id}_{what}.jsonl"),
+            name: format!("{id}_{kind}.jsonl"),
             purpose: "batch_output".into(),
             content: content.into(),
-            visible_at: context.at,
+            visible_at: context.elapsed,
             created,
         };
         self.files.insert(id.clone(), file);
@@ -320,7 +323,7 @@ impl StoredFile {
             "id": id,
             "object": "file",
             "bytes": self.content.len(),
-            "created_at": context.stamp(self.created),
+            "created_at": context.unix_time(self.created),
             "filename": self.name,
             "purpose": self.purpose,
             "status": "processed",
@@ -328,7 +331,7 @@ impl StoredFile {
     }
 }
 
-/// Parses a completion window such as `24h` or `7d`, in seconds.
+/// Parses a completion window such as `24h` or `7d`. Returns seconds.
 fn parse_window(window: &str) -> Option<f64> {
     let unit = match window.chars().last()? {
         'h' => 3600.0,
@@ -340,7 +343,7 @@ fn parse_window(window: &str) -> Option<f64> {
 }
 
 fn list_page(entries: Vec<Value>, has_more: bool) -> Value {
-    let id = |to_json: Option<&Value>| to_json.map_or(Value::Null, |to_json| to_json["id"].clone());
+    let id = |entry: Option<&Value>| entry.map_or(Value::Null, |entry| entry["id"].clone());
     json!({
         "object": "list",
         "first_id": id(entries.first()),
@@ -350,8 +353,8 @@ fn list_page(entries: Vec<Value>, has_more: bool) -> Value {
     })
 }
 
-fn not_found(what: &str, id: &str, status: u16, param: &str) -> HttpReply {
-    let message = format!("No such {what} object: {id}");
-    let reply = HttpReply::bad_field(param, &message, Value::Null);
-    HttpReply { status, ..reply }
+fn not_found(object: &str, id: &str, status: u16, param: &str) -> MockReply {
+    let message = format!("No such {object} object: {id}");
+    let reply = MockReply::bad_field(param, &message, Value::Null);
+    MockReply { status, ..reply }
 }

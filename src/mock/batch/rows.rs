@@ -1,4 +1,4 @@
-//! The lines of batch files: validates input lines and writes result lines. Pure.
+//! Reads the lines of input files and writes the lines of result files. Pure.
 
 use std::collections::HashSet;
 
@@ -10,15 +10,15 @@ use serde_json::{Value, json};
 use crate::mock::chat::ParsedChat;
 use crate::mock::script::Script;
 
-/// Maximum number of validation errors that are reported.
+/// Maximum number of validation errors that a batch reports.
 const MAX_ERRORS: usize = 100;
 
-/// A line of the input.
+/// A request: one line of the input file.
 #[derive(Debug)]
 pub(crate) struct BatchRow {
     pub custom_id: String,
     pub body: Bytes,
-    /// Prompt tokens and `max_tokens`.
+    /// Number of prompt tokens plus `max_tokens`.
     pub tokens: u64,
 }
 
@@ -31,8 +31,7 @@ struct InputLine<'a> {
     body: Option<&'a RawValue>,
 }
 
-/// Reads an input file. Returns the rows and the entries of `errors.data`; if there is an error, the
-/// batch fails.
+/// Reads an input file. Returns the rows and the entries of `errors.data`. The batch fails if it has an error.
 pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<BatchRow>, Vec<Value>) {
     let mut errors = Vec::new();
     let mut rows = Vec::new();
@@ -41,7 +40,7 @@ pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<BatchR
         let message = format!("The file has more than {} bytes.", script.batch.max_bytes);
         errors.push(error_entry("file_too_large", None, None, &message));
     }
-    // Only this byte ends a line: JSON strings may contain U+2028.
+    // Only a newline ends a line: JSON strings may contain U+2028.
     for (index, text) in file.split(|byte| *byte == b'\n').enumerate() {
         if text.trim_ascii().is_empty() {
             continue;
@@ -79,6 +78,7 @@ pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<BatchR
     (rows, errors)
 }
 
+/// Code, parameter and message of an error in a line.
 type LineError = (&'static str, Option<&'static str>, String);
 
 fn read_line(
@@ -113,7 +113,7 @@ fn read_line(
             let cost = chat.cost();
             cost.prompt_tokens.saturating_add(cost.output_tokens)
         }
-        // An unknown model fails the batch; other errors concern only their row.
+        // An unknown model fails the batch. After other errors, only the row fails.
         Err(reply) if reply.status == 404 => {
             let message = "The provided model does not exist.".to_string();
             return Err(("model_not_found", Some("body.model"), message));
@@ -127,7 +127,7 @@ fn read_line(
     })
 }
 
-/// Makes an entry of `errors.data`.
+/// Creates an entry of `errors.data`.
 pub(crate) fn error_entry(
     code: &str,
     line: Option<usize>,
@@ -137,7 +137,7 @@ pub(crate) fn error_entry(
     json!({"code": code, "line": line, "message": message, "param": param})
 }
 
-/// Makes a line with a response: of the output file, or of the error file if the status is an error.
+/// Creates a line with a response, for the output file, or for the error file if the status is an error.
 pub(crate) fn response_line(id: &str, custom_id: &str, status: u16, body: &[u8]) -> Vec<u8> {
     let mut line = line_start(id, custom_id);
     let response =
@@ -148,7 +148,7 @@ pub(crate) fn response_line(id: &str, custom_id: &str, status: u16, body: &[u8])
     line
 }
 
-/// Makes a line of the error file without a response.
+/// Creates a line of the error file without a response.
 pub(crate) fn error_line(id: &str, custom_id: &str, code: &str, message: &str) -> Vec<u8> {
     let mut line = line_start(id, custom_id);
     let error = json!({"code": code, "message": message});
@@ -156,7 +156,7 @@ pub(crate) fn error_line(id: &str, custom_id: &str, code: &str, message: &str) -
     line
 }
 
-/// Makes a line of the error file with an empty response of status 0.
+/// Creates a line of the error file with an empty response of status 0.
 pub(crate) fn empty_response_line(id: &str, custom_id: &str) -> Vec<u8> {
     let mut line = line_start(id, custom_id);
     line.extend_from_slice(

@@ -10,7 +10,7 @@ pub(crate) struct Upload<'a> {
     pub content: &'a [u8],
 }
 
-/// Parses an upload. The content is a slice of `body`, which may have hundreds of megabytes.
+/// Parses an upload. The content is not copied, because `body` may have hundreds of megabytes.
 ///
 /// # Errors
 /// A message that says what is missing.
@@ -26,13 +26,13 @@ pub(crate) fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>
     let mut purpose = None;
     let mut file = None;
     // No line break precedes the first delimiter.
-    let mut rest = body
+    let mut remaining = body
         .strip_prefix(&delimiter.as_bytes()[2..])
         .ok_or("the body does not start with the boundary")?;
-    while let Some(part) = rest.strip_prefix(b"\r\n") {
+    while let Some(part) = remaining.strip_prefix(b"\r\n") {
         let end = find(part, delimiter.as_bytes()).ok_or("the last boundary is missing")?;
         let (head, content) = match find(&part[..end], b"\r\n\r\n") {
-            Some(at) => (&part[..at], &part[at + 4..end]),
+            Some(blank) => (&part[..blank], &part[blank + 4..end]),
             None => return Err("a part has no headers"),
         };
         let head = String::from_utf8_lossy(head);
@@ -44,7 +44,7 @@ pub(crate) fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>
             }
             _ => {}
         }
-        rest = &part[end + delimiter.len()..];
+        remaining = &part[end + delimiter.len()..];
     }
     let (filename, content) = file.ok_or("the part `file` is missing")?;
     Ok(Upload {
@@ -57,8 +57,8 @@ pub(crate) fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>
 /// Returns the value of `name="..."` in a part's headers.
 fn attribute<'a>(head: &'a str, name: &str) -> Option<&'a str> {
     let prefix = format!(" {name}=\"");
-    let (_, rest) = head.split_once(&prefix)?;
-    rest.split('"').next()
+    let (_, value) = head.split_once(&prefix)?;
+    value.split('"').next()
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
-//! `[answers]`: valid answers, and which requests are rejected.
+//! `[answers]`: the content of answers, and the request fields that are rejected.
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::values::{NumberRange, is_valid_time, require};
+use crate::mock::script::values::{NumberRange, is_valid_amount, require};
 
 /// The text of an answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -19,7 +19,7 @@ pub enum AnswerText {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenUnit {
-    /// A word with the white space before it.
+    /// A word, including the white space before it.
     Word,
     Char,
     /// Three bytes, so that characters of more than one byte are split.
@@ -35,16 +35,17 @@ pub enum AcceptedMaxTokens {
     MaxCompletionTokens,
 }
 
+/// The section `[answers]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AnswerScript {
     pub text: AnswerText,
     pub token: TokenUnit,
-    /// Number of tokens of an answer: the text is repeated or cut to it. By default the text's length.
+    /// Number of tokens of an answer; the text is repeated or cut to it. None: the text is sent once.
     pub tokens: Option<NumberRange>,
-    /// Latency of an answer.
+    /// Latency of an answer, in seconds.
     pub latency_s: NumberRange,
-    /// Added to the latency for every token of the answer.
+    /// Seconds added to the latency for every token of the answer.
     pub token_s: f64,
     /// Whether requested logprobs are sent.
     pub logprobs: bool,
@@ -52,15 +53,15 @@ pub struct AnswerScript {
     pub top_logprobs: usize,
     /// Whether the temperature changes the logprobs.
     pub tempered: bool,
-    /// Number of hidden tokens, which are billed and count against `max_tokens`.
+    /// Number of hidden reasoning tokens, which are billed and count against `max_tokens`.
     pub reasoning_tokens: u64,
-    /// Number of cached prompt tokens in the usage.
+    /// Number of cached prompt tokens that the usage of an answer reports.
     pub cached_tokens: u64,
     pub finish_reason: String,
     /// Top-level request fields that are rejected with a 400.
     pub refuse_parameters: Vec<String>,
     pub max_tokens_field: AcceptedMaxTokens,
-    /// Maximum number of tokens of prompt and answer together.
+    /// Maximum of prompt tokens and `max_tokens` together.
     pub context_tokens: Option<u64>,
     /// Whether replies are compressed if the client accepts gzip.
     pub gzip: bool,
@@ -93,21 +94,21 @@ impl Default for AnswerScript {
 
 impl AnswerScript {
     pub(crate) fn check(&self) -> Result<(), String> {
-        let spans = [
+        let ranges = [
             ("answers.latency_s", Some(self.latency_s)),
             ("answers.tokens", self.tokens),
         ];
-        for (key, span) in spans {
+        for (key, range) in ranges {
             require(
-                span.is_none_or(NumberRange::is_valid),
+                range.is_none_or(NumberRange::is_valid),
                 key,
-                "must be a number of at least 0, or [low, high]",
+                "must be a number from 0 to 1e9, or [low, high]",
             )?;
         }
         require(
-            is_valid_time(self.token_s),
+            is_valid_amount(self.token_s),
             "answers.token_s",
-            "must be finite and at least 0",
+            "must be from 0 to 1e9",
         )
     }
 }

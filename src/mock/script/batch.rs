@@ -2,18 +2,18 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::values::{is_valid_time, require};
+use crate::mock::script::values::{is_valid_amount, require};
 
 /// The final status of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum BatchOutcome {
+pub enum ScriptedOutcome {
     Completed,
-    /// Fails after validation, with an error that names a line.
+    /// Fails at the end of validation, with an error that names a line.
     Failed,
-    /// Expires at the end of the completion window, with the rows processed until then.
+    /// Expires at the end of the completion window, with at most half of the rows processed.
     Expired,
-    /// Cancelled by the endpoint halfway.
+    /// Cancelled by the endpoint when half of the rows are processed.
     Cancelled,
 }
 
@@ -21,36 +21,38 @@ pub enum BatchOutcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RequestCountsMode {
+    /// The actual counts.
     Right,
-    /// All rows count as completed, whatever the files contain.
+    /// Processed rows count as completed, and when the batch ends all rows do, whatever the files contain.
     AllCompleted,
     Zero,
     Null,
 }
 
+/// The section `[batch]`. Times are in virtual seconds, except `missing_s`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BatchScript {
-    /// Virtual seconds per second. The times below are virtual.
+    /// Number of virtual seconds per real second.
     pub clock: f64,
     pub validating_s: f64,
-    /// Time to process all rows, one after another.
+    /// Time to process all rows of a batch, one after another.
     pub in_progress_s: f64,
     pub finalizing_s: f64,
     pub cancelling_s: f64,
-    pub outcome: BatchOutcome,
-    /// Number of rows in the error file, in three formats in turn.
+    pub outcome: ScriptedOutcome,
+    /// Number of rows in the error file, in each of three formats in turn.
     pub error_rows: usize,
-    /// Number of rows in neither file.
+    /// Number of rows that are in neither result file.
     pub lost_rows: usize,
     pub request_counts: RequestCountsMode,
     /// Status to report instead of `in_progress`.
     pub status: Option<String>,
     /// Real seconds after an upload during which the file is "not found".
     pub missing_s: f64,
-    /// Number of first batches that are created while their reply is lost.
+    /// Number of batches, from the first one on, that are created although the reply is lost.
     pub lost_creates: u32,
-    /// Maximum number of tokens in unfinished batches; a batch beyond it fails.
+    /// Maximum number of tokens in all unfinished batches; a batch that exceeds it fails.
     pub enqueued_tokens: Option<u64>,
     pub max_rows: usize,
     pub max_bytes: usize,
@@ -64,7 +66,7 @@ impl Default for BatchScript {
             in_progress_s: 3600.0,
             finalizing_s: 60.0,
             cancelling_s: 60.0,
-            outcome: BatchOutcome::Completed,
+            outcome: ScriptedOutcome::Completed,
             error_rows: 0,
             lost_rows: 0,
             request_counts: RequestCountsMode::Right,
@@ -80,7 +82,7 @@ impl Default for BatchScript {
 
 impl BatchScript {
     pub(crate) fn check(&self) -> Result<(), String> {
-        let times = [
+        let amounts = [
             ("batch.clock", self.clock),
             ("batch.validating_s", self.validating_s),
             ("batch.in_progress_s", self.in_progress_s),
@@ -88,8 +90,8 @@ impl BatchScript {
             ("batch.cancelling_s", self.cancelling_s),
             ("batch.missing_s", self.missing_s),
         ];
-        for (key, seconds) in times {
-            require(is_valid_time(seconds), key, "must be finite and at least 0")?;
+        for (key, amount) in amounts {
+            require(is_valid_amount(amount), key, "must be from 0 to 1e9")?;
         }
         Ok(())
     }

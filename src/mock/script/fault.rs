@@ -1,4 +1,4 @@
-//! `[[faults]]`: the faults and their conditions.
+//! `[[faults]]`: faults and their conditions.
 
 use std::collections::BTreeMap;
 
@@ -6,47 +6,48 @@ use serde::{Deserialize, Serialize};
 
 use crate::mock::script::fault_kind::FaultKind;
 use crate::mock::script::limits::RetryAfter;
-use crate::mock::script::values::{is_valid_time, require};
+use crate::mock::script::values::{is_valid_amount, require};
 
-/// A fault. It applies if all its conditions hold; without conditions it always applies.
+/// A fault and its conditions: `first`, `share`, `from_s`, `to_s`, `path` and `matching`. The fault applies to a
+/// request for which all conditions that are set hold.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ScriptedFault {
     pub kind: FaultKind,
-    /// Number of first attempts with the same body to which the fault applies. Requests that a limit
-    /// rejects do not count.
+    /// Number of attempts with the same body, from the first one on, to which the fault applies. Attempts that a rate
+    /// limit rejects do not count.
     pub first: Option<u32>,
     /// Probability that the fault applies to a request.
     pub share: Option<f64>,
-    /// Start of the fault, in seconds since the start of the mock.
+    /// First second of the fault, counted from the start of the mock.
     pub from_s: Option<f64>,
-    /// End of the fault (exclusive), in seconds since the start of the mock.
+    /// Second at which the fault ends, counted from the start of the mock.
     pub to_s: Option<f64>,
-    /// Substring of the path. Without it, the fault applies only to chat requests and batch rows.
+    /// Text that the path must contain. If unset, the fault applies only to chat requests and batch rows.
     pub path: Option<String>,
-    /// Substring of the last message.
+    /// Text that the last message must contain.
     pub matching: Option<String>,
-    /// Delay of the response; by default none for errors, the answer's latency for corrupt answers.
+    /// Seconds before the response. By default 0 for errors, and the latency of the answer for corrupt answers.
     pub after_s: Option<f64>,
-    /// Seconds between the bytes of `drip` and `blank lines`.
+    /// Seconds between the bytes of `drip` (1 by default) and of `blank lines` (sent at once by default).
     pub interval_s: Option<f64>,
-    /// Bytes of `huge body`, depth of `deep json`, number of `blank lines`.
+    /// Number of bytes of `huge body`, depth of `deep json`, or number of `blank lines`. Each kind has a default.
     pub size: Option<usize>,
-    /// Headers to send; they replace the kind's own headers of the same name.
+    /// Headers to add to the reply. They replace headers of the same name.
     #[serde(default)]
     pub headers: BTreeMap<String, String>,
-    /// Body that replaces the kind's own.
+    /// Body of the reply, instead of the one that belongs to the kind.
     pub body: Option<String>,
-    /// Format of the wait that an error tells.
+    /// Format in which an error states how long to wait. None by default.
     pub retry_after: Option<RetryAfter>,
-    /// Seconds of that wait.
+    /// Number of seconds to wait that `retry_after` states; 1 by default.
     pub retry_after_s: Option<f64>,
-    /// Whether the request is billed; by default if it had an answer.
+    /// Whether the request is billed. By default, corrupt answers are billed and errors are not.
     pub billed: Option<bool>,
 }
 
 impl ScriptedFault {
-    /// Makes a fault of this kind without conditions.
+    /// Creates a fault of this kind that applies to all chat requests and batch rows.
     pub fn new(kind: FaultKind) -> Self {
         Self {
             kind,
@@ -71,7 +72,7 @@ impl ScriptedFault {
         require(
             self.share.is_none_or(|share| (0.0..=1.0).contains(&share)),
             "share",
-            "must be between 0 and 1",
+            "must be from 0 to 1",
         )?;
         let times = [
             ("from_s", self.from_s),
@@ -81,15 +82,15 @@ impl ScriptedFault {
             ("retry_after_s", self.retry_after_s),
         ];
         for (key, seconds) in times {
-            let fits = seconds.is_none_or(is_valid_time);
-            require(fits, key, "must be finite and at least 0")?;
+            let is_valid = seconds.is_none_or(is_valid_amount);
+            require(is_valid, key, "must be from 0 to 1e9 seconds")?;
         }
         // A control character could end the header and start another.
-        let is_plain = |text: &String| text.bytes().all(|byte| byte >= b' ');
+        let has_no_control_characters = |text: &String| text.bytes().all(|byte| byte >= b' ');
         require(
-            self.headers
-                .iter()
-                .all(|(name, value)| is_plain(name) && is_plain(value)),
+            self.headers.iter().all(|(name, value)| {
+                has_no_control_characters(name) && has_no_control_characters(value)
+            }),
             "headers",
             "must not contain control characters",
         )

@@ -1,4 +1,4 @@
-//! The kinds of faults, and their names in a script.
+//! [`FaultKind`]: the kinds of faults, and their names in a script.
 
 use std::fmt;
 
@@ -6,19 +6,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::error::nearest;
 
-/// The kind of a fault.
+/// The way in which a fault replaces a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum FaultKind {
-    /// `http 500`: an error with this status, in OpenAI's shape.
+    /// `http 500`: an error with this status, in OpenAI's format.
     Http(u16),
     /// `html 502`: an HTML page, as proxies send.
     Html(u16),
-    /// A 429 that persists however long the client waits.
+    /// A 429 with the code `insufficient_quota`, after which retries are useless.
     InsufficientQuota,
-    /// A redirect to another host, unless `headers.location` is set.
+    /// A 307 redirect to a host that does not exist, or to `headers.location`.
     Redirect,
-    /// Connection refused. Over TCP a reset, since the connection is already accepted.
+    /// A refused connection. Over TCP a reset, because the mock has already accepted the connection.
     Refused,
     /// A reset before the first byte of the reply.
     Reset,
@@ -28,7 +28,7 @@ pub enum FaultKind {
     ErrorIn200,
     /// Half of the answer, then a reset.
     ResetInBody,
-    /// Half of the announced body, then a regular close.
+    /// Half of the body that the content length announces, then a regular close.
     ShortBody,
     /// A chunked body without its last chunk.
     UnfinishedChunks,
@@ -36,26 +36,31 @@ pub enum FaultKind {
     StallInBody,
     /// The answer byte by byte, one every `interval_s`.
     Drip,
-    /// Blank lines before the answer, one every `interval_s`.
+    /// Blank lines before the answer: one every `interval_s` if that is set, otherwise all at once.
     BlankLines,
     /// An empty body.
     Empty,
     /// Half of the body, with a matching content length.
     Truncated,
+    /// A content that is not valid UTF-8.
     BadUtf8,
+    /// An empty list of `choices`.
     NoChoices,
+    /// A `content` that is null.
     NullContent,
+    /// A `finish_reason` that OpenAI does not define.
     UnknownFinishReason,
+    /// A `created` with a fraction.
     FloatCreated,
-    /// `logprobs` is null although requested.
+    /// `logprobs` is null although the request asks for logprobs.
     LogprobsNull,
-    /// Fewer positions than tokens, and fewer alternatives than requested.
+    /// Half of the tokens have logprobs, and half of the requested alternatives.
     LogprobsFewer,
-    /// Bare `NaN`, as Python writes it.
+    /// The logprob of the least likely alternative is `NaN` without quotes, as Python writes it.
     LogprobsNan,
-    /// Bare `-Infinity`.
+    /// The logprob of the least likely alternative is `-Infinity` without quotes.
     LogprobsInf,
-    /// -9999.0, OpenAI's "very unlikely".
+    /// The logprob of the least likely alternative is -9999.0, which OpenAI sends for very unlikely tokens.
     LogprobsSentinel,
     /// The first alternative is repeated.
     LogprobsDuplicates,
@@ -65,12 +70,15 @@ pub enum FaultKind {
     HugeBody,
     /// Nested arrays of depth `size`, by default 100,000.
     DeepJson,
+    /// Another `model` than the requested one.
     OtherModel,
+    /// No `usage`.
     NoUsage,
     /// A `refusal` instead of the content.
-    LimitRefusal,
+    Refusal,
+    /// An empty content with the `finish_reason` `content_filter`.
     ContentFilter,
-    /// An answer cut off at `max_tokens`.
+    /// The `finish_reason` `length`, as of an answer that was cut off at `max_tokens`.
     Length,
 }
 
@@ -105,13 +113,13 @@ const NAMES: [(&str, FaultKind); 33] = [
     ("deep json", FaultKind::DeepJson),
     ("other model", FaultKind::OtherModel),
     ("no usage", FaultKind::NoUsage),
-    ("refusal", FaultKind::LimitRefusal),
+    ("refusal", FaultKind::Refusal),
     ("content_filter", FaultKind::ContentFilter),
     ("length", FaultKind::Length),
 ];
 
 impl FaultKind {
-    /// All kinds; of those with a status, one example each.
+    /// Returns every kind, `Http` and `Html` with one status each.
     pub fn all() -> impl Iterator<Item = FaultKind> {
         let named = NAMES.into_iter().map(|(_, kind)| kind);
         [FaultKind::Http(500), FaultKind::Html(502)]
@@ -119,7 +127,8 @@ impl FaultKind {
             .chain(named)
     }
 
-    /// Whether the fault corrupts an answer. Such a request is billed by default.
+    /// Returns true if the fault changes a valid answer, and false if it replaces the answer by an error. Only requests
+    /// with an answer are billed by default.
     pub fn corrupts_answer(self) -> bool {
         !matches!(
             self,
@@ -164,16 +173,16 @@ impl TryFrom<String> for FaultKind {
             text.parse()
                 .ok()
                 .filter(|status| (200..600).contains(status))
-                .ok_or_else(|| format!("{name:?} must have a status from 200 to 599"))
+                .ok_or_else(|| format!("{name:?} must contain a status from 200 to 599"))
         };
-        if let Some(rest) = name.strip_prefix("http ") {
-            return status(rest).map(FaultKind::Http);
+        if let Some(text) = name.strip_prefix("http ") {
+            return status(text).map(FaultKind::Http);
         }
-        if let Some(rest) = name.strip_prefix("html ") {
-            return status(rest).map(FaultKind::Html);
+        if let Some(text) = name.strip_prefix("html ") {
+            return status(text).map(FaultKind::Html);
         }
-        let known = NAMES.iter().find(|(other, _)| *other == name);
-        known.map(|(_, kind)| *kind).ok_or_else(|| {
+        let entry = NAMES.iter().find(|(other, _)| *other == name);
+        entry.map(|(_, kind)| *kind).ok_or_else(|| {
             let names = NAMES.iter().map(|(name, _)| *name);
             format!(
                 "unknown kind {name:?}{}",

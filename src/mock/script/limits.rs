@@ -1,28 +1,28 @@
-//! `[limits]`: limits per minute, per day and of concurrency, and their headers.
+//! `[limits]`: limits per minute, per day and of concurrent requests, and their headers.
 
 use serde::{Deserialize, Serialize};
 
-use crate::mock::script::values::{is_valid_time, require};
+use crate::mock::script::values::{is_valid_amount, require};
 
-/// The window of limits per minute.
+/// The period over which a limit per minute counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LimitWindow {
     /// A bucket that refills continuously.
     Bucket,
-    /// Fixed windows of a minute, counted from the start.
+    /// Each minute since the start of the mock.
     FixedMinute,
     /// The last 60 seconds.
     SlidingMinute,
 }
 
-/// The tokens that a request is charged.
+/// The number of tokens that a request is charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenCounting {
     /// Prompt tokens and `max_tokens`.
     Estimate,
-    /// The estimate first; once the answer exists, the tokens that it used.
+    /// The estimate at first. When the answer is sent, the charge is corrected to its usage.
     Actual,
 }
 
@@ -39,35 +39,39 @@ pub enum HeaderDialect {
     Fireworks,
 }
 
-/// The format in which a rejection tells the wait.
+/// The format in which an error states how long to wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RetryAfter {
     None,
     /// Whole seconds, rounded up.
     Seconds,
+    /// Seconds with decimals.
     Float,
+    /// An HTTP date, rounded up to a whole second.
     Date,
     /// A date in the past.
     PastDate,
-    /// A date in ten years.
+    /// A date ten years ahead.
     FarDate,
     /// The header `retry-after-ms`, in milliseconds.
     Ms,
-    /// In the message: "please try again in 1.2s".
+    /// A sentence in the message: "Please try again in 1.2s."
     Words,
+    /// A header that is neither a number nor a date.
     Garbage,
 }
 
-/// From `at_s` on, the limits are `factor` times those of the script.
+/// A change of all limits: from `at_s` on, they are `factor` times those of the script.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LimitChange {
-    /// Seconds since the start.
+    /// Seconds since the start of the mock.
     pub at_s: f64,
     pub factor: f64,
 }
 
+/// The section `[limits]`. A limit that is None does not apply.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LimitScript {
@@ -76,16 +80,16 @@ pub struct LimitScript {
     /// Prompt and output tokens; only prompt tokens if `output_tokens_per_minute` is set.
     pub tokens_per_minute: Option<u64>,
     pub output_tokens_per_minute: Option<u64>,
-    /// Fixed windows of a day, counted from the start.
+    /// Limit of each day since the start of the mock.
     pub requests_per_day: Option<u64>,
     /// Maximum number of concurrent requests.
     pub concurrency: Option<u64>,
-    /// Number of concurrent requests above which the latency grows in proportion.
+    /// Number of concurrent requests above which the latency grows in proportion to their number.
     pub load_capacity: Option<u64>,
     pub counts: TokenCounting,
-    /// Whether a rejected request counts against the limits of requests.
+    /// Whether a rejected request counts against the limits of requests per minute and per day.
     pub count_refused: bool,
-    /// Capacity of a bucket: the limit of this many seconds.
+    /// Capacity of a bucket, in seconds of its limit: the limit per minute times `burst_s` / 60.
     pub burst_s: f64,
     pub headers: HeaderDialect,
     pub retry_after: RetryAfter,
@@ -132,7 +136,7 @@ impl LimitScript {
             require(
                 limit != Some(0),
                 key,
-                "must be at least 1; leave it out for no limit",
+                "must be at least 1; remove it for no limit",
             )?;
         }
         require(
@@ -147,10 +151,12 @@ impl LimitScript {
         )?;
         require(
             self.changes.iter().all(|change| {
-                is_valid_time(change.at_s) && is_valid_time(change.factor) && change.factor > 0.0
+                is_valid_amount(change.at_s)
+                    && is_valid_amount(change.factor)
+                    && change.factor > 0.0
             }) && self.changes.is_sorted_by(|a, b| a.at_s < b.at_s),
             "limits.changes",
-            "must be in the order of `at_s`, with factors greater than 0",
+            "must be in increasing order of `at_s`, with factors greater than 0, both at most 1e9",
         )
     }
 }

@@ -1,11 +1,11 @@
 //! The script of a mock: a TOML file. `tests/mock/example.toml` documents every key.
 //!
 //! ```toml
-//! seed = 1                  # the same seed, bodies and attempts: the same latencies and faults
+//! seed = 1                  # latencies and faults depend on it, on the body, and on the number of attempts
 //! model = "mock"
-//! [answers]                 # valid answers, and which requests are rejected
-//! [limits]                  # limits per minute, per day and of concurrency, and their headers
-//! [[faults]]                # faults and their conditions; the first that matches applies
+//! [answers]                 # the content of answers, and the request fields that are rejected
+//! [limits]                  # limits per minute, per day and of concurrent requests, and their headers
+//! [[faults]]                # faults and their conditions; the first entry whose conditions hold applies
 //! [batch]                   # the batch API, on a virtual clock
 //! ```
 
@@ -28,7 +28,7 @@ use crate::mock::script::fault::ScriptedFault;
 use crate::mock::script::limits::LimitScript;
 use crate::mock::script::values::{KEYS_HINT, require};
 
-/// The behaviour of a mock.
+/// The behaviour of a mock, as a script file sets it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Script {
@@ -66,7 +66,7 @@ impl Script {
     /// Reads the script at `path`.
     ///
     /// # Errors
-    /// [`crate::exit::Exit::Usage`] with file, line, column and the nearest key.
+    /// [`crate::exit::Exit::Usage`] with file, line and column, and the nearest key for an unknown one.
     pub fn load(path: &Path) -> Result<Script> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             usage(format!(
@@ -80,7 +80,7 @@ impl Script {
     /// Parses the text of a script; `path` is used only in error messages.
     ///
     /// # Errors
-    /// As [`Script::load`].
+    /// The same as [`Script::load`].
     pub fn parse(path: &Path, text: &str) -> Result<Script> {
         let script: Script =
             toml::from_str(text).map_err(|error| describe(path, text, &error, KEYS_HINT))?;
@@ -90,7 +90,7 @@ impl Script {
         Ok(script)
     }
 
-    /// Returns the name in the list of models.
+    /// Returns the model name that `/v1/models` lists.
     pub fn model_name(&self) -> &str {
         match self.model.as_str() {
             "*" => "mock",
@@ -98,7 +98,7 @@ impl Script {
         }
     }
 
-    /// Checks what the types cannot express.
+    /// Checks the ranges of the values.
     fn check(&self) -> Result<(), String> {
         require(self.threads > 0, "threads", "must be at least 1")?;
         self.answers.check()?;

@@ -1,8 +1,8 @@
-//! Values of the script and their checks.
+//! Types of values in a script, and checks of their range.
 
 use serde::{Deserialize, Serialize};
 
-/// Hint of error messages.
+/// Last part of the error messages about keys and kinds.
 pub(crate) const KEYS_HINT: &str = "tests/mock/example.toml documents every key";
 
 /// A number, or a range from which each request draws a number.
@@ -14,8 +14,8 @@ pub enum NumberRange {
 }
 
 impl NumberRange {
-    /// Maps `random`, uniform in [0, 1), to the range.
-    pub fn at(self, random: f64) -> f64 {
+    /// Returns the number in the range that corresponds to `random`, which is uniform in [0, 1).
+    pub fn sample(self, random: f64) -> f64 {
         match self {
             NumberRange::Exactly(value) => value,
             NumberRange::Between([low, high]) => low + (high - low) * random,
@@ -25,20 +25,20 @@ impl NumberRange {
     pub(crate) fn is_valid(self) -> bool {
         let [low, high] = match self {
             NumberRange::Exactly(value) => [value; 2],
-            NumberRange::Between(ends) => ends,
+            NumberRange::Between(bounds) => bounds,
         };
-        is_valid_time(low) && is_valid_time(high) && low <= high
+        is_valid_amount(low) && is_valid_amount(high) && low <= high
     }
 }
 
-/// Whether a number of seconds is not negative and small enough for a clock.
-pub(crate) fn is_valid_time(seconds: f64) -> bool {
-    (0.0..=1e9).contains(&seconds)
+/// Returns true if `amount` is from 0 to 1e9, so that a clock can represent that number of seconds.
+pub(crate) fn is_valid_amount(amount: f64) -> bool {
+    (0.0..=1e9).contains(&amount)
 }
 
-/// Returns an error that names `key`, unless `holds`.
-pub(crate) fn require(holds: bool, key: &str, rule: &str) -> Result<(), String> {
-    if holds {
+/// Returns the error "`key` `rule`" if `is_valid` is false.
+pub(crate) fn require(is_valid: bool, key: &str, rule: &str) -> Result<(), String> {
+    if is_valid {
         Ok(())
     } else {
         Err(format!("{key} {rule}"))

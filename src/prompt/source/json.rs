@@ -11,20 +11,42 @@ use super::text;
 use crate::prompt::source::rows::{OnRow, usage};
 
 pub(crate) fn read(path: &Path, file: &mut dyn BufRead, on_row: OnRow<'_>) -> Result<()> {
-    if first_byte(file) != Some(b'[') {
-        return text::read(path, file, true, on_row).map_err(|error| {
-            error.context("a .json file must contain an array of objects, or one object per line")
-        });
+    if first_byte(file) == Some(b'[') {
+        read_array(path, file, on_row)
+    } else {
+        read_lines(path, file, on_row)
     }
-    let mut failure = None;
+}
+
+fn read_lines(path: &Path, file: &mut dyn BufRead, on_row: OnRow<'_>) -> Result<()> {
+    let mut is_row_error = false;
+    let result = text::read(path, file, true, &mut |line, row| {
+        on_row(line, row).inspect_err(|_| is_row_error = true)
+    });
+    // An error of `on_row` is about the content of a valid row.
+    result.map_err(|error| {
+        if is_row_error {
+            error
+        } else {
+            error.context("a .json file must contain an array of objects, or one object per line")
+        }
+    })
+}
+
+fn read_array(path: &Path, file: &mut dyn BufRead, on_row: OnRow<'_>) -> Result<()> {
+    let mut row_error = None;
     let mut json = serde_json::Deserializer::from_reader(file);
     let rows = RowVisitor {
         on_row,
-        failure: &mut failure,
+        row_error: &mut row_error,
     };
-    let read = json.deserialize_seq(rows).and_then(|()| json.end());
-    match (failure, read) {
-        (Some(failure), _) => Err(failure),
+    let result = json.deserialize_seq(rows).and_then(|()| json.end());
+    match (row_error, result) {
+        (Some(error), _) => Err(error),
+        (None, Err(error)) if error.is_io() => Err(usage(format!(
+            "cannot read the prompts in {}: {error}",
+            path.display()
+        ))),
         (None, Err(error)) => Err(usage(format!(
             "{}: not an array of JSON objects: {error}",
             path.display()
@@ -44,7 +66,7 @@ fn first_byte(file: &mut dyn BufRead) -> Option<u8> {
         match buffer.get(blank) {
             Some(byte) => return Some(*byte),
             None if buffer.is_empty() => return None,
-            // White space is ignored before an array, and between lines of objects.
+            // Consuming it is safe: white space before the first row has no meaning in either format.
             None => file.consume(blank),
         }
     }
@@ -53,7 +75,8 @@ fn first_byte(file: &mut dyn BufRead) -> Option<u8> {
 /// Calls `on_row` for each element of the array.
 struct RowVisitor<'a, 'b> {
     on_row: OnRow<'a>,
-    failure: &'b mut Option<anyhow::Error>,
+    /// Receives the error of `on_row`, which the error type of serde_json cannot hold.
+    row_error: &'b mut Option<anyhow::Error>,
 }
 
 impl<'de> Visitor<'de> for RowVisitor<'_, '_> {
@@ -71,8 +94,8 @@ impl<'de> Visitor<'de> for RowVisitor<'_, '_> {
                 let message = format!("row {number} is not a JSON object");
                 return Err(serde::de::Error::custom(message));
             }
-            if let Err(failure) = (self.on_row)(number, row) {
-                *self.failure = Some(failure);
+            if let Err(error) = (self.on_row)(number, row) {
+                *self.row_error = Some(error);
                 return Err(serde::de::Error::custom("a row was refused"));
             }
         }

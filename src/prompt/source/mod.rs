@@ -3,10 +3,10 @@
 //! | file | content |
 //! |---|---|
 //! | `text` | one row per line: plain text or a JSON object |
-//! | `json` | an array of JSON objects |
+//! | `json` | an array of JSON objects, or one object per line |
 //! | `table` | CSV and TSV |
 //! | `parquet` | Parquet, with the feature `parquet` |
-//! | `rows` | the callback for a row |
+//! | `rows` | the callback for each row |
 
 pub(crate) mod json;
 #[cfg(feature = "parquet")]
@@ -22,28 +22,36 @@ use anyhow::Result;
 
 use crate::prompt::source::rows::{OnRow, usage};
 
-/// Calls `on_row` for each row of `path`, as a JSON object: a line of text is `{"text": line}`, and the fields of a
-/// table are texts. The suffix of the name determines the format; a name that ends in `.gz` is of a compressed file.
+/// Calls `on_row` for each row of `path`, as a JSON object: a line of plain text becomes `{"text": line}`, and every
+/// field of a table is a string. The file name's suffix determines the format. Files in all formats but Parquet may be
+/// compressed with gzip, with `.gz` after that suffix.
 ///
 /// # Errors
-/// [`Exit::Usage`](crate::exit::Exit::Usage), with the line, if the content does not match the format.
+/// [`Exit::Usage`](crate::exit::Exit::Usage), with the line where it is known, if the content does not match the
+/// format; and the errors of `on_row`.
 pub(crate) fn read(path: &Path, on_row: OnRow<'_>) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let name = name.to_lowercase();
-    let unpacked = name.strip_suffix(".gz").unwrap_or(&name);
-    let suffix = unpacked.rsplit_once('.').map_or("", |(_, suffix)| suffix);
+    let uncompressed = name.strip_suffix(".gz").unwrap_or(&name);
+    let suffix = uncompressed
+        .rsplit_once('.')
+        .map_or("", |(_, suffix)| suffix);
     match suffix {
         "jsonl" | "ndjson" => text::read(path, &mut open(path)?, true, on_row),
         "json" => json::read(path, &mut open(path)?, on_row),
         "csv" => table::read(path, open(path)?, b',', on_row),
         "tsv" => table::read(path, open(path)?, b'\t', on_row),
-        "parquet" if unpacked == name => read_parquet(path, on_row),
+        "parquet" if uncompressed == name => read_parquet(path, on_row),
+        "parquet" => Err(usage(format!(
+            "{}: a Parquet file must not be compressed with gzip: decompress it",
+            path.display()
+        ))),
         "" | "txt" | "text" | "md" | "prompts" | "list" | "log" => {
             text::read(path, &mut open(path)?, false, on_row)
         }
         _ => Err(usage(format!(
-            "{}: unknown suffix `.{suffix}`: use .jsonl, .json, .csv, .tsv, .parquet (with the feature `parquet`), \
-             or .txt with one prompt per line",
+            "{}: unknown suffix `.{suffix}`: use .jsonl, .json, .csv, .tsv, .txt with one prompt per line, or .parquet \
+             (in a build with the feature `parquet`)",
             path.display()
         ))),
     }
@@ -63,35 +71,32 @@ fn read_parquet(path: &Path, _: OnRow<'_>) -> Result<()> {
     )))
 }
 
-/// Opens a text file, without its byte order mark. Refuses pipes, devices and UTF-16.
+/// Opens a text file, which may be compressed, and skips a UTF-8 byte order mark. Refuses pipes, devices and UTF-16.
 fn open(path: &Path) -> Result<Box<dyn BufRead + Send>> {
-    let could_not = |error: std::io::Error| {
+    let read_error = |error: std::io::Error| {
         usage(format!(
             "cannot read the prompts in {}: {error}",
             path.display()
         ))
     };
     // Reading a pipe or a device may never end.
-    let metadata = path.metadata().map_err(could_not)?;
+    let metadata = path.metadata().map_err(read_error)?;
     if !metadata.is_file() && !metadata.is_dir() {
         return Err(usage(format!(
             "cannot read the prompts in {}: not a regular file",
             path.display()
         )));
     }
-    let mut file = crate::fs::open_data(path).map_err(could_not)?;
-    let start = file.fill_buf().map_err(could_not)?;
-    let (skipped, is_utf16) = match start {
-        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => (0, true),
-        [0xef, 0xbb, 0xbf, ..] => (3, false),
-        _ => (0, false),
-    };
-    if is_utf16 {
-        return Err(usage(format!(
+    let mut file = crate::fs::open_data(path).map_err(read_error)?;
+    match file.fill_buf().map_err(read_error)? {
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => Err(usage(format!(
             "{} is saved as UTF-16: save it as UTF-8",
             path.display()
-        )));
+        ))),
+        [0xef, 0xbb, 0xbf, ..] => {
+            file.consume(3);
+            Ok(file)
+        }
+        _ => Ok(file),
     }
-    file.consume(skipped);
-    Ok(file)
 }

@@ -22,29 +22,32 @@ pub(crate) fn read(
     let mut number = 0;
     loop {
         number += 1;
-        let at = |problem: &str| usage(format!("{}:{number}: {problem}", path.display()));
+        let error_at_line =
+            |problem: &str| usage(format!("{}:{number}: {problem}", path.display()));
         line.clear();
         let read = file
             .take(MAX_LINE_BYTES + 1)
             .read_until(b'\n', &mut line)
-            .map_err(|error| at(&error.to_string()))?;
+            .map_err(|error| error_at_line(&error.to_string()))?;
         if read == 0 {
             return Ok(());
         }
         if line.len() as u64 > MAX_LINE_BYTES {
             let limit = MAX_LINE_BYTES >> 20;
-            return Err(at(&format!("the line is longer than {limit} MiB")));
+            return Err(error_at_line(&format!(
+                "the line is longer than {limit} MiB: split or remove it"
+            )));
         }
         let text = line.strip_suffix(b"\n").unwrap_or(&line);
         let text = text.strip_suffix(b"\r").unwrap_or(text);
-        let row = parse(text, is_json).map_err(|problem| at(&problem))?;
+        let row = parse(text, is_json).map_err(|problem| error_at_line(&problem))?;
         if let Some(row) = row {
             on_row(number, row)?;
         }
     }
 }
 
-/// Parses a line; `None` for a blank line.
+/// Parses a line; returns None for a blank line.
 fn parse(line: &[u8], is_json: bool) -> Result<Option<Value>, String> {
     let line = std::str::from_utf8(line)
         .map_err(|_| "not valid UTF-8: save the file as UTF-8".to_string())?;
@@ -55,10 +58,12 @@ fn parse(line: &[u8], is_json: bool) -> Result<Option<Value>, String> {
         return object(line).map(Some);
     }
     if line.contains('\0') {
-        return Err("there is a NUL byte in the line: save the file as UTF-8 text".into());
+        return Err("the line contains a NUL byte: save the file as UTF-8 text".into());
     }
     if line.contains('\r') {
-        return Err("lines end with \\r alone: save the file with \\n line endings".into());
+        return Err(
+            "the line contains a \\r without a \\n: save the file with \\n line endings".into(),
+        );
     }
     Ok(Some(json!({ "text": line })))
 }

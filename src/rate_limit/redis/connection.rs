@@ -1,4 +1,4 @@
-//! Connection to the Redis server.
+//! [`Connection`]: the connection to the Redis server.
 
 use std::time::Duration;
 
@@ -8,51 +8,51 @@ use redis::{AsyncConnectionConfig, Client, ErrorKind, RedisError, Script};
 
 use crate::config::redis_url::RedisUrl;
 use crate::exit::Exit;
-use crate::rate_limit::redis::rules::{ANSWERS, Arguments, KEYS};
+use crate::rate_limit::redis::rules::{Arguments, KEY_COUNT, REPLY_LENGTH};
 
-/// Timeout of a connection attempt, and of a reply.
+/// Timeout for connecting, and for a reply.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
 const ADDRESS_HINT: &str = "write it as \"redis://user:password@host:6379/0\" (`rediss` for TLS), with \
                             special characters of the password percent-encoded, such as %40";
 
-/// Connection that reconnects after errors.
+/// Connection that is opened again after an error.
 pub(crate) struct Connection {
     client: Client,
-    /// The password as written in the address, and decoded.
+    /// The password in both forms, as it stands in the address and decoded. Error messages must not contain it.
     passwords: Vec<String>,
-    open: Option<MultiplexedConnection>,
+    connection: Option<MultiplexedConnection>,
     script: Script,
-    keys: [String; KEYS],
+    keys: [String; KEY_COUNT],
 }
 
 impl Connection {
-    /// Connects, and loads the script.
+    /// Connects to the server and loads the script.
     ///
     /// # Errors
     /// If the address is invalid, or the server refuses the user or is unavailable.
-    pub(crate) async fn open(url: &RedisUrl, keys: [String; KEYS]) -> Result<Connection> {
+    pub(crate) async fn open(url: &RedisUrl, keys: [String; KEY_COUNT]) -> Result<Connection> {
         let address = url.reveal();
         let client = Client::open(address)
-            // The message of the crate might contain a part of the address.
+            // The error of the crate is not shown, because it might contain a part of the address.
             .map_err(|_| {
                 Exit::Usage(format!(
                     "`limits.shared` is not a valid Redis address: {ADDRESS_HINT}"
                 ))
             })?;
         let decoded = client.get_connection_info().redis_settings().password();
-        let written = redis::parse_redis_url(address)
+        let encoded = redis::parse_redis_url(address)
             .and_then(|address| address.password().map(String::from));
-        let passwords = decoded.map(String::from).into_iter().chain(written);
+        let passwords = decoded.map(String::from).into_iter().chain(encoded);
         let mut connection = Connection {
             passwords: passwords.filter(|password| !password.is_empty()).collect(),
             client,
-            open: None,
+            connection: None,
             script: Script::new(include_str!("admit.lua")),
             keys,
         };
-        let opened = connection.load().await;
-        opened.map_err(|error| {
+        let loaded = connection.load().await;
+        loaded.map_err(|error| {
             let is_refused = error.kind() == ErrorKind::AuthenticationFailed
                 || matches!(error.code(), Some("NOAUTH" | "WRONGPASS" | "NOPERM"));
             let message = connection.describe(&error);
@@ -74,24 +74,29 @@ impl Connection {
     /// Runs the script.
     ///
     /// # Errors
-    /// The reason, as text. The script may have run all the same.
-    pub(crate) async fn admit(&mut self, arguments: &Arguments) -> Result<[u64; ANSWERS], String> {
-        let answer = self.run(arguments).await;
-        answer.map_err(|error| {
-            // Reconnect: if the server has become a replica, the address may lead to the new primary.
-            self.open = None;
+    /// A description of the error, after which the script may nevertheless have run.
+    pub(crate) async fn admit(
+        &mut self,
+        arguments: &Arguments,
+    ) -> Result<[u64; REPLY_LENGTH], String> {
+        let reply = self.run(arguments).await;
+        reply.map_err(|error| {
+            // The next call connects again: if this server has become a replica, the address may lead to the new
+            // primary.
+            self.connection = None;
             self.describe(&error)
         })
     }
 
+    /// Loads the script into the server.
     async fn load(&mut self) -> Result<(), RedisError> {
         let script = self.script.clone();
         script.load_async(self.connected().await?).await?;
         Ok(())
     }
 
-    /// Runs the script. Loads it again if the server was restarted.
-    async fn run(&mut self, arguments: &Arguments) -> Result<[u64; ANSWERS], RedisError> {
+    /// Runs the script, which is loaded again if the server has lost it.
+    async fn run(&mut self, arguments: &Arguments) -> Result<[u64; REPLY_LENGTH], RedisError> {
         let script = self.script.clone();
         let mut invocation = script.prepare_invoke();
         for key in &self.keys {
@@ -103,9 +108,10 @@ impl Connection {
         invocation.invoke_async(self.connected().await?).await
     }
 
+    /// Returns the open connection, or connects.
     async fn connected(&mut self) -> Result<&mut MultiplexedConnection, RedisError> {
-        let open = match self.open.take() {
-            Some(open) => open,
+        let connection = match self.connection.take() {
+            Some(connection) => connection,
             None => {
                 let config = AsyncConnectionConfig::new()
                     .set_connection_timeout(Some(TIMEOUT))
@@ -115,7 +121,7 @@ impl Connection {
                     .await?
             }
         };
-        Ok(self.open.insert(open))
+        Ok(self.connection.insert(connection))
     }
 
     /// Formats an error in one line, with the password removed.

@@ -1,34 +1,33 @@
-//! Permits that the server has granted and this process has not used yet. Pure.
+//! [`LocalPermits`]: permits that the Redis server has granted and this process has not used yet. Pure.
 //!
-//! Requests and tokens are counted separately: a permit may be granted for one row and used by another.
+//! Requests and tokens are counted separately, because a permit that was granted for one row may be used by another.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Maximum age of a permit. Older ones are dropped: used late, they would add to the permits granted by then.
-pub(crate) const HELD: Duration = Duration::from_millis(250);
+/// Maximum age of a permit. Older ones are dropped, because they would be used in addition to permits granted later.
+pub(crate) const MAX_PERMIT_AGE: Duration = Duration::from_millis(250);
 
-/// Maximum number of permits per call.
-const LARGEST_BATCH: u64 = 64;
+/// Maximum number of permits to request per call of the script.
+const MAX_BATCH: u64 = 64;
 
 /// Unused permits of one endpoint.
 #[derive(Debug)]
 pub(crate) struct LocalPermits {
-    /// Oldest first.
+    /// Unused grants, oldest first.
     grants: VecDeque<Grant>,
-    /// Number of permits to request per call. It doubles while permits are used immediately, and halves while
-    /// something else delays the requests.
+    /// Number of permits to request per call. It doubles if the last grant was used immediately, and halves otherwise.
     batch: u64,
-    /// Time of the last grant, if there was no call since.
-    granted: Option<Instant>,
+    /// Time of the last grant. None if the script was called since.
+    last_grant: Option<Instant>,
 }
 
 /// Unused part of one grant.
 #[derive(Debug)]
 struct Grant {
-    at: Instant,
+    granted_at: Instant,
     requests: u64,
     tokens: u64,
 }
@@ -38,36 +37,36 @@ impl Default for LocalPermits {
         Self {
             grants: VecDeque::new(),
             batch: 1,
-            granted: None,
+            last_grant: None,
         }
     }
 }
 
 impl LocalPermits {
     /// Adds a grant of the server.
-    pub(crate) fn add(&mut self, requests: u64, tokens: u64, at: Instant) {
+    pub(crate) fn add(&mut self, requests: u64, tokens: u64, granted_at: Instant) {
         if requests + tokens > 0 {
-            self.granted = Some(at);
+            self.last_grant = Some(granted_at);
             self.grants.push_back(Grant {
-                at,
+                granted_at,
                 requests,
                 tokens,
             });
         }
     }
 
-    /// Takes a permit for a request of `tokens` tokens. Returns false if there is none.
+    /// Takes a permit for a request of `tokens` tokens. Returns false if the unused permits do not cover the request.
     pub(crate) fn take(&mut self, tokens: u64, now: Instant) -> bool {
         while let Some(oldest) = self.grants.front()
-            && now.saturating_duration_since(oldest.at) > HELD
+            && now.saturating_duration_since(oldest.granted_at) > MAX_PERMIT_AGE
         {
             if oldest.requests > 0 {
                 self.batch = 1;
             }
             self.grants.pop_front();
         }
-        let (held_requests, held_tokens) = self.held();
-        if held_requests < 1 || held_tokens < tokens {
+        let (unused_requests, unused_tokens) = self.unused();
+        if unused_requests < 1 || unused_tokens < tokens {
             return false;
         }
         let mut missing_requests = 1;
@@ -83,17 +82,17 @@ impl LocalPermits {
         true
     }
 
-    /// Number of unused requests and tokens.
-    pub(crate) fn held(&self) -> (u64, u64) {
+    /// Returns the numbers of unused requests and tokens.
+    pub(crate) fn unused(&self) -> (u64, u64) {
         let sum = |amount: fn(&Grant) -> u64| self.grants.iter().map(amount).sum();
         (sum(|grant| grant.requests), sum(|grant| grant.tokens))
     }
 
-    /// Number of permits to request, at most `slots`.
-    pub(crate) fn wanted(&mut self, slots: usize, now: Instant) -> u64 {
-        if let Some(granted) = self.granted.take() {
-            self.batch = if now.saturating_duration_since(granted) < HELD / 4 {
-                (self.batch * 2).min(LARGEST_BATCH)
+    /// Returns the number of permits to request, at most `slots` and at least 1.
+    pub(crate) fn next_batch(&mut self, slots: usize, now: Instant) -> u64 {
+        if let Some(last_grant) = self.last_grant.take() {
+            self.batch = if now.saturating_duration_since(last_grant) < MAX_PERMIT_AGE / 4 {
+                (self.batch * 2).min(MAX_BATCH)
             } else {
                 (self.batch / 2).max(1)
             };
@@ -118,33 +117,44 @@ mod tests {
         permits.add(2, 200, now);
         permits.add(1, 50, after(now, 100));
         assert!(permits.take(150, now));
-        assert_eq!(permits.held(), (2, 100));
-        // The rest of the first grant and a part of the second.
+        assert_eq!(permits.unused(), (2, 100));
+        // The second request uses up the first grant and a part of the second one.
         assert!(!permits.take(101, now));
         assert!(permits.take(60, now));
-        assert_eq!(permits.held(), (1, 40));
-        assert!(!permits.take(41, after(now, 251)), "the first one expired");
-        assert_eq!(permits.held(), (1, 40));
+        assert_eq!(permits.unused(), (1, 40));
+        assert!(
+            !permits.take(41, after(now, 251)),
+            "the first grant has expired"
+        );
+        assert_eq!(permits.unused(), (1, 40));
         assert!(!permits.take(1, after(now, 351)));
-        assert_eq!(permits.held(), (0, 0));
+        assert_eq!(permits.unused(), (0, 0));
     }
 
     #[test]
-    fn wanted_doubles_while_permits_are_used_immediately() {
+    fn next_batch_doubles_while_permits_are_used_immediately() {
         let now = Instant::now();
         let mut permits = LocalPermits::default();
-        assert_eq!(permits.wanted(1_000, now), 1);
+        assert_eq!(permits.next_batch(1_000, now), 1);
         for expected in [2, 4, 8, 16, 32, 64, 64] {
             permits.add(1, 1, now);
             assert!(permits.take(1, now));
-            assert_eq!(permits.wanted(1_000, after(now, 1)), expected);
+            assert_eq!(permits.next_batch(1_000, after(now, 1)), expected);
         }
-        assert_eq!(permits.wanted(5, now), 5);
-        assert_eq!(permits.wanted(0, now), 1);
+        assert_eq!(permits.next_batch(5, now), 5);
+        assert_eq!(permits.next_batch(0, now), 1);
         permits.add(1, 1, now);
-        assert_eq!(permits.wanted(1_000, after(now, 100)), 32, "used late");
+        assert_eq!(
+            permits.next_batch(1_000, after(now, 100)),
+            32,
+            "the grant was used late"
+        );
         permits.add(1, 1, now);
         assert!(!permits.take(1, after(now, 300)));
-        assert_eq!(permits.wanted(1_000, after(now, 300)), 1, "one expired");
+        assert_eq!(
+            permits.next_batch(1_000, after(now, 300)),
+            1,
+            "a grant has expired"
+        );
     }
 }

@@ -1,9 +1,9 @@
-//! The user's limits, counted in Redis for all processes that use the same model of the same endpoint.
+//! The user's limits, counted in Redis for all processes that use the same model at the same endpoint.
 //!
 //! | file | content |
 //! |---|---|
-//! | `rules` | the limits as arguments of the script, and the names of its keys |
-//! | `admit.lua` | the decision, as one atomic script of the server |
+//! | `admit.lua` | script that the Redis server runs atomically: admits and charges requests |
+//! | `rules` | arguments and reply of the script, and the names of its keys |
 //! | `connection` | the connection to the server (feature `redis`; `no_connection` without it) |
 //! | `local_permits` | permits that were granted and not used yet |
 //!
@@ -12,7 +12,7 @@
 //! Each limit per minute is the Generic Cell Rate Algorithm in its form as a continuous-state leaky
 //! bucket (ITU-T I.371, annex A; ATM Forum TM 4.0, section 4.4.2). A bucket has a level X, last written
 //! at LCT, and an increment I, the time that one unit takes at the limit. At the time t it has drained
-//! to X' = max(0, X - (t - LCT)). If X' > L the request waits for X' - L; else X becomes X' + n I for a
+//! to X' = max(0, X - (t - LCT)). If X' > L the request waits for X' - L; otherwise X becomes X' + n I for a
 //! request of n units, and LCT becomes t. The amount admitted in a time w is then at most
 //! (w + L) / I plus the last request. With L = burst - largest, where `largest` is the largest request
 //! of any process, that is limit + burst in a minute. The burst is that of
@@ -20,18 +20,18 @@
 //! The condition does not depend on n, so a process with small requests cannot starve another one with large
 //! requests.
 //!
-//! One reply may grant several requests, and permits of one bucket may be left over from an earlier reply (see
-//! [`local_permits`]): the script counts local permits as not yet charged.
+//! One reply may grant several requests. Permits of an earlier reply may be unused (see [`local_permits`]); the script
+//! uses them first and charges only what they do not cover.
 //!
 //! A day is counted in slots of five minutes. A slot counts until 24 hours after its end.
 //!
 //! # Guarantees
 //!
 //! All times are read from the server's clock within the script. A permit is used within
-//! [`crate::rate_limit::redis::local_permits::HELD`] or dropped. In any minute, at most the limit, one burst and the
-//! amount of `HELD` are sent: together the limit and one second of it. While the server is unavailable no request is
-//! sent. After a server has lost its data (a restart without persistence, an eviction) one more burst is admitted,
-//! and the count of the day starts at 0.
+//! [`crate::rate_limit::redis::local_permits::MAX_PERMIT_AGE`] or dropped. In any minute, at most the limit, one burst
+//! and the amount of `MAX_PERMIT_AGE` are sent: together the limit and one second of it. While the server is
+//! unavailable, no request is sent. If the server has lost its data (by a restart without persistence, or an eviction),
+//! one more burst is admitted, and the count of the day starts at 0.
 
 #[cfg(feature = "redis")]
 pub(crate) mod connection;
@@ -57,15 +57,18 @@ use crate::rate_limit::redis::local_permits::LocalPermits;
 use crate::rate_limit::redis::rules::{Arguments, SharedCharge, SharedRules};
 use crate::rate_limit::user_limits;
 
-/// Maximum time until the script runs again: the server may have lost its data, or its clock may have been set.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// Maximum time until the script runs again. A longer wait may be wrong, if the server loses its data or its clock is
+/// set.
+const MAX_WAIT: Duration = Duration::from_secs(60);
 
-/// Time after which the dispatcher looks for a reply. Usually the reply wakes it earlier.
-const OVERDUE: Duration = Duration::from_secs(1);
+/// Time after which the dispatcher checks for a reply. Usually the reply wakes it earlier.
+const REPLY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// First and longest pause between attempts to reach an unavailable server.
+/// Pause before the second attempt to reach an unavailable server. It doubles after each attempt.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// Maximum pause between attempts to reach an unavailable server.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// Shared limits of one endpoint. At most one call of the script is in progress.
 pub(crate) struct SharedLimits {
@@ -74,35 +77,36 @@ pub(crate) struct SharedLimits {
     replies: Receiver<ScriptReply>,
     is_call_pending: bool,
     permits: LocalPermits,
-    /// Earliest instant of the next call: the limits are used up, or the server is unavailable.
+    /// Earliest instant of the next call, if the limits are used up or the server is unavailable.
     not_before: Option<Instant>,
     outage: Option<RedisOutage>,
     /// Length of an outage after which the run ends.
     max_outage: Duration,
 }
 
-/// Time of a reply, and the amounts charged or the error.
+/// Time of a reply, with the amounts charged or a description of the error.
 type ScriptReply = (Instant, Result<SharedCharge, String>);
 
 /// Outage of the server.
 struct RedisOutage {
-    since: Instant,
+    start: Instant,
+    /// Pause before the next attempt.
     pause: Duration,
 }
 
 /// Change in the availability of the server, for a message to the user.
 pub(crate) enum LimiterEvent {
-    /// The server has become unavailable, with the reason. No request is sent.
-    Silent(String),
-    /// The server is available again, with the length of the outage.
-    Back(Duration),
-    /// The outage has exceeded its maximum, with its length and the reason.
-    Over(Duration, String),
+    /// The server has become unavailable, so no request is sent. Contains the error.
+    Unavailable(String),
+    /// The server is available again. Contains the length of the outage.
+    Recovered(Duration),
+    /// The outage has reached its maximum length. Contains its length and the error.
+    OutageTooLong(Duration, String),
 }
 
 impl SharedLimits {
-    /// Connects to the server if the limits of `endpoint` are shared. `largest` is the cost of the largest request to
-    /// come; `wake` is notified of each reply.
+    /// Connects to the server if the limits of `endpoint` are shared. `largest` is the cost of the largest request;
+    /// `wake` is notified of each reply.
     ///
     /// # Errors
     /// If the largest request can never be sent, or the server is unavailable.
@@ -118,9 +122,9 @@ impl SharedLimits {
         user_limits::check_largest(&endpoint.limits, largest.tokens())?;
         let connection = Connection::open(url, rules::keys(&endpoint.teacher)).await?;
         let (calls, pending_calls) = mpsc::channel(1);
-        let (reply, replies) = mpsc::channel(1);
+        let (reply_sender, replies) = mpsc::channel(1);
         let wake = Arc::clone(wake);
-        tokio::spawn(run_calls(connection, pending_calls, reply, wake));
+        tokio::spawn(run_calls(connection, pending_calls, reply_sender, wake));
         Ok(Some(SharedLimits {
             rules: SharedRules::new(&endpoint.limits, largest.tokens()),
             calls,
@@ -133,9 +137,11 @@ impl SharedLimits {
         }))
     }
 
-    /// Takes a local permit for a request of `tokens` tokens. Without one, calls the script for more, and returns the
-    /// instant at which to try again unless a reply comes first. `slots` is the number of such requests that could be
-    /// sent now.
+    /// Takes a local permit for a request of `tokens` tokens. If there is none, calls the script for more. `slots` is
+    /// the number of such requests that could be sent now.
+    ///
+    /// # Errors
+    /// The instant at which to try again, unless a reply arrives earlier.
     pub(crate) fn take(&mut self, tokens: u64, slots: usize, now: Instant) -> Result<(), Instant> {
         if self.permits.take(tokens, now) {
             return Ok(());
@@ -144,50 +150,52 @@ impl SharedLimits {
             return Err(until);
         }
         if !self.is_call_pending {
-            let wanted = self.permits.wanted(slots, now);
-            let arguments = self.rules.arguments(wanted, tokens, self.permits.held());
-            // `poll_event` detects a closed channel.
+            let count = self.permits.next_batch(slots, now);
+            let arguments = self.rules.arguments(count, tokens, self.permits.unused());
+            // If the channel is closed, `poll_event` reports it.
             self.is_call_pending = self.calls.try_send(arguments).is_ok();
         }
-        Err(now + OVERDUE)
+        Err(now + REPLY_CHECK_INTERVAL)
     }
 
-    /// Processes the reply of the server, if there is one.
+    /// Processes the reply of the server, if one has arrived.
     pub(crate) fn poll_event(&mut self) -> Option<LimiterEvent> {
-        let (at, reply) = match self.replies.try_recv() {
+        let (replied_at, reply) = match self.replies.try_recv() {
             Ok(reply) => reply,
             Err(TryRecvError::Empty) => return None,
             Err(TryRecvError::Disconnected) => {
-                (Instant::now(), Err("its connection has failed".into()))
+                (Instant::now(), Err("the connection has failed".into()))
             }
         };
         self.is_call_pending = false;
         match reply {
             Ok(charged) => {
                 self.not_before = (charged.requests + charged.tokens == 0)
-                    .then(|| at + charged.wait.min(LONGEST_WAIT));
-                self.permits.add(charged.requests, charged.tokens, at);
+                    .then(|| replied_at + charged.wait.min(MAX_WAIT));
+                self.permits
+                    .add(charged.requests, charged.tokens, replied_at);
                 let outage = self.outage.take()?;
-                Some(LimiterEvent::Back(at - outage.since))
+                Some(LimiterEvent::Recovered(replied_at - outage.start))
             }
-            Err(reason) => self.fail(at, reason),
+            Err(reason) => self.fail(replied_at, reason),
         }
     }
 
+    /// Records a failed call, and schedules the next attempt.
     fn fail(&mut self, now: Instant, reason: String) -> Option<LimiterEvent> {
         let is_new = self.outage.is_none();
         let outage = self.outage.get_or_insert(RedisOutage {
-            since: now,
+            start: now,
             pause: FIRST_PAUSE,
         });
-        let length = now - outage.since;
+        let length = now - outage.start;
         if length >= self.max_outage {
-            return Some(LimiterEvent::Over(length, reason));
+            return Some(LimiterEvent::OutageTooLong(length, reason));
         }
-        // The last attempt is made when the outage reaches its maximum.
+        // The last attempt is made when the outage reaches its maximum length.
         self.not_before = Some(now + outage.pause.min(self.max_outage - length));
-        outage.pause = (outage.pause * 2).min(LONGEST_PAUSE);
-        is_new.then_some(LimiterEvent::Silent(reason))
+        outage.pause = (outage.pause * 2).min(MAX_PAUSE);
+        is_new.then_some(LimiterEvent::Unavailable(reason))
     }
 
     /// Returns true during an outage of the server.
@@ -200,13 +208,13 @@ impl SharedLimits {
 async fn run_calls(
     mut connection: Connection,
     mut calls: Receiver<Arguments>,
-    reply: Sender<ScriptReply>,
+    replies: Sender<ScriptReply>,
     wake: Arc<Notify>,
 ) {
     while let Some(arguments) = calls.recv().await {
         let charged = connection.admit(&arguments).await;
         let charged = charged.map(SharedCharge::new);
-        if reply.send((Instant::now(), charged)).await.is_err() {
+        if replies.send((Instant::now(), charged)).await.is_err() {
             return;
         }
         wake.notify_one();

@@ -1,4 +1,4 @@
-//! Arguments and reply of `admit.lua`. Pure.
+//! [`SharedRules`]: the arguments of `admit.lua`; [`SharedCharge`]: its reply. Pure.
 
 use std::time::Duration;
 
@@ -6,21 +6,25 @@ use crate::config::teacher::identity;
 use crate::config::{LimitsConfig, TeacherConfig};
 use crate::rate_limit::user_limits::burst;
 
-pub(crate) const KEYS: usize = 3;
-pub(crate) const ANSWERS: usize = 3;
+/// Number of keys of the script.
+pub(crate) const KEY_COUNT: usize = 3;
+
+/// Number of integers in the reply of the script.
+pub(crate) const REPLY_LENGTH: usize = 3;
 
 /// Arguments of the script, in the order of `ARGV`.
 pub(crate) type Arguments = [u64; 11];
 
-/// A minute in picoseconds: fine enough for any limit, and exact in the doubles of Lua.
-const MINUTE: u64 = 60_000_000_000_000;
+/// A minute in picoseconds. With this unit, the interval of every limit is an integer that Lua's doubles represent
+/// exactly.
+const MINUTE_PS: u64 = 60_000_000_000_000;
 
-/// Largest integer up to which a double is exact.
-const LARGEST_EXACT: u64 = 1 << 53;
+/// Integer up to which a double represents every integer.
+const MAX_EXACT: u64 = 1 << 53;
 
 /// Returns the names of the script's keys. The part in braces is the same in all of them, so that a cluster keeps
 /// them on one node.
-pub(crate) fn keys(teacher: &TeacherConfig) -> [String; KEYS] {
+pub(crate) fn keys(teacher: &TeacherConfig) -> [String; KEY_COUNT] {
     let endpoint = format!("{}\n{}", identity(teacher), teacher.model);
     let hash = blake3::hash(endpoint.as_bytes()).to_hex();
     ["requests", "tokens", "day"].map(|name| format!("distill:limit:{{{}}}:{name}", &hash[..32]))
@@ -31,18 +35,18 @@ pub(crate) fn keys(teacher: &TeacherConfig) -> [String; KEYS] {
 pub(crate) struct SharedRules {
     requests: Bucket,
     tokens: Bucket,
-    /// 0 for no limit.
+    /// 0 if there is no limit.
     requests_per_day: u64,
 }
 
-/// A limit per minute, in picoseconds; all fields are 0 without a limit.
+/// A limit per minute, in picoseconds. All fields are 0 if there is no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Bucket {
-    /// Time of one unit.
+    /// Time in which one unit drains at the limit.
     interval: u64,
-    /// Time of the burst, before it is raised to the largest request.
+    /// Time in which the burst drains. The script raises it to the largest request.
     burst: u64,
-    /// Time of the largest request.
+    /// Time in which the largest request drains.
     largest: u64,
 }
 
@@ -51,8 +55,8 @@ impl Bucket {
         let Some(per_minute) = per_minute else {
             return Bucket::default();
         };
-        // Rounded up: rounding down would admit a little more than the limit.
-        let interval = MINUTE.div_ceil(u64::from(per_minute.max(1)));
+        // Rounded up, because a shorter interval would admit more than the limit.
+        let interval = MINUTE_PS.div_ceil(u64::from(per_minute.max(1)));
         Bucket {
             interval,
             burst: interval * u64::from(burst(per_minute)),
@@ -62,37 +66,36 @@ impl Bucket {
 }
 
 impl SharedRules {
-    /// `largest` is the estimated number of tokens of the largest request to come.
+    /// Converts the limits. `largest` is the estimated number of tokens of the largest request.
     pub(crate) fn new(limits: &LimitsConfig, largest: u64) -> SharedRules {
-        let per_day = limits.requests_per_day.unwrap_or(0);
+        let requests_per_day = limits.requests_per_day.unwrap_or(0);
         SharedRules {
             requests: Bucket::new(limits.requests_per_minute, 1),
             tokens: Bucket::new(limits.tokens_per_minute, largest),
-            requests_per_day: per_day.min(LARGEST_EXACT),
+            requests_per_day: requests_per_day.min(MAX_EXACT),
         }
     }
 
-    /// Returns the arguments for up to `wanted` requests of `tokens` tokens each. `held` is the number of requests and
-    /// tokens in local permits.
-    pub(crate) fn arguments(&self, wanted: u64, tokens: u64, held: (u64, u64)) -> Arguments {
-        let (requests, by_tokens) = (self.requests, self.tokens);
+    /// Returns the arguments for up to `count` requests of `tokens` tokens each. `unused` are the numbers of requests
+    /// and tokens in local permits.
+    pub(crate) fn arguments(&self, count: u64, tokens: u64, unused: (u64, u64)) -> Arguments {
         [
-            wanted,
+            count,
             tokens,
-            held.0,
-            held.1,
-            requests.interval,
-            requests.burst,
-            requests.largest,
-            by_tokens.interval,
-            by_tokens.burst,
-            by_tokens.largest,
+            unused.0,
+            unused.1,
+            self.requests.interval,
+            self.requests.burst,
+            self.requests.largest,
+            self.tokens.interval,
+            self.tokens.burst,
+            self.tokens.largest,
             self.requests_per_day,
         ]
     }
 }
 
-/// Reply of the script.
+/// Reply of the script: the amounts that it has charged.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct SharedCharge {
     pub requests: u64,
@@ -102,7 +105,8 @@ pub(crate) struct SharedCharge {
 }
 
 impl SharedCharge {
-    pub(crate) fn new([requests, tokens, microseconds]: [u64; ANSWERS]) -> SharedCharge {
+    /// Converts the reply.
+    pub(crate) fn new([requests, tokens, microseconds]: [u64; REPLY_LENGTH]) -> SharedCharge {
         SharedCharge {
             requests,
             tokens,
@@ -121,9 +125,9 @@ mod tests {
             for largest in [1, 1_000, u64::from(per_minute)] {
                 let bucket = Bucket::new(Some(per_minute), largest);
                 let minute = bucket.interval * u64::from(per_minute);
-                assert!(minute >= MINUTE && minute - MINUTE < u64::from(per_minute));
-                // The highest level, plus the amount that drains in the two minutes that the script looks back.
-                assert!(bucket.burst + 2 * bucket.largest + 2 * MINUTE < LARGEST_EXACT);
+                assert!(minute >= MINUTE_PS && minute - MINUTE_PS < u64::from(per_minute));
+                // The highest level, plus what drains in two minutes, which is the longest time that the script counts.
+                assert!(bucket.burst + 2 * bucket.largest + 2 * MINUTE_PS < MAX_EXACT);
             }
         }
         assert_eq!(Bucket::new(None, 9), Bucket::default());

@@ -1,5 +1,6 @@
-//! The invariant over real run folders: the real binary harvests, probes, sends batches and is killed; caches are
-//! repaired, cut, deleted and merged; prices come late. A scripted teacher says what it has billed.
+//! Tests the invariant on run folders with the compiled program, which harvests, probes, sends batches and is killed.
+//! Caches are truncated, repaired, deleted and merged, and prices are set late. A scripted teacher counts the tokens
+//! that it bills.
 
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,8 @@ use tokio::runtime::Runtime;
 use crate::mock::server::Server;
 use crate::nightly;
 
-/// Every answer costs about as much as is reserved for it; attempts are billed that bring nothing, answers come without usage, batches lose rows.
+/// Every answer costs about as much as is reserved for it. Some attempts are billed without an answer, some answers
+/// have no usage, and batches lose rows.
 const TEACHER: &str = r#"
 [answers]
 tokens = 64
@@ -38,19 +40,22 @@ struct Folder {
     dir: tempfile::TempDir,
     mock: Arc<Mock>,
     random: fastrand::Rng,
-    /// Settings that every command has.
+    /// Config of every command, without the run folder, the price and the budget.
     config: String,
-    /// Set once, at a random time: from then on there is a cap, which is raised at times.
+    /// Whether the config has a price and a budget. They are set at a random step.
     is_priced: bool,
+    /// Budget in dollars. It is raised at random steps.
     cap: f64,
-    /// Dollars merged in from another cache, billed by another teacher.
+    /// Dollars billed by other teachers, whose answers were merged.
     merged: f64,
     merges: u32,
-    /// Something was sent under the cap, and nothing merged since: all that is billed is within it.
-    is_bound: bool,
-    /// Steps that sent something under the cap.
-    steps_within: u32,
-    done: Vec<String>,
+    /// Whether requests were sent under the cap and nothing was merged since. All billed dollars must then be within
+    /// the cap.
+    is_cap_checked: bool,
+    /// Number of steps that sent requests under the cap.
+    steps_under_cap: u32,
+    /// Descriptions of the steps so far.
+    history: Vec<String>,
     runtime: Runtime,
 }
 
@@ -96,9 +101,9 @@ impl Folder {
             cap: 0.003,
             merged: 0.0,
             merges: 0,
-            is_bound: false,
-            steps_within: 0,
-            done: Vec::new(),
+            is_cap_checked: false,
+            steps_under_cap: 0,
+            history: Vec::new(),
             runtime,
         }
     }
@@ -107,10 +112,10 @@ impl Folder {
         self.dir.path().join(name)
     }
 
-    /// One of the things that a run folder goes through.
+    /// Does something at random that can happen to a run folder.
     fn step(&mut self) {
         if !self.is_priced && self.random.u32(0..4) > 0 {
-            self.done.push("prices".into());
+            self.history.push("prices".into());
             self.is_priced = true;
         }
         if self.random.bool() {
@@ -118,39 +123,39 @@ impl Folder {
         }
         let sent = self.sent();
         match self.random.u32(0..16) {
-            0..6 => self.ask(&["harvest"]),
-            6..8 => self.ask(&["probe"]),
-            8..11 => self.ask(&["harvest", "--set", "schedule.mode=\"batch\""]),
-            // Its batches are cancelled, and the rest is asked in real time.
-            11 => self.ask(&[
+            0..6 => self.run_command(&["harvest"]),
+            6..8 => self.run_command(&["probe"]),
+            8..11 => self.run_command(&["harvest", "--set", "schedule.mode=\"batch\""]),
+            // The deadline has passed, so the batches are cancelled and the other rows are sent in real time.
+            11 => self.run_command(&[
                 "harvest",
                 "--set",
                 "schedule.mode=\"batch\"",
                 "--set",
                 "schedule.deadline=\"2026-01-01 06:00\"",
             ]),
-            12 => self.cut_and_repair(),
+            12 => self.truncate_and_repair(),
             13 => self.delete_cache(),
             _ => self.merge(),
         }
-        // What was in flight at a kill is billed a little later.
+        // Requests in flight at a kill are billed a little later.
         std::thread::sleep(Duration::from_millis(60));
         if self.is_priced && self.sent() > sent {
-            self.is_bound = true;
-            self.steps_within += 1;
+            self.is_cap_checked = true;
+            self.steps_under_cap += 1;
         }
         self.check();
     }
 
-    /// Answers that were billed, and batches that were sent.
+    /// Returns the number of answers billed in real time, plus the number of batches in the journal.
     fn sent(&self) -> usize {
         let journal = std::fs::read_to_string(self.path("run/batches.json")).unwrap_or_default();
         let billed = self.mock.stats().billed;
-        let in_real_time = billed.answers - billed.batch_answers;
-        in_real_time as usize + journal.matches("\"nonce\"").count()
+        let real_time_answers = billed.answers - billed.batch_answers;
+        real_time_answers as usize + journal.matches("\"nonce\"").count()
     }
 
-    /// Dollars billed by the endpoints.
+    /// Returns the dollars billed by all teachers.
     fn billed(&self) -> f64 {
         let billed = self.mock.stats().billed;
         let prompts = 0.01 * billed.prompt_tokens as f64;
@@ -160,24 +165,25 @@ impl Folder {
     fn check(&self) {
         let billed = self.billed();
         assert!(
-            !self.is_bound || billed <= self.cap,
-            "{billed} of {} is billed: {:#?}",
+            !self.is_cap_checked || billed <= self.cap,
+            "${billed} is billed, and the cap is ${}: {:#?}",
             self.cap,
-            self.done
+            self.history
         );
     }
 
-    fn ask(&mut self, command: &[&str]) {
+    /// Runs a command, which is killed after a random time in half of the cases.
+    fn run_command(&mut self, command: &[&str]) {
         let mut child = self.start(&self.path("run"), &self.config, command);
-        let after = self.random.u64(50..900);
+        let kill_after_ms = self.random.u64(50..900);
         let is_killed = self.random.bool();
         if is_killed {
-            std::thread::sleep(Duration::from_millis(after));
-            // It may have come to its end.
+            std::thread::sleep(Duration::from_millis(kill_after_ms));
+            // The kill fails if the process has already ended.
             let _ = child.kill();
         }
-        let errors = end(child, Duration::from_millis(4_000));
-        self.done
+        let errors = wait_for_end(child, Duration::from_millis(4_000));
+        self.history
             .push(format!("{command:?}, killed: {is_killed}: {errors}"));
     }
 
@@ -201,8 +207,8 @@ impl Folder {
             .unwrap()
     }
 
-    /// A disk takes the end of the cache, or a byte of it.
-    fn cut_and_repair(&mut self) {
+    /// Truncates the cache file at a random byte and repairs it.
+    fn truncate_and_repair(&mut self) {
         let file = cache::plain_file(&self.path("run/cache"));
         let Ok(metadata) = std::fs::metadata(&file) else {
             return;
@@ -214,19 +220,20 @@ impl Folder {
             .unwrap()
             .set_len(length)
             .unwrap();
-        self.cache(&["repair", "--dir"]);
-        self.done
-            .push(format!("cut to {length} bytes and repaired"));
+        self.run_cache_command(&["repair", "--dir"]);
+        self.history
+            .push(format!("truncated to {length} bytes and repaired"));
     }
 
     fn delete_cache(&mut self) {
         if self.path("run/cache").exists() {
             std::fs::remove_dir_all(self.path("run/cache")).unwrap();
-            self.done.push("deleted the cache".into());
+            self.history.push("deleted the cache".into());
         }
     }
 
-    /// Another machine has asked another teacher; what its answers cost counts here from now on.
+    /// Harvests from another teacher into another folder and merges that cache. The cost of its answers counts from
+    /// then on.
     fn merge(&mut self) {
         if !self.is_priced {
             return;
@@ -236,26 +243,27 @@ impl Folder {
         let server = self
             .runtime
             .block_on(Server::start("[answers]\ntokens = [5, 60]"));
-        let own = self
+        let base_url = self
             .config
             .lines()
             .find(|line| line.contains("base_url"))
             .unwrap();
-        let theirs = format!("base_url = \"http://{}/v1\"", server.address);
-        let config = self.config.replace(own, &theirs);
-        let errors = end(
+        let other_base_url = format!("base_url = \"http://{}/v1\"", server.address);
+        let config = self.config.replace(base_url, &other_base_url);
+        let errors = wait_for_end(
             self.start(&other, &config, &["harvest", "--limit", "5"]),
             Duration::from_secs(10),
         );
         let records = distill::cache::reader::read(&other.join("cache")).expect(&errors);
         let costs = records.map(|record| record.unwrap().cost_usd.unwrap());
         self.merged += costs.sum::<f64>();
-        self.is_bound = false;
-        self.cache(&["merge", other.join("cache").to_str().unwrap(), "--dir"]);
-        self.done.push(format!("merged, now {}", self.merged));
+        self.is_cap_checked = false;
+        self.run_cache_command(&["merge", other.join("cache").to_str().unwrap(), "--dir"]);
+        self.history.push(format!("merged, now {}", self.merged));
     }
 
-    fn cache(&self, command: &[&str]) {
+    /// Runs a subcommand of `distill cache` on the cache of the run folder.
+    fn run_cache_command(&self, command: &[&str]) {
         let output = Command::new(env!("CARGO_BIN_EXE_distill"))
             .arg("cache")
             .args(command)
@@ -267,11 +275,11 @@ impl Folder {
     }
 }
 
-/// Waits for the process, kills it where it takes longer, and returns what it wrote to stderr.
-fn end(mut child: Child, longest: Duration) -> String {
+/// Waits for the process, which is killed after `timeout`. Returns its output on stderr.
+fn wait_for_end(mut child: Child, timeout: Duration) -> String {
     let started = Instant::now();
     while child.try_wait().unwrap().is_none() {
-        if started.elapsed() > longest {
+        if started.elapsed() > timeout {
             let _ = child.kill();
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -289,10 +297,10 @@ fn run_folder_billing_never_exceeds_the_cap() {
             folder.step();
         }
         println!(
-            "seed {seed}: ${:.4} billed of ${:.4}, {} steps within it",
+            "seed {seed}: ${:.4} billed, cap ${:.4}, {} steps under the cap",
             folder.billed(),
             folder.cap,
-            folder.steps_within
+            folder.steps_under_cap
         );
     }
 }

@@ -9,21 +9,21 @@ use distill::budget::ledger::Spent;
 use distill::budget::price::TokenBound;
 use distill::cache::usage::Usage;
 
-use super::{Disk, Fault, FaultyStore, PRICE, after_a_kill, dollars};
+use super::{Disk, Fault, FaultyStore, PRICE, dollars, spent_after_kill};
 
-/// Bounds of the requests in dollars; together they exceed the cap.
+/// Upper bounds of the costs of the requests, in dollars. Their sum exceeds the cap.
 const BOUNDS: [u64; 4] = [3, 3, 2, 2];
 const CAP: u64 = 7;
 
-/// Maximum number of times that a request is sent.
-const SENDS: u8 = 2;
+/// Maximum number of attempts of each request.
+const MAX_ATTEMPTS: u8 = 2;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Request {
     Waiting,
-    /// Sent by this process, and billed or not.
+    /// Sent by the process of this index.
     InFlight {
-        by: usize,
+        process: usize,
         is_billed: bool,
     },
     Answered,
@@ -35,12 +35,14 @@ struct World {
     /// At most one is open at a time, because of the lock.
     processes: [Option<Account<FaultyStore>>; 2],
     requests: [Request; 4],
-    sends: [u8; 4],
-    /// Number of attempts without a reply that may be billed later.
+    /// Number of attempts of each request.
+    attempts: [u8; 4],
+    /// Number of attempts of each request whose reply was lost, and which may be billed later.
     lost: [u8; 4],
     billed: Dollars,
 }
 
+/// The part of a world on which all later steps depend. Worlds with equal keys are searched once.
 type Key = (
     (Spent, Spent, Dollars),
     [Option<(Spent, Dollars)>; 2],
@@ -51,13 +53,15 @@ type Key = (
 
 #[derive(Debug, Clone, Copy)]
 enum Step {
+    /// The process of this index opens the account.
     Open(usize),
+    /// A process sends a request.
     Send(usize, usize),
     /// The endpoint bills the request: its full bound (if true), or one dollar.
     Bill(usize, bool),
     /// The endpoint bills an attempt whose reply was lost.
     BillLost(usize),
-    /// The endpoint replies: with usage (if true) or without to a billed request, else with a refusal.
+    /// The endpoint replies: to a billed request with usage (if true) or without, to another one with a refusal.
     Answer(usize, bool),
     /// The reply is lost.
     Lose(usize),
@@ -71,7 +75,7 @@ impl World {
             disk: Disk::default(),
             processes: [None, None],
             requests: [Request::Waiting; 4],
-            sends: [0; 4],
+            attempts: [0; 4],
             lost: [0; 4],
             billed: Dollars::ZERO,
         }
@@ -88,9 +92,11 @@ impl World {
                 Some(_) => {
                     steps.extend([Step::Close(process), Step::Kill(process)]);
                     let waiting = (0..4).filter(|&request| {
-                        self.requests[request] == Request::Waiting && self.sends[request] < SENDS
+                        self.requests[request] == Request::Waiting
+                            && self.attempts[request] < MAX_ATTEMPTS
                     });
-                    // Rows of the same kind leave in their order: the other order is the same state.
+                    // Requests with equal bounds are sent in their order, because another order leads to the same
+                    // states.
                     let is_next = |&request: &usize| {
                         (0..request).all(|other| {
                             BOUNDS[other] != BOUNDS[request]
@@ -131,23 +137,23 @@ impl World {
         steps
     }
 
-    /// Every world that a step can lead to: it goes well, or the process crash at one of its writes.
-    fn after(&self, step: Step) -> Vec<World> {
-        let deaths =
+    /// Returns every world that a step can lead to: it succeeds, or the process crashes at one of its writes.
+    fn successors(&self, step: Step) -> Vec<World> {
+        let crashes =
             (0..2).flat_map(|write| [Fault::Crash(write, false), Fault::Crash(write, true)]);
-        let ways = std::iter::once(None).chain(deaths.map(Some));
+        let crashes = std::iter::once(None).chain(crashes.map(Some));
         let mut worlds = Vec::new();
-        for crash in ways {
+        for crash in crashes {
             let mut world = self.clone();
-            let has_died = world.take(step, crash);
-            if crash.is_none() || has_died {
+            let has_crashed = world.take(step, crash);
+            if crash.is_none() || has_crashed {
                 worlds.push(world);
             }
         }
         worlds
     }
 
-    /// Takes a step. True if a process died on the way.
+    /// Takes a step. Returns true if a process crashed or was killed.
     fn take(&mut self, step: Step, crash: Option<Fault>) -> bool {
         match step {
             Step::Open(process) => {
@@ -168,7 +174,7 @@ impl World {
                         self.run(process, None, |account| account.expect_in_flight(4))
                     }
                     Err(_) => {
-                        // Whether the write was made can only be seen by making it.
+                        // `Account::open` has consumed the store, so a write that reached the disk is made again.
                         if crash == Some(Fault::Crash(0, true)) {
                             let opened = Account::open(
                                 self.disk.open(),
@@ -185,28 +191,29 @@ impl World {
             }
             Step::Send(process, request) => {
                 let mut is_sent = false;
-                let died = self.run(process, crash, |account| {
+                let has_crashed = self.run(process, crash, |account| {
                     let amount = account.bound(&bound(request), &PRICE);
                     is_sent = account.reserve(&amount)?;
                     Ok(())
                 });
-                if is_sent && !died {
+                if is_sent && !has_crashed {
                     self.requests[request] = Request::InFlight {
-                        by: process,
+                        process,
                         is_billed: false,
                     };
-                    self.sends[request] += 1;
+                    self.attempts[request] += 1;
                 }
-                died
+                has_crashed
             }
-            Step::Bill(request, in_full) => {
-                let amount = if in_full { BOUNDS[request] } else { 1 };
+            Step::Bill(request, is_full) => {
+                let amount = if is_full { BOUNDS[request] } else { 1 };
                 self.billed = self.billed.plus(dollars(amount));
                 if let Request::InFlight { is_billed, .. } = &mut self.requests[request] {
                     *is_billed = true;
                 }
-                // The usage that it will report must be what it billed: a bill in part is answered at once.
-                if !in_full {
+                // The reported usage must equal the billed amount, so a request that is billed in part is answered at
+                // once.
+                if !is_full {
                     return self.settle(
                         request,
                         Charge::Measured(usage(1)),
@@ -225,12 +232,12 @@ impl World {
                 let Request::InFlight { is_billed, .. } = self.requests[request] else {
                     unreachable!()
                 };
-                let (bill, next) = match (is_billed, has_usage) {
+                let (charge, next) = match (is_billed, has_usage) {
                     (true, true) => (Charge::Measured(usage(BOUNDS[request])), Request::Answered),
                     (true, false) => (Charge::Answered(bound(request)), Request::Answered),
                     (false, _) => (Charge::Nothing, Request::Waiting),
                 };
-                self.settle(request, bill, crash, next)
+                self.settle(request, charge, crash, next)
             }
             Step::Lose(request) => {
                 let Request::InFlight { is_billed, .. } = self.requests[request] else {
@@ -240,73 +247,76 @@ impl World {
                 self.settle(request, Charge::Possible, crash, Request::Waiting)
             }
             Step::Close(process) => {
-                let in_flight = self.leave(process);
-                let died = self.run(process, crash, |account| account.close(in_flight));
+                let in_flight = self.abandon_requests(process);
+                let has_crashed = self.run(process, crash, |account| account.close(in_flight));
                 self.processes[process] = None;
-                died
+                has_crashed
             }
             Step::Kill(process) => {
-                self.leave(process);
+                self.abandon_requests(process);
                 self.processes[process] = None;
                 true
             }
         }
     }
 
-    /// Settles a request, and writes it down, as the dispatcher does.
+    /// Settles a request and writes the amount to the log, as the dispatcher does. Returns true if the process crashed.
     fn settle(
         &mut self,
         request: usize,
-        bill: Charge,
+        charge: Charge,
         crash: Option<Fault>,
         next: Request,
     ) -> bool {
-        let Request::InFlight { by, .. } = self.requests[request] else {
+        let Request::InFlight { process, .. } = self.requests[request] else {
             unreachable!()
         };
         self.requests[request] = next;
-        self.run(by, crash, |account| {
+        self.run(process, crash, |account| {
             let amount = account.bound(&bound(request), &PRICE);
-            account.settle(&amount, bill, &PRICE);
+            account.settle(&amount, charge, &PRICE);
             account.flush()
         })
     }
 
-    /// Lets a process do something to its account. True if it died of it.
+    /// Calls `operation` with the account of a process. Returns true if the process crashed.
     fn run(
         &mut self,
         process: usize,
         crash: Option<Fault>,
-        what: impl FnOnce(&mut Account<FaultyStore>) -> anyhow::Result<()>,
+        operation: impl FnOnce(&mut Account<FaultyStore>) -> anyhow::Result<()>,
     ) -> bool {
         let account = self.processes[process].as_mut().unwrap();
         let store = account.store();
         (store.disk, store.fault) = (std::mem::take(&mut self.disk), crash);
-        let has_died = what(account).is_err();
+        let has_crashed = operation(account).is_err();
         self.disk = std::mem::take(&mut account.store().disk);
-        if has_died {
-            self.leave(process);
+        if has_crashed {
+            self.abandon_requests(process);
             self.processes[process] = None;
         }
-        has_died
+        has_crashed
     }
 
-    /// Nobody waits any more for what a process has sent. Returns how much that is.
-    fn leave(&mut self, process: usize) -> u64 {
-        let mut left = 0;
+    /// Counts the replies that a process waits for as lost. Returns their number.
+    fn abandon_requests(&mut self, process: usize) -> u64 {
+        let mut abandoned = 0;
         for request in 0..4 {
-            if let Request::InFlight { by, is_billed } = self.requests[request]
-                && by == process
+            if let Request::InFlight {
+                process: sender,
+                is_billed,
+            } = self.requests[request]
+                && sender == process
             {
                 self.requests[request] = Request::Waiting;
                 self.lost[request] += u8::from(!is_billed);
-                left += 1;
+                abandoned += 1;
             }
         }
-        left
+        abandoned
     }
 
-    /// Billed dollars, and the upper bound of those still in flight.
+    /// Returns the dollars that are billed, plus the upper bound of those that may be billed later.
     fn may_be_billed(&self) -> Dollars {
         let in_flight = (0..4).filter(|&request| {
             matches!(
@@ -335,15 +345,15 @@ impl World {
                 "{most} may be billed, {covered} is spent and reserved: {self:#?}"
             );
         }
-        let known = after_a_kill(&self.disk, CAP as f64, &PRICE, &Spent::default()).total();
+        let on_disk = spent_after_kill(&self.disk, CAP as f64, &PRICE, &Spent::default()).total();
         assert!(
-            most <= known,
-            "{most} may be billed, {known} is on the disk: {self:#?}"
+            most <= on_disk,
+            "{most} may be billed, {on_disk} is on the disk: {self:#?}"
         );
-        assert!(known <= dollars(CAP), "{self:#?}");
+        assert!(on_disk <= dollars(CAP), "{self:#?}");
     }
 
-    /// All that what comes next depends on: not how many attempts were lost so far, say.
+    /// Returns the key. It excludes, for example, the number of attempts lost so far.
     fn key(&self) -> Key {
         let account = |account: &Account<FaultyStore>| (account.spent(), account.remaining());
         let processes = self
@@ -358,7 +368,7 @@ impl World {
             ),
             processes,
             self.requests,
-            (self.sends, self.lost),
+            (self.attempts, self.lost),
             self.billed,
         )
     }
@@ -380,21 +390,21 @@ fn usage(dollars: u64) -> Usage {
 
 #[test]
 fn interleavings_of_two_processes_never_exceed_the_cap() {
-    let mut seen = HashSet::new();
-    let mut waiting = vec![World::new()];
-    seen.insert(waiting[0].key());
+    let mut visited = HashSet::new();
+    let mut pending = vec![World::new()];
+    visited.insert(pending[0].key());
     let mut transitions = 0u64;
-    while let Some(world) = waiting.pop() {
+    while let Some(world) = pending.pop() {
         world.check();
         for step in world.steps() {
-            for next in world.after(step) {
+            for next in world.successors(step) {
                 transitions += 1;
-                if seen.insert(next.key()) {
-                    waiting.push(next);
+                if visited.insert(next.key()) {
+                    pending.push(next);
                 }
             }
         }
     }
-    println!("{} states, {transitions} transitions", seen.len());
-    assert!(seen.len() > 10_000, "{} states", seen.len());
+    println!("{} states, {transitions} transitions", visited.len());
+    assert!(visited.len() > 10_000, "{} states", visited.len());
 }

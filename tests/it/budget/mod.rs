@@ -10,7 +10,7 @@ use distill::budget::dollars::Dollars;
 use distill::budget::ledger::{Ledger, LedgerStore, Spent};
 use distill::config::Price;
 
-/// One dollar per million tokens of either kind, so that sums of whole millions are easy to read.
+/// One dollar per million input or output tokens, so that a million tokens cost one dollar.
 pub const PRICE: Price = Price {
     input: Some(1.0),
     cached_input: None,
@@ -18,63 +18,64 @@ pub const PRICE: Price = Price {
     as_of: None,
 };
 
-/// State that survives a kill: the files of the account.
+/// The files of the account, which survive a kill.
 #[derive(Debug, Clone, Default)]
 pub struct Disk {
     pub ledger: Ledger,
-    /// Number of the log that the ledger names.
-    number: u64,
-    /// Sum of the entries of that log.
+    /// Number of the ledger's log.
+    log_number: u64,
+    /// Sum of the entries of the ledger's log.
     pub logged: Spent,
 }
 
 impl Disk {
-    /// The ledger as the next process reads it.
+    /// Returns the ledger as the next process reads it.
     pub fn read(&self) -> Ledger {
         let mut ledger = self.ledger.clone();
         ledger.spent.add(&self.logged);
         ledger
     }
 
-    /// The store of a process that opens these files.
+    /// Returns the store of a process that opens these files.
     pub fn open(&self) -> FaultyStore {
         FaultyStore {
-            number: self.number,
+            log_number: self.log_number,
             disk: self.clone(),
             fault: None,
         }
     }
 }
 
-/// Faults of the next writes.
+/// A fault of the next writes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Fault {
-    /// The process dies after this number of writes, before or (if true) after the next one reaches the disk.
+    /// The process crashes at the write after this number of writes: before that write reaches the disk, or (if true)
+    /// after it.
     Crash(usize, bool),
-    /// Each write returns an error, and (if true) still reaches the disk; the process survives.
+    /// Each write returns an error, and (if true) nevertheless reaches the disk. The process continues.
     Error(bool),
 }
 
-/// A store whose writes can go wrong.
+/// A store whose writes can fail.
 #[derive(Debug, Clone, Default)]
 pub struct FaultyStore {
     pub disk: Disk,
-    /// Number of the log that it appends to.
-    number: u64,
+    /// Number of the log to which entries are appended.
+    log_number: u64,
     pub fault: Option<Fault>,
 }
 
 impl FaultyStore {
-    /// Applies a write to the disk, or the next fault.
+    /// Applies a write to the disk, or the fault.
     fn write(&mut self, write: impl FnOnce(&mut Disk)) -> Result<()> {
         match &mut self.fault {
-            Some(Fault::Crash(0, is_made) | Fault::Error(is_made)) => {
-                if *is_made {
+            Some(Fault::Crash(0, reaches_disk) | Fault::Error(reaches_disk)) => {
+                if *reaches_disk {
                     write(&mut self.disk);
                 }
-                bail!("a fault");
+                bail!("simulated fault");
             }
-            Some(Fault::Crash(left, _)) => *left -= 1,
+            Some(Fault::Crash(writes, _)) => *writes -= 1,
             None => {}
         }
         write(&mut self.disk);
@@ -86,19 +87,19 @@ impl LedgerStore for FaultyStore {
     fn save(&mut self, ledger: &Ledger) -> Result<()> {
         let next = Disk {
             ledger: ledger.clone(),
-            number: self.number + 1,
+            log_number: self.log_number + 1,
             logged: Spent::default(),
         };
         self.write(|disk| *disk = next)?;
-        self.number += 1;
+        self.log_number += 1;
         Ok(())
     }
 
     fn append(&mut self, spent: &Spent) -> Result<()> {
-        let number = self.number;
+        let number = self.log_number;
         self.write(|disk| {
-            // Only the log that the ledger names is read.
-            if disk.number == number {
+            // Only the log with the number in the ledger is read.
+            if disk.log_number == number {
                 disk.logged.add(spent);
             }
         })
@@ -109,12 +110,12 @@ impl LedgerStore for FaultyStore {
     }
 }
 
-/// Dollars that the next process would count as spent after a kill now.
-pub fn after_a_kill(disk: &Disk, cap: f64, price: &Price, floor: &Spent) -> Spent {
+/// Returns the amount that the next process would count as spent if this one were killed now.
+pub fn spent_after_kill(disk: &Disk, cap: f64, price: &Price, floor: &Spent) -> Spent {
     let opened = Account::open(disk.open(), disk.read(), Some(cap), price, floor);
     opened.unwrap().0.spent()
 }
 
-pub fn dollars(whole: u64) -> Dollars {
-    Dollars::at_least(whole as f64)
+pub fn dollars(amount: u64) -> Dollars {
+    Dollars::at_least(amount as f64)
 }

@@ -10,7 +10,7 @@ use distill::cache::usage::Usage;
 use distill::config::Price;
 use proptest::prelude::*;
 
-use super::{Disk, Fault, FaultyStore, after_a_kill};
+use super::{Disk, Fault, FaultyStore, spent_after_kill};
 
 #[derive(Debug, Clone)]
 enum Event {
@@ -20,18 +20,23 @@ enum Event {
     Send(u64, u64),
     /// A request in flight gets its reply; its cost is written immediately (if true) or later.
     Reply(usize, Reply, bool),
-    /// The process submits a batch with this number of rows and of tokens per row.
+    /// The process submits a batch with this number of rows, and this number of input and of output tokens per row.
     Batch(u64, u64),
     /// A row of the batch gets its reply.
     Row(Reply),
+    /// The process calls [`Account::tick`].
     Tick,
+    /// The process closes the account and ends.
     Close,
     /// Sets or clears the fault of the next writes.
     Fault(Option<Fault>),
+    /// The config gets the price with this index.
     Price(u8),
+    /// The config gets the cap with this index.
     Cap(u8),
     /// The cache loses a share of its records, by a repair or a deletion.
     Forget(f64),
+    /// A cache is merged whose answers cost this number of cents.
     Merge(u64),
 }
 
@@ -41,6 +46,7 @@ enum Reply {
     Measured(f64),
     /// Billed to this share of its bound, without usage.
     WithoutUsage(f64),
+    /// Billed to this share of its bound, but the reply is lost.
     Lost(f64),
     Refused,
 }
@@ -49,17 +55,18 @@ enum Reply {
 struct Sent {
     bound: TokenBound,
     amount: Reservation,
+    /// Index in [`PRICES`] at which the request was sent.
     price: usize,
 }
 
-/// A row of a batch under way, with the amount held for it.
+/// A row of a submitted batch, with the amount reserved for it.
 #[derive(Debug, Clone, Copy)]
 struct Row {
     bound: TokenBound,
     held: Dollars,
     price: usize,
-    /// Charge of the reply; `None` before it. The amount is held until the reply is recorded.
-    bill: Option<Charge>,
+    /// Charge of the reply, or None before the reply. The amount stays reserved until the reply is recorded.
+    charge: Option<Charge>,
 }
 
 const PRICES: [Price; 4] = [
@@ -80,15 +87,18 @@ const fn price(input: Option<f64>, output: Option<f64>) -> Price {
     }
 }
 
+#[derive(Default)]
 struct World {
     disk: Disk,
     process: Option<Account<FaultyStore>>,
+    /// Index in [`PRICES`].
     price: usize,
+    /// Index in [`CAPS`].
     cap: usize,
     in_flight: Vec<Sent>,
     batch: Vec<Row>,
-    /// Billed dollars, and billed tokens of requests that had no price when sent.
     billed: Dollars,
+    /// Billed tokens of requests that were sent without a price.
     unpriced: UnpricedTokens,
     /// Sum of the costs in the cache's records.
     cached: Dollars,
@@ -96,32 +106,17 @@ struct World {
 }
 
 impl World {
-    fn new() -> World {
-        World {
-            disk: Disk::default(),
-            process: None,
-            price: 0,
-            cap: 0,
-            in_flight: Vec::new(),
-            batch: Vec::new(),
-            billed: Dollars::ZERO,
-            unpriced: UnpricedTokens::default(),
-            cached: Dollars::ZERO,
-            fault: None,
-        }
-    }
-
-    /// Billed and possibly billed dollars, at today's price for unpriced requests.
+    /// Returns the dollars that are billed or may be billed. Requests without a price count at the current price.
     fn may_be_billed(&self) -> Dollars {
         let unpriced = self.unpriced_at(&PRICES[self.price]);
-        let mut all = self.billed.plus(unpriced.unwrap_or_default());
+        let mut sum = self.billed.plus(unpriced.unwrap_or_default());
         for sent in &self.in_flight {
-            all = all.plus(self.worth(&sent.bound, sent.price));
+            sum = sum.plus(self.max_cost(&sent.bound, sent.price));
         }
-        for row in self.batch.iter().filter(|row| row.bill.is_none()) {
-            all = all.plus(self.worth(&row.bound, row.price));
+        for row in self.batch.iter().filter(|row| row.charge.is_none()) {
+            sum = sum.plus(self.max_cost(&row.bound, row.price));
         }
-        all
+        sum
     }
 
     fn unpriced_at(&self, price: &Price) -> Option<Dollars> {
@@ -133,24 +128,24 @@ impl World {
         price::cost(&usage, price).map(Dollars::at_most)
     }
 
-    /// The most that a request can cost which was sent at that price.
-    fn worth(&self, bound: &TokenBound, sent_at: usize) -> Dollars {
-        let price = match PRICES[sent_at].output {
-            Some(_) => &PRICES[sent_at],
+    /// Returns the maximum cost of a request that was sent at the price with the index `price`.
+    fn max_cost(&self, bound: &TokenBound, price: usize) -> Dollars {
+        let price = match PRICES[price].output {
+            Some(_) => &PRICES[price],
             None => &PRICES[self.price],
         };
         bound.cost(price).map_or(Dollars::ZERO, Dollars::at_most)
     }
 
     /// The endpoint bills a share of a bound.
-    fn bill(&mut self, bound: &TokenBound, sent_at: usize, share: f64) -> Usage {
+    fn bill(&mut self, bound: &TokenBound, price: usize, share: f64) -> Usage {
         let part = |tokens: u64| (tokens as f64 * share) as u64;
         let usage = Usage {
             prompt_tokens: part(bound.input_tokens),
             completion_tokens: part(bound.output_tokens),
             ..Usage::default()
         };
-        match price::cost(&usage, &PRICES[sent_at]) {
+        match price::cost(&usage, &PRICES[price]) {
             Some(usd) => self.billed = self.billed.plus(Dollars::at_most(usd)),
             None => self.unpriced.add(usage.into()),
         }
@@ -164,35 +159,40 @@ impl World {
         }
     }
 
-    /// Lets the process use its account. False if that failed, of which it may die.
-    fn run(&mut self, what: impl FnOnce(&mut Account<FaultyStore>) -> anyhow::Result<()>) -> bool {
+    /// Calls `operation` with the account of the process. Returns false if it failed; the process ends then, unless the
+    /// fault is [`Fault::Error`].
+    fn run(
+        &mut self,
+        operation: impl FnOnce(&mut Account<FaultyStore>) -> anyhow::Result<()>,
+    ) -> bool {
         let Some(account) = &mut self.process else {
             return false;
         };
         let store = account.store();
         (store.disk, store.fault) = (std::mem::take(&mut self.disk), self.fault);
-        let result = what(account);
+        let result = operation(account);
         let store = account.store();
         (self.disk, self.fault) = (std::mem::take(&mut store.disk), store.fault);
-        if result.is_err() && !self.survives() {
-            self.die();
+        if result.is_err() && !self.survives_faults() {
+            self.crash();
         }
         result.is_ok()
     }
 
-    /// Writes fail, and the process lives.
-    fn survives(&self) -> bool {
+    /// Returns true if a failed write does not end the process.
+    fn survives_faults(&self) -> bool {
         matches!(self.fault, Some(Fault::Error(_)))
     }
 
-    fn die(&mut self) {
+    /// Ends the process without closing its account.
+    fn crash(&mut self) {
         self.process = None;
         self.fault = None;
-        self.abandon();
+        self.abandon_requests();
     }
 
-    /// Nobody waits any more for what was in flight: the endpoint bills all of it.
-    fn abandon(&mut self) {
+    /// Loses the replies in flight: the endpoint bills their requests in full.
+    fn abandon_requests(&mut self) {
         for sent in std::mem::take(&mut self.in_flight) {
             self.bill(&sent.bound, sent.price, 1.0);
         }
@@ -202,22 +202,22 @@ impl World {
         match event {
             Event::Open if self.process.is_none() => self.open(),
             Event::Send(input, output) => self.send(*input, *output),
-            Event::Reply(which, reply, at_once) if !self.in_flight.is_empty() => {
+            Event::Reply(which, reply, is_written) if !self.in_flight.is_empty() => {
                 let which = which % self.in_flight.len();
-                self.reply(which, *reply, *at_once);
+                self.reply(which, *reply, *is_written);
             }
             Event::Batch(rows, tokens) => self.make_batch(*rows, *tokens),
             Event::Row(reply) => self.row(*reply),
             Event::Tick => drop(self.run(Account::tick)),
             Event::Close => {
-                let left = self.in_flight.len() as u64;
-                self.run(|account| account.close(left));
+                let in_flight = self.in_flight.len() as u64;
+                self.run(|account| account.close(in_flight));
                 if self.process.is_some() {
-                    self.die();
+                    self.crash();
                 }
             }
             Event::Fault(fault) => self.fault = *fault,
-            // A config is read when a process begins.
+            // The config is read only when a process starts.
             Event::Price(price) if self.process.is_none() => self.price = usize::from(*price) % 4,
             Event::Cap(cap) if self.process.is_none() => self.cap = usize::from(*cap) % 4,
             Event::Forget(share) => self.cached = self.cached.times(1.0 - share),
@@ -235,10 +235,10 @@ impl World {
             &self.floor(),
         );
         let Ok((mut account, _)) = opened else {
-            assert!(self.survives());
+            assert!(self.survives_faults());
             return;
         };
-        // The journal of the batches brings what is held for them.
+        // The journal of the batches contains the amounts reserved for them.
         for row in &self.batch {
             account.hold_for_batch(row.held);
         }
@@ -248,15 +248,16 @@ impl World {
         self.run(|account| account.expect_in_flight(8));
     }
 
-    /// Opening does not die: what a process does then is like the first thing that another one does.
+    /// Returns the store of a new process. It does not crash while it opens the account; a crash at the first operation
+    /// after that has the same effect.
     fn store(&self) -> FaultyStore {
         FaultyStore {
-            fault: self.fault.filter(|_| self.survives()),
+            fault: self.fault.filter(|_| self.survives_faults()),
             ..self.disk.open()
         }
     }
 
-    /// The first price that an account is opened with holds for what had none.
+    /// Prices the requests that were sent without a price, at the first price with which the account is opened.
     fn price_the_unpriced(&mut self) {
         if let Some(usd) = self.unpriced_at(&PRICES[self.price]) {
             self.billed = self.billed.plus(usd);
@@ -264,7 +265,7 @@ impl World {
         }
     }
 
-    /// A budget needs a price: without one the run is refused.
+    /// Returns the current cap, or None without a price, because a run with a budget and no price is refused.
     fn cap(&self) -> Option<f64> {
         CAPS[self.cap].filter(|_| PRICES[self.price].output.is_some())
     }
@@ -275,13 +276,14 @@ impl World {
             output_tokens,
         };
         let price = self.price;
-        let (mut is_sent, mut amount) = (false, Reservation::default());
-        let lives = self.run(|account| {
+        let mut is_sent = false;
+        let mut amount = Reservation::default();
+        let is_alive = self.run(|account| {
             amount = account.bound(&bound, &PRICES[price]);
             is_sent = account.reserve(&amount)?;
             Ok(())
         });
-        if is_sent && lives {
+        if is_sent && is_alive {
             self.in_flight.push(Sent {
                 bound,
                 amount,
@@ -297,24 +299,24 @@ impl World {
         }
     }
 
-    fn reply(&mut self, which: usize, reply: Reply, at_once: bool) {
+    fn reply(&mut self, which: usize, reply: Reply, is_written: bool) {
         let Sent {
             bound,
             amount,
             price,
         } = self.in_flight.remove(which);
-        let bill = self.bill_of(&bound, price, reply);
-        let lives = self.run(|account| {
-            account.settle(&amount, bill, &PRICES[price]);
-            if at_once { account.flush() } else { Ok(()) }
+        let charge = self.charge_of(&bound, price, reply);
+        let is_alive = self.run(|account| {
+            account.settle(&amount, charge, &PRICES[price]);
+            if is_written { account.flush() } else { Ok(()) }
         });
-        if lives && let Charge::Measured(usage) = bill {
+        if is_alive && let Charge::Measured(usage) = charge {
             let usd = price::cost(&usage, &PRICES[price]).unwrap_or(0.0);
             self.cached = self.cached.plus(Dollars::at_most(usd));
         }
     }
 
-    fn bill_of(&mut self, bound: &TokenBound, price: usize, reply: Reply) -> Charge {
+    fn charge_of(&mut self, bound: &TokenBound, price: usize, reply: Reply) -> Charge {
         match reply {
             Reply::Measured(share) => Charge::Measured(self.bill(bound, price, share)),
             Reply::WithoutUsage(share) => {
@@ -331,7 +333,7 @@ impl World {
 
     fn make_batch(&mut self, rows: u64, tokens: u64) {
         // The journal of a batch is written before the batch is submitted.
-        if PRICES[self.price].output.is_none() || self.survives() {
+        if PRICES[self.price].output.is_none() || self.survives_faults() {
             return;
         }
         let bound = TokenBound {
@@ -343,16 +345,16 @@ impl World {
             return;
         };
         let held = account.bound(&bound, &PRICES[price]).usd;
-        let all = (0..rows).fold(Dollars::ZERO, |sum, _| sum.plus(held));
-        if all > account.remaining() {
+        let total = (0..rows).fold(Dollars::ZERO, |sum, _| sum.plus(held));
+        if total > account.remaining() {
             return;
         }
-        account.hold_for_batch(all);
+        account.hold_for_batch(total);
         self.batch.extend((0..rows).map(|_| Row {
             bound,
             held,
             price,
-            bill: None,
+            charge: None,
         }));
     }
 
@@ -363,23 +365,23 @@ impl World {
         let Some(row) = self.batch.pop() else {
             return;
         };
-        let bill = match row.bill {
-            Some(bill) => bill,
-            None => self.bill_of(&row.bound, row.price, reply),
+        let charge = match row.charge {
+            Some(charge) => charge,
+            None => self.charge_of(&row.bound, row.price, reply),
         };
         let price = &PRICES[row.price];
-        if !self.run(|account| account.settle_batch(row.held, row.held, 1, bill, price)) {
-            self.die();
-            // The row has no record: the next process holds its amount, and gets the same reply.
+        if !self.run(|account| account.settle_batch(row.held, row.held, 1, charge, price)) {
+            self.crash();
+            // The row is not recorded, so the next process reserves its amount and gets the same reply.
             self.batch.push(Row {
-                bill: Some(bill),
+                charge: Some(charge),
                 ..row
             });
         }
     }
 
     fn merge(&mut self, cents: u64) {
-        if self.process.is_some() || self.survives() {
+        if self.process.is_some() || self.survives_faults() {
             return;
         }
         let usd = Dollars::at_least(cents as f64 / 100.0);
@@ -403,7 +405,7 @@ impl World {
         self.cached = self.cached.plus(usd);
     }
 
-    /// What is reserved is what is in flight, no more.
+    /// Checks that the account reserves exactly the bounds of the requests in flight and of the batch rows.
     fn check_process(&self) {
         let Some(account) = &self.process else {
             return;
@@ -414,12 +416,12 @@ impl World {
             .chain(in_batches)
             .fold(Dollars::ZERO, Dollars::plus);
         if let Some(cap) = account.cap() {
-            let free = cap.minus(account.spent().total().plus(reserved));
-            assert_eq!(account.remaining(), free);
+            let remaining = cap.minus(account.spent().total().plus(reserved));
+            assert_eq!(account.remaining(), remaining);
         }
     }
 
-    /// What the files say after a kill covers all that may be billed; the batches' journal has its own.
+    /// Checks that the files and the journal of the batches cover all that may be billed, as after a kill.
     fn check(&self) {
         let held = self
             .batch
@@ -427,19 +429,19 @@ impl World {
             .fold(Dollars::ZERO, |sum, row| sum.plus(row.held));
         let price = &PRICES[self.price];
         let floor = self.floor();
-        let known = after_a_kill(
+        let on_disk = spent_after_kill(
             &self.disk,
             CAPS[self.cap].unwrap_or(f64::MAX),
             price,
             &floor,
         );
-        let known = known.total().plus(held);
+        let on_disk = on_disk.total().plus(held);
         let most = self.may_be_billed();
-        // Each amount is rounded once on its way.
-        let slack = Dollars::at_least(1e-9);
+        // Each amount is rounded once.
+        let rounding = Dollars::at_least(1e-9);
         assert!(
-            most <= known.plus(slack),
-            "{most:?} may be billed, {known:?} is on the disk"
+            most <= on_disk.plus(rounding),
+            "{most:?} may be billed, {on_disk:?} is on the disk"
         );
     }
 }
@@ -456,7 +458,7 @@ fn reply() -> impl Strategy<Value = Reply> {
 
 fn fault() -> impl Strategy<Value = Fault> {
     prop_oneof![
-        (0usize..4, any::<bool>()).prop_map(|(writes, is_made)| Fault::Crash(writes, is_made)),
+        (0usize..4, any::<bool>()).prop_map(|(n, reaches_disk)| Fault::Crash(n, reaches_disk)),
         any::<bool>().prop_map(Fault::Error),
     ]
 }
@@ -466,7 +468,7 @@ fn event() -> impl Strategy<Value = Event> {
         3 => Just(Event::Open),
         8 => (0u64..100_000, 1u64..200_000).prop_map(|(input, output)| Event::Send(input, output)),
         8 => (any::<usize>(), reply(), any::<bool>())
-            .prop_map(|(which, reply, at_once)| Event::Reply(which, reply, at_once)),
+            .prop_map(|(which, reply, is_written)| Event::Reply(which, reply, is_written)),
         1 => (1u64..5, 1u64..50_000).prop_map(|(rows, tokens)| Event::Batch(rows, tokens)),
         2 => reply().prop_map(Event::Row),
         1 => proptest::option::of(fault()).prop_map(Event::Fault),
@@ -488,7 +490,7 @@ proptest! {
 
     #[test]
     fn event_sequences_never_exceed_the_cap(events in proptest::collection::vec(event(), 1..80)) {
-        let mut world = World::new();
+        let mut world = World::default();
         for event in &events {
             world.step(event);
             world.check_process();

@@ -64,7 +64,7 @@ impl Transport for Simulated {
     }
 }
 
-pub fn whole(reply: distill::mock::response::HttpReply) -> HttpReply {
+pub fn whole(reply: distill::mock::response::MockReply) -> HttpReply {
     let mut headers = HeaderMap::new();
     for (name, value) in &reply.headers {
         let name: reqwest::header::HeaderName = name.parse().unwrap();
@@ -103,7 +103,7 @@ impl Night {
         });
         Night {
             run,
-            mock: Arc::new(Mock::at(script, SystemTime::from(evening))),
+            mock: Arc::new(Mock::with_wall_start(script, SystemTime::from(evening))),
             clock,
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use distill::mock::Mock;
 use distill::mock::request::MockRequest;
-use distill::mock::response::{HttpReply, MockResponse};
+use distill::mock::response::{MockReply, MockResponse};
 use serde_json::{Value, json};
 use tokio::time::advance;
 
@@ -13,7 +13,7 @@ use super::{body, json_of, mock, text};
 
 const ENDPOINT: &str = "/v1/chat/completions";
 
-/// A request to a file or batch route; the multipart boundary is `b`.
+/// Returns a request to a file or batch route. The multipart boundary is `b`.
 pub fn batch_request<'a>(method: &'a str, path: &'a str, body: &'a [u8]) -> MockRequest<'a> {
     let content_type = match path {
         "/v1/files" => "multipart/form-data; boundary=b",
@@ -32,7 +32,8 @@ async fn send(mock: &Mock, method: &str, path: &str, body: &[u8]) -> MockRespons
     mock.respond(batch_request(method, path, body)).await
 }
 
-async fn call(mock: &Mock, method: &str, path: &str, body: &[u8]) -> HttpReply {
+/// Sends a request. Returns its reply, which must be complete.
+async fn call(mock: &Mock, method: &str, path: &str, body: &[u8]) -> MockReply {
     match send(mock, method, path, body).await {
         MockResponse::Complete(reply) => reply,
         other => panic!("{other:?}"),
@@ -45,6 +46,7 @@ async fn get(mock: &Mock, path: &str) -> Value {
     json_of(&reply)
 }
 
+/// Uploads a file. Returns its id.
 async fn upload(mock: &Mock, content: &str) -> String {
     let form = format!(
         "--b\r\ncontent-disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n\
@@ -53,13 +55,14 @@ async fn upload(mock: &Mock, content: &str) -> String {
     );
     let reply = call(mock, "POST", "/v1/files", form.as_bytes()).await;
     assert_eq!(reply.status, 200);
-    let card = json_of(&reply);
-    assert_eq!(card["bytes"], content.len());
-    assert_eq!(card["purpose"], "batch");
-    card["id"].as_str().unwrap().to_string()
+    let file = json_of(&reply);
+    assert_eq!(file["bytes"], content.len());
+    assert_eq!(file["purpose"], "batch");
+    file["id"].as_str().unwrap().to_string()
 }
 
-fn creation(file: &str) -> Vec<u8> {
+/// Returns the body of a request that creates a batch.
+fn create_body(file: &str) -> Vec<u8> {
     json!({
         "input_file_id": file, "endpoint": ENDPOINT, "completion_window": "24h",
         "metadata": {"nonce": "n1"},
@@ -68,7 +71,7 @@ fn creation(file: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// Rows `r0`, `r1`, ... whose prompts contain their numbers.
+/// Returns input lines with the ids `r0`, `r1`, ... and the prompts `row 0`, `row 1`, ...
 fn rows(count: usize) -> String {
     (0..count)
         .map(|index| {
@@ -82,10 +85,10 @@ fn rows(count: usize) -> String {
         .collect()
 }
 
-/// Creates a batch of these lines; returns it and its path.
+/// Creates a batch of these lines. Returns the batch and its path.
 async fn create(mock: &Mock, lines: &str) -> (Value, String) {
     let file = upload(mock, lines).await;
-    let reply = call(mock, "POST", "/v1/batches", &creation(&file)).await;
+    let reply = call(mock, "POST", "/v1/batches", &create_body(&file)).await;
     assert_eq!(reply.status, 200, "{:?}", reply.body);
     let batch = json_of(&reply);
     let path = format!("/v1/batches/{}", batch["id"].as_str().unwrap());
@@ -96,7 +99,7 @@ async fn advance_seconds(seconds: u64) {
     advance(Duration::from_secs(seconds)).await;
 }
 
-/// The lines of a result file by `custom_id`; empty if there is no file.
+/// Returns the lines of a result file by `custom_id`. Empty if the id of the file is null.
 async fn lines(mock: &Mock, file: &Value) -> BTreeMap<String, Value> {
     let Some(id) = file.as_str() else {
         return BTreeMap::new();
@@ -109,7 +112,11 @@ async fn lines(mock: &Mock, file: &Value) -> BTreeMap<String, Value> {
         (row["custom_id"].as_str().unwrap().to_string(), row)
     });
     let rows: BTreeMap<String, Value> = rows.collect();
-    assert_eq!(rows.len(), content.lines().count(), "a row is repeated");
+    assert_eq!(
+        rows.len(),
+        content.lines().count(),
+        "a custom_id is repeated"
+    );
     rows
 }
 
@@ -123,7 +130,7 @@ async fn batch_completes_and_is_billed_once() {
         batch["request_counts"],
         json!({"total": 0, "completed": 0, "failed": 0})
     );
-    // 60, 160 and 220 virtual seconds after its creation.
+    // The status changes 60, 160 and 220 virtual seconds after the creation.
     advance_seconds(11).await;
     let batch = get(&mock, &path).await;
     assert_eq!(batch["status"], "in_progress");
@@ -172,7 +179,7 @@ async fn error_rows_have_three_formats_and_lost_rows_are_in_no_file() {
     let (_, path) = create(&mock, &rows(20)).await;
     advance_seconds(10_000).await;
     let batch = get(&mock, &path).await;
-    // The scripted counts are wrong.
+    // The script reports all rows as completed.
     assert_eq!(
         batch["request_counts"],
         json!({"total": 20, "completed": 20, "failed": 0})
@@ -181,7 +188,7 @@ async fn error_rows_have_three_formats_and_lost_rows_are_in_no_file() {
     let errors = lines(&mock, &batch["error_file_id"]).await;
     assert_eq!((output.len(), errors.len()), (12, 6));
     assert!(output.keys().all(|id| !errors.contains_key(id)));
-    let shapes =
+    let formats =
         errors.values().map(
             |row| match (&row["response"]["status_code"], &row["error"]["code"]) {
                 (Value::Null, Value::String(code)) if row["response"].is_null() => code.clone(),
@@ -189,14 +196,14 @@ async fn error_rows_have_three_formats_and_lost_rows_are_in_no_file() {
                 other => panic!("{other:?}"),
             },
         );
-    let mut shapes: Vec<String> = shapes.collect();
-    shapes.sort();
+    let mut formats: Vec<String> = formats.collect();
+    formats.sort();
     assert_eq!(
-        shapes,
+        formats,
         ["0", "0", "500", "500", "server_error", "server_error"]
     );
     assert_eq!(mock.stats().billed.answers, 12);
-    // The order differs from that of the input.
+    // The order differs from the order of the input.
     let output = batch["output_file_id"].as_str().unwrap();
     let content = call(&mock, "GET", &format!("/v1/files/{output}/content"), b"")
         .await
@@ -290,11 +297,11 @@ async fn invalid_input_file_fails_with_line_numbers() {
         advance_seconds(1).await;
         let batch = get(&mock, &path).await;
         assert_eq!(batch["status"], "failed");
-        let mistake = &batch["errors"]["data"][0];
+        let error = &batch["errors"]["data"][0];
         assert_eq!(
-            (&mistake["code"], &mistake["line"]),
+            (&error["code"], &error["line"]),
             (&json!(code), &line),
-            "{mistake}"
+            "{error}"
         );
         assert!(batch["failed_at"].is_i64());
         assert_eq!(
@@ -367,14 +374,14 @@ async fn enqueued_token_limit_fails_the_batch_in_validation() {
 async fn batch_with_lost_reply_is_listed() {
     let mock = mock("[batch]\nlost_creates = 1\nstatus = \"queued\"");
     let file = upload(&mock, &rows(1)).await;
-    let lost = send(&mock, "POST", "/v1/batches", &creation(&file)).await;
+    let lost = send(&mock, "POST", "/v1/batches", &create_body(&file)).await;
     assert_eq!(lost, MockResponse::Reset);
     let list = get(&mock, "/v1/batches?limit=2").await;
     assert_eq!(list["data"].as_array().unwrap().len(), 1);
     assert_eq!(list["data"][0]["metadata"]["nonce"], "n1");
     for _ in 0..2 {
         assert_eq!(
-            call(&mock, "POST", "/v1/batches", &creation(&file))
+            call(&mock, "POST", "/v1/batches", &create_body(&file))
                 .await
                 .status,
             200
@@ -394,7 +401,7 @@ async fn batch_with_lost_reply_is_listed() {
     assert_eq!(second["has_more"], false);
     assert_eq!(ids(&second), ids(&list));
     assert!(!ids(&first).contains(&ids(&list)[0]));
-    // The scripted status.
+    // The script reports another status instead of `in_progress`.
     advance_seconds(60).await;
     assert_eq!(
         get(&mock, "/v1/batches").await["data"][0]["status"],
@@ -408,10 +415,10 @@ async fn uploaded_file_is_missing_at_first_if_scripted() {
     let file = upload(&mock, &rows(1)).await;
     let path = format!("/v1/files/{file}");
     assert_eq!(call(&mock, "GET", &path, b"").await.status, 404);
-    let refused = call(&mock, "POST", "/v1/batches", &creation(&file)).await;
-    assert_eq!(refused.status, 400);
+    let rejected = call(&mock, "POST", "/v1/batches", &create_body(&file)).await;
+    assert_eq!(rejected.status, 400);
     assert!(
-        json_of(&refused)["error"]["message"]
+        json_of(&rejected)["error"]["message"]
             .as_str()
             .unwrap()
             .contains("No such File")
@@ -419,7 +426,7 @@ async fn uploaded_file_is_missing_at_first_if_scripted() {
     advance_seconds(1).await;
     assert_eq!(get(&mock, &path).await["filename"], "in.jsonl");
     assert_eq!(
-        call(&mock, "POST", "/v1/batches", &creation(&file))
+        call(&mock, "POST", "/v1/batches", &create_body(&file))
             .await
             .status,
         200
@@ -434,7 +441,7 @@ async fn invalid_batch_requests_are_rejected() {
     let mock = mock("");
     let file = upload(&mock, &rows(1)).await;
     let with = |name: &str, value: Value| {
-        let mut body: Value = serde_json::from_slice(&creation(&file)).unwrap();
+        let mut body: Value = serde_json::from_slice(&create_body(&file)).unwrap();
         body[name] = value;
         body.to_string().into_bytes()
     };
@@ -470,7 +477,7 @@ async fn faults_with_path_apply_to_that_path() {
     let mock = mock(
         "[[faults]]\nkind = \"http 503\"\npath = \"/v1/batches/\"\nfirst = 1\n\
          [[faults]]\nkind = \"reset in body\"\npath = \"/content\"\nfirst = 1\n\
-         [[faults]]\nkind = \"http 500\"\nmatching = \"nothing that a row says\"",
+         [[faults]]\nkind = \"http 500\"\nmatching = \"not in any row\"",
     );
     let (_, path) = create(&mock, &rows(2)).await;
     assert_eq!(call(&mock, "GET", &path, b"").await.status, 503);
@@ -481,7 +488,7 @@ async fn faults_with_path_apply_to_that_path() {
         batch["output_file_id"].as_str().unwrap()
     );
     let MockResponse::ResetInBody(reply) = send(&mock, "GET", &content, b"").await else {
-        panic!("the file is complete");
+        panic!("the response is not a reset in the body");
     };
     assert_eq!(call(&mock, "GET", &content, b"").await.body, reply.body);
     assert_eq!(mock.stats().billed.answers, 2);

@@ -1,4 +1,4 @@
-//! Each kind of fault as a client sees it, and the conditions of faults.
+//! The effect of each kind of fault on a client, and the conditions of faults.
 
 use std::time::Duration;
 
@@ -8,25 +8,26 @@ use distill::mock::script::fault_kind::FaultKind;
 use serde_json::{Value, json};
 use tokio::time::{Instant, advance, timeout};
 
-use super::server::{End, Server};
+use super::server::{ConnectionEnd, Server};
 use super::{ask, ask_with, body, json_of, mock, statuses, text};
 
-/// Returns the head and the body that a client receives under a fault, and how the connection ended.
-async fn observe(fault: &str) -> (String, Vec<u8>, End) {
+/// Sends a request to a mock with this fault. Returns the head and the body that the client receives, and the end of
+/// the connection.
+async fn receive(fault: &str) -> (String, Vec<u8>, ConnectionEnd) {
     let server = Server::start(&format!("[[faults]]\n{fault}")).await;
     let extra = json!({"logprobs": true, "top_logprobs": 3});
-    let longest = if fault.contains("drip") {
+    let max_wait = if fault.contains("drip") {
         Duration::from_millis(300)
     } else {
         Duration::from_secs(10)
     };
-    let (bytes, end) = server.exchange(&body("hello there", extra), longest).await;
-    let split = bytes.windows(4).position(|w| w == b"\r\n\r\n");
-    let split = split.map_or(bytes.len(), |at| at + 4);
-    let head = String::from_utf8(bytes[..split].to_vec()).unwrap();
-    let kind = server.mock.stats().faults;
-    assert_eq!(kind.values().sum::<u64>(), 1, "{kind:?}");
-    (head.to_lowercase(), bytes[split..].to_vec(), end)
+    let (bytes, end) = server.exchange(&body("hello there", extra), max_wait).await;
+    let blank_line = bytes.windows(4).position(|w| w == b"\r\n\r\n");
+    let body_start = blank_line.map_or(bytes.len(), |start| start + 4);
+    let head = String::from_utf8(bytes[..body_start].to_vec()).unwrap();
+    let faults = server.mock.stats().faults;
+    assert_eq!(faults.values().sum::<u64>(), 1, "{faults:?}");
+    (head.to_lowercase(), bytes[body_start..].to_vec(), end)
 }
 
 #[tokio::test]
@@ -34,34 +35,34 @@ async fn error_faults_have_their_status_headers_and_body() {
     for status in [
         400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503, 504, 529,
     ] {
-        let (head, body, _) = observe(&format!("kind = \"http {status}\"")).await;
+        let (head, body, _) = receive(&format!("kind = \"http {status}\"")).await;
         assert!(head.starts_with(&format!("http/1.1 {status} ")), "{head}");
         let body: Value = serde_json::from_slice(&body).unwrap();
         assert!(body["error"]["message"].is_string() && body["error"]["code"].is_string());
     }
     for status in [429, 502] {
-        let (head, body, _) = observe(&format!("kind = \"html {status}\"")).await;
+        let (head, body, _) = receive(&format!("kind = \"html {status}\"")).await;
         assert!(
             head.contains(&format!(" {status} ")) && head.contains("text/html"),
             "{head}"
         );
         assert!(body.starts_with(b"<html>"));
     }
-    let (head, body, _) = observe("kind = \"insufficient_quota\"").await;
+    let (head, body, _) = receive("kind = \"insufficient_quota\"").await;
     assert!(head.contains(" 429 "));
     let body: Value = serde_json::from_slice(&body).unwrap();
     assert_eq!(body["error"]["code"], "insufficient_quota");
-    let (head, ..) = observe("kind = \"redirect\"\nheaders = {Location = \"http://other/\"}").await;
+    let (head, ..) = receive("kind = \"redirect\"\nheaders = {Location = \"http://other/\"}").await;
     assert!(
         head.contains(" 307 ") && head.contains("location: http://other/\r\n"),
         "{head}"
     );
     assert_eq!(head.matches("location").count(), 1, "{head}");
-    let (head, body, _) = observe("kind = \"error in 200\"").await;
+    let (head, body, _) = receive("kind = \"error in 200\"").await;
     assert!(head.contains(" 200 "));
     let body: Value = serde_json::from_slice(&body).unwrap();
     assert_eq!(body["error"]["code"], 502);
-    let (head, body, _) = observe(
+    let (head, body, _) = receive(
         "kind = \"http 503\"\nbody = \"busy\"\nretry_after = \"float\"\nretry_after_s = 1.5",
     )
     .await;
@@ -72,38 +73,44 @@ async fn error_faults_have_their_status_headers_and_body() {
 #[tokio::test]
 async fn connection_faults_end_the_connection_as_scripted() {
     let length = |head: &str| -> usize {
-        let (_, rest) = head.split_once("content-length: ").unwrap();
-        rest.split("\r\n").next().unwrap().parse().unwrap()
+        let (_, value) = head.split_once("content-length: ").unwrap();
+        value.split("\r\n").next().unwrap().parse().unwrap()
     };
     for kind in ["reset", "refused"] {
-        let (head, body, end) = observe(&format!("kind = \"{kind}\"")).await;
-        assert_eq!((head.as_str(), body.len(), end), ("", 0, End::Reset));
+        let (head, body, end) = receive(&format!("kind = \"{kind}\"")).await;
+        assert_eq!(
+            (head.as_str(), body.len(), end),
+            ("", 0, ConnectionEnd::Reset)
+        );
     }
     for (kind, expected) in [
-        ("reset in body", End::Reset),
-        ("short body", End::Closed),
-        ("stall in body", End::Open),
+        ("reset in body", ConnectionEnd::Reset),
+        ("short body", ConnectionEnd::Closed),
+        ("stall in body", ConnectionEnd::Open),
     ] {
-        let (head, body, end) = observe(&format!("kind = \"{kind}\"")).await;
+        let (head, body, end) = receive(&format!("kind = \"{kind}\"")).await;
         assert_eq!(body.len(), length(&head) / 2, "{kind}");
         assert_eq!(end, expected, "{kind}");
     }
-    let (head, body, end) = observe("kind = \"unfinished chunks\"").await;
+    let (head, body, end) = receive("kind = \"unfinished chunks\"").await;
     assert!(head.contains("transfer-encoding: chunked"), "{head}");
-    assert!(body.ends_with(b"}\r\n"), "no last chunk");
-    assert_eq!(end, End::Closed);
-    let (head, body, end) = observe("kind = \"stall\"").await;
-    assert_eq!((head.as_str(), body.len(), end), ("", 0, End::Open));
-    let (head, body, end) = observe("kind = \"drip\"\ninterval_s = 0.05").await;
+    assert!(body.ends_with(b"}\r\n"), "the last chunk was sent");
+    assert_eq!(end, ConnectionEnd::Closed);
+    let (head, body, end) = receive("kind = \"stall\"").await;
+    assert_eq!(
+        (head.as_str(), body.len(), end),
+        ("", 0, ConnectionEnd::Open)
+    );
+    let (head, body, end) = receive("kind = \"drip\"\ninterval_s = 0.05").await;
     assert!(
         !body.is_empty() && body.len() < length(&head) / 10,
         "{}",
         body.len()
     );
-    assert_eq!(end, End::Open);
+    assert_eq!(end, ConnectionEnd::Open);
     for interval in ["", "interval_s = 0.001"] {
         let (head, body, _) =
-            observe(&format!("kind = \"blank lines\"\nsize = 5\n{interval}")).await;
+            receive(&format!("kind = \"blank lines\"\nsize = 5\n{interval}")).await;
         assert_eq!(body.len(), length(&head));
         assert!(body.starts_with(b"\n\n\n\n\n{"));
         serde_json::from_slice::<Value>(&body).unwrap();
@@ -124,9 +131,9 @@ async fn body_faults_change_only_the_body() {
         {
             continue;
         }
-        let (head, body, _) = observe(&format!("kind = \"{kind}\"")).await;
+        let (head, body, _) = receive(&format!("kind = \"{kind}\"")).await;
         assert!(head.contains(" 200 ok"), "{kind}: {head}");
-        let good = json_of(
+        let valid_answer = json_of(
             &ask_with(
                 &mock(""),
                 "hello there",
@@ -135,7 +142,7 @@ async fn body_faults_change_only_the_body() {
             .await,
         );
         // Unit tests of `mock::corrupt` check the body of each kind.
-        assert_ne!(body, serde_json::to_vec(&good).unwrap(), "{kind}");
+        assert_ne!(body, serde_json::to_vec(&valid_answer).unwrap(), "{kind}");
         if kind == FaultKind::HugeBody {
             assert_eq!(body.len(), 64 << 20);
         }
@@ -146,11 +153,11 @@ async fn body_faults_change_only_the_body() {
 async fn fault_with_first_applies_per_body() {
     let mock = mock("[[faults]]\nkind = \"http 500\"\nfirst = 2");
     for content in ["a", "b"] {
-        let mut seen = Vec::new();
+        let mut statuses = Vec::new();
         for _ in 0..4 {
-            seen.push(ask(&mock, content).await.status);
+            statuses.push(ask(&mock, content).await.status);
         }
-        assert_eq!(seen, [500, 500, 200, 200], "{content}");
+        assert_eq!(statuses, [500, 500, 200, 200], "{content}");
     }
     let stats = mock.stats();
     assert_eq!(stats.faults, [("http 500".to_string(), 4)].into());
@@ -169,21 +176,21 @@ async fn fault_applies_in_its_window_and_to_matching_prompts() {
     let start = Instant::now();
     assert_eq!(statuses(&mock, 1).await, [503]);
     assert_eq!(start.elapsed().as_millis(), 500);
-    // The first matching entry applies.
+    // Both faults match; the first one applies.
     assert_eq!(ask(&mock, "poison").await.status, 400);
     advance(Duration::from_secs(10)).await;
     assert_eq!(statuses(&mock, 1).await, [200]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn stall_holds_its_slot_until_the_client_disconnects() {
+async fn stalled_request_occupies_its_slot_until_the_client_disconnects() {
     let mock = mock("[[faults]]\nkind = \"stall\"\n[limits]\nconcurrency = 1");
     let body = body("hi", json!({}));
     let hour = Duration::from_secs(3600);
     timeout(hour, mock.respond(MockRequest::chat(&body)))
         .await
         .unwrap_err();
-    // The stalled request held the only slot and has released it.
+    // The stalled request occupied the only slot until it was dropped.
     let stats = mock.stats();
     assert_eq!(
         (stats.max_in_flight, stats.in_flight, stats.abandoned),
@@ -212,7 +219,7 @@ async fn corrupt_answers_are_billed_and_errors_are_not() {
 }
 
 #[tokio::test]
-async fn fault_is_a_response_value_without_tcp() {
+async fn connection_faults_are_response_variants_without_tcp() {
     let body = body("hi there", json!({}));
     let respond = async |kind: &str| {
         let mock = mock(&format!("[[faults]]\nkind = \"{kind}\""));

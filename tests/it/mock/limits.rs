@@ -1,9 +1,9 @@
-//! The rate limits, with a paused clock.
+//! The rate limits of the mock, with a paused clock.
 
 use std::time::{Duration, SystemTime};
 
 use distill::mock::Mock;
-use distill::mock::response::HttpReply;
+use distill::mock::response::MockReply;
 use serde_json::json;
 use tokio::time::{Instant, advance};
 
@@ -11,12 +11,13 @@ use super::{ask, ask_with, json_of, mock, script, statuses};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Sends `count` requests at each of these seconds; returns the numbers of admitted requests.
-async fn admitted_counts(limits: &str, at: &[(u64, usize)]) -> Vec<usize> {
+/// Sends bursts of requests, given as (second, number of requests). Returns the number of admitted requests of each
+/// burst.
+async fn admitted_counts(limits: &str, bursts: &[(u64, usize)]) -> Vec<usize> {
     let mock = mock(limits);
     let start = Instant::now();
     let mut admitted = Vec::new();
-    for &(second, count) in at {
+    for &(second, count) in bursts {
         advance(start + SECOND * second as u32 - Instant::now()).await;
         let statuses = statuses(&mock, count).await;
         admitted.push(statuses.iter().filter(|status| **status == 200).count());
@@ -27,7 +28,7 @@ async fn admitted_counts(limits: &str, at: &[(u64, usize)]) -> Vec<usize> {
 #[tokio::test(start_paused = true)]
 async fn each_window_counts_a_minute() {
     let windows = [
-        // Full at the start, then two per second.
+        // Full at the start, then two requests per second.
         ("bucket", [120, 0, 2, 118]),
         // Windows from 0 s and from 60 s.
         ("fixed_minute", [120, 0, 0, 120]),
@@ -36,8 +37,12 @@ async fn each_window_counts_a_minute() {
     ];
     for (window, expected) in windows {
         let limits = format!("[limits]\nwindow = \"{window}\"\nrequests_per_minute = 120");
-        let at = [(0, 121), (0, 1), (1, 3), (60, 200)];
-        assert_eq!(admitted_counts(&limits, &at).await, expected, "{window}");
+        let bursts = [(0, 121), (0, 1), (1, 3), (60, 200)];
+        assert_eq!(
+            admitted_counts(&limits, &bursts).await,
+            expected,
+            "{window}"
+        );
     }
     // A fixed minute admits twice the limit within two seconds.
     for (window, expected) in [("fixed_minute", [3, 3]), ("sliding_minute", [3, 0])] {
@@ -62,8 +67,8 @@ async fn small_bucket_limits_bursts_within_a_minute() {
 #[tokio::test(start_paused = true)]
 async fn daily_limit_resets_after_24_hours() {
     let limits = "[limits]\nrequests_per_day = 2";
-    let at = [(0, 3), (3600, 1), (86_399, 1), (86_400, 3)];
-    assert_eq!(admitted_counts(limits, &at).await, [2, 0, 0, 2]);
+    let bursts = [(0, 3), (3600, 1), (86_399, 1), (86_400, 3)];
+    assert_eq!(admitted_counts(limits, &bursts).await, [2, 0, 0, 2]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -80,8 +85,8 @@ async fn rejected_requests_count_if_scripted() {
 async fn limit_changes_apply_at_their_time() {
     let limits = "[limits]\nwindow = \"fixed_minute\"\nrequests_per_minute = 8\n\
                   changes = [{at_s = 60, factor = 0.5}, {at_s = 120, factor = 2}]";
-    let at = [(0, 99), (60, 99), (120, 99), (180, 99)];
-    assert_eq!(admitted_counts(limits, &at).await, [8, 4, 16, 16]);
+    let bursts = [(0, 99), (60, 99), (120, 99), (180, 99)];
+    assert_eq!(admitted_counts(limits, &bursts).await, [8, 4, 16, 16]);
     // A full bucket is cut to its new capacity.
     let limits = "[limits]\nrequests_per_minute = 8\nchanges = [{at_s = 60, factor = 0.5}]";
     assert_eq!(admitted_counts(limits, &[(60, 99), (75, 99)]).await, [4, 1]);
@@ -128,7 +133,7 @@ async fn tokens_are_charged_by_estimate_or_usage() {
         {
             admitted += 1;
         }
-        // By usage, 114, 108, ... tokens remain, until 55 no longer fit.
+        // By usage, 114, 108, ... tokens remain, until fewer than the estimate of 55 remain.
         let expected = if counts == "actual" {
             (120 - 55) / 6 + 1
         } else {
@@ -143,30 +148,30 @@ async fn output_tokens_have_a_separate_limit() {
     let mock = mock("[limits]\ntokens_per_minute = 1000\noutput_tokens_per_minute = 100");
     let ask = async || ask_with(&mock, "hi", json!({"max_tokens": 50})).await;
     assert_eq!([ask().await.status, ask().await.status], [200, 200]);
-    let refused = ask().await;
-    assert_eq!(refused.status, 429);
-    assert_eq!(refused.header("retry-after"), Some("30"));
+    let rejected = ask().await;
+    assert_eq!(rejected.status, 429);
+    assert_eq!(rejected.header("retry-after"), Some("30"));
     // Two prompts of five tokens.
-    assert_eq!(refused.header("x-ratelimit-remaining-tokens"), Some("990"));
+    assert_eq!(rejected.header("x-ratelimit-remaining-tokens"), Some("990"));
 }
 
 #[tokio::test(start_paused = true)]
 async fn request_above_the_limit_itself_is_reported_as_too_large() {
     let mock = mock("[limits]\ntokens_per_minute = 100");
-    let refused = ask_with(&mock, "hi", json!({"max_tokens": 1000})).await;
-    assert_eq!(refused.status, 429);
-    assert_eq!(refused.header("retry-after"), None);
-    let error = json_of(&refused)["error"]["message"].to_string();
+    let rejected = ask_with(&mock, "hi", json!({"max_tokens": 1000})).await;
+    assert_eq!(rejected.status, 429);
+    assert_eq!(rejected.header("retry-after"), None);
+    let error = json_of(&rejected)["error"]["message"].to_string();
     assert!(error.contains("too large"), "{error}");
 }
 
 /// Admits one request and rejects the next, 600 ms before it would be admitted.
-async fn refused(retry_after: &str) -> (HttpReply, String) {
+async fn rejected_request(retry_after: &str) -> (MockReply, String) {
     let limits =
         format!("[limits]\nrequests_per_minute = 60\nburst_s = 1\nretry_after = \"{retry_after}\"");
-    // A fraction of a second, which a date must round up.
-    let wall = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000 + SECOND / 4;
-    let mock = Mock::at(script(&limits), wall);
+    // The time has a fraction of a second, so that a date must be rounded up.
+    let wall_start = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000 + SECOND / 4;
+    let mock = Mock::with_wall_start(script(&limits), wall_start);
     assert_eq!(ask(&mock, "hi").await.status, 200);
     advance(Duration::from_millis(400)).await;
     let reply = ask(&mock, "hi").await;
@@ -179,8 +184,8 @@ async fn refused(retry_after: &str) -> (HttpReply, String) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rejection_tells_the_wait_in_each_format() {
-    for (form, name, value) in [
+async fn rejection_states_the_wait_in_each_format() {
+    for (format, name, value) in [
         ("seconds", "retry-after", "1"),
         ("float", "retry-after", "0.6"),
         // 1,800,000,001.25, rounded up.
@@ -189,16 +194,16 @@ async fn rejection_tells_the_wait_in_each_format() {
         ("far_date", "retry-after", "Mon, 12 Jan 2037 08:00:00 GMT"),
         ("ms", "retry-after-ms", "600"),
     ] {
-        let (reply, message) = refused(form).await;
-        assert_eq!(reply.header(name), Some(value), "{form}");
-        assert!(!message.contains("try again"), "{form}: {message}");
+        let (reply, message) = rejected_request(format).await;
+        assert_eq!(reply.header(name), Some(value), "{format}");
+        assert!(!message.contains("try again"), "{format}: {message}");
     }
-    let (reply, _) = refused("garbage").await;
+    let (reply, _) = rejected_request("garbage").await;
     assert!(reply.header("retry-after").unwrap().parse::<f64>().is_err());
-    let (reply, message) = refused("words").await;
+    let (reply, message) = rejected_request("words").await;
     assert_eq!(reply.header("retry-after"), None);
     assert!(message.contains("try again in 600ms."), "{message}");
-    let (reply, message) = refused("none").await;
+    let (reply, message) = rejected_request("none").await;
     assert_eq!(reply.header("retry-after"), None);
     assert!(!message.contains("try again"), "{message}");
 }
@@ -271,18 +276,18 @@ async fn rate_limit_headers_match_each_provider() {
         ),
         ("none", &[]),
     ] {
-        let wall = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000;
-        let mock = Mock::at(
+        let wall_start = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000;
+        let mock = Mock::with_wall_start(
             script(&format!("[limits]\n{limits}\nheaders = \"{dialect}\"")),
-            wall,
+            wall_start,
         );
         let reply = ask(&mock, "hi").await;
-        let found: Vec<(&str, &str)> = reply
+        let headers: Vec<(&str, &str)> = reply
             .headers
             .iter()
             .map(|(name, value)| (name.as_ref(), value.as_ref()))
             .collect();
-        assert_eq!(found, expected, "{dialect}");
+        assert_eq!(headers, expected, "{dialect}");
     }
 }
 
@@ -297,7 +302,7 @@ async fn stats_report_the_busiest_minute() {
     statuses(&mock, 1).await;
     let stats = mock.stats();
     assert_eq!(stats.most_requests_in_a_minute, 7);
-    // Each request asks for 5 + 16 tokens; six answers have 5 + 1.
+    // Each request is charged 5 + 16 tokens. Six answers within a minute use 5 + 1 tokens each.
     assert_eq!(stats.most_tokens_asked_in_a_minute, 7 * 21);
     assert_eq!(stats.most_tokens_billed_in_a_minute, 6 * 6);
     assert_eq!((stats.answered, stats.throttled), (7, 1));

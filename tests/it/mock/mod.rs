@@ -1,4 +1,4 @@
-//! The scripted teacher follows its script.
+//! The mock: answers, rejections, disconnects and counts. Its submodules test limits, faults, batches and the server.
 
 pub mod batch;
 mod faults;
@@ -10,7 +10,7 @@ use std::path::Path;
 
 use distill::mock::Mock;
 use distill::mock::request::MockRequest;
-use distill::mock::response::{HttpReply, MockResponse};
+use distill::mock::response::{MockReply, MockResponse};
 use distill::mock::script::Script;
 use serde_json::{Value, json};
 
@@ -22,7 +22,7 @@ pub fn mock(text: &str) -> Mock {
     Mock::new(script(text))
 }
 
-/// The body of a chat request with the fields of `extra`.
+/// Returns the body of a chat request, with the fields of `extra`.
 pub fn body(content: &str, extra: Value) -> Vec<u8> {
     let mut body = json!({
         "model": "mock",
@@ -34,23 +34,23 @@ pub fn body(content: &str, extra: Value) -> Vec<u8> {
     body.to_string().into_bytes()
 }
 
-pub fn json_of(reply: &HttpReply) -> Value {
+pub fn json_of(reply: &MockReply) -> Value {
     serde_json::from_slice(&reply.body).unwrap()
 }
 
-/// The complete reply to a chat request.
-pub async fn ask_with(mock: &Mock, content: &str, extra: Value) -> HttpReply {
+/// Sends a chat request with the fields of `extra`. Returns its reply, which must be complete.
+pub async fn ask_with(mock: &Mock, content: &str, extra: Value) -> MockReply {
     match mock.respond(MockRequest::chat(&body(content, extra))).await {
         MockResponse::Complete(reply) => reply,
         other => panic!("{other:?}"),
     }
 }
 
-pub async fn ask(mock: &Mock, content: &str) -> HttpReply {
+pub async fn ask(mock: &Mock, content: &str) -> MockReply {
     ask_with(mock, content, json!({})).await
 }
 
-/// The statuses of `count` sequential requests.
+/// Sends `count` requests one after another. Returns their statuses.
 pub async fn statuses(mock: &Mock, count: usize) -> Vec<u16> {
     let mut statuses = Vec::new();
     for _ in 0..count {
@@ -81,11 +81,14 @@ async fn answer_has_scripted_text_logprobs_and_usage() {
         let top = position["top_logprobs"].as_array().unwrap();
         assert_eq!(top.len(), 5);
         assert_eq!(top[0]["token"], position["token"]);
-        let of = |index: usize| top[index]["logprob"].as_f64().unwrap();
-        assert!((1..5).all(|index| of(index) < of(index - 1)), "{position}");
+        let logprob = |rank: usize| top[rank]["logprob"].as_f64().unwrap();
+        assert!(
+            (1..5).all(|rank| logprob(rank) < logprob(rank - 1)),
+            "{position}"
+        );
     }
     assert_eq!(bytes, "GRÖSSE 日本".as_bytes());
-    // At least one character is split into two tokens.
+    // At least one token contains only a part of a character.
     assert!(
         positions
             .iter()
@@ -119,10 +122,10 @@ async fn answer_length_follows_script_and_max_tokens() {
         assert_eq!(answer["choices"][0]["finish_reason"], finish_reason);
         assert_eq!(answer["usage"]["completion_tokens"], billed);
     }
-    let three = json_of(&ask_with(&mock, "a b", json!({"n": 3})).await);
-    assert_eq!(three["choices"].as_array().unwrap().len(), 3);
-    assert_eq!(three["choices"][2]["index"], 2);
-    assert_eq!(three["usage"]["completion_tokens"], 24);
+    let three_answers = json_of(&ask_with(&mock, "a b", json!({"n": 3})).await);
+    assert_eq!(three_answers["choices"].as_array().unwrap().len(), 3);
+    assert_eq!(three_answers["choices"][2]["index"], 2);
+    assert_eq!(three_answers["usage"]["completion_tokens"], 24);
 }
 
 #[tokio::test]
@@ -131,7 +134,7 @@ async fn rejected_parameter_is_named_in_the_error() {
         "key = \"k\"\n[answers]\nrefuse_parameters = [\"seed\"]\ncontext_tokens = 100\n\
          max_tokens_field = \"max_completion_tokens\"\ntop_logprobs = 5",
     );
-    let keyed = async |body: &[u8]| {
+    let ask_with_key = async |body: &[u8]| {
         let request = MockRequest {
             authorization: Some("Bearer k"),
             ..MockRequest::chat(body)
@@ -165,7 +168,7 @@ async fn rejected_parameter_is_named_in_the_error() {
         (404, json!(null), json!({"model": "other"})),
     ] {
         assert_eq!(
-            keyed(&body("hi", extra.clone())).await,
+            ask_with_key(&body("hi", extra.clone())).await,
             (status, param),
             "{extra}"
         );
@@ -218,7 +221,7 @@ async fn latencies_and_faults_depend_on_seed_not_order() {
     let failed = first.iter().filter(|(_, status, _)| *status == 500).count();
     assert!(
         (8..=32).contains(&failed),
-        "{failed} of 40 failed at a share of a half"
+        "{failed} of 40 requests failed, with a probability of 0.5"
     );
     let answered = first.iter().filter(|(_, status, _)| *status == 200);
     let seconds: Vec<f64> = answered.map(|(_, _, time)| time.as_secs_f64()).collect();

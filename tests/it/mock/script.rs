@@ -1,4 +1,4 @@
-//! The script file: its example, and its error messages.
+//! The script file of the mock: the example, and the error messages.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -11,25 +11,25 @@ use serde_json::Value;
 
 const EXAMPLE: &str = include_str!("../../mock/example.toml");
 
-/// The example with its optional keys set: `# key = value` becomes `key = value`.
+/// Returns the example with its optional keys set: `# key = value` becomes `key = value`.
 fn uncommented() -> String {
-    let is_setting = |rest: &str| {
-        rest == "[[faults]]"
-            || rest
+    let is_setting = |comment: &str| {
+        comment == "[[faults]]"
+            || comment
                 .split_once(" = ")
                 .is_some_and(|(key, _)| key.chars().all(|c| c.is_ascii_lowercase() || c == '_'))
     };
     EXAMPLE
         .lines()
         .map(|line| match line.strip_prefix("# ") {
-            Some(rest) if is_setting(rest) => rest,
+            Some(comment) if is_setting(comment) => comment,
             _ => line,
         })
         .flat_map(|line| [line, "\n"])
         .collect()
 }
 
-/// All keys of a script as `section.key`.
+/// Returns all keys of a script as `section.key`.
 fn keys(script: &Script) -> BTreeSet<String> {
     let json = serde_json::to_value(script).unwrap();
     let mut keys = BTreeSet::new();
@@ -55,10 +55,10 @@ fn example_equals_the_defaults_and_has_every_key() {
     assert!(!json.contains("null"), "{json}");
     for key in keys(&Script::default()) {
         let key = key.rsplit('.').next().unwrap();
-        let set = text
+        let is_set = text
             .lines()
             .any(|line| line.starts_with(&format!("{key} = ")));
-        assert!(set || key == "faults", "the example lacks {key}");
+        assert!(is_set || key == "faults", "the example lacks {key}");
     }
     assert_ne!(full.faults, [ScriptedFault::new(FaultKind::Http(503))]);
     for kind in FaultKind::all() {

@@ -1,4 +1,4 @@
-//! The mock on a real socket, by itself and under a real harvest.
+//! The mock on a real socket, with raw requests and with a harvest.
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -14,15 +14,15 @@ use tokio::time::{Instant, timeout};
 use super::{body, script, text};
 use crate::harvest::Run;
 
-/// A mock on loopback, until the runtime ends.
+/// A mock that serves on loopback until the runtime ends.
 pub struct Server {
     pub mock: Arc<Mock>,
     pub address: SocketAddr,
 }
 
-/// How a connection ended.
+/// The end of a connection.
 #[derive(Debug, PartialEq)]
-pub enum End {
+pub enum ConnectionEnd {
     Closed,
     Reset,
     /// Still open when the test stopped waiting.
@@ -38,29 +38,31 @@ impl Server {
         Server { mock, address }
     }
 
-    /// Sends a chat request on a new connection. Returns the received bytes and how the connection
-    /// ended, after 150 ms of silence at the latest, or after `longest`.
-    pub async fn exchange(&self, body: &[u8], longest: Duration) -> (Vec<u8>, End) {
+    /// Sends a chat request on a new connection. Returns the received bytes and the end of the connection. Stops
+    /// waiting after 150 ms without a byte, or after `max_wait`.
+    pub async fn exchange(&self, body: &[u8], max_wait: Duration) -> (Vec<u8>, ConnectionEnd) {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         stream
             .write_all(&post(body, "connection: close\r\n"))
             .await
             .unwrap();
-        let mut seen = Vec::new();
+        let mut received = Vec::new();
         let start = Instant::now();
         let end = loop {
-            if start.elapsed() > longest {
-                break End::Open;
+            if start.elapsed() > max_wait {
+                break ConnectionEnd::Open;
             }
-            match timeout(Duration::from_millis(150), stream.read_buf(&mut seen)).await {
-                Err(_) => break End::Open,
-                Ok(Ok(0)) => break End::Closed,
+            match timeout(Duration::from_millis(150), stream.read_buf(&mut received)).await {
+                Err(_) => break ConnectionEnd::Open,
+                Ok(Ok(0)) => break ConnectionEnd::Closed,
                 Ok(Ok(_)) => {}
-                Ok(Err(error)) if error.kind() == ErrorKind::ConnectionReset => break End::Reset,
+                Ok(Err(error)) if error.kind() == ErrorKind::ConnectionReset => {
+                    break ConnectionEnd::Reset;
+                }
                 Ok(Err(error)) => panic!("{error}"),
             }
         };
-        (seen, end)
+        (received, end)
     }
 }
 
@@ -85,8 +87,8 @@ async fn reply(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> (u16, Value) {
                 return (head[9..12].parse().unwrap(), body);
             }
         }
-        let read = timeout(Duration::from_secs(10), stream.read_buf(buffer)).await;
-        assert_ne!(read.unwrap().unwrap(), 0, "closed");
+        let count = timeout(Duration::from_secs(10), stream.read_buf(buffer)).await;
+        assert_ne!(count.unwrap().unwrap(), 0, "the connection is closed");
     }
 }
 
@@ -95,8 +97,8 @@ async fn keep_alive_connection_accepts_pipelined_split_and_chunked_requests() {
     let server = Server::start("[answers]\ntext = \"upper\"\nlatency_s = 0.01").await;
     let mut stream = TcpStream::connect(server.address).await.unwrap();
     let mut buffer = Vec::new();
-    let ahead = ["a", "b", "c"].map(|content| post(&body(content, json!({})), ""));
-    stream.write_all(&ahead.concat()).await.unwrap();
+    let pipelined = ["a", "b", "c"].map(|content| post(&body(content, json!({})), ""));
+    stream.write_all(&pipelined.concat()).await.unwrap();
     for expected in ["A", "B", "C"] {
         let (status, answer) = reply(&mut stream, &mut buffer).await;
         assert_eq!((status, text(&answer)), (200, expected));
@@ -146,8 +148,8 @@ async fn malformed_and_unknown_requests_get_their_status() {
     ] {
         let mut stream = TcpStream::connect(server.address).await.unwrap();
         stream.write_all(input).await.unwrap();
-        let (found, _) = reply(&mut stream, &mut Vec::new()).await;
-        assert_eq!(found, status, "{}", String::from_utf8_lossy(input));
+        let (actual, _) = reply(&mut stream, &mut Vec::new()).await;
+        assert_eq!(actual, status, "{}", String::from_utf8_lossy(input));
     }
 }
 
@@ -159,9 +161,9 @@ async fn disconnect_releases_concurrency_slot() {
         .write_all(&post(&body("hi", json!({})), ""))
         .await
         .unwrap();
-    let wait_until = async |holds: &dyn Fn() -> bool| {
+    let wait_until = async |condition: &dyn Fn() -> bool| {
         for _ in 0..500 {
-            if holds() {
+            if condition() {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -202,7 +204,11 @@ async fn stats_route_returns_the_counts() {
     assert_eq!(stats["bodies_by_times_billed"], json!({"1": 1}));
     let stopped = tokio::task::spawn_blocking(|| server.stop()).await.unwrap();
     assert_eq!((stopped.requests, stopped.connections), (1, 1));
-    assert_eq!(stream.read(&mut [0]).await.unwrap_or(0), 0, "still open");
+    assert_eq!(
+        stream.read(&mut [0]).await.unwrap_or(0),
+        0,
+        "the connection is still open"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -227,8 +233,8 @@ async fn harvest_completes_every_prompt_despite_faults() {
     assert_eq!(stats.requests, summary.requests);
     assert!(stats.throttled > 0, "{stats:?}");
     assert_eq!(stats.faults.len(), 5, "{stats:?}");
-    // Replies that were cut off were billed and requested again.
-    let lost = stats.faults["reset in body"] + stats.faults["truncated"];
-    assert_eq!(stats.billed.answers, 200 + lost);
+    // Answers that were cut off are billed and requested again.
+    let cut_off = stats.faults["reset in body"] + stats.faults["truncated"];
+    assert_eq!(stats.billed.answers, 200 + cut_off);
     assert_eq!(stats.bodies_by_times_billed.get(&0), None);
 }
