@@ -46,7 +46,7 @@ pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake
              \"http://{shown}\" for a server on this machine"
         )));
     }
-    let url = Url::parse(&text)
+    let url = Url::parse(text)
         .map_err(|error| mistake(format!("`teacher.base_url` is not a valid URL: {error}")))?;
     if !url.username().is_empty() || url.password().is_some() {
         return Err(mistake(
