@@ -338,6 +338,7 @@ mod tests {
         };
         let notes = |teacher_tokenizer: Option<&str>| {
             let mut config = crate::config::Config::default();
+            config.teacher.model = "m".into();
             config.data.teacher_tokenizer = teacher_tokenizer.map(Into::into);
             let mut monitor =
                 AnswerMonitor::from_settings(&upstream(), &RunSettings::new(&config).unwrap());
