@@ -99,7 +99,7 @@ pub struct HarvestArgs {
     /// Show what would be requested and what it would cost; send nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Maximum number of prompts
+    /// Use only the first N prompts
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
     /// Request only these answers again (comma-separated): length (truncated), quarantined, a reason that the summary

@@ -115,7 +115,7 @@ pub(crate) fn run(options: &DemoOptions, quiet: bool) -> Result<DemoSummary> {
     let shipped = FILES.iter().map(|(name, _)| (*name).to_owned());
     let written = configs(options, "").into_iter().map(|(name, _)| name);
     let names: Vec<String> = shipped.chain(written).chain([SUMMARY.to_owned()]).collect();
-    let mut folder = DemoFolder::open(dir, names.iter().map(String::as_str))?;
+    let mut folder = DemoFolder::open(dir, names.iter().map(String::as_str), &FILES)?;
     for (name, bytes) in FILES {
         folder.write(name, bytes)?;
     }

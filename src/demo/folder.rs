@@ -29,15 +29,28 @@ struct Manifest {
 }
 
 impl DemoFolder {
-    /// Opens `dir`, into which the demo will write the files `names`.
+    /// Opens `dir`, into which the demo will write the files `names`. `shipped` are the files, with their contents,
+    /// that every version of the demo has written.
     ///
     /// # Errors
     /// [`Exit::Usage`] if the folder contains files that the demo did not write, or a file of `names` was changed.
-    pub(super) fn open<'a>(dir: &Path, names: impl Iterator<Item = &'a str>) -> Result<Self> {
+    pub(super) fn open<'a>(
+        dir: &Path,
+        names: impl Iterator<Item = &'a str>,
+        shipped: &[(&str, &[u8])],
+    ) -> Result<Self> {
         let path = dir.join(MANIFEST);
         if !path.exists() {
-            check_is_empty(dir)?;
-            let files = BTreeMap::new();
+            let is_shipped = |(name, bytes): &(&str, &[u8])| {
+                std::fs::read(dir.join(name)).is_ok_and(|found| found == *bytes)
+            };
+            let mut files = BTreeMap::new();
+            if shipped.iter().all(is_shipped) {
+                // Earlier versions wrote no manifest.
+                files = hashes(dir, names)?;
+            } else {
+                check_is_empty(dir)?;
+            }
             let version = VERSION;
             return Ok(Self {
                 dir: dir.to_owned(),
@@ -98,6 +111,19 @@ impl DemoFolder {
     }
 }
 
+/// Hashes of the files that exist, by name.
+fn hashes<'a>(
+    dir: &Path,
+    names: impl Iterator<Item = &'a str>,
+) -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let mut hashes = BTreeMap::new();
+    for name in names.filter(|name| dir.join(name).exists()) {
+        let hash = hash(&fs::read(&dir.join(name))?);
+        hashes.insert(name.to_owned(), BTreeSet::from([hash]));
+    }
+    Ok(hashes)
+}
+
 fn hash(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex().to_string()
 }
@@ -128,7 +154,7 @@ mod tests {
     const NAMES: [&str; 2] = ["prompts.jsonl", "kl.toml"];
 
     fn open(dir: &Path) -> Result<DemoFolder> {
-        DemoFolder::open(dir, NAMES.into_iter())
+        DemoFolder::open(dir, NAMES.into_iter(), &[("prompts.jsonl", b"shipped")])
     }
 
     #[track_caller]
@@ -162,6 +188,21 @@ mod tests {
             let text = std::fs::read_to_string(dir.path().join("kl.toml")).unwrap();
             assert_eq!(text, port);
         }
+    }
+
+    #[test]
+    fn demo_resumes_a_folder_of_a_version_without_a_manifest() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("prompts.jsonl"), "shipped").unwrap();
+        std::fs::write(dir.path().join("kl.toml"), "port 8017").unwrap();
+        std::fs::create_dir(dir.path().join("kl")).unwrap();
+        open(dir.path())
+            .unwrap()
+            .write("kl.toml", b"port 8018")
+            .unwrap();
+        open(dir.path()).unwrap();
+        std::fs::write(dir.path().join("kl.toml"), "mine").unwrap();
+        assert_refused(dir.path(), "kl.toml");
     }
 
     /// Killed after each write of a file: of the manifest, and of the file itself.

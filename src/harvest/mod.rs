@@ -197,7 +197,9 @@ async fn harvest(
         )?)
     };
     let cache = open_cache(settings, options.quiet, storage, signals.flag())?;
-    summary::warn_of_empty_cache(&settings.run_dir, &settings.cache_dir, cache.len());
+    if again.is_none() {
+        summary::warn_of_empty_cache(&settings.run_dir, &settings.cache_dir, cache.len());
+    }
     let run = Run {
         settings,
         shard: options.shard,

@@ -130,13 +130,13 @@ impl<'a> Batcher<'a> {
     /// Adds an answer to `prompt`, which starts in the next step. Returns the id of its updates.
     ///
     /// # Errors
-    /// If the prompt is empty or fills the model's context.
+    /// If the prompt is empty, or leaves no room for an answer in the model's context.
     pub fn submit(&mut self, prompt: Vec<u32>, options: &GenerateOptions) -> Result<u64> {
         let context = self.model.config().max_position_embeddings;
         ensure!(!prompt.is_empty(), "the prompt is empty");
         ensure!(
             prompt.len() < context,
-            "the prompt of {} tokens fills the model's context of {context} tokens",
+            "the prompt has {} tokens, which leaves no room for an answer in the model's context of {context} tokens",
             prompt.len()
         );
         let id = self.next_id;

@@ -45,9 +45,11 @@ use crate::cache::question::{CacheKeys, KeyEndpoint, KeyVariants, Question};
 use crate::client::request::RequestTemplate;
 use crate::config;
 use crate::config::{Assignment, PromptOrder};
+use crate::exit::Exit;
 use crate::plan::shard::Shard;
 use crate::prompt::Prompt;
 use crate::rate_limit::cost::RequestCost;
+use crate::terminal::format_count;
 
 /// A request of the plan, without an answer in the cache.
 #[derive(Debug)]
@@ -152,12 +154,28 @@ impl<S: Fn(&str) -> Result<RowStatus>> PlanBuilder<'_, S> {
     }
 }
 
+/// Maximum number of rows of a plan, which take about 20 GB.
+const MAX_ROWS: usize = 200_000_000;
+
+fn check_size(rows: usize) -> Result<()> {
+    if rows <= MAX_ROWS {
+        return Ok(());
+    }
+    let message = format!(
+        "the prompts times `prompts.samples` are {} requests, but a run can hold at most {}: lower \
+         `prompts.samples`, or split the run with --limit or --shard",
+        format_count(rows as u64),
+        format_count(MAX_ROWS as u64)
+    );
+    Err(Exit::Usage(message).into())
+}
+
 impl Plan {
     /// Plans the rows in `scope`. `variants` are the cached keys of truncated answers and of schema 1;
     /// `key_status` returns the status of one key.
     ///
     /// # Errors
-    /// Those of `key_status`.
+    /// Those of `key_status`; [`Exit::Usage`] for more rows than fit into memory.
     pub fn new(
         prompts: Vec<Prompt>,
         templates: Vec<RequestTemplate>,
@@ -200,7 +218,8 @@ impl Plan {
             key_status,
         };
         if scope.shard.is_none() && scope.only.is_none() {
-            let rows = order.len() * settings.samples as usize;
+            let rows = order.len().saturating_mul(settings.samples as usize);
+            check_size(rows)?;
             plan.keys.reserve(rows);
             plan.questions.reserve(rows);
         }
@@ -473,5 +492,12 @@ mod tests {
             (all.total, all.rows_by_endpoint),
             (800, vec![0..400, 400..800])
         );
+    }
+
+    #[test]
+    fn more_rows_than_fit_into_memory_are_refused() {
+        assert!(check_size(MAX_ROWS).is_ok());
+        let error = check_size(usize::MAX).unwrap_err();
+        assert_eq!(Exit::code_of(&error), 2, "{error}");
     }
 }

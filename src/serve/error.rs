@@ -61,8 +61,8 @@ impl ErrorResponse {
         let mut error = Self::bad_field(
             field,
             format!(
-                "`{field}` is too long: {tokens} tokens, but the model's context is {context} \
-                 tokens; shorten it"
+                "the prompt in `{field}` has {tokens} tokens, which leaves no room for an answer in the model's \
+                 context of {context} tokens; shorten it"
             ),
         );
         error.body.code = Some("context_length_exceeded");

@@ -128,11 +128,12 @@ fn continue_final(fields: &RequestFields) -> Result<bool, ErrorResponse> {
     let continue_final = fields.get("continue_final_message")?.unwrap_or(false);
     let add_generation_prompt = fields.get("add_generation_prompt")?.unwrap_or(true);
     if continue_final == add_generation_prompt {
-        return Err(ErrorResponse::bad_field(
-            "continue_final_message",
-            "set exactly one of `continue_final_message` and `add_generation_prompt` (the default) to \
-             true",
-        ));
+        let problem = if continue_final {
+            "`continue_final_message` needs `add_generation_prompt` = false, whose default is true"
+        } else {
+            "set `continue_final_message` or `add_generation_prompt` (the default) to true"
+        };
+        return Err(ErrorResponse::bad_field("continue_final_message", problem));
     }
     Ok(continue_final)
 }

@@ -136,8 +136,8 @@ pub fn choose(
         KdMode::Auto if too_sharp => {
             choice.terms = Some([inexact_term; 2]);
             choice.notes.push(format!(
-                "loss.kd = \"auto\": {inexact_term}, because the answers were sampled at a lower temperature than \
-                 their logprobs show: {}",
+                "loss.kd = \"auto\": {inexact_term}, because the answers were sampled from a sharper distribution than their \
+                 logprobs show, at a lower temperature or with a top_p: {}",
                 top1_evidence(&report.logprob_check.exact)
             ));
         }

@@ -293,7 +293,7 @@ fn mistakes_in_values_have_a_position_and_a_key() {
         of_flag.to_string().starts_with("--set: sampling.top_p"),
         "{of_flag}"
     );
-    let variable = [("DISTILL_SCHEDULE_WINDOW", "22-23")];
+    let variable = [("DISTILL_SCHEDULE_WINDOW", "25-26")];
     let of_variable = load_text("", &variable, &[]).unwrap_err().to_string();
     assert!(
         of_variable.starts_with("DISTILL_SCHEDULE_WINDOW: schedule.window"),

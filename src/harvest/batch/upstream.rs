@@ -204,7 +204,7 @@ impl BatchUpstream {
         self.failed_batches += 1;
         if self.failed_batches >= FAILED_BATCHES {
             self.stop(anyhow!(
-                "the endpoint fails every batch ({message}): change the field that it names in `[batch]`, \
+                "the endpoint fails every batch ({message}): change the setting that the message is about in `[batch]`, \
                  `[sampling]` or `[teacher]`, or set `schedule.mode = \"realtime\"`"
             ));
         }

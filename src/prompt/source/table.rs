@@ -29,7 +29,7 @@ pub(crate) fn read(path: &Path, file: impl Read, delimiter: u8, on_row: OnRow<'_
         let has_row = table.read_record(row);
         let line = table.get_mut().next_row_line();
         if table.get_ref().is_quote_open_at_end() {
-            let problem = "a quoted field in this row is not closed: add the closing double quote";
+            let problem = "a quoted field in this row is not closed, so it contains the rest of the file: add the closing double quote";
             return Err(error_at(line, problem.into()));
         }
         match has_row {

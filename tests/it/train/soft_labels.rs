@@ -148,7 +148,7 @@ fn auto_reports_the_chosen_divergence() {
     let (status, printed) = train(&sharper, "auto", &[]);
     assert_eq!(status, 0, "{printed}");
     assert!(
-        printed.contains("sampled at a lower temperature"),
+        printed.contains("sampled from a sharper distribution"),
         "{printed}"
     );
     let (status, printed) = train(&sharper, "unbiased", &[]);
