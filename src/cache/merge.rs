@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::keys::{self, RecordIdentity};
+use super::keys::{self, KeyAndChecksum};
 use super::line;
 use super::reader::CacheLines;
 use super::recovery::LineScan;
@@ -123,7 +123,7 @@ fn check_source(into: &Path, source: &Path) -> Result<()> {
 }
 
 /// Reads the identities of all records of the cache in `dir`.
-fn identities(dir: &Path) -> Result<HashSet<RecordIdentity>> {
+fn identities(dir: &Path) -> Result<HashSet<KeyAndChecksum>> {
     let mut lines = CacheLines::open(dir)?;
     let mut known = HashSet::new();
     while lines
@@ -145,10 +145,10 @@ fn cost_and_usage(line: &[u8]) -> Result<(f64, Option<Usage>), line::LineError> 
 
 struct MergeJob {
     cache: Cache,
-    known: HashSet<RecordIdentity>,
+    known: HashSet<KeyAndChecksum>,
     conflicts: File,
     /// Records in the conflicts file.
-    kept_conflicts: HashSet<RecordIdentity>,
+    kept_conflicts: HashSet<KeyAndChecksum>,
 }
 
 impl MergeJob {
@@ -223,7 +223,7 @@ impl MergeJob {
     fn keep_conflict(
         &mut self,
         line: &[u8],
-        identity: RecordIdentity,
+        identity: KeyAndChecksum,
         merged: &mut MergeReport,
     ) -> Result<()> {
         merged.conflicts += 1;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::frames::{self, Effort, FramePiece, FrameReader};
-use super::keys::{self, KeySet, RecordIdentity};
+use super::keys::{self, KeyAndChecksum, KeySet};
 use super::line::{self, LineError};
 use super::storage::{self, BufferedAppender, WrapFile};
 use super::{compressed_file, conflicts_file, exists, plain_file, quarantine_file};
@@ -68,7 +68,7 @@ struct RepairPass {
     done: RepairReport,
     keys: KeySet,
     /// Records of the compressed file: after a crash they may be in the plain file as well.
-    compressed: HashSet<RecordIdentity>,
+    compressed: HashSet<KeyAndChecksum>,
     aside: Option<AsideFiles>,
 }
 

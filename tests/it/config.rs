@@ -293,7 +293,9 @@ fn mistakes_in_values_have_a_position_and_a_key() {
     }
     let flag_error = load_text("", &[], &["sampling.top_p=2.0"]).unwrap_err();
     assert!(
-        of_flag.to_string().starts_with("--set: `sampling.top_p`"),
+        flag_error
+            .to_string()
+            .starts_with("--set: `sampling.top_p`"),
         "{flag_error}"
     );
     let variable = [("DISTILL_SCHEDULE_WINDOW", "25-26")];
