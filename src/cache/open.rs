@@ -235,7 +235,7 @@ fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<FileContents
 
 fn warn_torn(path: &Path, part: &FileContents, aside: &Path) {
     tracing::warn!(
-        "{}: an incomplete record at its end ({} bytes from byte {}) is moved to {}; its prompt will be asked again",
+        "{}: an incomplete record at its end ({} bytes from byte {}) is moved to {}; its prompt will be requested again",
         path.display(),
         part.length - part.bytes,
         part.bytes,

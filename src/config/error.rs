@@ -31,8 +31,9 @@ impl Mistake {
     }
 }
 
-/// Formats an error in `text`, the content of `path`, with file, line and column. For an unknown key the message suggests
-/// the nearest valid key; if none is similar, it lists the valid keys, unless there are many, and ends with `otherwise`.
+/// Formats an error in `text`, the content of `path`, with file, line and column. For an unknown key the message
+/// suggests the nearest valid key; if none is similar, it lists the valid keys, unless there are many, and ends with
+/// `otherwise`.
 pub(crate) fn describe(
     path: &Path,
     text: &str,
@@ -101,8 +102,8 @@ fn key_at(text: &str, span: &Range<usize>) -> Option<String> {
     key_in_table(document.get_ref(), span, &mut keys).then(|| keys.join("."))
 }
 
-/// Appends the names of tables and key that lead to the value at `span`. Returns false if the table does not contain it.
-/// All tables are searched, because the span of a table covers its header alone.
+/// Appends the names of tables and key that lead to the value at `span`. Returns false if the table does not
+/// contain it. All tables are searched, because the span of a table covers its header alone.
 fn key_in_table<'t>(table: &'t DeTable, span: &Range<usize>, keys: &mut Vec<&'t str>) -> bool {
     let contains_span = |value: &Spanned<DeValue>| {
         let outer = value.span();
