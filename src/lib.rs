@@ -10,18 +10,18 @@
 //!   --data (tokenizer, alignment)--> prepared examples (mapped) --data::batch--> Batch
 //!   --model (a tape over ops)--> hidden states --train::loss, fused with the LM head--> gradients
 //!   --train::optimizer--> weights --train::checkpoint--> Hugging Face folder
-//!   --train::on_policy--> texts of the student --harvest::scorer--> logprobs --data--> Batch
+//!   --train::on_policy--> answers of the student --harvest::scorer--> logprobs --data--> Batch
 //!   --eval--> EvalReport          --serve, model::generate--> answers
 //!                                cache --export--> files for other trainers
 //! ```
 //!
-//! The rooms, from the top. A room imports only from rooms of the floors below it, and no files import each other in a
-//! circle; `tests/it/imports.rs` reads the `use` lines and holds both.
+//! The modules ("rooms"), from the top. A room imports only from rooms on lower floors, and the imports of files form
+//! no cycle; `tests/it/imports.rs` checks both.
 //!
 //! | floor | rooms | content |
 //! |---|---|---|
 //! | 13 | [`cli`], [`commands`] | clap types; one thin file per verb |
-//! | 12 | [`demo`] | the whole way, on a model that serves as the teacher |
+//! | 12 | [`demo`] | harvest, train and eval with a local model as the teacher |
 //! | 11 | [`harvest`] | the run: dispatch of single requests, batch mode, decisions after errors, scoring of given texts |
 //! | 10 | [`report`], [`eval`] | summary, table, progress and advice of a run; a model compared with the truth and with its teacher |
 //! | 9 | [`plan`] | which rows are requested |
@@ -35,15 +35,15 @@
 //!
 //! # Invariants
 //!
-//! 1. `harvest`, `client` and `cache` never touch candle; `model`, `ops` and `train` never touch the network.
-//! 2. Files whose doc says "Pure" take clock, files, network and random numbers as arguments or not at all.
+//! 1. `harvest`, `client` and `cache` never use candle; `model`, `ops` and `train` never use the network.
+//! 2. Files whose doc says "Pure" do not access clock, files, network or random numbers, except through arguments.
 //! 3. An acknowledged record is never changed or lost.
 //! 4. Every trainable parameter receives a gradient, and no sum depends on the number of threads.
 //! 5. The API key is exposed in one expression (`client::credentials`), and printed, logged, cached and hashed nowhere.
 //! 6. Text that came from a model reaches a terminal only through [`terminal::sanitise`].
 //! 7. Waiting uses the monotonic clock. Wall-clock time only stamps records, reads HTTP dates, opens the request window,
-//!    and is the date of chat templates outside training.
-//! 8. Files are written by [`fs`] and `cache::storage` alone.
+//!    and gives chat templates their date outside training.
+//! 8. Only [`fs`] and `cache::storage` write files.
 
 // Items are `pub` only if the binary or the tests use them.
 #![warn(unreachable_pub)]

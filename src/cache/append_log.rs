@@ -1,5 +1,5 @@
-//! [`AppendLog`]: an append-only file. Lines are appended whole or not at all, and nothing is appended after a
-//! failed fsync.
+//! An append-only file, [`AppendLog`]. Lines are appended completely or not at all, and nothing is appended after a failed
+//! fsync.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::cache::open_file::{DisplacedFile, OpenFile};
 use crate::cache::storage;
 use crate::cache::storage::{Storage, SyncJob};
 
-/// File that one writer appends to, with the durable part of it.
+/// File that one writer appends to, with counters of the lines that are not durable yet.
 pub(crate) struct AppendLog {
     storage: Box<dyn Storage>,
     syncs_in_background: bool,
@@ -20,11 +20,11 @@ pub(crate) struct AppendLog {
     open_file: Option<OpenFile>,
     /// Set once another program has moved or changed a file of the cache.
     displaced: Option<DisplacedFile>,
-    /// Bytes of whole lines.
+    /// Number of bytes in complete lines.
     length: u64,
-    /// Lines appended since the last sync.
+    /// Number of lines appended since the last sync.
     unsynced: usize,
-    /// Lines that a failed sync may have lost.
+    /// Number of lines that a failed sync may have lost.
     possibly_lost: usize,
     /// Time at which the first unsynced line was appended.
     oldest_unsynced: Option<Instant>,
@@ -42,14 +42,14 @@ enum LogHealth {
 }
 
 impl AppendLog {
-    /// Starts from `storage`, which holds `length` bytes of whole lines; `path` is for messages.
+    /// Wraps `storage`, which contains `length` bytes of complete lines; `path` is for messages and to detect changes.
     ///
     /// # Errors
     /// If the process has no file descriptor left.
     pub(crate) fn new(storage: Box<dyn Storage>, path: &Path, length: u64) -> Result<Self> {
         Ok(Self {
             syncs_in_background: storage.sync_job().is_some(),
-            open_file: place_of(&*storage, path)?,
+            open_file: open_file_of(&*storage, path)?,
             displaced: None,
             storage,
             path: path.to_owned(),
@@ -61,7 +61,7 @@ impl AppendLog {
         })
     }
 
-    /// Appends `text`, which holds `lines` lines. After an error the file is truncated to its previous length;
+    /// Appends `text`, which consists of `lines` lines. After an error the file is truncated to its previous length;
     /// if truncating fails, every later append is refused. If another program moved or changed the file, the
     /// lines go to the rescue file.
     pub(crate) fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
@@ -77,7 +77,7 @@ impl AppendLog {
         Ok(())
     }
 
-    /// Removes what was written before `error`.
+    /// Removes the part of the text that was written before `error`.
     fn roll_back(&mut self, error: io::Error) -> anyhow::Error {
         if self.storage.truncate(self.length).is_err() {
             self.health = LogHealth::Torn;
@@ -130,12 +130,12 @@ impl AppendLog {
         })
     }
 
-    /// Switches to another file of `length` bytes, which durably holds the last lines of this one.
+    /// Switches to another file of `length` bytes, which durably contains the last lines of this file.
     ///
     /// # Errors
     /// If the process has no file descriptor left.
     pub(crate) fn replace(&mut self, storage: Box<dyn Storage>, length: u64) -> Result<()> {
-        self.open_file = place_of(&*storage, &self.path)?;
+        self.open_file = open_file_of(&*storage, &self.path)?;
         self.storage = storage;
         self.length = length;
         self.take_unsynced();
@@ -217,7 +217,7 @@ impl AppendLog {
         self.health == LogHealth::SyncFailed
     }
 
-    /// Length in bytes of the whole lines.
+    /// Length of the complete lines in bytes.
     pub(crate) fn length(&self) -> u64 {
         self.length
     }
@@ -266,7 +266,7 @@ impl AppendLog {
     }
 }
 
-fn place_of(storage: &dyn Storage, path: &Path) -> Result<Option<OpenFile>> {
+fn open_file_of(storage: &dyn Storage, path: &Path) -> Result<Option<OpenFile>> {
     storage
         .file()
         .map(|file| OpenFile::new(file, path))

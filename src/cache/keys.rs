@@ -1,4 +1,4 @@
-//! Sets of cache keys, and the identity of a record.
+//! Sets of cache keys, and the pair of key and checksum that identifies a record.
 
 use std::collections::HashSet;
 
@@ -7,15 +7,15 @@ use foldhash::fast::FixedState;
 use super::fingerprint::{Fingerprint, fingerprint};
 use super::line::{self, LineError};
 
-/// Set of key fingerprints. They are hashes already, so a fast hasher is enough.
+/// Set of key fingerprints. A fingerprint is part of a hash, so a fast hasher is enough.
 pub(crate) type KeySet = HashSet<Fingerprint, FixedState>;
 
-/// Fingerprint of a record's key, and the checksum of its line: two different answers to one request have the
-/// same key.
-pub(crate) type RecordIdentity = (Fingerprint, u32);
+/// Fingerprint of a record's key, and the checksum of its line. Both are needed to identify a record, since two different
+/// answers to one request have the same key.
+pub(crate) type KeyAndChecksum = (Fingerprint, u32);
 
-/// Returns the identity of the record in a whole line.
-pub(crate) fn identity(line: &[u8]) -> Result<RecordIdentity, LineError> {
+/// Returns fingerprint and checksum of the record in a complete line.
+pub(crate) fn identity(line: &[u8]) -> Result<KeyAndChecksum, LineError> {
     let crc = line::verify(line)?;
     Ok((fingerprint(&line::head(line)?.key), crc))
 }

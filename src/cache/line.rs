@@ -8,7 +8,7 @@
 //! ```
 //!
 //! `crc` is the CRC-32C (Castagnoli), as 8 lower-case hex digits, of every byte before it: from the
-//! opening brace to the comma in front of `"crc"`. It is a field, so `jq`, pandas and `datasets` can read the
+//! opening brace to the comma in front of `"crc"`. The checksum is a field, so `jq`, pandas and `datasets` can read the
 //! file.
 
 use std::borrow::Cow;
@@ -20,7 +20,7 @@ use serde::Deserialize;
 use super::question;
 use super::record::{Record, SCHEMA};
 
-/// Bytes of `"crc":"1a2b3c4d"}`.
+/// Length of `"crc":"1a2b3c4d"}` in bytes.
 const CHECKSUM_BYTES: usize = 17;
 
 /// Reason why a line is not a usable record.
@@ -32,11 +32,11 @@ pub enum LineError {
     Checksum,
     #[error("a newer distill wrote it (schema {0}, this one reads up to {SCHEMA}): update distill")]
     Newer(u32),
-    #[error("its checksum is right, but it is not a valid record: {0}")]
+    #[error("its checksum is correct, but it is not a valid record: {0}")]
     InvalidRecord(String),
     #[error("the frame cannot be decompressed ({0})")]
     Frame(String),
-    #[error("its key belongs to another question")]
+    #[error("its key belongs to another request")]
     WrongKey,
 }
 
@@ -66,7 +66,7 @@ pub fn encode(record: &Record) -> Result<Vec<u8>> {
 /// Formats a checksum as 8 lower-case digits.
 fn hex(crc: u32) -> [u8; 8] {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    std::array::from_fn(|place| DIGITS[(crc >> (28 - 4 * place)) as usize & 15])
+    std::array::from_fn(|index| DIGITS[(crc >> (28 - 4 * index)) as usize & 15])
 }
 
 /// Range of a line's content in `raw`: without the newline, and without the bytes that editors add, which are a
@@ -95,8 +95,8 @@ pub fn verify(line: &[u8]) -> Result<u32, LineError> {
     }
 }
 
-/// Parses the schema version and key of a line that [`verify`] has accepted. If the line starts as this version
-/// writes it, the rest is not parsed.
+/// Parses the schema version and key of a line that [`verify`] has accepted. If the line begins in the form
+/// that this version writes, only its beginning is parsed.
 pub fn head(line: &[u8]) -> Result<LineHead<'_>, LineError> {
     let head = match leading_head(line) {
         Some(head) => head,
@@ -143,7 +143,7 @@ const MAX_COST_USD: f64 = 1e6;
 /// Returns the cost in US dollars of a line that [`verify`] and [`head`] have accepted; 0 if it has none.
 ///
 /// # Errors
-/// If the cost is not plausible: a negative one would raise the remaining budget.
+/// If the cost is negative, which would raise the remaining budget, or above 1,000,000.
 pub fn cost_usd(line: &[u8]) -> Result<f64, LineError> {
     let usd = parse_cost(line)?;
     if (0.0..=MAX_COST_USD).contains(&usd) {
@@ -178,9 +178,10 @@ fn trailing_cost(line: &[u8]) -> Option<f64> {
     let next = memchr::memmem::rfind(line, NEXT)?;
     let start = memchr::memmem::rfind(&line[..next], NAME)? + NAME.len();
     let after_extra = line.get(next + NEXT.len()..line.len().checked_sub(CHECKSUM_BYTES + 2)?)?;
-    // Another field between or after them means that the line has another form.
-    let ends_early = |at: usize| at == 0 || after_extra[at - 1] != b'\\';
-    if line[start..next].contains(&b',') || memchr::memchr_iter(b'"', after_extra).any(ends_early) {
+    // A further field means that the line has another form.
+    let ends_string = |position: usize| position == 0 || after_extra[position - 1] != b'\\';
+    if line[start..next].contains(&b',') || memchr::memchr_iter(b'"', after_extra).any(ends_string)
+    {
         return None;
     }
     std::str::from_utf8(&line[start..next]).ok()?.parse().ok()
@@ -191,7 +192,7 @@ pub fn decode(line: &[u8]) -> Result<Record, LineError> {
     serde_json::from_slice(line).map_err(|e| LineError::InvalidRecord(e.to_string()))
 }
 
-/// As [`decode`]; also checks that the cost is plausible and that the key belongs to the request.
+/// Decodes a record like [`decode`]; also checks that the cost is plausible and that the key belongs to the request.
 pub fn decode_own(line: &[u8]) -> Result<Record, LineError> {
     cost_usd(line)?;
     let record = decode(line)?;

@@ -1,4 +1,4 @@
-//! [`Lookup`]: random access to the lines of a cache by key, also while this process appends to it.
+//! Random access to the lines of a cache by key, also while this process appends to the cache.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,8 +15,8 @@ use super::recovery::LineScan;
 use super::{exists, plain_file, refusal};
 use crate::cache::fingerprint::Fingerprint;
 
-/// Positions of the lines of a cache by key. The plain file must only grow, so the cache must not be compressed
-/// meanwhile.
+/// Positions of the lines of a cache by key. The byte ranges stay valid only while the plain file grows, so
+/// the cache must not be compressed during the use of a lookup.
 pub(crate) struct Lookup {
     plain: PathBuf,
     positions: HashMap<Fingerprint, LinePosition>,
@@ -62,13 +62,13 @@ impl Lookup {
     /// # Errors
     /// If the cache cannot be read or is damaged.
     pub(crate) fn refresh(&mut self) -> Result<()> {
-        let could_not_read = || format!("could not read {}", self.plain.display());
-        let mut file = File::open(&self.plain).with_context(could_not_read)?;
+        let read_error = || format!("could not read {}", self.plain.display());
+        let mut file = File::open(&self.plain).with_context(read_error)?;
         file.seek(SeekFrom::Start(self.end))
-            .with_context(could_not_read)?;
+            .with_context(read_error)?;
         let mut scan = LineScan::starting_at(BufReader::new(file), self.end, 0);
         while scan.advance().map_err(|e| refusal(&self.plain, e))? {
-            let start = scan.bad(LineError::MissingChecksum).offset;
+            let start = scan.offset();
             self.add(scan.line(), Some(start))?;
         }
         Ok(())
@@ -95,7 +95,7 @@ impl Lookup {
         self.cost_usd
     }
 
-    /// Returns the line of this key, without its line end; `None` if the cache has none.
+    /// Returns the line of `key`, without its line end; `None` if the cache does not contain the key.
     ///
     /// # Errors
     /// If the line cannot be read.
@@ -116,10 +116,10 @@ impl Lookup {
             Ok(line)
         };
         let line = read().with_context(|| format!("could not read {}", self.plain.display()))?;
-        let (found, _) = keys::identity(&line)?;
+        let (fingerprint, _) = keys::identity(&line)?;
         ensure!(
-            found == crate::cache::fingerprint::fingerprint(key),
-            "{} was changed by another program",
+            fingerprint == crate::cache::fingerprint::fingerprint(key),
+            "{} was changed by another program: rerun the command",
             self.plain.display()
         );
         Ok(Some(line))

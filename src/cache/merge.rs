@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use super::keys::{self, RecordIdentity};
+use super::keys::{self, KeyAndChecksum};
 use super::line;
 use super::reader::CacheLines;
 use super::recovery::LineScan;
@@ -19,7 +19,7 @@ use crate::cache::usage::Usage;
 use crate::config;
 use crate::exit::Exit;
 
-/// Number of records appended at a time.
+/// Number of records that are appended in one group.
 const GROUP: usize = 256;
 
 /// Maximum number of conflicting keys listed in the report.
@@ -28,23 +28,24 @@ const MAX_LISTED_KEYS: usize = 5;
 /// Result of merging one source.
 #[derive(Debug, Default, PartialEq)]
 pub struct MergeReport {
+    /// Number of records in the source.
     pub records: u64,
-    /// Records whose key was not in the cache.
+    /// Number of records whose key was not in the cache.
     pub added: u64,
-    /// Records that were in the cache already, byte for byte.
+    /// Number of records that were already in the cache, byte for byte.
     pub same: u64,
-    /// Records whose key was in the cache with another answer. They are in the conflicts file now.
+    /// Number of records whose key was in the cache with another answer. They are in the conflicts file now.
     pub conflicts: u64,
-    /// The first keys of the conflicts.
+    /// Keys of the first conflicts.
     pub keys: Vec<String>,
     /// Cost of the added and conflicting records in US dollars.
     pub cost_usd: f64,
-    /// Tokens of the added and conflicting records without a price.
+    /// Token usage of the added and conflicting records without a cost.
     pub unpriced: Usage,
 }
 
 /// Appends every record of `sources` whose key is new to the cache in `into`, which is created if it does not
-/// exist. Of two records of one key the first stays; the other is appended to `responses.conflicts.jsonl`. The
+/// exist. If two records have the same key, the first stays, and the second is appended to `responses.conflicts.jsonl`. The
 /// sources do not change. An interrupted merge can be rerun.
 ///
 /// # Errors
@@ -55,20 +56,20 @@ pub fn merge(
     sources: &[PathBuf],
     on_progress: OnReadProgress<'_>,
 ) -> Result<Vec<MergeReport>> {
-    let mut all = Vec::new();
-    merge_all(into, settings, sources, &mut all, on_progress)?;
-    Ok(all)
+    let mut reports = Vec::new();
+    merge_all(into, settings, sources, &mut reports, on_progress)?;
+    Ok(reports)
 }
 
-/// As [`merge`]; `all` contains the reports of the merged sources also after an error.
+/// Merges like [`merge`], and fills `reports` with one report per source, also if an error ends the merge.
 ///
 /// # Errors
-/// As [`merge`].
+/// The errors of [`merge`].
 pub fn merge_all(
     into: &Path,
     settings: &config::CacheConfig,
     sources: &[PathBuf],
-    all: &mut Vec<MergeReport>,
+    reports: &mut Vec<MergeReport>,
     on_progress: OnReadProgress<'_>,
 ) -> Result<()> {
     for source in sources {
@@ -81,22 +82,22 @@ pub fn merge_all(
     };
     let cache = Cache::open(into, &settings)?;
     let mut job = MergeJob {
-        known: identities(into)?,
+        in_cache: identities(into)?,
         conflicts: storage::open_or_create(&conflicts_file(into))?,
-        kept_conflicts: HashSet::new(),
+        in_conflicts_file: HashSet::new(),
         cache,
     };
-    job.load_known_conflicts(into)?;
+    job.load_conflicts(into)?;
     let total: u64 = sources.iter().map(|source| size(source)).sum();
-    let mut before = 0;
+    let mut bytes_before = 0;
     for source in sources {
-        let mut merged = MergeReport::default();
-        let taken = job.merge_source(source, &mut merged, &mut |bytes| {
-            on_progress(before + bytes, total)
+        let mut report = MergeReport::default();
+        let result = job.merge_source(source, &mut report, &mut |bytes| {
+            on_progress(bytes_before + bytes, total)
         });
-        all.push(merged);
-        taken?;
-        before += size(source);
+        reports.push(report);
+        result?;
+        bytes_before += size(source);
     }
     job.cache.sync()?;
     job.conflicts.sync_all()?;
@@ -106,7 +107,7 @@ pub fn merge_all(
 fn check_source(into: &Path, source: &Path) -> Result<()> {
     if !exists(source) {
         let message = format!(
-            "there is no cache in {}: give the folder that holds responses.jsonl",
+            "there is no cache in {}: pass the folder that contains responses.jsonl",
             source.display()
         );
         return Err(Exit::Usage(message).into());
@@ -123,16 +124,16 @@ fn check_source(into: &Path, source: &Path) -> Result<()> {
 }
 
 /// Reads the identities of all records of the cache in `dir`.
-fn identities(dir: &Path) -> Result<HashSet<RecordIdentity>> {
+fn identities(dir: &Path) -> Result<HashSet<KeyAndChecksum>> {
     let mut lines = CacheLines::open(dir)?;
-    let mut known = HashSet::new();
+    let mut identities = HashSet::new();
     while lines
         .advance()
         .map_err(|error| refusal(&lines.path(), error))?
     {
-        known.insert(keys::identity(lines.line())?);
+        identities.insert(keys::identity(lines.line())?);
     }
-    Ok(known)
+    Ok(identities)
 }
 
 /// Returns the cost of a record in US dollars, and its usage if it has no cost. Fails if the record's key does
@@ -145,19 +146,18 @@ fn cost_and_usage(line: &[u8]) -> Result<(f64, Option<Usage>), line::LineError> 
 
 struct MergeJob {
     cache: Cache,
-    known: HashSet<RecordIdentity>,
+    in_cache: HashSet<KeyAndChecksum>,
     conflicts: File,
-    /// Records in the conflicts file.
-    kept_conflicts: HashSet<RecordIdentity>,
+    in_conflicts_file: HashSet<KeyAndChecksum>,
 }
 
 impl MergeJob {
-    fn load_known_conflicts(&mut self, dir: &Path) -> Result<()> {
+    fn load_conflicts(&mut self, dir: &Path) -> Result<()> {
         let path = conflicts_file(dir);
         let mut scan = LineScan::new(BufReader::new(File::open(&path)?));
-        // After a torn tail or damage, a conflict may be appended a second time, which does no harm.
+        // After a torn tail or damage, a conflict may be appended a second time, which is harmless.
         while let Ok(true) = scan.advance() {
-            self.kept_conflicts.insert(keys::identity(scan.line())?);
+            self.in_conflicts_file.insert(keys::identity(scan.line())?);
         }
         Ok(())
     }
@@ -165,48 +165,48 @@ impl MergeJob {
     fn merge_source(
         &mut self,
         source: &Path,
-        merged: &mut MergeReport,
+        report: &mut MergeReport,
         on_progress: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
         let mut lines = CacheLines::open(source)?;
         let mut group = Vec::with_capacity(GROUP);
         loop {
-            let is_more = match lines.advance() {
-                Ok(is_more) => is_more,
+            let has_line = match lines.advance() {
+                Ok(has_line) => has_line,
                 Err(error) => {
                     self.cache.append_group(&group)?;
                     self.cache.sync()?;
                     return Err(refusal(&lines.path(), error));
                 }
             };
-            if group.len() == GROUP || !is_more {
+            if group.len() == GROUP || !has_line {
                 self.cache.append_group(&group)?;
                 group.clear();
                 on_progress(lines.position())?;
             }
-            if !is_more {
+            if !has_line {
                 break;
             }
-            merged.records += 1;
+            report.records += 1;
             let line = lines.line();
             let identity = keys::identity(line)?;
-            if self.known.contains(&identity) {
-                merged.same += 1;
+            if self.in_cache.contains(&identity) {
+                report.same += 1;
             } else if self.cache.contains_fingerprint(&identity.0)
                 || group
                     .iter()
                     .any(|record: &EncodedRecord| record.has_fingerprint(&identity.0))
             {
-                self.keep_conflict(line, identity, merged)?;
+                self.keep_conflict(line, identity, report)?;
             } else {
-                merged.added += 1;
-                self.known.insert(identity);
+                report.added += 1;
+                self.in_cache.insert(identity);
                 group.push(EncodedRecord::from_line(line).map_err(|fault| lines.refuse(fault))?);
                 let (cost_usd, unpriced) =
                     cost_and_usage(line).map_err(|fault| lines.refuse(fault))?;
-                merged.cost_usd += cost_usd;
+                report.cost_usd += cost_usd;
                 if let Some(usage) = unpriced {
-                    merged.unpriced.add(&usage);
+                    report.unpriced.add(&usage);
                 }
             }
         }
@@ -223,20 +223,20 @@ impl MergeJob {
     fn keep_conflict(
         &mut self,
         line: &[u8],
-        identity: RecordIdentity,
-        merged: &mut MergeReport,
+        identity: KeyAndChecksum,
+        report: &mut MergeReport,
     ) -> Result<()> {
-        merged.conflicts += 1;
-        if merged.keys.len() < MAX_LISTED_KEYS {
-            merged.keys.push(line::head(line)?.key.into_owned());
+        report.conflicts += 1;
+        if report.keys.len() < MAX_LISTED_KEYS {
+            report.keys.push(line::head(line)?.key.into_owned());
         }
-        if self.kept_conflicts.insert(identity) {
+        if self.in_conflicts_file.insert(identity) {
             // A conflicting answer was paid for as well.
             let (cost_usd, unpriced) = cost_and_usage(line)?;
-            merged.cost_usd += cost_usd;
-            merged.unpriced.add(&unpriced.unwrap_or_default());
+            report.cost_usd += cost_usd;
+            report.unpriced.add(&unpriced.unwrap_or_default());
             (self.conflicts.write_all(&[line, b"\n"].concat()))
-                .context("could not keep a conflict")?;
+                .context("could not write to responses.conflicts.jsonl")?;
         }
         Ok(())
     }

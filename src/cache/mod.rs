@@ -4,19 +4,19 @@
 //! ```text
 //! Record --line::encode--> EncodedRecord --writer (group commit), append_log--> responses.jsonl
 //!   --compressor, frames (in the background)--> responses.jsonl.zst
-//! both --reader::CacheLines--> whole lines --line::decode--> Record
+//! both --reader::CacheLines--> complete lines --line::decode--> Record
 //!                                          --view, columns--> RecordView, borrowed, for training
 //! ```
 //!
 //! | file | content |
 //! |---|---|
 //! | `record`, `stored`, `raw_token`, `usage`, `hex` | the record and how its fields are stored |
-//! | `line`, `frames`, `recovery` | the line and frame formats; telling a torn tail from damage |
+//! | `line`, `frames`, `recovery` | the line and frame formats; distinction of a torn tail from damage |
 //! | `question`, `fingerprint`, `keys` | keys of records |
 //! | `writer`, `shared`, `append_log`, `compressor`, `storage` | the one writer and its background threads |
-//! | `open`, `index`, `verify_parallel` | opening a cache: by its index, or else whole, on all cores |
+//! | `open`, `index`, `verify_parallel` | opening a cache: from its index, or else by a verification of all lines on all cores |
 //! | `open_file` | detecting that another program moved or changed a file |
-//! | `reader`, `lookup`, `view`, `logprobs_view`, `columns` | sequential and random reading, also during writes |
+//! | `reader`, `lookup`, `view`, `logprobs_view`, `columns` | sequential and random access, also during writes |
 //! | `repair`, `merge`, `rewrite` | moving damaged, conflicting and replaced records to other files |
 //! | `stats`, `unused_answers`, `files` | counts and sizes |
 //!
@@ -88,7 +88,7 @@ pub fn quarantine_file(dir: &Path) -> PathBuf {
     dir.join("responses.quarantine")
 }
 
-/// File of further records of a key: whole lines, as in the cache.
+/// File of records whose key was already in the cache with another answer, in the line format of the cache.
 pub fn conflicts_file(dir: &Path) -> PathBuf {
     dir.join("responses.conflicts.jsonl")
 }
@@ -107,8 +107,8 @@ fn check_files(dir: &Path) -> anyhow::Result<()> {
 /// Locks the cache in `dir` for this process.
 fn lock(dir: &Path) -> anyhow::Result<crate::fs::FileLock> {
     check_files(dir)?;
-    let holds = "is writing this cache: wait for it, or set another `run_dir`";
-    crate::fs::FileLock::acquire(&dir.join("responses.lock"), holds)
+    let message = "is writing this cache: wait for it, or set another `run_dir`";
+    crate::fs::FileLock::acquire(&dir.join("responses.lock"), message)
 }
 
 /// Returns true if there is a cache in `dir`.
@@ -116,7 +116,7 @@ pub fn exists(dir: &Path) -> bool {
     plain_file(dir).exists() || compressed_file(dir).exists()
 }
 
-/// Converts the error of a scan of `path` into an error for the user.
+/// Converts the error of a scan of `path` into an error message for the user.
 fn refusal(path: &Path, error: ScanError) -> anyhow::Error {
     match error {
         ScanError::Read(error) => {
@@ -132,7 +132,7 @@ fn damaged(path: &Path, bad: &BadLine) -> anyhow::Error {
         line::LineError::Newer(_) => "",
         _ => {
             "; restore it from a backup, or run `distill cache repair`, which moves the damaged records to \
-             another file, so that their prompts are asked again"
+             another file, so that their prompts are requested again"
         }
     };
     Exit::Damaged(format!("{}: {bad}{remedy}", path.display())).into()

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use crate::cache::files::{OnReadProgress, length, size};
 use crate::cache::frames::{self, FrameScan};
 use crate::cache::index::{self, KeyIndex};
-use crate::cache::keys::{self, KeySet, RecordIdentity};
+use crate::cache::keys::{self, KeyAndChecksum, KeySet};
 use crate::cache::question::KeyVariants;
 use crate::cache::reader::CacheLines;
 use crate::cache::recovery::{FileEnding, LineScan};
@@ -145,7 +145,7 @@ type OnBytes<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
 /// Contents of one of the two files.
 #[derive(Debug)]
 struct FileContents {
-    records: Vec<RecordIdentity>,
+    records: Vec<KeyAndChecksum>,
     past: KeyVariants,
     cost_usd: f64,
     /// Bytes of whole lines or frames.
@@ -235,7 +235,7 @@ fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<FileContents
 
 fn warn_torn(path: &Path, part: &FileContents, aside: &Path) {
     tracing::warn!(
-        "{}: an incomplete record at its end ({} bytes from byte {}) is moved to {}; its prompt will be asked again",
+        "{}: an incomplete record at its end ({} bytes from byte {}) is moved to {}; its prompt will be requested again",
         path.display(),
         part.length - part.bytes,
         part.bytes,
@@ -305,7 +305,7 @@ fn remove_compressed_from_plain(
     if compressed.records.is_empty() || plain.records.is_empty() {
         return Ok(());
     }
-    let mut in_both: HashSet<RecordIdentity> = plain.records.iter().copied().collect();
+    let mut in_both: HashSet<KeyAndChecksum> = plain.records.iter().copied().collect();
     let in_frames: HashSet<_> = (compressed.records.iter().copied())
         .filter(|record| in_both.contains(record))
         .collect();

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::frames::FrameScan;
-use super::keys::{self, RecordIdentity};
+use super::keys::{self, KeyAndChecksum};
 use super::line::{self, LineError};
 use super::record::Record;
 use super::recovery::{BadLine, FileEnding, LineScan, ScanError};
@@ -59,9 +59,9 @@ pub struct CacheLines {
     compressed: Option<FrameScan<File>>,
     plain: Option<LineScan<BufReader<Take<File>>>>,
     /// Records of the plain file.
-    in_plain: HashSet<RecordIdentity>,
+    in_plain: HashSet<KeyAndChecksum>,
     /// Records that are in both files.
-    in_both: HashSet<RecordIdentity>,
+    in_both: HashSet<KeyAndChecksum>,
     is_in_plain: bool,
 }
 

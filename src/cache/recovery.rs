@@ -1,8 +1,8 @@
-//! Finds the whole lines of a cache file, and how the file ends. Pure: takes bytes and returns verdicts.
+//! Finds the complete lines of a cache file, and determines how the file ends. Pure: reads from a `BufRead`.
 //!
 //! A crash can leave two things at the end of an append-only file: a line without its newline, or blocks that
-//! were never written and read as NUL bytes. Such a *torn tail*, with no whole record after it, was never
-//! acknowledged and may be cut off. Every other line that does not verify is *damage*, such as bit rot or an
+//! were never written and read as NUL bytes. Such a *torn tail*, which no complete record follows, was never
+//! acknowledged and may be cut off. Every other line without a valid checksum is *damage*, such as bit rot or an
 //! edit by hand, and is always reported.
 
 use std::io::{self, BufRead};
@@ -33,11 +33,11 @@ pub enum ScanError {
 /// End of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FileEnding {
-    /// The file ends with a whole line, or is empty.
+    /// The file ends with a complete line, or is empty.
     Clean,
-    /// The file ends with a whole record without its newline.
+    /// The file ends with a complete record without its newline.
     Unterminated,
-    /// The file ends with a torn tail that starts here.
+    /// The file ends with a torn tail, which begins with this line.
     Torn(BadLine),
 }
 
@@ -48,16 +48,16 @@ pub struct LineScan<R> {
     /// The current line, without its line end.
     line: Vec<u8>,
     key: String,
-    terminated: bool,
+    is_terminated: bool,
     /// Number of the current line.
     number: u64,
     /// Offset of the current line.
     start: u64,
     /// Offset of the next line.
     next: u64,
-    /// First of the bad lines that may be a torn tail.
+    /// First line of what may be a torn tail.
     torn: Option<BadLine>,
-    /// Verdict on the current line, if earlier damage had to be reported first.
+    /// Result of the check of the current line, if damage before it had to be reported first.
     pending: Option<Result<(), BadLine>>,
 }
 
@@ -66,13 +66,13 @@ impl<R: BufRead> LineScan<R> {
         Self::starting_at(reader, 0, 0)
     }
 
-    /// Starts a scan after the first `bytes` bytes of a file, which are `lines` whole lines.
+    /// Starts a scan after the first `bytes` bytes of a file, which are `lines` complete lines.
     pub fn starting_at(reader: R, bytes: u64, lines: u64) -> Self {
         Self {
             reader,
             line: Vec::new(),
             key: String::new(),
-            terminated: true,
+            is_terminated: true,
             number: lines,
             start: bytes,
             next: bytes,
@@ -81,7 +81,7 @@ impl<R: BufRead> LineScan<R> {
         }
     }
 
-    /// Advances to the next whole record; returns `false` at the end of the file. After a [`ScanError::Bad`] the
+    /// Advances to the next complete record; returns `false` at the end of the file. After a [`ScanError::Bad`] the
     /// scan can continue after the damage.
     pub fn advance(&mut self) -> Result<bool, ScanError> {
         if let Some(verdict) = self.pending.take() {
@@ -98,7 +98,7 @@ impl<R: BufRead> LineScan<R> {
                 self.torn.get_or_insert_with(|| bad.clone());
                 continue;
             }
-            // Another line follows the torn one, so it is damage and not a torn tail.
+            // A line follows the bad lines, so they are damage and not a torn tail.
             if let Some(bad) = self.torn.take() {
                 self.pending = Some(verdict);
                 return Err(bad.into());
@@ -128,6 +128,11 @@ impl<R: BufRead> LineScan<R> {
         }
     }
 
+    /// Offset of the current line in the file.
+    pub fn offset(&self) -> u64 {
+        self.start
+    }
+
     /// Number of bytes read so far; after the last record, the length of the file.
     pub fn position(&self) -> u64 {
         self.next
@@ -137,7 +142,7 @@ impl<R: BufRead> LineScan<R> {
     pub fn ending(&self) -> FileEnding {
         match &self.torn {
             Some(bad) => FileEnding::Torn(bad.clone()),
-            None if self.terminated => FileEnding::Clean,
+            None if self.is_terminated => FileEnding::Clean,
             None => FileEnding::Unterminated,
         }
     }
@@ -152,7 +157,7 @@ impl<R: BufRead> LineScan<R> {
 
     fn may_be_torn(&self, bad: &BadLine) -> bool {
         matches!(bad.fault, LineError::MissingChecksum | LineError::Checksum)
-            && (!self.terminated || self.line.contains(&0))
+            && (!self.is_terminated || self.line.contains(&0))
     }
 
     /// Reads one line, without the bytes that editors add.
@@ -165,7 +170,7 @@ impl<R: BufRead> LineScan<R> {
         self.number += 1;
         self.start = self.next;
         self.next += length as u64;
-        self.terminated = self.line.last() == Some(&b'\n');
+        self.is_terminated = self.line.last() == Some(&b'\n');
         let bare = line::content_range(&self.line, self.start == 0);
         self.line.truncate(bare.end);
         self.line.drain(..bare.start);

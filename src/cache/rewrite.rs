@@ -1,5 +1,5 @@
-//! Removes records whose prompts shall be asked again, or changes their keys. Deletes nothing: removed records are
-//! kept in `responses.replaced.jsonl`.
+//! Removes records whose prompts are to be requested again, or changes keys of records. Removed records are not deleted:
+//! they are kept in `responses.replaced.jsonl`.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -27,10 +27,10 @@ pub(crate) enum RewriteDecision {
     Remove,
 }
 
-/// Decides about a line (without its newline). May be called twice for a line, and must return the same result.
+/// Decides about a line (without its newline). It is called several times for a line and must return the same result.
 pub(crate) type DecideRewrite<'a> = &'a dyn Fn(&[u8]) -> Result<RewriteDecision>;
 
-/// File of the answers whose prompts were asked again.
+/// File of the removed answers, whose prompts were requested again.
 pub(crate) fn replaced_file(dir: &Path) -> PathBuf {
     dir.join("responses.replaced.jsonl")
 }
@@ -72,31 +72,31 @@ pub(crate) fn rewrite(
     // Opening the cache repairs it after a crash.
     drop(Cache::open(dir, settings)?);
     let _lock = super::lock(dir)?;
-    // `decide` runs once for all records, and again only for the few that change.
-    let mut marked = HashSet::new();
+    // The first pass calls `decide` for all records, the later ones only for the few that change.
+    let mut changing = HashSet::new();
     walk(dir, |_, line| {
         if !matches!(decide(line)?, RewriteDecision::Keep) {
-            marked.insert(keys::identity(line)?);
+            changing.insert(keys::identity(line)?);
         }
         Ok(())
     })?;
-    if marked.is_empty() {
+    if changing.is_empty() {
         return Ok(0);
     }
     let decide = |line: &[u8]| -> Result<RewriteDecision> {
-        if marked.contains(&keys::identity(line)?) {
+        if changing.contains(&keys::identity(line)?) {
             decide(line)
         } else {
             Ok(RewriteDecision::Keep)
         }
     };
-    keep_replaced(dir, &decide)?;
+    save_removed(dir, &decide)?;
     if compressed_file(dir).exists() {
         replace(&compressed_file(dir), |new| {
             let mut text = Vec::with_capacity(FRAME_TEXT);
             walk(dir, |is_plain, line| {
                 if !is_plain {
-                    push(&mut text, line, decide(line)?);
+                    push_decided(&mut text, line, decide(line)?);
                 }
                 if text.len() >= FRAME_TEXT {
                     new.append(&frames::compress(&text, Effort::Fast)?)?;
@@ -115,13 +115,13 @@ pub(crate) fn rewrite(
         walk(dir, |is_plain, line| {
             if is_plain {
                 text.clear();
-                push(&mut text, line, decide(line)?);
+                push_decided(&mut text, line, decide(line)?);
                 new.append(&text)?;
             }
             Ok(())
         })
     })?;
-    Ok(marked.len() as u64)
+    Ok(changing.len() as u64)
 }
 
 fn replace(path: &Path, fill: impl FnOnce(&mut BufferedAppender<'_>) -> Result<()>) -> Result<()> {
@@ -130,7 +130,7 @@ fn replace(path: &Path, fill: impl FnOnce(&mut BufferedAppender<'_>) -> Result<(
         .with_context(|| format!("could not rewrite {}", path.display()))
 }
 
-fn push(text: &mut Vec<u8>, line: &[u8], decision: RewriteDecision) {
+fn push_decided(text: &mut Vec<u8>, line: &[u8], decision: RewriteDecision) {
     match decision {
         RewriteDecision::Remove => {}
         RewriteDecision::Replace(line) => text.extend_from_slice(&line),
@@ -141,8 +141,8 @@ fn push(text: &mut Vec<u8>, line: &[u8], decision: RewriteDecision) {
     }
 }
 
-/// Appends the records to be removed to their file, durably.
-fn keep_replaced(dir: &Path, decide: DecideRewrite<'_>) -> Result<()> {
+/// Appends the records that are to be removed to `responses.replaced.jsonl`, and syncs the file.
+fn save_removed(dir: &Path, decide: DecideRewrite<'_>) -> Result<()> {
     let path = replaced_file(dir);
     let could_not = || format!("could not write {}", path.display());
     let mut file = storage::open_or_create(&path)?;
@@ -158,7 +158,7 @@ fn keep_replaced(dir: &Path, decide: DecideRewrite<'_>) -> Result<()> {
     crate::fs::remove_if_empty(&path)
 }
 
-/// Calls `on_line` for each whole line; the flag is true for lines of the plain file.
+/// Calls `on_line` for each record; the flag is true for lines of the plain file.
 fn walk(dir: &Path, mut on_line: impl FnMut(bool, &[u8]) -> Result<()>) -> Result<()> {
     let mut lines = CacheLines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {

@@ -34,43 +34,43 @@ pub struct CacheStats {
     pub last_sent_at: Option<Timestamp>,
 }
 
-/// Answers that left the cache because they were requested again.
+/// Sums over the answers that were removed from the cache because their prompts were requested again.
 #[derive(Debug, Default, Serialize)]
 pub struct ReplacedStats {
     pub records: u64,
     pub cost_usd: f64,
-    /// Key and time of each answer: after a crash the file may hold an answer twice.
+    /// Key and time of each answer: after a crash the file may contain an answer twice.
     #[serde(skip)]
-    seen: HashSet<(String, String)>,
+    counted: HashSet<(String, String)>,
 }
 
 impl ReplacedStats {
     pub fn add(&mut self, record: &Record) {
-        let name = (record.key.clone(), record.timing.sent_at.clone());
-        if self.seen.insert(name) {
+        let id = (record.key.clone(), record.timing.sent_at.clone());
+        if self.counted.insert(id) {
             self.records += 1;
             self.cost_usd += record.cost_usd.unwrap_or(0.0);
         }
     }
 }
 
-/// Sizes of the logprobs.
+/// Counts and sizes of the logprobs.
 #[derive(Debug, Default, Serialize)]
 pub struct LogprobStats {
     pub records: u64,
-    /// Records whose tokens, joined, differ from the answer's text: training uses hard labels for them.
+    /// Number of records whose concatenated tokens differ from the answer's text: training uses hard labels for them.
     pub not_matching_text: u64,
     /// Emitted tokens that have logprobs.
     pub tokens: u64,
-    /// Bytes of the logprobs in the cache. 0 unless [`CacheStats::measure_logprobs`] was called, as
-    /// `openai_bytes`.
+    /// Size of the logprobs in the cache in bytes; like `openai_bytes`, 0 unless [`CacheStats::measure_logprobs`] is
+    /// called.
     pub bytes: u64,
-    /// Bytes of the same logprobs in the API's own JSON.
+    /// Size of the same logprobs in the JSON of OpenAI's API in bytes.
     pub openai_bytes: u64,
 }
 
 impl LogprobStats {
-    /// Bytes per emitted token in the cache, and in the API's own JSON.
+    /// Bytes per emitted token in the cache, and in the JSON of OpenAI's API.
     pub fn bytes_per_token(&self) -> Option<(f64, f64)> {
         let tokens = self.tokens as f64;
         (self.tokens > 0).then(|| {
@@ -113,7 +113,7 @@ impl CacheStats {
         }
     }
 
-    /// Adds the sizes of the record's logprobs, which are encoded for this: slow on large caches.
+    /// Adds the sizes of the record's logprobs. Encodes them to measure them, which is slow on large caches.
     pub fn measure_logprobs(&mut self, record: &Record) -> Result<()> {
         if let Some(logprobs) = &record.logprobs {
             self.logprobs.bytes += json_bytes(logprobs)?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// Operations on a file that a cache appends to. Tests replace the file by a failing disk.
+/// Operations on a file that a cache appends to. Tests implement them with faults.
 pub trait Storage: Send {
     /// Appends some of `bytes` and returns their number, as `write(2)` does.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
@@ -27,7 +27,7 @@ pub trait Storage: Send {
 /// Sync that can run on another thread.
 pub type SyncJob = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
-/// Makes the [`Storage`] for a file that a cache appends to.
+/// Creates the [`Storage`] for a file that a cache appends to.
 pub type WrapFile = Box<dyn Fn(File) -> Box<dyn Storage> + Send + Sync>;
 
 /// Uses the files themselves as storage.
@@ -68,7 +68,7 @@ pub fn open_or_create(path: &Path) -> Result<File> {
         .with_context(|| format!("could not open {}", path.display()))
 }
 
-/// Appends whole lines to `file`, durably.
+/// Appends complete lines to `file`, durably.
 pub fn append(file: &mut File, lines: &[u8]) -> io::Result<()> {
     file.write_all(lines)?;
     file.sync_data()
@@ -92,27 +92,27 @@ pub fn replace(
     wrap: &WrapFile,
     fill: impl FnOnce(&mut BufferedAppender<'_>) -> Result<()>,
 ) -> Result<(Box<dyn Storage>, u64)> {
-    let beside = replacement(path);
-    let replaced = write_new(&beside, wrap, fill).and_then(|new| {
-        std::fs::rename(&beside, path)?;
+    let new_path = replacement_path(path);
+    let replaced = write_new(&new_path, wrap, fill).and_then(|new| {
+        std::fs::rename(&new_path, path)?;
         Ok(new)
     });
     match &replaced {
         Ok(_) => crate::fs::sync_folder(path.parent().unwrap_or(Path::new(".")))?,
-        // The disk may be full, and the partial file is useless.
-        Err(_) => drop(std::fs::remove_file(&beside)),
+        // Frees the space of the partial file, since the disk may be full.
+        Err(_) => drop(std::fs::remove_file(&new_path)),
     }
     replaced
 }
 
-fn replacement(path: &Path) -> PathBuf {
+fn replacement_path(path: &Path) -> PathBuf {
     path.with_extension("new")
 }
 
 /// Removes the file that a killed [`replace`] left beside `path`.
 pub fn remove_leftover(path: &Path) {
-    // A failure does no harm: the next `replace` truncates the file.
-    drop(std::fs::remove_file(replacement(path)));
+    // A failure is harmless: the next `replace` truncates the file.
+    drop(std::fs::remove_file(replacement_path(path)));
 }
 
 fn write_new(
@@ -120,13 +120,13 @@ fn write_new(
     wrap: &WrapFile,
     fill: impl FnOnce(&mut BufferedAppender<'_>) -> Result<()>,
 ) -> Result<(Box<dyn Storage>, u64)> {
-    // Readable as well, because its lines are compressed later.
+    // Opened for reading as well, because the compressor reads the lines later.
     let file = OpenOptions::new()
         .read(true)
         .append(true)
         .create(true)
         .open(path)?;
-    // A killed attempt may have left bytes.
+    // An interrupted attempt may have left a partial file.
     file.set_len(0)?;
     let mut storage = wrap(file);
     let mut appender = BufferedAppender {
@@ -148,12 +148,13 @@ pub struct BufferedAppender<'a> {
 }
 
 impl BufferedAppender<'_> {
-    const PIECE: usize = 1 << 20;
+    /// Number of buffered bytes that are written at once.
+    const BUFFER_BYTES: usize = 1 << 20;
 
     pub fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.length += bytes.len() as u64;
         self.buffer.extend_from_slice(bytes);
-        if self.buffer.len() < Self::PIECE {
+        if self.buffer.len() < Self::BUFFER_BYTES {
             return Ok(());
         }
         write_all(self.storage, &std::mem::take(&mut self.buffer))

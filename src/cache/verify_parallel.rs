@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 
 use crate::cache::frames::{self, FrameReader};
-use crate::cache::keys::{self, RecordIdentity};
+use crate::cache::keys::{self, KeyAndChecksum};
 use crate::cache::line;
 use crate::cache::question::KeyVariants;
 
@@ -20,7 +20,7 @@ const BLOCK: usize = 2 << 20;
 /// Contents of a block of whole lines.
 #[derive(Debug, Default)]
 pub(crate) struct VerifiedBlock {
-    pub records: Vec<RecordIdentity>,
+    pub records: Vec<KeyAndChecksum>,
     pub past: KeyVariants,
     pub cost_usd: f64,
     /// Size of the block in the file in bytes.

@@ -1,4 +1,4 @@
-//! [`Cache`]: the one writer of a cache, with its sync and compressor threads.
+//! The only writer of a cache, [`Cache`], with its sync thread and its compressor thread.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,14 +25,14 @@ const MIN_INDEXED_BYTES: u64 = 4 << 20;
 
 /// A cache that is open for appending. At most one exists per folder, over all processes.
 ///
-/// An appended record survives the end of this process, because the operating system has it. It survives a power
-/// loss once its group is synced. All methods may be called from any thread; those that append or sync wait for
+/// An appended record survives the end of this process, because the write has reached the operating system. It
+/// survives a power loss once its group is synced. All methods may be called from any thread; those that append or sync wait for
 /// the disk.
 pub struct Cache {
     shared: Arc<SharedCache>,
     durability: Durability,
     dir: PathBuf,
-    /// Cost in US dollars of the records that the cache held when it was opened.
+    /// Cost in US dollars of the records that the cache contained when it was opened.
     cost_usd: f64,
     /// Syncs groups by age.
     timer: Option<JoinHandle<()>>,
@@ -65,7 +65,7 @@ impl EncodedRecord {
         })
     }
 
-    /// Takes a whole line of another cache (without its line end), with all its fields.
+    /// Copies a complete line of another cache (without its line end), with all its fields.
     pub fn from_line(line: &[u8]) -> Result<EncodedRecord, line::LineError> {
         let (fingerprint, _) = keys::identity(line)?;
         let head = line::head(line)?;
@@ -94,7 +94,7 @@ impl Cache {
         Self::open_with(dir, settings, storage::plain_storage(), &mut |_, _| Ok(()))
     }
 
-    /// As [`Cache::open`]; `wrap` makes the storage of each file, and `on_progress` is called while the cache is
+    /// Opens a cache like [`Cache::open`]; `wrap` creates the storage of each file, and `on_progress` is called while the cache is
     /// read.
     pub fn open_with(
         dir: &Path,
@@ -108,7 +108,7 @@ impl Cache {
         let path = plain_file(dir);
         if contents.repeated > 0 {
             tracing::warn!(
-                "{}: {} records repeat a key: list them with `distill cache verify`, move them to another file \
+                "{}: {} records repeat a key: list them with `distill cache verify`, or move them to another file \
                  with `distill cache repair`",
                 dir.display(),
                 contents.repeated
@@ -130,8 +130,8 @@ impl Cache {
             )),
             Err(error) if crate::fs::is_not_found(&error) => None,
             Err(error) => {
-                let could_not = || format!("could not open {}", frames.display());
-                return Err(error).with_context(could_not);
+                let context = || format!("could not open {}", frames.display());
+                return Err(error).with_context(context);
             }
         };
         let shared = Arc::new(SharedCache {
@@ -172,7 +172,7 @@ impl Cache {
         self.contains_fingerprint(&crate::cache::fingerprint::fingerprint(key))
     }
 
-    /// As [`Cache::contains`].
+    /// Returns true if the cache has a record whose key has this fingerprint.
     pub fn contains_fingerprint(&self, fingerprint: &Fingerprint) -> bool {
         self.shared.lock().keys.contains(fingerprint)
     }
@@ -211,12 +211,12 @@ impl Cache {
         state.append_log.check()
     }
 
-    /// Cost in US dollars of the records that the cache held when it was opened.
+    /// Returns the cost in US dollars of the records that the cache contained when it was opened.
     pub fn cost_when_opened(&self) -> f64 {
         self.cost_usd
     }
 
-    /// Stops compressing, so that closing takes no longer than a sync. The remaining lines stay uncompressed.
+    /// Stops the compressor, so that closing the cache takes no longer than a sync. The remaining lines stay uncompressed.
     pub fn stop_compressing(&self) {
         self.shared.keep_plain.store(true, Ordering::Relaxed);
     }
@@ -230,12 +230,12 @@ impl Cache {
         self.append_encoded(&EncodedRecord::new(record)?)
     }
 
-    /// As [`Cache::append`], for a record that is already encoded.
+    /// Appends a record like [`Cache::append`]; the record is already encoded.
     pub fn append_encoded(&self, record: &EncodedRecord) -> Result<()> {
         self.append_group([record])
     }
 
-    /// As [`Cache::append_encoded`], for several records in one write: after an error none of them is in the file.
+    /// Appends several encoded records in one write: after an error none of them is in the file.
     pub fn append_group<'a>(
         &self,
         group: impl IntoIterator<Item = &'a EncodedRecord>,
@@ -261,7 +261,7 @@ impl Cache {
         if fingerprints.is_empty() {
             return Ok(());
         }
-        let before = state.append_log.unsynced();
+        let unsynced_before = state.append_log.unsynced();
         state.append_log.append(&lines, fingerprints.len())?;
         state.keys.extend(fingerprints);
         state.past.add(&past);
@@ -272,7 +272,7 @@ impl Cache {
         match self.durability {
             Durability::Record => state.append_log.sync(),
             Durability::None => Ok(()),
-            Durability::Batch => self.shared.commit(state, before),
+            Durability::Batch => self.shared.commit(state, unsynced_before),
         }
     }
 
@@ -287,7 +287,7 @@ impl Drop for Cache {
     fn drop(&mut self) {
         self.shared.lock().closing = true;
         self.shared.changed.notify_all();
-        // The threads end by themselves. If one has panicked, the sync below does its work.
+        // The threads end because `closing` is set. If the sync thread has panicked, the sync below replaces it.
         for thread in [self.timer.take(), self.compressor.take()] {
             let _ = thread.map(JoinHandle::join);
         }

@@ -1,4 +1,4 @@
-//! Checks of the endpoint's address and headers that need no environment variable.
+//! Checks of the endpoint's address and headers. Values with environment variables are checked once they are expanded.
 
 use std::net::IpAddr;
 
@@ -22,22 +22,22 @@ const CONNECTION_HEADERS: [&str; 10] = [
     "Expect",
 ];
 
-/// Start of an environment variable in a text.
-const VARIABLE: &str = "${";
+/// Start of an environment variable in a value: `${NAME}`.
+const VARIABLE_START: &str = "${";
 
-/// Checks address and headers, apart from texts with environment variables.
+/// Checks the address and the headers, except for values that contain environment variables.
 pub(crate) fn check(settings: &TeacherConfig) -> Result<(), Mistake> {
-    if !settings.base_url.contains(VARIABLE) {
+    if !settings.base_url.contains(VARIABLE_START) {
         parse(settings, settings.base_url.trim().trim_end_matches('/'))?;
     }
     check_headers(settings)
 }
 
-/// Parses `text`, the base URL with its variables expanded: https, or http if allowed; without credentials, query or the
-/// path of an API method.
+/// Parses `text`, the base URL with its environment variables expanded.
 ///
 /// # Errors
-/// The value to set instead.
+/// If the scheme is neither https nor an http that `teacher.allow_http` permits, or the URL contains a user name, a
+/// password, a query or the path of an API method. The message says which value to set instead.
 pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake> {
     let shown = &settings.base_url;
     if !text.contains("://") {
@@ -87,8 +87,8 @@ fn check_scheme(settings: &TeacherConfig, url: &Url) -> Result<(), Mistake> {
     let shown = &settings.base_url;
     let mut texts = settings.headers.values().chain(settings.query.values());
     let has_key = settings.key_source() != KeySource::None
-        || texts.any(|text| text.contains("${"))
-        || shown.contains("${");
+        || texts.any(|text| text.contains(VARIABLE_START))
+        || shown.contains(VARIABLE_START);
     let message = match (url.scheme(), settings.allow_http) {
         ("https", _) => return Ok(()),
         ("http", _) if is_loopback(url) => return Ok(()),
@@ -145,7 +145,7 @@ fn check_headers(settings: &TeacherConfig) -> Result<(), Mistake> {
             return refuse(message);
         }
         let is_valid = http::HeaderValue::try_from(value).is_ok();
-        if !is_valid && !value.contains(VARIABLE) {
+        if !is_valid && !value.contains(VARIABLE_START) {
             return refuse(format!(
                 "`{setting}` contains characters that are not allowed in a header: set it without line breaks"
             ));

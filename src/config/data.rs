@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+/// Settings of the training data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
@@ -17,12 +18,12 @@ pub struct DataConfig {
     pub validation_share: f64,
     /// Maximum length of an example in tokens; longer examples are skipped and counted.
     pub max_length: usize,
-    /// Merge the answers to a prompt into a trie: the shares of their next tokens become soft labels for answers
-    /// without logprobs.
+    /// Merge the answers to a prompt into a prefix trie. For answers without logprobs, the frequencies of the next
+    /// tokens in it become soft labels.
     pub sample_trie: bool,
-    /// Maximum number of alternatives at a position, the most likely ones; `None` for all.
+    /// Number of the most likely alternatives of the teacher to keep at a position; `None` for all.
     pub top_logprobs: Option<usize>,
-    /// Model folder of the teacher, if its tokens are named by id (`token_id:N`).
+    /// Model folder of the teacher; needed if the server names tokens by id (`token_id:N`).
     pub teacher_tokenizer: Option<PathBuf>,
     /// Finish reasons whose answers are trained on.
     pub keep_finish_reasons: Vec<String>,
@@ -30,13 +31,15 @@ pub struct DataConfig {
     pub thinking: Thinking,
 }
 
-/// Answers of a cache: "asked", "all", or groups by name.
+/// Selection of the answers in a cache: "asked", "all", or the names of groups.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "OneOrMany", into = "OneOrMany")]
 pub enum Groups {
     /// Answers to the questions of this config.
     Asked,
+    /// All answers except those of a mock.
     All,
+    /// Group ids, models, teachers or addresses; "mock" for the answers of a mock.
     Named(Vec<String>),
 }
 
@@ -96,7 +99,7 @@ impl From<Groups> for OneOrMany {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Thinking {
-    /// Supervised, like the rest of the answer.
+    /// Trained on, like the text after it.
     Supervise,
     /// Kept in the input without loss.
     Context,
@@ -107,14 +110,14 @@ pub enum Thinking {
 impl DataConfig {
     /// Cache folder with the answers to train on, for a run in `run_dir`.
     pub fn cache_folder(&self, run_dir: &Path) -> PathBuf {
-        let own = || run_dir.join("cache");
-        self.cache.clone().unwrap_or_else(own)
+        let default = || run_dir.join("cache");
+        self.cache.clone().unwrap_or_else(default)
     }
 
-    /// The same settings with `max_length` limited to the context length of a model.
-    pub fn within(&self, context: usize) -> DataConfig {
+    /// Returns the same settings with `max_length` limited to `context_length`, a number of tokens.
+    pub fn within(&self, context_length: usize) -> DataConfig {
         DataConfig {
-            max_length: self.max_length.min(context),
+            max_length: self.max_length.min(context_length),
             ..self.clone()
         }
     }

@@ -14,9 +14,9 @@ const MAX_LISTED_KEYS: usize = 12;
 /// A mistake in the value of a setting.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Mistake {
-    /// `section.key`.
+    /// Name of the setting, as `section.key`.
     pub key: &'static str,
-    /// Index of the entry of `[[teachers]]` that the mistake is in.
+    /// Index of the entry in `[[teachers]]` that contains the mistake; None for `[teacher]` and the sections.
     pub teacher: Option<usize>,
     pub message: String,
 }
@@ -31,8 +31,9 @@ impl Mistake {
     }
 }
 
-/// Formats an error in `text`, the content of `path`, with file, line and column. For an unknown key the message names
-/// the nearest valid key, or ends with `otherwise`.
+/// Formats an error in `text`, the content of `path`, with file, line and column. For an unknown key the message
+/// suggests the nearest valid key; if none is similar, it lists the valid keys, unless there are many, and ends with
+/// `otherwise`.
 pub(crate) fn describe(
     path: &Path,
     text: &str,
@@ -44,14 +45,14 @@ pub(crate) fn describe(
         .map_or(String::new(), |span| line_and_column(text, span.start));
     let message = error.message();
     // serde's message: unknown field `x`, expected one of `a`, `b`
-    let hint = match message.strip_prefix("unknown field `") {
+    let details = match message.strip_prefix("unknown field `") {
         Some(rest) => {
             let mut quoted = rest.split('`').step_by(2);
             let unknown = quoted.next().unwrap_or_default();
             let fields: Vec<&str> = rest.split('`').skip(2).step_by(2).collect();
-            let all = format!("valid keys are {}; {otherwise}", fields.join(", "));
+            let listed = format!("valid keys are {}; {otherwise}", fields.join(", "));
             let otherwise = if fields.len() <= MAX_LISTED_KEYS {
-                &all
+                &listed
             } else {
                 otherwise
             };
@@ -66,8 +67,8 @@ pub(crate) fn describe(
     let key = error
         .span()
         .and_then(|span| key_at(text, &span))
-        .map_or(String::new(), |key| format!("{key}: "));
-    usage(format!("{}{place}: {key}{hint}", path.display()))
+        .map_or(String::new(), |key| format!("`{key}`: "));
+    usage(format!("{}{place}: {key}{details}", path.display()))
 }
 
 /// Formats the position of a byte as `:line:column`, both from 1.
@@ -78,8 +79,8 @@ pub(crate) fn line_and_column(text: &str, byte: usize) -> String {
     format!(":{line}:{column}")
 }
 
-/// Returns the byte at which the value of a key starts in a TOML file; `keys` are the names of the tables and the key.
-/// In an array of tables, `entry` is the index of the table. None if the file does not set the key.
+/// Returns the byte at which the value of a key starts in a TOML file. `keys` are the names of the tables and the key;
+/// `entry` is the index of the table in an array of tables. None if the file does not set the key.
 pub(crate) fn position(text: &str, keys: &[&str], entry: Option<usize>) -> Option<usize> {
     let document = DeTable::parse(text).ok()?;
     let mut table = document.get_ref();
@@ -94,19 +95,19 @@ pub(crate) fn position(text: &str, keys: &[&str], entry: Option<usize>) -> Optio
     Some(table.get(*last)?.span().start)
 }
 
-/// Returns the `section.key` of the value at `span`. None if the text is not TOML, or no value stands there.
+/// Returns the `section.key` of the value at `span`. None if the text is not TOML, or has no value at `span`.
 fn key_at(text: &str, span: &Range<usize>) -> Option<String> {
     let document = DeTable::parse(text).ok()?;
     let mut keys = Vec::new();
     key_in_table(document.get_ref(), span, &mut keys).then(|| keys.join("."))
 }
 
-/// Appends the names of tables and key that lead to the value at `span`. Returns false if the table does not hold it.
-/// The span of a table is that of its header, so all tables are searched.
+/// Appends the names of tables and key that lead to the value at `span`. Returns false if the table does not
+/// contain it. All tables are searched, because the span of a table covers its header alone.
 fn key_in_table<'t>(table: &'t DeTable, span: &Range<usize>, keys: &mut Vec<&'t str>) -> bool {
-    let is_at = |value: &Spanned<DeValue>| {
-        let place = value.span();
-        place.start <= span.start && span.end <= place.end
+    let contains_span = |value: &Spanned<DeValue>| {
+        let outer = value.span();
+        outer.start <= span.start && span.end <= outer.end
     };
     for (key, value) in table {
         keys.push(key.get_ref());
@@ -116,9 +117,9 @@ fn key_in_table<'t>(table: &'t DeTable, span: &Range<usize>, keys: &mut Vec<&'t 
                 let mut tables = entries
                     .iter()
                     .filter_map(|entry| entry.get_ref().as_table());
-                tables.any(|table| key_in_table(table, span, keys)) || is_at(value)
+                tables.any(|table| key_in_table(table, span, keys)) || contains_span(value)
             }
-            _ => is_at(value),
+            _ => contains_span(value),
         };
         if found {
             return true;
@@ -136,14 +137,14 @@ pub(crate) fn nearest<'a>(
 ) -> String {
     candidates
         .map(|candidate| (strsim::jaro_winkler(word, candidate), candidate))
-        .filter(|(likeness, _)| *likeness > 0.7)
+        .filter(|(similarity, _)| *similarity > 0.7)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map_or(format!("; {otherwise}"), |(_, best)| {
             format!("; did you mean {best:?}?")
         })
 }
 
-/// Returns an [`Exit::Usage`] error.
+/// Returns an [`Exit::Usage`] error, with API keys in the message replaced by `[key]`.
 pub(crate) fn usage(message: String) -> anyhow::Error {
     // The message may quote an API key that was written into the wrong field.
     Exit::Usage(hide_keys(&message)).into()
@@ -159,8 +160,8 @@ pub(crate) fn hide_keys(text: &str) -> String {
         let word = &rest[start..];
         let end = word.find(|c| !is_key_char(c)).unwrap_or(word.len());
         let (word, after) = word.split_at(end);
-        let is_key = word.len() >= SHORTEST_KEY
-            && PREFIXES.iter().any(|prefix| word.starts_with(prefix))
+        let is_key = word.len() >= MIN_KEY_LENGTH
+            && KEY_PREFIXES.iter().any(|prefix| word.starts_with(prefix))
             && word.bytes().any(|byte| byte.is_ascii_digit());
         hidden.push_str(if is_key { "[key]" } else { word });
         rest = after;
@@ -169,11 +170,11 @@ pub(crate) fn hide_keys(text: &str) -> String {
     hidden
 }
 
-/// Minimum length of an API key; shorter texts are placeholders or names.
-pub(crate) const SHORTEST_KEY: usize = 16;
+/// Minimum length of an API key in bytes; shorter texts are placeholders or names.
+pub(crate) const MIN_KEY_LENGTH: usize = 16;
 
 /// Prefixes of the API keys of well-known providers.
-pub(crate) const PREFIXES: [&str; 14] = [
+pub(crate) const KEY_PREFIXES: [&str; 14] = [
     "sk-", "sk_", "gsk_", "hf_", "xai-", "pplx-", "AIza", "r8_", "nvapi-", "fw_", "tgp_", "csk-",
     "ya29.", "eyJ",
 ];

@@ -20,7 +20,7 @@ pub struct PromptsConfig {
     pub template: Option<PathBuf>,
     /// Number of answers to request per prompt.
     pub samples: u32,
-    /// Maximum number of prompts, the first ones.
+    /// Maximum number of prompts, from the beginning of the source.
     pub limit: Option<usize>,
     /// Assignment of prompts to teachers.
     pub teachers: Assignment,
@@ -71,7 +71,7 @@ pub struct SamplingConfig {
     pub top_logprobs: u32,
     pub seed: Option<i64>,
     pub stop: Vec<String>,
-    /// The model is a reasoning model: temperature, top_p, logprobs and stop, which such models reject, are not sent.
+    /// True for a reasoning model: temperature, top_p, logprobs and stop, which such models reject, are not sent.
     pub reasoning: bool,
     pub reasoning_effort: Option<String>,
     /// File of a JSON schema that answers must satisfy; it is sent as `response_format`.
@@ -123,7 +123,7 @@ impl MaxTokensField {
     }
 }
 
-/// Settings of `distill harvest` itself.
+/// Reaction of `distill harvest` to unusable answers.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HarvestConfig {
@@ -144,12 +144,13 @@ pub enum OnMissingLogprobs {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
+    /// Maximum number of requests in a minute.
     pub requests_per_minute: Option<u32>,
-    /// Counted as providers do: prompt estimate + max_tokens.
+    /// Maximum number of tokens in a minute, counted as providers do: prompt estimate + max_tokens.
     pub tokens_per_minute: Option<u32>,
-    /// In any 24 hours, earlier runs in the same run folder included.
+    /// Maximum number of requests in any 24 hours, including those of earlier runs in the same run folder.
     pub requests_per_day: Option<u64>,
-    /// Redis server that counts these three for all processes with the same model and endpoint; `None` to count in
+    /// Redis server that counts these three limits for all processes with the same model and endpoint; `None` to count in
     /// each process.
     pub shared: Option<RedisUrl>,
     /// Maximum number of requests in flight.
@@ -161,7 +162,7 @@ pub struct LimitsConfig {
 }
 
 impl LimitsConfig {
-    /// The limits that this process counts by itself.
+    /// The limits that this process enforces without the Redis server.
     pub fn own(&self) -> LimitsConfig {
         match self.shared {
             None => self.clone(),
@@ -197,7 +198,7 @@ pub struct RetryConfig {
     /// First pause; each further one doubles, with full jitter.
     #[serde(rename = "base_s", with = "seconds")]
     pub base: Duration,
-    /// Longest pause.
+    /// Maximum pause.
     #[serde(rename = "max_s", with = "seconds")]
     pub max: Duration,
     /// Time without a success after which the run stops (exit 4).
@@ -228,13 +229,13 @@ pub struct Price {
 }
 
 impl Price {
-    /// The prices multiplied by `share`.
+    /// Returns the prices multiplied by `share`.
     pub fn discounted(&self, share: f64) -> Price {
-        let at = |price: Option<f64>| price.map(|price| price * share);
+        let discount = |price: Option<f64>| price.map(|price| price * share);
         Price {
-            input: at(self.input),
-            cached_input: at(self.cached_input),
-            output: at(self.output),
+            input: discount(self.input),
+            cached_input: discount(self.cached_input),
+            output: discount(self.output),
             as_of: self.as_of.clone(),
         }
     }
@@ -254,7 +255,7 @@ pub struct ScheduleConfig {
     pub mode: RequestMode,
     /// Daily window in which requests are sent, such as `"22:00-06:30"`.
     pub window: Option<Parsed<DailyWindow>>,
-    /// End of the run: the next `"06:30"`, a date and time, or an RFC 3339 time stamp.
+    /// End of the run: the next `"06:30"`, a date and time, or an RFC 3339 timestamp.
     pub deadline: Option<Parsed<Deadline>>,
     /// Time zone of these times, such as `Europe/Berlin`; this machine's by default.
     pub timezone: Option<Parsed<TimeZone>>,
@@ -279,7 +280,7 @@ pub struct BatchConfig {
     pub max_megabytes: f64,
     /// Maximum size of an answer file, estimated from `max_tokens` and `top_logprobs`.
     pub max_output_gigabytes: f64,
-    /// Maximum of prompt estimates + max_tokens over all batches under way.
+    /// Maximum number of tokens (prompt estimates + `max_tokens`) in all unfinished batches of the endpoint.
     pub enqueued_tokens: Option<u64>,
     /// Value of the field `completion_window` of the Batch API.
     pub completion_window: String,

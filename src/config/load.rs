@@ -27,7 +27,7 @@ pub struct LoadedConfig {
     pub origins: BTreeMap<String, String>,
 }
 
-/// Reads the file at `path`, the `DISTILL_*` variables among `environment` and the `--set` flags.
+/// Reads the file at `path`, the `DISTILL_*` variables in `environment`, and the `--set` flags.
 ///
 /// # Errors
 /// [`crate::exit::Exit::Usage`] for the first mistake, with file, line, column and the nearest key.
@@ -55,22 +55,22 @@ pub fn load(
             }
         }
     }
-    let known = known_keys()?;
-    // Sorted, so that the outcome does not depend on the order of the environment.
+    let keys = all_keys()?;
+    // Sorted, so that the first error does not depend on the order of the environment.
     let variables: BTreeMap<String, String> = environment
         .filter(|(name, _)| name.starts_with(PREFIX) && name != crate::log::VARIABLE)
         .collect();
     for (name, value) in variables {
-        let wanted = name[PREFIX.len()..].to_lowercase();
+        let name_of_key = name[PREFIX.len()..].to_lowercase();
         let variable = |key: &str| key.replace('.', "_");
-        let Some(key) = known.iter().find(|key| variable(key) == wanted) else {
-            let keys: Vec<String> = known
+        let Some(key) = keys.iter().find(|key| variable(key) == name_of_key) else {
+            let names: Vec<String> = keys
                 .iter()
                 .map(|key| format!("{PREFIX}{}", variable(key).to_uppercase()))
                 .collect();
             return Err(usage(format!(
                 "the environment variable {name} does not match a setting{}",
-                nearest(&name, keys.iter().map(String::as_str), KEYS_HINT)
+                nearest(&name, names.iter().map(String::as_str), KEYS_HINT)
             )));
         };
         set(&mut table, key, &value);
@@ -80,14 +80,14 @@ pub fn load(
     for flag in flags {
         let Some((key, value)) = flag.split_once('=') else {
             return Err(usage(format!(
-                "--set takes section.key=value, not {flag:?}"
+                "--set {flag:?} is not valid: expected section.key=value"
             )));
         };
         let key = key.trim();
-        if !known.iter().any(|known| known == key) {
+        if !keys.iter().any(|other| other == key) {
             return Err(usage(format!(
-                "--set: {key} is not a setting{}",
-                nearest(key, known.iter().map(String::as_str), KEYS_HINT)
+                "--set: `{key}` is not a setting{}",
+                nearest(key, keys.iter().map(String::as_str), KEYS_HINT)
             )));
         }
         set(&mut table, key, value);
@@ -108,7 +108,7 @@ pub fn load(
     Ok(LoadedConfig { config, origins })
 }
 
-/// Returns the place of the setting that a mistake is in: flag, environment variable, or position in the file.
+/// Returns the source of the setting that has the mistake: the flag, the environment variable, or the position in the file.
 fn origin(
     path: &Path,
     text: &str,
@@ -124,12 +124,12 @@ fn origin(
             line_and_column(text, start)
         ))
     };
-    // A section of a teacher's own has the name of the common section.
-    let own = if key[0] == "teacher" { &key[1..] } else { &key };
+    // In an entry of `[[teachers]]`, `teacher.model` is `model`, and `sampling.top_p` is `sampling.top_p`.
+    let entry_key = if key[0] == "teacher" { &key[1..] } else { &key };
     let in_list = mistake
         .teacher
-        .and_then(|entry| in_file(&[&["teachers"], own].concat(), Some(entry)));
-    let in_teacher = || in_file(&[&["teacher"], own].concat(), None);
+        .and_then(|entry| in_file(&[&["teachers"], entry_key].concat(), Some(entry)));
+    let in_teacher = || in_file(&[&["teacher"], entry_key].concat(), None);
     match origins.get(mistake.key).map(String::as_str) {
         _ if in_list.is_some() => in_list,
         Some(FROM_FILE) | None => in_file(&key, None).or_else(in_teacher),
@@ -153,8 +153,8 @@ fn check_file(path: &Path, text: &str) -> Result<Table> {
         .with_context(|| format!("{} is not a TOML file", path.display()))
 }
 
-/// Returns every `section.key`.
-fn known_keys() -> Result<Vec<String>> {
+/// Returns the name of every setting, as `section.key`.
+fn all_keys() -> Result<Vec<String>> {
     // TOML omits unset options; JSON has them as null.
     let json = serde_json::to_value(Config::default())
         .context("internal error: cannot serialise the default config")?;
@@ -192,32 +192,32 @@ fn set(table: &mut Table, key: &str, value: &str) {
 
 /// Checks the type of a value. The error names the setting and `origin`, the source of the value.
 fn check_value(key: &str, value: &str, origin: &str) -> Result<()> {
-    let mut alone = Table::new();
-    set(&mut alone, key, value);
-    Config::deserialize(alone).map_err(|error| {
+    let mut table = Table::new();
+    set(&mut table, key, value);
+    Config::deserialize(table).map_err(|error| {
         let message = error.message();
         usage(format!(
-            "{origin}: {key} = {value:?} is not valid: {message}"
+            "{origin}: `{key}` = {value:?} is not valid: {message}"
         ))
     })?;
     Ok(())
 }
 
-/// Fills keys that a teacher omits from `[teacher]`, and keys that its own `sampling`, `limits` and `price` omit from
-/// the sections of that name.
+/// Copies defaults into the teachers: keys that an entry of `[[teachers]]` omits come from `[teacher]`; keys that the
+/// `sampling`, `limits` or `price` of a teacher omits come from the section of that name.
 fn complete_teachers(table: &mut Table) {
     let section = |name: &str| match table.get(name) {
         Some(Value::Table(section)) => section.clone(),
         _ => Table::new(),
     };
     let mut common = section("teacher");
-    // These belong to the single local teacher in `[teacher]`.
+    // Only `[teacher]` may be a local teacher: entries of `[[teachers]]` do not inherit these keys.
     for name in ["local", "cotrain", "cotrain_rate"] {
         common.remove(name);
     }
-    let own = ["sampling", "limits", "price"].map(|name| (name, section(name)));
+    let sections = ["sampling", "limits", "price"].map(|name| (name, section(name)));
     let complete = |teacher: &mut Table| {
-        for (name, section) in &own {
+        for (name, section) in &sections {
             if let Some(Value::Table(values)) = teacher.get_mut(*name) {
                 fill(values, section);
             }
@@ -243,7 +243,7 @@ fn fill(values: &mut Table, defaults: &Table) {
     }
 }
 
-/// Makes the paths of the config relative to `folder`.
+/// Replaces relative paths of the config, which are relative to `folder`, by paths that begin with `folder`.
 fn resolve_paths(config: &mut Config, folder: &Path) {
     let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
     resolve(&mut config.run_dir);
@@ -259,8 +259,8 @@ fn resolve_paths(config: &mut Config, folder: &Path) {
         files.into_iter().flatten().for_each(resolve);
     }
     let teachers = config.teachers.iter_mut().chain([&mut config.teacher]);
-    let own = teachers.filter_map(|teacher| teacher.sampling.as_mut());
-    for sampling in own.chain([&mut config.sampling]) {
+    let samplings = teachers.filter_map(|teacher| teacher.sampling.as_mut());
+    for sampling in samplings.chain([&mut config.sampling]) {
         sampling.schema.iter_mut().for_each(resolve);
     }
     for path in [

@@ -1,4 +1,4 @@
-//! [`Parsed`]: settings that are written as text and parsed when the config is read.
+//! Settings that are written as text and parsed when the config is read: see [`Parsed`].
 
 use std::fmt;
 use std::ops::Deref;
@@ -82,7 +82,7 @@ impl<T> PartialEq for Parsed<T> {
 impl ParseSetting for Regex {
     fn parse_setting(text: &str) -> Result<Regex, String> {
         Regex::new(text).map_err(|error| {
-            // The lines before the last one draw the position.
+            // The lines before the last one show the position in the pattern; the last one is the reason.
             let error = error.to_string();
             let reason = error.lines().last().unwrap_or_default();
             let reason = reason.trim_start_matches("error: ");
@@ -101,7 +101,7 @@ impl ParseSetting for Date {
 impl ParseSetting for TimeZone {
     fn parse_setting(text: &str) -> Result<TimeZone, String> {
         TimeZone::get(text).map_err(|_| {
-            format!("{text:?} is not a known time zone: expected a name like \"Europe/Berlin\"")
+            format!("{text:?} is not a valid time zone: expected a name like \"Europe/Berlin\"")
         })
     }
 }
@@ -128,13 +128,14 @@ impl ParseSetting for DailyWindow {
     }
 }
 
-/// End of a run.
+/// Time at which a run stops.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Deadline {
-    /// The next such time of day.
+    /// The next occurrence of a time of day, in the time zone of the config.
     TimeOfDay(Time),
     /// A date and time in the time zone of the config.
     Local(DateTime),
+    /// A point in time with its own offset from UTC.
     Instant(Timestamp),
 }
 
@@ -156,7 +157,7 @@ impl ParseSetting for Deadline {
 }
 
 impl Deadline {
-    /// The deadline of a run that starts at `now`. None if the calendar ends before it.
+    /// The deadline of a run that starts at `now`. None if it is later than the last date that the calendar represents.
     pub fn after(self, now: Timestamp, zone: &TimeZone) -> Option<Timestamp> {
         let timestamp = |local: DateTime| Some(local.to_zoned(zone.clone()).ok()?.timestamp());
         match self {

@@ -27,7 +27,7 @@ impl From<&str> for RedisUrl {
 
 impl fmt::Display for RedisUrl {
     fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        // Text that is not a URL may be a password in the wrong field.
+        // Text without a scheme may be a password that was written into the wrong field.
         let Some((scheme, rest)) = self.0.split_once("://") else {
             return formatter.write_str("[no URL]");
         };

@@ -1,4 +1,4 @@
-//! Checks that `sampling.extra` has no field that the rest of the config sets.
+//! Checks that `sampling.extra` contains no field that another setting controls.
 
 use serde_json::{Map, Value};
 
@@ -8,8 +8,8 @@ const SAMPLES: &str = "set `prompts.samples` instead, so that each answer has it
 const MAX_TOKENS: &str = "set `sampling.max_tokens` and, for its name in the request, \
                           `sampling.max_tokens_field`: the budget depends on them";
 
-/// Fields that `sampling.extra` must not contain, since they change the prompt or the cost of a request, each with
-/// advice.
+/// Fields that `sampling.extra` must not contain, because they change the prompt, the model or the cost of a request; each
+/// with advice for the error message.
 const RESERVED: [(&str, &str); 14] = [
     ("n", SAMPLES),
     ("best_of", SAMPLES),
@@ -27,7 +27,7 @@ const RESERVED: [(&str, &str); 14] = [
     ("model", "set `teacher.model` instead"),
 ];
 
-/// Objects in `sampling.extra` whose fields some servers treat as fields of the request.
+/// Names of objects in `sampling.extra` whose fields some servers treat as fields of the request.
 const CONTAINERS: [&str; 6] = [
     "extra_body",
     "options",
@@ -40,25 +40,25 @@ const CONTAINERS: [&str; 6] = [
 /// Rejects fields that change a request in a way that the budget does not account for.
 ///
 /// # Errors
-/// The setting to use instead.
+/// If a field is reserved, also within [`CONTAINERS`]. The message names the setting to use instead.
 pub(crate) fn check_extra(extra: &Map<String, Value>) -> Result<(), Mistake> {
-    let refuse = |field: &str, advice: &str| {
+    let reject = |field: &str, advice: &str| {
         let message = format!("`sampling.extra` must not contain `{field}`: {advice}");
         Err(Mistake::new("sampling.extra", message))
     };
     for (field, advice) in RESERVED {
         if extra.contains_key(field) {
-            return refuse(field, advice);
+            return reject(field, advice);
         }
     }
     if extra.get("stream").is_some_and(|stream| stream != false) {
         let advice = "streaming is not supported; set it to false or remove it";
-        return refuse("stream", advice);
+        return reject("stream", advice);
     }
-    let inner = CONTAINERS
+    let containers = CONTAINERS
         .iter()
         .filter_map(|name| extra.get(*name)?.as_object());
-    inner.into_iter().try_for_each(check_extra)
+    containers.into_iter().try_for_each(check_extra)
 }
 
 #[cfg(test)]

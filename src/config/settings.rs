@@ -17,7 +17,7 @@ pub struct Config {
     /// Path of the config file.
     #[serde(skip)]
     pub file: Option<PathBuf>,
-    /// Values of the `--set` flags.
+    /// Values of the `--set` flags, as `section.key=value`.
     #[serde(skip)]
     pub flags: Vec<String>,
     /// Folder of this run, for the cache, checkpoints, metrics and the student.
@@ -55,11 +55,11 @@ impl Config {
             words.extend(["--set".to_owned(), flag.clone()]);
         }
         let words = words.iter().map(String::as_str);
-        // Text with a NUL cannot be an argument.
+        // A text that contains a NUL byte cannot be an argument.
         shlex::try_join(words).unwrap_or_default()
     }
 
-    /// Settings of each endpoint: those of `[[teachers]]`, or of `[teacher]` without a list.
+    /// Settings of each endpoint: one for each entry of `[[teachers]]`, or the one in `[teacher]` if that list is empty.
     pub fn endpoints(&self) -> Vec<EndpointConfig> {
         let teachers = if self.teachers.is_empty() {
             std::slice::from_ref(&self.teacher)
@@ -91,14 +91,14 @@ impl Config {
     }
 }
 
-/// Returns the run folder of an endpoint's scores of the student's own answers, within the folder of a run.
+/// Returns the folder in `run_dir` in which the endpoint's scores of the student's answers are stored.
 pub fn scores_dir(run_dir: &Path) -> PathBuf {
     run_dir.join("judged")
 }
 
 impl Config {
     /// Settings that the trained weights depend on, as JSON. `train.steps` must hold the number of steps of the run.
-    /// Names and order of the fields are hashed.
+    /// The result is hashed, so the names and the order of the fields must not change.
     pub fn checkpoint_inputs(&self) -> Value {
         let settings = TrainConfig {
             // These do not affect the weights.
@@ -114,7 +114,7 @@ impl Config {
         let teacher = &self.teacher;
         let has_remote_judge = self.train.on_policy && self.on_policy.judge != ScoredBy::Local;
         let judge = has_remote_judge.then_some((&teacher.base_url, &teacher.model));
-        // Contents of files are hashed, their paths are not.
+        // The caller hashes the contents of the files instead of their paths.
         let student = StudentConfig {
             path: PathBuf::new(),
             ..self.student.clone()

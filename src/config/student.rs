@@ -240,9 +240,9 @@ pub struct TrainConfig {
     pub device: Device,
     /// Number type of the factors of matrix products. Weights, sums and the optimizer are f32.
     pub dtype: ComputeDtype,
-    /// Recompute activations in the backward pass: slower, less memory, the same numbers.
+    /// Recompute activations in the backward pass: slower, with less memory and the same result.
     pub activation_checkpointing: bool,
-    /// Number of threads; 0 for one per core. The numbers do not depend on it.
+    /// Number of threads; 0 for one per core. The result does not depend on it.
     pub threads: usize,
 }
 
@@ -256,7 +256,7 @@ pub struct OnPolicyConfig {
     pub kd: KdMode,
     /// Source of the teacher's logprobs for the student's answers.
     pub judge: ScoredBy,
-    /// Folder of the teacher's tokenizer, for a teacher behind an API. `None` if the texts of its tokens suffice.
+    /// Folder of the teacher's tokenizer, for a teacher behind an API. `None` to use the texts of its tokens alone.
     pub tokenizer: Option<PathBuf>,
     pub max_tokens: u32,
     pub temperature: f64,

@@ -1,6 +1,6 @@
 //! Settings of the teacher: the endpoint, its API key and its connection.
 
-use crate::config::error::SHORTEST_KEY;
+use crate::config::error::MIN_KEY_LENGTH;
 use crate::config::error::hide_keys;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ const DEFAULT_VARIABLE: &str = "OPENAI_API_KEY";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherConfig {
-    /// Name in the summary and in messages; empty for the model's name.
+    /// Name in the summary and in messages, and identity in cache records; empty for the name of the model.
     pub name: String,
     /// Part of the prompts, relative to the shares of the other teachers.
     pub share: f64,
@@ -37,8 +37,9 @@ pub struct TeacherConfig {
     pub headers: BTreeMap<String, String>,
     /// Query parameters of every request; `${NAME}` is replaced by the environment variable.
     pub query: BTreeMap<String, String>,
-    /// Value of the `OpenAI-Organization` header; empty to leave it out.
+    /// Value of the `OpenAI-Organization` header; empty to omit the header.
     pub organization: String,
+    /// Value of the `OpenAI-Project` header; empty to omit the header.
     pub project: String,
     /// Permission for unencrypted http to another machine.
     pub allow_http: AllowHttp,
@@ -58,16 +59,18 @@ pub struct TeacherConfig {
     pub cotrain: bool,
     /// Learning rate of the local teacher, as a share of `train.learning_rate`.
     pub cotrain_rate: f64,
-    /// Settings of this teacher alone; keys that are missing here have the values of the section.
+    /// Sampling of this teacher alone; missing keys have the values of the config's `[sampling]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sampling: Option<SamplingConfig>,
+    /// Limits of this teacher alone; missing keys have the values of `[limits]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limits: Option<LimitsConfig>,
+    /// Prices of this teacher alone; missing keys have the values of `[price]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub price: Option<Price>,
 }
 
-/// Settings of one endpoint.
+/// Settings of one endpoint: an entry of `[[teachers]]`, or `[teacher]`, with its sampling, limits and prices.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EndpointConfig {
     pub teacher: TeacherConfig,
@@ -77,7 +80,7 @@ pub struct EndpointConfig {
 }
 
 impl TeacherConfig {
-    /// Name in messages.
+    /// Returns the name of the teacher in messages: `name`, or else the name of the model.
     pub fn label(&self) -> &str {
         match self.name.as_str() {
             "" => &self.model,
@@ -136,7 +139,7 @@ impl TryFrom<serde_json::Value> for AllowHttp {
             (Some(false), _) => Ok(AllowHttp::No),
             (Some(true), _) => Ok(AllowHttp::WithoutKey),
             (_, Some("with_key")) => Ok(AllowHttp::WithKey),
-            _ => Err("teacher.allow_http must be true, false or \"with_key\""),
+            _ => Err("expected true, false or \"with_key\""),
         }
     }
 }
@@ -173,7 +176,7 @@ impl TeacherConfig {
     /// Checks the API key settings. The messages never repeat a value that may be a key.
     ///
     /// # Errors
-    /// If the key has several sources, or stands in a field for other values.
+    /// If several sources of the key are set, or a setting for another value seems to contain a key.
     pub(crate) fn check(&self) -> Result<(), Mistake> {
         let sources = [
             self.api_key_command.is_some(),
@@ -183,28 +186,28 @@ impl TeacherConfig {
         if sources.into_iter().filter(|is_set| *is_set).count() > 1 {
             return Err(Mistake::new(
                 "teacher.api_key_env",
-                "the API key has several sources: set only one of teacher.api_key_env, api_key_file and \
-                 api_key_command",
+                "the API key has several sources: set only one of `teacher.api_key_env`, `teacher.api_key_file` and \
+                 `teacher.api_key_command`",
             ));
         }
         if !self.api_key_env.is_empty() && !is_name(&self.api_key_env) {
             return Err(Mistake::new(
                 "teacher.api_key_env",
-                "teacher.api_key_env must be the name of the environment variable that holds the key; its value \
+                "`teacher.api_key_env` must be the name of the environment variable that holds the key; its value \
                  is not a valid name (it is not repeated here, as it may be the key itself): run \
-                 `export TEACHER_KEY=...` and set teacher.api_key_env = \"TEACHER_KEY\"",
+                 `export TEACHER_KEY=...` and set `teacher.api_key_env = \"TEACHER_KEY\"`",
             ));
         }
         for (name, value) in &self.headers {
             let lower = name.to_lowercase();
             let is_secret = ["auth", "key", "token", "secret", "cookie"];
             let is_secret = is_secret.iter().any(|part| lower.contains(part));
-            if (is_secret && value.len() >= SHORTEST_KEY || looks_like_key(value))
+            if (is_secret && value.len() >= MIN_KEY_LENGTH || looks_like_key(value))
                 && !value.contains("${")
             {
                 let message = format!(
-                    "teacher.headers.{name} seems to contain a key (it is not repeated here): put it \
-                     into an environment variable and write ${{NAME}} in its place"
+                    "`teacher.headers.{name}` seems to contain a key (it is not repeated here): put it \
+                     into an environment variable and write `${{NAME}}` in its place"
                 );
                 return Err(Mistake::new("teacher.headers", message));
             }
@@ -213,8 +216,8 @@ impl TeacherConfig {
         if in_query.is_some() || looks_like_key(&self.base_url) {
             return Err(Mistake::new(
                 "teacher.base_url",
-                "teacher.base_url or teacher.query seems to contain a key (it is not repeated here): \
-                 put it into an environment variable and write ${NAME} in its place",
+                "`teacher.base_url` or `teacher.query` seems to contain a key (it is not repeated here): \
+                 put it into an environment variable and write `${NAME}` in its place",
             ));
         }
         Ok(())
@@ -230,8 +233,8 @@ fn is_name(text: &str) -> bool {
     // Names consist of words; keys mix digits and letters.
     let digits = text.bytes().filter(u8::is_ascii_digit).count();
     let has_lower_case = text.bytes().any(|byte| byte.is_ascii_lowercase());
-    let most_digits = if has_lower_case { 0 } else { 3 };
-    let is_mixed = text.len() >= 16 && !text.contains('_') && digits > most_digits;
+    let max_digits = if has_lower_case { 0 } else { 3 };
+    let is_mixed = text.len() >= 16 && !text.contains('_') && digits > max_digits;
     is_identifier && !is_mixed && !looks_like_key(text)
 }
 

@@ -12,9 +12,9 @@ use super::settings::Config;
 use super::student::{BestMetric, KdMode, ScoredBy, StudentInit, TemplateDate};
 use super::teacher::EndpointConfig;
 
-/// Returns the mistake `key` and `problem` unless the value is valid.
+/// Returns a mistake unless `is_valid`; its message is the name of the key, followed by `problem`.
 fn check(is_valid: bool, key: &'static str, problem: &str) -> Result<(), Mistake> {
-    check_with(is_valid, key, || format!("{key} {problem}"))
+    check_with(is_valid, key, || format!("`{key}` {problem}"))
 }
 
 fn check_with(
@@ -30,30 +30,30 @@ fn check_with(
 }
 
 impl Config {
-    /// Checks ranges, and combinations of settings.
+    /// Checks the ranges of the values, and combinations of settings.
     ///
     /// # Errors
     /// The first mistake.
     pub(crate) fn validate(&self) -> Result<(), Mistake> {
-        let share = |value: f64| (0.0..=1.0).contains(&value);
+        let is_share = |value: f64| (0.0..=1.0).contains(&value);
         self.validate_harvest()?;
         check(
-            share(self.data.validation_share) && self.data.validation_share < 1.0,
+            is_share(self.data.validation_share) && self.data.validation_share < 1.0,
             "data.validation_share",
             "must be at least 0 and below 1",
         )?;
         check(
             self.data.top_logprobs != Some(0),
             "data.top_logprobs",
-            "must be at least 1; loss.kd = \"none\" trains without soft labels",
+            "must be at least 1; `loss.kd = \"none\"` trains without soft labels",
         )?;
         check(
-            self.loss.kd_weight.is_none_or(share),
+            self.loss.kd_weight.is_none_or(is_share),
             "loss.kd_weight",
             "must lie between 0 and 1",
         )?;
         check(
-            share(self.loss.tail_weight),
+            is_share(self.loss.tail_weight),
             "loss.tail_weight",
             "must lie between 0 and 1",
         )?;
@@ -65,97 +65,102 @@ impl Config {
         check(
             self.loss.temperature.is_finite() && self.loss.temperature > 0.0,
             "loss.temperature",
-            "must be above 0",
+            "must be finite and above 0",
         )?;
         check(
             0.0 < self.loss.beta && self.loss.beta < 1.0,
             "loss.beta",
-            "must be above 0 and below 1: its limits are kd = \"tail\" and \"reverse_kl\"",
+            "must be above 0 and below 1: for its limits 0 and 1, set `loss.kd` to \"tail\" or \"reverse_kl\"",
         )?;
         check(
-            share(self.loss.alpha) && self.loss.alpha < 1.0,
+            is_share(self.loss.alpha) && self.loss.alpha < 1.0,
             "loss.alpha",
             "must be at least 0 and below 1",
         )?;
         check(
-            share(self.loss.label_smoothing) && self.loss.label_smoothing < 1.0,
+            is_share(self.loss.label_smoothing) && self.loss.label_smoothing < 1.0,
             "loss.label_smoothing",
             "must be at least 0 and below 1",
         )?;
         check(
             self.lora.alpha.is_finite() && self.lora.alpha > 0.0,
             "lora.alpha",
-            "must be above 0",
+            "must be finite and above 0",
         )?;
         let teacher = &self.teacher;
         check(
             teacher.local.is_some() || !teacher.cotrain,
             "teacher.cotrain",
-            "trains the model in teacher.local: set teacher.local",
+            "trains the model in `teacher.local`, which is not set: set it, or remove `teacher.cotrain`",
         )?;
         check(
             teacher.cotrain_rate.is_finite() && teacher.cotrain_rate > 0.0,
             "teacher.cotrain_rate",
-            "must be above 0",
+            "must be finite and above 0",
         )?;
         check(
             self.teachers
                 .iter()
                 .all(|teacher| teacher.local.is_none() && !teacher.cotrain),
             "teachers",
-            "must not set `local` and `cotrain`, which belong to [teacher]: a student has one teacher on this machine",
+            "must not set `local` or `cotrain`: set them in `[teacher]`, since a student has at most one local teacher",
         )?;
         check(
             !self.train.on_policy || self.data.thinking != Thinking::Context,
             "train.on_policy",
-            "generates answers without the teacher's thinking: set data.thinking to \
+            "generates answers without the teacher's thinking: set `data.thinking` to \
          \"supervise\" or \"drop\"",
         )?;
-        let is_of_record = self.student.template_date == Some(TemplateDate::Record);
+        let uses_record_date = self.student.template_date == Some(TemplateDate::Record);
         check(
-            !is_of_record || self.data.source.is_none(),
+            !uses_record_date || self.data.source.is_none(),
             "student.template_date",
-            "= \"record\" needs the records of a cache: set a date for the rows of data.source",
+            "= \"record\" needs the records of a cache: set a date for the rows of `data.source`",
         )?;
         check(
-            !is_of_record || !self.train.on_policy || self.on_policy.tokenizer.is_none(),
+            !uses_record_date || !self.train.on_policy || self.on_policy.tokenizer.is_none(),
             "student.template_date",
-            "= \"record\" has no date for on_policy.tokenizer: set a date",
+            "= \"record\" has no date for `on_policy.tokenizer`: set a date",
         )?;
         let on_policy = &self.on_policy;
-        let is_local = on_policy.judge == ScoredBy::Local;
+        let is_judge_local = on_policy.judge == ScoredBy::Local;
         check(
-            !self.train.on_policy || is_local == teacher.local.is_some(),
+            !self.train.on_policy || is_judge_local == teacher.local.is_some(),
             "train.on_policy",
-            "needs a teacher that scores the student's answers: set teacher.local and \
-         on_policy.judge = \"local\"; or, without teacher.local, set on_policy.judge = \"prompt_logprobs\" \
-         (vLLM) or \"echo\" for the endpoint in [teacher]",
+            "needs a teacher that scores the student's answers: set `teacher.local` and \
+         `on_policy.judge = \"local\"`; or, without `teacher.local`, set `on_policy.judge = \"prompt_logprobs\"` \
+         (vLLM) or \"echo\" for the endpoint in `[teacher]`",
         )?;
         check(
             on_policy.judge != ScoredBy::Echo || on_policy.tokenizer.is_some(),
             "on_policy.judge",
-            "= \"echo\" needs the teacher's chat template: set on_policy.tokenizer to the \
+            "= \"echo\" needs the teacher's chat template: set `on_policy.tokenizer` to the \
          folder of its tokenizer",
         )?;
         let endpoints = self.endpoints();
         check(
-            is_local || !self.train.on_policy || endpoints.len() == 1,
+            is_judge_local || !self.train.on_policy || endpoints.len() == 1,
             "teachers",
-            "must not be set with train.on_policy: the student's answers are scored by one teacher, the one in [teacher]",
+            "must not be set with `train.on_policy`: the student's answers are scored by one teacher, the one in `[teacher]`",
         )?;
         check(
-            is_local
+            is_judge_local
                 || !self.train.on_policy
                 || endpoints
                     .iter()
                     .all(|endpoint| endpoint.sampling.top_logprobs > 0),
             "on_policy.judge",
-            "requests sampling.top_logprobs logprobs per token: set it to 1 or more",
+            "requests `sampling.top_logprobs` logprobs per token: set it to 1 or more",
         )?;
         check(
-            share(on_policy.share) && on_policy.max_tokens > 0,
+            is_share(on_policy.share),
             "on_policy.share",
-            "must lie between 0 and 1, and on_policy.max_tokens be at least 1",
+            "must lie between 0 and 1",
+        )?;
+        check(
+            on_policy.max_tokens > 0,
+            "on_policy.max_tokens",
+            "must be at least 1",
         )?;
         check(
             on_policy.temperature.is_finite() && on_policy.temperature >= 0.0,
@@ -165,18 +170,23 @@ impl Config {
         check(
             on_policy.kd != KdMode::None && self.loss.kd != KdMode::None || !self.train.on_policy,
             "train.on_policy",
-            "trains on a divergence: neither on_policy.kd nor loss.kd may be \"none\"",
+            "trains on a divergence: neither `on_policy.kd` nor `loss.kd` may be \"none\"",
         )?;
         let train = &self.train;
         check(
-            train.batch_size > 0 && train.micro_batch_size > 0,
+            train.batch_size > 0,
             "train.batch_size",
-            "and train.micro_batch_size must be at least 1",
+            "must be at least 1",
+        )?;
+        check(
+            train.micro_batch_size > 0,
+            "train.micro_batch_size",
+            "must be at least 1",
         )?;
         check(
             train.steps.is_some() || (train.epochs.is_finite() && train.epochs > 0.0),
             "train.epochs",
-            "must be above 0",
+            "must be finite and above 0",
         )?;
         check(
             train.learning_rate.is_finite() && train.learning_rate >= 0.0,
@@ -184,29 +194,34 @@ impl Config {
             "must be finite and not negative",
         )?;
         check(
-            share(train.beta1) && share(train.beta2) && train.beta1 < 1.0 && train.beta2 < 1.0,
+            is_share(train.beta1) && train.beta1 < 1.0,
             "train.beta1",
-            "and train.beta2 must be at least 0 and below 1",
+            "must be at least 0 and below 1",
         )?;
         check(
-            share(train.decay_share),
+            is_share(train.beta2) && train.beta2 < 1.0,
+            "train.beta2",
+            "must be at least 0 and below 1",
+        )?;
+        check(
+            is_share(train.decay_share),
             "train.decay_share",
             "must lie between 0 and 1",
         )?;
         check(
-            share(train.ema_decay) && train.ema_decay < 1.0,
+            is_share(train.ema_decay) && train.ema_decay < 1.0,
             "train.ema_decay",
             "must be at least 0 and below 1",
         )?;
         check(
             train.patience == 0 || train.best != BestMetric::Last,
             "train.patience",
-            "needs a metric: set train.best to \"ce\", \"kl\" or \"token_accuracy\"",
+            "needs a metric: set `train.best` to \"ce\", \"kl\" or \"token_accuracy\"",
         )?;
         check(
             train.patience == 0 || train.eval_every > 0,
             "train.patience",
-            "counts validations: set train.eval_every",
+            "counts validations: set `train.eval_every`",
         )?;
         check(
             self.eval.batch_size > 0,
@@ -221,7 +236,7 @@ impl Config {
                         .hidden_size
                         .is_multiple_of(student.num_attention_heads)),
             "student.hidden_size",
-            "must be a multiple of student.num_attention_heads",
+            "must be a multiple of `student.num_attention_heads`",
         )
     }
 }
@@ -243,12 +258,12 @@ impl Config {
                 .usd
                 .is_none_or(|usd| usd.is_finite() && usd > 0.0),
             "budget.usd",
-            "must be above 0; omit it for no limit",
+            "must be finite and above 0; omit it for no limit",
         )?;
         let endpoints = self.endpoints();
-        batch(&self.batch)?;
+        check_batch(&self.batch)?;
         for (index, endpoint) in endpoints.iter().enumerate() {
-            let in_list = (!self.teachers.is_empty()).then_some(index);
+            let list_index = (!self.teachers.is_empty()).then_some(index);
             let label = endpoint.teacher.label();
             let is_unique = endpoints[..index]
                 .iter()
@@ -262,7 +277,7 @@ impl Config {
                     })
                 })
                 .map_err(|mistake| Mistake {
-                    teacher: in_list,
+                    teacher: list_index,
                     ..mistake
                 })?;
         }
@@ -270,7 +285,7 @@ impl Config {
     }
 }
 
-fn batch(batch: &BatchConfig) -> Result<(), Mistake> {
+fn check_batch(batch: &BatchConfig) -> Result<(), Mistake> {
     let is_above_0 = |value: f64| value.is_finite() && value > 0.0;
     check(
         batch.max_requests > 0,
@@ -280,12 +295,12 @@ fn batch(batch: &BatchConfig) -> Result<(), Mistake> {
     check(
         is_above_0(batch.max_megabytes),
         "batch.max_megabytes",
-        "must be above 0",
+        "must be finite and above 0",
     )?;
     check(
         is_above_0(batch.max_output_gigabytes),
         "batch.max_output_gigabytes",
-        "must be above 0",
+        "must be finite and above 0",
     )?;
     check(
         batch.enqueued_tokens != Some(0),
@@ -300,7 +315,7 @@ fn batch(batch: &BatchConfig) -> Result<(), Mistake> {
     check(
         (0.0..=1.0).contains(&batch.discount),
         "batch.discount",
-        "must lie between 0 and 1: it is the price of a batch as a share of [price]",
+        "must lie between 0 and 1: it is the price of a batch as a share of `[price]`",
     )
 }
 
@@ -322,7 +337,7 @@ fn check_endpoint(endpoint: &EndpointConfig) -> Result<(), Mistake> {
     check(
         endpoint.sampling.top_logprobs <= 20,
         "sampling.top_logprobs",
-        "can be up to 20, the maximum of most endpoints",
+        "must be at most 20, the maximum of most endpoints",
     )?;
     check(
         (endpoint.sampling.temperature).is_none_or(|value| (0.0..=100.0).contains(&value)),
@@ -371,14 +386,14 @@ fn check_endpoint(endpoint: &EndpointConfig) -> Result<(), Mistake> {
                 || limits.tokens_per_minute.is_some()
                 || limits.requests_per_day.is_some(),
             "limits.shared",
-            "has no limit to share: set limits.requests_per_minute, \
-             tokens_per_minute or requests_per_day",
+            "has no limit to share: set `limits.requests_per_minute`, \
+             `limits.tokens_per_minute` or `limits.requests_per_day`",
         )?;
     }
     check(
         endpoint.teacher.share.is_finite() && endpoint.teacher.share > 0.0,
         "teacher.share",
-        "must be above 0",
+        "must be finite and above 0",
     )?;
     let price = &endpoint.price;
     for (key, price) in [
@@ -387,7 +402,7 @@ fn check_endpoint(endpoint: &EndpointConfig) -> Result<(), Mistake> {
         ("price.output", price.output),
     ] {
         let is_valid = price.is_none_or(|price| price.is_finite() && price >= 0.0);
-        check(is_valid, key, "must not be negative")?;
+        check(is_valid, key, "must be finite and not negative")?;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Advice for the next steps after a run, from its summary. Pure.
+//! Advice on the next steps after a run, derived from its summary. Pure.
 
 use std::path::Path;
 
@@ -13,13 +13,13 @@ const SOME_FAILED: u8 = 3;
 pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<String> {
     let mut steps = Vec::new();
     let config = &summary.arguments;
-    let asked = summary.ok + summary.quarantined;
-    let mut step = |holds: bool, text: String| {
-        if holds {
+    let answers = summary.ok + summary.quarantined;
+    let mut step = |applies: bool, text: String| {
+        if applies {
             steps.push(text);
         }
     };
-    // The message of every other error says what must change before the next run.
+    // After any other error a rerun needs a change first, which the message of the error names.
     let can_rerun = summary.error.as_ref().is_none_or(|error| {
         Exit::signal_of(error).is_some() || Exit::code_of(error) == SOME_FAILED
     });
@@ -36,26 +36,26 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
     );
     let refusals = summary.quarantines.get("refusal").copied().unwrap_or(0);
     step(
-        refusals * 20 > asked,
+        refusals * 20 > answers,
         format!(
             "the teacher refused {} of the questions, which are not used for training: `distill harvest {config} \
              --again refusal` requests them again",
-            format_share(refusals, asked)
+            format_share(refusals, answers)
         ),
     );
     step(
-        summary.cut_off * 20 > asked,
+        summary.cut_off * 20 > answers,
         format!(
-            "raise `sampling.max_tokens`: it cut off {} of the answers (only these are requested again)",
-            format_share(summary.cut_off, asked)
+            "raise `sampling.max_tokens`, which cut off {} of the answers, and rerun the command: only these are requested again",
+            format_share(summary.cut_off, answers)
         ),
     );
     step(
-        summary.without_logprobs * 20 > asked,
+        summary.without_logprobs * 20 > answers,
         format!(
             "{} of the answers have no usable logprobs: `distill probe {config}` shows what the endpoint \
              supports",
-            format_share(summary.without_logprobs, asked)
+            format_share(summary.without_logprobs, answers)
         ),
     );
     for used in &summary.used {
@@ -78,16 +78,18 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
             ),
         );
     }
-    if steps.is_empty() && summary.error.is_none() && asked + summary.cached > 0 {
-        let first = if summary.warnings.is_empty() {
+    if steps.is_empty() && summary.error.is_none() && answers + summary.cached > 0 {
+        let read_warnings = if summary.warnings.is_empty() {
             ""
         } else {
             "read the warnings, and then "
         };
-        let before = summary.before_training;
+        let config_change = summary.before_training;
         steps.push(match config.as_str() {
-            "" => format!("{first}{before}train: `distill train` with the same config"),
-            config => format!("{first}{before}train: `distill train {config}`"),
+            "" => {
+                format!("{read_warnings}{config_change}train: `distill train` with the same config")
+            }
+            config => format!("{read_warnings}{config_change}train: `distill train {config}`"),
         });
     }
     steps
@@ -127,14 +129,14 @@ mod tests {
             ..HarvestSummary::default()
         };
         assert_eq!(steps(good), "train: `distill train` with the same config");
-        let odd = steps(HarvestSummary {
+        let with_warning = steps(HarvestSummary {
             ok: 100,
             arguments: "-c run.toml".into(),
             warnings: vec!["odd".into()],
             ..HarvestSummary::default()
         });
         assert_eq!(
-            odd,
+            with_warning,
             "read the warnings, and then train: `distill train -c run.toml`"
         );
         let bad = steps(HarvestSummary {
@@ -164,7 +166,7 @@ mod tests {
         for part in [
             "8 rows are pending",
             "run/failures.jsonl",
-            "it cut off 50.0 %",
+            "which cut off 50.0 %",
             "100.0 % of the answers have no usable logprobs",
             "the run used 10 % of the rate limit of slow",
             "strict throttled 30.0 %",

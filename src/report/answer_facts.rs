@@ -23,15 +23,15 @@ pub struct AnswerFacts {
     pub text: (u64, usize),
     /// Reason for unusable logprobs; `None` if they are usable.
     pub without_logprobs: Option<String>,
-    /// True if its logprobs name tokens by id.
+    /// True if the logprobs name tokens by id (`token_id:N`).
     pub has_token_ids: bool,
     pub usage: Option<Usage>,
-    /// Upper bound of its completion tokens.
+    /// Maximum number of completion tokens, from the request.
     pub max_tokens: u64,
 }
 
 impl AnswerFacts {
-    /// Collects the properties of a record. `fault` is the reason why its logprobs were dropped.
+    /// Collects the properties of a record. `fault` is the reason why the logprobs of the reply were dropped.
     pub fn new(record: Record, fault: Option<String>, max_tokens: u64) -> AnswerFacts {
         let hash = |text: &str| FixedState::default().hash_one(text);
         let text = &record.answer.text;

@@ -9,22 +9,22 @@ use crate::terminal::{format_count, sanitise};
 /// Counters of the batches of a run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct BatchCounts {
-    /// Number of batches by the last status that the endpoint reported.
+    /// Number of batches, by the last status that the endpoint reported.
     pub parts: BTreeMap<String, u64>,
-    /// Number of batches whose creation got no reply and that were found by their nonce.
+    /// Number of batches that were created although the reply was lost; they were found by the nonce in their metadata.
     pub adopted: u64,
-    /// Number of rows that a batch returned without an answer and that were submitted in another one.
+    /// Number of rows that a batch left unanswered and that were submitted in another batch.
     pub asked_again: u64,
-    /// Number of rows that were in neither file of a completed batch.
+    /// Number of rows that neither the output file nor the error file of a completed batch contains.
     pub lost: u64,
-    /// Number of result lines for an unknown row, or for one that had ended.
+    /// Number of result lines for an unknown row, or for a row that has already ended.
     pub ignored: u64,
     /// Number of recorded answers to prompts outside this run's plan.
     pub besides: u64,
 }
 
 impl BatchCounts {
-    /// Rows of the summary's table.
+    /// Returns the rows of the summary's table: name and number.
     pub fn rows(&self) -> Vec<[String; 2]> {
         let count = |name: &str, number| [name.to_string(), format_count(number)];
         let mut rows = vec![count("batches", self.parts.values().sum())];

@@ -11,7 +11,7 @@ use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, Line, UnansweredRow};
 use crate::plan::{Plan, PlannedRow};
 
-/// A line of the file.
+/// A line of the file: a row without an answer.
 #[derive(Debug, Serialize)]
 pub struct FailedRow {
     pub teacher: String,
@@ -19,8 +19,11 @@ pub struct FailedRow {
     pub sample: u32,
     /// Cache key of the missing answer.
     pub key: String,
+    /// Class of the last error, such as `http 500`.
     pub class: String,
+    /// Message of the last error.
     pub message: String,
+    /// Number of failed attempts of this run; of all runs for a row that was given up.
     pub attempts: u32,
 }
 
@@ -28,13 +31,10 @@ impl FailedRow {
     pub fn new(plan: &Plan, endpoint: usize, entry: QueuedRow, failure: RowFailure) -> FailedRow {
         let row = &plan.rows[entry.row];
         FailedRow {
-            teacher: plan.templates[endpoint].endpoint.teacher.label().into(),
-            prompt_id: plan.prompts[row.prompt as usize].id.clone(),
-            sample: row.sample,
-            key: row.key.clone(),
             class: failure.class,
             message: failure.message,
             attempts: entry.failed,
+            ..FailedRow::unexplained(plan, endpoint, row)
         }
     }
 
@@ -56,16 +56,26 @@ impl FailedRow {
         plan: &Plan,
         endpoint: usize,
         row: &PlannedRow,
-        known: UnansweredRow,
+        history: UnansweredRow,
     ) -> FailedRow {
+        FailedRow {
+            class: history.class,
+            message: history.message,
+            attempts: history.paid,
+            ..FailedRow::unexplained(plan, endpoint, row)
+        }
+    }
+
+    /// Identifies the row, without class, message and attempts.
+    fn unexplained(plan: &Plan, endpoint: usize, row: &PlannedRow) -> FailedRow {
         FailedRow {
             teacher: plan.templates[endpoint].endpoint.teacher.label().into(),
             prompt_id: plan.prompts[row.prompt as usize].id.clone(),
             sample: row.sample,
             key: row.key.clone(),
-            class: known.class,
-            message: known.message,
-            attempts: known.paid,
+            class: String::new(),
+            message: String::new(),
+            attempts: 0,
         }
     }
 }
@@ -74,7 +84,7 @@ pub(crate) fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("failures.jsonl")
 }
 
-/// Replaces the file by the rows of this run: rows of an older file may have an answer by now.
+/// Replaces the file by the failed rows of this run. Rows of the older file are dropped, since they may have an answer now.
 pub(crate) fn write(run_dir: &Path, rows: &[FailedRow]) -> Result<()> {
     let path = file(run_dir);
     if rows.is_empty() && !path.exists() {

@@ -54,9 +54,11 @@ pub struct HarvestSummary {
     pub budget_usd: Option<f64>,
     /// Number of attempts of this run that may have been billed without an answer.
     pub attempts_lost: u64,
+    /// Duration of this run.
     pub seconds: f64,
     /// Number of answers without usable logprobs although the request asked for logprobs.
     pub without_logprobs: u64,
+    /// The same answers, by the reason.
     pub without_logprobs_because: BTreeMap<String, u64>,
     /// Number of answers that `sampling.max_tokens` cut off.
     pub cut_off: u64,
@@ -71,12 +73,12 @@ pub struct HarvestSummary {
     pub warnings: Vec<String>,
     /// Next steps, the most urgent first.
     pub advice: Vec<String>,
-    /// Iterations of the dispatcher's loop, for tests that it does not spin.
+    /// Number of iterations of the dispatcher's loop; tests check that it does not spin.
     #[serde(skip)]
     pub turns: u64,
     /// Dry run only: estimate of the open rows.
     pub estimate: Option<Estimate>,
-    /// Earlier runs in this folder, and this one.
+    /// Earlier runs in this folder, followed by this run.
     pub runs: Vec<PastRun>,
     /// Flags that name this config, for the commands in `advice`; see [`Config::arguments`].
     ///
@@ -94,7 +96,7 @@ pub struct HarvestSummary {
     pub error: Option<anyhow::Error>,
 }
 
-/// [`SUMMARY_VERSION`].
+/// The number [`SUMMARY_VERSION`], which is the default.
 #[derive(Debug, Serialize)]
 pub struct Version(u32);
 
@@ -149,13 +151,13 @@ const MAX_RUNS: usize = 1_000;
 /// Returns the history in `summary.json` of the run folder; empty if the file cannot be read.
 pub(crate) fn past_runs(run_dir: &Path) -> Vec<PastRun> {
     #[derive(Deserialize)]
-    struct Runs {
+    struct History {
         #[serde(default)]
         runs: Vec<PastRun>,
     }
     let text = crate::fs::read(&file(run_dir)).unwrap_or_default();
-    let mut runs =
-        serde_json::from_slice::<Runs>(&text).map_or_else(|_| Vec::new(), |past| past.runs);
+    let mut runs = serde_json::from_slice::<History>(&text)
+        .map_or_else(|_| Vec::new(), |history| history.runs);
     runs.drain(..runs.len().saturating_sub(MAX_RUNS - 1));
     runs
 }
@@ -168,12 +170,12 @@ pub fn recorded_before(run_dir: &Path) -> u64 {
 
 /// Warns if the cache is empty although earlier runs have recorded answers: it may have been moved.
 pub(crate) fn warn_of_empty_cache(run_dir: &Path, cache_dir: &Path, records: usize) {
-    let before = recorded_before(run_dir);
-    if records == 0 && before > 0 {
+    let recorded = recorded_before(run_dir);
+    if records == 0 && recorded > 0 {
         tracing::warn!(
             "earlier runs recorded {} answers, but the cache in {} is empty: this run pays for them again; if the \
              cache was moved or compressed by hand, stop this run and restore it",
-            format_count(before),
+            format_count(recorded),
             cache_dir.display()
         );
     }
@@ -184,7 +186,7 @@ pub fn file(run_dir: &Path) -> PathBuf {
 }
 
 impl HarvestSummary {
-    /// Returns the summary, or its error if it has one.
+    /// Returns the summary, or the error in it as an error.
     pub fn into_result(mut self) -> Result<HarvestSummary> {
         match self.error.take() {
             Some(error) => Err(error),
@@ -247,15 +249,15 @@ impl HarvestSummary {
             ..HarvestSummary::default()
         };
         for (endpoint, row) in &plan.given_up {
-            let by_old_key = || unanswered.get(row.old_key.as_deref()?);
-            let history = unanswered.get(&row.key).or_else(by_old_key).cloned();
+            let from_old_key = || unanswered.get(row.old_key.as_deref()?);
+            let history = unanswered.get(&row.key).or_else(from_old_key).cloned();
             let history = history.unwrap_or_default();
             summary.fail(FailedRow::given_up(plan, *endpoint, row, history));
         }
         summary
     }
 
-    /// Counts a row that a content filter refused.
+    /// Counts a row that a content filter refused, as quarantined.
     pub fn filtered(&mut self, row: FailedRow) {
         self.quarantined += 1;
         *self.quarantines.entry(row.class.clone()).or_default() += 1;

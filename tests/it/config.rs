@@ -125,7 +125,7 @@ fn log_variable_is_not_a_setting() {
     assert!(load_text("", &[("DISTILL_LOG", "debug")], &[]).is_ok());
 }
 
-/// A config's text, environment and flags, and parts of the message that they earn.
+/// A config's text, environment and flags, and parts of the expected message.
 type ErrorCase = (
     &'static str,
     &'static [(&'static str, &'static str)],
@@ -152,7 +152,7 @@ fn config_errors_have_a_position_and_a_hint() {
             "[train]\nsteps = \"many\"",
             &[],
             &[],
-            &["run.toml:2:9", "train.steps: invalid type"],
+            &["run.toml:2:9", "`train.steps`: invalid type"],
         ),
         ("[loss]\nkd = \"tial\"", &[], &[], &["run.toml:2:6", "tail"]),
         ("[train\n", &[], &[], &["run.toml:1"]),
@@ -180,13 +180,13 @@ fn config_errors_have_a_position_and_a_hint() {
     }
 }
 
-/// Every mistake that needs no other file is found when the config is read, for every verb.
+/// Mistakes that can be detected without other files are reported when the config is read, whatever the command.
 #[test]
 fn mistakes_in_values_have_a_position_and_a_key() {
     let cases = [
         (
             "[sampling]\ntop_logprobs = 21",
-            "run.toml:2:16: sampling.top_logprobs can be up to 20",
+            "run.toml:2:16: `sampling.top_logprobs` must be at most 20",
         ),
         (
             "[sampling]\nextra = { n = 2 }",
@@ -194,39 +194,39 @@ fn mistakes_in_values_have_a_position_and_a_key() {
         ),
         (
             "[schedule]\nwindow = \"25:00-26:00\"",
-            "run.toml:2:10: schedule.window: \"25:00-26:00\" is not",
+            "run.toml:2:10: `schedule.window`: \"25:00-26:00\" is not",
         ),
         (
             "[schedule]\nwindow = \"22:00-22:00\"",
-            "run.toml:2:10: schedule.window: \"22:00-22:00\" is not",
+            "run.toml:2:10: `schedule.window`: \"22:00-22:00\" is not",
         ),
         (
             "[schedule]\ndeadline = \"tomorrow\"",
-            "run.toml:2:12: schedule.deadline: \"tomorrow\" is not",
+            "run.toml:2:12: `schedule.deadline`: \"tomorrow\" is not",
         ),
         (
             "[schedule]\ntimezone = \"Mars\"",
-            "run.toml:2:12: schedule.timezone: \"Mars\" is not",
+            "run.toml:2:12: `schedule.timezone`: \"Mars\" is not",
         ),
         (
             "[price]\nas_of = \"2026-13-01\"",
-            "run.toml:2:9: price.as_of: \"2026-13-01\" is not",
+            "run.toml:2:9: `price.as_of`: \"2026-13-01\" is not",
         ),
         (
             "[price]\ninput = -1.0",
-            "run.toml:2:9: price.input must not be negative",
+            "run.toml:2:9: `price.input` must be finite and not negative",
         ),
         (
             "[retry]\nbase_s = -1.0",
-            "run.toml:2:10: retry.base_s: -1 is not a valid time",
+            "run.toml:2:10: `retry.base_s`: -1 is not a valid time",
         ),
         (
             "[batch]\npoll_s = 0.0",
-            "run.toml:2:10: batch.poll_s must be above 0",
+            "run.toml:2:10: `batch.poll_s` must be above 0",
         ),
         (
             "[teacher]\ntimeout_s = 0.0",
-            "run.toml:2:13: teacher.timeout_s must be greater than 0",
+            "run.toml:2:13: `teacher.timeout_s` must be greater than 0",
         ),
         (
             "[teacher]\nbase_url = \"vllm:8000/v1\"",
@@ -254,24 +254,27 @@ fn mistakes_in_values_have_a_position_and_a_key() {
         ),
         (
             "[lora]\ntargets = [\"a\", \"(\"]",
-            "run.toml:2:11: lora.targets: \"(\" is not a valid regular",
+            "run.toml:2:11: `lora.targets`: \"(\" is not a valid regular",
         ),
         (
             "[train]\nfreeze = [\"(\"]",
-            "run.toml:2:10: train.freeze: \"(\" is not a valid regular",
+            "run.toml:2:10: `train.freeze`: \"(\" is not a valid regular",
         ),
         (
             "[train]\nno_decay = [\"(\"]",
-            "run.toml:2:12: train.no_decay: \"(\" is not a valid regular",
+            "run.toml:2:12: `train.no_decay`: \"(\" is not a valid regular",
         ),
-        ("[train]\nbatch_size = 0", "run.toml:2:14: train.batch_size"),
+        (
+            "[train]\nbatch_size = 0",
+            "run.toml:2:14: `train.batch_size`",
+        ),
         (
             "[[teachers]]\nmodel = \"a\"\n[[teachers]]\nmodel = \"b\"\nsampling = { top_p = 2.0 }",
-            "run.toml:5:22: sampling.top_p must be above 0",
+            "run.toml:5:22: `sampling.top_p` must be above 0",
         ),
         (
             "[teacher]\nsampling = { top_p = 2.0 }",
-            "run.toml:2:22: sampling.top_p must be above 0",
+            "run.toml:2:22: `sampling.top_p` must be above 0",
         ),
         (
             "[[teachers]]\nmodel = \"a\"\n[[teachers]]\nmodel = \"a\"",
@@ -279,7 +282,7 @@ fn mistakes_in_values_have_a_position_and_a_key() {
         ),
         (
             "[train]\npatience = 2",
-            "run.toml:2:12: train.patience needs a metric",
+            "run.toml:2:12: `train.patience` needs a metric",
         ),
     ];
     for (text, expected) in cases {
@@ -288,22 +291,24 @@ fn mistakes_in_values_have_a_position_and_a_key() {
         assert!(message.contains(expected), "{message:?} lacks {expected:?}");
         assert_eq!(Exit::code_of(&error), 2, "{message}");
     }
-    let of_flag = load_text("", &[], &["sampling.top_p=2.0"]).unwrap_err();
+    let flag_error = load_text("", &[], &["sampling.top_p=2.0"]).unwrap_err();
     assert!(
-        of_flag.to_string().starts_with("--set: sampling.top_p"),
-        "{of_flag}"
+        flag_error
+            .to_string()
+            .starts_with("--set: `sampling.top_p`"),
+        "{flag_error}"
     );
     let variable = [("DISTILL_SCHEDULE_WINDOW", "25-26")];
-    let of_variable = load_text("", &variable, &[]).unwrap_err().to_string();
+    let variable_error = load_text("", &variable, &[]).unwrap_err().to_string();
     assert!(
-        of_variable.starts_with("DISTILL_SCHEDULE_WINDOW: schedule.window"),
-        "{of_variable}"
+        variable_error.starts_with("DISTILL_SCHEDULE_WINDOW: `schedule.window`"),
+        "{variable_error}"
     );
     let variable = [("DISTILL_TRAIN_BATCH_SIZE", "0")];
-    let of_variable = load_text("", &variable, &[]).unwrap_err().to_string();
+    let variable_error = load_text("", &variable, &[]).unwrap_err().to_string();
     assert!(
-        of_variable.starts_with("environment (DISTILL_TRAIN_BATCH_SIZE): train.batch_size"),
-        "{of_variable}"
+        variable_error.starts_with("environment (DISTILL_TRAIN_BATCH_SIZE): `train.batch_size`"),
+        "{variable_error}"
     );
     // The value of a variable is not known before a request is sent.
     let with_variable = "[teacher]\nbase_url = \"${GATEWAY}/v1\"\nheaders = { A = \"${B}\" }";
@@ -313,18 +318,18 @@ fn mistakes_in_values_have_a_position_and_a_key() {
 #[test]
 fn shared_limits_need_the_redis_feature_and_a_limit() {
     let address = "redis://user:secret@host:1/0";
-    let refused = |more: &str| {
-        let text = format!("[limits]\nshared = \"{address}\"\n{more}");
+    let error_of = |keys: &str| {
+        let text = format!("[limits]\nshared = \"{address}\"\n{keys}");
         let error = load_text(&text, &[], &[]).unwrap_err();
         assert_eq!(Exit::code_of(&error), 2, "{error}");
         error.to_string()
     };
-    let way = "this build cannot share limits: install with `--features redis`";
+    let no_redis = "this build cannot share limits: install with `--features redis`";
     if !cfg!(feature = "redis") {
-        assert!(refused("requests_per_minute = 1").ends_with(way));
+        assert!(error_of("requests_per_minute = 1").ends_with(no_redis));
         return;
     }
-    assert!(refused("").contains("no limit to share"));
+    assert!(error_of("").contains("no limit to share"));
     for limit in [
         "requests_per_minute",
         "tokens_per_minute",
@@ -357,9 +362,9 @@ fn type_errors_of_flags_and_variables_name_the_setting() {
         error.to_string()
     };
     let flag = error(&[], &["train.steps=abc"]);
-    assert!(flag.contains("--set: train.steps = \"abc\""), "{flag}");
+    assert!(flag.contains("--set: `train.steps` = \"abc\""), "{flag}");
     let variable = error(&[("DISTILL_TRAIN_STEPS", "-1")], &[]);
-    let expected = "DISTILL_TRAIN_STEPS: train.steps = \"-1\"";
+    let expected = "DISTILL_TRAIN_STEPS: `train.steps` = \"-1\"";
     assert!(variable.contains(expected), "{variable}");
 }
 
@@ -385,9 +390,9 @@ fn teacher_entries_inherit_keys_from_the_sections() {
         share = 2.0
         sampling = { temperature = 0.5 }
     "#;
-    let lanes = load_text(text, &[], &[]).unwrap().endpoints();
-    let [first, second] = &lanes[..] else {
-        panic!("{lanes:?}")
+    let endpoints = load_text(text, &[], &[]).unwrap().endpoints();
+    let [first, second] = &endpoints[..] else {
+        panic!("{endpoints:?}")
     };
     assert_eq!(
         (first.teacher.label(), second.teacher.label()),
@@ -446,7 +451,7 @@ fn local_teacher_and_on_policy_settings_are_validated() {
         ("[on_policy]\njudge = \"echo\"\n", "on_policy.tokenizer"),
         (
             &format!("{asked}[teacher]\nlocal = \"model\"\n"),
-            "without teacher.local",
+            "without `teacher.local`",
         ),
         (
             &format!("{asked}[sampling]\ntop_logprobs = 0\n"),
