@@ -123,7 +123,7 @@ pub struct Cursor {
 /// A step takes `batch_size` examples, if necessary from two epochs. All steps have the same size, and each example is
 /// taken once per epoch.
 #[derive(Debug, Clone)]
-pub struct Batches {
+pub struct BatchSampler {
     batch_size: usize,
     seed: u64,
     cursor: Cursor,
@@ -131,7 +131,7 @@ pub struct Batches {
     order: Vec<usize>,
 }
 
-impl Batches {
+impl BatchSampler {
     /// Iterates over `examples` examples from `cursor`; a new run starts at the default cursor.
     ///
     /// # Errors

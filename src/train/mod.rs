@@ -45,7 +45,7 @@ use anyhow::{Context, Result};
 
 use crate::config::{Config, ScoredBy, TrainConfig};
 use crate::data::align::Mapper;
-use crate::data::batch::{Batches, Cursor};
+use crate::data::batch::{BatchSampler, Cursor};
 use crate::data::dataset;
 use crate::data::groups::Selection;
 use crate::data::prepared::shard::ExampleView;
@@ -184,7 +184,7 @@ fn train(
         cursor = state.cursor;
         early_stopping = state.early_stopping;
     }
-    let mut batches = Batches::new(train.len(), settings.batch_size, settings.seed, cursor)?;
+    let mut batches = BatchSampler::new(train.len(), settings.batch_size, settings.seed, cursor)?;
     let first_step = training.optimizer.step();
     fs::create_dir_all(&config.run_dir)?;
     let mut metrics = MetricsLog::open(&config.run_dir.join("metrics.jsonl"), first_step)?;

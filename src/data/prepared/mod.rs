@@ -38,7 +38,7 @@ use crate::data::report::DataReport;
 use crate::fs;
 use crate::ops::mapped_file::MappedFile;
 use index::{FileChecksum, INDEX, ORDER, PreparedIndex, VERSION};
-use shard::{ExampleView, Shard, ShardBytes};
+use shard::{ExampleView, PreparedShard, ShardBytes};
 
 /// Number of folders that are kept: the one in use, and the previous one, in case the user reverts a setting.
 const KEPT: usize = 2;
@@ -46,7 +46,7 @@ const KEPT: usize = 2;
 /// Prepared examples, mapped or in memory.
 #[derive(Debug)]
 pub struct Prepared {
-    shards: Vec<Shard>,
+    shards: Vec<PreparedShard>,
     /// Index of the first example of each shard.
     starts: Vec<usize>,
     /// Index of each example in all shards, in the order in which examples are taken.
@@ -115,13 +115,13 @@ impl Prepared {
             "the checksum of {ORDER} does not match"
         );
         let (places, prompt_hashes) = order::read(&order).context(ORDER)?;
-        let shards: Vec<Shard> = index
+        let shards: Vec<PreparedShard> = index
             .shards
             .par_iter()
             .map(|shard| {
                 let name = &shard.file.name;
-                let open = || -> Result<Shard> {
-                    let open = Shard::new(large(&shard.file)?)?;
+                let open = || -> Result<PreparedShard> {
+                    let open = PreparedShard::new(large(&shard.file)?)?;
                     ensure!(
                         open.len() == shard.examples,
                         "it has another number of examples"
