@@ -1,4 +1,4 @@
-//! Batches, their order, and micro-batches.
+//! Batches, the order of the examples, and micro-batches.
 
 use distill::config::{Config, TrainConfig};
 use distill::data::batch::{Batch, BatchSampler, Cursor, micro_batches};
@@ -27,7 +27,7 @@ fn epochs_take_each_example_once_in_different_orders() {
 
 #[test]
 fn resumed_batches_match_uninterrupted_ones() {
-    let run = |batches: &mut Batches, steps: usize| -> Vec<Vec<usize>> {
+    let run = |batches: &mut BatchSampler, steps: usize| -> Vec<Vec<usize>> {
         (0..steps).map(|_| batches.next_step()).collect()
     };
     let mut whole = BatchSampler::new(7, 3, 5, Cursor::default()).unwrap();
