@@ -1,4 +1,4 @@
-//! Batches: examples laid end to end for one forward pass, and the order in which examples are taken.
+//! Batches: examples laid end to end for one forward pass, and the order of the examples.
 
 use std::ops::Range;
 
@@ -25,15 +25,15 @@ pub struct Batch {
     pub soft_offsets: Vec<usize>,
     pub soft_ids: Vec<u32>,
     pub soft_logprobs: Vec<f32>,
-    /// Logprob of a label that the teacher emitted from outside its top-k; -inf if unknown (N, or empty if there are
-    /// none).
+    /// Logprob of a label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels (N, or
+    /// empty if all are None).
     pub sampled_logprob: Vec<Option<f32>>,
     /// True if the label was sampled from the distribution of the logprobs (N, or empty if none was).
     pub is_exact_sample: Vec<bool>,
     /// True if the teacher's logprobs include the end of this answer (N, or empty if unknown).
     pub lists_end: Vec<Option<bool>>,
-    /// Ranges of positions whose text the teacher splits differently, in order, with the negative log-likelihood of
-    /// the text under the teacher.
+    /// Chunks, in order: ranges of positions whose text the teacher's tokenizer splits differently, and the negative
+    /// log-likelihood of the text under the teacher in nats.
     pub chunks: Vec<(Range<usize>, f32)>,
     /// Keys of the examples, for error messages (B).
     pub keys: Vec<String>,
@@ -57,9 +57,9 @@ impl Batch {
             batch.segments.push(start..batch.input_ids.len());
             batch.keys.push(example.key().to_owned());
             for position in example.positions() {
-                let at = start + position as usize;
-                batch.positions.push(at as u32);
-                batch.labels.push(batch.input_ids[at + 1]);
+                let index = start + position as usize;
+                batch.positions.push(index as u32);
+                batch.labels.push(batch.input_ids[index + 1]);
             }
             batch.soft_ids.extend(example.soft_ids());
             batch.soft_logprobs.extend(example.soft_logprobs());
@@ -110,20 +110,21 @@ pub fn micro_batches<'a>(
     packed.into_iter().map(|(_, examples)| examples).collect()
 }
 
-/// Position in the order of the examples: the next one is number `index` of `epoch`. Part of a checkpoint.
+/// Position in the order of the examples: the next example is number `index` of `epoch`, both from 0. Part of a
+/// checkpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
     pub epoch: u64,
     pub index: usize,
 }
 
-/// The order in which examples are trained on. Each epoch has its own order, which depends on the seed and the number of
-/// the epoch.
+/// Selects the examples of each step. Each epoch has its own random order, which depends on the seed and the number of the
+/// epoch.
 ///
 /// A step takes `batch_size` examples, if necessary from two epochs. All steps have the same size, and each example is
 /// taken once per epoch.
 #[derive(Debug, Clone)]
-pub struct Batches {
+pub struct BatchSampler {
     batch_size: usize,
     seed: u64,
     cursor: Cursor,
@@ -131,7 +132,7 @@ pub struct Batches {
     order: Vec<usize>,
 }
 
-impl Batches {
+impl BatchSampler {
     /// Iterates over `examples` examples from `cursor`; a new run starts at the default cursor.
     ///
     /// # Errors
@@ -153,7 +154,7 @@ impl Batches {
         })
     }
 
-    /// Position of the next step.
+    /// Position of the first example of the next step.
     pub fn cursor(&self) -> Cursor {
         self.cursor
     }

@@ -85,7 +85,7 @@ impl fmt::Display for Group {
     }
 }
 
-/// Makes a name safe to print: the cache may come from anyone.
+/// Makes a name safe to print: the cache may come from an untrusted source.
 fn on_one_line(text: &str) -> String {
     sanitise(text).replace(['\n', '\t'], " ")
 }
@@ -96,7 +96,7 @@ fn model_of(request: &Value) -> String {
 
 /// The properties of a record that decide whether it is selected.
 #[derive(Debug, Clone)]
-pub struct RecordIdentity {
+pub struct RecordProperties {
     pub group: Group,
     key: Fingerprint,
     question: Fingerprint,
@@ -104,31 +104,31 @@ pub struct RecordIdentity {
     is_truncated: bool,
 }
 
-impl RecordIdentity {
-    /// Returns the identity of a borrowed record; `params` are its [`RecordView::params`].
-    pub fn from_view(record: &RecordView, params: &Value) -> RecordIdentity {
+impl RecordProperties {
+    /// Returns the properties of a borrowed record; `params` are its [`RecordView::params`].
+    pub fn from_view(record: &RecordView, params: &Value) -> RecordProperties {
         let group = Group {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
             model: record.request_model().to_owned(),
             sampling: question::sampling(params),
             is_mock: is_mock(&record.fingerprint),
         };
-        RecordIdentity::new(group, &record.key, record.cut_at)
+        RecordProperties::new(group, &record.key, record.cut_at)
     }
 
-    /// Returns the identity of an owned record.
-    pub fn from_record(record: &Record) -> RecordIdentity {
+    /// Returns the properties of an owned record.
+    pub fn from_record(record: &Record) -> RecordProperties {
         let group = Group {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
             model: model_of(&record.request),
             sampling: question::sampling(&record.request),
             is_mock: is_mock(&record.fingerprint),
         };
-        RecordIdentity::new(group, &record.key, record.cut_at)
+        RecordProperties::new(group, &record.key, record.cut_at)
     }
 
-    fn new(group: Group, key: &str, cut_at: u32) -> RecordIdentity {
-        RecordIdentity {
+    fn new(group: Group, key: &str, cut_at: u32) -> RecordProperties {
+        RecordProperties {
             group,
             key: crate::cache::fingerprint::fingerprint(key),
             question: question::question_fingerprint(key),
@@ -137,7 +137,7 @@ impl RecordIdentity {
     }
 }
 
-/// Teacher of the config, as its requests identify it.
+/// A teacher of the config, as its requests identify it.
 #[derive(Debug, Clone)]
 pub struct TeacherIdentity {
     /// Endpoint by name and by address.
@@ -226,7 +226,7 @@ impl Selection {
     ///
     /// # Errors
     /// The reason if it is not.
-    pub fn check(&self, record: &RecordIdentity) -> Result<(), ExclusionReason> {
+    pub fn check(&self, record: &RecordProperties) -> Result<(), ExclusionReason> {
         let group = &record.group;
         match self {
             Selection::All if group.is_mock => Err(ExclusionReason::Mock),
@@ -237,7 +237,7 @@ impl Selection {
         }
     }
 
-    /// Adds everything that the selection depends on to a hash.
+    /// Adds the settings and keys that the selection depends on to a hash.
     pub fn update(&self, hash: &mut blake3::Hasher) {
         match self {
             Selection::All => {
@@ -267,7 +267,7 @@ impl Selection {
 }
 
 impl ConfigSelection {
-    fn check(&self, record: &RecordIdentity) -> Result<(), ExclusionReason> {
+    fn check(&self, record: &RecordProperties) -> Result<(), ExclusionReason> {
         let group = &record.group;
         if group.is_mock {
             return Err(ExclusionReason::Mock);
@@ -288,7 +288,7 @@ impl ConfigSelection {
                 ExclusionReason::Adoptable
             });
         }
-        // Report the first property that no teacher shares.
+        // Report the first property that differs from all teachers.
         let mut similar: Vec<&TeacherIdentity> = self.teachers.iter().collect();
         similar.retain(|teacher| teacher.endpoints.contains(&group.endpoint));
         if similar.is_empty() {
@@ -304,9 +304,6 @@ impl ConfigSelection {
         }
         match &self.rows {
             None => Ok(()),
-            Some(rows) if record.is_truncated && rows.questions.contains(&record.question) => {
-                Err(ExclusionReason::Truncated)
-            }
             Some(_) => Err(ExclusionReason::Question),
         }
     }
@@ -346,11 +343,11 @@ impl GroupCounts {
     /// Adds the counts of further records.
     pub fn add(&mut self, other: GroupCounts) {
         for (id, count) in other.0 {
-            let mine = self.0.entry(id).or_default();
-            mine.group = count.group;
-            mine.used += count.used;
+            let total = self.0.entry(id).or_default();
+            total.group = count.group;
+            total.used += count.used;
             for (reason, count) in count.left_out {
-                *mine.left_out.entry(reason).or_default() += count;
+                *total.left_out.entry(reason).or_default() += count;
             }
         }
     }

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::cache::record::Record;
 use crate::config;
 use crate::data::dataset::rows::prompt_of;
-use crate::data::groups::{GroupCounts, RecordIdentity, Selection};
+use crate::data::groups::{GroupCounts, RecordProperties, Selection};
 use crate::exit::Exit;
 use crate::fs::AtomicFile;
 use crate::prompt::message::Message;
@@ -55,7 +55,7 @@ pub struct ExportRows<'a, R> {
 impl<R: Iterator<Item = Result<Record>>> ExportRows<'_, R> {
     pub(crate) fn next(&mut self) -> Result<Option<ExportRow>> {
         while let Some(record) = self.records.next().transpose()? {
-            let identity = RecordIdentity::from_record(&record);
+            let identity = RecordProperties::from_record(&record);
             let group = &identity.group;
             if let Err(difference) = self.selection.check(&identity) {
                 self.groups.left_out(group, difference);

@@ -13,7 +13,7 @@ use crate::cache::view::RecordView;
 use crate::client::request::RequestTemplate;
 use crate::config::{Config, Groups, PromptsConfig};
 use crate::data::groups::{
-    ConfigSelection, ExclusionReason, PlannedRows, RecordIdentity, Selection, TeacherIdentity,
+    ConfigSelection, ExclusionReason, PlannedRows, RecordProperties, Selection, TeacherIdentity,
 };
 use crate::exit::Exit;
 use crate::plan::prepare::request_templates;
@@ -70,14 +70,14 @@ pub fn named(dir: &Path, names: Vec<String>) -> Result<Selection> {
 }
 
 /// Calls `each` with the identity of each record of a cache until `each` returns false.
-fn each_candidate(dir: &Path, mut each: impl FnMut(RecordIdentity) -> bool) -> Result<()> {
+fn each_candidate(dir: &Path, mut each: impl FnMut(RecordProperties) -> bool) -> Result<()> {
     if !cache::exists(dir) {
         return Ok(());
     }
     let mut lines = CacheLines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
         let record = RecordView::from_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
-        if !each(RecordIdentity::from_view(&record, &record.params())) {
+        if !each(RecordProperties::from_view(&record, &record.params())) {
             break;
         }
     }

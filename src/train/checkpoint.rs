@@ -3,11 +3,11 @@
 //! `teacher_optimizer.safetensors` if a teacher is co-trained. Frozen weights are not saved; their hash is part of the
 //! fingerprint.
 //!
-//! A checkpoint is written atomically, by renaming its folder. The newest one is found by listing the folder, so there
-//! is no pointer that could be stale.
+//! A checkpoint is written atomically, by renaming its folder. The newest checkpoint is found by listing the
+//! parent folder.
 //!
-//! The fingerprint hashes the JSON of the settings. Order and names of the fields of `config::Train` and `config::Loss`
-//! are part of it: changing them makes old checkpoints unusable.
+//! The fingerprint hashes the JSON of the settings. Order and names of the fields of `config::TrainConfig` and
+//! `config::LossConfig` are part of it: changing them makes old checkpoints unusable.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -39,7 +39,7 @@ const STATE: &str = "state.json";
 const TEACHER: &str = "teacher.safetensors";
 const TEACHER_OPTIMIZER: &str = "teacher_optimizer.safetensors";
 
-/// Everything that training changes.
+/// Models and optimizers that training changes.
 pub struct TrainingState {
     pub student: TrainableModel,
     pub optimizer: Optimizer,
@@ -98,14 +98,14 @@ impl TrainingState {
     }
 }
 
-/// `state.json`: everything else that a run needs to resume exactly.
+/// `state.json`: progress and fingerprint of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointState {
     /// Format version.
     pub version: u32,
     /// Number of steps so far.
     pub step: u64,
-    /// Start of the next batch.
+    /// Position of the first example of the next step.
     pub cursor: Cursor,
     /// Number of tokens so far.
     pub tokens: u64,
@@ -116,7 +116,7 @@ pub struct CheckpointState {
     /// See [`fingerprint_inputs`]; kept to report changes. Null in checkpoints of earlier versions.
     #[serde(rename = "basis", default)]
     pub fingerprint_inputs: Value,
-    /// See [`data_settings`].
+    /// See [`Config::example_settings`]; kept to report changes.
     #[serde(
         rename = "choice_of_data",
         default,
@@ -142,6 +142,7 @@ impl CheckpointState {
     }
 }
 
+/// Version of the checkpoint format.
 pub const VERSION: u32 = 2;
 
 /// Writes a checkpoint, then removes all but the newest `keep` checkpoints and the best one.

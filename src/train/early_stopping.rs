@@ -1,4 +1,4 @@
-//! Early stopping: the best validation so far, and when to stop waiting for a better one.
+//! Early stopping: the best validation so far, and whether to stop because no later validation was better.
 
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
@@ -18,10 +18,10 @@ pub struct EarlyStopping {
     pub validations_since_best: u64,
 }
 
-/// Checks that the metric can be computed on `held_out` examples.
+/// Checks that `metric` can be computed on the held-out examples, whose number is `held_out`.
 ///
 /// # Errors
-/// [`Exit::Usage`] if it cannot: no validation would ever count as an improvement.
+/// [`Exit::Usage`] if it cannot.
 pub(crate) fn check(
     metric: config::BestMetric,
     held_out: usize,
@@ -44,8 +44,8 @@ pub(crate) fn check(
 }
 
 impl EarlyStopping {
-    /// Records the validation after `step`. Returns whether it is the best one so far; a metric that is missing or
-    /// not finite never is.
+    /// Records the validation after `step`. Returns true if it is the best one so far. A validation whose
+    /// metric is missing or not finite is not an improvement.
     pub fn record(&mut self, metric: config::BestMetric, step: u64, means: &MetricMeans) -> bool {
         let (value, higher_is_better) = match metric {
             config::BestMetric::Last => return false,
@@ -73,7 +73,7 @@ impl EarlyStopping {
         }
     }
 
-    /// Returns whether the last `patience` validations brought no improvement; never with a patience of 0.
+    /// Returns true if the last `patience` validations brought no improvement. With a patience of 0, always false.
     pub fn is_exhausted(&self, patience: u64) -> bool {
         patience > 0 && self.validations_since_best >= patience
     }

@@ -36,8 +36,8 @@ impl Ema {
         })
     }
 
-    /// Averages in the weights after `step` updates. The decay is smaller in early steps, so that the initial weights
-    /// lose their influence soon.
+    /// Adds the student's weights after `step` updates to the average: average = decay average + (1 - decay) weights.
+    /// Early steps use a smaller decay, so that the initial weights lose their influence soon.
     ///
     /// # Errors
     /// If the student has other weights than the average.
@@ -51,8 +51,8 @@ impl Ema {
             match student.model.backend() {
                 Backend::CpuTape => ema_update(var.as_tensor(), value.as_tensor(), decay as f32)?,
                 Backend::Candle => {
-                    let past = (var.as_tensor() * decay)?;
-                    var.set(&(past + (value.as_tensor() * (1.0 - decay))?)?.detach())?;
+                    let decayed = (var.as_tensor() * decay)?;
+                    var.set(&(decayed + (value.as_tensor() * (1.0 - decay))?)?.detach())?;
                 }
             }
         }

@@ -86,7 +86,7 @@ fn object(name: &str, bytes: &[u8]) -> Result<Map<String, Value>> {
 
 /// Rewrites tokenizer settings of transformers 5 so that version 4 can read them.
 fn set_class(bytes: &mut Vec<u8>) -> Result<Option<String>> {
-    /// Class of any `tokenizer.json`: the name in version 5, and the name that both versions know.
+    /// Class of any `tokenizer.json`: its name in version 5, and the name that both versions accept.
     const CLASSES: [&str; 2] = ["TokenizersBackend", "PreTrainedTokenizerFast"];
     const EXTRA: &str = "extra_special_tokens";
     let mut settings = object(TOKENIZER_CONFIG, bytes)?;
@@ -145,13 +145,14 @@ fn set_template_args(
     Ok(())
 }
 
-/// Adds all stop ids to `eos_token_id` in `generation_config.json`. Returns whether one was missing.
+/// Adds all stop ids to `eos_token_id` in `generation_config.json`. Returns true if the file was changed or
+/// added.
 fn set_stop_ids(files: &mut Vec<(&str, Vec<u8>)>, stop_ids: &[u32]) -> Result<bool> {
-    let at = files
+    let index = files
         .iter()
         .position(|(name, _)| *name == GENERATION_CONFIG);
-    let mut settings: Map<String, Value> = match at {
-        Some(at) => object(GENERATION_CONFIG, &files[at].1)?,
+    let mut settings: Map<String, Value> = match index {
+        Some(index) => object(GENERATION_CONFIG, &files[index].1)?,
         None => Map::new(),
     };
     let mut ids = match settings.remove("eos_token_id") {
@@ -159,19 +160,19 @@ fn set_stop_ids(files: &mut Vec<(&str, Vec<u8>)>, stop_ids: &[u32]) -> Result<bo
         None | Some(Value::Null) => Vec::new(),
         Some(id) => vec![id],
     };
-    let named = ids.len();
+    let listed_before = ids.len();
     for id in stop_ids.iter().copied().map(Value::from) {
         if !ids.contains(&id) {
             ids.push(id);
         }
     }
-    if ids.len() == named && at.is_some() {
+    if ids.len() == listed_before && index.is_some() {
         return Ok(false);
     }
     settings.insert("eos_token_id".into(), ids.into());
     let text = serde_json::to_vec_pretty(&settings)?;
-    match at {
-        Some(at) => files[at].1 = text,
+    match index {
+        Some(index) => files[index].1 = text,
         None => files.push((GENERATION_CONFIG, text)),
     }
     Ok(true)

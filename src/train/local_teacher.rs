@@ -1,7 +1,7 @@
 //! Local teacher: a model folder (`teacher.local`) whose whole distributions are the soft labels.
 //!
-//! It is frozen, or co-trained with the student by cross-entropy on the same examples, which adapts it to the text that
-//! the student learns.
+//! The teacher is frozen, or co-trained: trained by cross-entropy on the examples of the student, which adapts it to
+//! their text.
 
 use std::path::{Path, PathBuf};
 
@@ -25,17 +25,17 @@ pub struct LocalTeacher {
     pub trainable: TrainableModel,
     /// None for a frozen teacher.
     pub training: Option<Cotraining>,
-    /// `teacher.local`.
+    /// The folder `teacher.local`.
     dir: PathBuf,
-    /// Hash of the weights as loaded.
+    /// Hash of the weights before training.
     hash: String,
 }
 
 /// Optimizer of a co-trained teacher.
 pub struct Cotraining {
     pub optimizer: Optimizer,
-    /// Learning rate divided by the student's.
-    rate: f64,
+    /// Ratio of the teacher's learning rate to the student's.
+    learning_rate_ratio: f64,
     stepper: Stepper,
 }
 
@@ -64,7 +64,7 @@ impl LocalTeacher {
         let training = cotrain.then(|| -> Result<_> {
             Ok(Cotraining {
                 optimizer: Optimizer::new(&trainable, &train.no_decay)?,
-                rate: settings.cotrain_rate,
+                learning_rate_ratio: settings.cotrain_rate,
                 stepper: Stepper::new(
                     train,
                     loss,
@@ -82,12 +82,13 @@ impl LocalTeacher {
         }))
     }
 
-    /// Hash of the weights as loaded.
+    /// Hash of the weights before training.
     pub fn hash(&self) -> &str {
         &self.hash
     }
 
-    /// Runs step `step` by cross-entropy on `examples`, if the teacher is co-trained. `learning_rate` is the student's.
+    /// Trains the teacher by cross-entropy on `examples` in step `step`; `learning_rate` is the student's. Returns None
+    /// for a frozen teacher.
     ///
     /// # Errors
     /// As [`Stepper::run`].
@@ -102,14 +103,14 @@ impl LocalTeacher {
         };
         let trainable = (&self.trainable, &mut training.optimizer);
         let batch = StepBatch::from_examples(examples);
-        let learning_rate = learning_rate * training.rate;
+        let learning_rate = learning_rate * training.learning_rate_ratio;
         let result = training
             .stepper
             .run(trainable, None, step, &batch, learning_rate);
         result.context("cannot train the teacher").map(Some)
     }
 
-    /// Writes the folder of a co-trained teacher into `run_dir`.
+    /// Writes a co-trained teacher to the folder `teacher` in `run_dir`. Does nothing for a frozen teacher.
     ///
     /// # Errors
     /// If a file cannot be read or written.
@@ -128,10 +129,10 @@ impl LocalTeacher {
     }
 }
 
-/// Loads the model in `dir` to compare a student with it that uses `tokenizer`.
+/// Loads the model in `dir` as the teacher of a comparison with a student that uses `tokenizer`.
 ///
 /// # Errors
-/// If it does not load, or its tokenizer is another one ([`Exit::Usage`]).
+/// If the model does not load, or its tokenizer differs from `tokenizer` ([`Exit::Usage`]).
 pub(crate) fn load_frozen(dir: &Path, tokenizer: &Tokenizer, train: &TrainConfig) -> Result<Model> {
     check_tokenizer(dir, tokenizer)?;
     let mut model = Model::load(dir)?;
@@ -139,7 +140,7 @@ pub(crate) fn load_frozen(dir: &Path, tokenizer: &Tokenizer, train: &TrainConfig
     Ok(model)
 }
 
-/// Checks that both models have the same tokens: else their distributions cannot be compared.
+/// Checks that teacher and student have the same tokens; otherwise their distributions cannot be compared.
 fn check_tokenizer(dir: &Path, student: &Tokenizer) -> Result<()> {
     if !dir.join("config.json").is_file() {
         bail!(Exit::Usage(format!(

@@ -7,7 +7,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `step`, `objective`, [`loss`] | an optimizer step; forward pass and loss of a batch; loss of a position |
+//! | `step`, [`objective`], [`loss`] | one optimizer step; forward pass, loss and gradients of a batch; loss of a position |
 //! | [`soft_labels`] | checks of the soft labels, and the choice of their loss terms |
 //! | `local_teacher`, [`on_policy`] | a teacher with whole distributions; answers that the student generates |
 //! | [`trainable`], [`optimizer`], [`ema`], `schedule`, `device` | weights, AdamW, moving average, learning rate, device |
@@ -45,7 +45,7 @@ use anyhow::{Context, Result};
 
 use crate::config::{Config, ScoredBy, TrainConfig};
 use crate::data::align::Mapper;
-use crate::data::batch::{Batches, Cursor};
+use crate::data::batch::{BatchSampler, Cursor};
 use crate::data::dataset;
 use crate::data::groups::Selection;
 use crate::data::prepared::shard::ExampleView;
@@ -72,9 +72,9 @@ const RESUME: &str = "the checkpoint is written: resume with --resume";
 #[derive(Debug, Clone)]
 pub struct TrainOptions {
     pub start: StartMode,
-    /// Records of the cache to train on.
+    /// Which records of the cache to train on.
     pub selection: Selection,
-    /// Train on soft labels even if they do not belong to their answers.
+    /// Warn, instead of failing, if the soft labels do not belong to their answers or do not support the loss.
     pub force: bool,
     pub quiet: bool,
 }
@@ -99,7 +99,8 @@ pub fn run(config: &Config, options: TrainOptions) -> Result<TrainSummary> {
     run_with_scorer(config, options, None)
 }
 
-/// As [`run`], with the teacher behind an API that `on_policy.judge` needs.
+/// As [`run`], with the teacher behind an API that scores generated answers, which `train.on_policy` needs unless
+/// `on_policy.judge` is "local".
 ///
 /// # Errors
 /// As [`run`], and if `scorer` fails.
@@ -119,6 +120,7 @@ pub fn run_with_scorer(
     pool.install(|| train(&config, options, scorer))
 }
 
+/// The training loop. `config.train` names a device and a number type, not "auto".
 fn train(
     config: &Config,
     options: TrainOptions,
@@ -132,44 +134,46 @@ fn train(
     } = options;
     let settings = &config.train;
     let stop = StopFlag::watch()?;
+
+    // Load the models and the examples.
     let tokenizer = Tokenizer::for_student(&config.student)?;
     if config.uses_cached_soft_labels() {
         soft_labels::check_tokenizer(&tokenizer)?;
     }
     let mut training = TrainingState::initial(config, &tokenizer)?;
-    // Detects files that could not be written at the end of the run.
+    // A file that the student's folder needs may be unreadable: fail before the training, not after it.
     let shape = training.student.model.config();
     folder::files(shape, "", (tokenizer.dir(), &tokenizer), "")?;
-    let mut reading = ReadProgress::new("prepare", quiet);
     let data_settings = config.data.within(training.models().context());
+    let mut reading = ReadProgress::new("prepare", quiet);
     let data = dataset::load(
         &data_settings,
         &config.run_dir,
         &selection,
         &tokenizer,
-        &mut |done, total| {
-            reading.update(done, total);
+        &mut |bytes, total_bytes| {
+            reading.update(bytes, total_bytes);
             stop.check()
         },
     )?;
     drop(reading);
+    let train_examples = data.train();
+    let validation_examples = data.validation();
+
+    // Choose the loss, and check that the validation can compute `train.best`.
     let soft_labels = match training.teacher {
         Some(_) => soft_labels::choose_for_local_teacher(&config.loss),
         None => soft_labels::choose(&config.loss, &data.report, tokenizer.end_of_answer(), force)?,
     };
-    let train = data.train();
-    let validation = data.validation();
-    let has_labels = || {
-        validation
-            .iter()
-            .any(|example| example.soft_ids().len() > 0)
-    };
-    early_stopping::check(settings.best, validation.len(), || {
-        training.teacher.is_some() || has_labels()
+    early_stopping::check(settings.best, validation_examples.len(), || {
+        let mut examples = validation_examples.iter();
+        training.teacher.is_some() || examples.any(|example| example.soft_ids().len() > 0)
     })?;
-    let total = total_steps(settings, train.len());
+
+    // Resume from a checkpoint, if there is one.
+    let total_steps = total_steps(settings, train_examples.len());
     let mut inputs = config.clone();
-    inputs.train.steps = Some(total);
+    inputs.train.steps = Some(total_steps);
     let inputs = inputs.checkpoint_inputs();
     let fingerprint_inputs = checkpoint::fingerprint_inputs(inputs, data.fingerprint(), &training)?;
     let data_settings = config.example_settings();
@@ -184,119 +188,113 @@ fn train(
         cursor = state.cursor;
         early_stopping = state.early_stopping;
     }
-    let mut batches = Batches::new(train.len(), settings.batch_size, settings.seed, cursor)?;
+    let save_checkpoint =
+        |training: &mut TrainingState, step, cursor, tokens, early_stopping| -> Result<()> {
+            let state = CheckpointState {
+                version: checkpoint::VERSION,
+                step,
+                cursor,
+                tokens,
+                early_stopping,
+                fingerprint: checkpoint::fingerprint(&fingerprint_inputs),
+                fingerprint_inputs: fingerprint_inputs.clone(),
+                data_settings: data_settings.clone(),
+                files: BTreeMap::new(),
+                checksum: String::new(),
+            };
+            checkpoint::save(&checkpoints, training, &state, settings.keep_checkpoints)
+        };
+    let mut sampler = BatchSampler::new(
+        train_examples.len(),
+        settings.batch_size,
+        settings.seed,
+        cursor,
+    )?;
+    // Number of steps of earlier sessions.
     let first_step = training.optimizer.step();
     fs::create_dir_all(&config.run_dir)?;
     let mut metrics = MetricsLog::open(&config.run_dir.join("metrics.jsonl"), first_step)?;
 
-    let mut progress = Progress::new("train", total, quiet);
+    let mut progress = Progress::new("train", total_steps, quiet);
     progress.note(&opening_line(
         parameters,
-        train.len(),
-        total,
+        train_examples.len(),
+        total_steps,
         settings,
         first_step,
     ));
     progress.note(&sanitise(&data.report.to_string()));
-    for note in soft_labels
-        .notes
-        .iter()
-        .chain(&schedule::warmup_note(settings, total))
-    {
+    let warmup_note = schedule::warmup_note(settings, total_steps);
+    for note in soft_labels.notes.iter().chain(&warmup_note) {
         progress.note(note);
     }
     let session_start = Instant::now();
     let first_tokens = tokens;
-    // Shortens the lifetime of the trait object to this function.
+    // The cast shortens the lifetime of the trait object to that of the tokenizer.
     let scorer = scorer.map(|scorer| scorer as &mut dyn TextScorer);
-    let is_scored_remotely = settings.on_policy && config.on_policy.judge != ScoredBy::Local;
-    let remote = if is_scored_remotely {
-        Some(RemoteTeacher {
-            scorer: scorer
-                .context("internal error: train.on_policy without a teacher to score answers")?,
-            mapper: Mapper::new(&tokenizer, config.data.top_logprobs),
-            prompts: dataset::prompts(&config.data, &config.run_dir, &selection)?,
-        })
-    } else {
-        None
-    };
-    let on_policy = OnPolicy::new(&config.on_policy, settings, &tokenizer, remote);
-    let mut on_policy = settings.on_policy.then_some(on_policy);
-    let on_policy_divergence = on_policy
-        .as_ref()
-        .and_then(|on_policy| on_policy.divergence(&config.loss));
+    let mut on_policy = on_policy_generator(config, &selection, &tokenizer, scorer)?;
     let mut stepper = Stepper::new(
         settings,
         &config.loss,
         &soft_labels,
-        on_policy_divergence,
+        on_policy
+            .as_ref()
+            .and_then(|on_policy| on_policy.divergence(&config.loss)),
         &training.student.model,
     );
     let evaluate = |training: &TrainingState, student: &Model| {
-        let models = ModelPair {
-            student,
-            teacher: training.teacher_model(),
-        };
-        objective::evaluate(models, validation, settings.micro_batch_size)
+        let teacher = training.teacher_model();
+        let models = ModelPair { student, teacher };
+        objective::evaluate(models, validation_examples, settings.micro_batch_size)
     };
-    let checkpoint_state = |step, cursor, tokens, early_stopping| CheckpointState {
-        version: checkpoint::VERSION,
-        step,
-        cursor,
-        tokens,
-        early_stopping,
-        fingerprint: checkpoint::fingerprint(&fingerprint_inputs),
-        fingerprint_inputs: fingerprint_inputs.clone(),
-        data_settings: data_settings.clone(),
-        files: BTreeMap::new(),
-        checksum: String::new(),
-    };
+
     let mut last_loss = 0.0;
     let mut last_validation = None;
-    while training.optimizer.step() < total && !early_stopping.is_exhausted(settings.patience) {
+    while training.optimizer.step() < total_steps && !early_stopping.is_exhausted(settings.patience)
+    {
         let step_start = Instant::now();
         let step = training.optimizer.step() + 1;
-        let cursor = batches.cursor();
-        let examples: Vec<ExampleView> =
-            batches.next_step().iter().map(|&i| train.get(i)).collect();
-        let rate = schedule::learning_rate(settings, step, total);
+        let learning_rate = schedule::learning_rate(settings, step, total_steps);
+
+        // The batch: examples, some of which the student answers itself with `train.on_policy`.
+        let cursor = sampler.cursor();
+        let indices = sampler.next_step();
+        let examples: Vec<ExampleView> = indices.iter().map(|&i| train_examples.get(i)).collect();
         let mut batch = StepBatch::from_examples(&examples);
         if let Some(on_policy) = &mut on_policy {
             let (unchanged, answered) = on_policy.split(&examples);
             match on_policy.generate(&training.student.model, step, answered, &stop) {
-                Ok(on_policy) => {
+                Ok(generated) => {
                     batch = StepBatch {
                         examples: unchanged,
-                        on_policy,
+                        on_policy: generated,
                     };
                 }
                 Err(error) if step - 1 == first_step => return Err(error),
-                // The teacher is gone: save the progress of this session.
+                // The teacher cannot score: save the steps of this session.
                 Err(error) => {
-                    let state = checkpoint_state(step - 1, cursor, tokens, early_stopping);
-                    checkpoint::save(
-                        &checkpoints,
-                        &mut training,
-                        &state,
-                        settings.keep_checkpoints,
-                    )?;
+                    save_checkpoint(&mut training, step - 1, cursor, tokens, early_stopping)?;
                     return Err(error.context(RESUME));
                 }
             }
         }
+
+        // Update the student, the moving average and a co-trained teacher.
         let trainable = (&training.student, &mut training.optimizer);
         let local_teacher = training.teacher.as_ref();
         let teacher_model = local_teacher.map(|teacher| &teacher.trainable.model);
-        let result = stepper.run(trainable, teacher_model, step, &batch, rate)?;
+        let result = stepper.run(trainable, teacher_model, step, &batch, learning_rate)?;
         if let Some(ema) = &training.ema {
             ema.update(&training.student, step)?;
         }
-        let teacher = training.teacher.as_mut();
-        let teacher_result = teacher.map_or(Ok(None), |teacher| {
-            teacher.train_step(step, &examples, rate)
-        })?;
+        let teacher_result = match &mut training.teacher {
+            Some(teacher) => teacher.train_step(step, &examples, learning_rate)?,
+            None => None,
+        };
 
+        // Report.
         tokens += result.tokens;
+        last_loss = result.loss;
         let means = result.sums.means();
         metrics.step(&StepMetrics {
             step,
@@ -309,29 +307,30 @@ fn train(
             alm: means.alm,
             on_policy_kd: result.on_policy_sums.means().kd,
             teacher_ce: teacher_result.and_then(|result| result.sums.means().ce),
-            learning_rate: rate,
+            learning_rate,
             grad_norm: result.gradient_norm,
             tokens,
             tokens_per_s: result.tokens as f64 / step_start.elapsed().as_secs_f64(),
         })?;
         progress.update(step, || {
-            let seconds = session_start.elapsed();
-            let left = seconds.div_f64((step - first_step) as f64) * (total - step) as u32;
-            let speed = (tokens - first_tokens) as f64 / seconds.as_secs_f64();
+            let elapsed = session_start.elapsed();
+            let remaining =
+                elapsed.div_f64((step - first_step) as f64) * (total_steps - step) as u32;
+            let tokens_per_s = (tokens - first_tokens) as f64 / elapsed.as_secs_f64();
             let kl = means.kl.map_or(String::new(), |kl| format!(", KL {kl:.4}"));
             format!(
-                "loss {:.4}, CE {:.4}{kl}, lr {rate:.1e}, {speed:.0} tokens/s, {} left",
+                "loss {:.4}, CE {:.4}{kl}, lr {learning_rate:.1e}, {tokens_per_s:.0} tokens/s, {} left",
                 result.loss,
                 means.ce.unwrap_or_default(),
-                format_duration(left),
+                format_duration(remaining),
             )
         });
-        last_loss = result.loss;
 
-        let every = |interval: u64| interval > 0 && step.is_multiple_of(interval);
+        // Validate and save.
+        let is_due = |interval: u64| interval > 0 && step.is_multiple_of(interval);
         let mut improved = false;
         last_validation = None;
-        if every(settings.eval_every) || step == total {
+        if is_due(settings.eval_every) || step == total_steps {
             let means = evaluate(&training, training.eval_model())?;
             metrics.validation(step, &means)?;
             progress.note(&validation_line(step, last_loss, &means));
@@ -339,27 +338,28 @@ fn train(
             last_validation = Some(means);
         }
         let stopped = stop.check();
-        let ends = step == total || early_stopping.is_exhausted(settings.patience);
-        if every(settings.checkpoint_every) || improved || ends || stopped.is_err() {
-            let state = checkpoint_state(step, batches.cursor(), tokens, early_stopping);
-            checkpoint::save(
-                &checkpoints,
+        let is_last = step == total_steps || early_stopping.is_exhausted(settings.patience);
+        if is_due(settings.checkpoint_every) || improved || is_last || stopped.is_err() {
+            save_checkpoint(
                 &mut training,
-                &state,
-                settings.keep_checkpoints,
+                step,
+                sampler.cursor(),
+                tokens,
+                early_stopping,
             )?;
         }
         stopped.context(RESUME)?;
     }
     drop(progress);
 
+    // Write the student: the weights of the best validation, or of the last step.
     let seconds = session_start.elapsed().as_secs_f64();
     let steps = training.optimizer.step();
     let (trained, validation, best_step) = match early_stopping.best {
         Some((step, _)) if step < steps => {
             let trained = checkpoint::load_weights(&checkpoints, step)?;
-            let all = training.student.with(trained.clone());
-            let model = training.student.model.with_weights(&all)?;
+            let weights = training.student.with(trained.clone());
+            let model = training.student.model.with_weights(&weights)?;
             let means = evaluate(&training, &model)?;
             (trained, means, Some(step))
         }
@@ -405,7 +405,31 @@ fn train(
     Ok(summary)
 }
 
-/// Number of parameters of a student.
+/// The generator of the student's own answers, with `train.on_policy`.
+fn on_policy_generator<'a>(
+    config: &'a Config,
+    selection: &Selection,
+    tokenizer: &'a Tokenizer,
+    scorer: Option<&'a mut dyn TextScorer>,
+) -> Result<Option<OnPolicy<'a>>> {
+    if !config.train.on_policy {
+        return Ok(None);
+    }
+    let remote = if config.on_policy.judge == ScoredBy::Local {
+        None
+    } else {
+        Some(RemoteTeacher {
+            scorer: scorer
+                .context("internal error: train.on_policy without a teacher to score answers")?,
+            mapper: Mapper::new(tokenizer, config.data.top_logprobs),
+            prompts: dataset::prompts(&config.data, &config.run_dir, selection)?,
+        })
+    };
+    let on_policy = OnPolicy::new(&config.on_policy, &config.train, tokenizer, remote);
+    Ok(Some(on_policy))
+}
+
+/// Numbers of parameters of a student.
 #[derive(Clone, Copy)]
 struct ParameterCounts {
     all: usize,
@@ -422,15 +446,15 @@ impl ParameterCounts {
     }
 }
 
-/// Line that describes the run at its start.
+/// Describes the run at its start.
 fn opening_line(
     parameters: ParameterCounts,
     examples: usize,
-    total: u64,
+    total_steps: u64,
     settings: &TrainConfig,
     first_step: u64,
 ) -> String {
-    let from = match first_step {
+    let resumed = match first_step {
         0 => String::new(),
         step => format!(", from step {step}"),
     };
@@ -440,7 +464,7 @@ fn opening_line(
         format!(" ({} trained)", format_count(parameters.trained as u64))
     };
     format!(
-        "{} parameters{trained} in {}{}, {} examples, {total} steps of {} examples{from}",
+        "{} parameters{trained} in {}{}, {} examples, {total_steps} steps of {} examples{resumed}",
         format_count(parameters.all as u64),
         device::precision(settings).name(),
         device::label(settings),
@@ -449,6 +473,7 @@ fn opening_line(
     )
 }
 
+/// Number of steps: `train.steps`, or enough for `train.epochs`.
 fn total_steps(settings: &TrainConfig, examples: usize) -> u64 {
     settings.steps.unwrap_or_else(|| {
         let steps = settings.epochs * examples as f64 / settings.batch_size as f64;
@@ -456,12 +481,13 @@ fn total_steps(settings: &TrainConfig, examples: usize) -> u64 {
     })
 }
 
+/// Describes a validation.
 fn validation_line(step: u64, loss: f64, means: &MetricMeans) -> String {
-    let show = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
+    let format_metric = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
     format!(
         "step {step}: loss {loss:.4}; validation: CE {}, KL {}, token accuracy {}",
-        show(means.ce),
-        show(means.kl),
-        show(means.token_accuracy)
+        format_metric(means.ce),
+        format_metric(means.kl),
+        format_metric(means.token_accuracy)
     )
 }

@@ -41,7 +41,8 @@ impl<'a> From<&'a Model> for ModelPair<'a> {
     }
 }
 
-/// Adds the gradients of a micro-batch to `gradients`. Returns its loss and the unscaled terms of its positions.
+/// Adds the gradients of a micro-batch to `gradients`. Returns its loss, multiplied by `weights.scale`, and the unscaled
+/// loss terms of its positions.
 ///
 /// # Errors
 /// If an example does not fit a model.
@@ -66,11 +67,11 @@ pub fn gradients<'a>(
     Ok((loss * f64::from(weights.scale), rows))
 }
 
-/// The loss of a batch as a function of its logits.
+/// The loss of a batch, computed from its logits.
 struct Objective<'a> {
     batch: &'a Batch,
     weights: LossWeights,
-    /// Positions that must be processed together: the chunks, if they have a weight.
+    /// Ranges of positions that must be processed together: the chunks, if their weight is not 0.
     spans: Vec<Range<usize>>,
     teacher: Option<TeacherLogits<'a>>,
 }
@@ -78,9 +79,10 @@ struct Objective<'a> {
 /// Logits of a local teacher at the current positions.
 struct TeacherLogits<'a> {
     hidden: HiddenStates<'a>,
-    vocabulary: usize,
+    vocab_size: usize,
     /// First of the current positions.
     start: usize,
+    /// Logits of the current positions, row by row.
     logits: Vec<f32>,
 }
 
@@ -88,12 +90,12 @@ impl<'a> Objective<'a> {
     fn new(models: ModelPair<'a>, batch: &'a Batch, weights: LossWeights) -> Result<Self> {
         let rows = chunk_rows(models.student.config().vocab_size).min(batch.labels.len());
         let teacher = models.teacher.map(|teacher| -> Result<_> {
-            let vocabulary = teacher.config().vocab_size;
+            let vocab_size = teacher.config().vocab_size;
             Ok(TeacherLogits {
                 hidden: teacher.hidden(input(batch))?,
-                vocabulary,
+                vocab_size,
                 start: 0,
-                logits: vec![0.0; rows * vocabulary],
+                logits: vec![0.0; rows * vocab_size],
             })
         });
         let teacher = teacher.transpose()?;
@@ -113,8 +115,8 @@ impl<'a> Objective<'a> {
     /// Training target of supervised position `n`.
     fn target(&self, n: usize) -> PositionTarget<'_> {
         let teacher_logits = self.teacher.as_ref().map(|teacher| {
-            let at = n - teacher.start;
-            &teacher.logits[at * teacher.vocabulary..(at + 1) * teacher.vocabulary]
+            let row = n - teacher.start;
+            &teacher.logits[row * teacher.vocab_size..(row + 1) * teacher.vocab_size]
         });
         PositionTarget {
             teacher_logits_V: teacher_logits,
@@ -129,7 +131,7 @@ impl LogitsVisitor for Objective<'_> {
     fn prepare(&mut self, positions: Range<usize>) -> candle_core::Result<()> {
         if let Some(teacher) = &mut self.teacher {
             teacher.start = positions.start;
-            let logits = &mut teacher.logits[..positions.len() * teacher.vocabulary];
+            let logits = &mut teacher.logits[..positions.len() * teacher.vocab_size];
             teacher.hidden.logits(positions, logits)?;
         }
         Ok(())
@@ -138,11 +140,11 @@ impl LogitsVisitor for Objective<'_> {
     #[inline(always)]
     fn visit(&self, positions: Range<usize>, logits: &mut [f32]) -> Vec<PositionLoss> {
         let chunks = &self.batch.chunks;
-        let found = chunks.binary_search_by_key(&positions.start, |chunk| chunk.0.start);
-        match found {
-            Ok(at) if !self.spans.is_empty() => {
-                let rows: Vec<PositionTarget> = positions.map(|n| self.target(n)).collect();
-                loss::chunk(logits, &rows, chunks[at].1, self.weights)
+        let chunk_index = chunks.binary_search_by_key(&positions.start, |chunk| chunk.0.start);
+        match chunk_index {
+            Ok(index) if !self.spans.is_empty() => {
+                let targets: Vec<PositionTarget> = positions.map(|n| self.target(n)).collect();
+                loss::chunk(logits, &targets, chunks[index].1, self.weights)
             }
             _ => vec![loss::position(
                 logits,
@@ -161,7 +163,7 @@ fn input(batch: &Batch) -> ModelInput<'_> {
     }
 }
 
-/// Training target of supervised position `n` of a batch.
+/// Training target of supervised position `n` of a batch, without a local teacher.
 fn target(batch: &Batch, n: usize) -> PositionTarget<'_> {
     let soft = batch.soft_offsets[n]..batch.soft_offsets[n + 1];
     PositionTarget {

@@ -8,7 +8,8 @@
 //!
 //! A local teacher (`train/local_teacher.rs`) gives whole distributions. A teacher behind an API
 //! ([`TextScorer`]) gives its top-k, which is aligned with the student's tokens like the top-k of a harvested answer.
-//! Positions that it gives no soft labels for are not trained, nor are the end of the turn and other control tokens.
+//! With a teacher behind an API, positions without soft labels are not trained, nor are the end of the turn and other
+//! control tokens.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -44,7 +45,7 @@ pub struct OnPolicy<'a> {
     counts: OnPolicyCounts,
 }
 
-/// Number of generated answers in this session.
+/// Numbers of generated answers in this session.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct OnPolicyCounts {
     /// Answers that the student generated.
@@ -165,7 +166,7 @@ impl<'a> OnPolicy<'a> {
             let end = generated.len().min(start + self.batch_size);
             for at in (start..end).filter(is_scored) {
                 let labels = soft_labels.as_ref().and_then(|labels| labels[at].as_ref());
-                push(&mut batch, &generated[at], labels);
+                push_answer(&mut batch, &generated[at], labels);
             }
             if !batch.labels.is_empty() {
                 batches.push(batch);
@@ -232,8 +233,8 @@ fn text_prefix<'a>(tokenizer: &Tokenizer, ids: &'a [u32]) -> (String, &'a [u32])
             Some(token) if !token.is_empty() => bytes.extend(token),
             _ => break,
         }
-        if let Ok(whole) = std::str::from_utf8(&bytes) {
-            text.push_str(whole);
+        if let Ok(characters) = std::str::from_utf8(&bytes) {
+            text.push_str(characters);
             bytes.clear();
             count = at + 1;
         }
@@ -254,9 +255,9 @@ fn prompt(example: ExampleView) -> Vec<u32> {
     example.input_ids().take(start + 1).collect()
 }
 
-/// Appends a prompt and its answer to the batch. Supervised are the tokens with soft labels, or all tokens of the
-/// answer if `soft_labels` is None (local teacher).
-fn push(batch: &mut Batch, answer: &GeneratedAnswer, soft_labels: Option<&Aligned>) {
+/// Appends a prompt and its answer to the batch. The supervised positions are those with soft labels, or all tokens of
+/// the answer if `soft_labels` is None (local teacher).
+fn push_answer(batch: &mut Batch, answer: &GeneratedAnswer, soft_labels: Option<&Aligned>) {
     let first = batch.input_ids.len();
     batch.input_ids.extend(answer.prompt);
     batch.input_ids.extend(answer.ids);

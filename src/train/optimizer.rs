@@ -16,10 +16,10 @@ use crate::model::weights::{SafetensorsFile, TensorEntry};
 use crate::ops::arena::{Arena, Buffer};
 use crate::ops::{CpuValues, adamw};
 
-const FIRST: &str = "first_moment";
-const SECOND: &str = "second_moment";
+const FIRST_MOMENT: &str = "first_moment";
+const SECOND_MOMENT: &str = "second_moment";
 
-/// AdamW: parameters and their moments.
+/// Parameters and their moments.
 pub struct Optimizer {
     parameters: Vec<Parameter>,
     /// Number of steps so far.
@@ -35,16 +35,16 @@ struct Parameter {
 
 /// Running means of the gradient and of its square.
 enum Moments {
-    /// For the tape.
-    Cpu([Buffer; 2]),
-    /// For candle's operations, on the device of the parameter.
-    Device([Tensor; 2]),
+    /// With [`Backend::CpuTape`].
+    Tape([Buffer; 2]),
+    /// With [`Backend::Candle`], on the device of the parameter.
+    Candle([Tensor; 2]),
 }
 
-/// Gradient of a parameter.
+/// Gradient of a parameter, from the tape or from candle.
 enum GradientRef<'a> {
-    Cpu(&'a [f32]),
-    Device(&'a Tensor),
+    Tape(&'a [f32]),
+    Candle(&'a Tensor),
 }
 
 impl Optimizer {
@@ -58,8 +58,8 @@ impl Optimizer {
         let parameter = |(name, var): (&String, &Var)| {
             let zeros = || arena.zeros(var.elem_count());
             let moments = match student.model.backend() {
-                Backend::CpuTape => Moments::Cpu([zeros()?, zeros()?]),
-                Backend::Candle => Moments::Device([var.zeros_like()?, var.zeros_like()?]),
+                Backend::CpuTape => Moments::Tape([zeros()?, zeros()?]),
+                Backend::Candle => Moments::Candle([var.zeros_like()?, var.zeros_like()?]),
             };
             Ok(Parameter {
                 name: name.clone(),
@@ -88,13 +88,12 @@ impl Optimizer {
         let mut sum = 0.0;
         for parameter in &self.parameters {
             sum += match parameter.gradient(gradients)? {
-                GradientRef::Cpu(values) => {
-                    // In blocks of fixed size, so that the sum does not depend on the number of
-                    // threads.
+                GradientRef::Tape(values) => {
+                    // Blocks of a fixed size: the sum does not depend on the number of threads.
                     let blocks = values.par_chunks(1 << 16).map(adamw::sum_of_squares);
                     blocks.collect::<Vec<f64>>().iter().sum::<f64>()
                 }
-                GradientRef::Device(tensor) => {
+                GradientRef::Candle(tensor) => {
                     f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?)
                 }
             };
@@ -102,12 +101,13 @@ impl Optimizer {
         Ok(sum.sqrt())
     }
 
-    /// Counts a step without supervised positions.
+    /// Counts a step without supervised positions, which changes no parameter.
     pub fn skip(&mut self) {
         self.step += 1;
     }
 
-    /// Updates every parameter. The gradients, whose global norm is `norm`, are clipped to `train.max_grad_norm`.
+    /// Updates every parameter. `norm` is the global norm of the gradients; they are clipped to `train.max_grad_norm`,
+    /// unless that is 0.
     ///
     /// # Errors
     /// If a parameter is not a contiguous f32 tensor, or has no gradient.
@@ -119,8 +119,8 @@ impl Optimizer {
         gradients: &Gradients,
     ) -> Result<()> {
         self.step += 1;
-        let clip = train.max_grad_norm > 0.0 && norm > train.max_grad_norm;
-        let gradient_scale = if clip {
+        let must_clip = train.max_grad_norm > 0.0 && norm > train.max_grad_norm;
+        let gradient_scale = if must_clip {
             train.max_grad_norm / norm
         } else {
             1.0
@@ -153,39 +153,39 @@ impl Optimizer {
         for parameter in &self.parameters {
             let shape = parameter.var.dims();
             let moments = match &parameter.moments {
-                Moments::Cpu([first, second]) => [
+                Moments::Tape([first, second]) => [
                     TensorEntry::new(shape, first),
                     TensorEntry::new(shape, second),
                 ],
-                Moments::Device([first, second]) => [
+                Moments::Candle([first, second]) => [
                     TensorEntry::from_device(first)?,
                     TensorEntry::from_device(second)?,
                 ],
             };
-            for (kind, entry) in [FIRST, SECOND].iter().zip(moments) {
+            for (kind, entry) in [FIRST_MOMENT, SECOND_MOMENT].iter().zip(moments) {
                 entries.insert(format!("{kind}.{}", parameter.name), entry);
             }
         }
         Ok(entries)
     }
 
-    /// Restores the [`Optimizer::state`] after `step` steps.
+    /// Restores the moments that [`Optimizer::state`] returned after `step` steps.
     ///
     /// # Errors
     /// If a moment is missing or has another shape.
     pub fn restore(&mut self, file: &SafetensorsFile, step: u64) -> Result<()> {
         for parameter in &mut self.parameters {
-            for (index, kind) in [FIRST, SECOND].iter().enumerate() {
+            for (index, kind) in [FIRST_MOMENT, SECOND_MOMENT].iter().enumerate() {
                 let name = format!("{kind}.{}", parameter.name);
                 let tensor = file.tensor(&name)?;
                 if tensor.dims() != parameter.var.dims() {
                     bail!("{name} has another shape in the checkpoint");
                 }
                 match &mut parameter.moments {
-                    Moments::Cpu(moments) => {
+                    Moments::Tape(moments) => {
                         moments[index].copy_from_slice(&CpuValues::new(&tensor)?);
                     }
-                    Moments::Device(moments) => {
+                    Moments::Candle(moments) => {
                         moments[index] = tensor.to_device(parameter.var.device())?;
                     }
                 }
@@ -198,23 +198,23 @@ impl Optimizer {
 
 impl Parameter {
     fn gradient<'a>(&self, gradients: &'a Gradients) -> Result<GradientRef<'a>> {
-        let on_cpu = gradients.get_tape(&self.var).map(GradientRef::Cpu);
-        on_cpu
-            .or_else(|| gradients.get_candle(&self.var).map(GradientRef::Device))
+        let tape_gradient = gradients.get_tape(&self.var).map(GradientRef::Tape);
+        tape_gradient
+            .or_else(|| gradients.get_candle(&self.var).map(GradientRef::Candle))
             .with_context(|| format!("parameter {} received no gradient", self.name))
     }
 
     fn update(&mut self, gradients: &Gradients, step: adamw::AdamWStep) -> Result<()> {
         let gradient = self.gradient(gradients)?;
         match (&mut self.moments, gradient) {
-            (Moments::Cpu([first, second]), GradientRef::Cpu(values)) => {
+            (Moments::Tape([first, second]), GradientRef::Tape(values)) => {
                 adamw::adamw(&self.var, values, first, second, step)?;
             }
-            (Moments::Device(moments), GradientRef::Device(tensor)) => {
+            (Moments::Candle(moments), GradientRef::Candle(tensor)) => {
                 adamw::adamw_candle(&self.var, tensor, moments, step)?;
             }
             _ => bail!(
-                "internal error: the gradient of {} is on another device",
+                "internal error: the gradient of {} is on another device than its moments",
                 self.name
             ),
         }

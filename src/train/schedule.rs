@@ -14,16 +14,17 @@ pub(crate) fn learning_rate(train: &TrainConfig, step: u64, total: u64) -> f64 {
         return peak * wsd_factor(train, step, total);
     }
     let progress = (step - warmup) as f64 / (total - warmup).max(1) as f64;
-    let left = match train.schedule {
+    // Share of the distance between the lowest and the highest rate.
+    let share = match train.schedule {
         LrSchedule::Constant | LrSchedule::Wsd => 1.0,
         LrSchedule::Linear => 1.0 - progress,
         LrSchedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
     };
     let floor = train.min_learning_rate_ratio;
-    peak * (floor + (1.0 - floor) * left)
+    peak * (floor + (1.0 - floor) * share)
 }
 
-/// Note for the user if the warmup is at least as long as the run.
+/// Warns the user if the warmup is at least as long as the run.
 pub(crate) fn warmup_note(train: &TrainConfig, total: u64) -> Option<String> {
     (total > 0 && train.warmup_steps >= total).then(|| {
         format!(
@@ -37,10 +38,10 @@ pub(crate) fn warmup_note(train: &TrainConfig, total: u64) -> Option<String> {
 /// Factor of the warmup-stable-decay schedule (Hu et al., arXiv 2404.06395): 1, then linear to the floor over the last
 /// `decay_share` of the steps.
 fn wsd_factor(train: &TrainConfig, step: u64, total: u64) -> f64 {
-    let decay = (train.decay_share * total as f64).max(1.0);
-    let left = ((total - step) as f64 / decay).min(1.0);
+    let decay_steps = (train.decay_share * total as f64).max(1.0);
+    let share = ((total - step) as f64 / decay_steps).min(1.0);
     let floor = train.min_learning_rate_ratio;
-    floor + (1.0 - floor) * left
+    floor + (1.0 - floor) * share
 }
 
 #[cfg(test)]
@@ -63,7 +64,10 @@ mod tests {
             let rate = |step| learning_rate(&train(schedule), step, 110);
             assert!((rate(1) - 0.1).abs() < 1e-12);
             assert!((rate(10) - 1.0).abs() < 1e-12);
-            assert!((rate(60) - 0.55).abs() < 1e-12, "half the way");
+            assert!(
+                (rate(60) - 0.55).abs() < 1e-12,
+                "half way through the decay"
+            );
             assert!((rate(110) - 0.1).abs() < 1e-12);
         }
         assert_eq!(learning_rate(&train(LrSchedule::Constant), 110, 110), 1.0);

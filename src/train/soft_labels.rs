@@ -11,23 +11,23 @@ use crate::terminal::format_count;
 use crate::tokenizer::Tokenizer;
 use crate::train::loss::position::{EndToken, SoftTerm};
 
-/// At least one in 20 answers with logprobs must have soft labels.
-const MIN_USED_ONE_IN: u64 = 20;
+/// At least one in this many answers with logprobs must have soft labels.
+const MIN_USABLE_ONE_IN: u64 = 20;
 
-/// Loss terms for soft labels.
+/// Loss terms for the soft labels of a data set.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SoftLabelChoice {
     /// Indexed by [`is_exact_sample`]; None for cross-entropy alone.
     ///
     /// [`is_exact_sample`]: crate::train::loss::position::PositionTarget::is_exact_sample
     pub terms: Option<[SoftTerm; 2]>,
-    /// The token that ends an answer; None if it is treated like any other token.
+    /// The token that ends an answer, which may have no logprobs; None with a local teacher.
     pub end: Option<EndToken>,
     /// Notes for the user.
     pub notes: Vec<String>,
 }
 
-/// Checks that soft labels of a cache can be mapped to the tokens of `tokenizer`.
+/// Checks that the soft labels of a cache can be mapped to the tokens of `tokenizer`.
 ///
 /// # Errors
 /// [`Exit::Usage`] if the bytes of the tokens are unknown.
@@ -43,10 +43,10 @@ pub fn check_tokenizer(tokenizer: &Tokenizer) -> Result<()> {
     )))
 }
 
-/// Weight of a term if `loss.kd_weight` is not set: the best one in `tests/bench/softlabels.sh`.
+/// Weight of a term if `loss.kd_weight` is not set: the best weight in the measurements of `tests/bench/softlabels.sh`.
 pub fn default_weight(divergence: Divergence) -> f32 {
     match divergence {
-        // This term includes the emitted token.
+        // The damped term already contains the cross-entropy on the emitted token.
         Divergence::Damped(_) => 1.0,
         // Only cross-entropy distinguishes the tokens of the tail.
         Divergence::Tail => 0.8,
@@ -62,10 +62,10 @@ fn soft_term(settings: &LossConfig, divergence: Divergence, default_weight: f32)
     }
 }
 
-/// Chooses the terms for the settings and the data; `end` is the token that ends an answer.
+/// Chooses the loss terms for the soft labels of a cache; `end` is the token that ends an answer.
 ///
 /// # Errors
-/// [`Exit::Usage`] if the logprobs do not belong to the answers, or do not support the settings. With `force` these
+/// [`Exit::Usage`] if the logprobs do not belong to the answers, or do not support `loss.kd`. With `force` these errors
 /// are warnings.
 pub fn choose(
     settings: &LossConfig,
@@ -94,7 +94,7 @@ pub fn choose(
     let mut unusable = report.ce_only.clone();
     let without_logprobs = unusable.remove(NO_LOGPROBS).unwrap_or_default();
     let with_logprobs = report.kept.saturating_sub(without_logprobs);
-    if with_logprobs > 0 && report.with_soft_labels * MIN_USED_ONE_IN < with_logprobs {
+    if with_logprobs > 0 && report.with_soft_labels * MIN_USABLE_ONE_IN < with_logprobs {
         refuse(format!(
             "loss.kd = \"{}\" needs the teacher's logprobs, and those of {} of {} answers cannot be used: {}. Set \
              loss.kd = \"none\" to train on the answers alone, or pass --force",
@@ -127,8 +127,8 @@ pub fn choose(
             top1_evidence(&broken)
         ))?;
     }
-    let exact = report.exact_samples;
-    let all = report.with_soft_labels;
+    let exact_samples = report.exact_samples;
+    let with_soft_labels = report.with_soft_labels;
     let too_sharp = report.logprob_check.is_too_sharp();
     let misses_tail = report.logprob_check.misses_tail();
     let name = settings.kd.name();
@@ -148,13 +148,13 @@ pub fn choose(
                 tail_evidence(&report.logprob_check.in_top_k)
             ));
         }
-        KdMode::Auto if exact == 0 => {
+        KdMode::Auto if exact_samples == 0 => {
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {inexact_term}, because no answer is an exact sample of its logprobs (temperature 1, \
                  no truncation)"
             ));
         }
-        KdMode::Auto if exact == all => {
+        KdMode::Auto if exact_samples == with_soft_labels => {
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {exact_term}, because all answers were sampled at temperature 1 without truncation"
             ));
@@ -163,16 +163,16 @@ pub fn choose(
             choice.notes.push(format!(
                 "loss.kd = \"auto\": {exact_term} for the {} answers that are exact samples of their logprobs; \
                  {inexact_term} for the other {}",
-                format_count(exact),
-                format_count(all - exact)
+                format_count(exact_samples),
+                format_count(with_soft_labels - exact_samples)
             ));
         }
-        KdMode::Unbiased | KdMode::Damped if exact < all => refuse(format!(
+        KdMode::Unbiased | KdMode::Damped if exact_samples < with_soft_labels => refuse(format!(
             "loss.kd = \"{name}\" needs answers sampled at temperature 1 without truncation: {} of {} were not \
              (see the [sampling] settings of their harvest). Set loss.kd = \"auto\", which uses \"tail\" for those \
              answers",
-            format_count(all - exact),
-            format_count(all)
+            format_count(with_soft_labels - exact_samples),
+            format_count(with_soft_labels)
         ))?,
         KdMode::Unbiased | KdMode::Damped if too_sharp => refuse(format!(
             "loss.kd = \"{name}\" needs exact samples of the logprobs, but these answers were sampled at a lower \
@@ -190,7 +190,8 @@ pub fn choose(
     Ok(choice)
 }
 
-/// Returns whether the divergence is the full KL divergence with a local teacher.
+/// Returns true if the divergence equals the KL divergence when the teacher's whole distribution is known: without a
+/// tail, its treatment of the tail has no effect.
 fn is_full_kl(divergence: Divergence) -> bool {
     matches!(
         divergence,
@@ -201,11 +202,11 @@ fn is_full_kl(divergence: Divergence) -> bool {
     )
 }
 
-/// Chooses the terms for a local teacher.
+/// Chooses the loss terms for a local teacher.
 pub fn choose_for_local_teacher(settings: &LossConfig) -> SoftLabelChoice {
-    let full =
+    let is_full =
         Divergence::from_config(settings).is_some_and(|[divergence, _]| is_full_kl(divergence));
-    let note = full.then(|| {
+    let note = is_full.then(|| {
         format!(
             "loss.kd = \"{}\" is the full KL divergence with teacher.local",
             settings.kd.name()
@@ -213,13 +214,13 @@ pub fn choose_for_local_teacher(settings: &LossConfig) -> SoftLabelChoice {
     });
     SoftLabelChoice {
         terms: Divergence::from_config(settings).map(|[divergence, _]| {
-            // Cross-entropy would only add noise to the full divergence.
-            let default = if full {
+            // Cross-entropy would only add noise to the KL divergence over the whole vocabulary.
+            let weight = if is_full {
                 1.0
             } else {
                 default_weight(divergence)
             };
-            [soft_term(settings, divergence, default); 2]
+            [soft_term(settings, divergence, weight); 2]
         }),
         end: None,
         notes: note.into_iter().collect(),
@@ -233,8 +234,8 @@ impl SoftLabelChoice {
         let Some([inexact_term, exact_term]) = self.terms.filter(|_| !has_no_soft_labels) else {
             return "cross-entropy on the answers".into();
         };
-        let others = report.with_soft_labels - report.exact_samples;
-        let terms = match (report.exact_samples, others) {
+        let inexact_samples = report.with_soft_labels - report.exact_samples;
+        let terms = match (report.exact_samples, inexact_samples) {
             _ if has_local_teacher && is_full_kl(inexact_term.divergence) => {
                 format!("KL, weight {}", inexact_term.weight)
             }

@@ -45,8 +45,12 @@ impl<'a> StepBatch<'a> {
     }
 
     /// Number of supervised positions.
-    fn positions(&self) -> usize {
-        let examples: usize = self.examples.iter().map(|e| e.supervised()).sum();
+    fn position_count(&self) -> usize {
+        let examples: usize = self
+            .examples
+            .iter()
+            .map(|example| example.supervised())
+            .sum();
         let on_policy: usize = self.on_policy.iter().map(|batch| batch.labels.len()).sum();
         examples + on_policy
     }
@@ -61,7 +65,7 @@ impl<'a> StepBatch<'a> {
 /// Numbers of one step.
 #[derive(Debug, Default)]
 pub struct StepResult {
-    /// Minimised loss before the update.
+    /// The minimised loss, computed before the update.
     pub loss: f64,
     /// Sums over the examples of the data set.
     pub sums: MetricSums,
@@ -69,11 +73,13 @@ pub struct StepResult {
     pub on_policy_sums: MetricSums,
     /// Global norm of the gradient before clipping.
     pub gradient_norm: f64,
+    /// Number of tokens in the step, supervised or not.
     pub tokens: u64,
 }
 
 impl Stepper {
-    /// A stepper for `model`. `soft_labels` applies to the data set, `on_policy` to generated answers.
+    /// A stepper for `model`. `soft_labels` are the loss terms of the examples, `on_policy` the divergences of generated
+    /// answers.
     pub(crate) fn new(
         train: &TrainConfig,
         loss: &LossConfig,
@@ -81,16 +87,16 @@ impl Stepper {
         on_policy: Option<[Divergence; 2]>,
         model: &Model,
     ) -> Self {
-        let plain = LossWeights::default();
+        let defaults = LossWeights::default();
         let on_policy = on_policy.unwrap_or([Divergence::ReverseKl; 2]);
         Self {
             settings: train.clone(),
             weights: LossWeights {
-                soft: soft_labels.terms.unwrap_or(plain.soft),
+                soft: soft_labels.terms.unwrap_or(defaults.soft),
                 alm: soft_labels.terms.map_or(0.0, |_| loss.alm_weight as f32),
                 label_smoothing: loss.label_smoothing as f32,
                 end: soft_labels.end,
-                // Each step sets its own.
+                // `run` sets the scale of each step.
                 scale: 1.0,
             },
             on_policy_weights: LossWeights {
@@ -98,7 +104,7 @@ impl Stepper {
                     divergence,
                     weight: 1.0,
                 }),
-                ..plain
+                ..defaults
             },
             activations: if train.activation_checkpointing {
                 Activations::Recompute
@@ -109,10 +115,10 @@ impl Stepper {
         }
     }
 
-    /// Runs step `step` on `batch`. The logits of `teacher`, if given, replace the soft labels of the batch.
+    /// Runs step `step` (from 1) on `batch`. The distributions of the local `teacher` replace the soft labels of the batch.
     ///
     /// # Errors
-    /// If a loss or gradient is not finite. The error names the examples, and nothing has been updated.
+    /// If a loss or gradient is not finite: the error names the examples, and no parameter has changed.
     pub(crate) fn run(
         &mut self,
         (student, optimizer): (&TrainableModel, &mut Optimizer),
@@ -121,41 +127,42 @@ impl Stepper {
         batch: &StepBatch,
         learning_rate: f64,
     ) -> Result<StepResult> {
-        if batch.positions() == 0 {
+        if batch.position_count() == 0 {
             // The student generated all answers, and the teacher scored none of them.
             optimizer.skip();
             return Ok(StepResult::default());
         }
-        let scale = 1.0 / batch.positions() as f32;
+        let scale = 1.0 / batch.position_count() as f32;
         let models = ModelPair {
             student: &student.model,
             teacher,
         };
         let mut result = StepResult::default();
-        let mut pass = |micro_batch: &Batch, weights: LossWeights, sums: &mut MetricSums| {
-            let weights = LossWeights { scale, ..weights };
-            let (loss, rows) = objective::gradients(
-                models,
-                micro_batch,
-                weights,
-                self.activations,
-                &mut self.gradients,
-            )?;
-            if !loss.is_finite() {
-                bail!(not_finite("loss", step, &micro_batch.keys));
-            }
-            result.loss += loss;
-            result.tokens += micro_batch.input_ids.len() as u64;
-            sums.add(&rows);
-            Ok(())
-        };
+        let mut add_gradients =
+            |micro_batch: &Batch, weights: LossWeights, sums: &mut MetricSums| {
+                let weights = LossWeights { scale, ..weights };
+                let (loss, rows) = objective::gradients(
+                    models,
+                    micro_batch,
+                    weights,
+                    self.activations,
+                    &mut self.gradients,
+                )?;
+                if !loss.is_finite() {
+                    bail!(not_finite("loss", step, &micro_batch.keys));
+                }
+                result.loss += loss;
+                result.tokens += micro_batch.input_ids.len() as u64;
+                sums.add(&rows);
+                Ok(())
+            };
         let mut sums = MetricSums::default();
         let mut on_policy_sums = MetricSums::default();
         for micro_batch in micro_batches(batch.examples, &self.settings) {
-            pass(&Batch::new(micro_batch), self.weights, &mut sums)?;
+            add_gradients(&Batch::new(micro_batch), self.weights, &mut sums)?;
         }
         for micro_batch in &batch.on_policy {
-            pass(micro_batch, self.on_policy_weights, &mut on_policy_sums)?;
+            add_gradients(micro_batch, self.on_policy_weights, &mut on_policy_sums)?;
         }
         result.sums = sums;
         result.on_policy_sums = on_policy_sums;

@@ -20,23 +20,26 @@ pub struct TrainSummary {
     pub steps: u64,
     /// Step whose weights became the student, if it is not the last one.
     pub best_step: Option<u64>,
+    /// Number of tokens over all sessions.
     pub tokens: u64,
-    /// Duration of this session.
+    /// Duration of this session in seconds.
     pub seconds: f64,
+    /// Speed of this session.
     pub tokens_per_s: f64,
-    /// Mean loss of the last step.
+    /// Loss of the last step; 0 if this session ran no step.
     pub last_loss: f64,
+    /// Metrics of the student on the held-out examples.
     pub validation: MetricMeans,
     /// Description of the loss with its weights.
     pub loss: String,
     /// Differences between the student's files and their sources.
     pub changes: Vec<String>,
-    /// Counts of generated answers, with `train.on_policy`.
+    /// Counts of the answers that the student generated; None without `train.on_policy`.
     pub own_answers: Option<OnPolicyCounts>,
     pub data: crate::data::report::DataReport,
 }
 
-/// How to treat existing checkpoints.
+/// What to do with existing checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StartMode {
     /// Start a new run; fail if a checkpoint exists.

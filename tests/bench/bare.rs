@@ -1,7 +1,7 @@
-//! The ceiling of `tests/bench/harvest.sh`: reqwest in a loop, nothing parsed, nothing kept.
+//! The upper limit for `tests/bench/harvest.sh`: requests by reqwest in a loop, whose replies are neither parsed nor kept.
 //!
-//! `bare URL ROWS CONCURRENCY [TOP_LOGPROBS MAX_TOKENS]` asks so many times, so many at once, and
-//! prints the bytes received.
+//! `bare URL ROWS CONCURRENCY [TOP_LOGPROBS MAX_TOKENS]` sends ROWS requests, CONCURRENCY at a time,
+//! and prints the number of bytes received.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -38,7 +38,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                 if row >= rows {
                     return Ok::<(), reqwest::Error>(());
                 }
-                // As peers.py asks.
+                // The same request as in `peers.py`.
                 let content = format!("{:.<200}", format!("prompt number {row} "));
                 let mut body = json!({
                     "model": "mock",

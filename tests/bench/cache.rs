@@ -1,7 +1,7 @@
 //! Makes large caches and times their opening; see `tests/bench/cache.sh`.
 //!
-//! `cache make DIR RECORDS [TOKENS [zstd]]` makes a cache of so many records, whose answers have so
-//! many tokens with top-20 logprobs. `cache open DIR` opens one and prints what that took, as JSON.
+//! `cache make DIR RECORDS [TOKENS [zstd]]` makes a cache of RECORDS records, whose answers have
+//! TOKENS tokens with top-20 logprobs. `cache open DIR` opens a cache and prints its time and memory as JSON.
 
 #[path = "records.rs"]
 mod records;
@@ -15,7 +15,7 @@ use distill::config::{self, Compression, Durability};
 use serde_json::json;
 
 fn main() -> anyhow::Result<()> {
-    // As the program itself does, first of all.
+    // The program does the same at its start.
     distill::ops::process::configure();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -114,7 +114,7 @@ fn open(dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The most memory that this process has had, where the system tells it.
+/// Peak memory of this process in MiB, if the system reports it.
 fn peak_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

@@ -1,4 +1,4 @@
-//! Times training steps on random tokens; see `tests/bench/train.sh`, and `train.py`, its peer.
+//! Times training steps on random tokens; see `tests/bench/train.sh`. `train.py` does the same with PyTorch.
 //!
 //! `train [--shape NAME] [--batch N] [--length N] [--vocabulary N] [--prompt SHARE] [--k N]
 //! [--steps N] [--threads N] [--dtype f32|bf16]
@@ -29,6 +29,7 @@ struct Case {
     vocabulary: usize,
     batch: usize,
     length: usize,
+    /// Share of each sequence that is a prompt, without supervised positions.
     prompt: f64,
     k: usize,
     steps: usize,
@@ -40,7 +41,7 @@ struct Case {
 }
 
 fn main() -> Result<()> {
-    // The program itself calls this first, too.
+    // The program does the same at its start.
     distill::ops::process::configure();
     let case = Case::from_args()?;
     let pool = rayon::ThreadPoolBuilder::new()
@@ -77,7 +78,7 @@ impl Case {
         let precision = match options.remove("--dtype").as_deref() {
             None | Some("f32") => Precision::F32,
             Some("bf16") => Precision::Bf16,
-            _ => bail!("--dtype is f32 or bf16"),
+            _ => bail!("--dtype must be f32 or bf16"),
         };
         let activations = match options.remove("--checkpoint") {
             Some(_) => Activations::Recompute,
@@ -96,7 +97,7 @@ impl Case {
         let (shape, own_vocabulary, own_batch) = match name.as_str() {
             "135m" => (shape(576, 1536, 30, 9, 3), 49_152, 4),
             "tiny" => (shape(256, 704, 6, 4, 2), 8_192, 8),
-            _ => bail!("the shapes are 135m and tiny"),
+            _ => bail!("--shape must be 135m or tiny"),
         };
         if let Some(name) = options.keys().next() {
             bail!("{name} is not an option");
@@ -208,7 +209,7 @@ fn time(case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// Peak memory of this process.
+/// Peak memory of this process in MiB.
 fn peak_mib() -> Result<f64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"));

@@ -3,14 +3,16 @@
 //! | file | content |
 //! |---|---|
 //! | `source` | reads the lines of a cache or a file |
-//! | `rows` | a line as a conversation that ends in an answer, or the reason to leave it out |
-//! | `prepare` | rows into examples, on all cores |
-//! | `show` | examples token by token, for `distill data show` |
+//! | `rows` | parses a line as a conversation that ends in an answer, or returns the reason to leave it out |
+//! | `example_builder` | tokenises a row, and aligns its soft labels |
+//! | `prepare` | converts all rows to examples, on all cores |
+//! | `show` | prints examples token by token, for `distill data show` |
 //!
 //! Invariants:
 //! - The examples depend only on the inputs of their hash, never on timing or the number of threads.
-//! - All answers to a prompt are on the same side of the split, which a hash of the prompt id decides.
+//! - All answers to a prompt are either for training or for validation; a hash of the prompt id decides.
 
+pub(crate) mod example_builder;
 pub(crate) mod prepare;
 pub(crate) mod rows;
 pub(crate) mod show;
@@ -35,7 +37,7 @@ use crate::tokenizer::Tokenizer;
 pub use show::{ShownExample, ShownToken, show, text_of};
 use source::{DataSource, OnProgress};
 
-/// Examples of a run, split by prompt.
+/// Examples of a run, split by prompt into training and validation.
 #[derive(Debug)]
 pub struct Dataset {
     prepared: Prepared,
@@ -43,7 +45,7 @@ pub struct Dataset {
     validation: Vec<usize>,
     fingerprint: String,
     pub report: DataReport,
-    /// True if the examples were prepared now, false if they were mapped from an earlier run.
+    /// True if this call prepared the examples, false if an earlier run did.
     pub is_new: bool,
 }
 
@@ -51,39 +53,42 @@ pub struct Dataset {
 #[derive(Debug, Clone, Copy)]
 pub struct Examples<'a> {
     prepared: &'a Prepared,
-    chosen: &'a [usize],
+    indices: &'a [usize],
 }
 
 impl<'a> Examples<'a> {
     pub fn len(self) -> usize {
-        self.chosen.len()
+        self.indices.len()
     }
 
     pub fn is_empty(self) -> bool {
-        self.chosen.is_empty()
+        self.indices.is_empty()
     }
 
     /// Returns example `index`, which must be less than [`Self::len`].
     pub fn get(self, index: usize) -> ExampleView<'a> {
-        self.prepared.example(self.chosen[index])
+        self.prepared.example(self.indices[index])
     }
 
     pub fn iter(self) -> impl ExactSizeIterator<Item = ExampleView<'a>> {
-        self.chosen.iter().map(|&at| self.prepared.example(at))
+        self.indices
+            .iter()
+            .map(|&index| self.prepared.example(index))
     }
 }
 
 impl Dataset {
-    fn new(prepared: Prepared, share: f64, is_new: bool) -> Self {
-        let (validation, train): (Vec<_>, Vec<_>) =
-            (0..prepared.len()).partition(|&at| is_validation(prepared.prompt_hash(at), share));
+    /// Splits the examples: about `validation_share` of the prompts are for validation.
+    fn new(prepared: Prepared, validation_share: f64, is_new: bool) -> Self {
+        let (validation, train): (Vec<_>, Vec<_>) = (0..prepared.len())
+            .partition(|&index| is_validation(prepared.prompt_hash(index), validation_share));
         let report = DataReport {
             train: train.len() as u64,
             validation: validation.len() as u64,
             ..prepared.report().clone()
         };
         Self {
-            fingerprint: format!("{} {share}", prepared.content()),
+            fingerprint: format!("{} {validation_share}", prepared.content()),
             prepared,
             train,
             validation,
@@ -100,10 +105,10 @@ impl Dataset {
         self.examples(&self.validation)
     }
 
-    fn examples<'a>(&'a self, chosen: &'a [usize]) -> Examples<'a> {
+    fn examples<'a>(&'a self, indices: &'a [usize]) -> Examples<'a> {
         Examples {
             prepared: &self.prepared,
-            chosen,
+            indices,
         }
     }
 
@@ -113,14 +118,14 @@ impl Dataset {
     }
 }
 
-/// Loads the examples of `data.source`, or of the run's cache if it is not set. Maps examples that an earlier run has
-/// prepared, or else prepares them now.
+/// Loads the examples of `data.source`, or of the run's cache if `data.source` is not set. Maps the examples that an
+/// earlier run prepared from the same data and settings, or else prepares them now.
 ///
 /// Examples have soft labels wherever the logprobs allow it; the loss decides whether to use them.
 ///
 /// # Errors
 /// If the source cannot be read, a row of a file of conversations is invalid, the prepared examples cannot be
-/// written, or no example is left ([`Exit::Usage`], with the reasons).
+/// written, or no training example is left ([`Exit::Usage`], with the reasons).
 pub fn load(
     settings: &config::DataConfig,
     run_dir: &Path,
@@ -133,15 +138,15 @@ pub fn load(
     let hash = hash(&source, selected, tokenizer)?;
     let root = run_dir.join("prepared");
     let dir = root.join(&hash);
-    let found = Prepared::open(&dir).unwrap_or_else(|error| {
+    let existing = Prepared::open(&dir).unwrap_or_else(|error| {
         tracing::warn!(
             "preparing the examples again, because those in {} cannot be used: {error:#}",
             dir.display()
         );
         None
     });
-    let is_new = found.is_none();
-    let prepared = match found {
+    let is_new = existing.is_none();
+    let prepared = match existing {
         Some(prepared) => prepared,
         None => {
             fs::write_dir_with(&dir, |folder| {
@@ -163,8 +168,8 @@ pub fn load(
     Ok(dataset)
 }
 
-/// Returns the prompt of each example by its key: the messages before the answer. Includes answers inside
-/// conversations, which may be separate examples.
+/// Returns the messages before each answer, by the key of the example. Every answer of a conversation has an entry,
+/// because it may become a separate example.
 ///
 /// # Errors
 /// If the source cannot be read, or a row of a file of conversations is invalid.
@@ -182,9 +187,9 @@ pub fn prompts(
         let answer = row.messages.iter().rposition(|m| m.role == "assistant");
         row.messages.truncate(answer.unwrap_or_default());
         if row.every_answer {
-            for (at, message) in row.messages.iter().enumerate() {
+            for (index, message) in row.messages.iter().enumerate() {
                 if message.role == "assistant" {
-                    prompts.insert(row.key_of(at), row.messages[..at].to_vec());
+                    prompts.insert(row.key_of(index), row.messages[..index].to_vec());
                 }
             }
         }
@@ -259,12 +264,12 @@ fn hash(
     selection.update(&mut hash);
     source.hash(&mut hash)?;
     let hash = hash.finalize().to_hex();
-    // 128 bits make collisions practically impossible, and the name stays short.
+    // 128 bits make collisions practically impossible and keep the folder name short.
     Ok(hash[..32].to_owned())
 }
 
-/// Returns true if the prompt is held out. The hash of its id decides: independent of the other prompts, and the same
-/// for all answers to a prompt.
-fn is_validation(prompt_hash: u32, share: f64) -> bool {
-    f64::from(prompt_hash) < share * 2f64.powi(32)
+/// Returns true if the answers to the prompt are held out for validation. The decision does not depend on other
+/// prompts.
+fn is_validation(prompt_hash: u32, validation_share: f64) -> bool {
+    f64::from(prompt_hash) < validation_share * 2f64.powi(32)
 }

@@ -9,22 +9,22 @@ use crate::cache::logprobs_view::LogprobsView;
 use crate::cache::record::{Record, Status};
 use crate::cache::view::RecordView;
 use crate::config::{self, Thinking};
-use crate::data::groups::{ExclusionReason, Group, RecordIdentity, Selection};
+use crate::data::groups::{ExclusionReason, Group, RecordProperties, Selection};
 use crate::data::sampling::SamplingKind;
 use crate::prompt::message::Message;
 use crate::tokenizer::chat_template::answer_start;
 
 /// A conversation that ends in an answer.
 pub(crate) struct TrainingRow<'a> {
-    /// Name of the row in errors.
+    /// Cache key, or line number in a file; with `:N` for the answer in message N.
     pub key: String,
-    /// Index of the answer, if the row is for an earlier answer of a conversation.
+    /// Index of the answer in `messages`, if the row was made by [`Self::up_to`].
     pub message: Option<usize>,
-    /// Rows with the same id land on the same side of the split.
+    /// Rows with the same id are either all for training or all for validation.
     pub prompt_id: String,
     pub messages: Vec<Message>,
-    /// True if every answer is supervised, false if only the last. The teacher did not write the few-shot examples of a
-    /// prompt.
+    /// True if every answer is supervised, false if only the last: the earlier answers of a record are part of its prompt,
+    /// such as few-shot examples.
     pub every_answer: bool,
     /// True if the teacher ended its answer. The student must not learn to end where an answer was truncated.
     pub ended: bool,
@@ -96,11 +96,11 @@ pub(crate) fn from_record<'a>(
     selection: &Selection,
 ) -> Result<TrainingRow<'a>, Box<SkippedRow>> {
     let params = record.params();
-    let candidate = RecordIdentity::from_view(&record, &params);
-    let checked = selection.check(&candidate);
+    let properties = RecordProperties::from_view(&record, &params);
+    let checked = selection.check(&properties);
     let key = record.key.clone();
     let prompt_id = record.prompt_id.clone();
-    let group = candidate.group;
+    let group = properties.group;
     let row = match checked {
         Ok(()) => row(record, &params, settings),
         Err(exclusion) => Err(exclusion.to_string()),

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde::Serialize;
 
-use super::prepare::{ExampleBuilder, TokenizedRow};
+use super::example_builder::{ExampleBuilder, TokenizedRow};
 use super::rows::{SkippedRow, TrainingRow};
 use super::source::DataSource;
 use crate::config::{self, DataConfig};
@@ -18,7 +18,7 @@ use crate::tokenizer::answer_tokens::PromptDifference;
 /// Minimum number of hex digits of a key's prefix that selects a record.
 const MIN_KEY_DIGITS: usize = 6;
 
-/// A row with its example.
+/// A row, and its example token by token.
 #[derive(Debug, Serialize)]
 pub struct ShownExample {
     /// Key of the record, or line of the file; `:N` is the answer in message N.
@@ -30,7 +30,7 @@ pub struct ShownExample {
     pub left_out: Option<String>,
     /// Reason if the example trains on cross-entropy alone.
     pub ce_only: Option<String>,
-    /// Set if the prompt differs from the rendered conversation.
+    /// Set if the generation prompt differs from the prefix of the answer in the rendered conversation.
     pub difference: Option<PromptDifference>,
     pub tokens: Vec<ShownToken>,
 }
@@ -48,8 +48,8 @@ pub struct ShownToken {
     pub tail: Option<f64>,
     /// Probability of the emitted token if it was outside the teacher's top-k. None if unknown.
     pub emitted: Option<f64>,
-    /// Text that begins here and that the teacher's tokenizer splits differently: its likelihood under the teacher, and
-    /// its number of student tokens.
+    /// Set on the first token of a text that the teacher's tokenizer splits differently: the likelihood of the text under
+    /// the teacher, and its number of student tokens.
     pub chunk: Option<(f64, usize)>,
 }
 
@@ -61,8 +61,8 @@ pub struct ShownLabel {
     pub probability: f64,
 }
 
-/// Returns at most `limit` rows: those whose key, prefix of a key, line or prompt id is `id`, or else the first rows that
-/// make an example. Also returns the number of rows without an example, by reason.
+/// Returns at most `limit` rows: with `id`, those whose key, prefix of a key, line number or prompt id it is; without, the
+/// first rows that make an example. Also returns the number of rows that make no example, by reason.
 ///
 /// # Errors
 /// If the source or the teacher's tokenizer cannot be read.
@@ -80,15 +80,15 @@ pub fn show(
     let tokenizers = (tokenizer, teacher.as_ref());
     let selected = (settings, selection);
     let samples = if settings.sample_trie {
-        sample_trie(&source, selected, tokenizers)?
+        collect_samples(&source, selected, tokenizers)?
     } else {
         SampleTrie::default()
     };
     let mut builder = ExampleBuilder::new(&source, settings, tokenizers, &samples);
     let is_named = |key: &str, prompt_id: &str| {
         id.is_none_or(|id| {
-            let is_beginning = id.len() >= MIN_KEY_DIGITS && key.starts_with(id);
-            key == id || prompt_id == id || is_beginning
+            let is_key_prefix = id.len() >= MIN_KEY_DIGITS && key.starts_with(id);
+            key == id || prompt_id == id || is_key_prefix
         })
     };
     let mut shown = Vec::new();
@@ -96,20 +96,26 @@ pub fn show(
     source.for_each_row(selected, |row| {
         let mut rows = vec![row];
         while let Some(row) = rows.pop() {
-            let (name, prompt_id) = match &row {
+            let (key, prompt_id) = match &row {
                 Ok(row) => (&row.key, &row.prompt_id),
                 Err(skipped) => (&skipped.key, &skipped.prompt_id),
             };
-            let base = name.split(':').next().unwrap_or(name);
-            let is_selected = is_named(name, prompt_id) || is_named(base, prompt_id);
-            // `id` may name another answer of the same row.
-            let is_of_selected = id.is_some_and(|id| id.split(':').next() == Some(base));
-            if !(is_selected || is_of_selected) || shown.len() >= limit {
+            // The key without the number of the message.
+            let row_key = key.split(':').next().unwrap_or(key);
+            let is_selected = is_named(key, prompt_id) || is_named(row_key, prompt_id);
+            // `id` may name another answer of the same row: that answer becomes a row only after this one is tokenised.
+            let may_contain_selected = id.is_some_and(|id| id.split(':').next() == Some(row_key));
+            if !(is_selected || may_contain_selected) || shown.len() >= limit {
                 continue;
             }
             match row.and_then(|row| builder.tokenize(row)) {
                 Ok((row, tokenized)) => {
-                    rows.extend(tokenized.separate.iter().map(|at| Ok(row.up_to(*at))));
+                    rows.extend(
+                        tokenized
+                            .separate_answers
+                            .iter()
+                            .map(|message| Ok(row.up_to(*message))),
+                    );
                     if is_selected {
                         shown.push(shown_example(row, tokenized, tokenizer));
                     }
@@ -123,17 +129,17 @@ pub fn show(
     Ok((shown, skipped))
 }
 
-/// Collects the answers to the same prompts.
-fn sample_trie(
+/// Collects the answers of the source by prompt.
+fn collect_samples(
     source: &DataSource,
     selected: (&config::DataConfig, &Selection),
     tokenizers: (&Tokenizer, Option<&Tokenizer>),
 ) -> Result<SampleTrie> {
     let mut samples = SampleTrie::default();
-    let none = SampleTrie::default();
-    let mut builder = ExampleBuilder::new(source, selected.0, tokenizers, &none);
+    let no_samples = SampleTrie::default();
+    let mut builder = ExampleBuilder::new(source, selected.0, tokenizers, &no_samples);
     source.for_each_row(selected, |row| {
-        builder.collect(row, &mut samples);
+        builder.collect_sample(row, &mut samples);
         true
     })?;
     Ok(samples)
@@ -170,30 +176,30 @@ fn shown_example(row: TrainingRow, tokenized: TokenizedRow, tokenizer: &Tokenize
             chunk: None,
         })
         .collect();
-    for at in tokenized.labels.iter().cloned().flatten() {
-        tokens[at].is_supervised = true;
+    for index in tokenized.labels.iter().cloned().flatten() {
+        tokens[index].is_supervised = true;
     }
     let soft = &tokenized.soft;
-    for at in 0..soft.len() {
+    for position in 0..soft.len() {
         let Some(token) = tokens
-            .get_mut(tokenized.answer + at)
-            .filter(|it| it.is_supervised)
+            .get_mut(tokenized.answer + position)
+            .filter(|token| token.is_supervised)
         else {
             continue;
         };
-        let (ids, logprobs) = soft.soft(at);
+        let (ids, logprobs) = soft.soft(position);
         let labels = ids.iter().zip(logprobs).map(|(&id, &logprob)| ShownLabel {
             id,
             text: text_of(tokenizer, id),
             probability: f64::from(logprob).exp(),
         });
         token.soft_labels = labels.collect();
-        if soft.is_soft(at) {
-            let known = token.soft_labels.iter().map(|label| label.probability);
-            token.tail = Some((1.0 - known.sum::<f64>()).max(0.0));
+        if soft.is_soft(position) {
+            let listed = token.soft_labels.iter().map(|label| label.probability);
+            token.tail = Some((1.0 - listed.sum::<f64>()).max(0.0));
         }
         let emitted = soft
-            .sampled_logprob(at)
+            .sampled_logprob(position)
             .filter(|logprob| logprob.is_finite());
         token.emitted = emitted.map(|logprob| f64::from(logprob).exp());
     }
@@ -213,7 +219,7 @@ fn shown_example(row: TrainingRow, tokenized: TokenizedRow, tokenizer: &Tokenize
     }
 }
 
-/// Text of a token, or the name of a token without text.
+/// Text of a token, or its name if it has no text.
 pub fn text_of(tokenizer: &Tokenizer, id: u32) -> String {
     match tokenizer.spelling(id) {
         Some(bytes) => String::from_utf8_lossy(&bytes).into_owned(),

@@ -12,16 +12,16 @@ use crate::data::groups::Selection;
 use crate::exit::Exit;
 use crate::{cache, config, fs};
 
-/// Size of a chunk of lines in bytes: large enough that threads do not wait for each other, small enough that they
-/// finish at about the same time.
+/// A chunk ends at the first line that brings it to this number of bytes. Chunks are large enough that threads rarely
+/// wait for the reader, and small enough that all threads finish at about the same time.
 const CHUNK_BYTES: usize = 1 << 20;
 /// Maximum number of lines in a chunk.
-const CHUNK_LINES: usize = 64;
+const MAX_CHUNK_LINES: usize = 64;
 
 /// Number of bytes that are hashed at a time.
-const HASH_BUFFER: usize = 4 << 20;
+const HASH_BUFFER_BYTES: usize = 4 << 20;
 
-/// Source of rows, by its path.
+/// Where the rows come from.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum DataSource {
     /// A cache folder.
@@ -53,7 +53,7 @@ impl DataSource {
         }
     }
 
-    /// Size in bytes; 0 if it does not exist.
+    /// Size of the files in bytes, without those that do not exist.
     pub(crate) fn bytes(&self) -> u64 {
         let sizes = self.files().into_iter().filter_map(|path| {
             let metadata = path.metadata().ok()?;
@@ -62,10 +62,10 @@ impl DataSource {
         sizes.sum()
     }
 
-    /// Checks that the cache exists.
+    /// Checks that a cache exists. A file is checked when it is opened.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if it does not.
+    /// [`Exit::Usage`] if the cache does not exist.
     fn check(&self) -> Result<()> {
         match self {
             Self::Cache(dir) if !cache::exists(dir) => bail!(Exit::Usage(format!(
@@ -87,8 +87,8 @@ impl DataSource {
             Self::File(_) => b"file.",
         });
         for path in self.files() {
-            let length = hash_file(&path, hash);
-            let length = length.with_context(|| format!("could not read {}", path.display()))?;
+            let length = hash_file(&path, hash)
+                .with_context(|| format!("could not read {}", path.display()))?;
             hash.update(&length.to_le_bytes());
         }
         Ok(())
@@ -105,13 +105,13 @@ impl DataSource {
     ) -> Result<()> {
         let mut reader = self.open()?;
         let mut chunk = LineChunk::default();
-        let mut is_wanted = true;
-        while is_wanted && reader.next(&mut chunk)? {
+        let mut wants_more = true;
+        while wants_more && reader.next(&mut chunk)? {
             let read = chunk.rows(self, selected, |_, row| {
-                is_wanted = is_wanted && each(row);
+                wants_more = wants_more && each(row);
                 Ok(())
             });
-            read.map_err(|(_, error)| error)?;
+            read.map_err(|failure| failure.error)?;
         }
         Ok(())
     }
@@ -137,7 +137,7 @@ impl DataSource {
             lines,
             number: 0,
             bytes: 0,
-            done: false,
+            at_end: false,
         })
     }
 }
@@ -149,10 +149,10 @@ fn hash_file(path: &Path, hash: &mut blake3::Hasher) -> std::io::Result<u64> {
         file => file?,
     };
     let mut length = 0;
-    let mut buffer = Vec::with_capacity(HASH_BUFFER);
+    let mut buffer = Vec::with_capacity(HASH_BUFFER_BYTES);
     loop {
         buffer.clear();
-        let read = std::io::Read::take(&mut file, HASH_BUFFER as u64);
+        let read = std::io::Read::take(&mut file, HASH_BUFFER_BYTES as u64);
         if std::io::Read::read_to_end(&mut { read }, &mut buffer)? == 0 {
             return Ok(length);
         }
@@ -166,8 +166,10 @@ pub(crate) struct SourceReader {
     lines: LineReader,
     /// Number of lines read.
     number: u64,
+    /// Number of bytes read; for a compressed file, of uncompressed bytes.
     bytes: u64,
-    done: bool,
+    /// True after the last line.
+    at_end: bool,
 }
 
 enum LineReader {
@@ -176,6 +178,12 @@ enum LineReader {
         path: PathBuf,
         lines: Box<dyn BufRead + Send>,
     },
+}
+
+/// An error, and the number of the line at which it occurred.
+pub(crate) struct SourceError {
+    pub line: u64,
+    pub error: anyhow::Error,
 }
 
 /// Consecutive lines of a source.
@@ -189,8 +197,8 @@ struct ChunkLine {
     number: u64,
     /// End of the line in the text of the chunk.
     end: usize,
-    /// Place in the cache; None in a file.
-    place: Option<LineLocation>,
+    /// Location in the cache; None in a file.
+    location: Option<LineLocation>,
 }
 
 impl SourceReader {
@@ -201,7 +209,8 @@ impl SourceReader {
     pub(crate) fn next(&mut self, chunk: &mut LineChunk) -> Result<bool> {
         chunk.text.clear();
         chunk.lines.clear();
-        while !self.done && chunk.text.len() < CHUNK_BYTES && chunk.lines.len() < CHUNK_LINES {
+        while !self.at_end && chunk.text.len() < CHUNK_BYTES && chunk.lines.len() < MAX_CHUNK_LINES
+        {
             self.read_line(chunk)?;
         }
         Ok(!chunk.lines.is_empty())
@@ -209,11 +218,11 @@ impl SourceReader {
 
     fn read_line(&mut self, chunk: &mut LineChunk) -> Result<()> {
         let text = &mut chunk.text;
-        let place = match &mut self.lines {
+        let location = match &mut self.lines {
             LineReader::Cache(lines) => {
                 if !lines.advance().map_err(|error| lines.refuse_scan(error))? {
                     lines.warn_of_torn();
-                    self.done = true;
+                    self.at_end = true;
                     return Ok(());
                 }
                 text.extend_from_slice(lines.line());
@@ -224,7 +233,7 @@ impl SourceReader {
                 let length = lines.read_until(b'\n', text);
                 let length =
                     length.with_context(|| format!("reading `data.source` {}", path.display()))?;
-                self.done = length == 0;
+                self.at_end = length == 0;
                 self.bytes += length as u64;
                 None
             }
@@ -233,7 +242,7 @@ impl SourceReader {
         chunk.lines.push(ChunkLine {
             number: self.number,
             end: chunk.text.len(),
-            place,
+            location,
         });
         Ok(())
     }
@@ -253,21 +262,21 @@ impl LineChunk {
     /// Calls `each` with the number and the row of each line, or the reason to leave it out. Empty lines are skipped.
     ///
     /// # Errors
-    /// The number and the error of the first line that is invalid, or for which `each` fails.
+    /// At the first line that is invalid, or for which `each` fails.
     pub(crate) fn rows(
         &self,
         source: &DataSource,
         (settings, selection): (&config::DataConfig, &Selection),
         mut each: impl FnMut(u64, Result<TrainingRow, Box<SkippedRow>>) -> Result<()>,
-    ) -> Result<(), (u64, anyhow::Error)> {
+    ) -> Result<(), SourceError> {
         let mut start = 0;
         for line in &self.lines {
             let text = &self.text[start..line.end];
             start = line.end;
-            let row = match (source, &line.place) {
-                (DataSource::Cache(dir), Some(place)) => RecordView::from_line(text)
+            let row = match (source, &line.location) {
+                (DataSource::Cache(dir), Some(location)) => RecordView::from_line(text)
                     .map(|record| Some(rows::from_record(record, settings, selection)))
-                    .map_err(|fault| place.refuse(dir, fault)),
+                    .map_err(|fault| location.refuse(dir, fault)),
                 (source, _) => parse_line(text, line.number, settings)
                     .map(|row| row.map(Ok))
                     .map_err(|error| {
@@ -275,12 +284,15 @@ impl LineChunk {
                         Exit::Usage(format!("{place}: {error:#}")).into()
                     }),
             };
-            let done = match row {
+            let result = match row {
                 Ok(Some(row)) => each(line.number, row),
                 Ok(None) => Ok(()),
                 Err(error) => Err(error),
             };
-            done.map_err(|error| (line.number, error))?;
+            result.map_err(|error| SourceError {
+                line: line.number,
+                error,
+            })?;
         }
         Ok(())
     }
@@ -298,10 +310,10 @@ fn parse_line(
     rows::from_line(line, number, settings).map(Some)
 }
 
-/// Called with the number of bytes read and the total; may stop the reading with an error.
+/// Called with the number of bytes read and the total number of bytes. An error stops the reading.
 pub(crate) type OnProgress<'a> = &'a mut (dyn FnMut(u64, u64) -> Result<()> + Send);
 
-/// Hash of a prompt id that decides the side of the split for the answers to the prompt.
+/// Hash of a prompt id. It decides whether the answers to the prompt are for training or for validation.
 pub(crate) fn prompt_hash(prompt_id: &str) -> u32 {
     let [a, b, c, d, ..] = *blake3::hash(prompt_id.as_bytes()).as_bytes();
     u32::from_be_bytes([a, b, c, d])

@@ -11,8 +11,8 @@ fn group(endpoint: &str, model: &str, temperature: f64) -> Group {
     }
 }
 
-fn identity(group: &Group, key: &str, cut_at: u32) -> RecordIdentity {
-    RecordIdentity::new(group.clone(), key, cut_at)
+fn identity(group: &Group, key: &str, cut_at: u32) -> RecordProperties {
+    RecordProperties::new(group.clone(), key, cut_at)
 }
 
 /// A group, the same group under the name of its teacher, and the same group of a mock.

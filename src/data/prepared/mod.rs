@@ -38,15 +38,15 @@ use crate::data::report::DataReport;
 use crate::fs;
 use crate::ops::mapped_file::MappedFile;
 use index::{FileChecksum, INDEX, ORDER, PreparedIndex, VERSION};
-use shard::{ExampleView, Shard, ShardBytes};
+use shard::{ExampleView, PreparedShard, ShardBytes};
 
 /// Number of folders that are kept: the one in use, and the previous one, in case the user reverts a setting.
-const KEPT: usize = 2;
+const KEPT_FOLDERS: usize = 2;
 
 /// Prepared examples, mapped or in memory.
 #[derive(Debug)]
 pub struct Prepared {
-    shards: Vec<Shard>,
+    shards: Vec<PreparedShard>,
     /// Index of the first example of each shard.
     starts: Vec<usize>,
     /// Index of each example in all shards, in the order in which examples are taken.
@@ -59,8 +59,8 @@ pub struct Prepared {
 impl Prepared {
     /// Opens the folder `dir`. Returns None if it does not exist.
     ///
-    /// Verifies the checksums of all files now: examples that turn out damaged in the middle of a training cannot be
-    /// prepared again. This reads every file once, which brings it into the page cache for the first epoch.
+    /// Verifies the checksums of all files now, because damaged examples cannot be prepared again in the middle of a
+    /// training run. This reads every file once, which brings it into the page cache for the first epoch.
     ///
     /// # Errors
     /// If a file is missing or damaged.
@@ -100,10 +100,10 @@ impl Prepared {
     }
 
     fn read(
-        small: &(dyn Fn(&str) -> std::io::Result<Vec<u8>> + Sync),
-        large: &(dyn Fn(&FileChecksum) -> Result<ShardBytes> + Sync),
+        read_file: &(dyn Fn(&str) -> std::io::Result<Vec<u8>> + Sync),
+        open_shard: &(dyn Fn(&FileChecksum) -> Result<ShardBytes> + Sync),
     ) -> Result<Self> {
-        let read = |name| small(name).with_context(|| format!("reading {name}"));
+        let read = |name| read_file(name).with_context(|| format!("reading {name}"));
         let index: PreparedIndex = serde_json::from_slice(&read(INDEX)?).context(INDEX)?;
         ensure!(
             index.version == VERSION,
@@ -115,13 +115,13 @@ impl Prepared {
             "the checksum of {ORDER} does not match"
         );
         let (places, prompt_hashes) = order::read(&order).context(ORDER)?;
-        let shards: Vec<Shard> = index
+        let shards: Vec<PreparedShard> = index
             .shards
             .par_iter()
             .map(|shard| {
                 let name = &shard.file.name;
-                let open = || -> Result<Shard> {
-                    let open = Shard::new(large(&shard.file)?)?;
+                let open = || -> Result<PreparedShard> {
+                    let open = PreparedShard::new(open_shard(&shard.file)?)?;
                     ensure!(
                         open.len() == shard.examples,
                         "it has another number of examples"
@@ -238,7 +238,7 @@ pub fn remove_older(root: &Path, used: &Path) -> Result<()> {
         }
     }
     complete.sort();
-    for (_, path) in complete.iter().rev().skip(KEPT - 1) {
+    for (_, path) in complete.iter().rev().skip(KEPT_FOLDERS - 1) {
         fs::remove_dir_all(path)?;
     }
     Ok(())

@@ -93,7 +93,7 @@ fn value(bytes: &[u8]) -> u32 {
 
 /// A file that `ExampleColumns::write` wrote.
 #[derive(Debug)]
-pub struct Shard {
+pub struct PreparedShard {
     bytes: ShardBytes,
     input_ids_T: ColumnView,
     input_ends_B: ColumnView,
@@ -113,7 +113,7 @@ pub struct Shard {
     key_ends_B: ColumnView,
 }
 
-impl Shard {
+impl PreparedShard {
     /// Reads the header. The data after it is not checked: a checksum covers it.
     ///
     /// # Errors
@@ -175,7 +175,7 @@ impl Shard {
 /// end-of-turn tokens.
 #[derive(Debug, Clone, Copy)]
 pub struct ExampleView<'a> {
-    shard: &'a Shard,
+    shard: &'a PreparedShard,
     index: usize,
 }
 

@@ -1,7 +1,7 @@
-//! Batches, their order, and micro-batches.
+//! Batches, the order of the examples, and micro-batches.
 
 use distill::config::{Config, TrainConfig};
-use distill::data::batch::{Batch, Batches, Cursor, micro_batches};
+use distill::data::batch::{Batch, BatchSampler, Cursor, micro_batches};
 use distill::data::prepared::shard::ExampleView;
 use serde_json::json;
 
@@ -10,7 +10,7 @@ use super::{ask, tokenizer};
 
 #[test]
 fn epochs_take_each_example_once_in_different_orders() {
-    let mut batches = Batches::new(10, 4, 3, Cursor::default()).unwrap();
+    let mut batches = BatchSampler::new(10, 4, 3, Cursor::default()).unwrap();
     let taken: Vec<usize> = (0..5).flat_map(|_| batches.next_step()).collect();
     let (first, second) = taken.split_at(10);
     for epoch in [first, second] {
@@ -19,7 +19,7 @@ fn epochs_take_each_example_once_in_different_orders() {
         assert_eq!(sorted, (0..10).collect::<Vec<_>>());
     }
     assert_ne!(first, second);
-    let other = Batches::new(10, 10, 4, Cursor::default())
+    let other = BatchSampler::new(10, 10, 4, Cursor::default())
         .unwrap()
         .next_step();
     assert_ne!(first, other);
@@ -27,21 +27,21 @@ fn epochs_take_each_example_once_in_different_orders() {
 
 #[test]
 fn resumed_batches_match_uninterrupted_ones() {
-    let run = |batches: &mut Batches, steps: usize| -> Vec<Vec<usize>> {
+    let run = |batches: &mut BatchSampler, steps: usize| -> Vec<Vec<usize>> {
         (0..steps).map(|_| batches.next_step()).collect()
     };
-    let mut whole = Batches::new(7, 3, 5, Cursor::default()).unwrap();
+    let mut whole = BatchSampler::new(7, 3, 5, Cursor::default()).unwrap();
     let expected = run(&mut whole, 12);
     for stop in 0..12 {
-        let mut before = Batches::new(7, 3, 5, Cursor::default()).unwrap();
+        let mut before = BatchSampler::new(7, 3, 5, Cursor::default()).unwrap();
         run(&mut before, stop);
         let saved = serde_json::to_string(&before.cursor()).unwrap();
         let cursor = serde_json::from_str(&saved).unwrap();
-        let mut after = Batches::new(7, 3, 5, cursor).unwrap();
+        let mut after = BatchSampler::new(7, 3, 5, cursor).unwrap();
         assert_eq!(run(&mut after, 12 - stop), expected[stop..]);
     }
-    assert!(Batches::new(7, 3, 5, Cursor { epoch: 0, index: 8 }).is_err());
-    assert!(Batches::new(0, 3, 5, Cursor::default()).is_err());
+    assert!(BatchSampler::new(7, 3, 5, Cursor { epoch: 0, index: 8 }).is_err());
+    assert!(BatchSampler::new(0, 3, 5, Cursor::default()).is_err());
 }
 
 /// Each split of a step has every example once, no micro-batch over the limit, and separate segments.

@@ -1,5 +1,5 @@
-//! A student that is distilled over HTTP from itself must have a zero gradient: any bias of the pipeline (tokens,
-//! template, alignment, loss, precision) would show in it.
+//! A student that is distilled from itself over HTTP must have a zero gradient. A bias anywhere in the pipeline (tokens,
+//! template, alignment, loss, precision) would make it non-zero.
 
 use std::path::Path;
 
@@ -7,8 +7,7 @@ use candle_core::{DType, Tensor};
 use distill::cache::writer::Cache;
 use distill::config::{self, Config};
 use distill::data::batch::Batch;
-use distill::data::dataset::{self, Dataset};
-use distill::data::groups::Selection;
+use distill::data::dataset::Dataset;
 use distill::harvest;
 use distill::model::config::shape::ModelConfig;
 use distill::model::tape::Activations;
@@ -26,35 +25,39 @@ use distill::train::trainable::TrainableModel;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 
+use crate::data::dataset;
 use crate::harvest::quietly;
 use crate::tiny;
 
+/// Maximum number of tokens of a model's input.
 const CONTEXT: usize = 128;
+/// A token for each printable ASCII character and for the line feed, and the control tokens.
+const VOCAB_SIZE: usize = 96 + tiny::CONTROL.len();
 const PROMPTS: usize = 50;
 const SAMPLES: u32 = 2;
-/// Largest gradient of the student's own soft labels, relative to the gradient of cross-entropy.
-const LARGEST: f64 = 1e-5;
-/// The same for a step in bf16 on soft labels in f32: rounding errors are correlated across positions.
-const LARGEST_ROUNDED: f64 = 0.5;
-/// Largest mean of gradients whose expectation is zero, in standard errors.
-const LARGEST_DEVIATION: f64 = 3.0;
+/// Maximum norm of the gradient of the student's own soft labels, relative to the gradient of cross-entropy.
+const MAX_GRADIENT: f64 = 1e-5;
+/// As [`MAX_GRADIENT`], for a step in bf16 with soft labels in f32: rounding errors are correlated across positions.
+const MAX_GRADIENT_BF16: f64 = 0.5;
+/// Maximum mean of gradients whose expectation is zero, in standard errors.
+const MAX_DEVIATION: f64 = 3.0;
 
-/// `config.json` of each architecture, for a vocabulary of this size.
-fn architectures(vocabulary: usize) -> [(&'static str, Value); 5] {
-    let llama = |model_type: &str, more: Value| {
+/// `config.json` of each architecture.
+fn architectures(vocab_size: usize) -> [(&'static str, Value); 5] {
+    let llama = |model_type: &str, other_fields: Value| {
         let mut config = json!({
-            "model_type": model_type, "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48,
+            "model_type": model_type, "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
             "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
             "max_position_embeddings": CONTEXT, "tie_word_embeddings": false,
         });
-        for (name, value) in more.as_object().unwrap() {
+        for (name, value) in other_fields.as_object().unwrap() {
             config[name] = value.clone();
         }
         config
     };
     let gpt2 = json!({
-        "model_type": "gpt2", "vocab_size": vocabulary, "n_embd": 32, "n_layer": 2, "n_head": 4,
+        "model_type": "gpt2", "vocab_size": vocab_size, "n_embd": 32, "n_layer": 2, "n_head": 4,
         "n_positions": CONTEXT, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     });
     [
@@ -88,30 +91,30 @@ fn write_model(dir: &Path, config: &Value) {
     tiny::write_weights(dir, &config.to_file_layout(&weights).unwrap());
 }
 
-/// Makes a head (V x D) that often selects the last token, and rarely the control tokens before it.
+/// Makes an LM head (V x D) that often selects the last token, and rarely the control tokens before it.
 fn with_likely_end(head: &Tensor) -> Tensor {
     let mut rows = head.to_vec2::<f32>().unwrap();
     for value in rows.iter_mut().flatten() {
         *value *= 3.5;
     }
-    let [.., unlikely, also, end] = &mut rows[..] else {
+    let [.., control_a, control_b, end] = &mut rows[..] else {
         unreachable!("control tokens come last")
     };
-    unlikely.fill(0.0);
-    also.fill(0.0);
+    control_a.fill(0.0);
+    control_b.fill(0.0);
     end.iter_mut().for_each(|value| *value *= 2.0);
     Tensor::new(rows, head.device()).unwrap()
 }
 
-/// Harvests answers of the model in `dir` over HTTP.
-async fn harvest_model(dir: &Path, prompts: &Path, run: &Path) -> Config {
+/// Serves the model in `model_dir`, and harvests its answers into `run` over HTTP.
+async fn harvest_model(model_dir: &Path, prompts: &Path, run: &Path) -> Config {
     let options = ServeOptions {
         port: 0,
         model_name: Some("self".into()),
         batch_size: 16,
         ..ServeOptions::default()
     };
-    let server = serve::start(dir, options).unwrap();
+    let server = serve::start(model_dir, options).unwrap();
     let mut config = Config {
         run_dir: run.join("run"),
         ..Config::default()
@@ -127,7 +130,7 @@ async fn harvest_model(dir: &Path, prompts: &Path, run: &Path) -> Config {
     config.sampling.max_tokens = 24;
     config.sampling.seed = Some(2);
     config.limits.concurrency = 16;
-    config.student.path = dir.into();
+    config.student.path = model_dir.into();
     config.data.validation_share = 0.0;
     config.data.keep_finish_reasons = vec!["stop".into(), "length".into()];
     let (_sender, receiver) = unbounded_channel();
@@ -137,10 +140,10 @@ async fn harvest_model(dir: &Path, prompts: &Path, run: &Path) -> Config {
     config
 }
 
-/// Copies a cache without the logprobs of end tokens, which most endpoints leave out.
-fn leave_out_ends(from: &Path, to: &Path) {
-    let cache = Cache::open(to, &config::CacheConfig::default()).unwrap();
-    for record in distill::cache::reader::read(from).unwrap() {
+/// Copies a cache without the logprobs of end tokens, which most endpoints do not report.
+fn copy_without_end_logprobs(source: &Path, target: &Path) {
+    let cache = Cache::open(target, &config::CacheConfig::default()).unwrap();
+    for record in distill::cache::reader::read(source).unwrap() {
         let mut record = record.unwrap();
         let ended = record.answer.finish_reason == "stop";
         if let Some(logprobs) = record.logprobs.as_mut().filter(|_| ended) {
@@ -153,16 +156,16 @@ fn leave_out_ends(from: &Path, to: &Path) {
     }
 }
 
-/// Inputs of the gradients of all examples.
-struct Gradients<'a> {
+/// Inputs from which the gradient of each example is computed.
+struct GradientInputs<'a> {
     student: &'a TrainableModel,
     teacher: Option<&'a Model>,
     data: &'a Dataset,
     end: Option<EndToken>,
 }
 
-impl Gradients<'_> {
-    /// Gradients by example (N x parameters).
+impl GradientInputs<'_> {
+    /// Returns the gradient of each example with respect to all parameters.
     fn compute(&self, term: SoftTerm) -> Vec<Vec<f32>> {
         let weights = LossWeights {
             soft: [term; 2],
@@ -187,7 +190,7 @@ impl Gradients<'_> {
     }
 }
 
-fn soft(divergence: Divergence, weight: f32) -> SoftTerm {
+fn soft_term(divergence: Divergence, weight: f32) -> SoftTerm {
     SoftTerm { divergence, weight }
 }
 
@@ -205,13 +208,13 @@ fn norm(gradients: &[Vec<f32>]) -> f64 {
     dot(&sum, &sum).sqrt()
 }
 
-/// Estimate of the squared norm of the expected gradient, in standard errors. It is the mean of the dot products of
-/// pairs of examples; if the expected gradient is zero, the expectation of each product is zero.
+/// Estimates the squared norm of the expected gradient, in standard errors: the mean dot product of the gradients of two
+/// examples. If the expected gradient is zero, the expected dot product is zero.
 fn deviation(gradients: &[Vec<f32>]) -> f64 {
     let mut sum = 0.0;
     let mut squares = 0.0;
-    for (at, a) in gradients.iter().enumerate() {
-        for b in &gradients[..at] {
+    for (index, a) in gradients.iter().enumerate() {
+        for b in &gradients[..index] {
             let product = dot(a, b);
             sum += product;
             squares += product * product;
@@ -231,22 +234,14 @@ async fn harvest_architecture(config: &Value, dir: &Path, run: &Path) -> Config 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn student_distilled_from_itself_has_zero_gradient() {
-    let vocabulary = 96 + tiny::CONTROL.len();
-    for (name, config) in architectures(vocabulary) {
+    for (name, config) in architectures(VOCAB_SIZE) {
         let dir = tempfile::tempdir().unwrap();
         let run = tempfile::tempdir().unwrap();
         let config = harvest_architecture(&config, dir.path(), run.path()).await;
         let answers = config.own_cache().join("responses.jsonl");
         let answers = std::fs::read_to_string(answers).unwrap();
         let tokenizer = Tokenizer::for_student(&config.student).unwrap();
-        let data = dataset::load(
-            &config.data,
-            &config.run_dir,
-            &Selection::All,
-            &tokenizer,
-            &mut |_, _| Ok(()),
-        )
-        .unwrap();
+        let data = dataset::load(&config, &tokenizer).unwrap();
         let report = &data.report;
         assert!(report.ce_only.is_empty(), "{name}: {report}");
         assert_eq!(report.positions, report.soft_positions, "{name}: {report}");
@@ -254,112 +249,103 @@ async fn student_distilled_from_itself_has_zero_gradient() {
         let ended = answers.lines().filter(has_ended).count();
         assert!(
             ended > PROMPTS / 10,
-            "{name}: {ended} answers end by themselves"
+            "{name}: only {ended} answers have an end token"
         );
         let mut teacher = Model::load(dir.path()).unwrap();
         let (shape, weights) = decoder::load(dir.path()).unwrap();
         let mut student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
-        for (precision, largest) in [
-            (Precision::F32, LARGEST),
-            (Precision::Bf16, LARGEST_ROUNDED),
+        for (precision, max_gradient) in [
+            (Precision::F32, MAX_GRADIENT),
+            (Precision::Bf16, MAX_GRADIENT_BF16),
         ] {
             student.model.set_precision(precision);
             teacher.set_precision(precision);
-            let chain = Gradients {
+            let inputs = GradientInputs {
                 student: &student,
                 teacher: None,
                 data: &data,
                 end: None,
             };
-            let by_answers = chain.compute(soft(Divergence::Tail, 0.0));
-            let scale = norm(&by_answers);
-            let others = [
+            let ce_gradients = inputs.compute(soft_term(Divergence::Tail, 0.0));
+            let scale = norm(&ce_gradients);
+            let other_divergences = [
                 Divergence::Temperature(2.0),
                 Divergence::ReverseKl,
                 Divergence::Jsd(0.5),
                 Divergence::SkewKl(0.1),
                 Divergence::SkewReverseKl(0.1),
             ];
-            let others = others.iter().filter(|_| precision == Precision::F32);
-            for &divergence in [Divergence::Tail].iter().chain(others) {
-                let share = norm(&chain.compute(soft(divergence, 1.0))) / scale;
+            let other_divergences = other_divergences
+                .iter()
+                .filter(|_| precision == Precision::F32);
+            for &divergence in [Divergence::Tail].iter().chain(other_divergences) {
+                let share = norm(&inputs.compute(soft_term(divergence, 1.0))) / scale;
                 assert!(
-                    share < largest,
+                    share < max_gradient,
                     "{name}, {precision:?}, {divergence}: {share:e}"
                 );
             }
-            let mut sampled = vec![("cross-entropy", by_answers)];
+            let mut zero_in_expectation = vec![("cross-entropy", ce_gradients)];
             if precision == Precision::F32 {
                 // At a match, a smaller lambda only scales the gradient.
-                sampled.push((
+                zero_in_expectation.push((
                     "unbiased",
-                    chain.compute(soft(Divergence::Damped(1.0), 1.0)),
+                    inputs.compute(soft_term(Divergence::Damped(1.0), 1.0)),
                 ));
             }
-            for (loss, gradients) in sampled {
+            for (loss, gradients) in zero_in_expectation {
                 let deviation = deviation(&gradients);
                 assert!(
-                    deviation < LARGEST_DEVIATION,
+                    deviation < MAX_DEVIATION,
                     "{name}, {precision:?}, {loss}: {deviation}"
                 );
             }
-            let with_local_teacher = Gradients {
+            let with_local_teacher = GradientInputs {
                 teacher: Some(&teacher),
-                ..chain
+                ..inputs
             };
-            let share = norm(&with_local_teacher.compute(soft(Divergence::Tail, 1.0))) / scale;
-            assert!(share < LARGEST, "{name}, {precision:?}, dense: {share:e}");
+            let share = norm(&with_local_teacher.compute(soft_term(Divergence::Tail, 1.0))) / scale;
+            assert!(
+                share < MAX_GRADIENT,
+                "{name}, {precision:?}, dense: {share:e}"
+            );
         }
     }
 }
 
-/// A trained model with merges: its tokenizer may split an answer differently from how it was generated.
+/// The tokenizer of this trained model has merges, so it may split an answer into other tokens than were generated.
 #[tokio::test(flavor = "multi_thread")]
 async fn trained_model_distilled_from_itself_has_a_tiny_gradient() {
-    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets/reminders");
+    let example_dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets/reminders");
     let run = tempfile::tempdir().unwrap();
-    let dir = shipped.join("teacher");
-    let config = harvest_model(&dir, &shipped.join("prompts.jsonl"), run.path()).await;
+    let dir = example_dir.join("teacher");
+    let config = harvest_model(&dir, &example_dir.join("prompts.jsonl"), run.path()).await;
     let tokenizer = Tokenizer::for_student(&config.student).unwrap();
-    let data = dataset::load(
-        &config.data,
-        &config.run_dir,
-        &Selection::All,
-        &tokenizer,
-        &mut |_, _| Ok(()),
-    )
-    .unwrap();
+    let data = dataset::load(&config, &tokenizer).unwrap();
     let (shape, weights) = decoder::load(&dir).unwrap();
     let student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
-    let chain = Gradients {
+    let inputs = GradientInputs {
         student: &student,
         teacher: None,
         data: &data,
         end: None,
     };
-    let scale = norm(&chain.compute(soft(Divergence::Tail, 0.0)));
-    let share = norm(&chain.compute(soft(Divergence::Tail, 1.0))) / scale;
-    assert!(share < 10.0 * LARGEST, "{share:e}: {}", data.report);
+    let scale = norm(&inputs.compute(soft_term(Divergence::Tail, 0.0)));
+    let share = norm(&inputs.compute(soft_term(Divergence::Tail, 1.0))) / scale;
+    assert!(share < 10.0 * MAX_GRADIENT, "{share:e}: {}", data.report);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn student_distilled_from_itself_without_end_logprobs_has_no_bias() {
-    let [(_, llama), ..] = architectures(96 + tiny::CONTROL.len());
+    let [(_, llama), ..] = architectures(VOCAB_SIZE);
     let dir = tempfile::tempdir().unwrap();
     let run = tempfile::tempdir().unwrap();
     let mut config = harvest_architecture(&llama, dir.path(), run.path()).await;
     let without_ends = run.path().join("without-ends");
-    leave_out_ends(&config.own_cache(), &without_ends);
+    copy_without_end_logprobs(&config.own_cache(), &without_ends);
     config.data.cache = Some(without_ends);
     let tokenizer = Tokenizer::for_student(&config.student).unwrap();
-    let data = dataset::load(
-        &config.data,
-        &config.run_dir,
-        &Selection::All,
-        &tokenizer,
-        &mut |_, _| Ok(()),
-    )
-    .unwrap();
+    let data = dataset::load(&config, &tokenizer).unwrap();
     let report = &data.report;
     assert!(report.misses_ends() && report.ends > 0, "{report}");
     assert_eq!(report.positions - report.soft_positions, report.ends);
@@ -372,15 +358,15 @@ async fn student_distilled_from_itself_without_end_logprobs_has_no_bias() {
     let (shape, weights) = decoder::load(dir.path()).unwrap();
     let student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
     let deviation_of = |divergence, end| {
-        let chain = Gradients {
+        let inputs = GradientInputs {
             student: &student,
             teacher: None,
             data: &data,
             end,
         };
-        deviation(&chain.compute(soft(divergence, 1.0)))
+        deviation(&inputs.compute(soft_term(divergence, 1.0)))
     };
-    // `is_listed` is only a default: these answers show that the end token is not listed.
+    // `is_listed` applies only to answers without `lists_end`; these answers have it.
     let end = tokenizer.end_of_turn().map(|token| EndToken {
         token,
         is_listed: true,
@@ -393,7 +379,7 @@ async fn student_distilled_from_itself_without_end_logprobs_has_no_bias() {
     ] {
         let biased = deviation_of(divergence, None);
         let corrected = deviation_of(divergence, end);
-        assert!(corrected < LARGEST_DEVIATION, "{divergence}: {corrected}");
-        assert!(biased > LARGEST_DEVIATION, "{divergence}: {biased}");
+        assert!(corrected < MAX_DEVIATION, "{divergence}: {corrected}");
+        assert!(biased > MAX_DEVIATION, "{divergence}: {biased}");
     }
 }

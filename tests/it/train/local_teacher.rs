@@ -1,7 +1,6 @@
 //! Local teachers, frozen and co-trained.
 
 use distill::config::{ComputeDtype, KdMode, StudentInit};
-use distill::data::groups::Selection;
 use distill::exit::Exit;
 use distill::model::{Model, ModelInput};
 use distill::train;
@@ -52,14 +51,7 @@ fn reported_kl_equals_the_kl_of_both_models() {
     let [teacher, student] =
         [&config.student.path, &config.student_dir()].map(|dir| Model::load(dir).unwrap());
     let tokenizer = distill::tokenizer::Tokenizer::load(&config.student.path).unwrap();
-    let data = distill::data::dataset::load(
-        &config.data,
-        &config.run_dir,
-        &Selection::All,
-        &tokenizer,
-        &mut |_, _| Ok(()),
-    )
-    .unwrap();
+    let data = crate::data::dataset::load(&config, &tokenizer).unwrap();
     let mut sum = 0.0;
     let mut count = 0;
     for example in data.validation().iter() {
@@ -180,20 +172,20 @@ fn on_policy_training_with_a_local_teacher_lowers_the_divergence() {
     config.train.steps = Some(150);
     config.train.on_policy = true;
     config.on_policy.max_tokens = 8;
-    for (share, kd, most) in [(1.0, KdMode::ReverseKl, 0.85), (0.5, KdMode::Jsd, 0.98)] {
+    for (share, kd, max_ratio) in [(1.0, KdMode::ReverseKl, 0.85), (0.5, KdMode::Jsd, 0.98)] {
         config.on_policy.share = share;
         config.on_policy.kd = kd;
         let summary = train::run(&config, StartMode::Fresh.into()).unwrap();
         let lines = metrics(&config);
         let mean = |lines: &[serde_json::Value]| {
-            let judged = lines
+            let divergences = lines
                 .iter()
                 .map(|line| line["on_policy_kd"].as_f64().unwrap());
-            judged.sum::<f64>() / lines.len() as f64
+            divergences.sum::<f64>() / lines.len() as f64
         };
         let first = mean(&lines[..5]);
         let last = mean(&lines[130..150]);
-        assert!(last < most * first, "{kd:?}: from {first} to {last}");
+        assert!(last < max_ratio * first, "{kd:?}: from {first} to {last}");
         assert_eq!(lines[0]["ce"].is_null(), share == 1.0, "{}", lines[0]);
         assert!(summary.last_loss.is_finite());
     }
