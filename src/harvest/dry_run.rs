@@ -80,7 +80,7 @@ pub(crate) fn run(settings: RunSettings, options: &HarvestOptions) -> Result<Har
     let mut estimate = Estimate::new(&plan, &stats, cached.bytes_per_record());
     if is_batch {
         estimate.minutes = 0.0;
-        estimate.batches = Some(crate::harvest::batch::outlook::estimate_batches(
+        estimate.batches = Some(crate::harvest::batch::estimate::estimate_batches(
             settings, &plan,
         )?);
     }

@@ -66,7 +66,7 @@ use crate::plan::prepare::{
     check_endpoints, check_money, open_cache, prompts, request_templates, unused_answers,
 };
 use crate::plan::run_settings::RunSettings;
-use crate::plan::shard::Shard;
+use crate::plan::shard::RequestShard;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::probe::findings::ProbedEndpoints;
@@ -76,7 +76,7 @@ use crate::report::summary::{self, HarvestSummary};
 use crate::signal::{Signals, StopFlag};
 use crate::terminal::progress::Progress;
 use batch::journal;
-use batch::{BatchOutcome, Batches};
+use batch::{BatchOutcome, BatchRun};
 use dispatch::Dispatcher;
 
 /// Asks the teacher for every answer that the run's cache does not hold.
@@ -226,7 +226,7 @@ async fn harvest(
 /// Inputs shared by real-time and batch mode.
 struct Run<'a> {
     settings: &'a RunSettings,
-    shard: Option<Shard>,
+    shard: Option<RequestShard>,
     quiet: bool,
     cache: &'a Cache,
     /// By teacher; see [`RequestTemplate`](crate::client::request::RequestTemplate).
@@ -261,7 +261,7 @@ impl Run<'_> {
         }
         let transports = &self.transports;
         let clock = self.clock.clone();
-        let batches = Batches::new(
+        let batches = BatchRun::new(
             &at_batch_prices,
             plan,
             self.cache,

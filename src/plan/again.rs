@@ -21,7 +21,7 @@ use crate::exit::Exit;
 use crate::plan::prepare::check_fits;
 use crate::plan::prepare::request_templates;
 use crate::plan::run_settings::RunSettings;
-use crate::plan::shard::Shard;
+use crate::plan::shard::RequestShard;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::prompt::Prompt;
@@ -37,7 +37,7 @@ pub(crate) type RowKeys = HashSet<String>;
 pub(crate) fn select(
     settings: &RunSettings,
     selectors: &[String],
-    shard: Option<Shard>,
+    shard: Option<RequestShard>,
     prompts: &[Prompt],
     unanswered: &Unanswered,
 ) -> Result<RowsToRepeat> {
@@ -338,7 +338,7 @@ impl RowsToRepeat {
 /// Plans the rows of this run that `names` contains, by question half or key.
 fn select_rows(
     settings: &RunSettings,
-    shard: Option<Shard>,
+    shard: Option<RequestShard>,
     prompts: &[Prompt],
     names: &HashSet<String>,
     is_kept: impl Fn(&str) -> bool,

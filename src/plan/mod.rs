@@ -46,7 +46,7 @@ use crate::client::request::RequestTemplate;
 use crate::config;
 use crate::config::{Assignment, PromptOrder};
 use crate::exit::Exit;
-use crate::plan::shard::Shard;
+use crate::plan::shard::RequestShard;
 use crate::prompt::Prompt;
 use crate::rate_limit::cost::RequestCost;
 use crate::terminal::format_count;
@@ -107,7 +107,7 @@ pub struct Plan {
 /// Selection of rows that a plan considers.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PlanScope<'a> {
-    pub shard: Option<Shard>,
+    pub shard: Option<RequestShard>,
     /// Question halves or keys of the rows to consider; `None` for all rows.
     pub only: Option<&'a HashSet<String>>,
 }

@@ -20,7 +20,7 @@ use crate::config::{self, EndpointConfig};
 use crate::exit::Exit;
 use crate::plan::Plan;
 use crate::plan::run_settings::RunSettings;
-use crate::plan::shard::Shard;
+use crate::plan::shard::RequestShard;
 use crate::probe::findings;
 use crate::prompt::{self, Prompt};
 use crate::rate_limit::daily::DailyLimit;
@@ -187,7 +187,7 @@ pub(crate) fn open_cache(
 /// [`Exit::Usage`] if a budget is set and an endpoint has no price.
 pub(crate) fn check_money(
     settings: &RunSettings,
-    shard: Option<Shard>,
+    shard: Option<RequestShard>,
     now: jiff::Timestamp,
 ) -> Result<()> {
     let Some(usd) = settings.budget_usd else {

@@ -35,7 +35,7 @@ pub struct UnansweredRow {
 
 /// A line of the file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Line {
+pub struct UnansweredLine {
     pub key: String,
     pub prompt_id: String,
     pub sample: u32,
@@ -46,7 +46,7 @@ pub struct Line {
     pub at: String,
 }
 
-/// Kind of a [`Line`].
+/// Kind of a [`UnansweredLine`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -60,16 +60,16 @@ pub enum Kind {
     Failed,
 }
 
-impl Line {
+impl UnansweredLine {
     pub fn new(
         plan: &Plan,
         entry: QueuedRow,
         kind: Kind,
         failure: &RowFailure,
         now: jiff::Timestamp,
-    ) -> Line {
+    ) -> UnansweredLine {
         let row = &plan.rows[entry.row];
-        Line {
+        UnansweredLine {
             key: row.key.clone(),
             prompt_id: plan.prompts[row.prompt as usize].id.clone(),
             sample: row.sample,
@@ -104,7 +104,7 @@ impl Unanswered {
         Ok(unanswered)
     }
 
-    fn lines(&self) -> Result<Vec<Line>> {
+    fn lines(&self) -> Result<Vec<UnansweredLine>> {
         if !self.path.exists() {
             return Ok(Vec::new());
         }
@@ -128,7 +128,7 @@ impl Unanswered {
         Ok(lines)
     }
 
-    fn count(&mut self, line: &Line) {
+    fn count(&mut self, line: &UnansweredLine) {
         let known = self.rows.entry(line.key.clone()).or_default();
         match line.kind {
             Kind::PaidAttempt => known.paid += 1,
@@ -182,7 +182,7 @@ impl Unanswered {
     }
 
     /// Appends a line. It survives a kill of this process once this returns.
-    pub fn add(&mut self, line: &Line) -> Result<()> {
+    pub fn add(&mut self, line: &UnansweredLine) -> Result<()> {
         let mut text = serde_json::to_vec(line)?;
         text.push(b'\n');
         crate::fs::append(&self.path, &text)?;
@@ -222,8 +222,8 @@ impl Unanswered {
 mod tests {
     use super::*;
 
-    fn line(key: &str, kind: Kind) -> Line {
-        Line {
+    fn line(key: &str, kind: Kind) -> UnansweredLine {
+        UnansweredLine {
             key: key.into(),
             prompt_id: "p".into(),
             sample: 0,

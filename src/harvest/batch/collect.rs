@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::journal::{PartRow, PartState, RequestFile};
 use super::results::{self, RowResult};
 use super::upstream::batches;
-use super::{BatchStepError, Batches};
+use super::{BatchRun, BatchStepError};
 use crate::budget::dollars::Dollars;
 use crate::cache::record::Timing;
 use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
@@ -92,7 +92,7 @@ pub(super) enum RowOutcome {
     Claimed(RefusalClaim),
 }
 
-impl Batches<'_> {
+impl BatchRun<'_> {
     /// Requests the status of a batch, and collects its results if it has ended.
     pub(super) async fn poll(&mut self, index: usize) -> Result<(), BatchStepError> {
         let (upstream, transport) = self.upstream_of(index)?;

@@ -8,7 +8,7 @@
 //! | file | content |
 //! |---|---|
 //! | `mod` | main loop over the parts of every endpoint |
-//! | `parts`, `outlook` | number of rows that fit into a part; estimate for a dry run |
+//! | `parts`, `estimate` | number of rows that fit into a part; estimate for a dry run |
 //! | `journal`, `recover` | `batches.json` and the rows of each part; resumes the parts of earlier runs |
 //! | `submit` | uploads a part and creates its batch, or finds a batch that was already created |
 //! | `collect`, `download`, `rows`, `results`, `braces` | polls a batch; reads, splits and parses its result files |
@@ -23,9 +23,9 @@ pub(crate) mod braces;
 pub(crate) mod closing;
 pub(crate) mod collect;
 pub(crate) mod download;
+pub(crate) mod estimate;
 pub(crate) mod failed;
 pub(crate) mod journal;
-pub(crate) mod outlook;
 pub(crate) mod parts;
 pub(crate) mod recover;
 pub(crate) mod results;
@@ -73,7 +73,7 @@ const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 const MAX_CANCEL_TIME: Duration = Duration::from_secs(1_200);
 
 /// State of a run in batch mode.
-pub(crate) struct Batches<'a> {
+pub(crate) struct BatchRun<'a> {
     settings: &'a RunSettings,
     plan: Plan,
     cache: &'a Cache,
@@ -136,7 +136,7 @@ impl From<anyhow::Error> for BatchStepError {
     }
 }
 
-impl<'a> Batches<'a> {
+impl<'a> BatchRun<'a> {
     /// `settings` have the prices of batch mode.
     pub(crate) fn new(
         settings: &'a RunSettings,

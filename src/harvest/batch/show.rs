@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::Batches;
+use super::BatchRun;
 use crate::terminal::{format_dollars, sanitise};
 
-impl Batches<'_> {
+impl BatchRun<'_> {
     /// Updates the progress text.
     pub(super) fn show_progress(&mut self) {
         self.run_files

@@ -8,7 +8,7 @@ use crate::harvest::run_files::RunFiles;
 use crate::harvest::upstream::Upstream;
 use crate::harvest::{disk_full, run_error};
 use crate::plan::queue::QueuedRow;
-use crate::plan::unanswered::{Kind, Line};
+use crate::plan::unanswered::{Kind, UnansweredLine};
 use crate::report::summary::HarvestSummary;
 
 /// Result of a dispatcher: the summary, and the parts that another dispatcher can reuse.
@@ -58,7 +58,7 @@ impl Dispatcher<'_> {
             for row in upstream.suspects() {
                 let failure = RowFailure::new("", "");
                 let now = self.clock.now();
-                let line = Line::new(
+                let line = UnansweredLine::new(
                     &self.plan,
                     QueuedRow::fresh(row),
                     Kind::Suspect,

@@ -13,7 +13,7 @@ use crate::harvest::attempt::FinishedAttempt;
 use crate::harvest::run_error;
 use crate::harvest::upstream::RetryDecision;
 use crate::plan::queue::QueuedRow;
-use crate::plan::unanswered::{Kind, Line};
+use crate::plan::unanswered::{Kind, UnansweredLine};
 use crate::rate_limit::send_ticket::SendTicket;
 use crate::report::answer_facts::AnswerFacts;
 use crate::report::failures::FailedRow;
@@ -156,7 +156,7 @@ impl Dispatcher<'_> {
 
     /// Records an attempt that may have been billed. Returns the number of such attempts of the row over all runs.
     fn note_paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
-        let line = Line::new(
+        let line = UnansweredLine::new(
             &self.plan,
             entry,
             Kind::PaidAttempt,
@@ -170,7 +170,7 @@ impl Dispatcher<'_> {
 
     /// Ends a row that a content filter refused.
     fn end_filtered(&mut self, index: usize, entry: QueuedRow, failure: RowFailure) -> Result<()> {
-        let line = Line::new(
+        let line = UnansweredLine::new(
             &self.plan,
             entry,
             Kind::Filtered,

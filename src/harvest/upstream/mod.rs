@@ -73,7 +73,7 @@ pub(crate) struct Upstream {
     /// Send time of the first request, while it has no reply.
     first: Option<Instant>,
     /// Earlier runs received answers from it.
-    is_known: bool,
+    has_earlier_answers: bool,
     /// Some of its rows failed in an earlier run, or were in doubt when it ended.
     has_suspects: bool,
     has_budget: bool,
@@ -138,7 +138,7 @@ impl Upstream {
             in_flight: 0,
             probe: None,
             first: None,
-            is_known: plan.answered[index] > 0,
+            has_earlier_answers: plan.answered[index] > 0,
             has_suspects: plan.suspects[index] > 0,
             has_budget: run.budget_usd.is_some(),
             monitor: AnswerMonitor::from_settings(&settings, run),
@@ -355,7 +355,7 @@ impl Upstream {
             .failure(entry.row, failure.unreachable, self.in_flight + 1, now);
         // This row, the queue, and the rows in flight.
         let remaining = 1 + self.queue.len() + self.in_flight;
-        let is_in_order = self.health.has_succeeded() || self.is_known;
+        let is_in_order = self.health.has_succeeded() || self.has_earlier_answers;
         let is_the_rows = is_in_order && !self.health.has_others(remaining);
         if self.health.is_outage() && !self.health.never_answered() && !is_the_rows {
             // The endpoint is failing: the row keeps its attempts, and one probe at a time is sent.
@@ -433,7 +433,8 @@ impl Upstream {
     /// Stops after repeated identical server errors, or after an outage.
     fn stop_if_endpoint_is_down(&mut self, failure: &RowFailure) {
         // A server that is starting up or overloaded uses other statuses than 500.
-        let is_error = failure.class == "http 500" && !failure.is_bodyless && !self.is_known;
+        let is_error =
+            failure.class == "http 500" && !failure.is_bodyless && !self.has_earlier_answers;
         if is_error && self.health.failed_alike(&failure.message) {
             self.stop(run_error::failed_alike(&failure.message));
         }

@@ -186,7 +186,7 @@ impl Upstream {
         let suspects = self.health.suspect(entry.row);
         let is_key = reason == RefusalReason::Key;
         // A wrong key is far likelier than a row that causes such a reply.
-        if self.is_known || self.has_suspects && !is_key {
+        if self.has_earlier_answers || self.has_suspects && !is_key {
             let remaining = 1 + self.queue.len() + self.in_flight;
             // The last rows may be those that are always refused. An empty account or a wrong key refuses all rows
             // alike. A wrong key fails a row only if the row has caused a claim before.
@@ -194,14 +194,17 @@ impl Upstream {
                 RefusalReason::Credit | RefusalReason::Key => CLAIMING_ROWS - 1,
                 _ => REFUSED_ROWS,
             };
-            if self.is_known && remaining <= max_remaining && (!is_key || entry.claimed > 0) {
+            if self.has_earlier_answers
+                && remaining <= max_remaining
+                && (!is_key || entry.claimed > 0)
+            {
                 entry.failed += 1;
                 return RetryDecision::Failed(entry, failure);
             }
             let enough = match reason {
                 RefusalReason::Key => CLAIMING_ROWS_FOR_A_KEY,
                 RefusalReason::Credit => CLAIMING_ROWS,
-                _ if self.is_known && self.has_suspects => CLAIMING_ROWS_IF_DOUBTFUL,
+                _ if self.has_earlier_answers && self.has_suspects => CLAIMING_ROWS_IF_DOUBTFUL,
                 _ => CLAIMING_ROWS,
             };
             if suspects < enough && suspects < remaining && entry.claimed <= CLAIM_ROUNDS {
@@ -246,7 +249,7 @@ impl Upstream {
         entry.failed += 1;
         // Requests in flight may still be answered. If the cache holds answers, the last rows may be those that are
         // always refused.
-        let is_settled = !self.is_known || self.queue.len() > REFUSED_ROWS;
+        let is_settled = !self.has_earlier_answers || self.queue.len() > REFUSED_ROWS;
         if self.health.refused(&failure.message) && self.in_flight == 0 && is_settled {
             self.stop(run_error::refused_alike(&failure.message));
         }
