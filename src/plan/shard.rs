@@ -1,4 +1,4 @@
-//! `--shard I/N`: a disjoint part of the requests of a config, for harvests on several machines. Pure.
+//! `--shard I/N`: splits the requests of a config into disjoint parts, one per machine. Pure.
 
 use std::fmt;
 use std::str::FromStr;
@@ -35,7 +35,10 @@ impl FromStr for RequestShard {
             Some((index, count)) if (1..=count).contains(&index) => {
                 Ok(RequestShard { index, count })
             }
-            _ => Err("write it as I/N, with I from 1 to N: 2/4 is the second of four parts".into()),
+            _ => Err(
+                "expected I/N with I from 1 to N; for example, 2/4 is the second of four parts"
+                    .into(),
+            ),
         }
     }
 }

@@ -38,7 +38,7 @@ impl FailedRow {
         }
     }
 
-    /// UnansweredLine of `unanswered.jsonl` that records this failure for later runs.
+    /// Builds the line of `unanswered.jsonl` that records this failure for later runs.
     pub fn line(&self, now: jiff::Timestamp) -> UnansweredLine {
         UnansweredLine {
             key: self.key.clone(),
