@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `prepare` | loading and checks before the first request, for runs and dry runs |
 //! | `prefix_order` | order of the prompts for the provider's prompt cache |
+//! | `assignment` | `prompts.teachers = "share"`: the endpoint of each prompt |
 //! | `shard` | `--shard I/N`: a disjoint part of the rows |
 //! | `queue` | rows waiting to be sent, and retries with their earliest time |
 //! | `unanswered` | `unanswered.jsonl`: paid attempts, filtered rows and failures of earlier runs |
@@ -20,6 +21,7 @@
 
 pub mod adopt;
 pub(crate) mod again;
+pub(crate) mod assignment;
 pub(crate) mod estimate;
 pub(crate) mod prefix_order;
 pub(crate) mod prepare;
@@ -231,7 +233,7 @@ impl Plan {
                 let is_assigned = match settings.teachers {
                     Assignment::All => true,
                     Assignment::Share => {
-                        assigned_endpoint(&plan.prompts[prompt].id, &shares) == endpoint
+                        assignment::endpoint_of(&plan.prompts[prompt].id, &shares) == endpoint
                     }
                 };
                 if is_assigned {
@@ -348,23 +350,6 @@ impl Plan {
         let costs = rows.map(|row| self.cost(endpoint, row));
         costs.max_by_key(RequestCost::tokens).unwrap_or_default()
     }
-}
-
-/// Assigns a prompt to an endpoint by a hash of the prompt's id: each endpoint receives a part of the prompts in
-/// proportion to its share. Returns the index of the endpoint.
-fn assigned_endpoint(prompt_id: &str, shares: &[f64]) -> usize {
-    let hash = blake3::hash(prompt_id.as_bytes());
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&hash.as_bytes()[..8]);
-    let total: f64 = shares.iter().sum();
-    let mut point = u64::from_le_bytes(bytes) as f64 / u64::MAX as f64 * total;
-    for (endpoint, share) in shares.iter().enumerate() {
-        point -= share;
-        if point < 0.0 {
-            return endpoint;
-        }
-    }
-    shares.len().saturating_sub(1)
 }
 
 #[cfg(test)]

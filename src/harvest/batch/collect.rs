@@ -18,7 +18,6 @@ use crate::client::batch_object;
 use crate::client::batch_object::BatchObject;
 use crate::client::response::completion::Completion;
 use crate::client::response::error::ApiError;
-use crate::harvest::answer_monitor::MonitorAlert;
 use crate::harvest::attempt::EncodedAnswer;
 use crate::harvest::run_error;
 use crate::plan::PlannedRow;
@@ -455,11 +454,9 @@ impl BatchRun<'_> {
         }
         let upstream = &mut self.upstreams[upstream];
         upstream.has_answered = true;
-        for alert in upstream.monitor.check(&answered.facts) {
-            match alert {
-                MonitorAlert::Note(text) => self.summary.warn(text),
-                MonitorAlert::Stop(error) => upstream.stop(error),
-            }
+        let facts = &answered.facts;
+        if let Some(error) = upstream.monitor.check_and_warn(facts, &mut self.summary) {
+            upstream.stop(error);
         }
         Ok(())
     }

@@ -68,7 +68,7 @@ impl Dispatcher<'_> {
                 let unanswered = &mut self.run_files.unanswered;
                 if unanswered
                     .get(&line.key)
-                    .is_none_or(|known| !known.is_suspect)
+                    .is_none_or(|history| !history.is_suspect)
                 {
                     unanswered.add(&line)?;
                 }
@@ -76,8 +76,8 @@ impl Dispatcher<'_> {
             let label = upstream.settings.teacher.label();
             let failed = self.summary.failed_rows.iter();
             for row in failed.filter(|row| upstream.has_succeeded() && row.teacher == label) {
-                let known = self.run_files.unanswered.get(&row.key);
-                if known.is_none_or(|known| known.failed_as != row.class) {
+                let history = self.run_files.unanswered.get(&row.key);
+                if history.is_none_or(|history| history.failed_as != row.class) {
                     self.run_files.unanswered.add(&row.line(self.clock.now()))?;
                 }
             }
