@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::plan::shard::Shard;
+use crate::plan::shard::RequestShard;
 
 /// Exit statuses in the help; see [`crate::exit::Exit`].
 const EXIT_STATUS: &str = "\
@@ -111,7 +111,7 @@ pub struct HarvestArgs {
     /// Request only the I-th of N disjoint parts; each part needs its own machine or run_dir, and
     /// `distill cache merge` joins them
     #[arg(long, value_name = "I/N")]
-    pub shard: Option<Shard>,
+    pub shard: Option<RequestShard>,
 }
 
 #[derive(Debug, Clone, Args)]

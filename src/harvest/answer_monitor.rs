@@ -1,9 +1,9 @@
-//! Detects unusable answers after about twenty of them. Pure.
+//! Detects answers that training cannot use. Pure.
 //!
-//! An endpoint can answer every request with status 200 and still send nothing of use: no logprobs, no text, another
-//! model, the same text every time. The user gets a note, and consecutive unusable answers stop the run.
+//! An endpoint can answer every request with status 200 and send no logprobs, no text, answers of another model, or the
+//! same text every time. The user gets a note, usually after [`NOTE_AFTER`] such answers in a row, and consecutive
+//! unusable answers stop the endpoint.
 
-use crate::report::answer_facts::AnswerFacts;
 use std::collections::{HashMap, HashSet};
 
 use crate::cache::record::Status;
@@ -11,11 +11,13 @@ use crate::config;
 use crate::config::OnMissingLogprobs;
 use crate::harvest::run_error;
 use crate::plan::run_settings::RunSettings;
+use crate::report::answer_facts::AnswerFacts;
+use crate::report::summary::HarvestSummary;
 
 /// Number of consecutive answers with the same fault after which a note is shown.
 const NOTE_AFTER: u32 = 20;
 
-/// Number of consecutive unusable answers after which the run stops.
+/// Number of consecutive unusable answers after which the endpoint stops.
 const STOP_AFTER: u32 = 30;
 
 /// Number of prompts with several answers that are compared.
@@ -32,9 +34,9 @@ const MAX_MODEL_NOTES: usize = 5;
 
 /// Result of checking one answer.
 #[derive(Debug)]
-pub(crate) enum MonitorAlert {
+enum MonitorAlert {
     Note(String),
-    /// The answers are unusable: the run stops.
+    /// The answers are unusable: the endpoint stops.
     Stop(anyhow::Error),
 }
 
@@ -44,16 +46,16 @@ pub(crate) struct AnswerMonitor {
     settings: config::EndpointConfig,
     on_missing: OnMissingLogprobs,
     has_budget: bool,
-    /// Note about tokens given by id; None once it is shown.
-    token_ids: Option<String>,
+    /// Note about logprobs whose tokens are given by id; None if it has been shown or is not needed.
+    token_ids_note: Option<String>,
     without_logprobs: u32,
     unusable: u32,
     cut_off: u32,
     without_usage: u32,
-    /// Hash of the last text, number of consecutive different prompts that it answered, and the last prompt.
+    /// Hash of the last text, number of consecutive different prompts with this text as the answer, and the last prompt.
     repeated_text: (u64, u32, Option<u64>),
     models: HashSet<String>,
-    /// By prompt: hash of the first text and number of equal answers. None once a note is shown, or a text differs.
+    /// Hash of the first text and number of equal answers, by prompt. None after the note, or after a text that differs.
     samples: Option<HashMap<u64, (u64, u32)>>,
     is_over_max_tokens_noted: bool,
 }
@@ -66,7 +68,7 @@ impl AnswerMonitor {
         let has_budget = run.budget_usd.is_some();
         let mut monitor = AnswerMonitor::new(settings, run.on_missing_logprobs, has_budget);
         if run.has_teacher_tokenizer {
-            monitor.token_ids = None;
+            monitor.token_ids_note = None;
         }
         monitor
     }
@@ -82,7 +84,7 @@ impl AnswerMonitor {
             settings: settings.clone(),
             on_missing,
             has_budget,
-            token_ids: Some(
+            token_ids_note: Some(
                 "the tokens of the logprobs are ids (`token_id:N`): `distill train` needs \
                  `data.teacher_tokenizer` for them"
                     .into(),
@@ -98,8 +100,27 @@ impl AnswerMonitor {
         }
     }
 
-    /// Checks one more answer. Returns the alerts to show now.
-    pub(crate) fn check(&mut self, facts: &AnswerFacts) -> Vec<MonitorAlert> {
+    /// Checks one more answer and adds notes to the warnings of the summary. Returns the error that stops the endpoint if
+    /// its answers are unusable.
+    pub(crate) fn check_and_warn(
+        &mut self,
+        facts: &AnswerFacts,
+        summary: &mut HarvestSummary,
+    ) -> Option<anyhow::Error> {
+        let mut stop = None;
+        for alert in self.check(facts) {
+            match alert {
+                MonitorAlert::Note(text) => summary.warn(text),
+                MonitorAlert::Stop(error) => {
+                    stop.get_or_insert(error);
+                }
+            }
+        }
+        stop
+    }
+
+    /// Checks one more answer. Returns the alerts that it raises.
+    fn check(&mut self, facts: &AnswerFacts) -> Vec<MonitorAlert> {
         let alerts = [
             self.over_max_tokens(facts),
             self.usage(facts),
@@ -188,22 +209,22 @@ impl AnswerMonitor {
                 MonitorAlert::Stop(run_error::without_logprobs(NOTE_AFTER, why, top_logprobs))
             }
             OnMissingLogprobs::Warn => MonitorAlert::Note(format!(
-                "{NOTE_AFTER} answers in a row have no usable logprobs ({why}): they are trained with \
-                 cross-entropy alone"
+                "{NOTE_AFTER} answers in a row have no usable logprobs ({why}): training uses \
+                 cross-entropy alone for them"
             )),
         })
     }
 
     fn token_ids(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
-        let note = self.token_ids.take_if(|_| facts.has_token_ids);
+        let note = self.token_ids_note.take_if(|_| facts.has_token_ids);
         note.map(MonitorAlert::Note)
     }
 
     fn cut_off(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         (count_in_a_row(&mut self.cut_off, facts.is_cut_off) == NOTE_AFTER).then(|| {
             MonitorAlert::Note(format!(
-                "{NOTE_AFTER} answers in a row were cut off at {} tokens: raise `sampling.max_tokens`, which \
-                 asks again only for answers that were cut off",
+                "{NOTE_AFTER} answers in a row were cut off at {} tokens: raise `sampling.max_tokens`; the \
+                 next run then requests only these answers again",
                 facts.max_tokens
             ))
         })
@@ -240,8 +261,8 @@ impl AnswerMonitor {
             return None;
         }
         *count += 1;
-        let several = samples.values().filter(|(_, count)| *count > 1).count();
-        if several < COMPARED_PROMPTS {
+        let compared = samples.values().filter(|(_, count)| *count > 1).count();
+        if compared < COMPARED_PROMPTS {
             // With one sample per prompt there is nothing to compare: bound the memory.
             if samples.len() > 100 * COMPARED_PROMPTS {
                 self.samples = None;
@@ -306,10 +327,10 @@ mod tests {
         mut monitor: AnswerMonitor,
         facts: impl Fn(u32) -> AnswerFacts,
     ) -> Vec<(u32, String)> {
-        let mut alerts_of = Vec::new();
+        let mut alerts = Vec::new();
         for number in 1..=100 {
             for alert in monitor.check(&facts(number)) {
-                alerts_of.push((
+                alerts.push((
                     number,
                     match alert {
                         MonitorAlert::Note(text) => text,
@@ -318,13 +339,13 @@ mod tests {
                 ));
             }
         }
-        alerts_of
+        alerts
     }
 
     #[track_caller]
-    fn check(alerts_of: Vec<(u32, String)>, expected: &[(u32, &str)]) {
-        assert_eq!(alerts_of.len(), expected.len(), "{alerts_of:?}");
-        for ((number, text), (expected, part)) in alerts_of.iter().zip(expected) {
+    fn check(alerts: Vec<(u32, String)>, expected: &[(u32, &str)]) {
+        assert_eq!(alerts.len(), expected.len(), "{alerts:?}");
+        for ((number, text), (expected, part)) in alerts.iter().zip(expected) {
             assert_eq!(number, expected, "{text}");
             assert!(text.contains(part), "{part} is not in: {text}");
         }
@@ -386,8 +407,8 @@ mod tests {
             text: (0, 0),
             ..good(number)
         };
-        let alerts_of = alerts_of(monitor(OnMissingLogprobs::Stop), empty);
-        check(alerts_of, &[(20, "empty: stop"), (30, "stop: 30 answers")]);
+        let alerts = alerts_of(monitor(OnMissingLogprobs::Stop), empty);
+        check(alerts, &[(20, "empty: stop"), (30, "stop: 30 answers")]);
     }
 
     #[test]

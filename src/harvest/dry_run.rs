@@ -80,7 +80,7 @@ pub(crate) fn run(settings: RunSettings, options: &HarvestOptions) -> Result<Har
     let mut estimate = Estimate::new(&plan, &stats, cached.bytes_per_record());
     if is_batch {
         estimate.minutes = 0.0;
-        estimate.batches = Some(crate::harvest::batch::outlook::estimate_batches(
+        estimate.batches = Some(crate::harvest::batch::estimate::estimate_batches(
             settings, &plan,
         )?);
     }
@@ -116,16 +116,16 @@ fn add_budget_warnings<S: LedgerStore>(
         .as_ref()
         .and_then(|estimate| estimate.cost_usd);
     let remaining = account.remaining();
-    let left = format_dollars(remaining.usd());
+    let remaining_text = format_dollars(remaining.usd());
     if let Some(least) = cheapest(plan, account).filter(|least| *least > remaining) {
         summary.warnings.push(format!(
-            "{left} of the budget remain, but a request reserves {}: nothing would be sent; \
+            "{remaining_text} of the budget remain, but a request reserves {}: nothing would be sent; \
              raise `budget.usd`",
             format_dollars(least.usd())
         ));
     } else if let Some((_, most)) = most.filter(|(_, most)| *most > remaining.usd()) {
         summary.warnings.push(format!(
-            "{left} of the budget remain, but the rest may cost {}: the run may stop early",
+            "{remaining_text} of the budget remain, but the pending rows may cost {}: the run may stop early",
             format_dollars(most)
         ));
     }

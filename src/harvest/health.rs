@@ -5,22 +5,23 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Consecutive refusals with the same message, before any success, after which a parameter is wrong.
+/// Number of consecutive refusals with the same message, before any success, after which the settings are assumed to be
+/// wrong.
 const SAME_REFUSALS: u32 = 5;
 
-/// Maximum doublings of [`SAME_REFUSALS`] for refusals between answers.
+/// Maximum number of times that [`SAME_REFUSALS`] is doubled for refusals between answers.
 const MAX_DOUBLINGS: u32 = 5;
 
-/// Consecutive server errors with the same message, before any success, after which the run stops.
+/// Number of consecutive server errors with the same message, before any success, after which the endpoint stops.
 const SAME_ERRORS: u32 = 6;
 
-/// Number of rows that must fail for an outage.
+/// Minimum number of failing rows in an outage.
 const OUTAGE_ROWS: usize = 3;
 
-/// Number of consecutive failures for an outage.
+/// Minimum number of consecutive failures in an outage.
 const OUTAGE_FAILURES: usize = 4;
 
-/// Longest requested wait that is not counted as an outage: a daily limit may require as much.
+/// Maximum total of requested waits that do not count as an outage: a daily limit may require a day.
 const MAX_EXCLUDED_WAIT: Duration = Duration::from_secs(86_400);
 
 /// Recent successes and failures of an endpoint.
@@ -28,29 +29,29 @@ const MAX_EXCLUDED_WAIT: Duration = Duration::from_secs(86_400);
 pub(crate) struct EndpointHealth {
     /// Time of the last success; initially the start of the run.
     last_success: Instant,
-    /// Part of the time since then that the endpoint asked to wait.
+    /// Time since the last success during which the endpoint asked the run to wait.
     excluded: Duration,
     /// A request has succeeded.
-    succeeded: bool,
-    /// The endpoint has sent any reply.
-    answered: bool,
+    has_succeeded: bool,
+    /// The endpoint has sent a reply of any kind.
+    has_replied: bool,
     /// A row has failed as in an earlier run, where other rows were answered.
     has_failed_as_before: bool,
     /// Time of the first failure since the last success.
     failing_since: Option<Instant>,
-    /// Rows that have failed since then.
+    /// Rows that have failed since `failing_since`.
     failing: HashSet<usize>,
-    /// Number of these rows that were given up.
+    /// Number of rows in `failing` that were given up.
     given_up: usize,
-    /// Attempts that have failed since then.
+    /// Number of attempts that have failed since `failing_since`.
     failures: usize,
-    /// Largest number of requests in flight since then.
+    /// Largest number of requests in flight since `failing_since`.
     in_flight: usize,
-    /// Failures since an outage began.
+    /// Number of failures since an outage began.
     probes: u32,
-    /// Message of the last refusal, and how often in a row it came.
+    /// Message of the last refusal, and its number of consecutive occurrences.
     refusal: (String, u32),
-    /// Message of the last server error, and how often in a row it came.
+    /// Message of the last server error, and its number of consecutive occurrences.
     error: (String, u32),
     /// Rounds of throttled requests since the last answer.
     throttled: Rounds,
@@ -62,16 +63,16 @@ pub(crate) struct EndpointHealth {
     forbidden: HashSet<usize>,
     /// Rows that caused a claim since the last answer.
     suspects: HashSet<usize>,
-    /// Time of the first of these refusals.
+    /// Time of the first claim or forbidden row since the last answer.
     doubted_since: Option<Instant>,
-    /// Number of times that the answer to a later request contradicted such a refusal.
+    /// Number of times that an answer to a request sent after `doubted_since` contradicted the refusals.
     contradicted: u32,
-    /// Number of failures and refusals.
+    /// Number of failures, refusals, and claims before the first answer.
     setbacks: u32,
 }
 
-/// Counts rounds of refusals. All requests in flight may be refused together: a request sent before the last round
-/// was counted belongs to that round.
+/// Counts rounds of refusals. All requests in flight may be refused together, so a refusal of a request that was sent
+/// before the current round began belongs to that round.
 #[derive(Debug, Default)]
 struct Rounds {
     count: u32,
@@ -94,8 +95,8 @@ impl EndpointHealth {
         Self {
             last_success: now,
             excluded: Duration::ZERO,
-            succeeded: false,
-            answered: false,
+            has_succeeded: false,
+            has_replied: false,
             has_failed_as_before: false,
             failing_since: None,
             failing: HashSet::new(),
@@ -116,13 +117,13 @@ impl EndpointHealth {
         }
     }
 
-    /// Records an answer to a request sent at `sent_at`. A request sent before the failures began may have been in
-    /// flight for minutes, so its answer does not reset them.
+    /// Records an answer to a request sent at `sent_at`. The answer resets the failures, unless the request was sent before
+    /// the first of them: it may have been in flight for minutes.
     pub(crate) fn success(&mut self, sent_at: Instant, now: Instant) {
         self.last_success = now;
         self.excluded = Duration::ZERO;
-        self.succeeded = true;
-        self.answered = true;
+        self.has_succeeded = true;
+        self.has_replied = true;
         let doubted = self.doubted_since.take();
         self.contradicted += u32::from(doubted.is_some_and(|since| sent_at >= since));
         self.forbidden.clear();
@@ -145,7 +146,7 @@ impl EndpointHealth {
 
     /// Returns true if a request of this run has succeeded.
     pub(crate) fn has_succeeded(&self) -> bool {
-        self.succeeded
+        self.has_succeeded
     }
 
     /// Records a transient failure of `row`, with `in_flight` requests in flight.
@@ -158,7 +159,7 @@ impl EndpointHealth {
     ) {
         self.setbacks += 1;
         self.failing_since.get_or_insert(now);
-        self.answered |= !unreachable;
+        self.has_replied |= !unreachable;
         self.failing.insert(row);
         self.failures += 1;
         self.in_flight = self.in_flight.max(in_flight);
@@ -172,14 +173,14 @@ impl EndpointHealth {
 
     /// Returns the rows that caused a claim since the last answer, and all failing rows if nothing has succeeded.
     pub(crate) fn suspects(&self) -> impl Iterator<Item = usize> {
-        let failing = self.failing.iter().filter(|_| !self.succeeded);
+        let failing = self.failing.iter().filter(|_| !self.has_succeeded);
         failing.chain(&self.suspects).copied()
     }
 
     /// Returns true if the last requests failed and their rows may be the cause.
     pub(crate) fn is_in_doubt(&self) -> bool {
         let has_suspects = self.forbidden.len() > 1 || !self.suspects.is_empty();
-        !self.succeeded && self.setbacks > 0 || has_suspects || self.is_outage()
+        !self.has_succeeded && self.setbacks > 0 || has_suspects || self.is_outage()
     }
 
     /// Returns true if enough consecutive rows were forbidden. The number doubles each time that an answer
@@ -196,27 +197,27 @@ impl EndpointHealth {
 
     /// Records that a row failed as in an earlier run, where other rows were answered.
     pub(crate) fn failed_as_before(&mut self) {
-        self.answered = true;
+        self.has_replied = true;
         self.has_failed_as_before = true;
     }
 
     /// Returns true once several requests may be in flight: one has succeeded, or a row has failed as in an earlier
     /// run where other rows were answered.
     pub(crate) fn is_proven(&self) -> bool {
-        self.succeeded || self.has_failed_as_before
+        self.has_succeeded || self.has_failed_as_before
     }
 
     /// Records a claim before the first answer. Returns the number of rows with a claim.
-    pub(crate) fn suspect(&mut self, row: usize) -> usize {
-        self.answered = true;
+    pub(crate) fn claimed_before_answer(&mut self, row: usize) -> usize {
+        self.has_replied = true;
         self.setbacks += 1;
         self.suspects.insert(row);
         self.suspects.len()
     }
 
-    /// Time of the last success.
+    /// Returns the time of the last success; None before the first one.
     pub(crate) fn last_success(&self) -> Option<Instant> {
-        self.succeeded.then_some(self.last_success)
+        self.has_succeeded.then_some(self.last_success)
     }
 
     /// Records that a row has ended without an answer.
@@ -231,7 +232,7 @@ impl EndpointHealth {
 
     /// Records a throttled request. Returns the number of rounds since the last answer.
     pub(crate) fn throttled(&mut self, sent_at: Instant, now: Instant) -> u32 {
-        self.answered = true;
+        self.has_replied = true;
         self.throttled.add(sent_at, now)
     }
 
@@ -242,7 +243,7 @@ impl EndpointHealth {
 
     /// Records a claim that no request can succeed. Returns the number of rounds since the last answer.
     pub(crate) fn claimed(&mut self, row: usize, sent_at: Instant, now: Instant) -> u32 {
-        self.answered = true;
+        self.has_replied = true;
         self.doubted_since.get_or_insert(now);
         self.suspects.insert(row);
         self.claims.add(sent_at, now)
@@ -257,22 +258,22 @@ impl EndpointHealth {
 
     /// Records a refusal. Returns true if the first [`SAME_REFUSALS`] requests were refused with the same message.
     pub(crate) fn refused(&mut self, message: &str) -> bool {
-        self.answered = true;
+        self.has_replied = true;
         self.setbacks += 1;
-        count_repeats(&mut self.refusal, message) >= SAME_REFUSALS && !self.succeeded
+        count_repeats(&mut self.refusal, message) >= SAME_REFUSALS && !self.has_succeeded
     }
 
     /// Records a server error. Returns true if the first [`SAME_ERRORS`] errors had the same message.
     pub(crate) fn failed_alike(&mut self, message: &str) -> bool {
-        count_repeats(&mut self.error, message) >= SAME_ERRORS && !self.succeeded
+        count_repeats(&mut self.error, message) >= SAME_ERRORS && !self.has_succeeded
     }
 
-    /// Returns true if no reply has ever arrived from this address.
-    pub(crate) fn never_answered(&self) -> bool {
-        !self.answered
+    /// Returns true if no reply has arrived from this address in this run.
+    pub(crate) fn never_replied(&self) -> bool {
+        !self.has_replied
     }
 
-    /// Returns true during an outage: several rows have failed without a success in between, and as many attempts as
+    /// Returns true during an outage: since the last success, several rows have failed, and at least as many attempts as
     /// were in flight.
     pub(crate) fn is_outage(&self) -> bool {
         self.failing.len() >= OUTAGE_ROWS && self.failures >= self.in_flight.max(OUTAGE_FAILURES)
@@ -328,7 +329,7 @@ mod tests {
         assert!(!health.is_outage());
         health.failure(1, true, 2, Instant::now());
         health.failure(2, true, 2, Instant::now());
-        assert!(health.is_outage() && !health.never_answered());
+        assert!(health.is_outage() && !health.never_replied());
         assert_eq!(health.probes(), 1);
         let later = now + Duration::from_secs(9);
         assert_eq!(health.time_without_success(later), Duration::from_secs(9));
@@ -346,7 +347,7 @@ mod tests {
             health.failure(0, false, 1, Instant::now());
         }
         assert!(health.may_be_the_endpoint(6, 2));
-        assert!(!health.may_be_the_endpoint(6, 1), "no other row is left");
+        assert!(!health.may_be_the_endpoint(6, 1), "all rows have failed");
         health.success(Instant::now(), Instant::now());
         health.failure(0, false, 1, Instant::now());
         assert!(!health.may_be_the_endpoint(7, 2), "another row succeeded");

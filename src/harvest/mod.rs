@@ -20,9 +20,9 @@
 //! | `disk_full` | answers held in memory while the disk is full |
 //! | `window`, `run_error` | time window and deadline; errors that end a run |
 //!
-//! Invariants: one task decides (`dispatch` or `batch`), attempts share nothing but the plan. The budget is
-//! reserved on disk before a request leaves, so the cap holds after a kill. A recorded answer is never
-//! bought again. This module knows nothing of tensors.
+//! Invariants: one task (`dispatch` or `batch`) makes all decisions; attempts share only the plan. The budget is
+//! reserved on disk before a request is sent, so its limit holds after a kill. The request of a recorded answer
+//! is not sent again, except with `--again`. This module does not use tensors.
 //!
 //! The layers below have their own modules: `plan`, `client`, `budget`, `rate_limit`, `probe` and `report`.
 
@@ -66,7 +66,7 @@ use crate::plan::prepare::{
     check_endpoints, check_money, open_cache, prompts, request_templates, unused_answers,
 };
 use crate::plan::run_settings::RunSettings;
-use crate::plan::shard::Shard;
+use crate::plan::shard::RequestShard;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::probe::findings::ProbedEndpoints;
@@ -76,10 +76,10 @@ use crate::report::summary::{self, HarvestSummary};
 use crate::signal::{Signals, StopFlag};
 use crate::terminal::progress::Progress;
 use batch::journal;
-use batch::{BatchOutcome, Batches};
+use batch::{BatchOutcome, BatchRun};
 use dispatch::Dispatcher;
 
-/// Asks the teacher for every answer that the run's cache does not hold.
+/// Requests every answer that the cache of the run folder does not hold.
 ///
 /// Once the first request is sent, failures are reported in the summary's `error`; see
 /// [`HarvestSummary::into_result`].
@@ -120,15 +120,15 @@ pub async fn run_until(
 
 /// Caps the concurrency to the number of connections that this process may open.
 fn cap_concurrency(settings: &mut RunSettings) {
-    let wanted = settings.concurrency();
-    let Some(most) = process::max_connections().filter(|most| *most < wanted) else {
+    let concurrency = settings.concurrency();
+    let Some(max_connections) = process::max_connections().filter(|max| *max < concurrency) else {
         return;
     };
     tracing::warn!(
-        "`limits.concurrency` = {wanted} needs as many connections, but this process may open only {most}: \
-         at most {most} requests are in flight; raise `ulimit -n` for more"
+        "`limits.concurrency` = {concurrency} needs as many connections, but this process may open only \
+         {max_connections}: at most {max_connections} requests are in flight; raise `ulimit -n` for more"
     );
-    settings.limit_concurrency(most);
+    settings.limit_concurrency(max_connections);
 }
 
 /// Network, clock and disk of a run; tests replace them with simulated ones.
@@ -226,14 +226,14 @@ async fn harvest(
 /// Inputs shared by real-time and batch mode.
 struct Run<'a> {
     settings: &'a RunSettings,
-    shard: Option<Shard>,
+    shard: Option<RequestShard>,
     quiet: bool,
     cache: &'a Cache,
-    /// By teacher; see [`RequestTemplate`](crate::client::request::RequestTemplate).
+    /// Hashes of the probe findings, by teacher.
     probes: Vec<String>,
     transports: Vec<Arc<dyn Transport>>,
     unanswered: Unanswered,
-    /// Rows selected by `--again`; if set, no other row is asked.
+    /// Rows selected by `--again`; if set, only these rows are requested.
     again: Option<again::RowKeys>,
     /// Stops long steps that run before the first request.
     stop: StopFlag,
@@ -257,11 +257,11 @@ impl Run<'_> {
         for upstream in 0..plan.rows_by_endpoint.len() {
             run_files.check_largest(&plan, upstream)?;
             // Rows that the batches leave over are sent in real time: check their limits before the batches run.
-            self.shared(&plan, upstream, &Arc::default()).await?;
+            self.shared_limits(&plan, upstream, &Arc::default()).await?;
         }
         let transports = &self.transports;
         let clock = self.clock.clone();
-        let batches = Batches::new(
+        let batches = BatchRun::new(
             &at_batch_prices,
             plan,
             self.cache,
@@ -270,28 +270,30 @@ impl Run<'_> {
             clock,
             self.quiet,
         )?;
-        let rest = match batches.run(&mut signals).await? {
+        let remaining = match batches.run(&mut signals).await? {
             BatchOutcome::Finished(summary) => return Ok(*summary),
-            BatchOutcome::Rest(rest) => *rest,
+            BatchOutcome::Remaining(remaining) => *remaining,
         };
         // The deadline applied to the batches only.
         let mut settings = self.settings.clone();
         settings.schedule.deadline = None;
         let max_attempts = settings.retry.max_attempts;
-        let plan = self.plan(&settings, rest.prompts, |key| {
-            if rest.not_to_ask.contains(key) {
+        let plan = self.plan(&settings, remaining.prompts, |key| {
+            if remaining.excluded_keys.contains(key) {
                 return Ok(RowStatus::Answered);
             }
-            let unanswered = &rest.run_files.unanswered;
+            let unanswered = &remaining.run_files.unanswered;
             Ok(unanswered.row_status(key, self.cache.contains(key), max_attempts))
         })?;
-        let dispatcher = self.dispatcher(&settings, plan, rest.run_files).await?;
-        let dispatcher = dispatcher.after(rest.summary, rest.started);
+        let dispatcher = self
+            .dispatcher(&settings, plan, remaining.run_files)
+            .await?;
+        let dispatcher = dispatcher.after(remaining.summary, remaining.started);
         let mut summary = dispatcher.run(signals).await?;
-        if rest.under_way > 0 && summary.error.is_none() {
+        if remaining.uncancelled_batches > 0 && summary.error.is_none() {
             let message = format!(
                 "{} batches are still being cancelled: rerun the command to collect them",
-                rest.under_way
+                remaining.uncancelled_batches
             );
             summary.error = Some(Exit::Resumable(message).into());
             crate::report::write(&mut summary, &settings.run_dir)?;
@@ -327,8 +329,8 @@ impl Run<'_> {
         }
         if self.again.is_none() {
             let dir = &settings.cache_dir;
-            let known = self.cache.len();
-            let unused = unused_answers(dir, &plan, known, &self.stop)?;
+            let cached_keys = self.cache.len();
+            let unused = unused_answers(dir, &plan, cached_keys, &self.stop)?;
             if let Some(advice) = unused.advice(&settings.arguments) {
                 tracing::warn!("{advice}");
             }
@@ -365,7 +367,7 @@ impl Run<'_> {
         for (index, transport) in self.transports.iter().enumerate() {
             run_files.check_largest(&plan, index)?;
             let day = run_files.daily_limit(&plan.templates[index].endpoint);
-            let shared = self.shared(&plan, index, &wake).await?;
+            let shared = self.shared_limits(&plan, index, &wake).await?;
             let transport = Arc::clone(transport);
             let upstream = Upstream::new(&plan, index, transport, day, shared, settings)?;
             upstreams.push(upstream);
@@ -380,7 +382,7 @@ impl Run<'_> {
     }
 
     /// Connects to the limits that an upstream shares with other processes. None if it has no rows.
-    async fn shared(
+    async fn shared_limits(
         &self,
         plan: &Plan,
         upstream: usize,
@@ -389,13 +391,13 @@ impl Run<'_> {
         if plan.rows_by_endpoint[upstream].is_empty() {
             return Ok(None);
         }
-        let patience = self.settings.retry.max_outage;
+        let max_outage = self.settings.retry.max_outage;
         let settings = &plan.templates[upstream].endpoint;
-        SharedLimits::connect(settings, plan.largest(upstream), patience, wake).await
+        SharedLimits::connect(settings, plan.largest(upstream), max_outage, wake).await
     }
 }
 
-/// Sends about twenty cheap requests to each endpoint of the config and saves the findings in the run folder.
+/// Sends 15 to 20 cheap requests to each endpoint of the config and saves the findings in the run folder.
 ///
 /// # Errors
 /// If an endpoint does not answer.

@@ -1,6 +1,6 @@
 //! Options of a harvest, as given on the command line.
 
-use crate::plan::shard::Shard;
+use crate::plan::shard::RequestShard;
 
 /// Options of a harvest.
 #[derive(Debug, Clone, Default)]
@@ -12,7 +12,7 @@ pub struct HarvestOptions {
     /// Rows to ask again, and no others: `length`, `quarantined`, `failed`, or a quarantine reason.
     pub again: Vec<String>,
     /// Share of the requests that this process sends.
-    pub shard: Option<Shard>,
+    pub shard: Option<RequestShard>,
     /// Suppress progress output.
     pub quiet: bool,
 }

@@ -33,8 +33,9 @@ pub(crate) struct RunFiles {
 }
 
 impl RunFiles {
-    /// Opens the budget account of the run folder and settles the requests that a killed run left in flight, which
-    /// are returned. `unanswered` may belong to another folder. `cached_usd` is the cost of the cached records.
+    /// Opens the budget account of the run folder. `unanswered` may belong to another folder. `cached_usd` is the cost of
+    /// the cached records. Returns the run files, and the requests that a killed run left in flight: they count as
+    /// possibly billed.
     ///
     /// # Errors
     /// If another process has the account open, or its files are damaged or cannot be written.
@@ -78,7 +79,7 @@ impl RunFiles {
             return Ok(false);
         }
         if upstream.limiter.daily_limit.must_write_ledger() {
-            self.note_day(upstream, false);
+            self.record_daily_requests(upstream, false);
             if let Err(error) = self.account.save() {
                 self.account.release(amount);
                 return Err(error);
@@ -87,41 +88,46 @@ impl RunFiles {
         Ok(true)
     }
 
-    fn note_day(&mut self, upstream: &mut Upstream, last: bool) {
+    /// Copies the requests of the last day to the ledger.
+    fn record_daily_requests(&mut self, upstream: &mut Upstream, is_closing: bool) {
         let now = self.clock.now();
         let slots = upstream
             .limiter
             .daily_limit
-            .ledger_slots(Instant::now(), last);
+            .ledger_slots(Instant::now(), is_closing);
         if slots.is_empty() {
             return;
         }
-        let at = |age: i64| Timestamp::from_second(now.as_second() - age).unwrap_or(now);
-        let slots = slots.into_iter().map(|(age, count)| (at(age), count));
+        let time_of = |age: i64| Timestamp::from_second(now.as_second() - age).unwrap_or(now);
+        let slots = slots.into_iter().map(|(age, count)| (time_of(age), count));
         let label = upstream.settings.teacher.label().to_owned();
         self.account.daily_requests().insert(label, slots.collect());
     }
 
-    /// Closes the account. Requests still in flight (after a second signal) count as possibly billed.
+    /// Closes the account. Requests still in flight, as after a second signal, count as possibly billed.
     pub(crate) fn close(&mut self, upstreams: &mut [Upstream], still_in_flight: u64) -> Result<()> {
         for upstream in upstreams {
-            self.note_day(upstream, true);
+            self.record_daily_requests(upstream, true);
         }
         self.account.close(still_in_flight)
     }
 
-    /// Copies the amounts in US dollars to the summary, if there are prices.
-    pub(crate) fn summarise(&self, is_priced: bool, summary: &mut HarvestSummary) {
-        if is_priced {
-            let now = self.account.spent_by_process();
-            summary.cost_usd = Some(now.measured_usd.usd());
-            summary.estimated_usd = Some(now.estimated_usd.usd());
+    /// Copies the amounts in US dollars to the summary, if an endpoint has prices.
+    pub(crate) fn summarise<'a>(
+        &self,
+        mut prices: impl Iterator<Item = &'a Price>,
+        summary: &mut HarvestSummary,
+    ) {
+        if prices.any(|price| price.input.is_some() && price.output.is_some()) {
+            let spent = self.account.spent_by_process();
+            summary.cost_usd = Some(spent.measured_usd.usd());
+            summary.estimated_usd = Some(spent.estimated_usd.usd());
             summary.run_folder_usd = Some(self.account.spent().total().usd());
         }
         summary.budget_usd = self.account.cap().map(Dollars::usd);
     }
 
-    /// Number of failed rows that later runs do not ask again unless `--again` selects them.
+    /// Number of failed rows that later runs request only with `--again`.
     pub(crate) fn given_up(&self, rows: &[FailedRow], max_attempts: u32) -> u64 {
         let row_status =
             |row: &&FailedRow| self.unanswered.row_status(&row.key, false, max_attempts);

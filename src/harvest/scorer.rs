@@ -1,7 +1,8 @@
 //! Scores texts that a student wrote during on-policy training: asks an endpoint for the teacher's logprobs.
 //!
 //! Scoring requests cost money like answers, so they use the same rate limits, retries and budget, and a cache of their
-//! own ([`config::scores_dir`]). A killed and resumed training writes the same texts again, and none is bought twice.
+//! own ([`config::scores_dir`]). After a kill, the resumed training writes the same texts again, and their
+//! scores come from this cache.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -327,17 +328,20 @@ impl TextScorer for EndpointScorer {
 
 /// Checks that `distill probe` did not find `prompt_logprobs` ignored or refused.
 fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
-    let known = findings::load(run_dir)?;
-    let Some(found) = known.as_ref().and_then(|known| known.find(upstream)) else {
+    let findings = findings::load(run_dir)?;
+    let Some(probed) = findings
+        .as_ref()
+        .and_then(|findings| findings.find(upstream))
+    else {
         return Ok(());
     };
-    match found.prompt_logprobs {
+    match probed.prompt_logprobs {
         Finding::Works | Finding::Unknown => Ok(()),
         Finding::Ignored | Finding::Refused => Err(Exit::Usage(format!(
             "{} does not support `prompt_logprobs` (found by `distill probe` on {}; rerun it if the endpoint \
              has changed): try `on_policy.judge = \"echo\"` or `teacher.local`",
             upstream.teacher.label(),
-            found.probed_at
+            probed.probed_at
         ))
         .into()),
     }

@@ -3,6 +3,8 @@
 //! Times of day are wall-clock times in the configured time zone, so a window from 22:00 to 06:30 is an hour longer
 //! or shorter when daylight saving time changes.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan};
@@ -10,7 +12,13 @@ use jiff::{Timestamp, ToSpan};
 use crate::config::{DailyWindow, Deadline, Parsed, ScheduleConfig};
 use crate::exit::Exit;
 
-/// `[schedule]` of one run.
+/// Shortest wait that is shown to the user.
+pub(crate) const SHORTEST_SHOWN_WAIT: Duration = Duration::from_secs(5);
+
+/// Interval between two checks of the wall clock, which may be adjusted, for the window and the deadline.
+pub(crate) const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Window and deadline of one run, from `[schedule]`.
 #[derive(Debug, Clone)]
 pub(crate) struct RequestWindow {
     window: Option<DailyWindow>,
@@ -29,13 +37,13 @@ pub(crate) enum WindowState {
 
 /// Error of a run whose deadline has passed.
 pub(crate) fn deadline_passed() -> anyhow::Error {
-    let message = "the deadline has passed; rerun the command to ask for the rest (set a later \
+    let message = "the deadline has passed; rerun the command to request the remaining rows (set a later \
                    `schedule.deadline` first if it has a date)";
     Exit::Resumable(message.into()).into()
 }
 
 impl RequestWindow {
-    /// The window of a run that starts at `now`.
+    /// Creates the window of a run that starts at `now`.
     ///
     /// # Errors
     /// [`Exit::Usage`] if the calendar ends before the deadline.
@@ -102,7 +110,7 @@ impl RequestWindow {
                 self.zone.to_ambiguous_zoned(next).later()
             }
         });
-        // The calendar has no later date: do not wait.
+        // At the end of the calendar no later opening exists: do not wait.
         WindowState::Closed(opening.map_or(now, |opening| opening.timestamp()))
     }
 

@@ -42,7 +42,8 @@ struct AdoptableRow<'a> {
 }
 
 impl AdoptableRow<'_> {
-    /// Key of an answer that was truncated at `cut_at` tokens; 0 for a complete answer.
+    /// Returns the key of an answer to this row. `cut_at` is the number of tokens at which the answer was truncated, 0 for
+    /// a complete answer.
     fn key_of_answer(&self, cut_at: u32) -> String {
         match cut_at {
             0 => self.key.to_owned(),
@@ -50,6 +51,7 @@ impl AdoptableRow<'_> {
         }
     }
 
+    /// Returns true if the answer is complete, or was truncated at `max_tokens` or later.
     fn is_answered_by(&self, cut_at: u32) -> bool {
         cut_at == 0 || cut_at >= self.max_tokens
     }
@@ -82,11 +84,11 @@ pub fn adopt(
         open,
     )?;
     let mut rows = HashMap::<&str, Vec<AdoptableRow>>::new();
-    for (endpoint, of_endpoint) in plan.rows_by_endpoint.iter().enumerate() {
+    for (endpoint, endpoint_rows) in plan.rows_by_endpoint.iter().enumerate() {
         let settings = &plan.templates[endpoint].endpoint;
-        for row in &plan.rows[of_endpoint.clone()] {
-            let of_question = rows.entry(question::question_half(&row.key)).or_default();
-            of_question.push(AdoptableRow {
+        for row in &plan.rows[endpoint_rows.clone()] {
+            let question_rows = rows.entry(question::question_half(&row.key)).or_default();
+            question_rows.push(AdoptableRow {
                 key: &row.key,
                 teacher: &settings.teacher.name,
                 base_url: &settings.teacher.base_url,
@@ -94,64 +96,66 @@ pub fn adopt(
             });
         }
     }
-    let known = crate::cache::open::peek(dir)?;
-    let mut targets = HashMap::<String, (String, &str)>::new();
-    let mut taken = HashSet::new();
+    let cached = crate::cache::open::peek(dir)?;
+    let mut new_keys = HashMap::<String, (String, &str)>::new();
+    let mut adopting_keys = HashSet::new();
     let mut answered = HashSet::new();
     let records = if cache::exists(dir) {
         Some(crate::cache::reader::read(dir)?)
     } else {
         None
     };
-    let mut others = Vec::new();
+    let mut candidates = Vec::new();
     let mut mocks = 0;
     for record in records.into_iter().flatten() {
         let record = record?;
         let cut_at = question::cut_at(&record.request, &record.answer.finish_reason);
         let half = question_half_of(&record);
-        let Some(of_question) = rows.get(half.as_str()) else {
+        let Some(question_rows) = rows.get(half.as_str()) else {
             continue;
         };
         // An answer that already has a key of this config keeps it.
-        let is_ours = |row: &&AdoptableRow| row.key_of_answer(cut_at) == record.key;
-        match of_question.iter().find(is_ours) {
+        let has_this_key = |row: &&AdoptableRow| row.key_of_answer(cut_at) == record.key;
+        match question_rows.iter().find(has_this_key) {
             Some(row) if row.is_answered_by(cut_at) => {
                 answered.insert(row.key);
             }
             Some(_) => {}
-            // A mock at another address may have been a rehearsal of this teacher.
-            None if is_mock(&record.fingerprint) && !is_sent_to(of_question, &record.endpoint) => {
+            // A mock at another address may have been used to test the config before the teacher was set.
+            None if is_mock(&record.fingerprint)
+                && !is_sent_to(question_rows, &record.endpoint) =>
+            {
                 mocks += 1;
             }
-            None => others.push((cut_at, half, record.key)),
+            None => candidates.push((cut_at, half, record.key)),
         }
     }
-    // Complete answers (0) first, then truncated ones, longest first.
-    others.sort_by_key(|(cut_at, ..)| (*cut_at > 0, Reverse(*cut_at)));
-    for (cut_at, half, record) in others {
-        let of_question = rows.get(half.as_str()).into_iter().flatten();
-        let mut free = of_question.filter(|row| {
+    // Complete answers first, then truncated ones, the longest first.
+    candidates.sort_by_key(|(cut_at, ..)| (*cut_at > 0, Reverse(*cut_at)));
+    for (cut_at, half, record) in candidates {
+        let question_rows = rows.get(half.as_str()).into_iter().flatten();
+        let mut unanswered_rows = question_rows.filter(|row| {
             // A truncated answer is adopted only if the cache has no other answer to the question.
             let min_length = if row.is_answered_by(cut_at) {
                 row.max_tokens
             } else {
                 0
             };
-            let mut truncated_keys = known.past.truncated_keys(row.key, min_length);
+            let mut truncated_keys = cached.past.truncated_keys(row.key, min_length);
             let is_cached =
-                known.contains(row.key) || truncated_keys.any(|key| known.contains(&key));
-            !is_cached && !taken.contains(row.key)
+                cached.contains(row.key) || truncated_keys.any(|key| cached.contains(&key));
+            !is_cached && !adopting_keys.contains(row.key)
         });
-        if let Some(row) = free.next() {
-            taken.insert(row.key);
+        if let Some(row) = unanswered_rows.next() {
+            adopting_keys.insert(row.key);
             if row.is_answered_by(cut_at) {
                 answered.insert(row.key);
             }
-            targets.insert(record, (row.key_of_answer(cut_at), row.teacher));
+            new_keys.insert(record, (row.key_of_answer(cut_at), row.teacher));
         }
     }
     let records = rewrite(dir, settings, &|line| {
-        let Some((key, name)) = targets.get(&*line::head(line)?.key) else {
+        let Some((key, name)) = new_keys.get(&*line::head(line)?.key) else {
             return Ok(RewriteDecision::Keep);
         };
         let mut record = line::decode(line)?;

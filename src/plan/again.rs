@@ -1,8 +1,8 @@
 //! `harvest --again`: requests rows a second time that have an answer or were given up.
 //!
 //! An answer leaves the cache only after all checks of the run have passed, and only if this run requests its
-//! row. After a stop, the same command resumes: the selection includes the answers in the file of replaced
-//! answers.
+//! row. A rerun of the command after a stop resumes: `again.json` has the selected rows, and the selection also
+//! considers the answers that were already moved to the file of replaced answers.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use crate::exit::Exit;
 use crate::plan::prepare::check_fits;
 use crate::plan::prepare::request_templates;
 use crate::plan::run_settings::RunSettings;
-use crate::plan::shard::Shard;
+use crate::plan::shard::RequestShard;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::prompt::Prompt;
@@ -30,23 +30,23 @@ use crate::terminal::format_count;
 /// Keys of the rows to request.
 pub(crate) type RowKeys = HashSet<String>;
 
-/// Finds the rows of this run that `selectors` name. Changes nothing.
+/// Finds the rows of this run that match `selectors`. Changes nothing.
 ///
 /// # Errors
-/// [`Exit::Usage`] if `selectors` name no row, or a row exceeds a limit or the budget.
+/// [`Exit::Usage`] if `selectors` match no row, or a row exceeds a limit or the budget.
 pub(crate) fn select(
     settings: &RunSettings,
     selectors: &[String],
-    shard: Option<Shard>,
+    shard: Option<RequestShard>,
     prompts: &[Prompt],
     unanswered: &Unanswered,
 ) -> Result<RowsToRepeat> {
     let dir = &settings.cache_dir;
-    if let Some(under_way) = AgainFile::load(&settings.run_dir, selectors)? {
-        let known = crate::cache::open::peek(dir)?;
-        let is_kept = |key: &str| known.contains(key);
-        let mut rows = select_rows(settings, shard, prompts, &under_way.keys, is_kept)?;
-        // Resumes with no open rows, too: the last run ended before `finish`.
+    if let Some(again_file) = AgainFile::load(&settings.run_dir, selectors)? {
+        let cached = crate::cache::open::peek(dir)?;
+        let is_kept = |key: &str| cached.contains(key);
+        let mut rows = select_rows(settings, shard, prompts, &again_file.keys, is_kept)?;
+        // Without open rows, too, the selection is resumed: the last run ended before `finish`.
         if rows.plan.total > 0 {
             rows.is_resumed = true;
             return Ok(rows);
@@ -61,15 +61,15 @@ pub(crate) fn select(
     for record in read_replaced(dir)? {
         found.add(&record?, selectors, false);
     }
-    if names_failed(selectors) {
-        found.names.extend(unanswered.keys().map(str::to_owned));
+    if select_failed(selectors) {
+        found.selected.extend(unanswered.keys().map(str::to_owned));
     }
     let is_kept = |key: &str| {
         found
             .kept
             .contains(&crate::cache::fingerprint::fingerprint(key))
     };
-    let rows = select_rows(settings, shard, prompts, &found.names, is_kept)?;
+    let rows = select_rows(settings, shard, prompts, &found.selected, is_kept)?;
     if rows.plan.total == 0 {
         return Err(found.no_match_error(selectors));
     }
@@ -79,8 +79,8 @@ pub(crate) fn select(
     Ok(rows)
 }
 
-/// Moves the answers to the selected rows out of the cache of the run folder, and removes the recorded
-/// failures of the selected rows. No process may have the cache open.
+/// Moves the answers to the selected rows out of the cache of the run folder, and removes their paid attempts and
+/// refusals from `unanswered`. No process may have the cache open.
 ///
 /// # Errors
 /// If the cache is damaged, or the disk fails.
@@ -95,15 +95,15 @@ pub(crate) fn remove_from_cache(
         let done = format_count(rows.plan.cached);
         match rows.plan.rows.len() as u64 {
             0 => tracing::warn!(
-                "all {done} rows selected by `--again` have a new answer; rerun the command to select them \
-                 once more"
+                "all {done} rows selected by `--again` have a new answer; to replace these answers too, rerun the \
+                 command"
             ),
             open => tracing::warn!(
                 "resuming `--again`: {} rows are pending, {done} have a new answer",
                 format_count(open)
             ),
         }
-        if names_failed(selectors) {
+        if select_failed(selectors) {
             forget(&settings.run_dir, selectors, &rows, unanswered)?;
         }
         return Ok(rows.open_keys());
@@ -126,7 +126,7 @@ pub(crate) fn remove_from_cache(
         has_forgotten: false,
     }
     .save(&settings.run_dir)?;
-    let forgotten = if names_failed(selectors) {
+    let forgotten = if select_failed(selectors) {
         forget(&settings.run_dir, selectors, &rows, unanswered)?
     } else {
         0
@@ -146,22 +146,23 @@ pub(crate) fn remove_from_cache(
     Ok(open_keys)
 }
 
-/// Removes the failures of the rows from `unanswered.jsonl`, once per selection. Returns the number of rows.
+/// Removes the paid attempts and refusals of the rows from `unanswered.jsonl`, once per selection. Returns the number
+/// of rows.
 fn forget(
     run_dir: &Path,
     selectors: &[String],
     rows: &RowsToRepeat,
     unanswered: &mut Unanswered,
 ) -> Result<u64> {
-    let Some(mut under_way) = AgainFile::load(run_dir, selectors)? else {
+    let Some(mut again_file) = AgainFile::load(run_dir, selectors)? else {
         return Ok(0);
     };
-    if under_way.has_forgotten {
+    if again_file.has_forgotten {
         return Ok(0);
     }
     let forgotten = unanswered.forget(|key, _| rows.keys.contains(key))?;
-    under_way.has_forgotten = true;
-    under_way.save(run_dir)?;
+    again_file.has_forgotten = true;
+    again_file.save(run_dir)?;
     Ok(forgotten.len() as u64)
 }
 
@@ -177,14 +178,14 @@ pub(crate) fn finish(run_dir: &Path) -> Result<()> {
     crate::fs::remove_file(&path)
 }
 
-/// `again.json` in the run folder: rows whose old answers have left the cache. After a stop, the same command
-/// requests only those of them without a new answer.
+/// `again.json` in the run folder: rows whose old answers have left the cache. A rerun of the command after a stop
+/// requests only those rows that have no new answer.
 #[derive(Serialize, Deserialize)]
 struct AgainFile {
     #[serde(rename = "words")]
     selectors: Vec<String>,
     keys: RowKeys,
-    /// True if the failures of these rows have been removed from `unanswered.jsonl`.
+    /// True if the paid attempts and refusals of these rows have been removed from `unanswered.jsonl`.
     #[serde(default)]
     has_forgotten: bool,
 }
@@ -194,21 +195,21 @@ impl AgainFile {
         run_dir.join("again.json")
     }
 
-    /// Returns `None` if no selection with these selectors is under way.
+    /// Reads the selection of a run that was stopped. Returns `None` without one, or if it has other selectors.
     fn load(run_dir: &Path, selectors: &[String]) -> Result<Option<AgainFile>> {
         let path = AgainFile::file(run_dir);
         if !path.exists() {
             return Ok(None);
         }
         let text = crate::fs::read(&path)?;
-        let under_way: AgainFile = serde_json::from_slice(&text).map_err(|error| {
+        let again_file: AgainFile = serde_json::from_slice(&text).map_err(|error| {
             let message = format!(
-                "{} is damaged ({error}): delete it, and `--again` selects its rows anew",
+                "{} is damaged ({error}): delete it and rerun the command, which selects the rows again",
                 path.display()
             );
             Exit::Damaged(message)
         })?;
-        Ok((under_way.selectors == selectors).then_some(under_way))
+        Ok((again_file.selectors == selectors).then_some(again_file))
     }
 
     fn save(&self, run_dir: &Path) -> Result<()> {
@@ -216,15 +217,15 @@ impl AgainFile {
     }
 }
 
-fn names_failed(selectors: &[String]) -> bool {
+fn select_failed(selectors: &[String]) -> bool {
     selectors.iter().any(|selector| selector == "failed")
 }
 
 /// Answers selected by `--again`.
 #[derive(Default)]
 struct FoundAnswers {
-    /// Question halves of the selected keys, or whole keys.
-    names: HashSet<String>,
+    /// Keys of the selected rows; for rows with an answer, the question halves of their keys.
+    selected: HashSet<String>,
     /// Number of cached answers by quarantine reason or, without one, finish reason.
     cached_reasons: BTreeMap<String, u64>,
     /// Fingerprints of the keys of complete cached answers that are not selected.
@@ -241,7 +242,7 @@ impl FoundAnswers {
             *self.cached_reasons.entry(reason.to_owned()).or_default() += 1;
         }
         if is_selected(record, selectors) {
-            self.names.insert(question_half_of(record));
+            self.selected.insert(question_half_of(record));
         } else if is_in_cache && record.cut_at == 0 {
             self.kept
                 .insert(crate::cache::fingerprint::fingerprint(&record.key));
@@ -255,13 +256,13 @@ impl FoundAnswers {
         let reasons: Vec<_> = reasons
             .map(|(name, count)| format!("{name:?} ({count})"))
             .collect();
-        if selectors == "failed" && self.names.is_empty() {
+        if selectors == "failed" && self.selected.is_empty() {
             let message = "`--again failed` matches no row: no row has used up `retry.max_attempts` paid \
                            attempts or was refused by a content filter; the command without `--again` requests \
                            every other failed row";
             return Exit::Usage(message.into()).into();
         }
-        let message = match (self.names.is_empty(), reasons.is_empty()) {
+        let message = match (self.selected.is_empty(), reasons.is_empty()) {
             (false, _) => format!(
                 "`--again {selectors}` matches answers, but none to a question of this config and these \
                  flags: nothing was changed"
@@ -290,17 +291,18 @@ fn is_selected(record: &Record, selectors: &[String]) -> bool {
         ),
         selector => {
             let reason = record.reason.as_str();
-            let kind = reason.split(':').next().unwrap_or_default();
-            !selector.is_empty() && [reason, kind, &record.answer.finish_reason].contains(&selector)
+            let reason_class = reason.split(':').next().unwrap_or_default();
+            !selector.is_empty()
+                && [reason, reason_class, &record.answer.finish_reason].contains(&selector)
         }
     })
 }
 
 /// Rows of this run that `--again` selects.
 pub(crate) struct RowsToRepeat {
-    /// The selected rows; those with another answer count as cached.
+    /// Plan of the selected rows; a row with another answer in the cache counts as cached.
     pub plan: Plan,
-    /// Keys of the rows, by every schema.
+    /// Keys of the rows, in every key schema.
     keys: HashSet<String>,
     /// Number of selected rows by question half.
     rows_by_question: HashMap<String, usize>,
@@ -322,7 +324,7 @@ impl RowsToRepeat {
         let half = question_half_of(record);
         match self.rows_by_question.get(&half) {
             None => false,
-            // The answer of another address or name, or one truncated at another length.
+            // The answer has another key: it came from another address or teacher name, or was truncated.
             Some(1) => true,
             Some(_) => {
                 let mut keys = self
@@ -335,18 +337,18 @@ impl RowsToRepeat {
     }
 }
 
-/// Plans the rows of this run that `names` contains, by question half or key.
+/// Plans the rows of this run whose key or question half is in `selected`.
 fn select_rows(
     settings: &RunSettings,
-    shard: Option<Shard>,
+    shard: Option<RequestShard>,
     prompts: &[Prompt],
-    names: &HashSet<String>,
+    selected: &HashSet<String>,
     is_kept: impl Fn(&str) -> bool,
 ) -> Result<RowsToRepeat> {
     let variants = crate::cache::open::peek(&settings.cache_dir)?.past;
     let scope = PlanScope {
         shard,
-        only: Some(names),
+        only: Some(selected),
     };
     let key_status = |key: &str| {
         Ok(if is_kept(key) {

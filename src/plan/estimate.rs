@@ -16,17 +16,20 @@ const MIN_RECORDS: u64 = 20;
 pub struct Estimate {
     pub requests: u64,
     pub prompt_tokens: u64,
-    /// Upper bound: `sampling.max_tokens` for every answer.
+    /// Upper bound of the completion tokens: `sampling.max_tokens` for every answer.
     pub completion_tokens: u64,
-    /// At the mean length of the cached answers; `None` below [`MIN_RECORDS`] records.
+    /// Completion tokens if the new answers have the mean length of the cached ones; `None` below [`MIN_RECORDS`]
+    /// cached answers with usage.
     pub likely_completion_tokens: Option<u64>,
-    /// US dollars if all answers are empty, and if all have `sampling.max_tokens`; `None` without a price.
+    /// Least and greatest cost in US dollars: if all answers are empty, and if all have `sampling.max_tokens` tokens;
+    /// `None` without a price.
     pub cost_usd: Option<(f64, f64)>,
+    /// Cost in US dollars of `likely_completion_tokens`; `None` if these or a price are missing.
     pub likely_cost_usd: Option<f64>,
     /// Minimum number of minutes under the configured limits; 0 without limits, and for batches.
     pub minutes: f64,
     pub batches: Option<BatchEstimate>,
-    /// Bytes that the cache will grow by, at the mean size of its records.
+    /// Number of bytes by which the cache will grow, at the mean size of its records.
     pub disk_bytes: Option<u64>,
     /// Cached answers that this run does not use.
     pub cached: UnusedAnswers,
@@ -105,11 +108,11 @@ impl Estimate {
 pub struct BatchEstimate {
     /// Number of batches to submit.
     pub batches: u64,
-    /// Number of batches that were submitted before and have not ended.
+    /// Number of batches of earlier runs that have not been collected.
     pub under_way: u64,
-    /// Number of rows in these.
+    /// Number of rows of this plan in batches of earlier runs.
     pub rows_under_way: u64,
-    /// Number of times that `batch.enqueued_tokens` is filled.
+    /// Number of times that the endpoint's limit `batch.enqueued_tokens` is filled.
     pub rounds: u64,
 }
 

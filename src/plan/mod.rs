@@ -1,25 +1,27 @@
 //! The plan of a harvest: one row for every prompt, teacher and sample, less the answers in the cache.
 //!
 //! A [`Plan`] is built from the prompts, the request templates of the endpoints and the status of each cache
-//! key. It is the input of the harvest, of its dry run and of the selection of training data.
+//! key. Harvests, dry runs and the selection of training data are based on it.
 //!
 //! | file | content |
 //! |---|---|
 //! | `prepare` | loading and checks before the first request, for runs and dry runs |
 //! | `prefix_order` | order of the prompts for the provider's prompt cache |
+//! | `assignment` | `prompts.teachers = "share"`: the endpoint of each prompt |
 //! | `shard` | `--shard I/N`: a disjoint part of the rows |
 //! | `queue` | rows waiting to be sent, and retries with their earliest time |
 //! | `unanswered` | `unanswered.jsonl`: paid attempts, filtered rows and failures of earlier runs |
 //! | `again` | `--again`: rows that are requested a second time |
 //! | `estimate` | tokens, dollars, time and disk space of the rows, for `--dry-run` |
-//! | `questions` | selection of the cached answers to the questions of a config |
+//! | `questions` | `data.groups`: selection of the cached answers that training uses |
 //! | `adopt` | `cache adopt`: new keys for answers from another endpoint or version |
 //!
-//! Invariants: a row is planned at most once, whatever the number of prompts with the same request; the rows of
-//! an endpoint are contiguous, and its suspects come last; building a plan sends nothing and writes nothing.
+//! Invariants: of several rows with the same request, one is planned; the rows of an endpoint are contiguous, and
+//! its suspects come last; building a plan sends nothing and writes nothing.
 
 pub mod adopt;
 pub(crate) mod again;
+pub(crate) mod assignment;
 pub(crate) mod estimate;
 pub(crate) mod prefix_order;
 pub(crate) mod prepare;
@@ -46,12 +48,12 @@ use crate::client::request::RequestTemplate;
 use crate::config;
 use crate::config::{Assignment, PromptOrder};
 use crate::exit::Exit;
-use crate::plan::shard::Shard;
+use crate::plan::shard::RequestShard;
 use crate::prompt::Prompt;
 use crate::rate_limit::cost::RequestCost;
 use crate::terminal::format_count;
 
-/// A request of the plan, without an answer in the cache.
+/// A row without an answer in the cache: the request for one sample of one prompt from one endpoint.
 #[derive(Debug)]
 pub struct PlannedRow {
     /// Index in [`Plan::prompts`].
@@ -69,7 +71,7 @@ pub struct PlannedRow {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RowStatus {
     Open,
-    /// Open; an earlier run ended because of it, or it failed while other rows were answered.
+    /// Open, and a likely cause of failures: it ended an earlier run, or failed while other rows were answered.
     Suspect,
     /// In the cache, or refused by a content filter.
     Answered,
@@ -88,15 +90,15 @@ pub struct Plan {
     pub rows_by_endpoint: Vec<Range<usize>>,
     /// Number of prompts times samples over all endpoints, within the shard.
     pub total: u64,
-    /// Number of rows in `total` that need no request, `repeated` included.
+    /// Number of rows in `total` that are answered or in `repeated`.
     pub cached: u64,
-    /// Number of rows by endpoint whose own answer is in the cache.
+    /// Number of [`RowStatus::Answered`] rows by endpoint.
     pub answered: Vec<u64>,
     /// Number of [`RowStatus::Suspect`] rows by endpoint; they come last in its range.
     pub suspects: Vec<usize>,
     /// Rows with status [`RowStatus::GivenUp`], each with the index of its endpoint.
     pub given_up: Vec<(usize, PlannedRow)>,
-    /// Number of rows with the same request as an earlier row of this run.
+    /// Number of rows with the same request as an earlier row of the plan.
     pub repeated: u64,
     /// Keys of all rows.
     pub keys: KeySet,
@@ -107,25 +109,25 @@ pub struct Plan {
 /// Selection of rows that a plan considers.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PlanScope<'a> {
-    pub shard: Option<Shard>,
+    pub shard: Option<RequestShard>,
     /// Question halves or keys of the rows to consider; `None` for all rows.
     pub only: Option<&'a HashSet<String>>,
 }
 
 impl PlanScope<'_> {
     fn contains(&self, fingerprint: &Fingerprint, keys: &CacheKeys) -> bool {
-        let is_wanted = self.only.is_none_or(|only| {
+        let is_selected = self.only.is_none_or(|only| {
             only.contains(question::question_half(&keys.key))
                 || keys.iter().any(|key| only.contains(key))
         });
-        is_wanted && self.shard.is_none_or(|shard| shard.contains(fingerprint))
+        is_selected && self.shard.is_none_or(|shard| shard.contains(fingerprint))
     }
 }
 
 /// Inputs of the loop that adds rows to a plan.
 struct PlanBuilder<'a, S> {
     endpoints: Vec<KeyEndpoint>,
-    /// By sample, for the current endpoint; empty if keys need the full request body.
+    /// Question templates of the current endpoint, by sample; empty if keys need the full request body.
     templates: Vec<QuestionTemplate>,
     scope: PlanScope<'a>,
     variants: &'a KeyVariants,
@@ -139,22 +141,22 @@ impl<S: Fn(&str) -> Result<RowStatus>> PlanBuilder<'_, S> {
         let truncated = keys
             .iter()
             .flat_map(|key| self.variants.truncated_keys(key, max_tokens));
-        let all = keys.iter().map(str::to_owned).chain(truncated);
+        let all_keys = keys.iter().map(str::to_owned).chain(truncated);
         // An answer under one key takes precedence over a failure under another.
-        let mut found = RowStatus::Open;
-        for key in all {
+        let mut row_status = RowStatus::Open;
+        for key in all_keys {
             match (self.key_status)(&key)? {
                 RowStatus::Answered => return Ok(RowStatus::Answered),
                 RowStatus::Open => {}
-                other if found != RowStatus::GivenUp => found = other,
+                other if row_status != RowStatus::GivenUp => row_status = other,
                 _ => {}
             }
         }
-        Ok(found)
+        Ok(row_status)
     }
 }
 
-/// Maximum number of rows of a plan, which take about 20 GB.
+/// Maximum number of rows of a plan: they take about 20 GB of memory.
 const MAX_ROWS: usize = 200_000_000;
 
 fn check_size(rows: usize) -> Result<()> {
@@ -171,7 +173,7 @@ fn check_size(rows: usize) -> Result<()> {
 }
 
 impl Plan {
-    /// Plans the rows in `scope`. `variants` are the cached keys of truncated answers and of schema 1;
+    /// Plans the rows in `scope`. `variants` lists the truncation lengths and key schemas in the cache;
     /// `key_status` returns the status of one key.
     ///
     /// # Errors
@@ -231,12 +233,16 @@ impl Plan {
                 let is_assigned = match settings.teachers {
                     Assignment::All => true,
                     Assignment::Share => {
-                        assigned_endpoint(&plan.prompts[prompt].id, &shares) == endpoint
+                        assignment::endpoint_of(&plan.prompts[prompt].id, &shares) == endpoint
                     }
                 };
                 if is_assigned {
-                    let found = plan.add(endpoint, prompt, settings.samples, &mut builder)?;
-                    suspects.extend(found);
+                    suspects.extend(plan.add_prompt(
+                        endpoint,
+                        prompt,
+                        settings.samples,
+                        &mut builder,
+                    )?);
                 }
             }
             plan.suspects.push(suspects.len());
@@ -246,8 +252,8 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Adds the rows of a prompt, except for the suspects, which it returns.
-    fn add(
+    /// Adds the rows of a prompt. Returns its suspects, which the caller adds after the rows of all prompts.
+    fn add_prompt(
         &mut self,
         endpoint: usize,
         prompt: usize,
@@ -258,13 +264,13 @@ impl Plan {
         for sample in 0..samples {
             let max_tokens = self.templates[endpoint].endpoint.sampling.max_tokens;
             let with_schema_1 = builder.variants.has_schema_1 || builder.scope.only.is_some();
-            let content = &self.prompts[prompt];
+            let planned_prompt = &self.prompts[prompt];
             let template = builder.templates.get(sample as usize);
-            let template = template.filter(|_| content.raw.is_none() && !with_schema_1);
+            let template = template.filter(|_| planned_prompt.raw.is_none() && !with_schema_1);
             let identity = &builder.endpoints[endpoint];
             let (question, keys) = match template {
                 Some(template) => {
-                    let question = template.question(&content.messages);
+                    let question = template.question(&planned_prompt.messages);
                     (question, CacheKeys::new(&question, identity, None))
                 }
                 None => {
@@ -306,12 +312,12 @@ impl Plan {
         Ok(suspects)
     }
 
-    /// Warning about rows with identical requests.
+    /// Returns a warning if rows have identical requests.
     pub fn repeats_warning(&self) -> Option<String> {
         (self.repeated > 0).then(|| {
             format!(
-                "{} requests are identical to another one: each such answer is requested once; to get \
-                 several, raise `prompts.samples`",
+                "{} requests are identical to an earlier one and are not sent: to get several answers to a prompt, raise \
+                 `prompts.samples`",
                 self.repeated
             )
         })
@@ -322,7 +328,7 @@ impl Plan {
         self.templates[endpoint].body_for_prompt(&self.prompts[prompt], sample)
     }
 
-    /// Estimated cost of the row, as rate limits count it before the answer.
+    /// Returns the estimated tokens of the row, which rate limits count before the answer arrives.
     pub fn cost(&self, endpoint: usize, row: usize) -> RequestCost {
         RequestCost {
             input_tokens: price::estimate_prompt(self.rows[row].bytes as usize),
@@ -330,7 +336,7 @@ impl Plan {
         }
     }
 
-    /// Upper bound of the tokens of the row.
+    /// Returns the upper bound of the tokens of the row.
     pub fn bound(&self, endpoint: usize, row: usize) -> TokenBound {
         let row = &self.rows[row];
         let messages = self.prompts[row.prompt as usize].messages.len();
@@ -338,28 +344,12 @@ impl Plan {
         TokenBound::for_request(row.bytes as usize, messages, max_tokens)
     }
 
-    /// Largest estimated cost of a row of this endpoint.
+    /// Returns the largest estimated tokens of a row of this endpoint; 0 without rows.
     pub fn largest(&self, endpoint: usize) -> RequestCost {
         let rows = self.rows_by_endpoint[endpoint].clone();
         let costs = rows.map(|row| self.cost(endpoint, row));
         costs.max_by_key(RequestCost::tokens).unwrap_or_default()
     }
-}
-
-/// Returns the index of the endpoint for a prompt, by a hash of the prompt's id in proportion to `shares`.
-fn assigned_endpoint(prompt_id: &str, shares: &[f64]) -> usize {
-    let hash = blake3::hash(prompt_id.as_bytes());
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&hash.as_bytes()[..8]);
-    let total: f64 = shares.iter().sum();
-    let mut point = u64::from_le_bytes(bytes) as f64 / u64::MAX as f64 * total;
-    for (endpoint, share) in shares.iter().enumerate() {
-        point -= share;
-        if point < 0.0 {
-            return endpoint;
-        }
-    }
-    shares.len().saturating_sub(1)
 }
 
 #[cfg(test)]
@@ -421,8 +411,8 @@ mod tests {
         assert!(bound.input_tokens > 3 * cost.input_tokens && bound.output_tokens == 100);
 
         let answered = all.rows[1].key.clone();
-        let rest = plan(prompts, &config, |key| key == answered);
-        assert_eq!((rest.rows.len(), rest.cached), (3, 3));
+        let open = plan(prompts, &config, |key| key == answered);
+        assert_eq!((open.rows.len(), open.cached), (3, 3));
     }
 
     #[test]

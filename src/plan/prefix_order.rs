@@ -4,14 +4,15 @@ use std::collections::HashMap;
 
 use crate::prompt::Prompt;
 
-/// Length in bytes of the common prefix by which prompts are grouped. OpenAI's prompt cache begins at
-/// 1,024 tokens.
-const SHARED_PREFIX: usize = 4_096;
+/// Length in bytes of the common prefix by which prompts are grouped. OpenAI caches prefixes of at least 1,024
+/// tokens, about four bytes each.
+const SHARED_PREFIX_BYTES: usize = 4_096;
 
-/// Returns the indices of the prompts in an order that lets a provider's prompt cache hit.
+/// Returns the indices of the prompts in an order in which the provider's prompt cache saves the most.
 ///
-/// Prompts with the same first [`SHARED_PREFIX`] bytes follow the first of them, sorted. All others keep
-/// their place: a run that ends early must not have covered only the beginning of the alphabet.
+/// Prompts with the same first [`SHARED_PREFIX_BYTES`] bytes form a group, sorted by text, at the position of the
+/// first of them. All other prompts keep their position, so that a run that ends early covers a sample of the prompts
+/// and not only the beginning of the alphabet.
 pub(crate) fn by_prefix(prompts: &[Prompt]) -> Vec<usize> {
     let prompt_text = |prompt: &Prompt| -> Vec<u8> {
         let parts = prompt.messages.iter().flat_map(|message| {
@@ -28,7 +29,7 @@ pub(crate) fn by_prefix(prompts: &[Prompt]) -> Vec<usize> {
     let mut keys: Vec<(usize, Vec<u8>, usize)> = Vec::with_capacity(prompts.len());
     for (index, prompt) in prompts.iter().enumerate() {
         let text = prompt_text(prompt);
-        match text.get(..SHARED_PREFIX) {
+        match text.get(..SHARED_PREFIX_BYTES) {
             None => keys.push((index, Vec::new(), index)),
             Some(prefix) => {
                 let group = *first_by_prefix

@@ -20,7 +20,7 @@ use crate::config::{self, EndpointConfig};
 use crate::exit::Exit;
 use crate::plan::Plan;
 use crate::plan::run_settings::RunSettings;
-use crate::plan::shard::Shard;
+use crate::plan::shard::RequestShard;
 use crate::probe::findings;
 use crate::prompt::{self, Prompt};
 use crate::rate_limit::daily::DailyLimit;
@@ -29,7 +29,7 @@ use crate::signal::StopFlag;
 use crate::terminal::format_dollars;
 use crate::terminal::progress::ReadProgress;
 
-/// Builds the request template of each endpoint. `probes` are the hashes of the probe results by endpoint.
+/// Builds the request template of each endpoint. `probes` has the hash of the probe findings by endpoint.
 pub(crate) fn request_templates(
     endpoints: &[EndpointConfig],
     probes: &[String],
@@ -89,19 +89,19 @@ pub(crate) fn check_budget(
     }
 }
 
-/// Maximum number of records that are read in search of unused answers: 0.2 s.
+/// Maximum number of records that are read to find unused answers, which takes about 0.2 s.
 const MAX_UNUSED_SEARCHED: u64 = 20_000;
 
-/// Counts the answers of a cache with `known` keys that the plan does not use. Reads at most
-/// [`MAX_UNUSED_SEARCHED`] records, and none if the cache has no more keys than the plan has answered rows.
+/// Counts the cached answers that the plan does not use. Reads at most [`MAX_UNUSED_SEARCHED`] records, and none if
+/// the plan has at least as many answered rows as the cache has keys (`cached_keys`).
 pub(crate) fn unused_answers(
     dir: &Path,
     plan: &Plan,
-    known: usize,
+    cached_keys: usize,
     stop: &StopFlag,
 ) -> Result<UnusedAnswers> {
     let answered: u64 = plan.answered.iter().sum();
-    if plan.rows.is_empty() || known as u64 <= answered {
+    if plan.rows.is_empty() || cached_keys as u64 <= answered {
         return Ok(UnusedAnswers::default());
     }
     let mut open = HashMap::new();
@@ -132,19 +132,21 @@ pub(crate) fn unused_answers(
 /// Compares the config with the findings of `distill probe`. Returns the hash of the findings by endpoint, which
 /// is empty for an endpoint that was not probed.
 pub(crate) fn check_endpoints(run_dir: &Path, endpoints: &[EndpointConfig]) -> Result<Vec<String>> {
-    let known = findings::load(run_dir)?;
+    let findings = findings::load(run_dir)?;
     let mut hashes = Vec::new();
     for endpoint in endpoints {
-        let found = known.as_ref().and_then(|known| known.find(endpoint));
-        let warnings = match found {
-            Some(found) => found.check(endpoint)?,
+        let probed = findings
+            .as_ref()
+            .and_then(|findings| findings.find(endpoint));
+        let warnings = match probed {
+            Some(probed) => probed.check(endpoint)?,
             None => findings::check_unprobed(endpoint).into_iter().collect(),
         };
         for warning in warnings {
             tracing::warn!("{warning}");
         }
         hashes.push(
-            found
+            probed
                 .map(findings::ProbedEndpoint::hash)
                 .transpose()?
                 .unwrap_or_default(),
@@ -164,7 +166,7 @@ pub(crate) fn prompts(
     Ok(prompts)
 }
 
-/// Opens the cache of the run folder, with progress on the terminal unless `quiet`.
+/// Opens the cache of the run folder; shows progress on the terminal unless `quiet`.
 pub(crate) fn open_cache(
     settings: &RunSettings,
     quiet: bool,
@@ -181,13 +183,14 @@ pub(crate) fn open_cache(
     })
 }
 
-/// Checks that the budget has current prices to work with.
+/// Checks that every endpoint has prices if a budget is set. Logs a warning about outdated prices, and about a budget
+/// in one of several shards.
 ///
 /// # Errors
 /// [`Exit::Usage`] if a budget is set and an endpoint has no price.
 pub(crate) fn check_money(
     settings: &RunSettings,
-    shard: Option<Shard>,
+    shard: Option<RequestShard>,
     now: jiff::Timestamp,
 ) -> Result<()> {
     let Some(usd) = settings.budget_usd else {
@@ -216,7 +219,7 @@ pub(crate) fn check_money(
     Ok(())
 }
 
-/// Counts the first records of a cache, as a sample for estimates. Takes no lock: a dry run may read the cache
+/// Sums up the first 1,000 records of a cache, as a sample for estimates. Takes no lock: a dry run may read the cache
 /// of a running harvest.
 pub(crate) fn sample_stats(dir: &Path) -> Result<CacheStats> {
     const SAMPLE_RECORDS: usize = 1_000;

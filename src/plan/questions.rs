@@ -21,10 +21,10 @@ use crate::plan::{Plan, PlanScope, RowStatus};
 use crate::prompt;
 use crate::prompt::Prompt;
 
-/// Returns the selection by `data.groups`.
+/// Returns the selection of answers that `data.groups` describes.
 ///
 /// # Errors
-/// If a schema of the config or the cache cannot be read; [`Exit::Usage`] if no group has one of the names.
+/// If a JSON schema of the config or the cache cannot be read; [`Exit::Usage`] if no group has one of the names.
 pub fn selection(config: &Config) -> Result<Selection> {
     match &config.data.groups {
         Groups::All => Ok(Selection::All),
@@ -52,11 +52,11 @@ pub fn named(dir: &Path, names: Vec<String>) -> Result<Selection> {
         groups.entry(group.id()).or_insert(group);
         !unknown.is_empty()
     })?;
-    // A missing cache is reported when it is read.
+    // A missing cache is reported later, when it is read.
     if let (Some(name), true) = (unknown.first(), cache::exists(dir)) {
         let lines = groups.iter().map(|(id, group)| format!("\n{id}: {group}"));
         let mock_hint = if groups.values().any(|group| group.is_mock) {
-            "\nselect groups of a mock by id, or all of them by \"mock\""
+            "\nselect a group of a mock by its id, or all groups of mocks by \"mock\""
         } else {
             ""
         };
@@ -160,18 +160,18 @@ fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
     })
 }
 
-/// Plans the questions of the config, and collects the cache key of each answer. Of several answers to a question,
-/// the first in harvest order counts.
+/// Plans the questions of the config, and collects the cache key of each answer. If a question has several answers,
+/// the one that the harvest finds first is collected.
 fn planned_rows(
     settings: &PromptsConfig,
     cache_dir: &Path,
     prompts: Vec<Prompt>,
     request_templates: Vec<RequestTemplate>,
 ) -> Result<PlannedRows> {
-    let known = crate::cache::open::peek(cache_dir)?;
+    let cached = crate::cache::open::peek(cache_dir)?;
     let rows = RefCell::new(PlannedRows::default());
     let key_status = |key: &str| {
-        if !known.contains(key) {
+        if !cached.contains(key) {
             return Ok(RowStatus::Open);
         }
         let mut rows = rows.borrow_mut();
@@ -185,7 +185,7 @@ fn planned_rows(
         request_templates,
         settings,
         PlanScope::default(),
-        &known.past,
+        &cached.past,
         key_status,
     )?;
     Ok(PlannedRows {

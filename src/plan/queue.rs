@@ -17,9 +17,9 @@ pub struct QueuedRow {
     pub paid: u32,
     /// Number of replies that throttled this row.
     pub throttled: u32,
-    /// Number of replies that claimed that no request can succeed.
+    /// Number of replies to this row that claimed that no request can succeed.
     pub claimed: u32,
-    /// Time of the first reply in [`QueuedRow::throttled`].
+    /// Time of the first reply that throttled this row.
     pub throttled_at: Option<Instant>,
 }
 
@@ -32,15 +32,15 @@ impl QueuedRow {
         }
     }
 
-    /// Number of replies without an answer.
+    /// Number of attempts of all kinds without an answer; a billed failure counts twice.
     fn setbacks(&self) -> u32 {
         self.failed + self.paid + self.throttled + self.claimed
     }
 }
 
-/// Rows of an endpoint that are to be sent.
+/// Rows of an endpoint that have to be sent.
 pub(crate) struct RowQueue {
-    /// Ascending ranges, none of them empty.
+    /// Ranges of rows that were never sent, ascending, none of them empty.
     fresh: Vec<Range<usize>>,
     /// Retries with their earliest time, earliest first.
     delayed: BinaryHeap<Reverse<(Instant, QueuedRow)>>,
@@ -85,15 +85,15 @@ impl RowQueue {
     /// Returns the next row as [`RowQueue::peek`] does, but prefers rows that have failed least: an endpoint must
     /// not be judged only by rows that always fail.
     ///
-    /// `is_failing` returns true for rows that failed recently. Rows that fail may be neighbours: with `is_far`, the
-    /// fresh row in the middle of the longest untouched range is taken.
+    /// `is_failing` returns true for rows that failed recently. Rows that fail may be neighbours: with `from_middle`, the
+    /// row in the middle of the longest range of fresh rows is returned instead of the first one.
     pub(crate) fn peek_least_suspect(
         &self,
         now: Instant,
         is_failing: impl Fn(usize) -> bool,
-        is_far: bool,
+        from_middle: bool,
     ) -> Result<QueuedRow, Option<Instant>> {
-        let fresh = if is_far {
+        let fresh = if from_middle {
             let longest = self.fresh.iter().max_by_key(|rows| rows.len());
             longest.map(|rows| rows.start + rows.len() / 2)
         } else {
@@ -130,8 +130,8 @@ impl RowQueue {
         if let Some(index) = index.filter(|_| entry == QueuedRow::fresh(entry.row)) {
             let rows = self.fresh[index].clone();
             let around = [rows.start..entry.row, entry.row + 1..rows.end];
-            let rest = around.into_iter().filter(|rows| !rows.is_empty());
-            self.fresh.splice(index..=index, rest);
+            let remaining = around.into_iter().filter(|rows| !rows.is_empty());
+            self.fresh.splice(index..=index, remaining);
             return;
         }
         match self.delayed.peek() {
@@ -205,9 +205,11 @@ mod tests {
             (true, 5),
             (false, 2),
         ];
-        for (taken, (is_far, expected)) in order.into_iter().enumerate() {
+        for (taken, (from_middle, expected)) in order.into_iter().enumerate() {
             assert_eq!(queue.len(), 8 - taken);
-            let entry = queue.peek_least_suspect(now, |_| false, is_far).unwrap();
+            let entry = queue
+                .peek_least_suspect(now, |_| false, from_middle)
+                .unwrap();
             assert_eq!(entry, QueuedRow::fresh(expected));
             queue.take(entry);
         }

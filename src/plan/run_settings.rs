@@ -10,7 +10,7 @@ use crate::config::{
 };
 use crate::exit::Exit;
 
-/// Settings of a harvest run. Real-time mode, batch mode and scoring change some of them.
+/// Settings of a harvest run. Batch mode and scoring derive settings of their own from them.
 #[derive(Debug, Clone)]
 pub(crate) struct RunSettings {
     pub run_dir: PathBuf,
@@ -24,11 +24,11 @@ pub(crate) struct RunSettings {
     pub schedule: ScheduleConfig,
     pub batch: BatchConfig,
     pub on_missing_logprobs: OnMissingLogprobs,
-    /// `data.teacher_tokenizer` is set, so logprobs of token ids can be used.
+    /// `data.teacher_tokenizer` is set, so logprobs whose tokens are given by id can be used.
     pub has_teacher_tokenizer: bool,
-    /// Flags that name the config on a command line.
+    /// Command-line flags that select this config, for commands that messages recommend.
     pub arguments: String,
-    /// Advice after the run: changes to the config that training needs. Empty if there are none.
+    /// Beginning of the advice to run `distill train`: changes to the config that training needs first, or empty.
     pub before_training: &'static str,
 }
 
@@ -70,7 +70,7 @@ impl RunSettings {
         })
     }
 
-    /// Returns the settings of a run that writes to another folder, within which `cache` are its cache settings.
+    /// Returns the settings of a run that writes to `run_dir`, with the given cache settings.
     pub(crate) fn in_folder(&self, run_dir: PathBuf, cache: CacheConfig) -> RunSettings {
         RunSettings {
             cache_dir: run_dir.join("cache"),
@@ -89,12 +89,12 @@ impl RunSettings {
         settings
     }
 
-    /// Scales the concurrency of the endpoints down to a total of about `max`.
+    /// Scales the concurrency of the endpoints down to a total of about `max`; each endpoint keeps at least 1.
     pub(crate) fn limit_concurrency(&mut self, max: usize) {
-        let wanted = self.concurrency().max(1);
+        let total = self.concurrency().max(1);
         for endpoint in &mut self.endpoints {
             let limits = &mut endpoint.limits;
-            limits.concurrency = (limits.concurrency * max / wanted).max(1);
+            limits.concurrency = (limits.concurrency * max / total).max(1);
         }
     }
 

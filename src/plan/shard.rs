@@ -1,4 +1,4 @@
-//! `--shard I/N`: a disjoint part of the requests of a config, for harvests on several machines. Pure.
+//! `--shard I/N`: splits the requests of a config into disjoint parts, one per machine. Pure.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,12 +7,12 @@ use crate::cache::fingerprint::Fingerprint;
 
 /// The I-th of N disjoint parts, counted from 1. Every request is in exactly one part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shard {
+pub struct RequestShard {
     index: u64,
     count: u64,
 }
 
-impl Shard {
+impl RequestShard {
     /// Returns true if the request with this key is in the shard.
     ///
     /// The key is a hash of the request, so the part depends neither on the machine nor on the order of the
@@ -24,21 +24,26 @@ impl Shard {
     }
 }
 
-impl FromStr for Shard {
+impl FromStr for RequestShard {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Shard, String> {
+    fn from_str(text: &str) -> Result<RequestShard, String> {
         let parts = text.split_once('/');
         let numbers =
             parts.and_then(|(index, count)| Some((index.parse().ok()?, count.parse().ok()?)));
         match numbers {
-            Some((index, count)) if (1..=count).contains(&index) => Ok(Shard { index, count }),
-            _ => Err("write it as I/N, with I from 1 to N: 2/4 is the second of four parts".into()),
+            Some((index, count)) if (1..=count).contains(&index) => {
+                Ok(RequestShard { index, count })
+            }
+            _ => Err(
+                "expected I/N with I from 1 to N; for example, 2/4 is the second of four parts"
+                    .into(),
+            ),
         }
     }
 }
 
-impl fmt::Display for Shard {
+impl fmt::Display for RequestShard {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{}/{}", self.index, self.count)
     }
@@ -56,7 +61,7 @@ mod tests {
                 blake3::hash(&n.to_le_bytes()).to_hex().as_str(),
             );
             let parts = (1..=7).filter(|index| {
-                Shard {
+                RequestShard {
                     index: *index,
                     count: 7,
                 }
@@ -73,12 +78,12 @@ mod tests {
         // A fixed value: the assignment of keys to shards must not change between versions.
         let key =
             crate::cache::fingerprint::fingerprint(blake3::hash(b"a request").to_hex().as_str());
-        assert!(Shard { index: 1, count: 3 }.contains(&key));
+        assert!(RequestShard { index: 1, count: 3 }.contains(&key));
     }
 
     #[test]
     fn shard_parses_i_of_n_and_rejects_other_text() {
-        let shard: Shard = "2/4".parse().unwrap();
+        let shard: RequestShard = "2/4".parse().unwrap();
         assert_eq!(
             (shard.index, shard.count, shard.to_string()),
             (2, 4, "2/4".to_owned())
@@ -87,7 +92,7 @@ mod tests {
             "", "2", "0/4", "5/4", "1/0", "-1/4", "a/b", "1/2/3", "1 / 2",
         ] {
             assert!(
-                wrong.parse::<Shard>().unwrap_err().contains("I/N"),
+                wrong.parse::<RequestShard>().unwrap_err().contains("I/N"),
                 "{wrong}"
             );
         }

@@ -1,4 +1,4 @@
-//! `unanswered.jsonl` in the run folder: what later runs need to know about rows without an answer.
+//! `unanswered.jsonl` in the run folder: the history of the rows without an answer, for later runs.
 //!
 //! - Rows refused by a content filter; later runs do not request them.
 //! - Attempts that may have been billed without an answer. Over all runs, a row gets at most
@@ -21,32 +21,32 @@ use crate::plan::{Plan, RowStatus};
 pub struct UnansweredRow {
     /// Number of attempts that may have been billed.
     pub paid: u32,
-    /// Failure class of the last paid attempt or refusal.
+    /// Failure class of the last paid attempt or content-filter refusal.
     pub class: String,
-    /// Message of the last paid attempt or refusal.
+    /// Message of the last paid attempt or content-filter refusal.
     pub message: String,
     /// Refused by a content filter.
     pub is_filtered: bool,
     /// True after a [`Kind::Suspect`] or [`Kind::Failed`] line.
     pub is_suspect: bool,
-    /// Class of the last [`Kind::Failed`] line; empty without one.
+    /// Failure class of the last [`Kind::Failed`] line; empty if the row has no such line.
     pub failed_as: String,
 }
 
-/// A line of the file.
+/// A line of `unanswered.jsonl`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Line {
+pub struct UnansweredLine {
     pub key: String,
     pub prompt_id: String,
     pub sample: u32,
     pub kind: Kind,
     pub class: String,
     pub message: String,
-    /// RFC 3339, in UTC.
+    /// Time of the event, RFC 3339 in UTC.
     pub at: String,
 }
 
-/// Kind of a [`Line`].
+/// Kind of a [`UnansweredLine`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -54,22 +54,23 @@ pub enum Kind {
     PaidAttempt,
     /// The row was refused by a content filter.
     Filtered,
-    /// The reply to the row ended the run, or would have ended it without answers to other rows.
+    /// The row failed in a run without answers, or the endpoint claimed in reply to it, after the last answer of the
+    /// run, that no request can succeed.
     Suspect,
     /// The row failed while other rows were answered.
     Failed,
 }
 
-impl Line {
+impl UnansweredLine {
     pub fn new(
         plan: &Plan,
         entry: QueuedRow,
         kind: Kind,
         failure: &RowFailure,
         now: jiff::Timestamp,
-    ) -> Line {
+    ) -> UnansweredLine {
         let row = &plan.rows[entry.row];
-        Line {
+        UnansweredLine {
             key: row.key.clone(),
             prompt_id: plan.prompts[row.prompt as usize].id.clone(),
             sample: row.sample,
@@ -81,7 +82,7 @@ impl Line {
     }
 }
 
-/// Content of the file, by cache key.
+/// Content of `unanswered.jsonl`, by cache key.
 #[derive(Debug, Default)]
 pub struct Unanswered {
     path: PathBuf,
@@ -104,7 +105,7 @@ impl Unanswered {
         Ok(unanswered)
     }
 
-    fn lines(&self) -> Result<Vec<Line>> {
+    fn lines(&self) -> Result<Vec<UnansweredLine>> {
         if !self.path.exists() {
             return Ok(Vec::new());
         }
@@ -121,68 +122,68 @@ impl Unanswered {
             .collect();
         if damaged > 0 {
             tracing::warn!(
-                "{}: skipped {damaged} damaged lines: their rows may be requested again",
+                "{}: {damaged} lines are damaged and were skipped: their rows may be requested again",
                 self.path.display()
             );
         }
         Ok(lines)
     }
 
-    fn count(&mut self, line: &Line) {
-        let known = self.rows.entry(line.key.clone()).or_default();
+    fn count(&mut self, line: &UnansweredLine) {
+        let history = self.rows.entry(line.key.clone()).or_default();
         match line.kind {
-            Kind::PaidAttempt => known.paid += 1,
-            Kind::Filtered => known.is_filtered = true,
+            Kind::PaidAttempt => history.paid += 1,
+            Kind::Filtered => history.is_filtered = true,
             Kind::Suspect => {
-                known.is_suspect = true;
+                history.is_suspect = true;
                 return;
             }
             Kind::Failed => {
-                known.is_suspect = true;
-                known.failed_as.clone_from(&line.class);
+                history.is_suspect = true;
+                history.failed_as.clone_from(&line.class);
                 return;
             }
         }
-        known.class.clone_from(&line.class);
-        known.message.clone_from(&line.message);
+        history.class.clone_from(&line.class);
+        history.message.clone_from(&line.message);
     }
 
-    /// Status of the row with this key before a run.
+    /// Returns the status of the row with this key before a run.
     pub fn row_status(&self, key: &str, is_cached: bool, max_attempts: u32) -> RowStatus {
         if is_cached {
             return RowStatus::Answered;
         }
         match self.get(key) {
             _ if self.is_filtered(key) => RowStatus::Answered,
-            Some(known) if known.paid >= max_attempts => RowStatus::GivenUp,
-            Some(known) if known.is_suspect => RowStatus::Suspect,
+            Some(history) if history.paid >= max_attempts => RowStatus::GivenUp,
+            Some(history) if history.is_suspect => RowStatus::Suspect,
             _ => RowStatus::Open,
         }
     }
 
     /// Returns true if the row with this key was refused by a content filter.
     pub fn is_filtered(&self, key: &str) -> bool {
-        self.get(key).is_some_and(|known| known.is_filtered)
+        self.get(key).is_some_and(|history| history.is_filtered)
     }
 
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }
 
-    /// Keys of the rows with paid attempts or a refusal.
+    /// Returns the keys of the rows with paid attempts or a content-filter refusal.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         let rows = self.rows.iter();
-        let rows = rows.filter(|(_, known)| known.paid > 0 || known.is_filtered);
+        let rows = rows.filter(|(_, history)| history.paid > 0 || history.is_filtered);
         rows.map(|(key, _)| key.as_str())
     }
 
-    /// History of the row with this key.
+    /// Returns the history of the row with this key.
     pub fn get(&self, key: &str) -> Option<&UnansweredRow> {
         self.rows.get(key)
     }
 
-    /// Appends a line. It survives a kill of this process once this returns.
-    pub fn add(&mut self, line: &Line) -> Result<()> {
+    /// Appends a line. After the call returns, a kill of this process does not lose the line.
+    pub fn add(&mut self, line: &UnansweredLine) -> Result<()> {
         let mut text = serde_json::to_vec(line)?;
         text.push(b'\n');
         crate::fs::append(&self.path, &text)?;
@@ -190,21 +191,23 @@ impl Unanswered {
         Ok(())
     }
 
-    /// Removes the refusals and paid attempts of the rows that satisfy `is_wanted`, so that later runs request
-    /// them. Keeps their failures, so that they are requested last. Returns their keys.
+    /// Removes the refusals and paid attempts of the rows that satisfy `is_selected`, so that later runs request these
+    /// rows, and keeps their [`Kind::Failed`] lines, so that they are requested last. Returns the keys of the rows.
     pub fn forget(
         &mut self,
-        is_wanted: impl Fn(&str, &UnansweredRow) -> bool,
+        is_selected: impl Fn(&str, &UnansweredRow) -> bool,
     ) -> Result<Vec<String>> {
-        let wanted = |key: &String, known: &UnansweredRow| is_wanted(key, known);
-        let rows = self.rows.iter().filter(|(key, known)| wanted(key, known));
+        let rows = self
+            .rows
+            .iter()
+            .filter(|(key, history)| is_selected(key, history));
         let forgotten: Vec<String> = rows.map(|(key, _)| key.clone()).collect();
         let mut kept_text = Vec::new();
         let mut kept = Unanswered::default();
         for line in self.lines()? {
-            let known = self.rows.get(&line.key);
-            let is_wanted = known.is_some_and(|known| wanted(&line.key, known));
-            if !is_wanted || line.kind == Kind::Failed {
+            let history = self.rows.get(&line.key);
+            let is_forgotten = history.is_some_and(|history| is_selected(&line.key, history));
+            if !is_forgotten || line.kind == Kind::Failed {
                 serde_json::to_writer(&mut kept_text, &line)?;
                 kept_text.push(b'\n');
                 kept.count(&line);
@@ -222,8 +225,8 @@ impl Unanswered {
 mod tests {
     use super::*;
 
-    fn line(key: &str, kind: Kind) -> Line {
-        Line {
+    fn line(key: &str, kind: Kind) -> UnansweredLine {
+        UnansweredLine {
             key: key.into(),
             prompt_id: "p".into(),
             sample: 0,
@@ -247,26 +250,29 @@ mod tests {
 
         let mut second = Unanswered::load(dir.path()).unwrap();
         second.add(&line("a", Kind::PaidAttempt)).unwrap();
-        let known = |unanswered: &Unanswered, key: &str| {
+        let paid_and_filtered = |unanswered: &Unanswered, key: &str| {
             unanswered
                 .get(key)
-                .map(|known| (known.paid, known.is_filtered))
+                .map(|history| (history.paid, history.is_filtered))
         };
         second.add(&line("c", Kind::PaidAttempt)).unwrap();
         second.add(&line("c", Kind::Failed)).unwrap();
         let mut third = Unanswered::load(dir.path()).unwrap();
-        assert_eq!(known(&third, "a"), Some((2, false)));
-        assert_eq!(known(&third, "b"), Some((0, true)));
-        let is_wanted = |key: &str, known: &UnansweredRow| known.is_filtered || key == "c";
-        assert_eq!(third.forget(is_wanted).unwrap().len(), 2);
+        assert_eq!(paid_and_filtered(&third, "a"), Some((2, false)));
+        assert_eq!(paid_and_filtered(&third, "b"), Some((0, true)));
+        let is_selected = |key: &str, history: &UnansweredRow| history.is_filtered || key == "c";
+        assert_eq!(third.forget(is_selected).unwrap().len(), 2);
         let fourth = Unanswered::load(dir.path()).unwrap();
         assert_eq!(fourth.rows, third.rows);
         assert_eq!(
-            (known(&fourth, "a"), known(&fourth, "b")),
+            (
+                paid_and_filtered(&fourth, "a"),
+                paid_and_filtered(&fourth, "b")
+            ),
             (Some((2, false)), None)
         );
-        // Its failure is kept, so that other rows are requested first.
-        assert_eq!(known(&fourth, "c"), Some((0, false)));
+        // The failure of `c` is kept, so that other rows are requested first.
+        assert_eq!(paid_and_filtered(&fourth, "c"), Some((0, false)));
         assert_eq!(fourth.row_status("c", false, 1), RowStatus::Suspect);
     }
 }

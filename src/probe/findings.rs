@@ -111,7 +111,7 @@ pub fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("endpoint.json")
 }
 
-/// Reads the findings of this run folder. Returns None if there are none, or they have another version.
+/// Reads the findings of the run folder. Returns None if the file does not exist or has another version.
 ///
 /// # Errors
 /// [`Exit::Usage`] if the file is damaged.
@@ -227,8 +227,8 @@ impl ProbedEndpoint {
 pub fn check_unprobed(config: &EndpointConfig) -> Option<String> {
     let sampling = &config.sampling;
     let temperature = sampling.temperature.unwrap_or(1.0);
-    let asks = sampling.top_logprobs > 0 && !sampling.reasoning;
-    (asks && (temperature - 1.0).abs() > 1e-9).then(|| {
+    let has_logprobs = sampling.top_logprobs > 0 && !sampling.reasoning;
+    (has_logprobs && (temperature - 1.0).abs() > 1e-9).then(|| {
         format!(
             "logprobs are requested at temperature {temperature}, and some endpoints return them after \
              applying the temperature: run `distill probe` first, or set `sampling.temperature` = 1.0"

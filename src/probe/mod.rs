@@ -1,4 +1,4 @@
-//! `distill probe`: determines the capabilities of an endpoint with about twenty cheap requests.
+//! `distill probe`: determines the capabilities of an endpoint with 15 to 20 cheap requests.
 //!
 //! | file | content |
 //! |---|---|
@@ -10,7 +10,7 @@
 //! - Each request reserves its maximum cost in the budget before it is sent, and settles the reservation after.
 //! - After the first answer, an error reply is a finding and does not end the probe.
 //! - Probe requests do not use the config's sampling settings, except for the name of the token limit.
-//! - Every record of `harvest` contains the hash of the findings.
+//! - Records that `harvest` writes after a probe contain the hash of its findings.
 
 pub mod findings;
 pub(crate) mod question;
@@ -195,8 +195,8 @@ impl Probe<'_> {
             };
             let tokens = logprobs.top.first().into_iter().flatten().cloned();
             let values = logprobs.top_logprob.first().into_iter().flatten();
-            let known = tokens.zip(values).filter(|(token, _)| !token.is_empty());
-            known
+            let alternatives = tokens.zip(values).filter(|(token, _)| !token.is_empty());
+            alternatives
                 .filter_map(|(token, value)| Some((token, (*value)?)))
                 .collect()
         };
@@ -207,8 +207,8 @@ impl Probe<'_> {
             .skip(1)
             .filter_map(|(token, value)| {
                 let gap = warm[0].1 - value;
-                let same = |wanted: &str| cool.iter().find(|(other, _)| other == wanted);
-                let cool_gap = same(&warm[0].0)?.1 - same(token)?.1;
+                let in_cool = |token: &str| cool.iter().find(|(other, _)| other == token);
+                let cool_gap = in_cool(&warm[0].0)?.1 - in_cool(token)?.1;
                 (gap > 0.05).then_some(cool_gap / gap)
             })
             .collect();
@@ -383,7 +383,7 @@ impl Probe<'_> {
     }
 }
 
-/// Sets the fields of a request that send for logprobs.
+/// Sets the request fields that ask for logprobs.
 fn with_logprobs(body: &mut Map<String, Value>, k: u32, temperature: f64) {
     body.insert("logprobs".into(), json!(true));
     body.insert("top_logprobs".into(), json!(k));

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::cache::record::Timing;
 use crate::client::attempt_error::RowFailure;
 use crate::plan::queue::QueuedRow;
-use crate::plan::unanswered::{Kind, Line, UnansweredRow};
+use crate::plan::unanswered::{Kind, UnansweredLine, UnansweredRow};
 use crate::plan::{Plan, PlannedRow};
 
 /// A line of the file: a row without an answer.
@@ -38,9 +38,9 @@ impl FailedRow {
         }
     }
 
-    /// Line of `unanswered.jsonl` that records this failure for later runs.
-    pub fn line(&self, now: jiff::Timestamp) -> Line {
-        Line {
+    /// Builds the line of `unanswered.jsonl` that records this failure for later runs.
+    pub fn line(&self, now: jiff::Timestamp) -> UnansweredLine {
+        UnansweredLine {
             key: self.key.clone(),
             prompt_id: self.prompt_id.clone(),
             sample: self.sample,

@@ -6,13 +6,13 @@ use anyhow::Result;
 
 use super::collect::{PartCollection, RowOutcome};
 use super::journal::PartState;
-use super::{BatchStepError, Batches};
+use super::{BatchRun, BatchStepError};
 use crate::budget::account::Charge;
 use crate::budget::dollars::Dollars;
 use crate::client::attempt_error::{RefusalClaim, RefusalReason, RowFailure};
 use crate::harvest::run_error;
 use crate::plan::queue::QueuedRow;
-use crate::plan::unanswered::{Kind, Line};
+use crate::plan::unanswered::{Kind, UnansweredLine};
 use crate::report::failures::FailedRow;
 
 /// Number of rows of a batch refused with the same message after which the settings are wrong, not the rows.
@@ -29,7 +29,7 @@ struct Closing {
     claim: Option<RefusalClaim>,
 }
 
-impl Batches<'_> {
+impl BatchRun<'_> {
     /// Ends every row of the part or returns it to the queue, then ends the part.
     pub(super) fn close_part(
         &mut self,
@@ -223,7 +223,7 @@ impl Batches<'_> {
         Ok(())
     }
 
-    fn line(&self, entry: QueuedRow, kind: Kind, failure: &RowFailure) -> Line {
-        Line::new(&self.plan, entry, kind, failure, self.clock.now())
+    fn line(&self, entry: QueuedRow, kind: Kind, failure: &RowFailure) -> UnansweredLine {
+        UnansweredLine::new(&self.plan, entry, kind, failure, self.clock.now())
     }
 }

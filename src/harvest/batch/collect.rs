@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::journal::{PartRow, PartState, RequestFile};
 use super::results::{self, RowResult};
 use super::upstream::batches;
-use super::{BatchStepError, Batches};
+use super::{BatchRun, BatchStepError};
 use crate::budget::dollars::Dollars;
 use crate::cache::record::Timing;
 use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
@@ -18,7 +18,6 @@ use crate::client::batch_object;
 use crate::client::batch_object::BatchObject;
 use crate::client::response::completion::Completion;
 use crate::client::response::error::ApiError;
-use crate::harvest::answer_monitor::MonitorAlert;
 use crate::harvest::attempt::EncodedAnswer;
 use crate::harvest::run_error;
 use crate::plan::PlannedRow;
@@ -34,18 +33,18 @@ const SHOW_EVERY: u64 = 500;
 pub(super) struct PartCollection {
     pub(super) members: Vec<PartRow>,
     /// Index of each key in `members`.
-    lines: HashMap<String, usize>,
+    index_by_key: HashMap<String, usize>,
     /// Outcome of each row; None if no line of a file names it.
     pub(super) outcomes: Vec<Option<RowOutcome>>,
     bodies: RequestFile,
     timing: Timing,
-    /// The endpoint did not run the rows that no file names.
+    /// True if the endpoint did not run the rows that no file names.
     pub(super) rest_was_not_asked: bool,
     /// Number of lines that name no row of the part, or a row that has an outcome already.
     pub(super) ignored: u64,
-    /// Lines that name no row at all.
+    /// Text of the lines from which no row can be parsed.
     pub(super) unreadable: Vec<u8>,
-    /// Number of such lines, including those too long to keep.
+    /// Number of lines from which no row can be parsed, including those too long to keep.
     pub(super) unreadable_lines: u64,
 }
 
@@ -78,9 +77,9 @@ impl PartCollection {
 /// Outcome of a row in the result files of its batch.
 pub(super) enum RowOutcome {
     Answered,
-    /// Its answer is empty; a later line may have another one.
+    /// The answer is empty; a later line may have another answer to the row.
     Blank(Box<Completion>),
-    /// Its line cannot be parsed; a later line may have another one.
+    /// The line cannot be parsed; a later line may have an answer to the row.
     Unreadable {
         problem: String,
         body: Bytes,
@@ -92,7 +91,7 @@ pub(super) enum RowOutcome {
     Claimed(RefusalClaim),
 }
 
-impl Batches<'_> {
+impl BatchRun<'_> {
     /// Requests the status of a batch, and collects its results if it has ended.
     pub(super) async fn poll(&mut self, index: usize) -> Result<(), BatchStepError> {
         let (upstream, transport) = self.upstream_of(index)?;
@@ -134,7 +133,7 @@ impl Batches<'_> {
             "completed" | "expired" | "cancelled" => {
                 return self.collect_results(index, &object).await;
             }
-            // Answers from before the failure are paid for.
+            // The batch failed after some rows were answered, and these answers were paid for.
             "failed" if object.has_answers() => return self.collect_results(index, &object).await,
             "failed" if object.error_file.is_some() => {
                 return self.collect_error_file(index, object).await;
@@ -306,13 +305,13 @@ impl Batches<'_> {
         let members = self.journal.members(nonce)?;
         let created = object
             .created_at
-            .and_then(|at| Timestamp::from_second(at).ok());
+            .and_then(|seconds| Timestamp::from_second(seconds).ok());
         let seconds = object
             .ended_at
             .zip(object.created_at)
-            .map_or(0, |(to, from)| to - from);
+            .map_or(0, |(ended, created)| ended - created);
         Ok(PartCollection {
-            lines: members
+            index_by_key: members
                 .iter()
                 .enumerate()
                 .map(|(line, member)| (member.key.clone(), line))
@@ -366,7 +365,7 @@ impl Batches<'_> {
             let (_, transport) = self.upstream_of(index)?;
             error.clean(&transport.secrets());
         }
-        let row = collection.lines.get(&custom_id).copied();
+        let row = collection.index_by_key.get(&custom_id).copied();
         // An answer replaces an earlier line without one.
         let is_open = |row: &usize| match &collection.outcomes[*row] {
             None => true,
@@ -455,11 +454,9 @@ impl Batches<'_> {
         }
         let upstream = &mut self.upstreams[upstream];
         upstream.has_answered = true;
-        for alert in upstream.monitor.check(&answered.facts) {
-            match alert {
-                MonitorAlert::Note(text) => self.summary.warn(text),
-                MonitorAlert::Stop(error) => upstream.stop(error),
-            }
+        let facts = &answered.facts;
+        if let Some(error) = upstream.monitor.check_and_warn(facts, &mut self.summary) {
+            upstream.stop(error);
         }
         Ok(())
     }

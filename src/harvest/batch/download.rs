@@ -8,7 +8,7 @@ use futures_util::StreamExt;
 
 use super::collect::now;
 use super::rows::ResultRows;
-use super::{BatchStepError, Batches};
+use super::{BatchRun, BatchStepError};
 use crate::client::attempt_error::AttemptError;
 use crate::client::batch_object;
 use crate::client::batch_object::FileLines;
@@ -22,7 +22,7 @@ const MAX_READ_FAILURES: u32 = 20;
 /// Maximum length of an API key in bytes, in any encoding.
 const LONGEST_KEY: usize = 16 << 10;
 
-impl Batches<'_> {
+impl BatchRun<'_> {
     /// Opens a results file. Returns None if the file no longer exists.
     pub(super) async fn rows_of_file(
         &mut self,

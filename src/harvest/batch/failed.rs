@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::collect::RowOutcome;
 use super::upstream::batches;
-use super::{BatchStepError, Batches, results};
+use super::{BatchRun, BatchStepError, results};
 use crate::client::attempt_error::{RefusalClaim, RowFailure};
 use crate::client::batch_object::{BatchFileError, BatchObject};
 use crate::plan::queue::QueuedRow;
@@ -15,7 +15,7 @@ fn may_be_answer(line: &[u8], is_readable: bool) -> bool {
     has(b"\"choices\"") || !is_readable && has(results::ID)
 }
 
-impl Batches<'_> {
+impl BatchRun<'_> {
     /// Reads the error file of a failed batch. It names the rows for which the input file was refused, and on some
     /// servers it contains answers.
     pub(super) async fn collect_error_file(

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `planned` | uploads the file; a second upload costs nothing |
 //! | `uploaded` | creates the batch |
-//! | `creating` | looks for a batch with the nonce, and creates one if there is none |
+//! | `creating` | searches for a batch with the nonce, and creates one if none is found |
 //! | `created`, `cancelling` | waits for the end and records the answers that the cache does not hold |
 //! | `done` | removes its files from `batches/` |
 
@@ -26,7 +26,7 @@ use crate::plan::queue::QueuedRow;
 
 const VERSION: u32 = 1;
 
-/// Text of a request line around its key, its URL and its body.
+/// Fixed text of a request line before its key, before its URL and before its body.
 const LINE: [&str; 3] = [
     "{\"custom_id\":\"",
     "\",\"method\":\"POST\",\"url\":\"",
@@ -98,7 +98,7 @@ pub(crate) struct PartProgress {
     pub held: f64,
     /// Last status reported by the endpoint.
     pub status: String,
-    /// Its batch may exist although the creation had no reply.
+    /// The request to create the batch had no reply, so the batch may exist.
     pub in_doubt: bool,
     /// Number of searches for its batch.
     pub lookups: usize,
@@ -198,7 +198,7 @@ pub(crate) fn check_none_under_way(run_dir: &Path) -> Result<()> {
         return Err(Exit::Usage(format!(
             "{under_way} batches of this run folder are under way, and their answers would be \
              bought twice: set `schedule.mode = \"batch\"` to wait for them, and `schedule.deadline` \
-             to a time in the past to cancel them and ask for the rest in real time"
+             to a time in the past to cancel them and send the remaining rows in real time"
         ))
         .into());
     }

@@ -8,24 +8,24 @@
 //! | file | content |
 //! |---|---|
 //! | `mod` | main loop over the parts of every endpoint |
-//! | `parts`, `outlook` | number of rows that fit into a part; estimate for a dry run |
+//! | `parts`, `estimate` | number of rows that fit into a part; estimate for a dry run |
 //! | `journal`, `recover` | `batches.json` and the rows of each part; resumes the parts of earlier runs |
-//! | `submit` | uploads a part and creates its batch, or finds a batch that was already created |
+//! | `submit` | uploads a part and creates its batch; after a lost reply, searches for the batch |
 //! | `collect`, `download`, `rows`, `results`, `braces` | polls a batch; reads, splits and parses its result files |
 //! | `failed`, `closing` | a batch that failed as a whole; the outcome of every row when a part ends |
 //! | `upstream`, `show` | live state of an endpoint; progress text |
 //!
 //! Invariants: each step is in the journal before the next one begins, so the loop can be dropped at any await, by a
-//! signal or by a kill. Batches then continue at the endpoint, and the next run collects them. Every row of a part is
-//! answered, failed or returned to the queue exactly once.
+//! signal or by a kill: the batches continue at the endpoint, and the next run collects them. When a part ends, each of
+//! its rows is answered, failed or returned to the queue.
 
 pub(crate) mod braces;
 pub(crate) mod closing;
 pub(crate) mod collect;
 pub(crate) mod download;
+pub(crate) mod estimate;
 pub(crate) mod failed;
 pub(crate) mod journal;
-pub(crate) mod outlook;
 pub(crate) mod parts;
 pub(crate) mod recover;
 pub(crate) mod results;
@@ -50,7 +50,9 @@ use crate::clock::WallClock;
 use crate::exit::Exit;
 use crate::harvest::run_files::RunFiles;
 use crate::harvest::unreadable_bodies::UnreadableBodies;
-use crate::harvest::window::{RequestWindow, WindowState};
+use crate::harvest::window::{
+    CLOCK_CHECK_INTERVAL, RequestWindow, SHORTEST_SHOWN_WAIT, WindowState,
+};
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
 use crate::plan::run_settings::RunSettings;
@@ -63,17 +65,11 @@ use crate::terminal::progress::Progress;
 use journal::BatchJournal;
 use upstream::BatchUpstream;
 
-/// Shortest wait that is shown to the user.
-const LONG_WAIT: Duration = Duration::from_secs(5);
-
-/// Interval between two checks of the wall clock for the window and the deadline.
-const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
-
-/// Maximum time to wait for a cancelled batch; endpoints document ten minutes.
+/// Maximum time to wait until batches are cancelled; endpoints document ten minutes.
 const MAX_CANCEL_TIME: Duration = Duration::from_secs(1_200);
 
 /// State of a run in batch mode.
-pub(crate) struct Batches<'a> {
+pub(crate) struct BatchRun<'a> {
     settings: &'a RunSettings,
     plan: Plan,
     cache: &'a Cache,
@@ -86,7 +82,7 @@ pub(crate) struct Batches<'a> {
     summary: HarvestSummary,
     counts: BatchCounts,
     started: Instant,
-    /// Time at which the loop found the deadline passed.
+    /// Time at which the main loop detected that the deadline has passed.
     deadline_passed_at: Option<Instant>,
     progress: Progress,
 }
@@ -95,16 +91,17 @@ pub(crate) struct Batches<'a> {
 pub(crate) enum BatchOutcome {
     Finished(Box<HarvestSummary>),
     /// The deadline passed: the remaining rows are sent in real time.
-    Rest(Box<RemainingRows>),
+    Remaining(Box<RemainingRows>),
 }
 
 /// Rows that the batches did not answer before the deadline.
 pub(crate) struct RemainingRows {
     pub prompts: Vec<Prompt>,
-    /// Keys of rows that have failed, and of rows in batches whose cancellation did not finish.
-    pub not_to_ask: HashSet<String>,
+    /// Keys of the rows that must not be sent: rows that have failed, and rows in batches whose cancellation did not
+    /// finish.
+    pub excluded_keys: HashSet<String>,
     /// Number of batches whose cancellation did not finish.
-    pub under_way: usize,
+    pub uncancelled_batches: usize,
     pub summary: HarvestSummary,
     pub run_files: RunFiles,
     pub started: Instant,
@@ -136,8 +133,8 @@ impl From<anyhow::Error> for BatchStepError {
     }
 }
 
-impl<'a> Batches<'a> {
-    /// `settings` have the prices of batch mode.
+impl<'a> BatchRun<'a> {
+    /// Creates the state of a run. The prices in `settings` are those of batch mode.
     pub(crate) fn new(
         settings: &'a RunSettings,
         plan: Plan,
@@ -234,7 +231,7 @@ impl<'a> Batches<'a> {
         let mut result: Result<(), BatchStepError> = Ok(());
         for index in self.parts_of(upstream) {
             let step = if self.journal.parts[index].batch().is_none() {
-                // Outside the window nothing is sent, but a batch in doubt is looked up at once.
+                // Outside the window no batch is created, but a batch whose creation had no reply is searched for.
                 self.submit(index, may_send).await
             } else if is_due {
                 self.poll(index).await
@@ -274,7 +271,7 @@ impl<'a> Batches<'a> {
 
     fn step_failed(&mut self, upstream: usize, error: AttemptError) {
         let (pause, message) = self.upstreams[upstream].call_failed(error, &self.settings.retry);
-        if pause >= LONG_WAIT {
+        if pause >= SHORTEST_SHOWN_WAIT {
             let pause = format_duration(pause);
             self.progress.note(&format!("waiting {pause}: {message}"));
         }
@@ -286,8 +283,8 @@ impl<'a> Batches<'a> {
         let is_under_way = |upstream: &BatchUpstream| !self.parts_of(upstream.index).is_empty();
         let under_way = self.upstreams.iter().filter(open).any(is_under_way);
         if let Some(since) = self.deadline_passed_at {
-            let is_enough = since.elapsed() >= MAX_CANCEL_TIME;
-            return (!under_way || is_enough).then_some(BatchRunEnd::Deadline);
+            let has_waited_long = since.elapsed() >= MAX_CANCEL_TIME;
+            return (!under_way || has_waited_long).then_some(BatchRunEnd::Deadline);
         }
         let waiting = self
             .upstreams
@@ -308,7 +305,7 @@ impl<'a> Batches<'a> {
             let parts = self.parts_of(upstream.index).into_iter();
             let parts = parts.filter_map(|index| self.journal.parts[index].progress.not_before);
             let next = parts
-                .filter(|at| *at > now)
+                .filter(|not_before| *not_before > now)
                 .chain([upstream.next_poll])
                 .min()
                 .unwrap_or(now);
@@ -333,11 +330,14 @@ impl<'a> Batches<'a> {
 
     fn finish(mut self, ended: BatchRunEnd) -> Result<BatchOutcome> {
         self.cache.sync()?;
-        self.run_files
-            .summarise(self.is_priced(), &mut self.summary);
-        let under_way = self.parts_under_way();
-        let count: u64 = under_way.values().sum();
-        for (status, count) in under_way {
+        let prices = self
+            .upstreams
+            .iter()
+            .map(|upstream| &upstream.settings.price);
+        self.run_files.summarise(prices, &mut self.summary);
+        let count_by_status = self.parts_under_way();
+        let under_way: u64 = count_by_status.values().sum();
+        for (status, count) in count_by_status {
             *self.counts.parts.entry(status).or_default() += count;
         }
         self.summary.batches = Some(self.counts.clone());
@@ -357,9 +357,9 @@ impl<'a> Batches<'a> {
         summary.error = match ended {
             BatchRunEnd::Signal(number) => {
                 let advice = format!(
-                    "{count} batches continue at the endpoint; rerun the command to collect them"
+                    "{under_way} batches continue at the endpoint; rerun the command to collect them"
                 );
-                let advice = match count {
+                let advice = match under_way {
                     0 => "every answer is recorded; rerun the command to resume".into(),
                     _ => advice,
                 };
@@ -373,17 +373,17 @@ impl<'a> Batches<'a> {
 
     fn into_remaining_rows(self) -> Result<BatchOutcome> {
         let failed = self.summary.failed_rows.iter().map(|row| row.key.clone());
-        let mut not_to_ask: HashSet<String> = failed.collect();
-        let mut under_way = 0;
+        let mut excluded_keys: HashSet<String> = failed.collect();
+        let mut uncancelled_batches = 0;
         for part in self.journal.parts.iter().filter(|part| !part.is_done()) {
-            under_way += 1;
+            uncancelled_batches += 1;
             let members = self.journal.members(&part.nonce)?;
-            not_to_ask.extend(members.into_iter().map(|member| member.key));
+            excluded_keys.extend(members.into_iter().map(|member| member.key));
         }
-        Ok(BatchOutcome::Rest(Box::new(RemainingRows {
+        Ok(BatchOutcome::Remaining(Box::new(RemainingRows {
             prompts: self.plan.prompts,
-            not_to_ask,
-            under_way,
+            excluded_keys,
+            uncancelled_batches,
             summary: self.summary,
             run_files: self.run_files,
             started: self.started,

@@ -4,12 +4,12 @@ use std::collections::{HashMap, HashSet};
 
 use anyhow::Result;
 
-use super::Batches;
+use super::BatchRun;
 use super::journal::PartState;
 use crate::budget::dollars::Dollars;
 use crate::terminal::{format_count, sanitise};
 
-impl Batches<'_> {
+impl BatchRun<'_> {
     /// Resumes the batches that earlier runs left under way. Reserves their budget and removes their rows from the
     /// queue.
     pub(super) fn recover(&mut self) -> Result<()> {

@@ -25,7 +25,7 @@ pub(crate) struct RowResult {
 }
 
 #[derive(Deserialize)]
-struct Line<'a> {
+struct ResultLine<'a> {
     custom_id: String,
     #[serde(borrow, default)]
     response: Option<&'a RawValue>,
@@ -226,7 +226,7 @@ fn custom_id(line: &[u8]) -> Option<String> {
 }
 
 fn read_json(line: &Bytes) -> Option<RowResult> {
-    let Line {
+    let ResultLine {
         custom_id,
         response,
         result,

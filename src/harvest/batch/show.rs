@@ -2,14 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use super::Batches;
+use super::BatchRun;
 use crate::terminal::{format_dollars, sanitise};
 
-impl Batches<'_> {
+impl BatchRun<'_> {
     /// Updates the progress text.
     pub(super) fn show_progress(&mut self) {
-        self.run_files
-            .summarise(self.is_priced(), &mut self.summary);
+        let prices = self
+            .upstreams
+            .iter()
+            .map(|upstream| &upstream.settings.price);
+        self.run_files.summarise(prices, &mut self.summary);
         let parts = self.parts_under_way();
         let summary = &self.summary;
         self.progress.update(summary.done(), || {
@@ -28,16 +31,6 @@ impl Batches<'_> {
             }
             texts.join(", ")
         });
-    }
-
-    pub(super) fn is_priced(&self) -> bool {
-        let prices = self
-            .upstreams
-            .iter()
-            .map(|upstream| &upstream.settings.price);
-        prices
-            .into_iter()
-            .any(|price| price.input.is_some() && price.output.is_some())
     }
 
     /// Counts the batches under way by status.

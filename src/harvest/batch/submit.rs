@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::journal::{BatchPart, PartProgress, PartState};
 use super::parts::{self, PartFull, PartLimits, RowSize};
 use super::upstream::batches;
-use super::{BatchStepError, Batches};
+use super::{BatchRun, BatchStepError};
 use crate::budget::account::Charge;
 use crate::budget::dollars::Dollars;
 use crate::client::attempt_error::{AttemptError, RowFailure};
@@ -28,7 +28,7 @@ const FILE_NOT_FOUND_LIMITS: [u32; 2] = [6, 12];
 /// Maximum clock skew in seconds: the search for a nonce covers batches that are older than its part by this much.
 const CLOCK_SKEW_S: i64 = 86_400;
 
-impl Batches<'_> {
+impl BatchRun<'_> {
     /// Makes a part of the first waiting rows that fit. None if no row fits now.
     pub(super) fn plan_part(&mut self, upstream: usize) -> Result<Option<usize>> {
         let sizes: Vec<RowSize> = {

@@ -8,7 +8,7 @@ use crate::harvest::run_files::RunFiles;
 use crate::harvest::upstream::Upstream;
 use crate::harvest::{disk_full, run_error};
 use crate::plan::queue::QueuedRow;
-use crate::plan::unanswered::{Kind, Line};
+use crate::plan::unanswered::{Kind, UnansweredLine};
 use crate::report::summary::HarvestSummary;
 
 /// Result of a dispatcher: the summary, and the parts that another dispatcher can reuse.
@@ -58,7 +58,7 @@ impl Dispatcher<'_> {
             for row in upstream.suspects() {
                 let failure = RowFailure::new("", "");
                 let now = self.clock.now();
-                let line = Line::new(
+                let line = UnansweredLine::new(
                     &self.plan,
                     QueuedRow::fresh(row),
                     Kind::Suspect,
@@ -68,7 +68,7 @@ impl Dispatcher<'_> {
                 let unanswered = &mut self.run_files.unanswered;
                 if unanswered
                     .get(&line.key)
-                    .is_none_or(|known| !known.is_suspect)
+                    .is_none_or(|history| !history.is_suspect)
                 {
                     unanswered.add(&line)?;
                 }
@@ -76,8 +76,8 @@ impl Dispatcher<'_> {
             let label = upstream.settings.teacher.label();
             let failed = self.summary.failed_rows.iter();
             for row in failed.filter(|row| upstream.has_succeeded() && row.teacher == label) {
-                let known = self.run_files.unanswered.get(&row.key);
-                if known.is_none_or(|known| known.failed_as != row.class) {
+                let history = self.run_files.unanswered.get(&row.key);
+                if history.is_none_or(|history| history.failed_as != row.class) {
                     self.run_files.unanswered.add(&row.line(self.clock.now()))?;
                 }
             }

@@ -1,4 +1,4 @@
-//! Real-time mode: the single task that decides which requests are sent and what each reply means.
+//! Real-time mode: the single task that decides which requests are sent and what happens to the row of each reply.
 //!
 //! | file | content |
 //! |---|---|
@@ -34,7 +34,7 @@ use crate::harvest::run_files::RunFiles;
 use crate::harvest::unreadable_bodies::UnreadableBodies;
 use crate::harvest::upstream::Upstream;
 use crate::harvest::window;
-use crate::harvest::window::{RequestWindow, WindowState};
+use crate::harvest::window::{CLOCK_CHECK_INTERVAL, RequestWindow, WindowState};
 use crate::plan::Plan;
 use crate::plan::run_settings::RunSettings;
 use crate::report::progress::Rates;
@@ -46,9 +46,6 @@ pub(crate) use ending::DispatchEnd;
 
 /// Maximum number of answers recorded by one write.
 const MAX_GROUP: usize = 64;
-
-/// Interval between two checks of the wall clock while the window is closed: the clock may be adjusted.
-const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// State of a real-time run.
 pub(crate) struct Dispatcher<'a> {
@@ -89,7 +86,7 @@ enum SendOutcome {
     NotBefore(Instant),
     /// A reply has to arrive first.
     Full,
-    /// The budget does not cover the request, unless requests in flight cost less than reserved.
+    /// The budget does not cover the request. It may do so later if requests in flight cost less than reserved.
     NoMoney,
 }
 
@@ -158,7 +155,7 @@ impl<'a> Dispatcher<'a> {
         Ok(self.run_to_end(signals).await?.summary)
     }
 
-    /// Runs like [`Dispatcher::run`] and returns the parts for another dispatcher.
+    /// Runs like [`Dispatcher::run`]. Returns also the parts that another dispatcher can reuse.
     pub(crate) async fn run_to_end(mut self, mut signals: Signals) -> Result<DispatchEnd> {
         let upstreams = self.upstreams.iter();
         let most_in_flight = upstreams.map(|upstream| upstream.settings.limits.concurrency as u64);
@@ -258,9 +255,9 @@ impl<'a> Dispatcher<'a> {
                         self.schedule.show(until)
                     ));
                 }
-                let left = Duration::try_from(until - now).unwrap_or_default();
-                let least = Duration::from_millis(10);
-                Some(Instant::now() + left.clamp(least, CLOCK_CHECK_INTERVAL))
+                let wait = Duration::try_from(until - now).unwrap_or_default();
+                let min_wait = Duration::from_millis(10);
+                Some(Instant::now() + wait.clamp(min_wait, CLOCK_CHECK_INTERVAL))
             }
         }
     }
@@ -397,12 +394,12 @@ impl<'a> Dispatcher<'a> {
         self.unless_disk_full(|run_files| run_files.account.tick())
     }
 
-    /// Writes to the run files and ignores a full disk: the next reservation fails on it before a request is sent,
-    /// and the amounts on disk are upper bounds until then.
+    /// Writes to the run files and ignores a full disk: the next reservation fails before a request is sent, and until
+    /// then the amounts on disk are upper bounds.
     fn unless_disk_full(&mut self, write: impl FnOnce(&mut RunFiles) -> Result<()>) -> Result<()> {
         match write(&mut self.run_files) {
             Err(error) if disk_full::is_full(&error) => Ok(()),
-            // The whole folder may have been moved. Its reservations cover the requests in flight.
+            // The whole run folder may have been moved. The reservations in its ledger cover the requests in flight.
             Err(_) if self.is_displaced => Ok(()),
             other => other,
         }
@@ -475,9 +472,10 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn note_dollars(&mut self) {
-        let is_priced = self.upstreams.iter().any(|upstream| {
-            upstream.settings.price.input.is_some() && upstream.settings.price.output.is_some()
-        });
-        self.run_files.summarise(is_priced, &mut self.summary);
+        let prices = self
+            .upstreams
+            .iter()
+            .map(|upstream| &upstream.settings.price);
+        self.run_files.summarise(prices, &mut self.summary);
     }
 }

@@ -1,26 +1,21 @@
 //! Settles a reply: its budget reservation and the state of its row.
 
-use std::time::Duration;
-
 use anyhow::{Result, bail};
 use tokio::time::Instant;
 
 use super::Dispatcher;
 use crate::budget::account::Charge;
 use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
-use crate::harvest::answer_monitor::MonitorAlert;
 use crate::harvest::attempt::FinishedAttempt;
 use crate::harvest::run_error;
 use crate::harvest::upstream::RetryDecision;
+use crate::harvest::window::SHORTEST_SHOWN_WAIT;
 use crate::plan::queue::QueuedRow;
-use crate::plan::unanswered::{Kind, Line};
+use crate::plan::unanswered::{Kind, UnansweredLine};
 use crate::rate_limit::send_ticket::SendTicket;
 use crate::report::answer_facts::AnswerFacts;
 use crate::report::failures::FailedRow;
 use crate::terminal::format_duration;
-
-/// Shortest wait that is shown to the user.
-const LONG_WAIT: Duration = Duration::from_secs(5);
 
 impl Dispatcher<'_> {
     /// Settles the budget of a finished attempt, then counts its answer or decides about its row.
@@ -69,8 +64,8 @@ impl Dispatcher<'_> {
             entry.paid += 1;
             paid = self.note_paid(entry, failure)?;
         }
-        let is_spent = paid >= self.settings.retry.max_attempts;
-        self.decide(index, entry, &attempt.ticket, error, is_spent)
+        let has_used_attempts = paid >= self.settings.retry.max_attempts;
+        self.decide(index, entry, &attempt.ticket, error, has_used_attempts)
     }
 
     /// Decides about a row whose attempt failed: retry, fail or stop.
@@ -80,14 +75,14 @@ impl Dispatcher<'_> {
         entry: QueuedRow,
         ticket: &SendTicket,
         error: AttemptError,
-        is_spent: bool,
+        has_used_attempts: bool,
     ) -> Result<()> {
         let upstream = &mut self.upstreams[index];
-        let known = self
+        let history = self
             .run_files
             .unanswered
             .get(&self.plan.rows[entry.row].key);
-        let failed_as = known.map_or("", |known| known.failed_as.as_str());
+        let failed_as = history.map_or("", |history| history.failed_as.as_str());
         let (decision, message) = match error {
             AttemptError::Refused(failure) | AttemptError::Claim(RefusalClaim { failure, .. })
                 if failure.class == failed_as =>
@@ -113,7 +108,7 @@ impl Dispatcher<'_> {
                 let message = failure.message.clone();
                 match upstream.transient(entry, failure.clone(), wait) {
                     // The row has used up its possibly billed attempts.
-                    RetryDecision::Again { .. } if is_spent => {
+                    RetryDecision::Again { .. } if has_used_attempts => {
                         upstream.queue.remove(entry.row);
                         (RetryDecision::Failed(entry, failure), message)
                     }
@@ -128,8 +123,10 @@ impl Dispatcher<'_> {
                 upstream.key_renewed(entry);
                 return Ok(());
             }
-            // An attempt turns an unreadable reply into a quarantined answer.
-            AttemptError::Unreadable { problem, .. } => bail!("a reply was left unread: {problem}"),
+            // `attempt::run` records an unreadable reply as a quarantined answer.
+            AttemptError::Unreadable { problem, .. } => {
+                bail!("internal error: an unreadable reply was not recorded: {problem}")
+            }
         };
         match decision {
             RetryDecision::Failed(entry, failure) => {
@@ -137,7 +134,7 @@ impl Dispatcher<'_> {
                 let row = FailedRow::new(&self.plan, index, entry, failure);
                 self.summary.fail(row);
             }
-            RetryDecision::Again { pause } if pause >= LONG_WAIT => self
+            RetryDecision::Again { pause } if pause >= SHORTEST_SHOWN_WAIT => self
                 .progress
                 .note(&format!("waiting {}: {message}", format_duration(pause))),
             RetryDecision::Again { .. } => {}
@@ -156,7 +153,7 @@ impl Dispatcher<'_> {
 
     /// Records an attempt that may have been billed. Returns the number of such attempts of the row over all runs.
     fn note_paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
-        let line = Line::new(
+        let line = UnansweredLine::new(
             &self.plan,
             entry,
             Kind::PaidAttempt,
@@ -164,13 +161,13 @@ impl Dispatcher<'_> {
             self.clock.now(),
         );
         self.unless_disk_full(|run_files| run_files.unanswered.add(&line))?;
-        let known = self.run_files.unanswered.get(&line.key);
-        Ok(known.map_or(0, |known| known.paid).max(entry.paid))
+        let history = self.run_files.unanswered.get(&line.key);
+        Ok(history.map_or(0, |history| history.paid).max(entry.paid))
     }
 
     /// Ends a row that a content filter refused.
     fn end_filtered(&mut self, index: usize, entry: QueuedRow, failure: RowFailure) -> Result<()> {
-        let line = Line::new(
+        let line = UnansweredLine::new(
             &self.plan,
             entry,
             Kind::Filtered,
@@ -183,16 +180,14 @@ impl Dispatcher<'_> {
         Ok(())
     }
 
+    /// Adds an answer to the summary, and checks that training can use it.
     fn count(&mut self, index: usize, facts: &AnswerFacts) {
         let wants_logprobs = self.plan.templates[index].wants_logprobs();
         self.summary.add(facts, wants_logprobs);
         self.timeline.hour(Instant::now()).answered += 1;
         let upstream = &mut self.upstreams[index];
-        for alert in upstream.monitor.check(facts) {
-            match alert {
-                MonitorAlert::Note(text) => self.summary.warn(text),
-                MonitorAlert::Stop(error) => upstream.stop(error),
-            }
+        if let Some(error) = upstream.monitor.check_and_warn(facts, &mut self.summary) {
+            upstream.stop(error);
         }
     }
 }

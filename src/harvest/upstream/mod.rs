@@ -38,24 +38,25 @@ use crate::rate_limit::redis::{LimiterEvent, SharedLimits};
 use crate::rate_limit::send_ticket::SendTicket;
 use crate::terminal::format_duration;
 
-/// Failed requests after which an address that never answered is given up.
+/// Number of failed requests after which an address that has sent no reply is given up.
 const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 
 /// Longest pause between two probes of an outage, as a multiple of `retry.max_s`.
 const OUTAGE_PAUSE_FACTOR: f64 = 5.0;
 
-/// Number of remaining rows up to which all of them may be rows that always fail.
+/// Maximum number of remaining rows that may all be rows that always fail.
 const LAST_ROWS: usize = 50;
 
-/// Time in which all last rows are tried once; at most the given fraction of `retry.max_outage_s`.
+/// Time within which each of the last rows is tried once during an outage; at most
+/// [`LAST_ROWS_OUTAGE_FRACTION`] of `retry.max_outage_s`.
 const LAST_ROWS_WITHIN: Duration = Duration::from_secs(60);
 const LAST_ROWS_OUTAGE_FRACTION: f64 = 0.25;
 
 /// Interval between two notices that the daily limit is used up.
 const DAILY_LIMIT_NOTICE_INTERVAL: Duration = Duration::from_secs(3_600);
 
-/// Time after which other requests are sent although the first one has no reply. A run with a budget waits without
-/// a limit: the first answer shows whether the endpoint respects `max_tokens`.
+/// Maximum time that other requests wait for the reply to the first one. With a budget they wait without a limit: the
+/// first answer shows whether the endpoint respects `max_tokens`.
 const FIRST_REQUEST_ALONE: Duration = Duration::from_secs(10);
 
 /// Live state of an endpoint.
@@ -69,24 +70,24 @@ pub(crate) struct Upstream {
     retry: config::RetryConfig,
     in_flight: usize,
     /// Send time of the probe in flight during an outage.
-    probe: Option<Instant>,
+    probe_sent_at: Option<Instant>,
     /// Send time of the first request, while it has no reply.
-    first: Option<Instant>,
-    /// Earlier runs received answers from it.
-    is_known: bool,
-    /// Some of its rows failed in an earlier run, or were in doubt when it ended.
+    first_sent_at: Option<Instant>,
+    /// Rows of this endpoint were answered before this run.
+    has_earlier_answers: bool,
+    /// Rows of this endpoint have the status [`RowStatus::Suspect`](crate::plan::RowStatus::Suspect).
     has_suspects: bool,
     has_budget: bool,
-    /// Monitors the usefulness of its answers.
+    /// Detects answers that training cannot use.
     pub monitor: AnswerMonitor,
-    /// Error that stopped it; other upstreams continue.
+    /// Error that stopped this endpoint; other endpoints continue.
     stopped: Option<anyhow::Error>,
     /// Time of the last notice that the daily limit is used up.
     daily_limit_noted_at: Option<Instant>,
 }
 
 /// Builds the queue of an upstream; rows that failed in an earlier run come last.
-fn queue(plan: &Plan, index: usize, now: Instant) -> RowQueue {
+fn build_queue(plan: &Plan, index: usize, now: Instant) -> RowQueue {
     let rows = plan.rows_by_endpoint[index].clone();
     let first_suspect = rows.end - plan.suspects[index];
     let mut queue = RowQueue::new(rows.start..first_suspect);
@@ -131,14 +132,14 @@ impl Upstream {
         let concurrency = settings.limits.concurrency;
         Ok(Upstream {
             limiter: Pacer::new(&settings.limits, plan.largest(index), day, shared)?,
-            queue: queue(plan, index, now),
+            queue: build_queue(plan, index, now),
             health: EndpointHealth::new(now),
             concurrency: ConcurrencyLimit::new(concurrency),
             retry: run.retry.clone(),
             in_flight: 0,
-            probe: None,
-            first: None,
-            is_known: plan.answered[index] > 0,
+            probe_sent_at: None,
+            first_sent_at: None,
+            has_earlier_answers: plan.answered[index] > 0,
             has_suspects: plan.suspects[index] > 0,
             has_budget: run.budget_usd.is_some(),
             monitor: AnswerMonitor::from_settings(&settings, run),
@@ -149,39 +150,39 @@ impl Upstream {
         })
     }
 
-    /// Takes the rows of another plan.
+    /// Replaces the queue by the rows of another plan; limits and health stay.
     ///
     /// # Errors
     /// If a request exceeds a limit.
     pub(crate) fn resume_with(&mut self, plan: &Plan, index: usize) -> Result<()> {
         self.limiter.allow_request_of(plan.largest(index))?;
-        self.queue = queue(plan, index, Instant::now());
+        self.queue = build_queue(plan, index, Instant::now());
         self.in_flight = 0;
-        self.probe = None;
-        self.first = None;
+        self.probe_sent_at = None;
+        self.first_sent_at = None;
         Ok(())
     }
 
-    /// Returns true if no row is left to send, or the upstream is stopped.
+    /// Returns true if no row has to be sent, or the upstream is stopped.
     pub(crate) fn is_done(&self) -> bool {
         self.queue.is_empty() || self.stopped.is_some()
     }
 
-    /// Checks that one more request may be in flight. The maximum is one after a closed gate, in an outage and before
-    /// the first answer.
+    /// Checks that one more request may be in flight. During an outage, after a pause and before the first answer, at most
+    /// one request is in flight.
     ///
     /// # Errors
     /// The time of the next check; None if a reply has to arrive first.
     pub(crate) fn free_slots(&self) -> Result<(), Option<Instant>> {
         if self.is_probing() {
-            return if self.probe.is_none() {
+            return if self.probe_sent_at.is_none() {
                 Ok(())
             } else {
                 Err(None)
             };
         }
         let now = Instant::now();
-        if let Some(first) = self.first.filter(|_| !self.health.is_proven()) {
+        if let Some(first) = self.first_sent_at.filter(|_| !self.health.is_proven()) {
             if self.has_budget {
                 return Err(None);
             }
@@ -206,8 +207,8 @@ impl Upstream {
         if self.is_probing() || !self.health.has_succeeded() || self.health.is_in_doubt() {
             // A row that has not failed yet shows whether the endpoint is failing.
             let is_failing = |row| self.health.is_failing(row);
-            let is_far = self.health.is_in_doubt();
-            self.queue.peek_least_suspect(now, is_failing, is_far)
+            let from_middle = self.health.is_in_doubt();
+            self.queue.peek_least_suspect(now, is_failing, from_middle)
         } else {
             self.queue.peek(now)
         }
@@ -246,7 +247,7 @@ impl Upstream {
         Some((limit, until - now))
     }
 
-    /// Returns true if rows are left and the daily limit is not used up.
+    /// Returns true if rows have to be sent and the daily limit is not used up.
     pub(crate) fn may_send(&self) -> bool {
         !self.is_done() && self.limiter.daily_limit.used_up(Instant::now()).is_none()
     }
@@ -275,21 +276,21 @@ impl Upstream {
     pub(crate) fn request_sent(&mut self, ticket: &SendTicket) {
         self.in_flight += 1;
         if !self.health.is_proven() {
-            self.first.get_or_insert(ticket.sent_at);
+            self.first_sent_at.get_or_insert(ticket.sent_at);
         }
         if self.is_probing() {
-            self.probe = Some(ticket.sent_at);
+            self.probe_sent_at = Some(ticket.sent_at);
         }
     }
 
     /// Updates the limits after a reply or a failed request.
     pub(crate) fn reply_received(&mut self, ticket: &SendTicket, reports: &[LimitReport]) {
         self.in_flight -= 1;
-        if self.probe == Some(ticket.sent_at) {
-            self.probe = None;
+        if self.probe_sent_at == Some(ticket.sent_at) {
+            self.probe_sent_at = None;
         }
-        if self.first == Some(ticket.sent_at) {
-            self.first = None;
+        if self.first_sent_at == Some(ticket.sent_at) {
+            self.first_sent_at = None;
         }
         if self.limiter.update_from_headers(reports, ticket) {
             self.concurrency.follow_limits();
@@ -345,7 +346,7 @@ impl Upstream {
         wait: Duration,
     ) -> RetryDecision {
         let now = Instant::now();
-        // A wait of hours after an error is a guess of the server: ignore it.
+        // Servers guess the wait after an error: ignore a wait of hours.
         let wait = if wait > LONGEST_WAIT {
             Duration::ZERO
         } else {
@@ -353,15 +354,15 @@ impl Upstream {
         };
         self.health
             .failure(entry.row, failure.unreachable, self.in_flight + 1, now);
-        // This row, the queue, and the rows in flight.
+        // This row, the rows in the queue, and the rows in flight.
         let remaining = 1 + self.queue.len() + self.in_flight;
-        let is_in_order = self.health.has_succeeded() || self.is_known;
-        let is_the_rows = is_in_order && !self.health.has_others(remaining);
-        if self.health.is_outage() && !self.health.never_answered() && !is_the_rows {
+        let has_ever_answered = self.health.has_succeeded() || self.has_earlier_answers;
+        let rows_are_the_cause = has_ever_answered && !self.health.has_others(remaining);
+        if self.health.is_outage() && !self.health.never_replied() && !rows_are_the_cause {
             // The endpoint is failing: the row keeps its attempts, and one probe at a time is sent.
             let mut pause = self.backoff_pause(self.health.probes(), OUTAGE_PAUSE_FACTOR);
-            if is_in_order && remaining <= LAST_ROWS && failure.may_be_row_specific() {
-                pause = pause.min(self.pause_of_last(remaining));
+            if has_ever_answered && remaining <= LAST_ROWS && failure.may_be_row_specific() {
+                pause = pause.min(self.max_pause_between_last_rows(remaining));
             }
             let pause = pause.max(wait);
             let was_open = self.limiter.close_until(now + pause);
@@ -373,35 +374,35 @@ impl Upstream {
         }
         entry.failed += 1;
         let max_attempts = self.retry.max_attempts;
-        let contacts = self.health.failures() as u32;
-        if self.health.never_answered() && contacts >= FIRST_CONTACT_ATTEMPTS.min(max_attempts) {
+        let failures = self.health.failures() as u32;
+        if self.health.never_replied() && failures >= FIRST_CONTACT_ATTEMPTS.min(max_attempts) {
             self.stop(run_error::nothing_answers(
                 &self.settings.teacher,
                 &failure.message,
             ));
         } else if entry.failed >= max_attempts {
-            if is_the_rows || !self.health.may_be_the_endpoint(entry.failed, remaining) {
+            if rows_are_the_cause || !self.health.may_be_the_endpoint(entry.failed, remaining) {
                 return RetryDecision::Failed(entry, failure);
             }
-            // Half of the attempts are restored, so that a single failure after the outage does not end the row.
+            // The row gets about half of its attempts back, so that one failure after the outage does not end it.
             entry.failed = (entry.failed - 1).min(max_attempts.div_ceil(2));
         }
         let pause = outcome::backoff(entry.failed, &self.retry, fastrand::f64()).max(wait);
         self.queue.delay(entry, now + pause);
-        if !self.health.has_succeeded() && !is_the_rows {
+        if !self.health.has_succeeded() && !rows_are_the_cause {
             // The first requests are sent one by one, with a pause between them.
-            let pause = self.backoff_pause(contacts, 1.0);
+            let pause = self.backoff_pause(failures, 1.0);
             self.limiter.close_until(now + pause);
         }
         self.stop_if_endpoint_is_down(&failure);
-        let holds_up = self.in_flight == 0 && self.queue.peek(now).is_err();
+        let blocks_queue = self.in_flight == 0 && self.queue.peek(now).is_err();
         RetryDecision::Again {
-            pause: if holds_up { wait } else { Duration::ZERO },
+            pause: if blocks_queue { wait } else { Duration::ZERO },
         }
     }
 
     /// Returns the longest pause between the last rows in an outage, so that all of them are tried soon.
-    fn pause_of_last(&self, remaining: usize) -> Duration {
+    fn max_pause_between_last_rows(&self, remaining: usize) -> Duration {
         let part = self.retry.max_outage.mul_f64(LAST_ROWS_OUTAGE_FRACTION);
         let within = part.min(LAST_ROWS_WITHIN);
         within / remaining.max(1) as u32
@@ -421,10 +422,11 @@ impl Upstream {
         self.stopped.take()
     }
 
-    /// Returns a back-off pause for all rows, with jitter over its upper half only.
-    fn backoff_pause(&self, attempt: u32, stretch: f64) -> Duration {
+    /// Returns a back-off pause for all rows, with jitter over its upper half only. Its maximum is `max_factor` times
+    /// `retry.max_s`.
+    fn backoff_pause(&self, attempt: u32, max_factor: f64) -> Duration {
         let retry = config::RetryConfig {
-            max: self.retry.max.mul_f64(stretch),
+            max: self.retry.max.mul_f64(max_factor),
             ..self.retry.clone()
         };
         outcome::backoff(attempt, &retry, 0.5 + fastrand::f64() / 2.0)
@@ -433,7 +435,8 @@ impl Upstream {
     /// Stops after repeated identical server errors, or after an outage.
     fn stop_if_endpoint_is_down(&mut self, failure: &RowFailure) {
         // A server that is starting up or overloaded uses other statuses than 500.
-        let is_error = failure.class == "http 500" && !failure.is_bodyless && !self.is_known;
+        let is_error =
+            failure.class == "http 500" && !failure.is_bodyless && !self.has_earlier_answers;
         if is_error && self.health.failed_alike(&failure.message) {
             self.stop(run_error::failed_alike(&failure.message));
         }
@@ -455,5 +458,6 @@ impl Upstream {
     }
 }
 
-/// Longest requested wait that a run accepts. After a longer one it ends and reports the time to resume.
+/// Longest requested wait that a run accepts. After longer ones the endpoint is stopped, and the error has the time to
+/// resume.
 pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(3_600);

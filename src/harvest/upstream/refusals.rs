@@ -14,37 +14,38 @@ use crate::plan::queue::QueuedRow;
 use crate::rate_limit::cost::RequestCost;
 use crate::rate_limit::send_ticket::SendTicket;
 
-/// Rounds of claims after which an endpoint that has answered before is stopped.
-const CLAIM_ROUNDS: u32 = 4;
+/// Maximum number of rounds of claims from an endpoint that has answered in this run; after one more it is stopped.
+const MAX_CLAIM_ROUNDS: u32 = 4;
 
-/// Maximum number of further rounds, one for each claim that a later answer contradicted.
+/// Maximum number of rounds in addition to [`MAX_CLAIM_ROUNDS`]: one for each claim that a later answer contradicted.
 const MAX_EXTRA_CLAIM_ROUNDS: u32 = 12;
 
-/// Claims of one row, while others are answered, after which the row fails.
+/// Maximum number of claims in reply to one row while other rows are answered; after one more the row fails.
 const MAX_CLAIMS_PER_ROW: u32 = 3;
 
-/// Rows with a claim after which the run stops, before its first answer: used if the cache holds answers or an
-/// earlier run ended with a claim.
-const CLAIMING_ROWS: usize = 3;
+/// Number of rows with a claim after which a run without an answer stops, if the cache holds answers or an earlier run
+/// left suspects. Otherwise the first claim stops the run.
+const ROWS_TO_CONFIRM_CLAIM: usize = 3;
 
-/// Like [`CLAIMING_ROWS`], if rows of the plan failed while others were answered.
-const CLAIMING_ROWS_IF_DOUBTFUL: usize = 8;
+/// Like [`ROWS_TO_CONFIRM_CLAIM`], if the cache holds answers and an earlier run left suspects.
+const ROWS_TO_CONFIRM_WITH_SUSPECTS: usize = 8;
 
-/// Like [`CLAIMING_ROWS`], for a wrong key.
-const CLAIMING_ROWS_FOR_A_KEY: usize = 2;
+/// Like [`ROWS_TO_CONFIRM_CLAIM`], for claims that the key is wrong.
+const ROWS_TO_CONFIRM_WRONG_KEY: usize = 2;
 
-/// Number of remaining rows up to which all may be refused with the same message, if the cache holds answers.
-const REFUSED_ROWS: usize = 20;
+/// Maximum number of remaining rows that may all be rows which the endpoint always refuses, if the cache holds answers
+/// to the others.
+const MAX_ALWAYS_REFUSED_ROWS: usize = 20;
 
-/// Times that a row is throttled, while others are answered, after which the row fails. With the default pauses
-/// they take longer than a limit per minute does.
+/// Number of replies that throttle a row while other rows are answered after which the row fails. With the default
+/// pauses they span more than a minute, so that a limit per minute fails no row.
 const MAX_THROTTLES_PER_ROW: u32 = 8;
 
-/// Rounds of requested waits above [`LONGEST_WAIT`] after which the run ends.
-const LONG_WAIT_ROUNDS: u32 = 2;
+/// Number of rounds of requested waits above [`LONGEST_WAIT`] after which the endpoint is stopped.
+const MAX_LONG_WAIT_ROUNDS: u32 = 2;
 
 impl Upstream {
-    /// Decides after a throttled request: the gate closes for all rows, and the row keeps its attempts.
+    /// Decides after a throttled request: no row is sent during the pause, and the attempt does not count.
     pub(crate) fn throttled(
         &mut self,
         mut entry: QueuedRow,
@@ -58,10 +59,11 @@ impl Upstream {
         // A request larger than the limit itself never fits.
         let too_small = self.limiter.too_small(&cost);
         if too_small.is_some() || message.to_lowercase().contains("request too large") {
-            let which = too_small.map_or("the endpoint's limit".into(), |(resource, limit)| {
-                format!("the endpoint's limit of {limit} {}", resource.name())
-            });
-            let failure = RowFailure::over_limit(&which, cost.tokens() as f64, &message);
+            let limit_text = too_small
+                .map_or("the endpoint's limit".into(), |(resource, limit)| {
+                    format!("the endpoint's limit of {limit} {}", resource.name())
+                });
+            let failure = RowFailure::over_limit(&limit_text, cost.tokens() as f64, &message);
             return RetryDecision::Failed(entry, failure);
         }
         if self.settings.limits.adapt {
@@ -70,7 +72,7 @@ impl Upstream {
         let backoff = self.backoff_pause(round, 1.0);
         let long_wait = wait.filter(|wait| *wait > LONGEST_WAIT);
         if let Some(long_wait) = long_wait
-            && self.health.long_wait_requested(ticket.sent_at, now) >= LONG_WAIT_ROUNDS
+            && self.health.long_wait_requested(ticket.sent_at, now) >= MAX_LONG_WAIT_ROUNDS
         {
             self.queue.delay(entry, now);
             return RetryDecision::LongWait(long_wait);
@@ -89,12 +91,15 @@ impl Upstream {
         // The row itself may be the cause: each further refusal delays it longer behind the other rows.
         let row_delay = self.backoff_pause(entry.throttled, 1.0);
         entry.throttled += 1;
-        let first = *entry.throttled_at.get_or_insert(now);
+        let first_throttled_at = *entry.throttled_at.get_or_insert(now);
         let is_often_throttled = |entry: &QueuedRow| entry.throttled >= MAX_THROTTLES_PER_ROW;
-        let others_succeed = self.health.last_success().is_some_and(|at| at > first);
-        let is_alone = self.in_flight == 0 && self.queue.all(is_often_throttled);
+        let others_succeed = self
+            .health
+            .last_success()
+            .is_some_and(|success| success > first_throttled_at);
+        let has_no_other_rows = self.in_flight == 0 && self.queue.all(is_often_throttled);
         if others_succeed
-            && is_alone
+            && has_no_other_rows
             && is_often_throttled(&entry)
             && round >= MAX_THROTTLES_PER_ROW
         {
@@ -109,7 +114,7 @@ impl Upstream {
         self.queue.delay(entry, now + row_delay);
         self.stop_after_outage(&message);
         RetryDecision::Again {
-            // All requests in flight may be refused alike: report one pause.
+            // Several requests in flight may be throttled together: report one pause.
             pause: if was_open { pause } else { Duration::ZERO },
         }
     }
@@ -156,7 +161,7 @@ impl Upstream {
         entry.claimed += 1;
         let round = self.health.claimed(entry.row, ticket.sent_at, now);
         let contradicted = self.health.contradicted();
-        if round > CLAIM_ROUNDS + contradicted.min(MAX_EXTRA_CLAIM_ROUNDS) {
+        if round > MAX_CLAIM_ROUNDS + contradicted.min(MAX_EXTRA_CLAIM_ROUNDS) {
             self.queue.delay(entry, now);
             self.stop(crate::client::refused::refused_after_answers(
                 reason,
@@ -178,33 +183,39 @@ impl Upstream {
         }
     }
 
-    /// Decides like [`Upstream::claimed`], before the first answer. If the cache holds answers or an earlier run ended
-    /// with a claim, the row may be the cause, and other rows are tried first.
+    /// Decides about a claim before the first answer of the run. If the cache holds answers or an earlier run left
+    /// suspects, the row may be the cause, and other rows are tried first.
     fn claimed_first(&mut self, mut entry: QueuedRow, claim: RefusalClaim) -> RetryDecision {
         let now = Instant::now();
         let RefusalClaim { reason, failure } = claim;
-        let suspects = self.health.suspect(entry.row);
+        let claiming_rows = self.health.claimed_before_answer(entry.row);
         let is_key = reason == RefusalReason::Key;
-        // A wrong key is far likelier than a row that causes such a reply.
-        if self.is_known || self.has_suspects && !is_key {
+        // A wrong key is more likely than a row that causes a claim of a wrong key.
+        if self.has_earlier_answers || self.has_suspects && !is_key {
             let remaining = 1 + self.queue.len() + self.in_flight;
-            // The last rows may be those that are always refused. An empty account or a wrong key refuses all rows
-            // alike. A wrong key fails a row only if the row has caused a claim before.
+            // The last rows may be rows that the endpoint always refuses. An empty account or a wrong key refuses every
+            // row. A claim of a wrong key fails a row only if the row has caused a claim before.
             let max_remaining = match reason {
-                RefusalReason::Credit | RefusalReason::Key => CLAIMING_ROWS - 1,
-                _ => REFUSED_ROWS,
+                RefusalReason::Credit | RefusalReason::Key => ROWS_TO_CONFIRM_CLAIM - 1,
+                _ => MAX_ALWAYS_REFUSED_ROWS,
             };
-            if self.is_known && remaining <= max_remaining && (!is_key || entry.claimed > 0) {
+            if self.has_earlier_answers
+                && remaining <= max_remaining
+                && (!is_key || entry.claimed > 0)
+            {
                 entry.failed += 1;
                 return RetryDecision::Failed(entry, failure);
             }
-            let enough = match reason {
-                RefusalReason::Key => CLAIMING_ROWS_FOR_A_KEY,
-                RefusalReason::Credit => CLAIMING_ROWS,
-                _ if self.is_known && self.has_suspects => CLAIMING_ROWS_IF_DOUBTFUL,
-                _ => CLAIMING_ROWS,
+            let rows_to_confirm = match reason {
+                RefusalReason::Key => ROWS_TO_CONFIRM_WRONG_KEY,
+                RefusalReason::Credit => ROWS_TO_CONFIRM_CLAIM,
+                _ if self.has_earlier_answers && self.has_suspects => ROWS_TO_CONFIRM_WITH_SUSPECTS,
+                _ => ROWS_TO_CONFIRM_CLAIM,
             };
-            if suspects < enough && suspects < remaining && entry.claimed <= CLAIM_ROUNDS {
+            if claiming_rows < rows_to_confirm
+                && claiming_rows < remaining
+                && entry.claimed <= MAX_CLAIM_ROUNDS
+            {
                 // If all other rows are delayed, this row is sent again.
                 let pause = self.backoff_pause(entry.claimed, 1.0);
                 entry.claimed += 1;
@@ -244,10 +255,11 @@ impl Upstream {
             return self.transient(entry, failure, Duration::ZERO);
         }
         entry.failed += 1;
-        // Requests in flight may still be answered. If the cache holds answers, the last rows may be those that are
-        // always refused.
-        let is_settled = !self.is_known || self.queue.len() > REFUSED_ROWS;
-        if self.health.refused(&failure.message) && self.in_flight == 0 && is_settled {
+        // Requests in flight may still be answered. If the cache holds answers, the last rows may be rows that the
+        // endpoint always refuses.
+        let may_be_settings =
+            !self.has_earlier_answers || self.queue.len() > MAX_ALWAYS_REFUSED_ROWS;
+        if self.health.refused(&failure.message) && self.in_flight == 0 && may_be_settings {
             self.stop(run_error::refused_alike(&failure.message));
         }
         RetryDecision::Failed(entry, failure)

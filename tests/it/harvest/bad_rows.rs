@@ -69,7 +69,7 @@ async fn pending_row_of_earlier_run_does_not_block_new_rows() {
         let context = format!("{reaction:?}");
         let server = teacher(1, reaction).await;
         let run = two_at_once(&server);
-        // The bad row comes amid answers, and is left.
+        // The bad row is sent between answered rows and stays pending.
         run.write("prompts.txt", "p1\np2\np0\np3");
         run.harvest().await;
         assert_eq!(run.records().len(), 3, "{context}");

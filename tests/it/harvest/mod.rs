@@ -117,13 +117,13 @@ impl Run {
     }
 }
 
-/// Options without progress output.
 /// Runs `cache adopt` on the cache of the run folder.
 pub fn adopt(config: &Config) -> anyhow::Result<Adopted> {
     let dir = config.own_cache();
     distill::plan::adopt::adopt(&config.prompts, &config.endpoints(), &dir, &config.cache)
 }
 
+/// Returns options without progress output.
 pub fn quietly() -> HarvestOptions {
     HarvestOptions {
         quiet: true,

@@ -47,7 +47,7 @@ async fn probe_detects_all_features() {
         found.error_shape
     );
 
-    // Each carry the findings about the findings.
+    // Every record has the hash of the findings.
     run.harvest().await;
     let hash = found.hash().unwrap();
     assert!(run.records().iter().all(|record| record.probe == hash));

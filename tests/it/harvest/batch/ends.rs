@@ -403,8 +403,8 @@ async fn dry_run_shows_batches_under_way_and_to_submit() {
             ..quietly()
         };
         let summary = harvest::run(&night.run.config, options).await.unwrap();
-        let outlook = summary.estimate.unwrap().batches.unwrap();
-        (summary.pending, outlook)
+        let batches = summary.estimate.unwrap().batches.unwrap();
+        (summary.pending, batches)
     };
     let (pending, before) = dry_run().await;
     assert_eq!((pending, before.batches, before.under_way), (100, 3, 0));

@@ -194,8 +194,8 @@ fn processes() -> impl Strategy<Value = [Limits; 2]> {
         })
 }
 
-/// Who asks, how long after the last question (in microseconds; or before it: the clock was set), for
-/// how many requests of which share of the largest, with what in hand.
+/// One call of the script: index of the process, microseconds since the last call (negative if the clock was set back),
+/// number of requests, their size in percent of the largest, and the permits that the process holds.
 type Step = (usize, i64, u64, u64, [u64; 2]);
 
 fn step() -> impl Strategy<Value = Step> {

@@ -1,4 +1,4 @@
-//! The password in the address is in nothing that the binary prints, logs or keeps.
+//! The password in the Redis address is in no output, log or file of the binary.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use super::server::{Redis, free_port};
 
 const PASSWORD: &str = "canary-in-the-mine";
 
-/// Runs a verb with trace logs, and checks all that it says. Returns its status and its messages.
+/// Runs a verb with trace logs, and checks its output for the password. Returns the exit status and the output.
 fn distill(dir: &Path, arguments: &[&str], url: &str) -> (Option<i32>, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_distill"))
         .args(arguments)
@@ -71,7 +71,7 @@ fn redis_password_is_in_no_output() {
         (nobody.as_str(), 1),
         (wrong.as_str(), 1),
         (PASSWORD, 2),
-        // Last, since it leaves nothing to ask.
+        // This harvest is the last, since it answers all prompts.
         (url.as_str(), 0),
     ] {
         let (code, said) = distill(dir, &["harvest"], url);

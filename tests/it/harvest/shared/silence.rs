@@ -1,4 +1,4 @@
-//! While the server cannot be asked, nothing leaves.
+//! No request is sent while the Redis server cannot be reached.
 
 use std::time::Duration;
 
@@ -72,7 +72,7 @@ async fn redis_error_with_password_is_not_shown() {
             } else {
                 "-ERR no pa%20ss and no pa ss\r\n".into()
             };
-            // Who has heard enough hangs up.
+            // The client may have closed the connection.
             let _ = stream.write_all(said.as_bytes());
             command.fill(0);
         }
