@@ -342,7 +342,7 @@ fn record_with_the_key_of_another_question_is_refused() {
             findings.damaged[0]
                 .1
                 .to_string()
-                .contains("another question")
+                .contains("another request")
         );
         let target = tempfile::tempdir().unwrap();
         let sources = [source.path().to_owned()];
