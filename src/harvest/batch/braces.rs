@@ -10,7 +10,7 @@ pub(crate) struct Braces {
 }
 
 impl Braces {
-    /// Scans a byte. Returns true if it is a brace outside of a string.
+    /// Scans a byte. Returns true if it opens or closes an object. A closing brace without an opening one is ignored.
     pub(crate) fn push(&mut self, byte: u8) -> bool {
         match byte {
             _ if self.is_escaped => self.is_escaped = false,

@@ -15,17 +15,21 @@ use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, UnansweredLine};
 use crate::report::failures::FailedRow;
 
-/// Number of rows of a batch refused with the same message after which the settings are wrong, not the rows.
+/// Minimum number of refused rows, all with the same message, for which the settings are blamed instead of the rows.
 const SAME_REFUSALS: usize = 5;
 
 /// Sums over the rows of a part that ends.
 #[derive(Default)]
 struct Closing {
-    /// Number and reserved cost of rows without an answer that may be billed.
+    /// Number of rows without an answer that may be billed.
     lost: u64,
+    /// Reserved cost of these rows in US dollars.
     lost_usd: f64,
+    /// Number of rows that a content filter refused.
     filtered: u64,
+    /// Number of refused rows by error message.
     refusals: HashMap<String, usize>,
+    /// First claim that no request can succeed, in a batch without answers.
     claim: Option<RefusalClaim>,
 }
 
@@ -85,7 +89,7 @@ impl BatchRun<'_> {
                     | RowOutcome::Unreadable { .. }
                     | RowOutcome::Claimed(_),
                 ) => false,
-                // Rows that a batch did not run are not billed; rows that it lost may be.
+                // A row that the batch did not run is not billed; a row that it lost may be billed.
                 None => status != "expired" && status != "cancelled" && !rest_was_not_asked,
             };
             if may_be_billed {
@@ -159,7 +163,7 @@ impl BatchRun<'_> {
             } else {
                 0
             };
-            // A row of a cancelled batch keeps its attempts.
+            // A cancelled batch does not count as a failed attempt.
             entry.failed += u32::from(!was_cancelled);
             if entry.failed.max(paid) >= self.settings.retry.max_attempts {
                 self.fail(upstream, entry, failure);
@@ -186,7 +190,7 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    /// Charges the rows that may be billed.
+    /// Charges the reserved cost of the rows without an answer that may be billed.
     fn settle_lost(&mut self, index: usize, upstream: usize, closing: &Closing) -> Result<()> {
         self.summary.attempts_lost += closing.lost;
         let price = self.upstreams[upstream].settings.price.clone();

@@ -23,24 +23,24 @@ use crate::harvest::run_error;
 use crate::plan::PlannedRow;
 use crate::prompt::Prompt;
 
-/// Number of times that a batch or a file may be "not found" before it counts as lost.
+/// Number of times that a batch or a file is missing or incomplete before the part is closed without it.
 const MAX_NOT_FOUND: u32 = 20;
 
-/// Number of lines between two progress updates.
+/// Number of result lines between two progress updates.
 const SHOW_EVERY: u64 = 500;
 
-/// The rows of a part while its files are read.
+/// Rows and outcomes of a part while its result files are read.
 pub(super) struct PartCollection {
     pub(super) members: Vec<PartRow>,
     /// Index of each key in `members`.
     index_by_key: HashMap<String, usize>,
-    /// Outcome of each row; None if no line of a file names it.
+    /// Outcome of each row; None if no line read so far names the row.
     pub(super) outcomes: Vec<Option<RowOutcome>>,
     bodies: RequestFile,
     timing: Timing,
     /// True if the endpoint did not run the rows that no file names.
     pub(super) rest_was_not_asked: bool,
-    /// Number of lines that name no row of the part, or a row that has an outcome already.
+    /// Number of lines that name no row of the part, or add no answer to a row that has an outcome already.
     pub(super) ignored: u64,
     /// Text of the lines from which no row can be parsed.
     pub(super) unreadable: Vec<u8>,
@@ -56,7 +56,7 @@ impl PartCollection {
         readable.count() as u64
     }
 
-    /// Returns true if a line cannot be parsed.
+    /// Returns true if at least one line cannot be parsed.
     pub(super) fn has_unreadable(&self) -> bool {
         let is_unreadable = |outcome: &RowOutcome| matches!(outcome, RowOutcome::Unreadable { .. });
         self.unreadable_lines > 0 || self.outcomes.iter().flatten().any(is_unreadable)
@@ -68,7 +68,7 @@ impl PartCollection {
         self.unreadable_lines += 1;
     }
 
-    /// Returns true if several rows were found and none can be parsed.
+    /// Returns true if at least two rows were found and none of them can be parsed.
     fn is_unreadable(&self) -> bool {
         self.readable_rows() == 0 && self.outcomes.iter().flatten().count() > 1
     }
@@ -84,8 +84,11 @@ pub(super) enum RowOutcome {
         problem: String,
         body: Bytes,
     },
+    /// Transient failure: the row returns to the queue if it has attempts left.
     Again(RowFailure),
+    /// The endpoint refused the row, which therefore fails.
     Refused(RowFailure),
+    /// A content filter refused the row.
     Filtered(RowFailure),
     /// The endpoint claims that no request can succeed.
     Claimed(RefusalClaim),
@@ -111,7 +114,7 @@ impl BatchRun<'_> {
             ApiError::parse(&reply.body),
         ) {
             (Some(object), _) => object,
-            // An error with a success status.
+            // The endpoint reports an error with a success status.
             (None, error) if !error.message.is_empty() => {
                 return self.batch_missing(index, &error.message);
             }
@@ -140,7 +143,7 @@ impl BatchRun<'_> {
             }
             "failed" => return self.end_failed_batch(index, &object),
             "cancelling" | "finalizing" => return Ok(()),
-            // Unknown statuses are waited for.
+            // Any other status, known or unknown, means that the batch has not ended.
             _ => {}
         }
         let state = &self.journal.parts[index].state;
@@ -160,7 +163,8 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    /// Counts a missing batch or file. Returns an error, so that the step is retried, until [`MAX_NOT_FOUND`].
+    /// Counts a missing or incomplete batch or file. Returns an error, so that the step is retried, and Ok from the
+    /// [`MAX_NOT_FOUND`]th time on.
     pub(super) fn retry_missing(
         &mut self,
         index: usize,
@@ -198,7 +202,7 @@ impl BatchRun<'_> {
         if has_lost_answers {
             // The files may not be visible yet.
             self.retry_missing(index, "a batch that has ended has no file")?;
-            // If another batch had answers, only the rows of this one are lost.
+            // An upstream without any answer so far stops. Otherwise only the rows of this batch are lost.
             let is_completed = object.status == "completed";
             if is_completed
                 && !self.upstreams[upstream].has_answered
@@ -245,7 +249,7 @@ impl BatchRun<'_> {
                 return self.keep_unreadable_file(index, batches, file).await;
             }
         }
-        // A completed batch must have every row. Otherwise the reported number counts, if it is plausible.
+        // A completed batch must have every row. Any other must have the reported number of rows, if it is plausible.
         let members = collection.members.len() as u64;
         let expected = if object.status == "completed" {
             Some(members)
@@ -263,7 +267,7 @@ impl BatchRun<'_> {
                 .note(&format!("a batch has ended, and {message}"));
         }
         self.record_rest(index, &mut collection)?;
-        // Answers that are in no file may be billed.
+        // The status `gone` marks the rows as possibly billed: the batch has answers that are in no file.
         let status = if has_lost_answers && object.status != "completed" {
             "gone"
         } else {
@@ -331,8 +335,8 @@ impl BatchRun<'_> {
         })
     }
 
-    /// Reads a line. Returns true if it names a row of the part. Only answers are recorded immediately: if the file
-    /// breaks off, it is read again.
+    /// Parses a line and sets the outcomes of its rows. Returns true if it names a row of the part. Only answers are
+    /// recorded immediately; if the download breaks off, the file is read again for the other outcomes.
     pub(super) fn take_line(
         &mut self,
         index: usize,
@@ -366,7 +370,7 @@ impl BatchRun<'_> {
             error.clean(&transport.secrets());
         }
         let row = collection.index_by_key.get(&custom_id).copied();
-        // An answer replaces an earlier line without one.
+        // An answer replaces an earlier outcome that is not an answer.
         let is_open = |row: &usize| match &collection.outcomes[*row] {
             None => true,
             Some(RowOutcome::Answered) => false,

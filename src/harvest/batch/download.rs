@@ -16,14 +16,14 @@ use crate::client::outcome;
 use crate::client::transport::{BatchApi, FileDownload};
 use crate::harvest::{run_error, unreadable_bodies};
 
-/// Failed reads of a results file after which the upstream stops.
+/// Number of failed reads of a part's results files after which the upstream stops.
 const MAX_READ_FAILURES: u32 = 20;
 
 /// Maximum length of an API key in bytes, in any encoding.
 const LONGEST_KEY: usize = 16 << 10;
 
 impl BatchRun<'_> {
-    /// Opens a results file. Returns None if the file no longer exists.
+    /// Opens a results file. Returns None if the endpoint still does not find the file after several tries.
     pub(super) async fn rows_of_file(
         &mut self,
         index: usize,
@@ -76,8 +76,8 @@ impl BatchRun<'_> {
         error.into()
     }
 
-    /// Saves a results file in which no line can be parsed, and stops the upstream so that paid answers are not bought
-    /// again. The next run reads the batch again.
+    /// Saves a results file from which no row of the part can be parsed, and stops the upstream so that paid answers are
+    /// not bought again. The next run reads the batch again.
     pub(super) async fn keep_unreadable_file(
         &mut self,
         index: usize,
@@ -101,7 +101,7 @@ impl BatchRun<'_> {
                 })?;
                 held.extend_from_slice(&piece);
                 held = batches.without_key(held.into()).into();
-                // A key may span two pieces.
+                // An API key may span two pieces, so the last bytes are held back until the next piece arrives.
                 let sure = held.len().saturating_sub(LONGEST_KEY);
                 kept.write_all(&held[..sure]).context(could_not)?;
                 held.drain(..sure);

@@ -51,7 +51,7 @@ impl BatchRun<'_> {
         }
         collection.unreadable_lines += rows.skipped();
         if collection.readable_rows() == 0 && collection.has_unreadable() {
-            // The lines may contain answers.
+            // The unreadable lines may be paid answers.
             return self.keep_unreadable_file(index, batches, &file).await;
         }
         if collection.readable_rows() == 0 {

@@ -1,13 +1,14 @@
-//! Batch mode: rows are uploaded as files, and their answers arrive within a day for half the price.
+//! Batch mode: uploads requests as files; the endpoint usually answers within a day, for half the price. A *part* is
+//! the rows that are sent as one batch.
 //!
 //! ```text
-//! rows --parts: how many fit--> part (journal) --submit: upload, create or adopt--> batch
+//! waiting rows --parts: how many fit--> part (journal) --submit: upload, create or adopt--> batch
 //!   --collect: poll, read both result files row by row--> cache | a later part | failed
 //! ```
 //!
 //! | file | content |
 //! |---|---|
-//! | `mod` | main loop over the parts of every endpoint |
+//! | `mod` | main loop over the parts of every upstream |
 //! | `parts`, `estimate` | number of rows that fit into a part; estimate for a dry run |
 //! | `journal`, `recover` | `batches.json` and the rows of each part; resumes the parts of earlier runs |
 //! | `submit` | uploads a part and creates its batch; after a lost reply, searches for the batch |
@@ -15,9 +16,9 @@
 //! | `failed`, `closing` | a batch that failed as a whole; the outcome of every row when a part ends |
 //! | `upstream`, `show` | live state of an endpoint; progress text |
 //!
-//! Invariants: each step is in the journal before the next one begins, so the loop can be dropped at any await, by a
-//! signal or by a kill: the batches continue at the endpoint, and the next run collects them. When a part ends, each of
-//! its rows is answered, failed or returned to the queue.
+//! Invariants: the journal records each step before the next one begins, so a signal or a kill may stop the loop at any
+//! await: the batches continue at the endpoint, and the next run collects them. When a part ends, each of its rows has
+//! been answered, has failed or returns to the queue.
 
 pub(crate) mod braces;
 pub(crate) mod closing;
@@ -65,7 +66,7 @@ use crate::terminal::progress::Progress;
 use journal::BatchJournal;
 use upstream::BatchUpstream;
 
-/// Maximum time to wait until batches are cancelled; endpoints document ten minutes.
+/// Maximum time to wait for cancelled batches to end; endpoints document up to ten minutes.
 const MAX_CANCEL_TIME: Duration = Duration::from_secs(1_200);
 
 /// State of a run in batch mode.
@@ -97,23 +98,25 @@ pub(crate) enum BatchOutcome {
 /// Rows that the batches did not answer before the deadline.
 pub(crate) struct RemainingRows {
     pub prompts: Vec<Prompt>,
-    /// Keys of the rows that must not be sent: rows that have failed, and rows in batches whose cancellation did not
-    /// finish.
+    /// Keys of the rows that must not be sent: rows that have failed, and rows in parts that have not ended.
     pub excluded_keys: HashSet<String>,
-    /// Number of batches whose cancellation did not finish.
+    /// Number of parts that have not ended: the cancellation did not finish, or the upstream has stopped or is not in
+    /// the config.
     pub uncancelled_batches: usize,
     pub summary: HarvestSummary,
     pub run_files: RunFiles,
     pub started: Instant,
 }
 
+/// Reason why the main loop ended.
 enum BatchRunEnd {
+    /// Every row has ended, or its upstream has stopped.
     AllDone,
     Deadline,
     Signal(u8),
 }
 
-/// Error of a step.
+/// Error of a step of a part, such as an upload or a poll.
 enum BatchStepError {
     /// A call to the endpoint failed; the step is tried again.
     Attempt(AttemptError),
@@ -169,7 +172,7 @@ impl<'a> BatchRun<'a> {
         })
     }
 
-    /// Runs until every row has ended, the deadline passes, or the run is stopped.
+    /// Runs until every row has ended or its upstream has stopped, the deadline passes, or a signal arrives.
     pub(crate) async fn run(mut self, signals: &mut Signals) -> Result<BatchOutcome> {
         self.recover()?;
         let signal = async {
@@ -215,7 +218,7 @@ impl<'a> BatchRun<'a> {
         }
     }
 
-    /// Advances every part of an upstream until it waits for the endpoint.
+    /// Advances every part of an upstream, then submits new parts while rows wait and limits allow it.
     async fn advance(&mut self, upstream: usize, may_send: bool) -> Result<(), BatchStepError> {
         let now = Instant::now();
         if self.upstreams[upstream].is_stopped() || self.upstreams[upstream].not_before > now {
@@ -227,11 +230,11 @@ impl<'a> BatchRun<'a> {
             let pause = self.settings.batch.poll.mul_f64(jitter);
             self.upstreams[upstream].next_poll = now + pause;
         }
-        // A failed call for one part does not hold up the others.
+        // A failed call for one part does not delay the other parts.
         let mut result: Result<(), BatchStepError> = Ok(());
         for index in self.parts_of(upstream) {
             let step = if self.journal.parts[index].batch().is_none() {
-                // Outside the window no batch is created, but a batch whose creation had no reply is searched for.
+                // Outside the window no batch is created, but the search for a batch whose creation had no reply continues.
                 self.submit(index, may_send).await
             } else if is_due {
                 self.poll(index).await
@@ -322,7 +325,7 @@ impl<'a> BatchRun<'a> {
             .clamp(least, now + CLOCK_CHECK_INTERVAL)
     }
 
-    /// Ends a row without an answer.
+    /// Records a row as failed.
     fn fail(&mut self, upstream: usize, entry: QueuedRow, failure: RowFailure) {
         let row = FailedRow::new(&self.plan, upstream, entry, failure);
         self.summary.fail(row);

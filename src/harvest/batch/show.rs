@@ -33,7 +33,7 @@ impl BatchRun<'_> {
         });
     }
 
-    /// Counts the batches under way by status.
+    /// Counts the parts that have not ended, by status.
     pub(super) fn parts_under_way(&self) -> BTreeMap<String, u64> {
         let mut parts = BTreeMap::new();
         for part in self.journal.parts.iter().filter(|part| !part.is_done()) {
