@@ -76,8 +76,8 @@ impl BatchRun<'_> {
         error.into()
     }
 
-    /// Saves a results file from which no row of the part can be parsed, and stops the upstream so that paid answers are
-    /// not bought again. The next run reads the batch again.
+    /// Saves a results file from which no row of the part can be parsed, and stops the upstream so that paid answers
+    /// are not bought again. The next run reads the batch again.
     pub(super) async fn keep_unreadable_file(
         &mut self,
         index: usize,

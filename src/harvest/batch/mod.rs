@@ -234,7 +234,7 @@ impl<'a> BatchRun<'a> {
         let mut result: Result<(), BatchStepError> = Ok(());
         for index in self.parts_of(upstream) {
             let step = if self.journal.parts[index].batch().is_none() {
-                // Outside the window no batch is created, but the search for a batch whose creation had no reply continues.
+                // Outside the window no batch is created, but a creation without a reply is still looked up.
                 self.submit(index, may_send).await
             } else if is_due {
                 self.poll(index).await

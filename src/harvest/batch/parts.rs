@@ -4,17 +4,18 @@ use super::journal::line_bytes;
 use crate::config;
 use crate::plan::Plan;
 
-/// Bytes of an answer's line in addition to its tokens.
+/// Bytes of a result line that do not depend on the number of tokens.
 const OUTPUT_OVERHEAD: f64 = 1_000.0;
 
-/// Measured bytes per token in a results file, by the number of top logprobs.
+/// Pairs of the number of top logprobs and the measured bytes per token in a results file.
 const OUTPUT_BYTES: [(f64, f64); 3] = [(0.0, 88.0), (5.0, 442.0), (20.0, 1_505.0)];
 
-/// Size of a row for each limit.
+/// Size of a row or part in the unit of each limit.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct RowSize {
-    /// Bytes of its line in the file of requests.
+    /// Bytes of its line in the request file.
     pub bytes: u64,
+    /// Estimated bytes of its line in the results file.
     pub output_bytes: f64,
     /// Estimated prompt tokens plus `max_tokens`.
     pub tokens: u64,
@@ -22,7 +23,7 @@ pub(crate) struct RowSize {
     pub usd: f64,
 }
 
-/// Limits of a part.
+/// Maximum size of a part.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PartLimits {
     pub rows: usize,
@@ -35,16 +36,18 @@ pub(crate) struct PartLimits {
 /// Limit that the next row would exceed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PartFull {
-    /// The part has reached its maximum size.
+    /// Maximum rows, request bytes or output bytes of a part.
     Part,
+    /// Enqueued tokens that remain.
     Tokens,
+    /// Budget that remains.
     Money,
-    /// The row is larger than the maximum file size.
+    /// Maximum file size, which the row exceeds even as the only row of a part.
     Never,
 }
 
 impl PartLimits {
-    /// Limits of one batch; `tokens` and `usd` remain of the limits that all batches share.
+    /// Creates the limits of one part. `tokens` and `usd` are the remainders of limits that all parts share.
     pub(crate) fn new(limits: &config::BatchConfig, tokens: Option<u64>, usd: f64) -> PartLimits {
         PartLimits {
             rows: limits.max_requests,
@@ -70,7 +73,7 @@ impl PartLimits {
                 usd: sum.usd + row.usd,
             };
             let full = if row.bytes > self.bytes {
-                // The rows before it make a part of their own.
+                // The rows before the oversized row form a part.
                 Some(if count == 0 {
                     PartFull::Never
                 } else {
@@ -116,7 +119,7 @@ pub(crate) fn size(plan: &Plan, upstream: usize, row: usize, usd: f64) -> RowSiz
     }
 }
 
-/// Estimates the bytes of an answer, interpolated between the measurements.
+/// Estimates the bytes of a result line by linear interpolation between the measurements.
 fn output_bytes(max_tokens: u32, top_logprobs: u32) -> f64 {
     let k = f64::from(top_logprobs);
     let [first, middle, last] = OUTPUT_BYTES;
@@ -144,8 +147,7 @@ mod tests {
     }
 
     proptest! {
-        /// Every row is in exactly one part or larger than a file. Parts respect all limits and are as large as
-        /// possible.
+        /// Every row is in exactly one part or larger than the maximum file. Parts respect all limits.
         #[test]
         fn rows_are_split_within_all_limits(
             rows in proptest::collection::vec((1u64..300, 1u64..500, 1u64..50), 0..200),

@@ -45,8 +45,8 @@ struct Response<'a> {
     body: Option<&'a RawValue>,
 }
 
-/// Parses a line into one result, or several if the file has several rows on a line. None for an object that names
-/// no row.
+/// Parses a line into results, usually one; some servers write several rows on a line. An item is None if it names no
+/// row.
 pub(crate) fn read(line: &Bytes) -> Vec<Option<RowResult>> {
     match read_json(line) {
         Some(outcome) => vec![Some(outcome)],
@@ -54,10 +54,10 @@ pub(crate) fn read(line: &Bytes) -> Vec<Option<RowResult>> {
     }
 }
 
-/// Field that names the row of an object.
+/// JSON name, with quotes, of the field that identifies the row.
 pub(super) const ID: &[u8] = b"\"custom_id\"";
 
-/// Levels of nesting down to a row.
+/// Maximum nesting depth of a row within a line.
 const DEEPEST: usize = 5;
 
 /// Splits a line into rows: items of a list, consecutive objects, or fields of an object, with any text between them.
@@ -116,7 +116,7 @@ fn is_before(first: &[u8], byte: u8, text: &[u8]) -> bool {
     memchr::memmem::find(&text[..end], first).is_some()
 }
 
-/// Adds the rows in a value: objects with an id and a result, since other objects may repeat the id.
+/// Adds the rows in a value. A row is an object with an id and an outcome; other objects may repeat the id.
 fn add_rows<'a>(value: &'a RawValue, depth: usize, rows: &mut Vec<&'a RawValue>) {
     const OUTCOMES: [&str; 4] = ["response", "result", "error", "choices"];
     let Some(depth) = depth.checked_sub(1) else {
@@ -140,7 +140,7 @@ fn add_rows<'a>(value: &'a RawValue, depth: usize, rows: &mut Vec<&'a RawValue>)
     }
 }
 
-/// Splits a text that cannot be repaired by its braces.
+/// Splits a text at its braces, because it cannot be repaired into JSON.
 fn values_by_braces(line: &Bytes) -> Vec<Bytes> {
     let mut values = Vec::new();
     let mut at = 0;
@@ -172,8 +172,8 @@ fn values_by_braces(line: &Bytes) -> Vec<Bytes> {
     values
 }
 
-/// Finds the opening brace of the object whose field is at `field`: the nearest one before it that is neither closed
-/// nor begins the value of another field.
+/// Finds the opening brace of the object whose field is at `field`: the nearest brace before it if no closing brace lies
+/// between, otherwise the nearest one that does not begin the value of a field. Returns 0 if none is found.
 fn brace_before(text: &[u8], field: usize) -> usize {
     let mut end = field;
     if let Some(brace) = memchr::memrchr(b'{', &text[..field])
@@ -293,8 +293,8 @@ fn classify_without_response(error: &Value) -> AttemptError {
     }
 }
 
-/// Returns true if the code means that the row can never be answered. Other codes, like `server_error` and
-/// `batch_expired`, are transient.
+/// Returns true if the code or type of the error means that the row can never be answered. Other codes, such as
+/// `server_error` and `batch_expired`, are transient.
 fn is_row_specific(error: &ApiError) -> bool {
     ["invalid", "content", "context", "unsupported", "policy"]
         .iter()
@@ -304,13 +304,13 @@ fn is_row_specific(error: &ApiError) -> bool {
 /// Reason why a batch failed as a whole.
 #[derive(Debug, Default)]
 pub(crate) struct BatchFailure {
-    /// More tokens are enqueued than the account allows; the inner value is the limit, if stated.
+    /// Some if more tokens are enqueued than the account allows; the inner value is the limit, if stated.
     pub over_tokens: Option<Option<u64>>,
     /// Claim that no batch can succeed.
     pub stop: Option<(RefusalReason, String)>,
-    /// Lines of the input file that the endpoint refuses, from 0.
+    /// Index, from 0, and failure of each line of the input file that the endpoint refuses.
     pub lines: Vec<(usize, RowFailure)>,
-    /// First error message.
+    /// First error message, or a text that says that the endpoint gave no reason.
     pub message: String,
 }
 

@@ -1,4 +1,4 @@
-//! Splits a results file into rows: lines, and objects that span several lines.
+//! Splits a results file into rows. A row is a line, or a JSON object that spans several lines.
 
 use std::collections::VecDeque;
 
@@ -13,9 +13,10 @@ use crate::client::transport::TransportError;
 /// Reader of the rows of a results file.
 pub(crate) struct ResultRows {
     lines: FileLines,
-    /// Object that has not ended yet.
+    /// Text so far of an object that has not ended yet.
     open: BytesMut,
     braces: Braces,
+    /// Rows that `next` returns before it reads more lines.
     ready: VecDeque<Bytes>,
 }
 
@@ -29,7 +30,7 @@ impl ResultRows {
         }
     }
 
-    /// Returns the next line, or object of several lines. None after the last one.
+    /// Returns the next row; None after the last row.
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, TransportError> {
         loop {
             if let Some(row) = self.ready.pop_front() {
@@ -64,7 +65,7 @@ impl ResultRows {
         }
     }
 
-    /// Adds a line to the open object; a complete object becomes ready.
+    /// Adds a line to the open object. Moves each object that the line completes to `ready`.
     fn join(&mut self, line: Bytes) {
         let mut start = 0;
         for (at, byte) in line.iter().enumerate() {
@@ -87,7 +88,7 @@ impl ResultRows {
         }
     }
 
-    /// Makes the open object ready, complete or not.
+    /// Moves the open object to `ready`, even if it is incomplete.
     fn flush_object(&mut self) {
         self.braces = Braces::default();
         self.ready.push_back(self.open.split().freeze());

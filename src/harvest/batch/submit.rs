@@ -19,17 +19,17 @@ use crate::client::batch_object::{BatchObject, ENDPOINT};
 use crate::client::transport::Transport;
 use crate::plan::queue::QueuedRow;
 
-/// Delays in seconds before each search for a batch whose creation had no reply; the list of batches may lag.
+/// Delay in seconds before each search for a batch whose creation had no reply. A new batch may be listed late.
 const LOOKUP_DELAYS_S: [u64; 4] = [0, 5, 15, 40];
 
-/// Number of times that an uploaded file may be "not found" before a second upload, and before its part fails.
+/// Number of times that an uploaded file may be "not found" before a second upload, and before the upstream stops.
 const FILE_NOT_FOUND_LIMITS: [u32; 2] = [6, 12];
 
-/// Maximum clock skew in seconds: the search for a nonce covers batches that are older than its part by this much.
+/// Maximum clock skew in seconds: the search for a nonce covers batches created up to this long before its part.
 const CLOCK_SKEW_S: i64 = 86_400;
 
 impl BatchRun<'_> {
-    /// Makes a part of the first waiting rows that fit. None if no row fits now.
+    /// Makes a part of the first waiting rows that fit, and returns its index. None if no row fits now.
     pub(super) fn plan_part(&mut self, upstream: usize) -> Result<Option<usize>> {
         let sizes: Vec<RowSize> = {
             let waiting = self.upstreams[upstream].waiting.iter();
@@ -47,7 +47,7 @@ impl BatchRun<'_> {
         let first = sizes.first().map_or(0, |size| size.tokens);
         let tokens = self.upstreams[upstream].token_limit.map(|limit| {
             let available = limit.saturating_sub(enqueued);
-            // With nothing enqueued, one row is always tried: the token count is an estimate.
+            // If nothing is enqueued, one row is always tried, because the token count is an estimate.
             if enqueued == 0 {
                 available.max(first)
             } else {
@@ -125,7 +125,7 @@ impl BatchRun<'_> {
         self.fail(upstream, entry, RowFailure::new("over the limit", &message));
     }
 
-    /// Stops the upstream, unless a batch under way may still release budget.
+    /// Stops the upstream because the budget is used up, unless a part that has not ended may still release budget.
     fn stop_without_money(&mut self, upstream: usize) {
         let mut open = self
             .upstreams
@@ -138,7 +138,7 @@ impl BatchRun<'_> {
         self.upstreams[upstream].stop(error);
     }
 
-    /// Advances a part until its batch is created, or it has to wait.
+    /// Advances a part until its batch is created or the part has to wait.
     pub(super) async fn submit(
         &mut self,
         index: usize,
@@ -224,7 +224,7 @@ impl BatchRun<'_> {
             }
             Err(error) => {
                 progress.lookups = 0;
-                // A refusal creates no batch; a broken connection may have broken after the creation.
+                // A refusal creates no batch. A connection may have broken after the batch was created.
                 progress.in_doubt = matches!(&error, AttemptError::Transient { failure, .. } if !failure.unreachable);
                 if !progress.in_doubt {
                     self.journal.set(index, PartState::Uploaded { file })?;
@@ -254,8 +254,8 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    /// Searches for the batch of a creation without a reply. The part is in doubt until the batch is found, or is
-    /// missing from every list for a minute.
+    /// Searches for the batch of a creation without a reply. If no search finds it within a minute, the batch is created
+    /// again.
     async fn adopt(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
         let (upstream, transport) = self.upstream_of(index)?;
         let part = &self.journal.parts[index];
@@ -299,7 +299,7 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    /// Ends a part without a batch and returns its rows to the queue.
+    /// Ends a part that has no batch and returns its rows to the queue.
     fn return_rows(&mut self, index: usize) -> Result<(), BatchStepError> {
         let (upstream, _) = self.upstream_of(index)?;
         let rows = self.journal.parts[index].progress.rows.iter().flatten();
@@ -319,7 +319,7 @@ impl BatchRun<'_> {
         self.run_files
             .account
             .settle_batch(held, held, rows, Charge::Nothing, &price)?;
-        // Answers and account are written before the part ends: later runs do not read an ended part again.
+        // The answers and the account are written first, because later runs do not read a part that has ended.
         self.cache.sync()?;
         self.run_files.account.tick()?;
         *self.counts.parts.entry(status.to_owned()).or_default() += 1;
@@ -338,7 +338,7 @@ impl BatchRun<'_> {
     }
 }
 
-/// Returns true if the endpoint does not find the input file: a new file may not be visible yet.
+/// Returns true if the endpoint does not find the input file. A new file may not be visible yet.
 fn is_file_missing(failure: &RowFailure) -> bool {
     let message = failure.message.to_lowercase();
     message.contains("file") && (message.contains("no such") || message.contains("not found"))

@@ -19,13 +19,13 @@ use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
 use crate::plan::run_settings::RunSettings;
 
-/// Failed calls after which an address that never answered is given up.
+/// Number of failed calls after which an upstream stops if its address has never replied.
 const FIRST_CONTACT_CALLS: u32 = 3;
 
-/// Consecutive claims that no request can succeed after which an endpoint that has answered before is stopped.
+/// Number of consecutive claims that no request can succeed that are tolerated from an endpoint that has worked before.
 const CLAIMS: u32 = 4;
 
-/// Consecutive failed batches after which the upstream stops.
+/// Number of consecutive failed batches after which the upstream stops.
 const FAILED_BATCHES: u32 = 3;
 
 /// Live state of an endpoint.
@@ -35,9 +35,9 @@ pub(crate) struct BatchUpstream {
     pub transport: Arc<dyn Transport>,
     /// Rows that are not in a batch.
     pub waiting: VecDeque<QueuedRow>,
-    /// Maximum tokens in batches under way, from the config or a refusal.
+    /// Maximum tokens in unfinished parts, from the config or from an error of the endpoint.
     pub token_limit: Option<u64>,
-    /// An answer has arrived.
+    /// An answer, or a refusal of a row by a content filter, has arrived.
     pub has_answered: bool,
     /// Earliest time of the next call.
     pub not_before: Instant,
@@ -49,16 +49,17 @@ pub(crate) struct BatchUpstream {
     last_success: Instant,
     /// The address has sent a reply.
     is_there: bool,
+    /// Number of consecutive failed batches.
     failed_batches: u32,
     /// The endpoint has accepted a batch.
     pub has_batches: bool,
-    /// Number of batches since the last answered row in which every row is a claim that no request can succeed.
+    /// Number of batches since the last useful one that had no answer and claimed that no request can succeed.
     claims: u32,
-    /// Number of claims in reply to calls since the last success.
+    /// Number of calls since the last success whose reply claimed that no request can succeed.
     refused_calls: u32,
-    /// Monitors the usefulness of its answers.
+    /// Detects a series of answers that training cannot use.
     pub monitor: AnswerMonitor,
-    /// Error that stopped it; other upstreams continue.
+    /// Error that stopped this upstream; other upstreams continue.
     stopped: Option<anyhow::Error>,
 }
 
@@ -157,8 +158,8 @@ impl BatchUpstream {
         (pause, message)
     }
 
-    /// Handles a claim that no request can succeed. It stops the upstream immediately before the first batch, later
-    /// after more than [`CLAIMS`] repetitions.
+    /// Handles a reply that claims that no request can succeed. The upstream stops at the first claim if the endpoint
+    /// has not accepted a batch yet, and otherwise after more than [`CLAIMS`] claims.
     fn claimed(&mut self, claim: RefusalClaim, retry: &config::RetryConfig) -> (Duration, String) {
         self.refused_calls += 1;
         let pause = outcome::backoff(self.failures, retry, 1.0);
@@ -168,7 +169,7 @@ impl BatchUpstream {
         (pause, message)
     }
 
-    /// Handles a batch in which every row is a claim, like [`BatchUpstream::claimed`].
+    /// Handles a batch without answers that claims that no request can succeed, like [`BatchUpstream::claimed`].
     pub(crate) fn all_claimed(&mut self, claim: RefusalClaim, retry: &config::RetryConfig) {
         self.claims += 1;
         self.not_before = Instant::now() + outcome::backoff(self.claims, retry, 1.0);
@@ -193,7 +194,7 @@ impl BatchUpstream {
         }
     }
 
-    /// Records a batch with answers.
+    /// Resets the failure counts after a batch with answers.
     pub(crate) fn batch_succeeded(&mut self) {
         self.failed_batches = 0;
         self.claims = 0;
