@@ -1,6 +1,6 @@
 //! One attempt: builds the request body, sends it and encodes the answer as a cache line.
 //!
-//! Each attempt is a task of its own, so that parsing top-k logprobs (megabytes of JSON a second) uses every core.
+//! Each attempt is a task of its own, so that parsing top-k logprobs (megabytes of JSON per second) uses every core.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +30,7 @@ use crate::rate_limit::headers::LimitReport;
 use crate::rate_limit::send_ticket::SendTicket;
 use crate::report::answer_facts::AnswerFacts;
 
-/// A request in flight, with the state that settling its reply needs.
+/// A request in flight, with the data needed to settle its reply.
 pub(crate) struct Attempt {
     pub upstream: usize,
     pub entry: QueuedRow,
@@ -45,7 +45,7 @@ pub(crate) struct FinishedAttempt {
     /// Rate limits reported by the reply's headers.
     pub reports: Vec<LimitReport>,
     pub result: Result<Box<EncodedAnswer>, AttemptError>,
-    /// Released once a large answer is recorded.
+    /// Permit to hold a large reply body in memory, released when the attempt has been settled.
     pub _permit: Option<LargeBodyPermit>,
 }
 
@@ -53,7 +53,7 @@ pub(crate) struct FinishedAttempt {
 pub(crate) struct EncodedAnswer {
     pub encoded: EncodedRecord,
     pub facts: AnswerFacts,
-    /// Upper bound of the tokens used, for an answer without usage.
+    /// Upper bound of the tokens used, charged if the reply reports no complete usage.
     pub bound: TokenBound,
 }
 
@@ -126,7 +126,7 @@ pub(crate) async fn run(
 }
 
 impl EncodedAnswer {
-    /// Encodes the answer to `body`; `bound` is the upper bound of its tokens.
+    /// Encodes the answer to the request `body`; `bound` is the upper bound of the tokens used.
     ///
     /// # Errors
     /// If the record cannot be encoded.
@@ -160,7 +160,7 @@ impl EncodedAnswer {
         })
     }
 
-    /// The amount to charge for the answer.
+    /// Returns the charge for the answer.
     pub(crate) fn charge(&self) -> Charge {
         match self.facts.usage {
             Some(usage) => Charge::Measured(usage),

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use crate::harvest::attempt::FinishedAttempt;
 use crate::harvest::run_error;
 
-/// Time to wait for disk space before the run ends.
+/// Maximum time to wait for disk space before the run ends.
 const MAX_WAIT: Duration = Duration::from_secs(600);
 
 /// Pause between two attempts to write.
@@ -36,22 +36,26 @@ pub(crate) fn downgrade_if_full(result: anyhow::Result<()>) -> anyhow::Result<()
     }
 }
 
-/// Answers held in memory while the disk is full. Their number is bounded by the requests in flight, since no
-/// request is sent meanwhile.
+/// Replies held in memory while the disk is full. Their number is bounded by the requests in flight, because no
+/// request is sent while the disk is full.
 #[derive(Default)]
 pub(crate) struct HeldAnswers {
     held: Vec<FinishedAttempt>,
     full: Option<Full>,
 }
 
+/// A wait for disk space.
 struct Full {
+    /// Time of the first failed write.
     since: Instant,
+    /// Time of the next attempt to write.
     retry_at: Instant,
+    /// Error of the first failed write.
     message: String,
 }
 
 impl HeldAnswers {
-    /// Records that a write found the disk full. Returns true the first time.
+    /// Records that a write failed because the disk is full. Returns true at the first failure of a wait.
     pub(crate) fn note(&mut self, error: &anyhow::Error) -> bool {
         let now = Instant::now();
         let is_new = self.full.is_none();
@@ -64,7 +68,7 @@ impl HeldAnswers {
         is_new
     }
 
-    /// Holds answers that could not be recorded.
+    /// Holds replies until the disk has space.
     pub(crate) fn hold(&mut self, group: Vec<FinishedAttempt>) {
         self.held.extend(group);
     }
@@ -82,12 +86,12 @@ impl HeldAnswers {
         self.full.as_ref().map(|full| full.retry_at)
     }
 
-    /// Takes the held answers out, to write them again.
+    /// Removes and returns the held replies.
     pub(crate) fn take(&mut self) -> Vec<FinishedAttempt> {
         std::mem::take(&mut self.held)
     }
 
-    /// Ends the wait: there is space again.
+    /// Ends the wait, because the disk has space again.
     pub(crate) fn clear(&mut self) {
         self.full = None;
     }
@@ -98,8 +102,8 @@ impl HeldAnswers {
             .is_some_and(|full| full.since.elapsed() >= MAX_WAIT)
     }
 
-    /// Ends the wait without success. Returns the lost answers and the error that ends the run; `safe` is the
-    /// number of records in the cache.
+    /// Ends the wait although the disk is still full. Returns the held replies, which are lost, and the error that ends
+    /// the run. `safe` is the number of records in the cache.
     pub(crate) fn give_up(&mut self, safe: usize) -> Option<(Vec<FinishedAttempt>, anyhow::Error)> {
         let full = self.full.take()?;
         let held = self.take();

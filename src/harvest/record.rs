@@ -14,7 +14,7 @@ use crate::prompt::Prompt;
 /// Quarantine reason of a paid answer that cannot be parsed.
 pub(crate) const UNREADABLE: &str = "unreadable";
 
-/// Builds the record of `completion`, the answer to `body`.
+/// Builds the record of `completion`, the answer to the request `body`.
 pub(crate) fn record(
     template: &RequestTemplate,
     row: &PlannedRow,
@@ -70,7 +70,7 @@ pub(crate) fn record(
     }
 }
 
-/// Returns the reason why the answer must not be trained on; empty if it may be.
+/// Returns the reason why training must not use the answer; empty if training may use it.
 ///
 /// A truncated or filtered answer with text is not quarantined: `[data]` decides about it.
 fn quarantine(template: &RequestTemplate, completion: &Completion) -> String {

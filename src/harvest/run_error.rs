@@ -9,7 +9,7 @@ use crate::config;
 use crate::exit::Exit;
 use crate::terminal::{format_count, format_duration};
 
-/// Error of a server that fails every request with the same message.
+/// Error of an endpoint that fails every request with the same message.
 pub(crate) fn failed_alike(message: &str) -> anyhow::Error {
     anyhow!(
         "the endpoint fails every request with the same error ({message}): stopped; \
@@ -17,7 +17,7 @@ pub(crate) fn failed_alike(message: &str) -> anyhow::Error {
     )
 }
 
-/// Error of an endpoint that asks for a wait of hours.
+/// Error of an endpoint that requests a longer wait than a run accepts.
 pub(crate) fn long_wait(until: &str, wait: Duration, message: &str) -> anyhow::Error {
     let wait = format_duration(wait);
     Exit::Resumable(format!(
@@ -27,7 +27,7 @@ pub(crate) fn long_wait(until: &str, wait: Duration, message: &str) -> anyhow::E
     .into()
 }
 
-/// Error of a results file in which no line can be parsed.
+/// Error of a results file from which no row can be parsed.
 pub(crate) fn unreadable_results(file: &Path) -> anyhow::Error {
     anyhow!(
         "no line of a batch's results can be parsed: stopped, so that nothing is bought \
@@ -45,7 +45,7 @@ pub(crate) fn results_not_read(count: u32, message: &str) -> anyhow::Error {
     Exit::Resumable(message).into()
 }
 
-/// Error of a batch that has ended with answers but names no results file.
+/// Error of a batch that was completed with answers but names no results file.
 pub(crate) fn no_results(batch: &str) -> anyhow::Error {
     anyhow!(
         "the batch {batch} has ended, but the endpoint names no file with its answers: stopped, \

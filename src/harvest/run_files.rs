@@ -25,7 +25,7 @@ use crate::rate_limit::daily::DailyLimit;
 use crate::report::failures::FailedRow;
 use crate::report::summary::HarvestSummary;
 
-/// Open run files.
+/// Budget account and unanswered rows of a run, open for writing.
 pub(crate) struct RunFiles {
     pub account: Account<LedgerFiles>,
     pub unanswered: Unanswered,
@@ -33,8 +33,8 @@ pub(crate) struct RunFiles {
 }
 
 impl RunFiles {
-    /// Opens the budget account of the run folder. `unanswered` may belong to another folder. `cached_usd` is the cost of
-    /// the cached records. Returns the run files, and the requests that a killed run left in flight: they count as
+    /// Opens the budget account of the run folder. `unanswered` may belong to another folder. `cached_usd` is the cost
+    /// of the cached records. Returns the run files, and the requests that a killed run left in flight, which count as
     /// possibly billed.
     ///
     /// # Errors
@@ -60,7 +60,7 @@ impl RunFiles {
         daily_limit(&mut self.account, upstream, self.clock.now())
     }
 
-    /// Returns an error if the most expensive request exceeds the budget.
+    /// Returns an error if the most expensive request of an upstream exceeds the budget.
     pub(crate) fn check_largest(&self, plan: &Plan, upstream: usize) -> Result<()> {
         let price = &plan.templates[upstream].endpoint.price;
         check_budget(plan, upstream, self.account.cap(), |bound| {
@@ -68,8 +68,8 @@ impl RunFiles {
         })
     }
 
-    /// Reserves the amount for a request if the budget covers it. With a daily limit, request counts are written
-    /// before the requests leave. After an error nothing is reserved.
+    /// Reserves the amount for a request. Returns false if the budget does not cover it. With a daily limit, request
+    /// counts are written before the requests leave. After an error nothing is reserved.
     pub(crate) fn reserve(
         &mut self,
         amount: &Reservation,
@@ -88,7 +88,7 @@ impl RunFiles {
         Ok(true)
     }
 
-    /// Copies the requests of the last day to the ledger.
+    /// Copies the request counts of the last 24 hours to the ledger.
     fn record_daily_requests(&mut self, upstream: &mut Upstream, is_closing: bool) {
         let now = self.clock.now();
         let slots = upstream
@@ -104,7 +104,8 @@ impl RunFiles {
         self.account.daily_requests().insert(label, slots.collect());
     }
 
-    /// Closes the account. Requests still in flight, as after a second signal, count as possibly billed.
+    /// Closes the account. Requests that are still in flight, for example after a second signal, count as possibly
+    /// billed.
     pub(crate) fn close(&mut self, upstreams: &mut [Upstream], still_in_flight: u64) -> Result<()> {
         for upstream in upstreams {
             self.record_daily_requests(upstream, true);
@@ -149,7 +150,7 @@ pub(crate) fn open_read_only(
     Ok(account)
 }
 
-/// Opens the account over its files; `is_complete` is the value returned by [`LedgerFiles::open`].
+/// Opens the account stored in `store`; `is_complete` is the flag returned by [`LedgerFiles::open`].
 fn account<S: LedgerStore>(
     settings: &RunSettings,
     store: S,
@@ -197,8 +198,8 @@ pub(crate) fn daily_limit<S: LedgerStore>(
     )
 }
 
-/// Budget account of a run folder that receives merged records. None if the folder has no account yet: a new
-/// account counts the cache when it opens.
+/// Budget account of a run folder that receives merged records. None if the folder has no complete account yet: the
+/// next run then counts the merged records in the cache when it opens the account.
 pub(crate) struct MergeAccount(Option<Account<LedgerFiles>>);
 
 impl MergeAccount {

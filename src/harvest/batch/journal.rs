@@ -1,12 +1,12 @@
-//! Journal of the batches: `batches.json` in the run folder has every batch and its state, written before each step
-//! that may cost money. The folder `batches/` has the rows of batches under way.
+//! Journal of the parts: `batches.json` in the run folder has every part and its state, written before each step that
+//! may cost money. The folder `batches/` has the rows of the parts that have not ended.
 //!
 //! | state at a kill | the next run |
 //! |---|---|
 //! | `planned` | uploads the file; a second upload costs nothing |
 //! | `uploaded` | creates the batch |
 //! | `creating` | searches for a batch with the nonce, and creates one if none is found |
-//! | `created`, `cancelling` | waits for the end and records the answers that the cache does not hold |
+//! | `created`, `cancelling` | waits until the batch ends and records the answers that the cache lacks |
 //! | `done` | removes its files from `batches/` |
 
 use std::collections::HashMap;
@@ -43,19 +43,22 @@ pub(crate) struct BatchJournal {
     run_dir: PathBuf,
 }
 
-/// Rows that are sent as one batch.
+/// Part: the rows that are sent as one batch.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct BatchPart {
     /// Random name of the part, also in the metadata of the batch.
     pub nonce: String,
+    /// Label of its teacher.
     pub teacher: String,
+    /// Identity of its endpoint, as returned by [`crate::config::teacher::identity`].
     pub endpoint: String,
+    /// Number of its rows.
     pub rows: u64,
-    /// Estimated tokens, as the endpoint's limit counts them.
+    /// Estimated number of its tokens that count against the endpoint's limit of enqueued tokens.
     pub tokens: u64,
     /// Upper bound of its cost in US dollars.
     pub reserved_usd: f64,
-    /// Unix time in seconds.
+    /// Unix time at which the part was planned, in seconds.
     pub planned_at: i64,
     #[serde(flatten)]
     pub state: PartState,
@@ -71,17 +74,18 @@ pub(crate) enum PartState {
     Uploaded {
         file: String,
     },
-    /// The creation request may have been sent.
+    /// The request to create the batch may have been sent.
     Creating {
         file: String,
     },
     Created {
         batch: String,
     },
-    /// The run has asked the endpoint to cancel the batch.
+    /// A run requests, or has requested, that the endpoint cancels the batch.
     Cancelling {
         batch: String,
     },
+    /// The part has ended; `status` says how, such as `completed` or `never sent`.
     Done {
         status: String,
     },
@@ -92,7 +96,7 @@ pub(crate) enum PartState {
 pub(crate) struct PartProgress {
     /// Index of its upstream; None if its teacher is not in the config.
     pub upstream: Option<usize>,
-    /// Row of the plan for each line; None if the plan does not have the row.
+    /// Index in the plan of each row of the part; None if the plan does not have the row.
     pub rows: Vec<Option<u32>>,
     /// Budget still reserved for it, in US dollars.
     pub held: f64,
@@ -112,7 +116,7 @@ pub(crate) struct PartProgress {
     pub not_before: Option<Instant>,
 }
 
-/// Line of `<nonce>.rows.jsonl`: all that the record of the answer needs, even if a later plan lacks the row.
+/// Line of `<nonce>.rows.jsonl`: the data from which the answer is recorded, even if a later plan lacks the row.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct PartRow {
     pub key: String,
@@ -120,11 +124,15 @@ pub(crate) struct PartRow {
     pub sample: u32,
     /// Number of failed attempts before this one.
     pub failed: u32,
+    /// Budget reserved for the row, in US dollars.
     pub usd: f64,
+    /// Upper bound of the input tokens.
     pub input_tokens: u64,
+    /// Upper bound of the output tokens.
     pub output_tokens: u64,
-    /// Byte offset and length of its body in the file of requests.
+    /// Byte offset of its body in the request file.
     at: u64,
+    /// Length of its body in bytes.
     bytes: u32,
 }
 
@@ -153,7 +161,7 @@ impl BatchPart {
         matches!(self.state, PartState::Done { .. })
     }
 
-    /// Returns true if it counts against the endpoint's limit of enqueued tokens.
+    /// Returns true if its batch may exist at the endpoint and has not been collected.
     pub(crate) fn is_enqueued(&self) -> bool {
         !matches!(
             self.state,
@@ -176,11 +184,12 @@ pub(crate) fn line_bytes(key: usize, body: usize) -> u64 {
     (around + ENDPOINT.len() + "}\n".len() + key + body) as u64
 }
 
+/// Returns the path of the journal.
 pub(crate) fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("batches.json")
 }
 
-/// Returns true if batches of earlier runs have not been collected yet.
+/// Returns true if a part of an earlier run has not ended.
 ///
 /// # Errors
 /// If the journal is damaged.
@@ -205,7 +214,7 @@ pub(crate) fn check_none_under_way(run_dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Drops parts without a batch: their rows are sent in real time.
+/// Ends the parts whose batch was not created, so that their rows are sent in real time.
 pub(crate) fn drop_uncreated(run_dir: &Path) -> Result<()> {
     let mut journal = BatchJournal::load(run_dir)?;
     let mut dropped = 0;
@@ -266,6 +275,7 @@ impl BatchJournal {
         self.save()
     }
 
+    /// Returns the path of the request file of a part.
     pub(crate) fn requests(&self, nonce: &str) -> PathBuf {
         self.folder().join(format!("{nonce}.jsonl"))
     }
@@ -278,7 +288,7 @@ impl BatchJournal {
         self.run_dir.join("batches")
     }
 
-    /// Writes the files of a new part: the requests to upload, and the row of each line.
+    /// Writes the two files of a new part: the requests to upload, and a [`PartRow`] for each request.
     pub(crate) fn write_rows(
         &self,
         nonce: &str,
@@ -321,7 +331,7 @@ impl BatchJournal {
         })
     }
 
-    /// Reads the rows of a part, in the order of their lines.
+    /// Reads the rows of a part, in the order of its request lines.
     pub(crate) fn members(&self, nonce: &str) -> Result<Vec<PartRow>> {
         let path = self.rows(nonce);
         let members = crate::fs::read_to_string(&path).and_then(|text| {
@@ -384,13 +394,14 @@ impl BatchJournal {
     }
 }
 
-/// File of requests, read by offset.
+/// Request file of a part, from which the body of a row is read by its offset.
 pub(crate) struct RequestFile {
     file: std::fs::File,
     path: PathBuf,
 }
 
 impl RequestFile {
+    /// Reads the request body of a row.
     pub(crate) fn read(&mut self, member: &PartRow) -> Result<serde_json::Value> {
         use std::io::{Read, Seek, SeekFrom};
         let mut body = vec![0; member.bytes as usize];

@@ -172,8 +172,8 @@ fn values_by_braces(line: &Bytes) -> Vec<Bytes> {
     values
 }
 
-/// Finds the opening brace of the object whose field is at `field`: the nearest brace before it if no closing brace lies
-/// between, otherwise the nearest one that does not begin the value of a field. Returns 0 if none is found.
+/// Finds the opening brace of the object whose field is at `field`: the nearest brace before it if no closing brace
+/// lies between, otherwise the nearest one that does not begin the value of a field. Returns 0 if none is found.
 fn brace_before(text: &[u8], field: usize) -> usize {
     let mut end = field;
     if let Some(brace) = memchr::memrchr(b'{', &text[..field])

@@ -57,7 +57,7 @@ pub(crate) struct BatchUpstream {
     claims: u32,
     /// Number of calls since the last success whose reply claimed that no request can succeed.
     refused_calls: u32,
-    /// Detects a series of answers that training cannot use.
+    /// Detects consecutive answers that training cannot use.
     pub monitor: AnswerMonitor,
     /// Error that stopped this upstream; other upstreams continue.
     stopped: Option<anyhow::Error>,
@@ -194,7 +194,7 @@ impl BatchUpstream {
         }
     }
 
-    /// Resets the failure counts after a batch with answers.
+    /// Resets the failure counts after a batch with answers or with rows that a content filter refused.
     pub(crate) fn batch_succeeded(&mut self) {
         self.failed_batches = 0;
         self.claims = 0;
