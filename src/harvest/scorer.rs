@@ -1,8 +1,8 @@
-//! Scores texts that a student wrote during on-policy training: asks an endpoint for the teacher's logprobs.
+//! Scores texts that a student wrote during on-policy training: requests the teacher's logprobs from an endpoint.
 //!
-//! Scoring requests cost money like answers, so they use the same rate limits, retries and budget, and a cache of their
-//! own ([`config::scores_dir`]). After a kill, the resumed training writes the same texts again, and their
-//! scores come from this cache.
+//! Scoring requests cost money like answers, so they use the same rate limits, retries and budget. Their records are
+//! in a separate cache ([`config::scores_dir`]). After a kill, the resumed training generates the same texts again and
+//! reads their scores from this cache.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -44,21 +44,22 @@ use crate::tokenizer::Tokenizer;
 
 /// Scores texts through an endpoint.
 pub struct EndpointScorer {
-    /// Settings of a run in the folder of the scores.
+    /// Settings of a run whose folder is [`config::scores_dir`].
     settings: RunSettings,
     upstream: config::EndpointConfig,
     scoring: Arc<ScoringMethod>,
     transport: Arc<dyn Transport>,
     runtime: Runtime,
     cache: Cache,
+    /// Index of the records in `cache`.
     scored: Lookup,
-    /// None while a call is running.
+    /// None while a call is running, and after a call whose error ended the requests.
     run_files: Option<RunFiles>,
-    /// None before the first call, and while a call is running.
+    /// State of the endpoint and its rate limits between calls. None before the first call and while a call is running.
     limits: Option<Upstream>,
     stats: ScoringStats,
     quiet: bool,
-    /// Held open as a lock, so that no harvest uses the same budget account.
+    /// Cache of the harvest, held open as a lock so that no harvest uses the same budget account.
     _harvest: Cache,
 }
 
@@ -71,12 +72,13 @@ pub struct ScoringStats {
     pub cached: u64,
     /// Number of texts that were refused or failed.
     pub failed: u64,
-    /// Number of texts whose scores are unusable: the teacher's tokens do not spell the text.
+    /// Number of texts whose scores are unusable, for example because the teacher's tokens do not spell the text.
     pub unusable: u64,
-    /// Number of requests sent, retries included.
+    /// Number of requests sent, including retries.
     pub requests: u64,
+    /// Number of prompt tokens in the reported usage.
     pub prompt_tokens: u64,
-    /// Cost in US dollars by the reported usage; None without prices.
+    /// Cost in US dollars computed from the reported usage; None without prices.
     pub cost_usd: Option<f64>,
 }
 
@@ -98,7 +100,7 @@ impl EndpointScorer {
         let Some(mut upstream) = harvest_settings.endpoints.last().cloned() else {
             return Ok(None);
         };
-        // The completion is not used, but 1 is the minimum of every endpoint.
+        // The completion is not used, but endpoints require at least 1 token.
         upstream.sampling.max_tokens = 1;
         if method == ScoredBy::PromptLogprobs {
             check_endpoint(&upstream, &config.run_dir)?;
@@ -121,7 +123,7 @@ impl EndpointScorer {
         };
         let transport = Arc::new(HttpTeacher::with_path(&upstream.teacher, path)?);
         let cache_settings = config::CacheConfig {
-            // Lines are looked up by their offset, so they must not move.
+            // `Lookup` finds lines by their byte offset, which compression would change.
             compression: Compression::None,
             ..config.cache.clone()
         };
@@ -156,7 +158,7 @@ impl EndpointScorer {
         }))
     }
 
-    /// Counts and cost so far.
+    /// Returns the counts and the cost so far.
     pub fn stats(&self) -> &ScoringStats {
         &self.stats
     }
@@ -236,7 +238,7 @@ impl EndpointScorer {
         stats.cost_usd = summary.cost_usd;
         let refused = summary.failed_rows.first().map(|row| row.message.clone());
         match summary.error {
-            // Failed texts are only missing from the training data.
+            // Training continues without the texts that failed.
             Some(error) if matches!(error.downcast_ref(), Some(Exit::SomeFailed(_))) => {}
             Some(error) => return Err(error),
             None => {}
@@ -258,10 +260,11 @@ impl EndpointScorer {
 }
 
 impl TextScorer for EndpointScorer {
-    /// A text is a conversation whose last message is scored.
+    /// Scores the last message of each conversation in `texts`. Returns None for a text without usable scores.
     ///
     /// # Errors
-    /// If a harvest would stop (budget used up, outage, signal of `stop`), or all texts so far failed or were unusable.
+    /// If the requests stop early (budget used up, outage, signal of `stop`), or every text so far has failed or has
+    /// unusable scores.
     fn score(
         &mut self,
         texts: Vec<Prompt>,
@@ -326,7 +329,7 @@ impl TextScorer for EndpointScorer {
     }
 }
 
-/// Checks that `distill probe` did not find `prompt_logprobs` ignored or refused.
+/// Returns an error if `distill probe` found that the endpoint ignores or refuses `prompt_logprobs`.
 fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
     let findings = findings::load(run_dir)?;
     let Some(probed) = findings

@@ -466,7 +466,7 @@ impl BatchRun<'_> {
     }
 }
 
-/// Time of a reply for parsing a date in `Retry-After`, which batch replies do not use.
+/// Placeholder for the time of a refused download. The time matters only if the reply has a date in `Retry-After`.
 pub(super) fn now() -> std::time::SystemTime {
     std::time::SystemTime::UNIX_EPOCH
 }

@@ -11,7 +11,7 @@ use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, UnansweredLine};
 use crate::report::summary::HarvestSummary;
 
-/// Result of a dispatcher: the summary, and the parts that another dispatcher can reuse.
+/// Result of a dispatcher: the summary, and the state that another dispatcher can reuse.
 pub(crate) struct DispatchEnd {
     pub summary: HarvestSummary,
     pub upstreams: Vec<Upstream>,
@@ -52,7 +52,7 @@ impl Dispatcher<'_> {
         })
     }
 
-    /// Records the rows that the next run sends last.
+    /// Records the suspect rows, which the next run sends last, and the failed rows whose error class has changed.
     fn note_suspects(&mut self) -> Result<()> {
         for upstream in &self.upstreams {
             for row in upstream.suspects() {

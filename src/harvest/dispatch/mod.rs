@@ -1,4 +1,5 @@
-//! Real-time mode: the single task that decides which requests are sent and what happens to the row of each reply.
+//! Real-time mode: the single task that decides which requests are sent, and whether the row of each reply is answered,
+//! retried or failed.
 //!
 //! | file | content |
 //! |---|---|
@@ -58,6 +59,7 @@ pub(crate) struct Dispatcher<'a> {
     schedule: RequestWindow,
     clock: WallClock,
     in_flight: JoinSet<Result<FinishedAttempt>>,
+    /// Replies that wait for disk space.
     held_answers: HeldAnswers,
     /// Notified when a shared limit has an event.
     wake: Arc<Notify>,
@@ -79,14 +81,14 @@ pub(crate) struct Dispatcher<'a> {
 /// Result of a request task, or the panic that ended it.
 type TaskResult = Result<Result<FinishedAttempt>, JoinError>;
 
-/// Outcome of an attempt to send one more request.
+/// Outcome of an attempt to send the next request of an upstream.
 enum SendOutcome {
     Sent,
-    /// A limit allows the next request at this time.
+    /// The next request may be sent at this time.
     NotBefore(Instant),
-    /// A reply has to arrive first.
+    /// No request can be sent before another event: no row is waiting, all slots are in use, or the disk is full.
     Full,
-    /// The budget does not cover the request. It may do so later if requests in flight cost less than reserved.
+    /// The budget does not cover the request now. It may cover it later, if requests in flight cost less than reserved.
     NoMoney,
 }
 
@@ -141,7 +143,7 @@ impl<'a> Dispatcher<'a> {
         self
     }
 
-    /// Continues the summary of an earlier part of the run, which started at `started`.
+    /// Continues the summary of batch mode in a run that started at `started`.
     pub(crate) fn after(mut self, summary: HarvestSummary, started: Instant) -> Self {
         let used = std::mem::take(&mut self.summary.used);
         self.summary = HarvestSummary { used, ..summary };
@@ -155,7 +157,7 @@ impl<'a> Dispatcher<'a> {
         Ok(self.run_to_end(signals).await?.summary)
     }
 
-    /// Runs like [`Dispatcher::run`]. Returns also the parts that another dispatcher can reuse.
+    /// Runs like [`Dispatcher::run`], and also returns the state that another dispatcher can reuse.
     pub(crate) async fn run_to_end(mut self, mut signals: Signals) -> Result<DispatchEnd> {
         let upstreams = self.upstreams.iter();
         let most_in_flight = upstreams.map(|upstream| upstream.settings.limits.concurrency as u64);
@@ -195,8 +197,8 @@ impl<'a> Dispatcher<'a> {
         self.upstreams.iter().all(Upstream::is_done)
     }
 
-    /// Sends requests until the queues, the concurrency, the limits or the budget are exhausted. Returns the time of
-    /// the next attempt; None if a reply has to arrive first.
+    /// Sends requests until the rows, the concurrency, the limits or the budget are used up. Returns the time of the
+    /// next attempt; None if it has to wait for another event.
     fn send_ready_rows(&mut self) -> Result<Option<Instant>> {
         if let Some(until) = self.wait_for_disk_space()? {
             return Ok(Some(until));
@@ -346,7 +348,7 @@ impl<'a> Dispatcher<'a> {
         group
     }
 
-    /// Records the answers of a group by one write and decides about the other replies.
+    /// Records the answers of a group by one write and settles every reply, or holds the replies while the disk is full.
     fn handle_result(&mut self, group: Vec<TaskResult>) -> Result<()> {
         self.check_cache()?;
         let mut finished = Vec::with_capacity(group.len());
@@ -405,7 +407,7 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
-    /// Handles a signal. Returns true for the second one.
+    /// Handles a signal. Returns true for the second signal, which stops the run immediately.
     fn signalled(&mut self, number: u8) -> bool {
         let is_second = std::mem::replace(&mut self.signalled, true);
         let in_flight = self.in_flight.len();

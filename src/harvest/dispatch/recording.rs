@@ -30,6 +30,7 @@ impl Dispatcher<'_> {
         }
     }
 
+    /// Begins or extends the wait for disk space after a failed write.
     pub(super) fn note_full_disk(&mut self, error: &anyhow::Error) {
         if self.held_answers.note(error) {
             self.progress.note(&format!(
@@ -38,12 +39,12 @@ impl Dispatcher<'_> {
         }
     }
 
-    /// Writes held answers again. Returns the time of the next attempt while the disk is full.
+    /// Retries to write the held answers. Returns the time of the next attempt if the disk is still full.
     pub(super) fn wait_for_disk_space(&mut self) -> Result<Option<Instant>> {
         let Some(retry_at) = self.held_answers.retry_at() else {
             return Ok(None);
         };
-        // A run that is ending does not wait: it tries once more.
+        // A run that is ending does not wait, but makes one last attempt.
         let is_last = self.stop.is_some() && self.in_flight.is_empty();
         if !is_last && Instant::now() < retry_at {
             return Ok(Some(retry_at));

@@ -68,7 +68,8 @@ impl Dispatcher<'_> {
         self.decide(index, entry, &attempt.ticket, error, has_used_attempts)
     }
 
-    /// Decides about a row whose attempt failed: retry, fail or stop.
+    /// Decides about a row whose attempt failed: retry the row, fail it, or stop the upstream. `has_used_attempts` is
+    /// true if the row must not be billed again.
     fn decide(
         &mut self,
         index: usize,
@@ -180,7 +181,7 @@ impl Dispatcher<'_> {
         Ok(())
     }
 
-    /// Adds an answer to the summary, and checks that training can use it.
+    /// Adds an answer to the summary. Stops the upstream after too many answers that training cannot use.
     fn count(&mut self, index: usize, facts: &AnswerFacts) {
         let wants_logprobs = self.plan.templates[index].wants_logprobs();
         self.summary.add(facts, wants_logprobs);
