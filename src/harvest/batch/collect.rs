@@ -62,6 +62,7 @@ impl PartCollection {
         self.unreadable_lines > 0 || self.outcomes.iter().flatten().any(is_unreadable)
     }
 
+    /// Keeps a line from which no row can be parsed.
     pub(super) fn keep_unreadable(&mut self, line: &[u8]) {
         self.unreadable.extend_from_slice(line);
         self.unreadable.push(b'\n');
@@ -300,6 +301,7 @@ impl BatchRun<'_> {
         Ok(())
     }
 
+    /// Opens the files of a part in order to collect the results of its batch.
     pub(super) fn open_collection(
         &self,
         index: usize,
@@ -355,6 +357,7 @@ impl BatchRun<'_> {
         Ok(is_ours)
     }
 
+    /// Sets the outcome of one row. Returns true if the row belongs to the part.
     fn take_row_result(
         &mut self,
         index: usize,
@@ -404,6 +407,7 @@ impl BatchRun<'_> {
         Ok(true)
     }
 
+    /// Records an answer, charges it and counts it.
     fn answered(
         &mut self,
         index: usize,

@@ -102,7 +102,7 @@ pub(crate) struct PartProgress {
     pub held: f64,
     /// Last status reported by the endpoint.
     pub status: String,
-    /// The request to create the batch had no reply, so the batch may exist.
+    /// True if the request to create the batch had no reply, so that the batch may exist.
     pub in_doubt: bool,
     /// Number of searches for its batch.
     pub lookups: usize,

@@ -280,7 +280,7 @@ impl<'a> BatchRun<'a> {
         }
     }
 
-    /// Returns how the run ends, or None while batches or rows remain.
+    /// Returns the reason why the main loop ends; None while parts or waiting rows remain.
     fn run_end(&self) -> Option<BatchRunEnd> {
         let open = |upstream: &&BatchUpstream| !upstream.is_stopped();
         let is_under_way = |upstream: &BatchUpstream| !self.parts_of(upstream.index).is_empty();
@@ -297,7 +297,7 @@ impl<'a> BatchRun<'a> {
         (!under_way && !waiting).then_some(BatchRunEnd::AllDone)
     }
 
-    /// Returns the time of the next iteration.
+    /// Returns the time of the next iteration of the main loop.
     fn wake(&self) -> Instant {
         let now = Instant::now();
         let upstreams = self

@@ -1,4 +1,4 @@
-//! Resumes the batches that earlier runs left under way.
+//! Resumes the parts that earlier runs left under way.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,7 +10,7 @@ use crate::budget::dollars::Dollars;
 use crate::terminal::{format_count, sanitise};
 
 impl BatchRun<'_> {
-    /// Resumes the batches that earlier runs left under way. Reserves their budget and removes their rows from the
+    /// Resumes the parts that earlier runs left under way: reserves their budget and removes their rows from the
     /// queue.
     pub(super) fn recover(&mut self) -> Result<()> {
         self.journal.remove_stale_files()?;

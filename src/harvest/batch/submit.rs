@@ -244,6 +244,7 @@ impl BatchRun<'_> {
         }
     }
 
+    /// Records that the batch of a part exists.
     fn created(&mut self, index: usize, object: BatchObject) -> Result<(), BatchStepError> {
         let batch = object.id;
         self.journal.set(index, PartState::Created { batch })?;

@@ -22,7 +22,7 @@ use crate::plan::run_settings::RunSettings;
 /// Number of failed calls after which an upstream stops if its address has never replied.
 const FIRST_CONTACT_CALLS: u32 = 3;
 
-/// Number of consecutive claims that no request can succeed that are tolerated from an endpoint that has worked before.
+/// Number of consecutive claims "no request can succeed" that are tolerated from an endpoint that has worked before.
 const CLAIMS: u32 = 4;
 
 /// Number of consecutive failed batches after which the upstream stops.
@@ -37,7 +37,7 @@ pub(crate) struct BatchUpstream {
     pub waiting: VecDeque<QueuedRow>,
     /// Maximum tokens in unfinished parts, from the config or from an error of the endpoint.
     pub token_limit: Option<u64>,
-    /// An answer, or a refusal of a row by a content filter, has arrived.
+    /// True once a row was answered or refused by a content filter.
     pub has_answered: bool,
     /// Earliest time of the next call.
     pub not_before: Instant,
@@ -47,13 +47,13 @@ pub(crate) struct BatchUpstream {
     failures: u32,
     /// Time of the last success.
     last_success: Instant,
-    /// The address has sent a reply.
+    /// True once the address has sent a reply.
     is_there: bool,
     /// Number of consecutive failed batches.
     failed_batches: u32,
-    /// The endpoint has accepted a batch.
+    /// True once the endpoint has accepted a batch.
     pub has_batches: bool,
-    /// Number of batches since the last useful one that had no answer and claimed that no request can succeed.
+    /// Number of batches without answers that claimed that no request can succeed, since the last batch with answers.
     claims: u32,
     /// Number of calls since the last success whose reply claimed that no request can succeed.
     refused_calls: u32,
@@ -97,6 +97,7 @@ impl BatchUpstream {
         self.stopped.is_some()
     }
 
+    /// Stops the upstream. The first error is kept.
     pub(crate) fn stop(&mut self, error: anyhow::Error) {
         self.stopped.get_or_insert(error);
     }
@@ -105,6 +106,7 @@ impl BatchUpstream {
         self.stopped.take()
     }
 
+    /// Records a successful call.
     pub(crate) fn success(&mut self) {
         self.failures = 0;
         self.refused_calls = 0;

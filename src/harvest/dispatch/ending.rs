@@ -52,7 +52,7 @@ impl Dispatcher<'_> {
         })
     }
 
-    /// Records the suspect rows, which the next run sends last, and the failed rows whose error class has changed.
+    /// Records the suspect rows, which the next run sends last, and the failed rows whose error class is new.
     fn note_suspects(&mut self) -> Result<()> {
         for upstream in &self.upstreams {
             for row in upstream.suspects() {

@@ -348,7 +348,7 @@ impl<'a> Dispatcher<'a> {
         group
     }
 
-    /// Records the answers of a group by one write and settles every reply, or holds the replies while the disk is full.
+    /// Records the answers of a group by one write and settles every reply. While the disk is full, holds the replies.
     fn handle_result(&mut self, group: Vec<TaskResult>) -> Result<()> {
         self.check_cache()?;
         let mut finished = Vec::with_capacity(group.len());
