@@ -32,7 +32,7 @@ pub(crate) fn record(
         extra.insert("unreadable".into(), problem.into());
     }
     let price = &template.endpoint.price;
-    // A scored text is not truncated by `max_tokens`.
+    // The student wrote a scored text, so `max_tokens` of the request did not truncate it.
     let cut_at = if template.scoring.is_none() {
         question::cut_at(&body, &completion.answer.finish_reason)
     } else {
@@ -93,7 +93,7 @@ fn quarantine(template: &RequestTemplate, completion: &Completion) -> String {
         return "refusal".into();
     }
     match answer.finish_reason.as_str() {
-        // Hidden reasoning used up `sampling.max_tokens`.
+        // Usually hidden reasoning that used up `sampling.max_tokens`.
         "length" => "empty: length".into(),
         "" => "empty".into(),
         reason => format!("empty: {reason}"),

@@ -128,7 +128,7 @@ impl RunFiles {
         summary.budget_usd = self.account.cap().map(Dollars::usd);
     }
 
-    /// Number of failed rows that later runs request only with `--again`.
+    /// Counts the failed rows that later runs request only with `--again`.
     pub(crate) fn given_up(&self, rows: &[FailedRow], max_attempts: u32) -> u64 {
         let row_status =
             |row: &&FailedRow| self.unanswered.row_status(&row.key, false, max_attempts);

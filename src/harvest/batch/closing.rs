@@ -18,7 +18,7 @@ use crate::report::failures::FailedRow;
 /// Minimum number of refused rows, all with the same message, for which the settings are blamed instead of the rows.
 const SAME_REFUSALS: usize = 5;
 
-/// Sums over the rows of a part that ends.
+/// Sums over the rows of a part while the part is closed.
 #[derive(Default)]
 struct Closing {
     /// Number of rows without an answer that may be billed.

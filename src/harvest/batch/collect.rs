@@ -1,4 +1,4 @@
-//! Collects a batch under way: records its answers and determines the outcome of every row.
+//! Polls a batch and collects its results: records the answers and determines the outcome of every row.
 
 use std::collections::HashMap;
 
@@ -182,7 +182,7 @@ impl BatchRun<'_> {
         }
     }
 
-    /// Handles a batch that the endpoint does not find.
+    /// Retries a batch that the endpoint does not find; in the end closes its part without results.
     fn batch_missing(&mut self, index: usize, message: &str) -> Result<(), BatchStepError> {
         self.retry_missing(index, message)?;
         self.progress
@@ -250,7 +250,8 @@ impl BatchRun<'_> {
                 return self.keep_unreadable_file(index, batches, file).await;
             }
         }
-        // A completed batch must have every row. Any other must have the reported number of rows, if it is plausible.
+        // A completed batch must have every row. Any other must have the reported number of rows, if the endpoint reports
+        // a plausible one.
         let members = collection.members.len() as u64;
         let expected = if object.status == "completed" {
             Some(members)

@@ -16,8 +16,8 @@ fn may_be_answer(line: &[u8], is_readable: bool) -> bool {
 }
 
 impl BatchRun<'_> {
-    /// Reads the error file of a failed batch. It names the rows for which the input file was refused, and on some
-    /// servers it contains answers.
+    /// Reads the error file of a failed batch. The file names the rows for which the input file was refused. On some
+    /// servers it also contains answers.
     pub(super) async fn collect_error_file(
         &mut self,
         index: usize,

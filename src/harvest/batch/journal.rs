@@ -104,11 +104,11 @@ pub(crate) struct PartProgress {
     pub status: String,
     /// True if the request to create the batch had no reply, so that the batch may exist.
     pub in_doubt: bool,
-    /// Number of searches for its batch.
+    /// Number of searches for its batch since the last request to create it.
     pub lookups: usize,
     /// Number of times that its input file was not found.
     pub input_not_found: u32,
-    /// Number of times that its batch or a results file was not found.
+    /// Number of times that its batch or a results file was missing or incomplete.
     pub not_found: u32,
     /// Number of failed reads of its results files.
     pub read_failures: u32,
@@ -169,7 +169,7 @@ impl BatchPart {
         )
     }
 
-    /// Id of its batch, if known.
+    /// Returns the id of its batch; None before the batch is known and after the part has ended.
     pub(crate) fn batch(&self) -> Option<&str> {
         match &self.state {
             PartState::Created { batch } | PartState::Cancelling { batch } => Some(batch),

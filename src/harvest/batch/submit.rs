@@ -255,8 +255,8 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    /// Searches for the batch of a creation without a reply. If no search finds it within a minute, the batch is
-    /// created again.
+    /// Searches for the batch of a creation without a reply. If no search finds it within a minute, the creation is
+    /// requested again.
     async fn adopt(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
         let (upstream, transport) = self.upstream_of(index)?;
         let part = &self.journal.parts[index];

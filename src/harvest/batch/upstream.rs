@@ -28,12 +28,12 @@ const CLAIMS: u32 = 4;
 /// Number of consecutive failed batches after which the upstream stops.
 const FAILED_BATCHES: u32 = 3;
 
-/// Live state of an endpoint.
+/// Live state of an endpoint in batch mode.
 pub(crate) struct BatchUpstream {
     pub index: usize,
     pub settings: config::EndpointConfig,
     pub transport: Arc<dyn Transport>,
-    /// Rows that are not in a batch.
+    /// Rows that are not in a part.
     pub waiting: VecDeque<QueuedRow>,
     /// Maximum tokens in unfinished parts, from the config or from an error of the endpoint.
     pub token_limit: Option<u64>,

@@ -67,11 +67,11 @@ pub(crate) struct Dispatcher<'a> {
     timeline: Timeline,
     /// Error that ends the run: no request is sent, requests in flight finish.
     stop: Option<anyhow::Error>,
-    /// A first signal has arrived; the next one stops the run immediately.
+    /// True once a signal has arrived; the next signal stops the run immediately.
     signalled: bool,
-    /// Another process moved or changed the files of the cache.
+    /// True once another process has moved or changed the files of the cache.
     is_displaced: bool,
-    /// The window was closed at the last check.
+    /// True if the request window was closed at the last check.
     is_closed: bool,
     started: Instant,
     rates: Rates,
@@ -137,7 +137,7 @@ impl<'a> Dispatcher<'a> {
         })
     }
 
-    /// Sets the notifier of shared limits.
+    /// Sets the notifier that shared limits use to wake the main loop.
     pub(crate) fn with_waker(mut self, wake: Arc<Notify>) -> Self {
         self.wake = wake;
         self
@@ -236,7 +236,7 @@ impl<'a> Dispatcher<'a> {
         Ok(wake)
     }
 
-    /// Returns the time of the next check while the window is closed. Stops the run after the deadline.
+    /// Returns the time of the next check if the request window is closed. Stops the run after the deadline.
     fn check_clock(&mut self) -> Option<Instant> {
         let now = self.clock.now();
         let state = self.schedule.state(now);

@@ -69,7 +69,7 @@ impl Dispatcher<'_> {
     }
 
     /// Decides about a row whose attempt failed: retry the row, fail it, or stop the upstream. `has_used_attempts` is
-    /// true if the row must not be billed again.
+    /// true if the row has used up its possibly billed attempts.
     fn decide(
         &mut self,
         index: usize,
