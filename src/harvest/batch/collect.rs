@@ -250,8 +250,8 @@ impl BatchRun<'_> {
                 return self.keep_unreadable_file(index, batches, file).await;
             }
         }
-        // A completed batch must have every row. Any other must have the reported number of rows, if the endpoint reports
-        // a plausible one.
+        // A completed batch must have every row. Any other batch must have the number of rows that the endpoint
+        // reports, if that number is plausible.
         let members = collection.members.len() as u64;
         let expected = if object.status == "completed" {
             Some(members)
@@ -471,7 +471,7 @@ impl BatchRun<'_> {
     }
 }
 
-/// Placeholder for the time of a refused download. The time matters only if the reply has a date in `Retry-After`.
+/// Placeholder for the time of a refused download. The time matters only if the reply requests to wait until a date.
 pub(super) fn now() -> std::time::SystemTime {
     std::time::SystemTime::UNIX_EPOCH
 }

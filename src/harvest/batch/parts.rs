@@ -36,7 +36,7 @@ pub(crate) struct PartLimits {
 /// Limit that the next row would exceed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PartFull {
-    /// Maximum rows, request bytes or output bytes of a part.
+    /// Maximum number of rows, request bytes or output bytes of a part.
     Part,
     /// Enqueued tokens that remain.
     Tokens,

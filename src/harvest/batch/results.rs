@@ -183,7 +183,7 @@ fn brace_before(text: &[u8], field: usize) -> usize {
     }
     while let Some(brace) = memchr::memrchr(b'{', &text[..end]) {
         let before = text[..brace].trim_ascii_end().last();
-        // The brace follows a list, an object or nothing.
+        // The brace begins the text, an item of a list or the next object: it is not the value of a field.
         if matches!(before, None | Some(b'[' | b',' | b'}' | b']'))
             || !text[..brace].contains(&b':')
         {
@@ -194,7 +194,7 @@ fn brace_before(text: &[u8], field: usize) -> usize {
     0
 }
 
-/// Parses a value, after a repair if it is not strict JSON.
+/// Parses a value into the result of its row, after a repair if it is not strict JSON. None if it names no row.
 fn read_one(line: &Bytes) -> Option<RowResult> {
     if let Some(outcome) = read_json(line) {
         return Some(outcome);
@@ -242,7 +242,7 @@ fn read_json(line: &Bytes) -> Option<RowResult> {
     };
     let result = if status > 0 {
         let body = line.slice_ref(body);
-        // A batch line has no `Retry-After` header, so the time is not used.
+        // The time affects only the requested wait, which rows of a batch do not use.
         let reply = HttpReply::without_headers(status, body);
         outcome::classify(Ok(reply), SystemTime::UNIX_EPOCH)
     } else {

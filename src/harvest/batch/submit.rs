@@ -255,8 +255,8 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    /// Searches for the batch of a creation without a reply. If no search finds it within a minute, the creation is
-    /// requested again.
+    /// Searches for the batch of a creation without a reply. If the last search, a minute after the first, does not
+    /// find the batch, it is created again.
     async fn adopt(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
         let (upstream, transport) = self.upstream_of(index)?;
         let part = &self.journal.parts[index];
