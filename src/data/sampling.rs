@@ -9,7 +9,7 @@ pub enum SamplingKind {
     Exact,
     /// A sharper distribution: at a lower temperature, or with unlikely tokens truncated.
     Sharper,
-    /// Unknown.
+    /// Unknown: no temperature or one above 1, penalties, or parameters that exclude tokens.
     Unknown,
 }
 

@@ -76,7 +76,7 @@ struct Objective<'a> {
     teacher: Option<TeacherLogits<'a>>,
 }
 
-/// Logits of a local teacher at the current positions.
+/// Logits of a local teacher at the current positions: those of the last call of `prepare`.
 struct TeacherLogits<'a> {
     hidden: HiddenStates<'a>,
     vocab_size: usize,

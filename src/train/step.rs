@@ -62,7 +62,7 @@ impl<'a> StepBatch<'a> {
     }
 }
 
-/// Numbers of one step.
+/// Loss, metrics and size of one step.
 #[derive(Debug, Default)]
 pub struct StepResult {
     /// The minimised loss, computed before the update.
@@ -78,7 +78,7 @@ pub struct StepResult {
 }
 
 impl Stepper {
-    /// A stepper for `model`. `soft_labels` are the loss terms of the examples, `on_policy` the divergences of generated
+    /// Creates a stepper for `model`. `soft_labels` are the loss terms of the examples, `on_policy` the divergences of generated
     /// answers.
     pub(crate) fn new(
         train: &TrainConfig,

@@ -1,8 +1,8 @@
 //! Loss of one supervised position, and its gradient with respect to the position's logits.
 //!
 //! With q = softmax(z) the student's distribution and y the emitted token, CE = -log q_y. The term KD of the soft
-//! labels is a [`divergence`]. All functions are pure, replace the logits with their gradient, and cost one pass over
-//! the vocabulary more than the matrix product that made the logits.
+//! labels is a [`divergence`]. All functions are pure and replace the logits with their gradient. They cost a few
+//! passes over the logits.
 //!
 //! | file | content |
 //! |---|---|
@@ -42,9 +42,9 @@ use divergence::{DistributionPair, Divergence, DivergenceTerm, TailSample};
 /// Computes the loss of one position and replaces its logits with their gradient.
 ///
 /// # Unlisted end tokens
-/// If the teacher does not list [`LossWeights::end`], exactly those positions have soft labels at which the answer did
-/// not end. KD on these positions alone would teach the end token from the tail, and cross-entropy at the ends would
-/// teach it a second time. Therefore both distributions are compared without the end token, and KD gains the term
+/// If the teacher's logprobs leave out the end token ([`LossWeights::end`]), only positions where the answer did not
+/// end have soft labels. KD on these positions would teach the end token as part of the tail, and cross-entropy at the
+/// ends would teach it a second time. Therefore both distributions are compared without the end token, and KD gains the term
 /// -log(1 - q_end). Together with -log q_end at the ends, this is the likelihood of ending or not ending. The sum has
 /// its fixed point where the student equals the teacher. The teacher's probability of an end token outside the top-k
 /// is unknown: the student's probability is used instead, limited by the teacher's tail.
