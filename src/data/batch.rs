@@ -9,7 +9,7 @@ use crate::config;
 use crate::data::prepared::shard::ExampleView;
 
 /// B examples of T tokens in total, one after the other without padding, with N supervised positions. Attention stays
-/// inside a segment, and position ids start at 0 in each segment: an example's result does not depend on its neighbours.
+/// inside a segment, and position ids start at 0 there: an example's result does not depend on its neighbours.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
     /// Token ids (T).
@@ -30,8 +30,8 @@ pub struct Batch {
     pub sampled_logprob: Vec<Option<f32>>,
     /// True if the label was sampled from the distribution of the logprobs (N, or empty if none was).
     pub is_exact_sample: Vec<bool>,
-    /// Whether the teacher's logprobs include the end of the answer of this position; None if unknown (N, or empty if all
-    /// are None).
+    /// Whether the teacher's logprobs include the end of this position's answer; None if unknown (N, or empty if all are
+    /// None).
     pub lists_end: Vec<Option<bool>>,
     /// Chunks, in order: ranges of positions whose text the teacher's tokenizer splits differently, and the negative
     /// log-likelihood of the text under the teacher in nats.

@@ -6,7 +6,7 @@
 //! | group | soft labels |
 //! |---|---|
 //! | one teacher token, one student token | both predict the next bytes, so the teacher's candidates become student tokens |
-//! | one teacher token, several student tokens | the first position gets the candidates' first student tokens; a later one gets the candidates that start with the bytes before it |
+//! | one teacher token, several student tokens | the first position gets the first student token of each candidate; a later position gets the candidates that start with the bytes before it |
 //! | several teacher tokens | none: the positions train on cross-entropy, or as a [`Chunk`] |
 //!
 //! With the same tokenizer on both sides, all groups have one token on each side, and every token maps to itself.
@@ -118,7 +118,7 @@ impl<'a> Mapper<'a> {
         let teacher = teacher.as_ref();
         let (end, student_ends) = self.split_end(student, answer, kept.clone())?;
         let text = &student[..student_ends.len()];
-        // Teacher tokens of text that the template removes, and student tokens of text that it adds, have no counterpart.
+        // Teacher tokens of text that the template removes and student tokens of text that it adds have no counterpart.
         let skipped = spans.partition_point(|span| span.end <= kept.start);
         let teacher_ends: Vec<usize> = spans.iter().map(|span| span.end).collect();
         let lead = student_ends.partition_point(|&end| end <= kept.start);
@@ -217,8 +217,8 @@ impl<'a> Mapper<'a> {
     /// Makes a chunk of the teacher's `tokens` and the student tokens `labels`, the first of which is at `start`.
     /// `is_known` is true if the bytes of all teacher tokens are known.
     ///
-    /// Returns None if the logprob of a teacher token is missing, there are more than `MAX_CHUNK` student tokens, or the
-    /// student tokens do not spell the known bytes.
+    /// Returns None if the logprob of a teacher token is missing, there are more than `MAX_CHUNK` student tokens, or
+    /// the student tokens do not spell the known bytes.
     fn chunk(
         &self,
         teacher: &LogprobsView,
@@ -336,8 +336,8 @@ impl<'a> Mapper<'a> {
         Ok((None, ends?))
     }
 
-    /// Check 2: the bytes of `student` end with the kept bytes of the answer; template text may come before. Returns the
-    /// end of each token, in bytes of the answer (N).
+    /// Check 2: the bytes of `student` end with the kept bytes of the answer; template text may come before. Returns
+    /// the end of each token, in bytes of the answer (N).
     fn student_token_ends(
         &self,
         student: &[u32],

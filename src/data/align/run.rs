@@ -1,7 +1,7 @@
 //! Finds the run of a teacher's tokens that spells an answer.
 //!
-//! A server may report logprobs of more tokens than its text contains: thinking before the text, white space
-//! that it strips, a stop string after the text. It may also report tokens without their bytes, or U+FFFD for a part of a character.
+//! A server may report logprobs of more tokens than its text contains: thinking before the text, stripped white space,
+//! a stop string after the text. It may also report tokens without their bytes, or U+FFFD for a part of a character.
 
 use std::borrow::Cow;
 use std::ops::Range;
