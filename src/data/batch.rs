@@ -25,13 +25,13 @@ pub struct Batch {
     pub soft_offsets: Vec<usize>,
     pub soft_ids: Vec<u32>,
     pub soft_logprobs: Vec<f32>,
-    /// Logprob of a label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels (N, or
-    /// empty if all are None).
+    /// Logprob of a label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels (N,
+    /// or empty if all are None).
     pub sampled_logprob: Vec<Option<f32>>,
     /// True if the label was sampled from the distribution of the logprobs (N, or empty if none was).
     pub is_exact_sample: Vec<bool>,
-    /// Whether the teacher's logprobs include the end of this position's answer; None if unknown (N, or empty if all are
-    /// None).
+    /// Whether the teacher's logprobs include the end of this position's answer; None if unknown (N, or empty if all
+    /// are None).
     pub lists_end: Vec<Option<bool>>,
     /// Chunks, in order: ranges of positions whose text the teacher's tokenizer splits differently, and the negative
     /// log-likelihood of the text under the teacher in nats.
@@ -119,8 +119,8 @@ pub struct Cursor {
     pub index: usize,
 }
 
-/// Selects the examples of each step. Each epoch has its own random order, which depends on the seed and the number of the
-/// epoch.
+/// Selects the examples of each step. Each epoch has its own random order, which depends on the seed and the number of
+/// the epoch.
 ///
 /// A step takes `batch_size` examples, if necessary from two epochs. All steps have the same size, and each example is
 /// taken once per epoch.

@@ -136,7 +136,8 @@ pub struct LogprobCheck {
     pub exact: Agreement,
     /// Answers sampled from a sharper distribution: the rate may be higher.
     pub sharper: Agreement,
-    /// How often a token of an exact sample is in the top-k, and the mass of the top-k as the expected rate.
+    /// Positions of exact samples whose emitted token is in the top-k; the expected rate is the probability mass of the
+    /// top-k.
     #[serde(default)]
     pub in_top_k: Agreement,
 }
@@ -180,7 +181,8 @@ impl LogprobCheck {
         [self.exact, self.sharper].into_iter().find(below)
     }
 
-    /// Returns true if answers to requests for plain sampling were sampled from a sharper distribution than their logprobs.
+    /// Returns true if answers to requests for plain sampling were sampled from a sharper distribution than their
+    /// logprobs.
     pub fn is_too_sharp(&self) -> bool {
         self.exact.verdict() == AgreementVerdict::Above
     }
@@ -190,8 +192,8 @@ impl LogprobCheck {
 mod tests {
     use super::*;
 
-    /// Positions whose most likely token has a random probability p. It is emitted with probability p^sharpness, and the
-    /// logprobs are those of the position `shift` later.
+    /// Positions whose most likely token has a random probability p. It is emitted with probability p^sharpness, and
+    /// the logprobs are those of the position `shift` later.
     fn sampled(positions: usize, sharpness: f64, shift: usize) -> Agreement {
         let mut random = fastrand::Rng::with_seed(positions as u64);
         let tops: Vec<(f64, u32)> = (0..positions + shift)

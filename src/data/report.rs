@@ -113,14 +113,14 @@ impl DataReport {
         }
     }
 
-    /// Returns true if more than half of the answers that end the turn have no logprobs for it. Most endpoints leave them
-    /// out.
+    /// Returns true if more than half of the answers that end the turn have no logprobs for it. Most endpoints leave
+    /// them out.
     pub fn misses_ends(&self) -> bool {
         2 * self.ends_listed < self.ends
     }
 
-    /// Counts answers with these prompt endings. Endings past the limit share one entry: each could contain a date or
-    /// an id.
+    /// Counts answers with these prompt endings. Endings beyond the limit share one entry, because a
+    /// date or an id may make each ending distinct.
     pub fn count_difference(&mut self, endings: String, count: u64) {
         self.prefix_differs += count;
         let has_room = self.differences.len() < MAX_DIFFERENCES;

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-/// How the distribution that an answer was sampled from relates to its logprobs.
+/// Relation between the distribution that an answer was sampled from and its logprobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SamplingKind {
     /// The same distribution: at temperature 1, with nothing truncated, penalised or forced.

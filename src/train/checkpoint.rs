@@ -218,8 +218,8 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
 /// Restores `training` from the checkpoint at `path`.
 ///
 /// # Errors
-/// [`Exit::Damaged`] if a file is damaged. [`Exit::Usage`] if an earlier version of the program wrote the checkpoint, or
-/// if it has other `inputs` (see [`fingerprint_inputs`]). If the data differ, the error lists changes of
+/// [`Exit::Damaged`] if a file is damaged. [`Exit::Usage`] if an earlier version of the program wrote the checkpoint,
+/// or if it has other `inputs` (see [`fingerprint_inputs`]). If the data differ, the error lists changes of
 /// `data_settings` as possible reasons.
 pub fn load(
     path: &Path,

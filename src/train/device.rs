@@ -1,4 +1,4 @@
-//! Device and number type of a training run.
+//! Device and dtype of a training run.
 
 use anyhow::{Result, bail};
 use candle_core::Device;
@@ -62,7 +62,7 @@ fn open_gpu(kind: config::Device) -> candle_core::Result<Device> {
     }
 }
 
-/// Returns the settings with "auto" replaced by a device and a number type.
+/// Returns the settings with "auto" replaced by a device and a dtype.
 pub(crate) fn resolved(train: &TrainConfig) -> TrainConfig {
     let device = device_kind(train);
     let dtype = match (train.dtype, device) {
@@ -101,7 +101,7 @@ fn device_kind(train: &TrainConfig) -> config::Device {
     Cpu
 }
 
-/// Number type of [`resolved`] settings.
+/// Precision of [`resolved`] settings.
 pub(crate) fn precision(train: &TrainConfig) -> Precision {
     match train.dtype {
         ComputeDtype::Bf16 => Precision::Bf16,

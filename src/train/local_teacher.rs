@@ -91,7 +91,7 @@ impl LocalTeacher {
     /// for a frozen teacher.
     ///
     /// # Errors
-    /// As [`Stepper::run`].
+    /// If [`Stepper::run`] fails.
     pub fn train_step(
         &mut self,
         step: u64,

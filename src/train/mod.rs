@@ -2,8 +2,8 @@
 //!
 //! A step processes `batch_size` examples in micro-batches. With N the supervised positions of the whole step, and
 //! lambda = `loss.kd_weight` at positions with soft labels and 0 elsewhere, it minimises
-//! L = (1/N) sum \[(1 - lambda) CE + lambda KD\]. N is counted over the step, not over a micro-batch, so the gradient does
-//! not depend on `micro_batch_size`.
+//! L = (1/N) sum \[(1 - lambda) CE + lambda KD\], and the terms of chunks (see [`loss::chunk`]). N is counted over the
+//! step, not over a micro-batch, so the gradient does not depend on `micro_batch_size`.
 //!
 //! | file | content |
 //! |---|---|
@@ -99,8 +99,8 @@ pub fn run(config: &Config, options: TrainOptions) -> Result<TrainSummary> {
     run_with_scorer(config, options, None)
 }
 
-/// Trains as [`run`] does, with `scorer`: a teacher behind an API that scores generated answers. `train.on_policy` needs
-/// it unless `on_policy.judge` is "local".
+/// Trains as [`run`] does, with `scorer`: a teacher behind an API that scores generated answers. `train.on_policy`
+/// needs it unless `on_policy.judge` is "local".
 ///
 /// # Errors
 /// As [`run`], and if `scorer` fails.
@@ -120,7 +120,7 @@ pub fn run_with_scorer(
     pool.install(|| train(&config, options, scorer))
 }
 
-/// The training loop. `config.train` names a device and a number type, not "auto".
+/// The training loop. `config.train` names a device and a dtype, not "auto".
 fn train(
     config: &Config,
     options: TrainOptions,

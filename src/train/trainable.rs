@@ -89,8 +89,8 @@ impl TrainableModel {
         Ok(student)
     }
 
-    /// Creates a model from `weights` and `adapters`. All weights are trained, or only the adapters if there are any. Parameters for which
-    /// `is_frozen` returns true are not trained.
+    /// Creates a model from `weights` and `adapters`. All weights are trained, or only the adapters if there are any.
+    /// Parameters for which `is_frozen` returns true are not trained.
     ///
     /// # Errors
     /// If weights are missing or their shapes differ from `config`.

@@ -15,7 +15,8 @@
 //! | `writer` | writing on several threads |
 //!
 //! Invariants:
-//! - The `<hash>` of the folder covers everything that the examples depend on: the bytes of the source, the tokenizer, the settings.
+//! - The `<hash>` of the folder covers everything that the examples depend on: the bytes of the source, the tokenizer,
+//!   the settings.
 //! - A folder appears complete, by a rename, or not at all.
 //! - The files contain the hash of each example's prompt, but not whether the example is for training or validation.
 //!   Another `data.validation_share` therefore uses the same shards.

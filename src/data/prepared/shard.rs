@@ -237,7 +237,8 @@ impl<'a> ExampleView<'a> {
         ends.map(move |end| end as usize - start)
     }
 
-    /// Logprob of each label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels (N).
+    /// Logprob of each label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels
+    /// (N).
     pub fn sampled_logprobs(self) -> impl ExactSizeIterator<Item = Option<f32>> + use<'a> {
         let values = self
             .shard

@@ -36,8 +36,8 @@ impl Softmax {
     }
 }
 
-/// Computes the same as [`super::position()`], with the teacher's logits (V, or the size of the teacher's vocabulary) in
-/// place of its top-k.
+/// Computes the same as [`super::position()`], with the teacher's logits (V, or the size of the teacher's vocabulary)
+/// in place of its top-k.
 ///
 /// `tail`, `unbiased`, `damped` and both kinds of `renormalize` are identical here: the KL divergence. `temperature` is
 /// the loss of Hinton et al. (arXiv 1503.02531).

@@ -12,10 +12,10 @@
 //! | `reverse_kl` | KL(s, t) | MiniLLM, arXiv 2306.08543 |
 //! | `jsd` | beta KL(t, m) + (1 - beta) KL(s, m), m = beta t + (1 - beta) s | GKD, arXiv 2306.13649 |
 //! | `skew_kl` | KL(t, alpha t + (1 - alpha) s) | DistiLLM, arXiv 2402.03898 |
-//! | `skew_reverse_kl` | KL(s, (1 - alpha) t + alpha s) | the same |
+//! | `skew_reverse_kl` | KL(s, (1 - alpha) t + alpha s) | DistiLLM, arXiv 2402.03898 |
 //! | `tvd` | sum abs(t - s) / 2 | arXiv 2307.15190 |
-//! | `renormalize` | KL(p / P, q), q over the whole vocabulary | for comparison alone |
-//! | `renormalize_both` | KL(p / P, softmax_K(z)) | for comparison alone |
+//! | `renormalize` | KL(p / P, q), q over the whole vocabulary | only for comparison |
+//! | `renormalize_both` | KL(p / P, softmax_K(z)) | only for comparison |
 //!
 //! Where the distributions match, the first eight rows are zero and have a zero gradient (`unbiased` and `damped`: in
 //! expectation over y). `renormalize` is -log P there, and its gradient teaches over-confidence. `renormalize_both`

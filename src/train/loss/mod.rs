@@ -9,7 +9,7 @@
 //! | `mod.rs` | CE and KD at a position with a top-k teacher; chunks |
 //! | `position.rs` | weights, target and result of a position |
 //! | `divergence.rs` | the KD terms over K and the tail: values, derivatives, sources |
-//! | `dense.rs` | the same with a local teacher, whose K is the whole vocabulary |
+//! | `dense.rs` | CE and KD with a local teacher, whose K is its whole vocabulary |
 //!
 //! Shape suffixes in names: N supervised positions, V vocabulary, K the tokens of the teacher's top-k.
 //!
@@ -18,9 +18,10 @@
 //! 1. Add a variant, with its parameters, to [`divergence::Divergence`], and its name to the `Display` there.
 //! 2. Add its value and derivative to `DistributionPair::term` in `divergence.rs`, and a row with its paper to the
 //!    table at the top of that file. If it depends on t and s alone, it is a closure for `sum_over_events`.
-//! 3. Add a variant to the enum `config::KdMode` with its `name`, and map it in [`divergence::Divergence::from_config`].
-//!    Parameters go to `config::LossConfig`, `config/validate.rs` and `config.example.toml`. The JSON of `config::LossConfig` is
-//!    hashed into checkpoints: keep the order of its fields, and do not serialise a new field at its default value.
+//! 3. Add a variant to the enum `config::KdMode` with its `name`, and map it in
+//!    [`divergence::Divergence::from_config`]. Parameters go to `config::LossConfig`, `config/validate.rs` and
+//!    `config.example.toml`. The JSON of `config::LossConfig` is hashed into checkpoints: keep the order of its fields,
+//!    and do not serialise a new field at its default value.
 //! 4. Choose its default weight in `soft_labels::default_weight`; measure it with `tests/bench/softlabels.sh`.
 //! 5. Tests: golden values and gradients in `tests.rs` of this folder, and `SMOOTH` there if it is flat at a match;
 //!    its formula and finite differences in `tests/it/gradients/loss.rs`; its name in `tests/it/train/soft_labels.rs`.
@@ -44,10 +45,10 @@ use divergence::{DistributionPair, Divergence, DivergenceTerm, TailSample};
 /// # Unlisted end tokens
 /// If the teacher's logprobs leave out the end token ([`LossWeights::end`]), only positions where the answer did not
 /// end have soft labels. KD on these positions would teach the end token as part of the tail, and cross-entropy at the
-/// ends would teach it a second time. Therefore both distributions are compared without the end token, and KD gains the term
-/// -log(1 - q_end). Together with -log q_end at the ends, this is the likelihood of ending or not ending. The sum has
-/// its fixed point where the student equals the teacher. The teacher's probability of an end token outside the top-k
-/// is unknown: the student's probability is used instead, limited by the teacher's tail.
+/// ends would teach it a second time. Therefore both distributions are compared without the end token, and KD gains the
+/// term -log(1 - q_end). Together with -log q_end at the ends, this is the likelihood of ending or not ending. The sum
+/// has its fixed point where the student equals the teacher. The teacher's probability of an end token outside the
+/// top-k is unknown: the student's probability is used instead, limited by the teacher's tail.
 ///
 /// `logits_V` has V entries; every id must be below V.
 #[inline(always)]
