@@ -119,8 +119,8 @@ impl DataReport {
         2 * self.ends_listed < self.ends
     }
 
-    /// Counts answers with these prompt endings. Endings beyond the limit share one entry, because a
-    /// date or an id may make each ending distinct.
+    /// Counts answers with these prompt endings. Endings beyond the limit share one entry, because a date or an id may
+    /// make each ending distinct.
     pub fn count_difference(&mut self, endings: String, count: u64) {
         self.prefix_differs += count;
         let has_room = self.differences.len() < MAX_DIFFERENCES;

@@ -71,8 +71,8 @@ pub fn gradients<'a>(
 struct Objective<'a> {
     batch: &'a Batch,
     weights: LossWeights,
-    /// Ranges of positions that must be processed together: the chunks, if their weight is not 0. Empty
-    /// with a local teacher.
+    /// Ranges of positions that must be processed together: the chunks, if their weight is not 0. Empty with a
+    /// local teacher.
     spans: Vec<Range<usize>>,
     teacher: Option<TeacherLogits<'a>>,
 }

@@ -31,8 +31,8 @@ use std::fmt;
 use crate::config::{KdMode, LossConfig};
 use crate::ops::math;
 
-/// Smallest tail of the teacher that is not rounding error. A smaller tail counts as 0 where it is a factor,
-/// and as this value in a logarithm.
+/// Smallest tail of the teacher that is not rounding error. A smaller tail counts as 0 where it is a factor, and as
+/// this value in a logarithm.
 const MIN_TAIL: f32 = 1e-6;
 
 /// Lower bound of the student's tail; it bounds the gradient.

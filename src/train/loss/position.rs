@@ -133,8 +133,8 @@ pub struct PositionLoss {
     pub confidence: f32,
 }
 
-/// Subtracts the smoothed label distribution, times `weight`, from the gradient. The gradient of CE is
-/// the student's distribution minus the smoothed label distribution.
+/// Subtracts the smoothed label distribution, times `weight`, from the gradient. The gradient of CE is the
+/// student's distribution minus the smoothed label distribution.
 #[inline(always)]
 pub(crate) fn subtract_label(gradient_V: &mut [f32], label: usize, smoothing: f32, weight: f32) {
     if smoothing > 0.0 {
