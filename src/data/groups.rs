@@ -225,7 +225,7 @@ impl Selection {
     /// Checks whether a record is selected.
     ///
     /// # Errors
-    /// The reason if it is not.
+    /// The reason why the record is not selected.
     pub fn check(&self, record: &RecordProperties) -> Result<(), ExclusionReason> {
         let group = &record.group;
         match self {

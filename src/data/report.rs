@@ -49,7 +49,7 @@ pub struct DataReport {
     /// use the generation prompt.
     #[serde(default)]
     pub prefix_differs: u64,
-    /// Number of these answers, by the endings of the two prompts.
+    /// Number of these answers, by the endings of the prefix and the generation prompt.
     #[serde(default)]
     pub differences: BTreeMap<String, u64>,
     /// Number of positions whose probabilities sum to more than 1. These train on cross-entropy.

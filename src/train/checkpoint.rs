@@ -148,7 +148,7 @@ pub const VERSION: u32 = 2;
 /// Writes a checkpoint, then removes all but the newest `keep` checkpoints and the best one.
 ///
 /// # Errors
-/// If it cannot be written. Earlier checkpoints are not changed in this case.
+/// If the checkpoint cannot be written. Earlier checkpoints are not changed in this case.
 pub fn save(
     dir: &Path,
     training: &mut TrainingState,

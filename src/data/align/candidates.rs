@@ -37,9 +37,9 @@ pub enum SampledToken {
 /// appended if it is not among them and its logprob is usable. Probabilities that sum to slightly more than 1 are
 /// normalised.
 ///
-/// Some servers append the emitted token to their list if it is outside the top-k. A token therefore belongs to the
-/// top-k by its rank, not by being listed. Other servers replace the last token of the top-k with the emitted token;
-/// `LogprobCheck` detects this over many answers.
+/// Some servers append the emitted token to their list if it is outside the top-k. So the rank of a
+/// token decides whether it belongs to the top-k, not its presence in the list. Other servers replace the last token of
+/// the top-k with the emitted token; `LogprobCheck` detects this over many answers.
 ///
 /// Returns None if the probabilities sum to more than 1 + [`EXCESS`].
 pub fn list_candidates<'t>(

@@ -46,8 +46,8 @@ use tokens::{TokenLookup, ends_turn};
 
 /// Maximum number of student tokens in a chunk. Longer ones train on cross-entropy.
 const MAX_CHUNK: usize = 64;
-/// Minimum probability that must map to student tokens: a position inside a split teacher token has no soft labels
-/// below it.
+/// A position of a split teacher token has soft labels only if at least this probability is known to map to student
+/// tokens.
 const MIN_SHARE: f64 = 0.5;
 
 /// Reason for an answer without any soft labels.
@@ -376,7 +376,7 @@ impl<'a> Mapper<'a> {
     ) -> f64 {
         let start = to.ids_NK.len();
         let mut mapped = mass;
-        // All look-ups in one loop: the table exceeds the processor's cache, so this lets the cache misses overlap.
+        // All look-ups in one loop, so that their cache misses overlap: the table exceeds the processor's cache.
         let mut found = std::mem::take(&mut self.found);
         found.clear();
         found.extend(candidates.iter().map(|&(bytes, _)| {

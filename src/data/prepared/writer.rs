@@ -239,7 +239,7 @@ impl ShardWriter<'_> {
     /// Writes the last shard. Returns the entries of all its examples.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If the shard cannot be written.
     pub(crate) fn finish(mut self) -> Result<Vec<ExampleEntry>> {
         self.close()?;
         Ok(self.entries)

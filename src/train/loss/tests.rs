@@ -1,7 +1,7 @@
 use super::*;
 use crate::train::loss::position::EndToken;
 
-// The case of the reference: V = 6, K = {0, 1, 2}.
+// Logits of the golden values: V = 6, K = {0, 1, 2}.
 const TEACHER: [f64; 6] = [3.0, 2.0, 1.0, 0.5, 0.0, -1.0];
 const STUDENT: [f32; 6] = [2.0, 2.5, 0.0, 0.3, -0.2, 0.1];
 
