@@ -9,7 +9,7 @@ use crate::config;
 use crate::data::prepared::shard::ExampleView;
 
 /// B examples of T tokens in total, one after the other without padding, with N supervised positions. Attention stays
-/// inside a segment, and positions start at 0 in each segment: an example's result does not depend on its neighbours.
+/// inside a segment, and position ids start at 0 there: an example's result does not depend on its neighbours.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
     /// Token ids (T).
@@ -25,12 +25,13 @@ pub struct Batch {
     pub soft_offsets: Vec<usize>,
     pub soft_ids: Vec<u32>,
     pub soft_logprobs: Vec<f32>,
-    /// Logprob of a label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels (N, or
-    /// empty if all are None).
+    /// Logprob of a label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels (N,
+    /// or empty if all are None).
     pub sampled_logprob: Vec<Option<f32>>,
     /// True if the label was sampled from the distribution of the logprobs (N, or empty if none was).
     pub is_exact_sample: Vec<bool>,
-    /// True if the teacher's logprobs include the end of this answer (N, or empty if unknown).
+    /// Whether the teacher's logprobs include the end of this position's answer; None if unknown (N, or empty if all
+    /// are None).
     pub lists_end: Vec<Option<bool>>,
     /// Chunks, in order: ranges of positions whose text the teacher's tokenizer splits differently, and the negative
     /// log-likelihood of the text under the teacher in nats.
@@ -118,8 +119,8 @@ pub struct Cursor {
     pub index: usize,
 }
 
-/// Selects the examples of each step. Each epoch has its own random order, which depends on the seed and the number of the
-/// epoch.
+/// Selects the examples of each step. Each epoch has its own random order, which depends on the seed and the number of
+/// the epoch.
 ///
 /// A step takes `batch_size` examples, if necessary from two epochs. All steps have the same size, and each example is
 /// taken once per epoch.

@@ -13,7 +13,7 @@ use crate::cache::record::{Record, is_mock};
 use crate::cache::view::RecordView;
 use crate::terminal::sanitise;
 
-/// Name that selects all groups of a mock.
+/// Name that selects all groups of a mock teacher.
 const MOCK: &str = "mock";
 /// Number of hex digits in a group's id.
 const ID_DIGITS: usize = 8;
@@ -27,7 +27,7 @@ pub struct Group {
     model: String,
     /// Sampling parameters of the request as JSON.
     sampling: String,
-    /// True if the answers are scripted.
+    /// True if the answers come from a mock teacher, which is scripted.
     pub is_mock: bool,
 }
 
@@ -172,7 +172,7 @@ pub struct PlannedRows {
     pub keys: KeySet,
     /// Questions of the answered rows.
     pub answered: KeySet,
-    /// Questions of all rows; see `cache::question::fingerprint`.
+    /// Questions of all rows; see `cache::question::question_fingerprint`.
     pub questions: KeySet,
 }
 
@@ -225,7 +225,7 @@ impl Selection {
     /// Checks whether a record is selected.
     ///
     /// # Errors
-    /// The reason if it is not.
+    /// The reason why the record is not selected.
     pub fn check(&self, record: &RecordProperties) -> Result<(), ExclusionReason> {
         let group = &record.group;
         match self {

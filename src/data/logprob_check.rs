@@ -1,7 +1,7 @@
 //! Checks that the teacher's logprobs belong to the tokens that it emitted.
 //!
-//! If y is sampled from p, the most likely token is emitted as often as its probability predicts: the number of hits
-//! is a sum of independent trials, with mean sum(p_1) and variance sum(p_1 (1 - p_1)). Logprobs that are one
+//! If tokens are sampled from p, the most likely token is emitted as often as its probability p_1 predicts: the number
+//! of hits is a sum of independent trials, with mean sum(p_1) and variance sum(p_1 (1 - p_1)). Logprobs that are one
 //! position off, or that belong to another text, hit far less often. Sampling that was sharper than the logprobs (a
 //! lower temperature, a top_p that was not requested) hits far more often. The check needs no student.
 //!
@@ -13,14 +13,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::sampling::SamplingKind;
 
-/// Units of a sum per 1. Sums of integers do not depend on their order.
+/// Fixed-point scale of the sums: 1 is stored as this number of units. A sum of integers does not depend on the order
+/// of its terms.
 const UNIT: f64 = (1u64 << 30) as f64;
 
 /// Minimum difference of a rate from the expected one, in standard deviations.
 const DEVIATIONS: f64 = 5.0;
 
-/// Minimum difference of a rate that matters: logprobs are rounded, and servers may compute them in another pass than
-/// the one that sampled.
+/// Minimum difference of a rate from the expected one. Smaller differences are ignored: logprobs are rounded, and
+/// servers may compute them in another forward pass than the one that sampled.
 const TOLERANCE: f64 = 0.02;
 
 /// Number of sums by position. Position n of an answer is counted in sum n modulo this number.
@@ -34,7 +35,8 @@ struct PositionSum {
     excess: i64,
 }
 
-/// How often the most likely token was emitted, and how often its probability predicts that.
+/// Number of hits at the positions of answers, and the number that the teacher's probabilities predict. A hit is a
+/// position whose emitted token is the most likely one, or, for [`LogprobCheck::in_top_k`], one of the top-k.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Agreement {
     pub positions: u64,
@@ -48,7 +50,7 @@ pub struct Agreement {
 }
 
 impl Agreement {
-    /// Adds position `at` of an answer, whose most likely token has probability `p` and was emitted if `hit`.
+    /// Adds position `at` of an answer, where the probability of a hit is `p`.
     pub fn count(&mut self, at: usize, p: f64, hit: bool) {
         let p = p.clamp(0.0, 1.0);
         let sum = &mut self.by_position[at % POSITION_SUMS];
@@ -71,7 +73,7 @@ impl Agreement {
         }
     }
 
-    /// Share of positions whose most likely token was emitted.
+    /// Share of positions with a hit.
     pub fn rate(&self) -> f64 {
         self.hits as f64 / self.positions.max(1) as f64
     }
@@ -134,7 +136,8 @@ pub struct LogprobCheck {
     pub exact: Agreement,
     /// Answers sampled from a sharper distribution: the rate may be higher.
     pub sharper: Agreement,
-    /// How often a token of an exact sample is in the top-k, and the mass of the top-k as the expected rate.
+    /// Positions of exact samples whose emitted token is in the top-k; the expected rate is the probability mass of the
+    /// top-k.
     #[serde(default)]
     pub in_top_k: Agreement,
 }
@@ -178,7 +181,8 @@ impl LogprobCheck {
         [self.exact, self.sharper].into_iter().find(below)
     }
 
-    /// Returns true if answers of plain sampling were sampled from a sharper distribution.
+    /// Returns true if answers to requests for plain sampling were sampled from a sharper distribution than their
+    /// logprobs.
     pub fn is_too_sharp(&self) -> bool {
         self.exact.verdict() == AgreementVerdict::Above
     }
@@ -188,8 +192,8 @@ impl LogprobCheck {
 mod tests {
     use super::*;
 
-    /// Positions whose most likely token has a random probability. Tokens are sampled with another `sharpness`, and
-    /// logprobs are those of `shift` positions later.
+    /// Positions whose most likely token has a random probability p. It is emitted with probability p^sharpness, and
+    /// the logprobs are those of the position `shift` later.
     fn sampled(positions: usize, sharpness: f64, shift: usize) -> Agreement {
         let mut random = fastrand::Rng::with_seed(positions as u64);
         let tops: Vec<(f64, u32)> = (0..positions + shift)

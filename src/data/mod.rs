@@ -5,15 +5,16 @@
 //! | `groups` | groups of answers in a cache, and the selection of those to train on |
 //! | `sampling` | whether an answer was sampled from the distribution of its logprobs |
 //! | `dataset` | reads rows, makes examples, splits them by prompt |
-//! | `align` | soft labels from the teacher's tokens to the student's, by bytes |
+//! | `align` | maps soft labels from the teacher's tokens to the student's, by bytes |
 //! | `sample_trie` | soft labels from several answers to one prompt |
 //! | `logprob_check` | checks that logprobs belong to the emitted tokens |
 //! | `prepared` | examples on disk: safetensors shards |
 //! | `report` | counts for the user |
 //! | `batch` | examples laid end to end, and their order |
+//! | `text_scorer` | interface to a teacher that scores given texts |
 //!
-//! Shapes, as suffixes of arrays: B examples, T tokens, N supervised positions, K top-k. Arrays of shape NK are ragged
-//! and flat: the labels of position after position, with an array of ends or offsets beside them.
+//! Shapes, as suffixes of arrays: B examples, T tokens, N supervised positions, K top-k, C chunks. Arrays of shape NK
+//! are ragged and flat: the labels of position after position, with an array of ends or offsets beside them.
 //!
 //! Invariants:
 //! - The examples depend only on the content of the source and on the settings, not on the number of threads.

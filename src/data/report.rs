@@ -49,7 +49,7 @@ pub struct DataReport {
     /// use the generation prompt.
     #[serde(default)]
     pub prefix_differs: u64,
-    /// The ends of both prompts, by frequency.
+    /// Number of these answers, by the endings of the prefix and the generation prompt.
     #[serde(default)]
     pub differences: BTreeMap<String, u64>,
     /// Number of positions whose probabilities sum to more than 1. These train on cross-entropy.
@@ -73,8 +73,8 @@ pub struct DataReport {
     /// Number of these answers whose soft labels contain the end of the turn.
     #[serde(default)]
     pub ends_listed: u64,
-    /// Mean share of the teacher's probability that lies on student tokens, over positions with soft labels. The rest
-    /// is the tail.
+    /// Mean share of the teacher's probability that lies on student tokens, over positions with soft labels. The
+    /// remaining probability is the tail.
     pub mean_mapped_mass: f64,
     /// How often the teacher emitted its most likely token, and how often its probabilities predict that.
     #[serde(default, rename = "gate")]
@@ -113,14 +113,14 @@ impl DataReport {
         }
     }
 
-    /// Returns true if more than half of the answers have no logprob of the end-of-turn token, which most endpoints
-    /// leave out.
+    /// Returns true if more than half of the answers that end the turn have no logprobs for it. Most endpoints leave
+    /// them out.
     pub fn misses_ends(&self) -> bool {
         2 * self.ends_listed < self.ends
     }
 
-    /// Counts answers with these prompt endings. Endings past the limit share one entry: each could contain a date or
-    /// an id.
+    /// Counts answers with these prompt endings. Endings beyond the limit share one entry, because a date or an id may
+    /// make each ending distinct.
     pub fn count_difference(&mut self, endings: String, count: u64) {
         self.prefix_differs += count;
         let has_room = self.differences.len() < MAX_DIFFERENCES;

@@ -1,8 +1,8 @@
-//! Several answers to one prompt, merged where they begin alike.
+//! Soft labels from several answers to one prompt, merged into a trie of their tokens.
 //!
 //! A teacher without logprobs still shows its distribution in its answers. Of n answers that share a prefix, the share
-//! that continues with a token is a Monte-Carlo estimate of the token's probability. In a trie of the answers, these
-//! are the counts at each node. A node of a single answer gives no estimate.
+//! that continues with a token is a Monte-Carlo estimate of the token's probability. In a trie of the answers, the
+//! shares come from the counts at each node. A node of a single answer gives no estimate.
 
 use std::collections::HashMap;
 
@@ -21,7 +21,7 @@ impl SampleTrie {
         answers.push(answer.into());
     }
 
-    /// Adds the answers of another part of the data.
+    /// Adds the answers of another trie, which has read other rows.
     pub(crate) fn merge(&mut self, other: Self) {
         for (prompt, answers) in other.by_prompt {
             self.by_prompt.entry(prompt).or_default().extend(answers);
@@ -29,7 +29,7 @@ impl SampleTrie {
     }
 
     /// Returns soft labels for `answer`: at each position, the shares of the next tokens among the answers that begin
-    /// with the same tokens. None if the prompt has no other answer.
+    /// with the same tokens. None if the prompt has fewer than two answers.
     pub(crate) fn soft_labels(&self, prompt: &[u32], answer: &[u32]) -> Option<Aligned> {
         let answers = self.by_prompt.get(&hash(prompt))?;
         let mut sharing: Vec<&[u32]> = answers.iter().map(|answer| &**answer).collect();

@@ -2,14 +2,14 @@
 
 use serde_json::Value;
 
-/// How the distribution that an answer was sampled from relates to its logprobs.
+/// Relation between the distribution that an answer was sampled from and its logprobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SamplingKind {
     /// The same distribution: at temperature 1, with nothing truncated, penalised or forced.
     Exact,
     /// A sharper distribution: at a lower temperature, or with unlikely tokens truncated.
     Sharper,
-    /// Unknown.
+    /// Unknown: no temperature or one above 1, penalties, or parameters that exclude tokens.
     Unknown,
 }
 

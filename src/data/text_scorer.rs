@@ -1,4 +1,4 @@
-//! [`TextScorer`]: the teacher's logprobs of given texts, which on-policy training asks for.
+//! [`TextScorer`]: the teacher's logprobs of given texts, for on-policy training.
 
 use anyhow::Result;
 
@@ -12,7 +12,7 @@ pub trait TextScorer: Send {
     /// could not score.
     ///
     /// # Errors
-    /// If the teacher is not available any more, or `stop` is set.
+    /// If the teacher is no longer available, or `stop` is set.
     fn score(
         &mut self,
         texts: Vec<Prompt>,

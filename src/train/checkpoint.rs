@@ -39,7 +39,7 @@ const STATE: &str = "state.json";
 const TEACHER: &str = "teacher.safetensors";
 const TEACHER_OPTIMIZER: &str = "teacher_optimizer.safetensors";
 
-/// Models and optimizers that training changes.
+/// Models and optimizers of a run.
 pub struct TrainingState {
     pub student: TrainableModel,
     pub optimizer: Optimizer,
@@ -148,7 +148,7 @@ pub const VERSION: u32 = 2;
 /// Writes a checkpoint, then removes all but the newest `keep` checkpoints and the best one.
 ///
 /// # Errors
-/// If it cannot be written. Earlier checkpoints are not changed in this case.
+/// If the checkpoint cannot be written. Earlier checkpoints are not changed in this case.
 pub fn save(
     dir: &Path,
     training: &mut TrainingState,
@@ -218,8 +218,9 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
 /// Restores `training` from the checkpoint at `path`.
 ///
 /// # Errors
-/// [`Exit::Damaged`] if a file is damaged. [`Exit::Usage`] if the checkpoint has other `inputs` (see
-/// [`fingerprint_inputs`]); the error then lists changes of `data_settings` as possible reasons.
+/// [`Exit::Damaged`] if a file is damaged. [`Exit::Usage`] if an earlier version of the program wrote the checkpoint,
+/// or if it has other `inputs` (see [`fingerprint_inputs`]). If the data differ, the error lists changes of
+/// `data_settings` as possible reasons.
 pub fn load(
     path: &Path,
     training: &mut TrainingState,
@@ -281,7 +282,8 @@ pub fn load(
     Ok(state)
 }
 
-/// Adds the hashes that the trained weights depend on to `settings`, those of [`Config::checkpoint_inputs`].
+/// Adds hashes of data and weights to `settings`, which come from [`Config::checkpoint_inputs`]. The trained weights
+/// depend on nothing else.
 ///
 /// `data` is the hash of the examples, `training` the state before the first step. The order of the fields is hashed.
 ///

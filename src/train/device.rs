@@ -1,4 +1,4 @@
-//! Device and number type of a training run.
+//! Device and dtype of a training run.
 
 use anyhow::{Result, bail};
 use candle_core::Device;
@@ -62,7 +62,7 @@ fn open_gpu(kind: config::Device) -> candle_core::Result<Device> {
     }
 }
 
-/// Returns the settings with "auto" replaced by a device and a number type.
+/// Returns the settings with "auto" replaced by a device and a dtype.
 pub(crate) fn resolved(train: &TrainConfig) -> TrainConfig {
     let device = device_kind(train);
     let dtype = match (train.dtype, device) {
@@ -101,7 +101,7 @@ fn device_kind(train: &TrainConfig) -> config::Device {
     Cpu
 }
 
-/// Number type of [`resolved`] settings.
+/// Precision of [`resolved`] settings.
 pub(crate) fn precision(train: &TrainConfig) -> Precision {
     match train.dtype {
         ComputeDtype::Bf16 => Precision::Bf16,
@@ -109,7 +109,7 @@ pub(crate) fn precision(train: &TrainConfig) -> Precision {
     }
 }
 
-/// Device name in the opening line.
+/// Suffix of the opening line: " on CUDA" or " on Metal", empty for the CPU.
 pub(crate) fn label(train: &TrainConfig) -> &'static str {
     match train.device {
         config::Device::Cuda => " on CUDA",

@@ -21,7 +21,7 @@ pub struct EarlyStopping {
 /// Checks that `metric` can be computed on the held-out examples, whose number is `held_out`.
 ///
 /// # Errors
-/// [`Exit::Usage`] if it cannot.
+/// [`Exit::Usage`] if the metric cannot be computed.
 pub(crate) fn check(
     metric: config::BestMetric,
     held_out: usize,

@@ -19,7 +19,7 @@ pub struct Ema {
 }
 
 impl Ema {
-    /// An average that starts at the student's weights.
+    /// Creates an average that starts at the student's weights.
     ///
     /// # Errors
     /// If memory cannot be allocated.
@@ -40,7 +40,7 @@ impl Ema {
     /// Early steps use a smaller decay, so that the initial weights lose their influence soon.
     ///
     /// # Errors
-    /// If the student has other weights than the average.
+    /// If the student lacks a weight of the average, or the device fails.
     pub fn update(&self, student: &TrainableModel, step: u64) -> Result<()> {
         let decay = self.decay.min((1.0 + step as f64) / (10.0 + step as f64));
         for (name, var) in &self.vars {

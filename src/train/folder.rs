@@ -11,7 +11,7 @@ use crate::model::config::shape::ModelConfig;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat_template::with_arguments;
 
-/// Holds the ids of the tokens that end an answer.
+/// File that lists the ids of the tokens that end an answer.
 const GENERATION_CONFIG: &str = "generation_config.json";
 
 const CHAT_TEMPLATE: &str = "chat_template.jinja";

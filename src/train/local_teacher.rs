@@ -43,7 +43,7 @@ impl LocalTeacher {
     /// Loads `teacher.local`; None if it is not set.
     ///
     /// # Errors
-    /// If it does not load, or its tokenizer is not the student's ([`Exit::Usage`]).
+    /// If the model does not load, or its tokenizer is not the student's ([`Exit::Usage`]).
     pub fn from_config(
         settings: &TeacherConfig,
         train: &TrainConfig,
@@ -91,7 +91,7 @@ impl LocalTeacher {
     /// for a frozen teacher.
     ///
     /// # Errors
-    /// As [`Stepper::run`].
+    /// If [`Stepper::run`] fails.
     pub fn train_step(
         &mut self,
         step: u64,

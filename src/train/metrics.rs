@@ -14,14 +14,17 @@ use crate::train::loss::position::PositionLoss;
 pub struct MetricSums {
     pub positions: u64,
     pub ce: f64,
+    /// Number of positions whose most likely token is the label.
     pub label_hits: u64,
     /// Number of positions with soft labels.
     pub soft_positions: u64,
     /// Loss term of the soft labels.
     pub kd: f64,
     pub kl: f64,
+    /// Number of positions whose most likely token is the teacher's.
     pub teacher_hits: u64,
     pub chunks: u64,
+    /// Loss term of the chunks.
     pub alm: f64,
     calibration: [CalibrationBin; BINS],
 }
@@ -32,7 +35,9 @@ const BINS: usize = 15;
 /// Positions whose most likely token has a probability in this bin.
 #[derive(Debug, Clone, Copy, Default)]
 struct CalibrationBin {
+    /// Sum of these probabilities.
     confidence: f64,
+    /// Number of positions whose most likely token is the label.
     hits: u64,
 }
 
@@ -98,7 +103,7 @@ pub struct MetricMeans {
     /// KL divergence to the teacher, in nats: on its top-k and the tail, or over the whole vocabulary with a local
     /// teacher.
     pub kl: Option<f64>,
-    /// Mean difference between the likelihoods of a chunk, in nats.
+    /// Mean loss term of the chunks, in nats (see `loss::chunk`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alm: Option<f64>,
     /// Share of positions whose most likely token is the teacher's.

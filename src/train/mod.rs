@@ -2,8 +2,8 @@
 //!
 //! A step processes `batch_size` examples in micro-batches. With N the supervised positions of the whole step, and
 //! lambda = `loss.kd_weight` at positions with soft labels and 0 elsewhere, it minimises
-//! L = (1/N) sum \[(1 - lambda) CE + lambda KD\]. N is counted over the step, not over a micro-batch, so the gradient does
-//! not depend on `micro_batch_size`.
+//! L = (1/N) sum \[(1 - lambda) CE + lambda KD\], and the terms of chunks (see [`loss::chunk`]). N is counted over the
+//! step, not over a micro-batch, so the gradient does not depend on `micro_batch_size`.
 //!
 //! | file | content |
 //! |---|---|
@@ -99,8 +99,8 @@ pub fn run(config: &Config, options: TrainOptions) -> Result<TrainSummary> {
     run_with_scorer(config, options, None)
 }
 
-/// As [`run`], with the teacher behind an API that scores generated answers, which `train.on_policy` needs unless
-/// `on_policy.judge` is "local".
+/// Trains as [`run`] does, with `scorer`: a teacher behind an API that scores generated answers. `train.on_policy`
+/// needs it unless `on_policy.judge` is "local".
 ///
 /// # Errors
 /// As [`run`], and if `scorer` fails.
@@ -120,7 +120,7 @@ pub fn run_with_scorer(
     pool.install(|| train(&config, options, scorer))
 }
 
-/// The training loop. `config.train` names a device and a number type, not "auto".
+/// The training loop. `config.train` names a device and a dtype, not "auto".
 fn train(
     config: &Config,
     options: TrainOptions,
@@ -256,7 +256,7 @@ fn train(
         let step = training.optimizer.step() + 1;
         let learning_rate = schedule::learning_rate(settings, step, total_steps);
 
-        // The batch: examples, some of which the student answers itself with `train.on_policy`.
+        // Take the examples of the step. With `train.on_policy`, the student generates new answers to some of them.
         let cursor = sampler.cursor();
         let indices = sampler.next_step();
         let examples: Vec<ExampleView> = indices.iter().map(|&i| train_examples.get(i)).collect();
@@ -271,7 +271,7 @@ fn train(
                     };
                 }
                 Err(error) if step - 1 == first_step => return Err(error),
-                // The teacher cannot score: save the steps of this session.
+                // The teacher cannot score, or a signal stopped the run: save the steps of this session.
                 Err(error) => {
                     save_checkpoint(&mut training, step - 1, cursor, tokens, early_stopping)?;
                     return Err(error.context(RESUME));
@@ -405,7 +405,7 @@ fn train(
     Ok(summary)
 }
 
-/// The generator of the student's own answers, with `train.on_policy`.
+/// Creates the generator of the student's answers; None without `train.on_policy`.
 fn on_policy_generator<'a>(
     config: &'a Config,
     selection: &Selection,

@@ -41,8 +41,8 @@ impl<'a> From<&'a Model> for ModelPair<'a> {
     }
 }
 
-/// Adds the gradients of a micro-batch to `gradients`. Returns its loss, multiplied by `weights.scale`, and the unscaled
-/// loss terms of its positions.
+/// Adds the gradients of a micro-batch to `gradients`. Returns its loss, multiplied by `weights.scale`, and the
+/// unscaled loss terms of its positions.
 ///
 /// # Errors
 /// If an example does not fit a model.
@@ -71,12 +71,13 @@ pub fn gradients<'a>(
 struct Objective<'a> {
     batch: &'a Batch,
     weights: LossWeights,
-    /// Ranges of positions that must be processed together: the chunks, if their weight is not 0.
+    /// Ranges of positions that must be processed together: the chunks, if their weight is not 0. Empty with a
+    /// local teacher.
     spans: Vec<Range<usize>>,
     teacher: Option<TeacherLogits<'a>>,
 }
 
-/// Logits of a local teacher at the current positions.
+/// Logits of a local teacher at the current positions: those of the last call of `prepare`.
 struct TeacherLogits<'a> {
     hidden: HiddenStates<'a>,
     vocab_size: usize,

@@ -112,11 +112,11 @@ impl<'a> OnPolicy<'a> {
         examples.split_at(examples.len() - generated.min(examples.len()))
     }
 
-    /// Generates answers to the prompts of `examples` in step `step`, and lets a teacher behind an API score them. Equal
-    /// steps and weights give equal answers.
+    /// Generates answers to the prompts of `examples` in step `step`, and lets a teacher behind an API score them.
+    /// The same seed, step and weights give the same answers.
     ///
     /// # Errors
-    /// If a prompt does not fit the model, or as [`TextScorer::score`].
+    /// If a prompt does not fit the model, or [`TextScorer::score`] fails.
     pub fn generate(
         &mut self,
         student: &Model,

@@ -48,7 +48,8 @@ enum GradientRef<'a> {
 }
 
 impl Optimizer {
-    /// An optimizer with zero moments. Norm weights, biases and parameters that match `no_decay` have no weight decay.
+    /// Creates an optimizer with zero moments. Norm weights, biases and parameters that match `no_decay` have no weight
+    /// decay.
     ///
     /// # Errors
     /// If memory cannot be allocated.
@@ -83,7 +84,7 @@ impl Optimizer {
     /// Global norm of the gradients.
     ///
     /// # Errors
-    /// If a parameter received no gradient, which means that the graph is broken.
+    /// If a parameter received no gradient, which means that the loss does not depend on it.
     pub fn gradient_norm(&self, gradients: &Gradients) -> Result<f64> {
         let mut sum = 0.0;
         for parameter in &self.parameters {

@@ -24,7 +24,7 @@ pub(crate) fn learning_rate(train: &TrainConfig, step: u64, total: u64) -> f64 {
     peak * (floor + (1.0 - floor) * share)
 }
 
-/// Warns the user if the warmup is at least as long as the run.
+/// Returns a note for the user if the warmup is at least as long as the run.
 pub(crate) fn warmup_note(train: &TrainConfig, total: u64) -> Option<String> {
     (total > 0 && train.warmup_steps >= total).then(|| {
         format!(

@@ -62,7 +62,7 @@ impl<'a> StepBatch<'a> {
     }
 }
 
-/// Numbers of one step.
+/// Loss, metrics and size of one step.
 #[derive(Debug, Default)]
 pub struct StepResult {
     /// The minimised loss, computed before the update.
@@ -78,8 +78,8 @@ pub struct StepResult {
 }
 
 impl Stepper {
-    /// A stepper for `model`. `soft_labels` are the loss terms of the examples, `on_policy` the divergences of generated
-    /// answers.
+    /// Creates a stepper for `model`. `soft_labels` are the loss terms of the examples, `on_policy` the divergences of
+    /// generated answers.
     pub(crate) fn new(
         train: &TrainConfig,
         loss: &LossConfig,
@@ -115,7 +115,8 @@ impl Stepper {
         }
     }
 
-    /// Runs step `step` (from 1) on `batch`. The distributions of the local `teacher` replace the soft labels of the batch.
+    /// Runs step `step` (from 1) on `batch`. The distributions of the local `teacher` replace the soft labels of the
+    /// batch.
     ///
     /// # Errors
     /// If a loss or gradient is not finite: the error names the examples, and no parameter has changed.

@@ -39,7 +39,7 @@ pub struct TrainSummary {
     pub data: crate::data::report::DataReport,
 }
 
-/// What to do with existing checkpoints.
+/// Treatment of existing checkpoints at the start of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StartMode {
     /// Start a new run; fail if a checkpoint exists.

@@ -17,10 +17,12 @@ use crate::model::weights::{self, Tensors};
 use crate::model::{Model, decoder, lora};
 use crate::tokenizer::Tokenizer;
 
-/// A model whose weights, or whose adapters, are variables, except the frozen ones.
+/// A model, its trained parameters (all weights, or only the adapters) and its frozen parameters.
 pub struct TrainableModel {
     pub model: Model,
+    /// Trained parameters by name.
     pub vars: BTreeMap<String, Var>,
+    /// Parameters that are not trained, by name.
     frozen: Tensors,
 }
 
@@ -87,8 +89,8 @@ impl TrainableModel {
         Ok(student)
     }
 
-    /// A model over the given weights. All weights are trained, or only the adapters if there are any. Parameters for which
-    /// `is_frozen` returns true are not trained.
+    /// Creates a model from `weights` and `adapters`. All weights are trained, or only the adapters if there are any.
+    /// Parameters for which `is_frozen` returns true are not trained.
     ///
     /// # Errors
     /// If weights are missing or their shapes differ from `config`.
@@ -191,7 +193,7 @@ impl TrainableModel {
     }
 }
 
-/// Tensors of variables.
+/// The tensors that the variables hold, by name.
 pub fn tensors(vars: &BTreeMap<String, Var>) -> Tensors {
     let tensor = |(name, var): (&String, &Var)| (name.clone(), var.as_tensor().clone());
     vars.iter().map(tensor).collect()

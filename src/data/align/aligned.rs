@@ -9,25 +9,25 @@ use crate::data::logprob_check::Agreement;
 ///
 /// The labels of a position are the teacher's top-k, mapped to student tokens: natural logarithms, best
 /// first. Missing logprobs (sentinels) are dropped. Teacher tokens that map to one student token are merged.
-/// The mass outside the labels is the tail.
+/// The probability outside the labels is the tail.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Aligned {
     pub(super) ids_NK: Vec<u32>,
     pub(super) logprobs_NK: Vec<f32>,
     /// End of each position's labels in `ids_NK`.
     pub(super) ends_N: Vec<usize>,
-    /// See [`Aligned::sampled_logprob`]; NaN is none.
+    /// See [`Aligned::sampled_logprob`]; NaN stands for None.
     pub(super) sampled_logprob_N: Vec<f32>,
     pub(super) chunks: Vec<Chunk>,
     /// The teacher's mass on student tokens, summed over the positions that have soft labels.
     pub mapped_mass: f64,
-    /// How often the teacher emitted one of its top-k, and the mass of the top-k as the expected rate.
+    /// Positions whose emitted token is in the top-k; the expected rate is the probability mass of the top-k.
     pub in_top_k: Agreement,
     /// Number of positions whose probabilities sum to more than 1.
     pub positions_over_one: u64,
-    /// How often the teacher emitted its most likely token: of all its tokens, before the mapping.
+    /// Positions where the teacher emitted its most likely token, counted before the mapping to student tokens.
     pub agreement: Agreement,
-    /// Set if the tokens end the turn: true if the teacher's logprobs include the end of the turn.
+    /// Whether the teacher's logprobs include the end of the turn; None if the answer does not end the turn.
     pub lists_end: Option<bool>,
 }
 
@@ -38,7 +38,7 @@ pub struct Chunk {
     pub start: usize,
     /// Number of student tokens.
     pub len: usize,
-    /// Negative log-likelihood of the text under the teacher.
+    /// Negative log-likelihood of the text under the teacher, in nats.
     pub nll: f32,
 }
 
@@ -63,8 +63,8 @@ impl Aligned {
         self.ends_N.is_empty()
     }
 
-    /// Token ids and logprobs at `position`. Empty if the teacher has nothing usable there, and past the end;
-    /// the position then trains on cross-entropy.
+    /// Token ids and logprobs of the soft labels at `position`. Empty if the top-k has no usable token there, or if
+    /// `position` is past the end.
     pub fn soft(&self, position: usize) -> (&[u32], &[f32]) {
         let Some(&end) = self.ends_N.get(position) else {
             return (&[], &[]);
@@ -110,7 +110,8 @@ impl Aligned {
         self.sampled_logprob_N.resize(positions, f32::NAN);
     }
 
-    /// Completes the position whose labels begin at `start`. Removes its labels if `is_vague`.
+    /// Completes the position whose labels were appended from index `start` of `ids_NK` on. If `is_vague`, the labels
+    /// are removed and the position has no soft labels.
     pub(super) fn finish_position(
         &mut self,
         start: usize,

@@ -8,15 +8,15 @@ use crate::data::logprob_check::Agreement;
 
 use super::run::{SpanKind, TeacherSpan};
 
-/// Maximum excess over 1 of a sum of probabilities, which are rounded.
+/// Largest amount by which a sum of probabilities may exceed 1. Servers round the logprobs.
 pub const EXCESS: f64 = 1e-3;
 
-/// Properties of a list that [`list_candidates`] made.
+/// Properties of the list that [`list_candidates`] fills.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Candidates {
-    /// Sum of the listed probabilities.
+    /// Sum of the listed probabilities, at most 1.
     pub mass: f64,
-    /// Sum without an emitted token from outside the top-k.
+    /// The same sum without an emitted token from outside the top-k.
     pub top_mass: f64,
     pub sampled: SampledToken,
 }
@@ -32,14 +32,16 @@ pub enum SampledToken {
     NotListed,
 }
 
-/// Fills `listed` with the most likely tokens at a position that have usable logprobs: at most `most`, and at
-/// most `top_logprobs`, the number that was requested. The emitted token is appended if it is not among them.
-/// Probabilities that sum to slightly more than 1 are normalised.
+/// Fills `listed` with the teacher's tokens at a position that have usable logprobs. If there are more than `most`,
+/// or more than `top_logprobs` (the number in the request), only the most likely ones are kept. The emitted token is
+/// appended if it is not among them and its logprob is usable. Probabilities that sum to slightly more than 1 are
+/// normalised.
 ///
-/// Some servers append an emitted token from outside the top-k, so its rank by logprob decides whether it
-/// belongs to the top-k. Others replace the last of the top-k, which `LogprobCheck` detects over many answers.
+/// Some servers append the emitted token to their list if it is outside the top-k. So the rank of a
+/// token decides whether it belongs to the top-k, not its presence in the list. Other servers replace the last token of
+/// the top-k with the emitted token; `LogprobCheck` detects this over many answers.
 ///
-/// Returns None if the probabilities sum to more than that.
+/// Returns None if the probabilities sum to more than 1 + [`EXCESS`].
 pub fn list_candidates<'t>(
     teacher: &'t LogprobsView,
     position: usize,
@@ -113,7 +115,7 @@ pub(super) fn agreement(teacher: &LogprobsView, spans: &[TeacherSpan]) -> Agreem
     agreement
 }
 
-/// Returns true unless the logprob is infinite, NaN or a sentinel for a missing one.
+/// Returns true unless the logprob is infinite, NaN or a sentinel value for a missing logprob.
 pub fn is_usable(logprob: &f32) -> bool {
     logprob.is_finite() && *logprob > HIGHEST_SENTINEL_LOGPROB
 }

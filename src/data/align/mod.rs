@@ -6,7 +6,7 @@
 //! | group | soft labels |
 //! |---|---|
 //! | one teacher token, one student token | both predict the next bytes, so the teacher's candidates become student tokens |
-//! | one teacher token, several student tokens | a later position gets the candidates that start with the bytes before it |
+//! | one teacher token, several student tokens | the first position gets the first student token of each candidate; a later position gets the candidates that start with the bytes before it |
 //! | several teacher tokens | none: the positions train on cross-entropy, or as a [`Chunk`] |
 //!
 //! With the same tokenizer on both sides, all groups have one token on each side, and every token maps to itself.
@@ -46,7 +46,8 @@ use tokens::{TokenLookup, ends_turn};
 
 /// Maximum number of student tokens in a chunk. Longer ones train on cross-entropy.
 const MAX_CHUNK: usize = 64;
-/// Minimum share of the mass on known tokens for soft labels inside a split teacher token.
+/// A position of a split teacher token has soft labels only if at least this probability is known to map to student
+/// tokens.
 const MIN_SHARE: f64 = 0.5;
 
 /// Reason for an answer without any soft labels.
@@ -68,12 +69,12 @@ pub struct Mapper<'a> {
     tokens: TokenLookup<'a>,
     /// Maximum number of candidates at a position.
     max_candidates: usize,
-    /// Student tokens of one position; kept to reuse its allocation.
+    /// Student tokens of the candidates at one position; a field only to reuse the allocation.
     found: Vec<Option<u32>>,
 }
 
 impl<'a> Mapper<'a> {
-    /// Maps to the tokens of `tokenizer`, with at most `max_candidates` candidates at a position.
+    /// Creates a mapper to the tokens of `tokenizer`, with at most `max_candidates` candidates at a position.
     pub fn new(tokenizer: &'a Tokenizer, max_candidates: Option<usize>) -> Self {
         Self {
             tokenizer,
@@ -89,12 +90,12 @@ impl<'a> Mapper<'a> {
         Self { teacher, ..self }
     }
 
-    /// Returns soft labels for `student`: N tokens that spell the part `kept` of the answer's bytes. Text of the
-    /// template may precede them, and the token that ends the answer may follow. `top_logprobs` is the number
-    /// of alternatives in the request.
+    /// Returns the soft labels of `student`, the N tokens of an answer. `kept` is the range of the answer's bytes that
+    /// the student's template keeps. The tokens spell these bytes; tokens of template text may come before, and the
+    /// token that ends the answer may follow. `top_logprobs` is the number of alternatives in the request.
     ///
     /// # Errors
-    /// If the tokens of one side do not spell the answer, or the logprobs are unusable.
+    /// If the tokens of one side do not spell the answer, or the teacher's tokens are ids and its tokenizer is not set.
     pub fn align(
         &mut self,
         teacher: &LogprobsView,
@@ -117,7 +118,7 @@ impl<'a> Mapper<'a> {
         let teacher = teacher.as_ref();
         let (end, student_ends) = self.split_end(student, answer, kept.clone())?;
         let text = &student[..student_ends.len()];
-        // Text that the template removes, and white space that it writes instead, have no counterpart.
+        // Teacher tokens of text that the template removes and student tokens of text that it adds have no counterpart.
         let skipped = spans.partition_point(|span| span.end <= kept.start);
         let teacher_ends: Vec<usize> = spans.iter().map(|span| span.end).collect();
         let lead = student_ends.partition_point(|&end| end <= kept.start);
@@ -172,7 +173,7 @@ impl<'a> Mapper<'a> {
         }
         aligned.fill(text.len());
         if let Some(end) = end {
-            // A token that extends past the text was followed by choices that were made after more text.
+            // If the last token extends past the answer, the logprobs after it belong to a longer text.
             let last = spans.last().filter(|span| span.kind != SpanKind::Partial);
             let position = last.map_or(usize::MAX, |span| span.tokens.end);
             let bytes = teacher.token.get(position).map_or(&[][..], Cow::as_ref);
@@ -189,8 +190,8 @@ impl<'a> Mapper<'a> {
         Ok(aligned)
     }
 
-    /// Fills `listed` with the candidates at a position, and counts the position. Returns None if they are unusable,
-    /// which leaves other positions usable.
+    /// Fills `listed` with the candidates at a position, and adds the position to the counts of `to`. Returns None if
+    /// the probabilities sum to more than 1; the other positions of the answer stay usable.
     fn candidates_at<'t>(
         &self,
         teacher: &'t LogprobsView,
@@ -213,8 +214,11 @@ impl<'a> Mapper<'a> {
         Some(candidates)
     }
 
-    /// Makes a chunk of the teacher's `tokens` and the student tokens `labels`, the first of which is at `start`. Returns
-    /// None if the logprob of a teacher token is missing.
+    /// Makes a chunk of the teacher's `tokens` and the student tokens `labels`, the first of which is at `start`.
+    /// `is_known` is true if the bytes of all teacher tokens are known.
+    ///
+    /// Returns None if the logprob of a teacher token is missing, there are more than `MAX_CHUNK` student tokens, or
+    /// the student tokens do not spell the known bytes.
     fn chunk(
         &self,
         teacher: &LogprobsView,
@@ -252,8 +256,8 @@ impl<'a> Mapper<'a> {
         }) && rest.is_empty()
     }
 
-    /// Appends the labels of the first student token of an emitted teacher token; `is_split` if there are further
-    /// student tokens.
+    /// Appends the soft labels of `label`, the first student token of an emitted teacher token. `is_split` is true if
+    /// the student spells the teacher token with several tokens.
     fn push_first(
         &mut self,
         listed: &[(&[u8], f32)],
@@ -275,10 +279,10 @@ impl<'a> Mapper<'a> {
         to.finish_position(start, sampled_logprob, mapped, is_vague);
     }
 
-    /// Appends the labels of `label`, a later student token of an emitted teacher token, after its first `written`
-    /// bytes. Its candidates extend these bytes; their probabilities are renormalised over all candidates that
-    /// start with these bytes. `unlisted` is the mass of the tokens that are not listed: all of them may start
-    /// with these bytes, too.
+    /// Appends the soft labels of `label`, a later student token of the teacher token `emitted`, whose first `written`
+    /// bytes are already spelled. The soft labels are the candidates that extend these bytes, renormalised over all
+    /// candidates that start with them. `unlisted` is the probability of the tokens that are not listed; any of them
+    /// may start with these bytes.
     fn push_later(
         &mut self,
         listed: &[(&[u8], f32)],
@@ -310,8 +314,8 @@ impl<'a> Mapper<'a> {
         to.finish_position(start, f32::NAN, mapped, is_vague);
     }
 
-    /// Returns the token that ends the answer, if there is one, and the ends of the other tokens as
-    /// [`Self::student_token_ends`] does.
+    /// Splits off the token that ends the answer. Returns it, if there is one, and [`Self::student_token_ends`] of the
+    /// other tokens.
     fn split_end(
         &self,
         student: &[u32],
@@ -332,8 +336,8 @@ impl<'a> Mapper<'a> {
         Ok((None, ends?))
     }
 
-    /// Check 2: the student's bytes end with the answer's; template text may precede them. Returns the end of each
-    /// token in the answer (N).
+    /// Check 2: the bytes of `student` end with the kept bytes of the answer; template text may come before. Returns
+    /// the end of each token, in bytes of the answer (N).
     fn student_token_ends(
         &self,
         student: &[u32],
@@ -359,8 +363,9 @@ impl<'a> Mapper<'a> {
         Ok(ends.collect())
     }
 
-    /// Appends the candidates at a position as student tokens, best first. `emitted` is the teacher's token there,
-    /// which the student spells with `label`. Returns `mass` without the candidates that the student cannot spell.
+    /// Appends the candidates at a position as student tokens, best first. `emitted` is the token that the teacher
+    /// emitted there, and `label` its student token. Returns `mass` minus the probabilities of the candidates that have
+    /// no student token.
     fn push_mapped(
         &mut self,
         candidates: &[(&[u8], f32)],
@@ -371,7 +376,7 @@ impl<'a> Mapper<'a> {
     ) -> f64 {
         let start = to.ids_NK.len();
         let mut mapped = mass;
-        // All look-ups in one loop: the table exceeds the processor's cache, and its misses then overlap.
+        // All look-ups in one loop, so that their cache misses overlap: the table exceeds the processor's cache.
         let mut found = std::mem::take(&mut self.found);
         found.clear();
         found.extend(candidates.iter().map(|&(bytes, _)| {
@@ -415,7 +420,7 @@ impl<'a> Mapper<'a> {
 /// Cuts two tokenisations of the same text at their common boundaries. `a` and `b` are the ends of their tokens in
 /// the text. Returns minimal ranges of tokens on both sides that spell the same bytes.
 ///
-/// If one side ends early (its text was trimmed), the rest of the other is left out.
+/// Tokens after the last common boundary are left out: one side may end early, because its text was trimmed.
 pub fn common_groups(a: &[usize], b: &[usize]) -> Vec<(Range<usize>, Range<usize>)> {
     let mut groups = Vec::with_capacity(a.len().min(b.len()));
     let mut start_a = 0;

@@ -1,7 +1,7 @@
 //! Finds the run of a teacher's tokens that spells an answer.
 //!
-//! A server may report logprobs of more tokens than its text contains: thinking before it, stripped white space,
-//! a stop string after it. It may also report tokens without their bytes, or U+FFFD for a part of a character.
+//! A server may report logprobs of more tokens than its text contains: thinking before the text, stripped white space,
+//! a stop string after the text. It may also report tokens without their bytes, or U+FFFD for a part of a character.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -16,6 +16,7 @@ const MAX_UNKNOWN_BYTES: usize = 16;
 /// Teacher tokens that end at a known byte of the answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TeacherSpan {
+    /// Indices of the tokens.
     pub tokens: Range<usize>,
     /// End of the tokens, in bytes of the answer.
     pub end: usize,
@@ -36,7 +37,7 @@ impl TeacherSpan {
 pub(crate) enum SpanKind {
     /// One token whose bytes are known.
     Token,
-    /// Tokens whose boundaries are unknown.
+    /// Tokens whose bytes are unknown; only the end of the last one is known.
     Unknown,
     /// A token that starts before the answer or ends after it.
     Partial,
@@ -55,7 +56,7 @@ pub(crate) fn find(
         .or_else(|| around_unknown(tokens, answer, &is_stop))
 }
 
-/// Matches tokens that spell the answer from the first one on, followed only by stop tokens.
+/// Matches the whole answer, from the first token on. Only stop tokens may follow.
 fn whole(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
@@ -76,8 +77,9 @@ fn whole(
     (at == answer.len()).then_some(spans)
 }
 
-/// Finds a text near the end of the text of all tokens. An occurrence that starts at the first token is preferred,
-/// then one between token boundaries, then the last one. `start` is the text's first byte in its answer.
+/// Finds `text` near the end of the bytes of all tokens. If it occurs several times, the order of preference is: whole
+/// tokens from the first token on, whole tokens, the start of a token, the last occurrence. `start` is the index of
+/// the text's first byte in the answer.
 fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<TeacherSpan>> {
     if text.is_empty() {
         return None;
@@ -128,8 +130,8 @@ fn is_unknown(bytes: &[u8]) -> bool {
     bytes.is_empty() || memchr::memmem::find(bytes, REPLACEMENT).is_some()
 }
 
-/// Matches the tokens with known bytes in order. The bytes between two of them belong to the unknown tokens
-/// between them.
+/// Matches the tokens with known bytes in order. Bytes of the answer between two matches belong to the tokens of
+/// unknown bytes between them.
 fn around_unknown(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
@@ -138,7 +140,7 @@ fn around_unknown(
     let mut spans = Vec::new();
     let mut at = 0;
     let mut unknown: Option<usize> = None;
-    // Tokens of unknown bytes may be followed by the end of the turn.
+    // The end of the turn may follow tokens of unknown bytes.
     let is_end = |bytes: &Cow<'_, [u8]>| !is_unknown(bytes) && is_stop(bytes);
     let ends = tokens.iter().rev().take_while(|bytes| is_end(bytes));
     let (tokens, _) = tokens.split_at(tokens.len() - ends.count());

@@ -15,8 +15,8 @@ pub fn spells(teacher: &LogprobsView, answer: &[u8]) -> bool {
     teacher_spans(teacher, answer, &(0..answer.len()), is_stop).is_some()
 }
 
-/// Finds the run of teacher tokens that spells the answer. Raw vocabulary entries (`Ġfoo`, `▁foo`) are decoded, and
-/// the decoded logprobs are returned.
+/// Finds the run of teacher tokens that spells the answer. Raw vocabulary entries (`Ġfoo`, `▁foo`) are
+/// decoded. Returns the run, and the logprobs with decoded tokens.
 pub(super) fn teacher_spans<'t>(
     teacher: &'t LogprobsView<'t>,
     answer: &[u8],
@@ -31,8 +31,8 @@ pub(super) fn teacher_spans<'t>(
         });
         Some((find(&decoded.token)?, Cow::Owned(decoded)))
     };
-    // Emitted tokens may be spelled alike in both forms, with only the candidates showing the difference. So the raw
-    // form is tried first if any token looks raw.
+    // The emitted tokens may match the answer both as raw entries and as text, while candidates differ. So the tokens
+    // are decoded first if any of them looks raw.
     let plain = || Some((find(&teacher.token)?, Cow::Borrowed(teacher)));
     // A short raw answer may contain no `Ġ`, `Ċ` or `▁`.
     raw_spelling(teacher)
@@ -47,7 +47,8 @@ type Decode = fn(&str) -> Option<Vec<u8>>;
 /// Returns a decoder if the tokens may be raw vocabulary entries: these contain `Ġ`, `Ċ` or `▁`, and no space. The
 /// names of control tokens are ignored, because some contain `▁`.
 fn raw_spelling(teacher: &LogprobsView) -> Option<Decode> {
-    // Enough, because nearly every position has a candidate that begins with a space.
+    // Number of positions to inspect. Few are enough, because nearly every position has a candidate that begins with a
+    // space.
     const POSITIONS: usize = 16;
     let positions = 0..teacher.top.lists().min(POSITIONS);
     let candidates = positions.flat_map(|at| teacher.top.get(at));

@@ -5,11 +5,11 @@ use crate::tokenizer::Tokenizer;
 
 const PREFIX: &str = "token_id:";
 
-/// Id in a name such as `token_id:42`.
+/// Returns the id in a name such as `token_id:42`; None for any other name.
 pub(crate) fn parse(name: &[u8]) -> Option<u32> {
     let name = std::str::from_utf8(name).ok()?;
     let digits = name.strip_prefix(PREFIX)?;
-    // `parse` would accept a sign.
+    // `str::parse` accepts a leading plus sign.
     let is_number = digits.bytes().all(|byte| byte.is_ascii_digit());
     digits.parse().ok().filter(|_| is_number)
 }
@@ -19,8 +19,8 @@ pub(crate) fn are_ids<T: AsRef<[u8]>>(tokens: &[T]) -> bool {
     !tokens.is_empty() && tokens.iter().all(|name| parse(name.as_ref()).is_some())
 }
 
-/// Logprobs with the bytes of the tokens in place of their ids. Tokens without bytes, and ids that the tokenizer
-/// does not have, become empty: unknown.
+/// Replaces the ids of tokens with their bytes. Tokens without bytes, and ids that the tokenizer does not have, become
+/// empty, which means that their bytes are unknown.
 pub(crate) fn decoded<'t>(teacher: &LogprobsView<'t>, tokenizer: &Tokenizer) -> LogprobsView<'t> {
     teacher.map_tokens(|name| {
         let id = parse(name)?;

@@ -13,7 +13,7 @@ const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();
 /// Cache of student tokens by the bytes of teacher tokens.
 pub(super) struct TokenLookup<'a> {
     tokenizer: &'a Tokenizer,
-    /// Tokens of at most 15 bytes, which nearly all are. A key without a pointer saves a memory access.
+    /// Tokens of at most 15 bytes: nearly all tokens. A key without a pointer saves a memory access.
     short: HashMap<u128, Option<u32>, FixedState>,
     long: HashMap<Box<[u8]>, Option<u32>, FixedState>,
 }
@@ -29,7 +29,7 @@ impl<'a> TokenLookup<'a> {
 
     /// Returns the student token for a teacher token that is spelled `bytes`:
     ///
-    /// 1. the token with the same bytes, or else the first token of their encoding, which they imply;
+    /// 1. the token with the same bytes, or else the first token of the encoding of these bytes;
     /// 2. for the name of a control token, the control token of the same name;
     /// 3. for a control token that ends a turn, the token with which the student ends its answer.
     ///
@@ -66,7 +66,7 @@ fn short_key(bytes: &[u8]) -> Option<u128> {
             .fold(0, |key, at| key | u128::from(bytes[at]) << (8 * at)),
         4..=7 => {
             let word = |part: &[u8; 4]| u128::from(u32::from_le_bytes(*part));
-            // The two words overlap in equal bits.
+            // The two words overlap; the bits in the overlap are equal.
             word(bytes.first_chunk()?) | word(bytes.last_chunk()?) << (8 * (length - 4))
         }
         8..=15 => low(bytes.first_chunk()?) | low(bytes.last_chunk()?) << (8 * (length - 8)),
@@ -76,7 +76,7 @@ fn short_key(bytes: &[u8]) -> Option<u128> {
 }
 
 fn find(tokenizer: &Tokenizer, bytes: &[u8]) -> Option<u32> {
-    // Some servers write U+FFFD for a part of a character, which does not say which part.
+    // Some servers write U+FFFD for a part of a character, so the bytes of the token are unknown.
     if memchr::memmem::find(bytes, REPLACEMENT).is_some() {
         return None;
     }

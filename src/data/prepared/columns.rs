@@ -15,13 +15,14 @@ pub(crate) struct Example<'a> {
     /// Name of the example in errors: the cache key, or the line number in a file of conversations.
     pub key: &'a str,
     pub input_ids_T: &'a [u32],
-    /// Ranges of tokens to predict: the answers with their end-of-turn tokens. In order, none starts at 0, because
-    /// nothing predicts the first token.
+    /// Ranges of `input_ids_T` to predict, in order: the answers with their end-of-turn tokens. No range starts at 0,
+    /// because no token predicts the first one.
     pub labels: &'a [Range<usize>],
-    /// Soft labels of the answer whose first token is `answer`.
+    /// Soft labels of the answer that starts at index `answer`.
     pub soft: &'a Aligned,
+    /// Index in `input_ids_T` of the first token of the answer with soft labels.
     pub answer: usize,
-    /// True if that answer was sampled from the distribution of its logprobs.
+    /// True if this answer was sampled from the distribution of its logprobs.
     pub is_exact_sample: bool,
 }
 
@@ -30,16 +31,17 @@ pub(crate) struct Example<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct ExampleColumns {
     input_ids_T: Vec<u32>,
-    /// End of each example in `input_ids_T`; likewise the other ends of examples.
+    /// End of each example in `input_ids_T`.
     input_ends_B: Vec<u32>,
-    /// Index in its example of the token that predicts. The label is the token after it.
+    /// Index of each supervised position in the tokens of its example. The label is the next token.
     positions_N: Vec<u32>,
+    /// End of each example in `positions_N`.
     target_ends_B: Vec<u32>,
     soft_ids_NK: Vec<u32>,
     soft_logprobs_NK: Vec<f32>,
     /// End of each position's labels in `soft_ids_NK`.
     soft_ends_N: Vec<u32>,
-    /// Logprob of a label from outside the top-k; see [`Aligned::sampled_logprob`]. NaN is none.
+    /// Logprob of a label from outside the top-k; see [`Aligned::sampled_logprob`]. NaN stands for None.
     sampled_logprobs_N: Vec<f32>,
     /// First position of each chunk, counted in its example.
     chunk_starts_C: Vec<u32>,
@@ -47,13 +49,15 @@ pub(crate) struct ExampleColumns {
     chunk_lens_C: Vec<u32>,
     /// Negative log-likelihood of each chunk under the teacher.
     chunk_nlls_C: Vec<f32>,
+    /// End of each example in `chunk_starts_C`.
     chunk_ends_B: Vec<u32>,
-    /// 1 or 0.
+    /// See [`Example::is_exact_sample`]: 0 stands for false, 1 for true.
     is_exact_sample_B: Vec<u8>,
-    /// See [`Aligned::lists_end`]: 0 is none, 1 false, 2 true.
+    /// See [`Aligned::lists_end`]: 0 stands for None, 1 for false, 2 for true.
     lists_end_B: Vec<u8>,
     /// Bytes of all keys.
     keys: Vec<u8>,
+    /// End of each example in `keys`.
     key_ends_B: Vec<u32>,
 }
 
@@ -90,7 +94,7 @@ impl ExampleColumns {
         4 * words + self.keys.len()
     }
 
-    /// Removes all examples, to fill another file.
+    /// Removes all examples, so that the columns can be filled for another file.
     pub(crate) fn clear(&mut self) {
         self.input_ids_T.clear();
         self.input_ends_B.clear();

@@ -4,10 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::report::DataReport;
 
-/// Version of the files and of how records become examples. Increase it if either changes.
+/// Version of the file format and of the conversion of records to examples. Increase it if either changes.
 pub const VERSION: u32 = 5;
 
-/// Name of this file.
+/// Name of the index file.
 pub(super) const INDEX: &str = "index.json";
 /// Name of the file with the order of the examples.
 pub(super) const ORDER: &str = "order.safetensors";
@@ -16,10 +16,10 @@ pub(super) const ORDER: &str = "order.safetensors";
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct PreparedIndex {
     pub version: u32,
-    /// Name of the folder.
+    /// Hash of everything that the examples depend on; also the name of the folder.
     pub hash: String,
-    /// Hash of the examples themselves, in their order. The same answers in another order, or compressed, have
-    /// another `hash` and the same `content`.
+    /// Hash of the examples, in their order. If the cache is reordered or compressed, `hash` changes and `content` does
+    /// not.
     pub content: String,
     pub examples: usize,
     pub shards: Vec<ShardFile>,

@@ -15,10 +15,11 @@
 //! | `writer` | writing on several threads |
 //!
 //! Invariants:
-//! - The hash covers everything that the examples depend on: the bytes of the source, the tokenizer, the settings.
+//! - The `<hash>` of the folder covers everything that the examples depend on: the bytes of the source, the tokenizer,
+//!   the settings.
 //! - A folder appears complete, by a rename, or not at all.
-//! - Only the hash of an example's prompt is stored, not its side of the split. Another `data.validation_share`
-//!   therefore uses the same shards.
+//! - The files contain the hash of each example's prompt, but not whether the example is for training or validation.
+//!   Another `data.validation_share` therefore uses the same shards.
 
 pub(crate) mod columns;
 pub mod index;
@@ -49,7 +50,7 @@ pub struct Prepared {
     shards: Vec<PreparedShard>,
     /// Index of the first example of each shard.
     starts: Vec<usize>,
-    /// Index of each example in all shards, in the order in which examples are taken.
+    /// Index of each example, counted over all shards, in the order in which examples are taken.
     places: Vec<u32>,
     prompt_hashes: Vec<u32>,
     content: String,
@@ -75,7 +76,7 @@ impl Prepared {
         .map(Some)
     }
 
-    /// Opens the folder `dir` without checksums. Only for a folder that this process has just written.
+    /// Opens the folder `dir` without verifying its checksums. Only for a folder that this process has just written.
     ///
     /// # Errors
     /// If a file cannot be read.
@@ -187,7 +188,7 @@ impl Prepared {
     }
 }
 
-/// Verifies a file by reading it. A mapping would count as memory of this process.
+/// Verifies the size and checksum of a file. Reads the file, because a mapping would count as memory of this process.
 fn verify(path: &Path, file: &FileChecksum) -> Result<()> {
     let mut reader = std::fs::File::open(path)?;
     let mut bytes = 0;
@@ -214,8 +215,7 @@ fn map(path: &Path, file: &FileChecksum) -> Result<ShardBytes> {
     Ok(ShardBytes::Mapped(map))
 }
 
-/// Removes folders of earlier runs from `root`: incomplete ones, and all complete ones except the newest, of which
-/// `used` is one.
+/// Removes folders of earlier runs from `root`, except `used` and the newest other complete folder.
 ///
 /// # Errors
 /// If a folder cannot be read or removed.

@@ -28,7 +28,7 @@ pub(crate) fn write(places: &[u32], prompt_hashes: &[u32], out: &mut dyn Write) 
 /// Reads the places (B) and hashes (B) that [`write`] wrote.
 ///
 /// # Errors
-/// If the bytes are not such a file.
+/// If `bytes` is not a safetensors file with both columns.
 pub(crate) fn read(bytes: &[u8]) -> Result<(Vec<u32>, Vec<u32>)> {
     let file = SafeTensors::deserialize(bytes)?;
     let column = |name: &str| -> Result<Vec<u32>> {

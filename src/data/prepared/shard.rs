@@ -28,11 +28,12 @@ impl ShardBytes {
     }
 }
 
-/// A column of unsigned numbers, decoded from bytes: a file in memory may be unaligned.
+/// A column of little-endian numbers. They are decoded from bytes, because a file in memory may be unaligned.
 #[derive(Debug, Clone)]
 struct ColumnView {
     /// Byte range in the file.
     bytes: Range<usize>,
+    /// Bytes per number.
     width: usize,
 }
 
@@ -73,7 +74,7 @@ impl ColumnView {
         self.part(bytes, range).chunks_exact(self.width).map(value)
     }
 
-    /// Returns range `at` of a column of ends.
+    /// Returns the range of item `at`; this must be a column of ends.
     fn span(&self, bytes: &[u8], at: usize) -> Range<usize> {
         let start = at
             .checked_sub(1)
@@ -224,19 +225,20 @@ impl<'a> ExampleView<'a> {
         shard.input_ids_T.values(bytes, range)
     }
 
-    /// Index in `input_ids` of each token that predicts; the label is the token after it (N).
+    /// Index in `input_ids` of each supervised position; the label is the next token (N).
     pub fn positions(self) -> impl ExactSizeIterator<Item = u32> + use<'a> {
         self.shard.positions_N.values(self.bytes(), self.targets())
     }
 
-    /// End of each position's soft labels, in those of the example (N).
+    /// End of each position's soft labels in [`Self::soft_ids`] (N).
     pub fn soft_ends(self) -> impl ExactSizeIterator<Item = usize> + use<'a> {
         let start = self.soft().start;
         let ends = self.shard.soft_ends_N.values(self.bytes(), self.targets());
         ends.map(move |end| end as usize - start)
     }
 
-    /// Logprob of each label that the teacher emitted from outside its top-k; -inf if unknown (N).
+    /// Logprob of each label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels
+    /// (N).
     pub fn sampled_logprobs(self) -> impl ExactSizeIterator<Item = Option<f32>> + use<'a> {
         let values = self
             .shard
@@ -265,7 +267,7 @@ impl<'a> ExampleView<'a> {
         self.shard.is_exact_sample_B.get(self.bytes(), self.index) != 0
     }
 
-    /// Set if the answer ends its turn: true if the teacher's logprobs include the end of the turn.
+    /// Whether the teacher's logprobs include the end of the turn; None if the answer does not end its turn.
     pub fn lists_end(self) -> Option<bool> {
         match self.shard.lists_end_B.get(self.bytes(), self.index) {
             0 => None,
@@ -278,7 +280,7 @@ impl<'a> ExampleView<'a> {
         self.shard.soft_ids_NK.values(self.bytes(), self.soft())
     }
 
-    /// Logprobs of the soft labels (NK), bit by bit as the aligner wrote them.
+    /// Logprobs of the soft labels (NK), bit-identical to the output of the aligner.
     pub fn soft_logprobs(self) -> impl ExactSizeIterator<Item = f32> + use<'a> {
         let values = self
             .shard

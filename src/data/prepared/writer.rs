@@ -35,6 +35,7 @@ pub(crate) struct PreparedWriter {
     sink: OutputSink,
     /// True if token ids fit into 16 bits.
     narrow: bool,
+    /// Number of the next shard.
     next: AtomicU32,
     written: Mutex<WrittenFiles>,
 }
@@ -45,11 +46,11 @@ struct WrittenFiles {
     shards: BTreeMap<u32, ShardFile>,
     /// Content of the files by name, for [`OutputSink::Memory`].
     memory: BTreeMap<String, Vec<u8>>,
-    /// Threads that sync files to the disk, so that the end does not wait for all data at once.
+    /// Threads that sync files to the disk while later files are written, so that `finish` does not wait for all data.
     syncing: Vec<JoinHandle<io::Result<()>>>,
 }
 
-/// Place of a written example, and the values that need all examples at once.
+/// Place of a written example, and the values that `PreparedWriter::finish` combines over all examples.
 #[derive(Debug)]
 pub(crate) struct ExampleEntry {
     key: Box<str>,
@@ -194,8 +195,8 @@ pub(crate) struct ShardWriter<'w> {
 }
 
 impl ShardWriter<'_> {
-    /// Adds an example. Examples are sorted by `order`, then by `source`, their place in the source. `mapped_mass` is
-    /// summed for the report.
+    /// Adds an example. [`PreparedWriter::finish`] sorts the examples by `order`, then by `source`, the place in the
+    /// source, and sums `mapped_mass` for the report.
     ///
     /// # Errors
     /// If a shard cannot be written.
@@ -238,7 +239,7 @@ impl ShardWriter<'_> {
     /// Writes the last shard. Returns the entries of all its examples.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If the shard cannot be written.
     pub(crate) fn finish(mut self) -> Result<Vec<ExampleEntry>> {
         self.close()?;
         Ok(self.entries)

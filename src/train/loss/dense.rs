@@ -1,5 +1,5 @@
-//! Loss of a position with a local teacher, whose whole distribution is known: K is the whole vocabulary, and there is
-//! no tail.
+//! Loss of a position with a local teacher, whose whole distribution is known: K is the teacher's whole vocabulary,
+//! and the teacher has no tail.
 
 use super::divergence::{DistributionPair, Divergence};
 use crate::ops::math;
@@ -10,8 +10,9 @@ use crate::train::loss::position::{
 /// Normaliser of a softmax at a temperature tau; the probabilities themselves are not stored.
 #[derive(Clone, Copy)]
 struct Softmax {
+    /// The largest logit.
     max: f32,
-    /// 1 / tau
+    /// 1 / tau.
     sharpness: f32,
     /// Sum of e^((z - max) / tau).
     sum: f32,
@@ -35,8 +36,8 @@ impl Softmax {
     }
 }
 
-/// Computes the same as [`super::position()`], with the teacher's logits (V, or the size of the teacher's vocabulary) in
-/// place of its top-k.
+/// Computes the same as [`super::position()`], with the teacher's logits (V, or the size of the teacher's vocabulary)
+/// in place of its top-k.
 ///
 /// `tail`, `unbiased`, `damped` and both kinds of `renormalize` are identical here: the KL divergence. `temperature` is
 /// the loss of Hinton et al. (arXiv 1503.02531).

@@ -12,13 +12,14 @@
 //! | `reverse_kl` | KL(s, t) | MiniLLM, arXiv 2306.08543 |
 //! | `jsd` | beta KL(t, m) + (1 - beta) KL(s, m), m = beta t + (1 - beta) s | GKD, arXiv 2306.13649 |
 //! | `skew_kl` | KL(t, alpha t + (1 - alpha) s) | DistiLLM, arXiv 2402.03898 |
-//! | `skew_reverse_kl` | KL(s, (1 - alpha) t + alpha s) | the same |
+//! | `skew_reverse_kl` | KL(s, (1 - alpha) t + alpha s) | DistiLLM, arXiv 2402.03898 |
 //! | `tvd` | sum abs(t - s) / 2 | arXiv 2307.15190 |
-//! | `renormalize` | KL(p / P, q), q over the whole vocabulary | for comparison alone |
-//! | `renormalize_both` | KL(p / P, softmax_K(z)) | for comparison alone |
+//! | `renormalize` | KL(p / P, q), q over the whole vocabulary | only for comparison |
+//! | `renormalize_both` | KL(p / P, softmax_K(z)) | only for comparison |
 //!
-//! The first eight are zero, with zero gradient, where the distributions match. `renormalize` is not: -log P is
-//! left, which teaches over-confidence. `renormalize_both` ignores the student's probability outside K.
+//! Where the distributions match, the first eight rows are zero and have a zero gradient (`unbiased` and `damped`: in
+//! expectation over y). `renormalize` is -log P there, and its gradient teaches over-confidence. `renormalize_both`
+//! ignores the student's probability outside K.
 //!
 //! `unbiased` (lambda = 1) and `damped` (lambda = `loss.tail_weight`) need a y that was sampled from p itself:
 //! temperature 1, no truncation, no penalties. Then the expectation of `unbiased` over y is the divergence of the full
@@ -30,8 +31,8 @@ use std::fmt;
 use crate::config::{KdMode, LossConfig};
 use crate::ops::math;
 
-/// Smallest tail of the teacher that is not rounding error. A smaller tail is 0 as a weight, and this value as a
-/// divisor.
+/// Smallest tail of the teacher that is not rounding error. A smaller tail counts as 0 where it is a factor, and as
+/// this value in a logarithm.
 const MIN_TAIL: f32 = 1e-6;
 
 /// Lower bound of the student's tail; it bounds the gradient.
@@ -44,16 +45,16 @@ const MIN_PROBABILITY: f32 = 1e-30;
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Divergence {
     Tail,
-    /// lambda, the weight of the conditional likelihood of a sampled token outside K; 1 is `unbiased`
+    /// lambda, the weight of the conditional likelihood of a sampled token outside K; 1 is `unbiased`.
     Damped(f32),
-    /// tau
+    /// tau, the temperature of both distributions.
     Temperature(f32),
     ReverseKl,
-    /// beta
+    /// beta, the teacher's share of the mixture.
     Jsd(f32),
-    /// alpha
+    /// alpha, the teacher's share of the mixture.
     SkewKl(f32),
-    /// alpha
+    /// alpha, the student's share of the mixture.
     SkewReverseKl(f32),
     Tvd,
     Renormalize,
@@ -61,7 +62,7 @@ pub enum Divergence {
 }
 
 impl Divergence {
-    /// The divergences of the settings, indexed by [`is_exact_sample`]; None for cross-entropy alone.
+    /// Returns the divergences that the settings select, indexed by [`is_exact_sample`]; None for cross-entropy alone.
     ///
     /// [`is_exact_sample`]: crate::train::loss::position::PositionTarget::is_exact_sample
     pub fn from_config(settings: &LossConfig) -> Option<[Self; 2]> {
@@ -139,7 +140,7 @@ pub struct DivergenceTerm {
     pub slopes_K: Vec<f32>,
     /// Derivative with respect to a logit outside K, divided by q of that token.
     pub tail_slope: f32,
-    /// Subtrahend of the derivative with respect to the logit of y.
+    /// Amount to subtract from the derivative with respect to the logit of y, a label outside K.
     pub at_label: f32,
 }
 
@@ -152,8 +153,8 @@ struct EventProbs {
     log_s: f32,
 }
 
-/// The summand of one event, and s times its derivative with respect to s. In this form nothing is divided by an s
-/// that may be 0.
+/// The summand of one event, and s times its derivative with respect to s. The product avoids a division by s, which
+/// may be 0.
 type ValueAndSlope = (f32, f32);
 
 /// P, the sum of the probabilities on K, and the tail 1 - P, which is 0 if it is mere rounding error.

@@ -1,15 +1,15 @@
 //! Loss of one supervised position, and its gradient with respect to the position's logits.
 //!
 //! With q = softmax(z) the student's distribution and y the emitted token, CE = -log q_y. The term KD of the soft
-//! labels is a [`divergence`]. All functions are pure, replace the logits with their gradient, and cost one pass over
-//! the vocabulary more than the matrix product that made the logits.
+//! labels is a [`divergence`]. All functions are pure and replace the logits with their gradient. They cost a few
+//! passes over the logits.
 //!
 //! | file | content |
 //! |---|---|
 //! | `mod.rs` | CE and KD at a position with a top-k teacher; chunks |
 //! | `position.rs` | weights, target and result of a position |
 //! | `divergence.rs` | the KD terms over K and the tail: values, derivatives, sources |
-//! | `dense.rs` | the same with a local teacher, whose K is the whole vocabulary |
+//! | `dense.rs` | CE and KD with a local teacher, whose K is its whole vocabulary |
 //!
 //! Shape suffixes in names: N supervised positions, V vocabulary, K the tokens of the teacher's top-k.
 //!
@@ -18,9 +18,10 @@
 //! 1. Add a variant, with its parameters, to [`divergence::Divergence`], and its name to the `Display` there.
 //! 2. Add its value and derivative to `DistributionPair::term` in `divergence.rs`, and a row with its paper to the
 //!    table at the top of that file. If it depends on t and s alone, it is a closure for `sum_over_events`.
-//! 3. Add a variant to the enum `config::KdMode` with its `name`, and map it in [`divergence::Divergence::from_config`].
-//!    Parameters go to `config::LossConfig`, `config/validate.rs` and `config.example.toml`. The JSON of `config::LossConfig` is
-//!    hashed into checkpoints: keep the order of its fields, and do not serialise a new field at its default value.
+//! 3. Add a variant to the enum `config::KdMode` with its `name`, and map it in
+//!    [`divergence::Divergence::from_config`]. Parameters go to `config::LossConfig`, `config/validate.rs` and
+//!    `config.example.toml`. The JSON of `config::LossConfig` is hashed into checkpoints: keep the order of its fields,
+//!    and do not serialise a new field at its default value.
 //! 4. Choose its default weight in `soft_labels::default_weight`; measure it with `tests/bench/softlabels.sh`.
 //! 5. Tests: golden values and gradients in `tests.rs` of this folder, and `SMOOTH` there if it is flat at a match;
 //!    its formula and finite differences in `tests/it/gradients/loss.rs`; its name in `tests/it/train/soft_labels.rs`.
@@ -42,12 +43,12 @@ use divergence::{DistributionPair, Divergence, DivergenceTerm, TailSample};
 /// Computes the loss of one position and replaces its logits with their gradient.
 ///
 /// # Unlisted end tokens
-/// If the teacher does not list [`LossWeights::end`], exactly those positions have soft labels at which the answer did
-/// not end. KD on these positions alone would teach the end token from the tail, and cross-entropy at the ends would
-/// teach it a second time. Therefore both distributions are compared without the end token, and KD gains the term
-/// -log(1 - q_end). Together with -log q_end at the ends, this is the likelihood of ending or not ending. The sum has
-/// its fixed point where the student equals the teacher. The teacher's probability of an end token outside the top-k
-/// is unknown: the student's probability is used instead, limited by the teacher's tail.
+/// If the teacher's logprobs leave out the end token ([`LossWeights::end`]), only positions where the answer did not
+/// end have soft labels. KD on these positions would teach the end token as part of the tail, and cross-entropy at the
+/// ends would teach it a second time. Therefore both distributions are compared without the end token, and KD gains the
+/// term -log(1 - q_end). Together with -log q_end at the ends, this is the likelihood of ending or not ending. The sum
+/// has its fixed point where the student equals the teacher. The teacher's probability of an end token outside the
+/// top-k is unknown: the student's probability is used instead, limited by the teacher's tail.
 ///
 /// `logits_V` has V entries; every id must be below V.
 #[inline(always)]

@@ -11,7 +11,7 @@ pub(crate) const MIN_NLL: f32 = 1e-6;
 /// Lower bound of the teacher's total probability of all tokens except the end token.
 pub(crate) const MIN_NON_END_MASS: f32 = 1e-6;
 
-/// The term KD of soft labels, and its weight kd.
+/// Divergence of the soft labels (KD in the loss), and its weight kd.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SoftTerm {
     pub divergence: Divergence,
@@ -61,8 +61,8 @@ impl Default for LossWeights {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EndToken {
     pub token: u32,
-    /// Whether the teacher's logprobs include the position of the end token. This is the default for answers that do
-    /// not show it themselves (see [`PositionTarget::lists_end`]).
+    /// Whether the teacher's logprobs include the position of the end token, for answers whose
+    /// [`PositionTarget::lists_end`] is None.
     pub is_listed: bool,
 }
 
@@ -71,9 +71,9 @@ pub struct EndToken {
 pub struct PositionTarget<'a> {
     /// y, the emitted token.
     pub label: u32,
-    /// Top-k token ids, without repetition; empty without soft labels.
+    /// Top-k token ids, without repetition; empty if the position has none.
     pub soft_ids_K: &'a [u32],
-    /// Their natural logprobs.
+    /// Natural logarithms of the probabilities of `soft_ids_K`.
     pub soft_logprobs_K: &'a [f32],
     /// The teacher's logprob of a label outside its top-k; -inf if it is unknown, None if the label is in the top-k.
     pub sampled_logprob: Option<f32>,
@@ -133,8 +133,8 @@ pub struct PositionLoss {
     pub confidence: f32,
 }
 
-/// Subtracts the smoothed label distribution, times `weight`, from the gradient. The student's own distribution is
-/// the other part of the gradient of CE.
+/// Subtracts the smoothed label distribution, times `weight`, from the gradient. The gradient of CE is the
+/// student's distribution minus the smoothed label distribution.
 #[inline(always)]
 pub(crate) fn subtract_label(gradient_V: &mut [f32], label: usize, smoothing: f32, weight: f32) {
     if smoothing > 0.0 {

@@ -1,7 +1,7 @@
 use super::*;
 use crate::train::loss::position::EndToken;
 
-// The case of the reference: V = 6, K = {0, 1, 2}.
+// Logits of the golden values: V = 6, K = {0, 1, 2}.
 const TEACHER: [f64; 6] = [3.0, 2.0, 1.0, 0.5, 0.0, -1.0];
 const STUDENT: [f32; 6] = [2.0, 2.5, 0.0, 0.3, -0.2, 0.1];
 
@@ -273,7 +273,7 @@ fn unlisted_ends_have_the_gradient_of_the_loss() {
         Divergence::Jsd(0.5),
         Divergence::Renormalize,
     ] {
-        // The end is listed, so its teacher probability does not depend on the student.
+        // The end token is in the top-k, so its teacher probability does not depend on the student.
         for (label, listed) in [(0, [0, 1, 4]), (3, [0, 4, 2]), (5, [4, 1, 2])] {
             let weights = LossWeights {
                 end: UNLISTED,
