@@ -470,8 +470,3 @@ impl BatchRun<'_> {
         Ok(())
     }
 }
-
-/// Placeholder for the time of a refused download. The time matters only if the reply requests to wait until a date.
-pub(super) fn now() -> std::time::SystemTime {
-    std::time::SystemTime::UNIX_EPOCH
-}

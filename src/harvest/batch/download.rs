@@ -6,7 +6,6 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use futures_util::StreamExt;
 
-use super::collect::now;
 use super::rows::ResultRows;
 use super::{BatchRun, BatchStepError};
 use crate::client::attempt_error::AttemptError;
@@ -33,14 +32,16 @@ impl BatchRun<'_> {
         match batches.content(file).await {
             Err(fault) => Err(self.read_failures(index, outcome::classify_transport_error(fault))),
             Ok(FileDownload::Content(pieces)) => Ok(Some(ResultRows::new(FileLines::new(pieces)))),
-            Ok(FileDownload::Refused(reply)) => match batch_object::check(Ok(reply), now()) {
-                Err(AttemptError::Refused(failure)) => {
-                    self.retry_missing(index, &failure.message)?;
-                    Ok(None)
+            Ok(FileDownload::Refused(reply)) => {
+                match batch_object::check(Ok(reply), self.clock.now().into()) {
+                    Err(AttemptError::Refused(failure)) => {
+                        self.retry_missing(index, &failure.message)?;
+                        Ok(None)
+                    }
+                    Err(error) => Err(self.read_failures(index, error)),
+                    Ok(_) => Ok(None),
                 }
-                Err(error) => Err(self.read_failures(index, error)),
-                Ok(_) => Ok(None),
-            },
+            }
         }
     }
 
@@ -92,22 +93,28 @@ impl BatchRun<'_> {
         let content = batches.content(file).await;
         let content = content
             .map_err(|fault| self.read_failures(index, outcome::classify_transport_error(fault)))?;
-        if let FileDownload::Content(mut pieces) = content {
-            let could_not = "could not save a results file";
-            let mut held = Vec::new();
-            while let Some(piece) = pieces.next().await {
-                let piece = piece.map_err(|fault| {
-                    self.read_failures(index, outcome::classify_transport_error(fault))
-                })?;
-                held.extend_from_slice(&piece);
-                held = batches.without_key(held.into()).into();
-                // An API key may span two pieces, so the last bytes are held back until the next piece arrives.
-                let sure = held.len().saturating_sub(LONGEST_KEY);
-                kept.write_all(&held[..sure]).context(could_not)?;
-                held.drain(..sure);
+        let mut pieces = match content {
+            FileDownload::Content(pieces) => pieces,
+            FileDownload::Refused(reply) => {
+                let error = batch_object::check(Ok(reply), self.clock.now().into()).err();
+                let error = error.context("internal error: a refused download without an error")?;
+                return Err(self.read_failures(index, error));
             }
-            kept.write_all(&held).context(could_not)?;
+        };
+        let could_not = "could not save a results file";
+        let mut held = Vec::new();
+        while let Some(piece) = pieces.next().await {
+            let piece = piece.map_err(|fault| {
+                self.read_failures(index, outcome::classify_transport_error(fault))
+            })?;
+            held.extend_from_slice(&piece);
+            held = batches.without_key(held.into()).into();
+            // An API key may span two pieces, so the last bytes are held back until the next piece arrives.
+            let sure = held.len().saturating_sub(LONGEST_KEY);
+            kept.write_all(&held[..sure]).context(could_not)?;
+            held.drain(..sure);
         }
+        kept.write_all(&held).context(could_not)?;
         kept.commit(true)?;
         self.upstreams[upstream].stop(run_error::unreadable_results(&path));
         Ok(())

@@ -306,6 +306,22 @@ async fn batch_connection_faults_lose_nothing() {
     }
 }
 
+/// The date is compared with the clock of the run: a wait of decades would end no run.
+#[tokio::test(start_paused = true)]
+async fn download_waits_until_the_date_in_retry_after() {
+    let script = "[[faults]]\nkind = \"http 429\"\npath = \"/content\"\nfirst = 1\n\
+                  retry_after = \"date\"\nretry_after_s = 30.0";
+    let night = night(script, 5, |_| {});
+    let began = tokio::time::Instant::now();
+    let summary = harvest(&night).await;
+    assert_eq!(summary.ok, 5, "{summary:?}");
+    let waited = began.elapsed();
+    assert!(
+        waited < std::time::Duration::from_secs(86_400),
+        "{waited:?}"
+    );
+}
+
 #[tokio::test(start_paused = true)]
 async fn endpoint_without_batch_api_is_reported() {
     for path in ["/v1/files", "/v1/batches"] {
