@@ -107,7 +107,7 @@ pub fn merge_all(
 fn check_source(into: &Path, source: &Path) -> Result<()> {
     if !exists(source) {
         let message = format!(
-            "there is no cache in {}: pass the folder that contains responses.jsonl",
+            "no cache found in {}: pass the folder that contains responses.jsonl",
             source.display()
         );
         return Err(Exit::Usage(message).into());

@@ -86,7 +86,7 @@ impl CacheLines {
         let Some(mut plain) = plain else {
             if lines.compressed.is_none() {
                 bail!(
-                    "there is no cache in {}: run `distill harvest` first",
+                    "no cache found in {}: run `distill harvest` first",
                     dir.display()
                 );
             }

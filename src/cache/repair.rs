@@ -44,7 +44,7 @@ impl RepairReport {
 /// If another process is writing the cache, a newer version wrote a line, or the disk fails.
 pub fn repair(dir: &Path) -> Result<RepairReport> {
     if !exists(dir) {
-        bail!("there is no cache in {}", dir.display());
+        bail!("no cache found in {}", dir.display());
     }
     let _lock = super::lock(dir)?;
     // Most caches are not damaged, so the first pass only counts.

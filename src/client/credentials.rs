@@ -70,16 +70,7 @@ impl Credentials {
         let encodings = HeaderValue::from_static(response::encoding::ACCEPTED);
         headers.insert(ACCEPT_ENCODING, encodings);
         let mut secrets = Vec::new();
-        let openai_headers = [
-            ("OpenAI-Organization", &settings.organization),
-            ("OpenAI-Project", &settings.project),
-        ];
-        let openai_headers = openai_headers
-            .into_iter()
-            .filter(|(_, value)| !value.is_empty());
-        let configured_headers = settings.headers.iter();
-        let configured_headers = configured_headers.map(|(name, value)| (name.as_str(), value));
-        for (name, value) in openai_headers.chain(configured_headers) {
+        for (name, value) in settings.extra_headers() {
             let setting = format!("teacher.headers.{name}");
             let expanded = expand(&setting, value)?;
             headers.insert(
@@ -329,9 +320,7 @@ fn variable(name: &str) -> Option<String> {
 }
 
 fn header_name(setting: &str, name: &str) -> Result<HeaderName> {
-    HeaderName::try_from(name).map_err(|_| {
-        Exit::Usage(format!("`{setting}`: {name:?} is not a valid header name")).into()
-    })
+    config::address::header_name(setting, name).map_err(|message| Exit::Usage(message).into())
 }
 
 fn header_value(setting: &str, value: &str) -> Result<HeaderValue> {

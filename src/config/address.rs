@@ -127,7 +127,7 @@ fn check_headers(settings: &TeacherConfig) -> Result<(), Mistake> {
     let key_header = header_name("teacher.api_key_header", &settings.api_key_header)
         .map_err(|message| Mistake::new("teacher.api_key_header", message))?;
     let refuse = |message: String| Err(Mistake::new("teacher.headers", message));
-    for (name, value) in &settings.headers {
+    for (name, value) in settings.extra_headers() {
         let is = |other: &str| name.eq_ignore_ascii_case(other);
         if CONNECTION_HEADERS.iter().any(|header| is(header)) {
             return refuse(format!(
@@ -154,7 +154,11 @@ fn check_headers(settings: &TeacherConfig) -> Result<(), Mistake> {
     Ok(())
 }
 
-fn header_name(setting: &str, name: &str) -> Result<HeaderName, String> {
+/// Parses the name of a header, the value or part of `setting`.
+///
+/// # Errors
+/// A message that names the setting.
+pub(crate) fn header_name(setting: &str, name: &str) -> Result<HeaderName, String> {
     HeaderName::try_from(name)
         .map_err(|_| format!("`{setting}`: {name:?} is not a valid header name"))
 }

@@ -124,15 +124,16 @@ fn origin(
             line_and_column(text, start)
         ))
     };
-    // In an entry of `[[teachers]]`, `teacher.model` is `model`, and `sampling.top_p` is `sampling.top_p`.
+    // A section of a teacher's own comes before the common one. In an entry of `[[teachers]]`, `teacher.model` is `model`.
     let entry_key = if key[0] == "teacher" { &key[1..] } else { &key };
-    let in_list = mistake
-        .teacher
-        .and_then(|entry| in_file(&[&["teachers"], entry_key].concat(), Some(entry)));
-    let in_teacher = || in_file(&[&["teacher"], entry_key].concat(), None);
+    let in_own_section = match mistake.teacher {
+        Some(entry) => in_file(&[&["teachers"], entry_key].concat(), Some(entry)),
+        None if key[0] == "teacher" => None,
+        None => in_file(&[&["teacher"], entry_key].concat(), None),
+    };
     match origins.get(mistake.key).map(String::as_str) {
-        _ if in_list.is_some() => in_list,
-        Some(FROM_FILE) | None => in_file(&key, None).or_else(in_teacher),
+        _ if in_own_section.is_some() => in_own_section,
+        Some(FROM_FILE) | None => in_file(&key, None),
         Some(FROM_FLAG) => Some("--set".to_owned()),
         Some(variable) => Some(variable.to_owned()),
     }

@@ -80,6 +80,17 @@ pub struct EndpointConfig {
 }
 
 impl TeacherConfig {
+    /// Names and values of the headers of every request, apart from the key.
+    pub(crate) fn extra_headers(&self) -> impl Iterator<Item = (&str, &str)> {
+        let openai = [
+            ("OpenAI-Organization", self.organization.as_str()),
+            ("OpenAI-Project", self.project.as_str()),
+        ];
+        let openai = openai.into_iter().filter(|(_, value)| !value.is_empty());
+        let own = self.headers.iter();
+        openai.chain(own.map(|(name, value)| (name.as_str(), value.as_str())))
+    }
+
     /// Returns the name of the teacher in messages: `name`, or else the name of the model.
     pub fn label(&self) -> &str {
         match self.name.as_str() {

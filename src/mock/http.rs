@@ -119,7 +119,7 @@ async fn wait_for_close(stream: &mut TcpStream, received: &mut Vec<u8>) -> io::R
             return Ok(());
         }
     }
-    // A client that sends so many bytes is still connected.
+    // A client that sends more than this is still connected.
     std::future::pending().await
 }
 

@@ -17,8 +17,8 @@ use rayon::prelude::*;
 use super::GradientMut;
 use super::linear::Linear;
 
-/// Maximum number of rows per chunk: so many that packing the head's weight costs little compared
-/// with multiplying by it.
+/// Maximum number of rows per chunk. With this number, packing the head's weight costs little compared with
+/// multiplying by it.
 const MAX_CHUNK_ROWS: usize = 512;
 /// Minimum number of rows per chunk, reached by vocabularies of 262,144 tokens and more.
 const MIN_CHUNK_ROWS: usize = 128;

@@ -23,7 +23,7 @@ pub(crate) struct DailyLimit {
     slots: VecDeque<(i64, u64)>,
     /// Sum of the requests in `slots`.
     total: u64,
-    /// Number of requests that the ledger counts in advance: so many may be sent before it must be written again.
+    /// Number of requests that the ledger counts in advance, which may be sent before it must be written again.
     precounted: u64,
     /// Instant until which the limit is used up.
     full_until: Option<Instant>,

@@ -273,6 +273,14 @@ fn mistakes_in_values_have_a_position_and_a_key() {
             "run.toml:5:22: `sampling.top_p` must be above 0",
         ),
         (
+            "[sampling]\ntop_p = 0.5\n[teacher]\nsampling = { top_p = 2.0 }",
+            "run.toml:4:22: `sampling.top_p` must be above 0",
+        ),
+        (
+            "[teacher]\norganization = \"o\"\napi_key_header = \"OpenAI-Organization\"",
+            "`teacher.headers.OpenAI-Organization` is already the header of the key",
+        ),
+        (
             "[teacher]\nsampling = { top_p = 2.0 }",
             "run.toml:2:22: `sampling.top_p` must be above 0",
         ),

@@ -1,7 +1,9 @@
 //! The soft labels of an answer.
 
-// Arrays carry their shape as a suffix: see the legend in `data`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "arrays carry their shape as a suffix: see the legend in `data`"
+)]
 
 use crate::data::logprob_check::Agreement;
 

@@ -19,8 +19,10 @@
 //! | `token_ids` | tokens that are named by id |
 //! | `tokens` | the student's token for the bytes of a teacher's token |
 
-// Arrays carry their shape as a suffix: see the legend in `data`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "arrays carry their shape as a suffix: see the legend in `data`"
+)]
 
 pub mod aligned;
 pub(crate) mod candidates;

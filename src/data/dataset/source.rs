@@ -69,7 +69,7 @@ impl DataSource {
     fn check(&self) -> Result<()> {
         match self {
             Self::Cache(dir) if !cache::exists(dir) => bail!(Exit::Usage(format!(
-                "there is no cache in {}; run `distill harvest` first, or set `data.source`",
+                "no cache found in {}; run `distill harvest` first, or set `data.source`",
                 dir.display()
             ))),
             _ => Ok(()),

@@ -1,7 +1,9 @@
 //! Columns of examples in memory, and the safetensors file that they become.
 
-// Arrays carry their shape as a suffix: see the legend in `data`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "arrays carry their shape as a suffix: see the legend in `data`"
+)]
 
 use std::io::{self, Write};
 use std::ops::Range;

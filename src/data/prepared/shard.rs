@@ -1,7 +1,9 @@
 //! Reads examples from a safetensors file, in place.
 
-// Arrays carry their shape as a suffix: see the legend in `data`.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "arrays carry their shape as a suffix: see the legend in `data`"
+)]
 
 use std::ops::Range;
 

@@ -26,8 +26,10 @@
 //! 5. Tests: golden values and gradients in `tests.rs` of this folder, and `SMOOTH` there if it is flat at a match;
 //!    its formula and finite differences in `tests/it/gradients/loss.rs`; its name in `tests/it/train/soft_labels.rs`.
 
-// A suffix such as `_V` is the shape of a tensor, which is upper case in the papers.
-#![allow(non_snake_case)]
+#![allow(
+    non_snake_case,
+    reason = "arrays carry their shape as a suffix: see the legend above"
+)]
 
 pub(crate) mod dense;
 pub mod divergence;
