@@ -22,7 +22,7 @@ use anyhow::{Context, Result};
 use crate::cache::append_log::AppendLog;
 use crate::cache::files::OnReadProgress;
 use crate::cache::frames;
-use crate::cache::frames::{Effort, FRAME_TEXT};
+use crate::cache::frames::{Effort, FRAME_TEXT_BYTES};
 use crate::cache::open_file::OpenFile;
 use crate::cache::shared::{CacheState, SharedCache};
 use crate::cache::storage;
@@ -30,7 +30,7 @@ use crate::cache::storage::WrapFile;
 use crate::cache::{compressed_file, plain_file};
 
 /// Bytes of uncompressed lines above which frames are compressed fast rather than small.
-const FAST_ABOVE: u64 = FRAME_TEXT as u64 * 3 / 2;
+const FAST_ABOVE: u64 = FRAME_TEXT_BYTES as u64 * 3 / 2;
 
 /// Pause after a failure, such as a full disk.
 const RETRY_DELAY: Duration = Duration::from_secs(10);
@@ -112,7 +112,7 @@ impl Compressor {
         loop {
             let before = text.len();
             (&mut file)
-                .take(FRAME_TEXT as u64)
+                .take(FRAME_TEXT_BYTES as u64)
                 .read_to_end(&mut text)
                 .with_context(could_not_read)?;
             if text.len() == before {
@@ -181,7 +181,7 @@ fn run(shared: &SharedCache, mut compressor: Compressor) {
     let mut has_failed = false;
     loop {
         let length = state.append_log.length();
-        state.compress_from = compressor.compressed_to + FRAME_TEXT as u64;
+        state.compress_from = compressor.compressed_to + FRAME_TEXT_BYTES as u64;
         let is_due =
             length >= state.compress_from || (state.closing && length > compressor.compressed_to);
         let is_over = state.closing && (!is_due || has_failed);

@@ -1,4 +1,4 @@
-//! Sizes of the cache files, and the progress of reading them.
+//! Sizes of the cache files, and the type of the callback that reports the progress of reading them.
 
 use std::path::Path;
 
@@ -9,17 +9,19 @@ use crate::cache::{compressed_file, plain_file};
 /// Callback with the bytes read and the total bytes; an error stops the reading.
 pub type OnReadProgress<'a> = &'a mut dyn FnMut(u64, u64) -> Result<()>;
 
-/// Size of the cache in `dir` in bytes.
+/// Size of the cache in `dir` in bytes. A file whose size cannot be read counts as 0.
 pub fn size(dir: &Path) -> u64 {
     let files = [plain_file(dir), compressed_file(dir)];
     files.iter().filter_map(|path| length(path).ok()).sum()
 }
 
-/// Length of the file at `path` in bytes; 0 if there is none.
+/// Length of the file at `path` in bytes; 0 if it does not exist.
 pub fn length(path: &Path) -> Result<u64> {
     match path.metadata() {
         Ok(metadata) => Ok(metadata.len()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
-        Err(error) => Err(error).with_context(|| format!("could not open {}", path.display())),
+        Err(error) => {
+            Err(error).with_context(|| format!("could not read the size of {}", path.display()))
+        }
     }
 }

@@ -1,19 +1,20 @@
 //! The compressed form of a cache: a sequence of zstd frames, each of which holds whole lines.
 //!
-//! `zstdcat` reads such a file. The functions here are pure: they take bytes and return lines and verdicts.
+//! `zstdcat` reads such a file. The functions here are pure: they read bytes from their arguments, and return lines or a
+//! description of the damage.
 //!
-//! A frame has its own checksum in addition to those of its lines, and its header determines its length. An
-//! incomplete frame at the end of the file is *torn*: a crash may have left it. Anything else that is not a
-//! frame is *damage*, and so is a complete frame that does not decompress.
+//! A frame has its own checksum in addition to those of its lines. The headers of its blocks determine its length. Bytes
+//! after the last good frame are *torn*, because a crash may have left them, unless they begin with a complete frame that
+//! does not decompress and contain no block that was not written. All other bytes that are not a good frame are *damage*.
 
 use std::io::{self, Read, Write};
 
 use super::line::{self, LineError};
 use super::recovery::{BadLine, FileEnding, ScanError};
 
-/// Bytes of text in one frame; a frame holds at most one line more. Half of this makes files 2 % larger, twice
-/// as much makes them 1 % smaller.
-pub const FRAME_TEXT: usize = 8 << 20;
+/// Bytes of text in one frame; a frame contains at most one line more. Half the size makes files 2 % larger, double the
+/// size makes them 1 % smaller.
+pub const FRAME_TEXT_BYTES: usize = 8 << 20;
 
 /// Bytes of text to compress between two checks for cancellation.
 const CANCEL_CHECK_BYTES: usize = 256 << 10;
@@ -27,7 +28,7 @@ const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// Number of bytes to read at a time.
 const READ_BYTES: usize = 1 << 20;
 
-/// A run of NUL bytes this long is a disk block that was not written before a power loss.
+/// A run of NUL bytes this long is taken as part of a disk block that was not written before a power loss.
 const UNWRITTEN_BLOCK: [u8; 64] = [0; 64];
 
 /// Trade-off between speed and size.
@@ -35,8 +36,8 @@ const UNWRITTEN_BLOCK: [u8; 64] = [0; 64];
 pub enum Effort {
     /// About 300 MB/s.
     Fast,
-    /// A fifth smaller, at 1.5 MB/s. The digits of logprobs rarely repeat: the short matches that lower levels
-    /// choose cost more than the digits.
+    /// A fifth smaller, at 1.5 MB/s. Lower levels encode the digits of logprobs as short matches, which take more space
+    /// than the digits themselves.
     Strong,
 }
 
@@ -70,7 +71,12 @@ pub fn compress_while(
 
 /// Decompresses a whole frame into its lines.
 pub fn decompress(frame: &[u8]) -> io::Result<Vec<u8>> {
-    let too_large = || io::Error::other(format!("it is larger than {} MiB", MAX_FRAME_BYTES >> 20));
+    let too_large = || {
+        io::Error::other(format!(
+            "the text of the frame is larger than {} MiB",
+            MAX_FRAME_BYTES >> 20
+        ))
+    };
     match zstd::zstd_safe::get_frame_content_size(frame) {
         Ok(Some(size)) if size > MAX_FRAME_BYTES as u64 => Err(too_large()),
         Ok(Some(size)) => zstd::bulk::decompress(frame, size as usize),
@@ -86,7 +92,7 @@ pub fn decompress(frame: &[u8]) -> io::Result<Vec<u8>> {
                 _ => Ok(text),
             }
         }
-        Err(_) => Err(io::Error::other("its header is broken")),
+        Err(_) => Err(io::Error::other("the header of the frame is invalid")),
     }
 }
 
@@ -116,7 +122,7 @@ pub struct FrameReader<R> {
     offset: u64,
 }
 
-/// Next part of a compressed file.
+/// Next frame of a compressed file, or the damage in its place.
 #[derive(Debug)]
 pub enum FramePiece {
     /// The lines in a frame.
@@ -138,12 +144,12 @@ impl<R: Read> FrameReader<R> {
         }
     }
 
-    /// Returns the bytes of the next frame, not decompressed; `None` if no whole frame follows, at the end of the
-    /// file or before.
+    /// Returns the bytes of the next frame, not decompressed; `None` at the end of the file, or if the next bytes are not
+    /// a whole frame.
     pub fn advance_raw(&mut self) -> io::Result<Option<Vec<u8>>> {
         self.fill()?;
         let length = self.frame_at(0)?;
-        Ok(length.map(|length| self.take(length)))
+        Ok(length.map(|length| self.consume(length)))
     }
 
     /// Returns the offset and the text of the next frame, or a description of the damage there.
@@ -154,12 +160,12 @@ impl<R: Read> FrameReader<R> {
             _ if self.buffer.is_empty() => Ok(None),
             Some(length) => match decompress(&self.buffer[..length]) {
                 Ok(text) => {
-                    self.take(length);
+                    self.consume(length);
                     Ok(Some((offset, FramePiece::Text(text))))
                 }
-                Err(error) => self.bad(Some(length), &error.to_string()).map(Some),
+                Err(error) => self.skip_damage(true, &error.to_string()).map(Some),
             },
-            None => self.bad(None, "not a whole frame").map(Some),
+            None => self.skip_damage(false, "not a whole frame").map(Some),
         }
     }
 
@@ -175,13 +181,13 @@ impl<R: Read> FrameReader<R> {
             match zstd::zstd_safe::find_frame_compressed_size(rest) {
                 Ok(length) => return Ok(Some(length)),
                 Err(_) => {
-                    let begun = rest.len().min(MAGIC.len());
-                    if rest[..begun] != MAGIC[..begun] || rest.len() >= MAX_FRAME_BYTES {
+                    let prefix = rest.len().min(MAGIC.len());
+                    if rest[..prefix] != MAGIC[..prefix] || rest.len() >= MAX_FRAME_BYTES {
                         return Ok(None);
                     }
                 }
             }
-            // Doubles each time, because the search starts over.
+            // Double the buffer each time, because `find_frame_compressed_size` starts again at the first byte.
             let more = rest.len().max(READ_BYTES);
             if !self.read_more(more)? {
                 return Ok(None);
@@ -189,11 +195,11 @@ impl<R: Read> FrameReader<R> {
         }
     }
 
-    /// Skips bytes that are not a good frame: a complete frame of `length` bytes with wrong content, or anything
-    /// else if `length` is `None`.
-    fn bad(&mut self, length: Option<usize>, why: &str) -> io::Result<(u64, FramePiece)> {
+    /// Skips to the next good frame or the end of the file, and describes the damage. `is_complete`: the skipped bytes
+    /// begin with a complete frame.
+    fn skip_damage(&mut self, is_complete: bool, why: &str) -> io::Result<(u64, FramePiece)> {
         let offset = self.offset;
-        let mut has_unwritten = false;
+        let mut has_unwritten_block = false;
         let mut from = 1;
         let is_last = loop {
             let found = self
@@ -203,11 +209,11 @@ impl<R: Read> FrameReader<R> {
             let Some(found) = found else {
                 // The start of a frame, or of a run of NULs, may continue in the next bytes of the file.
                 let keep = UNWRITTEN_BLOCK.len().min(self.buffer.len());
-                has_unwritten |= holds_unwritten(&self.buffer);
-                self.take(self.buffer.len() - keep);
+                has_unwritten_block |= contains_unwritten_block(&self.buffer);
+                self.consume(self.buffer.len() - keep);
                 from = keep.saturating_sub(MAGIC.len() - 1).max(1);
                 if !self.read_more(READ_BYTES)? {
-                    self.take(keep);
+                    self.consume(keep);
                     break true;
                 }
                 continue;
@@ -216,27 +222,26 @@ impl<R: Read> FrameReader<R> {
             if let Some(length) = self.frame_at(at)?
                 && decompress(&self.buffer[at..at + length]).is_ok()
             {
-                self.take(at);
+                self.consume(at);
                 break false;
             }
             from = at + 1;
         };
-        let is_whole = length.is_some();
         let bad = FramePiece::Bad {
             end: self.offset,
-            is_torn: is_last && (!is_whole || has_unwritten),
+            is_torn: is_last && (!is_complete || has_unwritten_block),
             why: why.to_owned(),
         };
         Ok((offset, bad))
     }
 
-    fn take(&mut self, length: usize) -> Vec<u8> {
+    fn consume(&mut self, length: usize) -> Vec<u8> {
         let rest = self.buffer.split_off(length);
         self.offset += length as u64;
         std::mem::replace(&mut self.buffer, rest)
     }
 
-    /// Reads into an empty buffer.
+    /// Reads more of the file if the buffer is empty.
     fn fill(&mut self) -> io::Result<()> {
         if self.buffer.is_empty() {
             self.read_more(READ_BYTES)?;
@@ -251,7 +256,7 @@ impl<R: Read> FrameReader<R> {
     }
 }
 
-fn holds_unwritten(bytes: &[u8]) -> bool {
+fn contains_unwritten_block(bytes: &[u8]) -> bool {
     memchr::memmem::find(bytes, &UNWRITTEN_BLOCK).is_some()
 }
 
@@ -269,6 +274,7 @@ pub struct FrameScan<R> {
     next: usize,
     /// Number of the current line, counted from 1.
     number: u64,
+    /// Bytes that a crash may have left at the end of the file.
     torn: Option<BadLine>,
 }
 
@@ -292,7 +298,7 @@ impl<R: Read> FrameScan<R> {
             while self.next < self.text.len() {
                 let rest = &self.text[self.next..];
                 let length = memchr::memchr(b'\n', rest).unwrap_or(rest.len());
-                // An editor may have added carriage returns or a byte order mark before the lines were compressed.
+                // Before the lines were compressed, an editor may have added carriage returns or a byte order mark.
                 let raw = &rest[..length];
                 let bare = line::content_range(raw, self.number == 0);
                 self.line = self.next + bare.start..self.next + bare.end;
@@ -300,8 +306,7 @@ impl<R: Read> FrameScan<R> {
                 self.number += 1;
                 if !self.line.is_empty() {
                     let line = &self.text[self.line.clone()];
-                    let verdict = line::verify(line).and_then(|_| line::head(line));
-                    return match verdict {
+                    return match line::verify(line).and_then(|_| line::head(line)) {
                         Ok(_) => Ok(true),
                         Err(fault) => Err(self.bad(fault).into()),
                     };
@@ -345,7 +350,7 @@ impl<R: Read> FrameScan<R> {
         }
     }
 
-    /// Number of bytes of the file that have been read.
+    /// Number of bytes of the file consumed so far.
     pub fn position(&self) -> u64 {
         self.frames.position()
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::frames::{self, Effort, FRAME_TEXT};
+use super::frames::{self, Effort, FRAME_TEXT_BYTES};
 use super::keys;
 use super::line;
 use super::reader::CacheLines;
@@ -93,12 +93,12 @@ pub(crate) fn rewrite(
     save_removed(dir, &decide)?;
     if compressed_file(dir).exists() {
         replace(&compressed_file(dir), |new| {
-            let mut text = Vec::with_capacity(FRAME_TEXT);
+            let mut text = Vec::with_capacity(FRAME_TEXT_BYTES);
             walk(dir, |is_plain, line| {
                 if !is_plain {
                     push_decided(&mut text, line, decide(line)?);
                 }
-                if text.len() >= FRAME_TEXT {
+                if text.len() >= FRAME_TEXT_BYTES {
                     new.append(&frames::compress(&text, Effort::Fast)?)?;
                     text.clear();
                 }

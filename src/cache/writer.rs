@@ -25,17 +25,17 @@ const MIN_INDEXED_BYTES: u64 = 4 << 20;
 
 /// A cache that is open for appending. At most one exists per folder, over all processes.
 ///
-/// An appended record survives the end of this process, because the write has reached the operating system. It
-/// survives a power loss once its group is synced. All methods may be called from any thread; those that append or sync wait for
-/// the disk.
+/// An appended record survives the end of this process, because the write has reached the operating system. It survives
+/// a power loss once it is synced; records appended within a short time, a group, are synced together. All methods may
+/// be called from any thread; those that append or sync may wait for the disk.
 pub struct Cache {
     shared: Arc<SharedCache>,
     durability: Durability,
     dir: PathBuf,
     /// Cost in US dollars of the records that the cache contained when it was opened.
     cost_usd: f64,
-    /// Syncs groups by age.
-    timer: Option<JoinHandle<()>>,
+    /// Syncs groups that are full or old enough.
+    sync_thread: Option<JoinHandle<()>>,
     /// Compresses appended lines.
     compressor: Option<JoinHandle<()>>,
     /// Held as long as this value lives.
@@ -117,9 +117,9 @@ impl Cache {
         let wrap = Arc::new(wrap);
         let mut compressor = None;
         if settings.compression == Compression::Zstd {
-            let mut new = Compressor::open(dir, contents.compressed, Arc::clone(&wrap))?;
-            contents.plain = new.compress_large(contents.plain, on_progress)?;
-            compressor = Some(new);
+            let mut opened = Compressor::open(dir, contents.compressed, Arc::clone(&wrap))?;
+            contents.plain = opened.compress_large(contents.plain, on_progress)?;
+            compressor = Some(opened);
         }
         let plain = wrap(storage::open_or_create(&path)?);
         let frames = compressed_file(dir);
@@ -150,8 +150,8 @@ impl Cache {
             changed: Condvar::new(),
             keep_plain: AtomicBool::new(false),
         });
-        let timer = match settings.durability {
-            Durability::Batch => Some(start_timer(Arc::clone(&shared))?),
+        let sync_thread = match settings.durability {
+            Durability::Batch => Some(start_sync_thread(Arc::clone(&shared))?),
             Durability::Record | Durability::None => None,
         };
         let compressor =
@@ -161,13 +161,13 @@ impl Cache {
             durability: settings.durability,
             dir: dir.to_owned(),
             cost_usd: contents.cost_usd,
-            timer,
+            sync_thread,
             compressor: compressor.transpose()?,
             _lock: lock,
         })
     }
 
-    /// Returns true if the cache has a record of this key, good or quarantined.
+    /// Returns true if the cache has a record of this key, with status `ok` or `quarantined`.
     pub fn contains(&self, key: &str) -> bool {
         self.contains_fingerprint(&crate::cache::fingerprint::fingerprint(key))
     }
@@ -177,7 +177,7 @@ impl Cache {
         self.shared.lock().keys.contains(fingerprint)
     }
 
-    /// Alternative keys that occur in the cache.
+    /// Schema versions and truncation limits of the stored records, which determine the alternative keys of a request.
     pub fn past(&self) -> KeyVariants {
         self.shared.lock().past.clone()
     }
@@ -191,7 +191,7 @@ impl Cache {
         self.len() == 0
     }
 
-    /// Number of keys with a record, without the records that a failed sync may have lost.
+    /// Number of keys with a record, minus the records that a failed sync may have lost.
     pub fn safe_len(&self) -> usize {
         let state = self.shared.lock();
         state
@@ -203,8 +203,8 @@ impl Cache {
     /// Detects that another program has moved or changed a file.
     ///
     /// # Errors
-    /// If no further request may be sent; `DisplacedFile` if another program
-    /// moved or changed a file.
+    /// If an earlier sync failed, so that nothing more can be appended; `DisplacedFile` if another program moved or
+    /// changed a file.
     pub fn check(&self) -> Result<()> {
         let mut state = self.shared.lock();
         state.check_files();
@@ -216,7 +216,7 @@ impl Cache {
         self.cost_usd
     }
 
-    /// Stops the compressor, so that closing the cache takes no longer than a sync. The remaining lines stay uncompressed.
+    /// Stops the compressor, so that closing the cache does not wait for it. The remaining lines stay uncompressed.
     pub fn stop_compressing(&self) {
         self.shared.keep_plain.store(true, Ordering::Relaxed);
     }
@@ -224,8 +224,9 @@ impl Cache {
     /// Appends `record`. If the cache has a record of its key already, the first record stays, and a warning is
     /// logged.
     ///
-    /// After an error no part of the record is in the file. A failed write may be retried, for example once the
-    /// disk has space again. After a failed sync nothing more can be appended.
+    /// # Errors
+    /// After a failed write, no part of the record is in the file, and the call may be repeated, for example once the
+    /// disk has space again. After a failed sync, the record may be lost, and nothing more can be appended.
     pub fn append(&self, record: &Record) -> Result<()> {
         self.append_encoded(&EncodedRecord::new(record)?)
     }
@@ -235,7 +236,7 @@ impl Cache {
         self.append_group([record])
     }
 
-    /// Appends several encoded records in one write: after an error none of them is in the file.
+    /// Appends several encoded records in one write. After a failed write none of them is in the file.
     pub fn append_group<'a>(
         &self,
         group: impl IntoIterator<Item = &'a EncodedRecord>,
@@ -250,7 +251,7 @@ impl Cache {
                 || fingerprints.contains(&record.fingerprint)
             {
                 let key = line::head(record.line.trim_ascii_end())?.key;
-                tracing::warn!("{key} was answered twice: the first answer is kept");
+                tracing::warn!("the request {key} has two answers: the first one is kept");
                 continue;
             }
             lines.extend_from_slice(&record.line);
@@ -288,7 +289,7 @@ impl Drop for Cache {
         self.shared.lock().closing = true;
         self.shared.changed.notify_all();
         // The threads end because `closing` is set. If the sync thread has panicked, the sync below replaces it.
-        for thread in [self.timer.take(), self.compressor.take()] {
+        for thread in [self.sync_thread.take(), self.compressor.take()] {
             let _ = thread.map(JoinHandle::join);
         }
         let mut state = self.shared.lock();
@@ -314,15 +315,15 @@ impl Drop for Cache {
     }
 }
 
-fn start_timer(shared: Arc<SharedCache>) -> Result<JoinHandle<()>> {
+fn start_sync_thread(shared: Arc<SharedCache>) -> Result<JoinHandle<()>> {
     std::thread::Builder::new()
         .name("cache-sync".to_owned())
         .spawn(move || sync_groups(&shared))
         .context("could not start the thread that syncs the cache")
 }
 
-/// Syncs every group that is full or reaches [`GROUP_AGE`], until the cache is closed. The next call of a method
-/// of the cache returns the error of a failed sync as well.
+/// Syncs every group that is full or reaches [`GROUP_AGE`], until the cache is closed. The error of a failed sync is
+/// logged here, and returned by the next `append`, `sync` or `check`.
 fn sync_groups(shared: &SharedCache) {
     let mut state = shared.lock();
     while !state.closing {

@@ -1,4 +1,4 @@
-//! Teacher over HTTP: each call sends one request and returns the whole reply.
+//! Teacher over HTTP: each call sends one request and returns the whole reply; file downloads are streamed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ pub(crate) struct HttpTeacher {
     pub(crate) address: EndpointAddress,
     completions_url: Url,
     /// Maximum time until a file download begins, and then between two of its chunks.
-    pub(crate) download_timeout: Duration,
+    pub(crate) download_idle_timeout: Duration,
 }
 
 impl HttpTeacher {
@@ -42,7 +42,7 @@ impl HttpTeacher {
             },
             completions_url: address.method_url(path),
             address,
-            download_timeout: settings.timeout,
+            download_idle_timeout: settings.timeout,
         })
     }
 }

@@ -1,7 +1,7 @@
 //! Files and batches over HTTP.
 //!
-//! async-openai turns a file request into a multipart form that streams the file from disk. Its own client cannot
-//! send the requests: it retries outside of our rate limit, discards the headers and the exact body of an error,
+//! async-openai turns a file request into a multipart form that streams the file from disk. Its own client is
+//! not used, because it retries outside of our rate limit, discards the headers and the exact body of an error,
 //! rejects replies that do not match its types, and reads a downloaded file into memory. So this file names the
 //! methods and paths, and [`HttpSender`](crate::client::sender::HttpSender) sends each request once.
 
@@ -27,10 +27,10 @@ use crate::client::transport::{BatchApi, FileDownload, HttpReply, TransportError
 const PAGE_SIZE: &str = "100";
 
 /// Maximum duration of a file upload.
-const LONGEST_UPLOAD: Duration = Duration::from_secs(6 * 3_600);
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(6 * 3_600);
 
 /// Maximum duration of a file download.
-const LONGEST_DOWNLOAD: Duration = Duration::from_secs(24 * 3_600);
+const DOWNLOAD_TIMEOUT: Duration = Duration::from_secs(24 * 3_600);
 
 impl BatchApi for HttpTeacher {
     fn upload<'a>(&'a self, file: &'a Path) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
@@ -84,7 +84,7 @@ impl HttpTeacher {
         let form = <Form as AsyncTryFrom<CreateFileRequest>>::try_from(request).await;
         let form = form.map_err(|error| TransportError::Broken(error.to_string()))?;
         let request = self.sender.client.post(self.address.method_url("files"));
-        let request = request.multipart(form).timeout(LONGEST_UPLOAD).build();
+        let request = request.multipart(form).timeout(UPLOAD_TIMEOUT).build();
         request.map_err(transport_error)
     }
 
@@ -92,8 +92,8 @@ impl HttpTeacher {
     async fn download(&self, file: &str) -> Result<FileDownload, TransportError> {
         let url = self.address.method_url(&format!("files/{file}/content"));
         let mut request = Request::new(Method::GET, url);
-        *request.timeout_mut() = Some(LONGEST_DOWNLOAD);
-        let timeout = self.download_timeout;
+        *request.timeout_mut() = Some(DOWNLOAD_TIMEOUT);
+        let timeout = self.download_idle_timeout;
         let response = tokio::time::timeout(timeout, self.sender.begin(request)).await;
         let (sent_headers, response) = response.map_err(|_| TransportError::Timeout)??;
         if !response.status().is_success() {

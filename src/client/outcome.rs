@@ -58,7 +58,7 @@ pub(crate) fn classify_with(
         (Ok(completion), Some(error)) if completion.is_stream_delta => {
             Err(classify_transport_error(error))
         }
-        // The answer arrived completely before the connection broke.
+        // The answer is complete, even if the connection broke after it.
         (Ok(completion), _) => Ok(Box::new(completion)),
         (Err(_), Some(error)) => Err(classify_transport_error(error)),
         (Err(NoAnswer::Malformed(problem)), None) => Err(possibly_billed("malformed", &problem)),
@@ -66,7 +66,7 @@ pub(crate) fn classify_with(
             problem,
             body: reply.body,
         }),
-        // Generation failed after the endpoint had sent status 200; the body may contain the status of the error.
+        // An error in a reply with a success status. Its body may contain the real status.
         (Err(NoAnswer::Error(error)), None) => {
             let default = if error.is_content_filter() { 400 } else { 500 };
             let status = error.status.unwrap_or(default);
@@ -75,7 +75,7 @@ pub(crate) fn classify_with(
             | AttemptError::Refused(failure)
             | AttemptError::Filtered(failure) = &mut attempt_error
             {
-                // Generation had started.
+                // Generation may have started.
                 failure.may_be_billed = true;
             }
             Err(attempt_error)
@@ -83,7 +83,8 @@ pub(crate) fn classify_with(
     }
 }
 
-/// Returns a complete reply with a success status, without parsing its body; classifies any other.
+/// Returns the reply if it is complete and has a success status; its body is not parsed. Otherwise classifies the
+/// failure.
 pub(crate) fn check(
     result: Result<HttpReply, TransportError>,
     now: SystemTime,
@@ -113,7 +114,7 @@ pub(crate) fn classify_transport_error(error: TransportError) -> AttemptError {
             wait: Duration::ZERO,
         },
         TransportError::KeyRenewed => AttemptError::KeyRenewed,
-        // Open connections keep working, so a lower concurrency is enough.
+        // The process cannot open another connection. The open ones keep working, so the run continues with fewer.
         TransportError::NoDescriptor(message) => AttemptError::Throttled {
             wait: None,
             message: format!("{message}; lower `limits.concurrency` or raise `ulimit -n`"),

@@ -1,4 +1,4 @@
-//! Counts of a preparation: records, examples, positions and the checks of their logprobs.
+//! Counts for one preparation of training data: records, examples and positions, and a check of the teacher's logprobs.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,16 +8,16 @@ use serde::{Deserialize, Serialize};
 use crate::data::groups::GroupCounts;
 use crate::data::logprob_check::LogprobCheck;
 
-/// Maximum number of distinct prompt endings that are shown.
-const MAX_DIFFERENCES: usize = 5;
+/// Maximum number of pairs of prompt endings that are counted separately.
+const MAX_ENDINGS: usize = 5;
 
 /// Reason in [`DataReport::ce_only`] for an answer without logprobs.
 pub const NO_LOGPROBS: &str = "no logprobs";
 
-/// Counts of rows and positions, for the user and for `--json`.
+/// Counts of records and positions, for the user and for `--json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct DataReport {
-    /// Number of rows read.
+    /// Number of records read; in a file of conversations, a record is a row.
     pub records: u64,
     /// Number of examples made.
     pub kept: u64,
@@ -28,9 +28,9 @@ pub struct DataReport {
     /// Records by group, used and left out.
     #[serde(default)]
     pub groups: GroupCounts,
-    /// Selected rows that make no example, by reason.
+    /// Number of selected records without an example, by reason.
     pub dropped: BTreeMap<String, u64>,
-    /// Kept answers that train on cross-entropy alone, by reason.
+    /// Number of supervised answers with cross-entropy alone, by reason.
     pub ce_only: BTreeMap<String, u64>,
     /// Number of supervised answers.
     #[serde(default)]
@@ -38,21 +38,21 @@ pub struct DataReport {
     /// Number of supervised answers without an end-of-turn token.
     #[serde(default)]
     pub without_end: u64,
-    /// Supervised answers whose thinking the chat template does not print, by how they are trained.
+    /// Number of supervised answers whose reasoning the chat template leaves out, by what is done with it.
     #[serde(default)]
     pub thinking: BTreeMap<String, u64>,
-    /// Number of answers made into separate examples, because their prefix in the conversation differs from the
-    /// generation prompt.
+    /// Number of answers before the last one of a conversation that became examples of their own, because the text
+    /// before them in the rendered conversation differs from the generation prompt.
     #[serde(default)]
     pub split: u64,
-    /// Number of answers whose prefix in the rendered conversation differs from the generation prompt. The examples
-    /// use the generation prompt.
+    /// Number of all answers whose text before them in the rendered conversation differs from the generation prompt.
+    /// Their examples contain the generation prompt.
     #[serde(default)]
     pub prefix_differs: u64,
-    /// Number of these answers, by the endings of the prefix and the generation prompt.
+    /// Number of these answers, by how the two texts end.
     #[serde(default)]
     pub differences: BTreeMap<String, u64>,
-    /// Number of positions whose probabilities sum to more than 1. These train on cross-entropy.
+    /// Number of positions at which the teacher's probabilities sum to more than 1. They have no soft labels.
     #[serde(default)]
     pub positions_over_one: u64,
     /// Number of tokens in the kept examples.
@@ -64,25 +64,28 @@ pub struct DataReport {
     /// Number of kept answers with soft labels.
     #[serde(default)]
     pub with_soft_labels: u64,
-    /// Number of kept answers with soft labels that were sampled from the distribution of their logprobs.
+    /// Number of answers with soft labels whose tokens were sampled from the reported distribution: at temperature 1,
+    /// without top_p. The JSON keeps the name of earlier versions.
     #[serde(default, rename = "exact")]
     pub exact_samples: u64,
-    /// Number of answers with soft labels that end the turn.
+    /// Number of answers that have soft labels and an end-of-turn token.
     #[serde(default)]
     pub ends: u64,
-    /// Number of these answers whose soft labels contain the end of the turn.
+    /// Number of answers that have soft labels, one of them for the end-of-turn token.
     #[serde(default)]
     pub ends_listed: u64,
     /// Mean share of the teacher's probability that lies on student tokens, over positions with soft labels. The
     /// remaining probability is the tail.
     pub mean_mapped_mass: f64,
-    /// How often the teacher emitted its most likely token, and how often its probabilities predict that.
+    /// How often the teacher emitted its most likely token, and how often its probabilities predict that. The JSON keeps
+    /// the name of earlier versions.
     #[serde(default, rename = "gate")]
     pub logprob_check: LogprobCheck,
 }
 
 impl DataReport {
-    /// Adds the counts of further rows. The caller computes `mean_mapped_mass` from all examples in order.
+    /// Adds the counts of `other`, except `train`, `validation` and `mean_mapped_mass`, which the caller computes once all
+    /// examples are known.
     pub fn add(&mut self, other: DataReport) {
         self.records += other.records;
         self.groups.add(other.groups);
@@ -113,17 +116,17 @@ impl DataReport {
         }
     }
 
-    /// Returns true if more than half of the answers that end the turn have no logprobs for it. Most endpoints leave
-    /// them out.
+    /// Returns true if more than half of the answers with soft labels and an end-of-turn token have no soft label for that
+    /// token. Most endpoints return no logprobs for it.
     pub fn misses_ends(&self) -> bool {
         2 * self.ends_listed < self.ends
     }
 
-    /// Counts answers with these prompt endings. Endings beyond the limit share one entry, because a date or an id may
-    /// make each ending distinct.
+    /// Counts answers with this pair of prompt endings. After [`MAX_ENDINGS`] distinct pairs all others share one entry,
+    /// because a date or an id may make each pair distinct.
     pub fn count_difference(&mut self, endings: String, count: u64) {
         self.prefix_differs += count;
-        let has_room = self.differences.len() < MAX_DIFFERENCES;
+        let has_room = self.differences.len() < MAX_ENDINGS;
         let endings = if has_room || self.differences.contains_key(&endings) {
             endings
         } else {
@@ -176,7 +179,11 @@ impl fmt::Display for DataReport {
             100.0 * self.soft_positions as f64 / self.positions.max(1) as f64
         )?;
         if self.soft_positions > 0 {
-            write!(f, ", mapped mass {:.3}", self.mean_mapped_mass)?;
+            write!(
+                f,
+                ", {:.1} % of the teacher's probability on student tokens",
+                100.0 * self.mean_mapped_mass
+            )?;
         }
         if self.logprob_check.exact.positions > 0 {
             let top_token = &self.logprob_check.exact;
@@ -191,22 +198,22 @@ impl fmt::Display for DataReport {
         if self.split > 0 {
             write!(
                 f,
-                "\n{} answers inside conversations became separate examples: there, the template renders them differently \
-                 from what a model writes after its generation prompt",
+                "\n{} answers inside conversations became separate examples: the template renders them differently from what \
+                 a model generates",
                 self.split
             )?;
         }
         if self.prefix_differs > 0 {
             write!(
                 f,
-                "\n{} answers are trained after the generation prompt, which differs from their prefix in the \
+                "\n{} answers follow the generation prompt in training, which differs from the text before them in the \
                  rendered conversation: {}",
                 self.prefix_differs,
                 by_reason(&self.differences)
             )?;
         }
         if !self.thinking.is_empty() {
-            write!(f, "\nanswers trained: {}", by_reason(&self.thinking))?;
+            write!(f, "\nanswers in training: {}", by_reason(&self.thinking))?;
         }
         if self.without_end > 0 {
             write!(

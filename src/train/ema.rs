@@ -1,5 +1,5 @@
-//! Exponential moving average of the weights, which generalises better than the last weights (Polyak and
-//! Juditsky, SIAM J. Control Optim. 30(4), 1992).
+//! Exponential moving average of the weights, which is often more accurate than the last weights. For averages of SGD
+//! iterates see Polyak and Juditsky, SIAM J. Control Optim. 30(4), 1992.
 
 use std::collections::BTreeMap;
 
@@ -36,7 +36,8 @@ impl Ema {
         })
     }
 
-    /// Adds the student's weights after `step` updates to the average: average = decay average + (1 - decay) weights.
+    /// Updates the average with the student's weights: `average = decay * average + (1 - decay) * weights`. `step` is the
+    /// number of optimizer steps so far.
     /// Early steps use a smaller decay, so that the initial weights lose their influence soon.
     ///
     /// # Errors

@@ -65,7 +65,7 @@ async fn file_and_batch_requests_match_the_golden_bytes() {
     });
     let teacher = teacher.unwrap();
     let upload = teacher.upload_request(&requests).await.unwrap();
-    assert_eq!(upload.timeout(), Some(&LONGEST_UPLOAD));
+    assert_eq!(upload.timeout(), Some(&UPLOAD_TIMEOUT));
     let create = json!({"input_file_id": "file-1", "metadata": {"nonce": "n"}});
     let calls = [
         teacher.upload(&requests),

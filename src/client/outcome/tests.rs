@@ -287,7 +287,7 @@ fn status_code_and_message_determine_the_class() {
 }
 
 #[test]
-fn transport_errors_are_transient() {
+fn connection_errors_are_transient() {
     assert_eq!(
         class_of(Err(TransportError::Timeout)),
         "transient: timeout 0"
@@ -356,7 +356,7 @@ fn requested_wait_is_returned_with_the_class() {
 }
 
 #[test]
-fn backoff_doubles_up_to_max_s() {
+fn backoff_doubles_up_to_the_maximum() {
     let retry = config::RetryConfig {
         base: Duration::from_millis(500),
         max: Duration::from_secs(60),

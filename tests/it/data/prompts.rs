@@ -420,7 +420,7 @@ fn thinking_is_left_out_after_a_prompt_that_closes_thinking() {
     assert_eq!(found["1"], ["Me.<|im_end|>"]);
     let shown = report.to_string();
     assert!(
-        shown.contains("answers trained: 1 without their thinking"),
+        shown.contains("answers in training: 1 without their thinking"),
         "{shown}"
     );
 }
@@ -452,7 +452,9 @@ fn thinking_dropped_by_the_template_is_restored() {
         assert_eq!(found["1:1"], [first], "{template}");
         let shown = report.to_string();
         assert!(
-            shown.contains("answers trained: 2 with their thinking, which the chat template drops"),
+            shown.contains(
+                "answers in training: 2 with their thinking, which the chat template drops"
+            ),
             "{shown}"
         );
         let (_, found) = of(template, Thinking::Context);
