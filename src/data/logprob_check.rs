@@ -101,8 +101,8 @@ impl Agreement {
         }
         let mean = self.rate() - self.expected();
         let squares = self.by_position.iter().map(|sum| {
-            let around = sum.excess as f64 / UNIT - mean * sum.positions as f64;
-            around * around
+            let deviation = sum.excess as f64 / UNIT - mean * sum.positions as f64;
+            deviation * deviation
         });
         squares.sum::<f64>() * count as f64 / (count - 1) as f64
     }

@@ -32,17 +32,19 @@ impl SampleTrie {
     /// with the same tokens. None if the prompt has fewer than two answers.
     pub(crate) fn soft_labels(&self, prompt: &[u32], answer: &[u32]) -> Option<Aligned> {
         let answers = self.by_prompt.get(&hash(prompt))?;
-        let mut sharing: Vec<&[u32]> = answers.iter().map(|answer| &**answer).collect();
-        if sharing.len() < 2 {
+        let mut with_prefix: Vec<&[u32]> = answers.iter().map(|answer| &**answer).collect();
+        if with_prefix.len() < 2 {
             return None;
         }
         let mut aligned = Aligned::default();
         for (at, token) in answer.iter().enumerate() {
-            if sharing.len() < 2 {
+            if with_prefix.len() < 2 {
                 break;
             }
-            aligned.push(&shares(sharing.iter().filter_map(|answer| answer.get(at))));
-            sharing.retain(|answer| answer.get(at) == Some(token));
+            aligned.push(&shares(
+                with_prefix.iter().filter_map(|answer| answer.get(at)),
+            ));
+            with_prefix.retain(|answer| answer.get(at) == Some(token));
         }
         Some(aligned)
     }
@@ -61,8 +63,8 @@ fn shares<'a>(tokens: impl Iterator<Item = &'a u32>) -> Vec<(u32, f32)> {
     let mut tokens: Vec<u32> = tokens.copied().collect();
     tokens.sort_unstable();
     let total = tokens.len() as f32;
-    let equal = tokens.chunk_by(|a, b| a == b);
-    let mut shares: Vec<(u32, f32)> = equal
+    let runs = tokens.chunk_by(|a, b| a == b);
+    let mut shares: Vec<(u32, f32)> = runs
         .map(|equal| (equal[0], (equal.len() as f32 / total).ln()))
         .collect();
     shares.sort_by(|a, b| b.1.total_cmp(&a.1));

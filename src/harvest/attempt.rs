@@ -146,10 +146,10 @@ impl EncodedAnswer {
         completion.usage = usage::measured(reported, text_bytes);
         if completion.usage.is_none() {
             // A usage with only one of its two counts is a lower bound of the billed tokens.
-            let mut least = reported.unwrap_or_default();
-            usage::raise_to_counts_in(&mut least, &completion.extra);
-            bound.input_tokens = bound.input_tokens.max(least.prompt_tokens);
-            bound.output_tokens = bound.output_tokens.max(least.completion_tokens);
+            let mut lower_bound = reported.unwrap_or_default();
+            usage::raise_to_counts_in(&mut lower_bound, &completion.extra);
+            bound.input_tokens = bound.input_tokens.max(lower_bound.prompt_tokens);
+            bound.output_tokens = bound.output_tokens.max(lower_bound.completion_tokens);
         }
         let fault = completion.logprobs_fault.clone();
         let record = record(template, row, prompt, body, completion, timing);

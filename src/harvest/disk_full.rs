@@ -41,11 +41,11 @@ pub(crate) fn downgrade_if_full(result: anyhow::Result<()>) -> anyhow::Result<()
 #[derive(Default)]
 pub(crate) struct HeldAnswers {
     held: Vec<FinishedAttempt>,
-    full: Option<Full>,
+    full: Option<DiskWait>,
 }
 
 /// A wait for disk space.
-struct Full {
+struct DiskWait {
     /// Time of the first failed write.
     since: Instant,
     /// Time of the next attempt to write.
@@ -56,10 +56,10 @@ struct Full {
 
 impl HeldAnswers {
     /// Records that a write failed because the disk is full. Returns true at the first failure of a wait.
-    pub(crate) fn note(&mut self, error: &anyhow::Error) -> bool {
+    pub(crate) fn record_failure(&mut self, error: &anyhow::Error) -> bool {
         let now = Instant::now();
         let is_new = self.full.is_none();
-        let full = self.full.get_or_insert_with(|| Full {
+        let full = self.full.get_or_insert_with(|| DiskWait {
             since: now,
             retry_at: now,
             message: format!("{error:#}"),
@@ -73,7 +73,7 @@ impl HeldAnswers {
         self.held.extend(group);
     }
 
-    pub(crate) fn holds_something(&self) -> bool {
+    pub(crate) fn has_replies(&self) -> bool {
         !self.held.is_empty()
     }
 

@@ -246,13 +246,13 @@ impl EndpointScorer {
         if stats.failed + stats.unusable < stats.texts {
             return Ok(());
         }
-        let why = refused.unwrap_or_else(|| {
+        let reason = refused.unwrap_or_else(|| {
             "its tokens do not spell the student's text; set `on_policy.tokenizer` to the folder of the \
              teacher's tokenizer"
                 .into()
         });
         Err(Exit::Usage(format!(
-            "{} scored none of the texts: {why}",
+            "{} scored none of the texts: {reason}",
             self.upstream.teacher.label()
         ))
         .into())
@@ -274,7 +274,7 @@ impl TextScorer for EndpointScorer {
         let teacher = &self.upstream.teacher;
         let endpoint = KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
         let past = self.cache.past();
-        let names = |text: &Prompt| match self.scoring.check(&text.messages) {
+        let cache_keys = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {
                 let body = template.body(&text.messages, 0);
                 let question = Question::new(&body, 0);
@@ -286,7 +286,7 @@ impl TextScorer for EndpointScorer {
                 None
             }
         };
-        let keys: Vec<Option<CacheKeys>> = texts.iter().map(names).collect();
+        let keys: Vec<Option<CacheKeys>> = texts.iter().map(cache_keys).collect();
         let mut is_scorable = keys.iter().map(Option::is_some);
         let mut texts = texts;
         texts.retain(|_| is_scorable.next().unwrap_or_default());

@@ -71,7 +71,7 @@ pub(crate) fn resolved(train: &TrainConfig) -> TrainConfig {
             ComputeDtype::Bf16
         }
         (ComputeDtype::Auto, _) => ComputeDtype::F32,
-        (given, _) => given,
+        (dtype, _) => dtype,
     };
     TrainConfig {
         device,

@@ -66,10 +66,10 @@ fn teachers(groups: &GroupCounts) -> String {
 
 /// Model card of a co-trained teacher that was loaded from `dir`.
 pub(crate) fn teacher_card(dir: &Path, architecture: &str) -> String {
-    let from = dir.file_name();
+    let source_name = dir.file_name();
     format!(
         "{HEAD}A {architecture} model, trained from {} by `distill train` as the teacher of the student \
          beside it, by cross-entropy on the same answers.\n",
-        from.unwrap_or_default().to_string_lossy()
+        source_name.unwrap_or_default().to_string_lossy()
     )
 }

@@ -185,7 +185,7 @@ impl RemoteTeacher<'_> {
         stop: &StopFlag,
     ) -> Result<Vec<Option<Aligned>>> {
         let mut soft_labels: Vec<Option<Aligned>> = generated.iter().map(|_| None).collect();
-        let mut sent = Vec::new();
+        let mut requests = Vec::new();
         let mut texts = Vec::new();
         for (at, answer) in generated.iter().enumerate() {
             let (text, ids) = text_prefix(tokenizer, answer.ids);
@@ -206,10 +206,10 @@ impl RemoteTeacher<'_> {
                 content: text.clone(),
             });
             texts.push(Prompt::plain(answer.key.to_owned(), messages));
-            sent.push((at, text, ids));
+            requests.push((at, text, ids));
         }
         let scored = self.scorer.score(texts, stop)?;
-        for ((at, text, ids), logprobs) in sent.into_iter().zip(scored) {
+        for ((at, text, ids), logprobs) in requests.into_iter().zip(scored) {
             let Some(logprobs) = logprobs else { continue };
             let aligned = self
                 .mapper

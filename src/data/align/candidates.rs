@@ -45,7 +45,7 @@ pub enum SampledToken {
 pub fn list_candidates<'t>(
     teacher: &'t LogprobsView,
     position: usize,
-    most: usize,
+    max_candidates: usize,
     top_logprobs: Option<usize>,
     listed: &mut Vec<(&'t [u8], f32)>,
 ) -> Option<Candidates> {
@@ -61,10 +61,10 @@ pub fn list_candidates<'t>(
             }
         }
     }
-    let most = most.min(top_logprobs.unwrap_or(usize::MAX));
-    if listed.len() > most {
+    let max_candidates = max_candidates.min(top_logprobs.unwrap_or(usize::MAX));
+    if listed.len() > max_candidates {
         listed.sort_by(|a, b| b.1.total_cmp(&a.1));
-        listed.truncate(most);
+        listed.truncate(max_candidates);
     }
     let emitted_logprob = teacher.logprob.get(position).copied().flatten();
     let top_mass = mass(listed.iter().map(|&(_, logprob)| logprob)).min(1.0);

@@ -72,7 +72,7 @@ pub struct Mapper<'a> {
     /// Maximum number of candidates at a position.
     max_candidates: usize,
     /// Student tokens of the candidates at one position; a field only to reuse the allocation.
-    found: Vec<Option<u32>>,
+    candidate_ids: Vec<Option<u32>>,
 }
 
 impl<'a> Mapper<'a> {
@@ -83,7 +83,7 @@ impl<'a> Mapper<'a> {
             teacher: None,
             tokens: TokenLookup::new(tokenizer),
             max_candidates: max_candidates.unwrap_or(usize::MAX),
-            found: Vec::new(),
+            candidate_ids: Vec::new(),
         }
     }
 
@@ -108,7 +108,7 @@ impl<'a> Mapper<'a> {
     ) -> Result<Aligned, Mismatch> {
         let decoded;
         let teacher = if token_ids::are_ids(&teacher.token) {
-            decoded = token_ids::decoded(teacher, self.teacher.ok_or(Mismatch::TokenIds)?);
+            decoded = token_ids::decode_ids(teacher, self.teacher.ok_or(Mismatch::TokenIds)?);
             &decoded
         } else {
             teacher
@@ -123,16 +123,18 @@ impl<'a> Mapper<'a> {
         // Teacher tokens of text that the template removes and student tokens of text that it adds have no counterpart.
         let skipped = spans.partition_point(|span| span.end <= kept.start);
         let teacher_ends: Vec<usize> = spans.iter().map(|span| span.end).collect();
-        let lead = student_ends.partition_point(|&end| end <= kept.start);
+        let template_tokens = student_ends.partition_point(|&end| end <= kept.start);
 
         let capacity = teacher.top.total() + student.len();
         let mut aligned = Aligned::with_capacity(capacity, student.len());
         aligned.agreement = agreement(teacher, &spans);
         let mut listed = Vec::new();
-        for (from, to) in common_groups(&teacher_ends[skipped..], &student_ends[lead..]) {
-            let spelled_by = &spans[skipped + from.start..skipped + from.end];
-            let at = lead + to.start;
-            let labels = &student[at..at + to.len()];
+        for (teacher_group, student_group) in
+            common_groups(&teacher_ends[skipped..], &student_ends[template_tokens..])
+        {
+            let spelled_by = &spans[skipped + teacher_group.start..skipped + teacher_group.end];
+            let at = template_tokens + student_group.start;
+            let labels = &student[at..at + student_group.len()];
             if spelled_by.iter().any(|span| span.kind == SpanKind::Partial) {
                 continue;
             }
@@ -166,11 +168,11 @@ impl<'a> Mapper<'a> {
                 is_split,
                 &mut aligned,
             );
-            let mut written = self.tokenizer.token_bytes(labels[0]).map_or(0, <[u8]>::len);
+            let mut spelled_bytes = self.tokenizer.token_bytes(labels[0]).map_or(0, <[u8]>::len);
             for &label in &labels[1..] {
                 let unlisted = 1.0 - candidates.mass;
-                self.push_later(&listed, unlisted, bytes, written, label, &mut aligned);
-                written += self.tokenizer.token_bytes(label).map_or(0, <[u8]>::len);
+                self.push_later(&listed, unlisted, bytes, spelled_bytes, label, &mut aligned);
+                spelled_bytes += self.tokenizer.token_bytes(label).map_or(0, <[u8]>::len);
             }
         }
         aligned.fill(text.len());
@@ -200,17 +202,18 @@ impl<'a> Mapper<'a> {
         position: usize,
         top_logprobs: Option<usize>,
         listed: &mut Vec<(&'t [u8], f32)>,
-        to: &mut Aligned,
+        aligned: &mut Aligned,
     ) -> Option<Candidates> {
         let candidates =
             list_candidates(teacher, position, self.max_candidates, top_logprobs, listed);
         let Some(candidates) = candidates else {
-            to.positions_over_one += 1;
+            aligned.positions_over_one += 1;
             return None;
         };
         if !teacher.top.get(position).is_empty() {
             let is_in_top_k = candidates.sampled == SampledToken::InTopK;
-            to.in_top_k
+            aligned
+                .in_top_k
                 .count(position, candidates.top_mass, is_in_top_k);
         }
         Some(candidates)
@@ -267,7 +270,7 @@ impl<'a> Mapper<'a> {
         emitted: &[u8],
         label: u32,
         is_split: bool,
-        to: &mut Aligned,
+        aligned: &mut Aligned,
     ) {
         // An emitted token from outside the top-k is a sample of the tail, so it is not one of the soft labels.
         let (top, sampled_logprob) = match (candidates.sampled, listed.split_last()) {
@@ -275,10 +278,10 @@ impl<'a> Mapper<'a> {
             (SampledToken::NotListed, _) => (listed, f32::NEG_INFINITY),
             _ => (listed, f32::NAN),
         };
-        let start = to.ids_NK.len();
-        let mapped = self.push_mapped(top, candidates.mass, emitted, label, to);
+        let start = aligned.ids_NK.len();
+        let mapped = self.push_mapped(top, candidates.mass, emitted, label, aligned);
         let is_vague = is_split && mapped < MIN_SHARE;
-        to.finish_position(start, sampled_logprob, mapped, is_vague);
+        aligned.finish_position(start, sampled_logprob, mapped, is_vague);
     }
 
     /// Appends the soft labels of `label`, a later student token of the teacher token `emitted`, whose first `written`
@@ -290,30 +293,30 @@ impl<'a> Mapper<'a> {
         listed: &[(&[u8], f32)],
         unlisted: f64,
         emitted: &[u8],
-        written: usize,
+        spelled_bytes: usize,
         label: u32,
-        to: &mut Aligned,
+        aligned: &mut Aligned,
     ) {
-        let sharing: Vec<(&[u8], f32)> = listed
+        let with_prefix: Vec<(&[u8], f32)> = listed
             .iter()
             .filter_map(|&(bytes, logprob)| {
-                Some((bytes.strip_prefix(&emitted[..written])?, logprob))
+                Some((bytes.strip_prefix(&emitted[..spelled_bytes])?, logprob))
             })
             .collect();
-        let shared_mass = mass(sharing.iter().map(|&(_, logprob)| logprob));
+        let shared_mass = mass(with_prefix.iter().map(|&(_, logprob)| logprob));
         let log_shared_mass = shared_mass.ln() as f32;
         let listed_share = shared_mass / (shared_mass + unlisted);
         // A candidate that ends here does not predict the next bytes.
-        let extending: Vec<(&[u8], f32)> = sharing
+        let extending: Vec<(&[u8], f32)> = with_prefix
             .into_iter()
             .filter(|(rest, _)| !rest.is_empty())
             .map(|(rest, logprob)| (rest, logprob - log_shared_mass))
             .collect();
         let mass = mass(extending.iter().map(|&(_, logprob)| logprob)).min(1.0);
-        let start = to.ids_NK.len();
-        let mapped = self.push_mapped(&extending, mass, &emitted[written..], label, to);
+        let start = aligned.ids_NK.len();
+        let mapped = self.push_mapped(&extending, mass, &emitted[spelled_bytes..], label, aligned);
         let is_vague = mapped * listed_share < MIN_SHARE;
-        to.finish_position(start, f32::NAN, mapped, is_vague);
+        aligned.finish_position(start, f32::NAN, mapped, is_vague);
     }
 
     /// Splits off the token that ends the answer. Returns it, if there is one, and [`Self::student_token_ends`] of the
@@ -352,7 +355,7 @@ impl<'a> Mapper<'a> {
             .collect();
         let spelled = spelled.ok_or(Mismatch::Student)?;
         let all = spelled.concat();
-        let lead = all
+        let template_bytes = all
             .strip_suffix(&answer[kept.clone()])
             .ok_or(Mismatch::Student)?
             .len();
@@ -360,7 +363,7 @@ impl<'a> Mapper<'a> {
         let ends = spelled.iter().map(|bytes| {
             at += bytes.len();
             // Template text ends at the start of the answer.
-            kept.start + at.saturating_sub(lead)
+            kept.start + at.saturating_sub(template_bytes)
         });
         Ok(ends.collect())
     }
@@ -374,18 +377,18 @@ impl<'a> Mapper<'a> {
         mass: f64,
         emitted: &[u8],
         label: u32,
-        to: &mut Aligned,
+        aligned: &mut Aligned,
     ) -> f64 {
-        let start = to.ids_NK.len();
+        let start = aligned.ids_NK.len();
         let mut mapped = mass;
         // All look-ups in one loop, so that their cache misses overlap: the table exceeds the processor's cache.
-        let mut found = std::mem::take(&mut self.found);
+        let mut found = std::mem::take(&mut self.candidate_ids);
         found.clear();
         found.extend(candidates.iter().map(|&(bytes, _)| {
             if bytes == emitted {
                 Some(label)
             } else {
-                self.tokens.id_of(bytes)
+                self.tokens.student_id(bytes)
             }
         }));
         for (&(_, logprob), id) in candidates.iter().zip(&found) {
@@ -393,20 +396,23 @@ impl<'a> Mapper<'a> {
                 mapped -= f64::from(logprob).exp();
                 continue;
             };
-            match to.ids_NK[start..].iter().position(|&other| other == id) {
+            match aligned.ids_NK[start..]
+                .iter()
+                .position(|&other| other == id)
+            {
                 Some(at) => {
-                    let merged = &mut to.logprobs_NK[start + at];
+                    let merged = &mut aligned.logprobs_NK[start + at];
                     *merged = logaddexp(*merged, logprob);
                 }
                 None => {
-                    to.ids_NK.push(id);
-                    to.logprobs_NK.push(logprob);
+                    aligned.ids_NK.push(id);
+                    aligned.logprobs_NK.push(logprob);
                 }
             }
         }
-        self.found = found;
-        let ids = &mut to.ids_NK[start..];
-        let logprobs = &mut to.logprobs_NK[start..];
+        self.candidate_ids = found;
+        let ids = &mut aligned.ids_NK[start..];
+        let logprobs = &mut aligned.logprobs_NK[start..];
         if !logprobs.is_sorted_by(|a, b| a >= b) {
             let mut sorted: Vec<(u32, f32)> = ids.iter().copied().zip(logprobs.to_vec()).collect();
             sorted.sort_by(|a, b| b.1.total_cmp(&a.1));

@@ -51,70 +51,70 @@ pub(crate) fn find(
     kept: Range<usize>,
     is_stop: impl Fn(&[u8]) -> bool,
 ) -> Option<Vec<TeacherSpan>> {
-    whole(tokens, answer, &is_stop)
-        .or_else(|| inside(tokens, &answer[kept.clone()], kept.start))
+    match_whole_answer(tokens, answer, &is_stop)
+        .or_else(|| find_text(tokens, &answer[kept.clone()], kept.start))
         .or_else(|| around_unknown(tokens, answer, &is_stop))
 }
 
 /// Matches the whole answer, from the first token on. Only stop tokens may follow.
-fn whole(
+fn match_whole_answer(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
     is_stop: impl Fn(&[u8]) -> bool,
 ) -> Option<Vec<TeacherSpan>> {
     let mut spans = Vec::with_capacity(tokens.len());
-    let mut at = 0;
+    let mut offset = 0;
     for (index, bytes) in tokens.iter().enumerate() {
-        if at == answer.len() && is_stop(bytes) {
+        if offset == answer.len() && is_stop(bytes) {
             continue;
         }
-        if spans.len() != index || !answer[at..].starts_with(bytes) {
+        if spans.len() != index || !answer[offset..].starts_with(bytes) {
             return None;
         }
-        at += bytes.len();
-        spans.push(TeacherSpan::token(index, at));
+        offset += bytes.len();
+        spans.push(TeacherSpan::token(index, offset));
     }
-    (at == answer.len()).then_some(spans)
+    (offset == answer.len()).then_some(spans)
 }
 
 /// Finds `text` near the end of the bytes of all tokens. If it occurs several times, the order of preference is: whole
 /// tokens from the first token on, whole tokens, the start of a token, the last occurrence. `start` is the index of
 /// the text's first byte in the answer.
-fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<TeacherSpan>> {
+fn find_text(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<TeacherSpan>> {
     if text.is_empty() {
         return None;
     }
     let all = tokens.concat();
     let mut boundaries = vec![false; all.len() + 1];
-    let mut at = 0;
+    let mut offset = 0;
     for bytes in tokens {
-        boundaries[at] = true;
-        at += bytes.len();
+        boundaries[offset] = true;
+        offset += bytes.len();
     }
     boundaries[all.len()] = true;
     let is_near_the_end = |from: &usize| all.len() - from - text.len() <= MAX_TRAILING_BYTES;
     let found = memchr::memmem::find_iter(&all, text).filter(is_near_the_end);
-    let from = found.max_by_key(|from| {
+    let text_start = found.max_by_key(|from| {
         let starts = boundaries[*from];
         let ends = boundaries[from + text.len()];
         (*from == 0 && ends, starts && ends, starts, *from)
     })?;
-    let to = from + text.len();
+    let to = text_start + text.len();
     let mut spans = Vec::new();
-    let mut at = 0;
+    let mut offset = 0;
     for (index, bytes) in tokens.iter().enumerate() {
-        let range = at..at + bytes.len();
-        at = range.end;
-        if range.end <= from || range.is_empty() {
+        let range = offset..offset + bytes.len();
+        offset = range.end;
+        if range.end <= text_start || range.is_empty() {
             continue;
         }
         if range.start >= to {
             break;
         }
-        let is_inside = range.start >= from && range.end <= to;
+        let is_inside = range.start >= text_start && range.end <= to;
         spans.push(TeacherSpan {
             tokens: index..index + 1,
-            end: start + range.end.min(to) - from,
+            end: start + range.end.min(to) - text_start,
             kind: if is_inside {
                 SpanKind::Token
             } else {
@@ -122,8 +122,8 @@ fn inside(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<Tea
             },
         });
     }
-    let has_whole = spans.iter().any(|span| span.kind == SpanKind::Token);
-    has_whole.then_some(spans)
+    let has_complete_token = spans.iter().any(|span| span.kind == SpanKind::Token);
+    has_complete_token.then_some(spans)
 }
 
 fn is_unknown(bytes: &[u8]) -> bool {
@@ -138,14 +138,14 @@ fn around_unknown(
     is_stop: impl Fn(&[u8]) -> bool,
 ) -> Option<Vec<TeacherSpan>> {
     let mut spans = Vec::new();
-    let mut at = 0;
+    let mut offset = 0;
     let mut unknown: Option<usize> = None;
     // The end of the turn may follow tokens of unknown bytes.
     let is_end = |bytes: &Cow<'_, [u8]>| !is_unknown(bytes) && is_stop(bytes);
     let ends = tokens.iter().rev().take_while(|bytes| is_end(bytes));
     let (tokens, _) = tokens.split_at(tokens.len() - ends.count());
     for (index, bytes) in tokens.iter().enumerate() {
-        if at == answer.len() && is_stop(bytes) {
+        if offset == answer.len() && is_stop(bytes) {
             continue;
         }
         if is_unknown(bytes) {
@@ -154,33 +154,36 @@ fn around_unknown(
         }
         if let Some(first) = unknown.take() {
             let max_bytes = (index - first) * MAX_UNKNOWN_BYTES + bytes.len();
-            let window = &answer[at..answer.len().min(at + max_bytes)];
+            let window = &answer[offset..answer.len().min(offset + max_bytes)];
             let skipped = memchr::memmem::find(window, bytes)?;
-            at += skipped;
+            offset += skipped;
             if skipped > 0 {
                 spans.push(TeacherSpan {
                     tokens: first..index,
-                    end: at,
+                    end: offset,
                     kind: SpanKind::Unknown,
                 });
             }
         }
-        if !answer[at..].starts_with(bytes) {
+        if !answer[offset..].starts_with(bytes) {
             return None;
         }
-        at += bytes.len();
-        spans.push(TeacherSpan::token(index, at));
+        offset += bytes.len();
+        spans.push(TeacherSpan::token(index, offset));
     }
-    let left = answer.len() - at;
+    let remaining_bytes = answer.len() - offset;
     match unknown {
-        Some(first) if left > 0 && left <= (tokens.len() - first) * MAX_UNKNOWN_BYTES => {
+        Some(first)
+            if remaining_bytes > 0
+                && remaining_bytes <= (tokens.len() - first) * MAX_UNKNOWN_BYTES =>
+        {
             spans.push(TeacherSpan {
                 tokens: first..tokens.len(),
                 end: answer.len(),
                 kind: SpanKind::Unknown,
             });
         }
-        _ if left > 0 => return None,
+        _ if remaining_bytes > 0 => return None,
         _ => {}
     }
     let has_known = spans.iter().any(|span| span.kind == SpanKind::Token);
@@ -206,20 +209,20 @@ mod tests {
     #[test]
     fn run_is_found_inside_longer_logprobs() {
         use SpanKind::{Partial, Token};
-        let both = |first: usize| {
+        let two_tokens = |first: usize| {
             vec![
                 (first..first + 1, 1, Token),
                 (first + 1..first + 2, 3, Token),
             ]
         };
-        assert_eq!(cut(&["a", " b"], "a b"), Some(both(0)));
-        assert_eq!(cut(&["a", " b", "</s>", ""], "a b"), Some(both(0)));
+        assert_eq!(cut(&["a", " b"], "a b"), Some(two_tokens(0)));
+        assert_eq!(cut(&["a", " b", "</s>", ""], "a b"), Some(two_tokens(0)));
         assert_eq!(
             cut(&["<think>", "a b", "</think>", "\n\n", "a", " b"], "a b"),
-            Some(both(4))
+            Some(two_tokens(4))
         );
-        assert_eq!(cut(&["\n", "a", " b", "\n"], "a b"), Some(both(1)));
-        assert_eq!(cut(&["a", " b", "STOP"], "a b"), Some(both(0)));
+        assert_eq!(cut(&["\n", "a", " b", "\n"], "a b"), Some(two_tokens(1)));
+        assert_eq!(cut(&["a", " b", "STOP"], "a b"), Some(two_tokens(0)));
         let partial = vec![(0..1, 1, Partial), (1..2, 3, Token), (2..3, 4, Partial)];
         assert_eq!(cut(&[" a", " b", "c<"], "a bc"), Some(partial));
         // An occurrence on token boundaries is preferred, and the first token to later ones.

@@ -21,7 +21,10 @@ pub(crate) fn are_ids<T: AsRef<[u8]>>(tokens: &[T]) -> bool {
 
 /// Replaces the ids of tokens with their bytes. Tokens without bytes, and ids that the tokenizer does not have, become
 /// empty, which means that their bytes are unknown.
-pub(crate) fn decoded<'t>(teacher: &LogprobsView<'t>, tokenizer: &Tokenizer) -> LogprobsView<'t> {
+pub(crate) fn decode_ids<'t>(
+    teacher: &LogprobsView<'t>,
+    tokenizer: &Tokenizer,
+) -> LogprobsView<'t> {
     teacher.map_tokens(|name| {
         let id = parse(name)?;
         let spelling = tokenizer.spelling(id);

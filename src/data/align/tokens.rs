@@ -34,7 +34,7 @@ impl<'a> TokenLookup<'a> {
     /// 3. for a control token that ends a turn, the token with which the student ends its answer.
     ///
     /// None for other control tokens, for bytes that contain U+FFFD, and for bytes that the student cannot spell.
-    pub(super) fn id_of(&mut self, bytes: &[u8]) -> Option<u32> {
+    pub(super) fn student_id(&mut self, bytes: &[u8]) -> Option<u32> {
         let tokenizer = self.tokenizer;
         match short_key(bytes) {
             Some(key) => *self
@@ -42,7 +42,7 @@ impl<'a> TokenLookup<'a> {
                 .entry(key)
                 .or_insert_with(|| find(tokenizer, bytes)),
             None => match self.long.get(bytes) {
-                Some(&known) => known,
+                Some(&id) => id,
                 None => {
                     let id = find(tokenizer, bytes);
                     self.long.insert(bytes.into(), id);
@@ -87,11 +87,11 @@ fn find(tokenizer: &Tokenizer, bytes: &[u8]) -> Option<u32> {
         return tokenizer.first_id_of(bytes);
     }
     let name = std::str::from_utf8(bytes).ok()?;
-    let own = tokenizer.id_of_control(name);
-    if own == tokenizer.end_of_turn() || own.is_none() && is_end_of_turn_name(name) {
+    let student_id = tokenizer.id_of_control(name);
+    if student_id == tokenizer.end_of_turn() || student_id.is_none() && is_end_of_turn_name(name) {
         tokenizer.end_of_answer()
     } else {
-        own
+        student_id
     }
 }
 
@@ -100,8 +100,8 @@ pub(super) fn ends_turn(tokenizer: &Tokenizer, bytes: &[u8]) -> bool {
     let Ok(name) = std::str::from_utf8(bytes) else {
         return false;
     };
-    let own = tokenizer.id_of_control(name);
-    own.map_or_else(
+    let student_id = tokenizer.id_of_control(name);
+    student_id.map_or_else(
         || is_end_of_turn_name(name),
         |id| tokenizer.stop_ids().contains(&id),
     )

@@ -182,7 +182,7 @@ impl ExampleColumns {
     ///
     /// # Errors
     /// If `out` cannot be written.
-    pub(crate) fn write(&self, narrow: bool, out: &mut dyn Write) -> io::Result<()> {
+    pub(crate) fn write(&self, uses_u16_ids: bool, out: &mut dyn Write) -> io::Result<()> {
         // Wider numbers come first, so that each column is aligned.
         let words = [
             (name::INPUT_ENDS, &self.input_ends_B),
@@ -198,7 +198,7 @@ impl ExampleColumns {
             (name::INPUT_IDS, &self.input_ids_T),
             (name::SOFT_IDS, &self.soft_ids_NK),
         ];
-        let (id_type, id_width) = if narrow { ("U16", 2) } else { ("U32", 4) };
+        let (id_type, id_width) = if uses_u16_ids { ("U16", 2) } else { ("U32", 4) };
         let mut header = SafetensorsHeader::default();
         header.add(name::SOFT_LOGPROBS, "F32", 4, self.soft_logprobs_NK.len());
         header.add(
@@ -226,7 +226,7 @@ impl ExampleColumns {
             write_all(out, values, u32::to_le_bytes)?;
         }
         for (_, values) in ids {
-            if narrow {
+            if uses_u16_ids {
                 write_all(out, values, |id| (id as u16).to_le_bytes())?;
             } else {
                 write_all(out, values, u32::to_le_bytes)?;

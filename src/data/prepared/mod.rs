@@ -71,7 +71,7 @@ impl Prepared {
         }
         Self::read(&|name| std::fs::read(dir.join(name)), &|file| {
             verify(&dir.join(&file.name), file)?;
-            map(&dir.join(&file.name), file)
+            map_shard(&dir.join(&file.name), file)
         })
         .map(Some)
     }
@@ -82,7 +82,7 @@ impl Prepared {
     /// If a file cannot be read.
     pub fn open_new(dir: &Path) -> Result<Self> {
         Self::read(&|name| std::fs::read(dir.join(name)), &|file| {
-            map(&dir.join(&file.name), file)
+            map_shard(&dir.join(&file.name), file)
         })
     }
 
@@ -122,12 +122,12 @@ impl Prepared {
             .map(|shard| {
                 let name = &shard.file.name;
                 let open = || -> Result<PreparedShard> {
-                    let open = PreparedShard::new(open_shard(&shard.file)?)?;
+                    let opened = PreparedShard::new(open_shard(&shard.file)?)?;
                     ensure!(
-                        open.len() == shard.examples,
+                        opened.len() == shard.examples,
                         "it has another number of examples"
                     );
-                    Ok(open)
+                    Ok(opened)
                 };
                 open().with_context(|| name.clone())
             })
@@ -209,7 +209,7 @@ fn verify(path: &Path, file: &FileChecksum) -> Result<()> {
     Ok(())
 }
 
-fn map(path: &Path, file: &FileChecksum) -> Result<ShardBytes> {
+fn map_shard(path: &Path, file: &FileChecksum) -> Result<ShardBytes> {
     let map = MappedFile::new(&std::fs::File::open(path)?)?;
     ensure!(map.len() as u64 == file.bytes, "its size does not match");
     Ok(ShardBytes::Mapped(map))

@@ -34,7 +34,7 @@ pub(crate) enum OutputSink {
 pub(crate) struct PreparedWriter {
     sink: OutputSink,
     /// True if token ids fit into 16 bits.
-    narrow: bool,
+    uses_u16_ids: bool,
     /// Number of the next shard.
     next: AtomicU32,
     written: Mutex<WrittenFiles>,
@@ -67,7 +67,7 @@ impl PreparedWriter {
     pub(crate) fn new(sink: OutputSink, vocab_size: usize) -> Self {
         Self {
             sink,
-            narrow: vocab_size <= 1 << 16,
+            uses_u16_ids: vocab_size <= 1 << 16,
             next: AtomicU32::new(0),
             written: Mutex::default(),
         }
@@ -79,7 +79,7 @@ impl PreparedWriter {
             writer: self,
             columns: ExampleColumns::default(),
             entries: Vec::new(),
-            open: 0,
+            first_unwritten: 0,
         }
     }
 
@@ -122,7 +122,7 @@ impl PreparedWriter {
     fn write_shard(&self, columns: &ExampleColumns) -> Result<u32> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let name = format!("shard-{number:05}.safetensors");
-        let file = self.write(&name, |out| columns.write(self.narrow, out))?;
+        let file = self.write(&name, |out| columns.write(self.uses_u16_ids, out))?;
         let examples = columns.len();
         self.written()
             .shards
@@ -191,7 +191,7 @@ pub(crate) struct ShardWriter<'w> {
     columns: ExampleColumns,
     entries: Vec<ExampleEntry>,
     /// Index of the first entry whose shard is not written yet.
-    open: usize,
+    first_unwritten: usize,
 }
 
 impl ShardWriter<'_> {
@@ -219,18 +219,18 @@ impl ShardWriter<'_> {
             mapped_mass,
         });
         if self.columns.bytes() >= SHARD_BYTES {
-            self.close()?;
+            self.flush_shard()?;
         }
         Ok(())
     }
 
-    fn close(&mut self) -> Result<()> {
+    fn flush_shard(&mut self) -> Result<()> {
         if self.columns.len() > 0 {
             let shard = self.writer.write_shard(&self.columns)?;
-            for entry in &mut self.entries[self.open..] {
+            for entry in &mut self.entries[self.first_unwritten..] {
                 entry.shard = shard;
             }
-            self.open = self.entries.len();
+            self.first_unwritten = self.entries.len();
             self.columns.clear();
         }
         Ok(())
@@ -241,7 +241,7 @@ impl ShardWriter<'_> {
     /// # Errors
     /// If the shard cannot be written.
     pub(crate) fn finish(mut self) -> Result<Vec<ExampleEntry>> {
-        self.close()?;
+        self.flush_shard()?;
         Ok(self.entries)
     }
 }

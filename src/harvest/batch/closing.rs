@@ -20,7 +20,7 @@ const SAME_REFUSALS: usize = 5;
 
 /// Sums over the rows of a part while the part is closed.
 #[derive(Default)]
-struct Closing {
+struct ClosingTotals {
     /// Number of rows without an answer that may be billed.
     lost: u64,
     /// Reserved cost of these rows in US dollars.
@@ -64,8 +64,8 @@ impl BatchRun<'_> {
             .iter()
             .filter(|member| member.is_answered(self.cache));
         let has_answers = answers.count() > 0;
-        let mut closing = Closing::default();
-        let rest_was_not_asked = collection.rest_was_not_asked;
+        let mut closing = ClosingTotals::default();
+        let rest_was_not_asked = collection.unnamed_rows_not_run;
         for (line, (member, outcome)) in collection
             .members
             .iter()
@@ -117,11 +117,11 @@ impl BatchRun<'_> {
                     continue;
                 }
                 Some(RowOutcome::Claimed(claim)) => {
-                    let is_of_the_row = matches!(
+                    let is_row_specific = matches!(
                         claim.reason,
                         RefusalReason::Forbidden | RefusalReason::Address
                     );
-                    if has_answers && is_of_the_row {
+                    if has_answers && is_row_specific {
                         entry.failed += 1;
                         self.fail(upstream, entry, claim.failure);
                         continue;
@@ -191,7 +191,12 @@ impl BatchRun<'_> {
     }
 
     /// Charges the reserved cost of the rows without an answer that may be billed.
-    fn settle_lost(&mut self, index: usize, upstream: usize, closing: &Closing) -> Result<()> {
+    fn settle_lost(
+        &mut self,
+        index: usize,
+        upstream: usize,
+        closing: &ClosingTotals,
+    ) -> Result<()> {
         self.summary.attempts_lost += closing.lost;
         let price = self.upstreams[upstream].settings.price.clone();
         self.journal.parts[index].progress.held -= closing.lost_usd;
@@ -203,12 +208,12 @@ impl BatchRun<'_> {
 
     /// Records an attempt that may have been billed. Returns the number of such attempts of the row over all runs.
     fn note_paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
-        let line = self.line(entry, Kind::PaidAttempt, failure);
-        self.run_files.unanswered.add(&line)?;
+        let unanswered_line = self.line(entry, Kind::PaidAttempt, failure);
+        self.run_files.unanswered.add(&unanswered_line)?;
         Ok(self
             .run_files
             .unanswered
-            .get(&line.key)
+            .get(&unanswered_line.key)
             .map_or(0, |known| known.paid))
     }
 

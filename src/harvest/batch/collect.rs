@@ -39,7 +39,7 @@ pub(super) struct PartCollection {
     bodies: RequestFile,
     timing: Timing,
     /// True if the endpoint did not run the rows that no file names.
-    pub(super) rest_was_not_asked: bool,
+    pub(super) unnamed_rows_not_run: bool,
     /// Number of lines that name no row of the part, or add no answer to a row that has an outcome already.
     pub(super) ignored: u64,
     /// Text of the lines from which no row can be parsed.
@@ -220,7 +220,7 @@ impl BatchRun<'_> {
                 .note(&format!("a batch has ended with an error: {message}"));
         }
         let mut collection = self.open_collection(index, object)?;
-        let mut taken = 0;
+        let mut lines_read = 0;
         // The output file is read first: a row that is in both files has an answer.
         for file in [&object.output_file, &object.error_file]
             .into_iter()
@@ -239,8 +239,8 @@ impl BatchRun<'_> {
                 line_count += 1;
                 let line = batches.without_key(line);
                 own_lines += u64::from(self.take_line(index, &mut collection, line)?);
-                taken += 1;
-                if taken % SHOW_EVERY == 0 {
+                lines_read += 1;
+                if lines_read % SHOW_EVERY == 0 {
                     self.show_progress();
                 }
             }
@@ -268,7 +268,7 @@ impl BatchRun<'_> {
             self.progress
                 .note(&format!("a batch has ended, and {message}"));
         }
-        self.record_rest(index, &mut collection)?;
+        self.record_unusable(index, &mut collection)?;
         // The status `gone` marks the rows as possibly billed: the batch has answers that are in no file.
         let status = if has_lost_answers && object.status != "completed" {
             "gone"
@@ -279,7 +279,7 @@ impl BatchRun<'_> {
     }
 
     /// Records empty answers and lines that cannot be parsed: they were paid for.
-    pub(super) fn record_rest(
+    pub(super) fn record_unusable(
         &mut self,
         index: usize,
         collection: &mut PartCollection,
@@ -331,7 +331,7 @@ impl BatchRun<'_> {
                 attempts: 1,
             },
             ignored: 0,
-            rest_was_not_asked: false,
+            unnamed_rows_not_run: false,
             unreadable: Vec::new(),
             unreadable_lines: 0,
             members,

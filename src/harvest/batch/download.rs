@@ -30,7 +30,7 @@ impl BatchRun<'_> {
         file: &str,
     ) -> Result<Option<ResultRows>, BatchStepError> {
         match batches.content(file).await {
-            Err(fault) => Err(self.read_failures(index, outcome::classify_transport_error(fault))),
+            Err(fault) => Err(self.read_failed(index, outcome::classify_transport_error(fault))),
             Ok(FileDownload::Content(pieces)) => Ok(Some(ResultRows::new(FileLines::new(pieces)))),
             Ok(FileDownload::Refused(reply)) => {
                 match batch_object::check(Ok(reply), self.clock.now().into()) {
@@ -38,7 +38,7 @@ impl BatchRun<'_> {
                         self.retry_missing(index, &failure.message)?;
                         Ok(None)
                     }
-                    Err(error) => Err(self.read_failures(index, error)),
+                    Err(error) => Err(self.read_failed(index, error)),
                     Ok(_) => Ok(None),
                 }
             }
@@ -53,13 +53,13 @@ impl BatchRun<'_> {
     ) -> Result<Option<Bytes>, BatchStepError> {
         match rows.next().await {
             Ok(line) => Ok(line),
-            Err(fault) => Err(self.read_failures(index, outcome::classify_transport_error(fault))),
+            Err(fault) => Err(self.read_failed(index, outcome::classify_transport_error(fault))),
         }
     }
 
     /// Counts a failed read of a results file. The outage limit does not bound these failures, because other requests
     /// may succeed meanwhile.
-    fn read_failures(&mut self, index: usize, error: AttemptError) -> BatchStepError {
+    fn read_failed(&mut self, index: usize, error: AttemptError) -> BatchStepError {
         let progress = &mut self.journal.parts[index].progress;
         progress.read_failures += 1;
         let count = progress.read_failures;
@@ -89,33 +89,33 @@ impl BatchRun<'_> {
         let folder = unreadable_bodies::dir(&self.settings.run_dir);
         crate::fs::create_dir_all(&folder)?;
         let path = folder.join(format!("{}.results", self.journal.parts[index].nonce));
-        let mut kept = crate::fs::AtomicFile::create(&path)?;
+        let mut file_copy = crate::fs::AtomicFile::create(&path)?;
         let content = batches.content(file).await;
         let content = content
-            .map_err(|fault| self.read_failures(index, outcome::classify_transport_error(fault)))?;
+            .map_err(|fault| self.read_failed(index, outcome::classify_transport_error(fault)))?;
         let mut pieces = match content {
             FileDownload::Content(pieces) => pieces,
             FileDownload::Refused(reply) => {
                 let error = batch_object::check(Ok(reply), self.clock.now().into()).err();
                 let error = error.context("internal error: a refused download without an error")?;
-                return Err(self.read_failures(index, error));
+                return Err(self.read_failed(index, error));
             }
         };
-        let could_not = "could not save a results file";
-        let mut held = Vec::new();
+        let context = "could not save a results file";
+        let mut buffer = Vec::new();
         while let Some(piece) = pieces.next().await {
             let piece = piece.map_err(|fault| {
-                self.read_failures(index, outcome::classify_transport_error(fault))
+                self.read_failed(index, outcome::classify_transport_error(fault))
             })?;
-            held.extend_from_slice(&piece);
-            held = batches.without_key(held.into()).into();
+            buffer.extend_from_slice(&piece);
+            buffer = batches.without_key(buffer.into()).into();
             // An API key may span two pieces, so the last bytes are held back until the next piece arrives.
-            let sure = held.len().saturating_sub(LONGEST_KEY);
-            kept.write_all(&held[..sure]).context(could_not)?;
-            held.drain(..sure);
+            let safe_len = buffer.len().saturating_sub(LONGEST_KEY);
+            file_copy.write_all(&buffer[..safe_len]).context(context)?;
+            buffer.drain(..safe_len);
         }
-        kept.write_all(&held).context(could_not)?;
-        kept.commit(true)?;
+        file_copy.write_all(&buffer).context(context)?;
+        file_copy.commit(true)?;
         self.upstreams[upstream].stop(run_error::unreadable_results(&path));
         Ok(())
     }

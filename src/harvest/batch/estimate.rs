@@ -17,19 +17,23 @@ use crate::plan::{Plan, PlannedRow};
 pub(crate) fn estimate_batches(settings: &RunSettings, plan: &Plan) -> Result<BatchEstimate> {
     let journal = BatchJournal::load(&settings.run_dir)?;
     let mut estimate = BatchEstimate::default();
-    let mut asked = HashSet::new();
+    let mut submitted_keys = HashSet::new();
     for part in journal.parts.iter().filter(|part| !part.is_done()) {
         estimate.under_way += 1;
         let members = journal.members(&part.nonce)?;
-        asked.extend(members.into_iter().map(|member| member.key));
+        submitted_keys.extend(members.into_iter().map(|member| member.key));
     }
     let limits = PartLimits::new(&settings.batch, None, f64::INFINITY);
     for (upstream, rows) in plan.rows_by_endpoint.iter().enumerate() {
         let mut sizes = Vec::new();
         for row in rows.clone() {
             let PlannedRow { key, old_key, .. } = &plan.rows[row];
-            let has_old_key = || old_key.as_deref().is_some_and(|key| asked.contains(key));
-            if asked.contains(key) || has_old_key() {
+            let has_old_key = || {
+                old_key
+                    .as_deref()
+                    .is_some_and(|key| submitted_keys.contains(key))
+            };
+            if submitted_keys.contains(key) || has_old_key() {
                 estimate.rows_under_way += 1
             } else {
                 sizes.push(parts::size(plan, upstream, row, 0.0))

@@ -12,7 +12,7 @@ use crate::plan::queue::QueuedRow;
 /// Returns true if a line that names no row of the part may contain an answer.
 fn may_be_answer(line: &[u8], is_readable: bool) -> bool {
     let has = |field: &[u8]| memchr::memmem::find(line, field).is_some();
-    has(b"\"choices\"") || !is_readable && has(results::ID)
+    has(b"\"choices\"") || !is_readable && has(results::CUSTOM_ID)
 }
 
 impl BatchRun<'_> {
@@ -35,13 +35,13 @@ impl BatchRun<'_> {
                 continue;
             }
             let line = batches.without_key(line);
-            let kept = collection.unreadable.len();
+            let unreadable_len = collection.unreadable.len();
             let count = collection.unreadable_lines;
             if self.take_line(index, &mut collection, line.clone())? {
                 continue;
             }
             let is_readable = collection.unreadable_lines == count;
-            collection.unreadable.truncate(kept);
+            collection.unreadable.truncate(unreadable_len);
             collection.unreadable_lines = count;
             if may_be_answer(&line, is_readable) {
                 collection.keep_unreadable(&line);
@@ -67,8 +67,8 @@ impl BatchRun<'_> {
             }
         }
         // Rows that the file does not name were not run, unless a line cannot be parsed.
-        collection.rest_was_not_asked = collection.unreadable_lines == 0;
-        self.record_rest(index, &mut collection)?;
+        collection.unnamed_rows_not_run = collection.unreadable_lines == 0;
+        self.record_unusable(index, &mut collection)?;
         self.close_part(index, collection, "failed")
     }
 
@@ -86,14 +86,14 @@ impl BatchRun<'_> {
             part.tokens,
             self.journal.members(&part.nonce)?,
         );
-        let bad: HashMap<usize, RowFailure> = batch_failure.lines.into_iter().collect();
+        let failure_by_line: HashMap<usize, RowFailure> = batch_failure.lines.into_iter().collect();
         for (line, (member, row)) in members.iter().zip(rows).enumerate() {
             let Some(row) = row else { continue };
             let mut entry = QueuedRow {
                 failed: member.failed,
                 ..QueuedRow::fresh(row as usize)
             };
-            match bad.get(&line) {
+            match failure_by_line.get(&line) {
                 Some(failure) => {
                     entry.failed += 1;
                     self.fail(upstream, entry, failure.clone());

@@ -131,7 +131,8 @@ pub(crate) struct PartRow {
     /// Upper bound of the output tokens.
     pub output_tokens: u64,
     /// Byte offset of its body in the request file.
-    at: u64,
+    #[serde(rename = "at")]
+    offset: u64,
     /// Length of its body in bytes.
     bytes: u32,
 }
@@ -139,13 +140,13 @@ pub(crate) struct PartRow {
 impl PartRow {
     /// Returns true if the cache holds its answer, complete or truncated.
     pub(crate) fn is_answered(&self, cache: &Cache) -> bool {
-        let cut = || {
+        let truncated_key = || {
             question::truncated_key(
                 &self.key,
                 u32::try_from(self.output_tokens).unwrap_or(u32::MAX),
             )
         };
-        cache.contains(&self.key) || cache.contains(&cut())
+        cache.contains(&self.key) || cache.contains(&truncated_key())
     }
 
     pub(crate) fn bound(&self) -> TokenBound {
@@ -315,7 +316,7 @@ impl BatchJournal {
                     usd,
                     input_tokens: bound.input_tokens,
                     output_tokens: bound.output_tokens,
-                    at: at + line.len() as u64,
+                    offset: at + line.len() as u64,
                     bytes: body.len() as u32,
                 });
                 writeln!(file, "{line}{body}}}")?;
@@ -407,10 +408,26 @@ impl RequestFile {
         let mut body = vec![0; member.bytes as usize];
         let read = self
             .file
-            .seek(SeekFrom::Start(member.at))
+            .seek(SeekFrom::Start(member.offset))
             .and_then(|_| self.file.read_exact(&mut body));
         read.map_err(anyhow::Error::from)
             .and_then(|()| Ok(serde_json::from_slice(&body)?))
             .with_context(|| format!("could not read a request from {}", self.path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A run of one version may be resumed by another.
+    #[test]
+    fn stored_names_do_not_change() {
+        let row = r#"{"key":"k","prompt_id":"p","sample":1,"failed":2,"usd":0.5,"input_tokens":3,"output_tokens":4,"at":5,"bytes":6}"#;
+        let parsed: PartRow = serde_json::from_str(row).unwrap();
+        assert_eq!(serde_json::to_string(&parsed).unwrap(), row);
+        let journal = r#"{"version":1,"parts":[{"nonce":"n","teacher":"t","endpoint":"e","rows":1,"tokens":2,"reserved_usd":0.5,"planned_at":3,"state":"created","batch":"b"},{"nonce":"n","teacher":"t","endpoint":"e","rows":1,"tokens":2,"reserved_usd":0.5,"planned_at":3,"state":"done","status":"completed"}]}"#;
+        let parsed: BatchJournal = serde_json::from_str(journal).unwrap();
+        assert_eq!(serde_json::to_string(&parsed).unwrap(), journal);
     }
 }

@@ -43,7 +43,7 @@ pub(crate) enum PartFull {
     /// Budget that remains.
     Money,
     /// Maximum file size, which the row exceeds even as the only row of a part.
-    Never,
+    RowTooLarge,
 }
 
 impl PartLimits {
@@ -75,7 +75,7 @@ impl PartLimits {
             let full = if row.bytes > self.bytes {
                 // The rows before the oversized row form a part.
                 Some(if count == 0 {
-                    PartFull::Never
+                    PartFull::RowTooLarge
                 } else {
                     PartFull::Part
                 })
@@ -123,12 +123,12 @@ pub(crate) fn size(plan: &Plan, upstream: usize, row: usize, usd: f64) -> RowSiz
 fn output_bytes(max_tokens: u32, top_logprobs: u32) -> f64 {
     let k = f64::from(top_logprobs);
     let [first, middle, last] = OUTPUT_BYTES;
-    let (from, to) = if k <= middle.0 {
+    let (lower, upper) = if k <= middle.0 {
         (first, middle)
     } else {
         (middle, last)
     };
-    let per_token = from.1 + (k - from.0) / (to.0 - from.0) * (to.1 - from.1);
+    let per_token = lower.1 + (k - lower.0) / (upper.0 - lower.0) * (upper.1 - lower.1);
     f64::from(max_tokens) * per_token + OUTPUT_OVERHEAD
 }
 
@@ -185,7 +185,7 @@ mod tests {
                 next += count;
                 match full {
                     None => prop_assert_eq!(next, rows.len()),
-                    Some(PartFull::Never) => {
+                    Some(PartFull::RowTooLarge) => {
                         prop_assert!(count == 0 && rows[next].bytes > bytes);
                         never += 1;
                         next += 1;

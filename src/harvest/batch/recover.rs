@@ -24,8 +24,8 @@ impl BatchRun<'_> {
                 upstream.settings.teacher.label() == part.teacher
                     && crate::config::teacher::identity(&upstream.settings.teacher) == part.endpoint
             });
-            let of_part = self.journal.members(&part.nonce)?;
-            let open = of_part
+            let part_rows = self.journal.members(&part.nonce)?;
+            let open = part_rows
                 .iter()
                 .filter(|member| !member.is_answered(self.cache));
             let held = open.map(|member| member.usd).sum();
@@ -44,24 +44,26 @@ impl BatchRun<'_> {
             part.progress.upstream = upstream;
             part.progress.held = held;
             part.progress.in_doubt = matches!(part.state, PartState::Creating { .. });
-            part.progress.rows = vec![None; of_part.len()];
-            for (line, member) in of_part.into_iter().enumerate() {
+            part.progress.rows = vec![None; part_rows.len()];
+            for (line, member) in part_rows.into_iter().enumerate() {
                 members.insert(member.key, (index, line));
             }
         }
         if members.is_empty() {
             return Ok(());
         }
-        let mut taken = HashSet::new();
+        let mut recovered_rows = HashSet::new();
         for (row, planned) in self.plan.rows.iter().enumerate() {
             let has_old_key = || members.get(planned.old_key.as_deref()?);
             if let Some(&(index, line)) = members.get(&planned.key).or_else(has_old_key) {
                 self.journal.parts[index].progress.rows[line] = Some(row as u32);
-                taken.insert(row);
+                recovered_rows.insert(row);
             }
         }
         for upstream in &mut self.upstreams {
-            upstream.waiting.retain(|entry| !taken.contains(&entry.row));
+            upstream
+                .waiting
+                .retain(|entry| !recovered_rows.contains(&entry.row));
         }
         Ok(())
     }

@@ -55,10 +55,10 @@ pub(crate) fn read(line: &Bytes) -> Vec<Option<RowResult>> {
 }
 
 /// JSON name, with quotes, of the field that identifies the row.
-pub(super) const ID: &[u8] = b"\"custom_id\"";
+pub(super) const CUSTOM_ID: &[u8] = b"\"custom_id\"";
 
 /// Maximum nesting depth of a row within a line.
-const DEEPEST: usize = 5;
+const MAX_DEPTH: usize = 5;
 
 /// Splits a line into rows: items of a list, consecutive objects, or fields of an object, with any text between them.
 /// Invalid JSON is repaired.
@@ -74,7 +74,7 @@ fn values(line: &Bytes) -> Vec<Bytes> {
         } else if let Some(end) = object_end(&rest) {
             rows.extend(repaired_rows(&rest.slice(..end)));
             at = start + end;
-        } else if is_before(ID, b'{', &rest[1..]) {
+        } else if is_before(CUSTOM_ID, b'{', &rest[1..]) {
             // The row is truncated.
             rows.extend(values_by_braces(&rest));
             break;
@@ -103,7 +103,7 @@ fn repaired_rows(object: &Bytes) -> Vec<Bytes> {
 /// Returns the rows in a value, which is a slice of `text`.
 fn rows_in(text: &Bytes, value: &RawValue) -> Vec<Bytes> {
     let mut found = Vec::new();
-    add_rows(value, DEEPEST, &mut found);
+    add_rows(value, MAX_DEPTH, &mut found);
     let found = found.into_iter();
     found
         .map(|row| text.slice_ref(row.get().as_bytes()))
@@ -146,7 +146,7 @@ fn values_by_braces(line: &Bytes) -> Vec<Bytes> {
     let mut at = 0;
     while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {
         let rest = &line[start..];
-        let ids: Vec<usize> = memchr::memmem::find_iter(rest, ID).take(2).collect();
+        let ids: Vec<usize> = memchr::memmem::find_iter(rest, CUSTOM_ID).take(2).collect();
         let end = object_end(rest).unwrap_or(rest.len());
         match ids[..] {
             // The object has several rows, or its first row is truncated.
@@ -214,7 +214,7 @@ fn read_one(line: &Bytes) -> Option<RowResult> {
 
 /// Finds the id of the row in a line that is not JSON.
 fn custom_id(line: &[u8]) -> Option<String> {
-    let rest = &line[memchr::memmem::find(line, ID)? + ID.len()..];
+    let rest = &line[memchr::memmem::find(line, CUSTOM_ID)? + CUSTOM_ID.len()..];
     let rest = rest
         .trim_ascii_start()
         .strip_prefix(b":")?
@@ -315,12 +315,12 @@ pub(crate) struct BatchFailure {
 }
 
 /// Classifies the errors of a failed batch.
-pub(crate) fn classify_batch_failure(mistakes: &[BatchFileError]) -> BatchFailure {
+pub(crate) fn classify_batch_failure(errors: &[BatchFileError]) -> BatchFailure {
     let mut batch_failure = BatchFailure {
         message: "no reason given".into(),
         ..BatchFailure::default()
     };
-    for (index, BatchFileError { error, line }) in mistakes.iter().enumerate() {
+    for (index, BatchFileError { error, line }) in errors.iter().enumerate() {
         let failure = RowFailure::new(error.code.as_str(), &error.message);
         if index == 0 {
             batch_failure.message = failure.message.clone();

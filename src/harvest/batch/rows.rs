@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use memchr::memmem::find;
 
 use super::braces::{Braces, is_closed};
-use super::results::ID;
+use super::results::CUSTOM_ID;
 use crate::client::batch_object::{FileLines, MAX_LINE_LENGTH};
 use crate::client::transport::TransportError;
 
@@ -37,7 +37,7 @@ impl ResultRows {
                 return Ok(Some(row));
             }
             match self.lines.next().await? {
-                Some(line) => self.take(line),
+                Some(line) => self.push_line(line),
                 None if self.open.is_empty() => return Ok(None),
                 None => self.flush_object(),
             }
@@ -49,16 +49,16 @@ impl ResultRows {
         self.lines.skipped
     }
 
-    fn take(&mut self, line: Bytes) {
+    fn push_line(&mut self, line: Bytes) {
         let text = line.trim_ascii();
-        let is_row = text.starts_with(b"{") && find(text, ID).is_some();
+        let is_row = text.starts_with(b"{") && find(text, CUSTOM_ID).is_some();
         let is_open = !self.open.is_empty();
         if is_open && (is_row || self.open.len() + line.len() > MAX_LINE_LENGTH) {
             self.flush_object();
         }
-        let is_whole = text.ends_with(b"}") && is_closed(text);
-        let begins = text.ends_with(b"{") || text.starts_with(b"{");
-        if !self.open.is_empty() || begins && !is_whole {
+        let is_complete = text.ends_with(b"}") && is_closed(text);
+        let starts_object = text.ends_with(b"{") || text.starts_with(b"{");
+        if !self.open.is_empty() || starts_object && !is_complete {
             self.join(line);
         } else if !matches!(text, b"" | b"[" | b"]" | b",") {
             self.ready.push_back(line);

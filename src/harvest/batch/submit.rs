@@ -62,7 +62,7 @@ impl BatchRun<'_> {
         let (count, sum, full) = limits.take(sizes.iter().copied());
         if count == 0 {
             match full {
-                Some(PartFull::Never) => self.fail_too_large(upstream, sizes[0].bytes),
+                Some(PartFull::RowTooLarge) => self.fail_too_large(upstream, sizes[0].bytes),
                 Some(PartFull::Money) => self.stop_without_money(upstream),
                 _ => {}
             }
@@ -156,7 +156,7 @@ impl BatchRun<'_> {
             let is_over = self.deadline_passed_at.is_some();
             match part.state.clone() {
                 PartState::Creating { file } if part.progress.in_doubt => {
-                    self.adopt(index, file).await?
+                    self.find_batch(index, file).await?
                 }
                 PartState::Planned | PartState::Uploaded { .. } | PartState::Creating { .. }
                     if is_over =>
@@ -257,7 +257,7 @@ impl BatchRun<'_> {
 
     /// Searches for the batch of a creation without a reply. If the last search, a minute after the first, does not
     /// find the batch, it is created again.
-    async fn adopt(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
+    async fn find_batch(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
         let (upstream, transport) = self.upstream_of(index)?;
         let part = &self.journal.parts[index];
         let nonce = part.nonce.clone();

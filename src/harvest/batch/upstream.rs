@@ -23,10 +23,10 @@ use crate::plan::run_settings::RunSettings;
 const FIRST_CONTACT_CALLS: u32 = 3;
 
 /// Number of consecutive claims "no request can succeed" that are tolerated from an endpoint that has worked before.
-const CLAIMS: u32 = 4;
+const MAX_CLAIMS: u32 = 4;
 
 /// Number of consecutive failed batches after which the upstream stops.
-const FAILED_BATCHES: u32 = 3;
+const MAX_FAILED_BATCHES: u32 = 3;
 
 /// Live state of an endpoint in batch mode.
 pub(crate) struct BatchUpstream {
@@ -48,7 +48,7 @@ pub(crate) struct BatchUpstream {
     /// Time of the last success.
     last_success: Instant,
     /// True once the address has sent a reply.
-    is_there: bool,
+    has_replied: bool,
     /// Number of consecutive failed batches.
     failed_batches: u32,
     /// True once the endpoint has accepted a batch.
@@ -83,7 +83,7 @@ impl BatchUpstream {
             next_poll: now,
             failures: 0,
             last_success: now,
-            is_there: false,
+            has_replied: false,
             failed_batches: 0,
             has_batches: false,
             claims: 0,
@@ -111,7 +111,7 @@ impl BatchUpstream {
         self.failures = 0;
         self.refused_calls = 0;
         self.last_success = Instant::now();
-        self.is_there = true;
+        self.has_replied = true;
     }
 
     /// Handles a failed call. Returns the pause before the next call, and its reason.
@@ -133,14 +133,14 @@ impl BatchUpstream {
                 return (Duration::ZERO, failure.message);
             }
             AttemptError::Throttled { wait, message } => {
-                self.is_there = true;
+                self.has_replied = true;
                 (wait, message)
             }
             AttemptError::KeyRenewed => return (Duration::ZERO, String::new()),
             AttemptError::Unreadable { problem, .. } => (None, problem),
             AttemptError::Transient { failure, wait } => {
-                self.is_there |= !failure.unreachable;
-                if !self.is_there && self.failures >= FIRST_CONTACT_CALLS {
+                self.has_replied |= !failure.unreachable;
+                if !self.has_replied && self.failures >= FIRST_CONTACT_CALLS {
                     self.stop(run_error::nothing_answers(
                         &self.settings.teacher,
                         &failure.message,
@@ -187,7 +187,7 @@ impl BatchUpstream {
                 &failure.message,
                 teacher,
             ));
-        } else if times > CLAIMS {
+        } else if times > MAX_CLAIMS {
             self.stop(crate::client::refused::refused_after_answers(
                 reason,
                 &failure.message,
@@ -205,7 +205,7 @@ impl BatchUpstream {
     /// Handles a batch that failed as a whole.
     pub(crate) fn batch_failed(&mut self, message: &str, retry: &config::RetryConfig) {
         self.failed_batches += 1;
-        if self.failed_batches >= FAILED_BATCHES {
+        if self.failed_batches >= MAX_FAILED_BATCHES {
             self.stop(anyhow!(
                 "the endpoint fails every batch ({message}): change the setting that the message is about in `[batch]`, \
                  `[sampling]` or `[teacher]`, or set `schedule.mode = \"realtime\"`"
@@ -217,7 +217,7 @@ impl BatchUpstream {
     /// Handles a batch of one row that exceeds the limit of enqueued tokens although no other batch is under way.
     pub(crate) fn single_row_exceeds_limit(&mut self, tokens: u64, retry: &config::RetryConfig) {
         self.failed_batches += 1;
-        if self.failed_batches >= 2 * FAILED_BATCHES {
+        if self.failed_batches >= 2 * MAX_FAILED_BATCHES {
             let message = format!(
                 "the endpoint's limit of enqueued tokens has no room for a batch of {tokens} tokens: \
                  other batches of the account may be under way; rerun the command later"

@@ -32,7 +32,7 @@ impl Dispatcher<'_> {
 
     /// Begins or extends the wait for disk space after a failed write.
     pub(super) fn note_full_disk(&mut self, error: &anyhow::Error) {
-        if self.held_answers.note(error) {
+        if self.held_answers.record_failure(error) {
             self.progress.note(&format!(
                 "{error:#}: answers are held in memory and no request is sent until there is disk space"
             ));
@@ -51,7 +51,7 @@ impl Dispatcher<'_> {
         }
         let held = self.held_answers.take();
         self.record(held)?;
-        let is_held = self.held_answers.holds_something();
+        let is_held = self.held_answers.has_replies();
         match self.run_files.account.save() {
             Ok(()) if !is_held => {
                 self.held_answers.clear();

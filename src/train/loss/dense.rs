@@ -85,10 +85,10 @@ pub(crate) fn position(
             let student_factor = scale * kd * tau / soft_student.sum;
             let teacher_factor = scale * kd * tau / soft_teacher.sum;
             for (at, z) in logits_V.iter_mut().enumerate() {
-                let own = ce_factor * math::exp(student.log(*z))
+                let student_term = ce_factor * math::exp(student.log(*z))
                     + student_factor * math::exp(soft_student.log(*z));
                 let teacher_logit = teacher_logits_V.get(at);
-                *z = own
+                *z = student_term
                     - teacher_logit
                         .map_or(0.0, |l| teacher_factor * math::exp(soft_teacher.log(*l)));
             }

@@ -67,7 +67,7 @@ impl Divergence {
     /// [`is_exact_sample`]: crate::train::loss::position::PositionTarget::is_exact_sample
     pub fn from_config(settings: &LossConfig) -> Option<[Self; 2]> {
         let damped = Self::Damped(settings.tail_weight as f32);
-        let both = match settings.kd {
+        let divergence = match settings.kd {
             KdMode::None => return None,
             KdMode::Auto => return Some([Self::Tail, damped]),
             KdMode::Tail => Self::Tail,
@@ -82,7 +82,7 @@ impl Divergence {
             KdMode::Renormalize => Self::Renormalize,
             KdMode::RenormalizeBoth => Self::RenormalizeBoth,
         };
-        Some([both; 2])
+        Some([divergence; 2])
     }
 }
 
@@ -141,7 +141,7 @@ pub struct DivergenceTerm {
     /// Derivative with respect to a logit outside K, divided by q of that token.
     pub tail_slope: f32,
     /// Amount to subtract from the derivative with respect to the logit of y, a label outside K.
-    pub at_label: f32,
+    pub label_slope: f32,
 }
 
 /// The probabilities of one event (a token of K, or the tail): t by the teacher, s by the student.
@@ -207,12 +207,12 @@ impl DistributionPair<'_> {
             Divergence::Jsd(beta) => self.sum_over_events(|b| {
                 let log_m = log(beta * b.t + (1.0 - beta) * b.s);
                 let of_student = (1.0 - beta) * b.s * (b.log_s - log_m);
-                let of_teacher = times(beta * b.t, b.log_t - log_m);
+                let of_teacher = weighted(beta * b.t, b.log_t - log_m);
                 (of_teacher + of_student, of_student)
             }),
             Divergence::SkewKl(alpha) => self.sum_over_events(|b| {
                 let m = (alpha * b.t + (1.0 - alpha) * b.s).max(MIN_PROBABILITY);
-                let value = times(b.t, b.log_t - m.ln());
+                let value = weighted(b.t, b.log_t - m.ln());
                 (value, -(1.0 - alpha) * b.t * (b.s / m))
             }),
             Divergence::SkewReverseKl(alpha) => self.sum_over_events(|b| {
@@ -250,7 +250,7 @@ impl DistributionPair<'_> {
             value,
             slopes_K: slopes.iter().map(|(slope, s)| slope - s * mean).collect(),
             tail_slope: tail_slope / tail.s - mean,
-            at_label: 0.0,
+            label_slope: 0.0,
         }
     }
 
@@ -265,7 +265,7 @@ impl DistributionPair<'_> {
             }
             // d(log q_ - log q_y) / dz_j = q_j / q_ outside K, 0 inside, and another -1 at y.
             term.tail_slope += lambda / tail;
-            term.at_label = lambda;
+            term.label_slope = lambda;
         }
         term
     }
@@ -279,19 +279,19 @@ impl DistributionPair<'_> {
         let within: f32 = teacher
             .iter()
             .zip(&student)
-            .map(|((t, log_t), (_, log_s))| times(*t, log_t - log_s))
+            .map(|((t, log_t), (_, log_s))| weighted(*t, log_t - log_s))
             .sum();
-        let between = mass * (mass / student_mass).ln() + times(tail, log(tail / student_tail));
-        let both = mass + tail;
-        let pull = mass / student_mass;
+        let between = mass * (mass / student_mass).ln() + weighted(tail, log(tail / student_tail));
+        let total_mass = mass + tail;
+        let mass_ratio = mass / student_mass;
         let inside = teacher.iter().zip(&student).zip(self.probs_K);
         DivergenceTerm {
             value: tau * tau * mass * within + between,
             slopes_K: inside
-                .map(|(((t, _), (s, _)), q)| tau * mass * (s - t) + q * (both - pull))
+                .map(|(((t, _), (s, _)), q)| tau * mass * (s - t) + q * (total_mass - mass_ratio))
                 .collect(),
-            tail_slope: both - tail / student_tail,
-            at_label: 0.0,
+            tail_slope: total_mass - tail / student_tail,
+            label_slope: 0.0,
         }
     }
 
@@ -300,7 +300,7 @@ impl DistributionPair<'_> {
         let logits = teacher.iter().zip(self.logits_K);
         DivergenceTerm {
             value: logits
-                .map(|((t, log_t), z)| times(*t, log_t - (z - self.lse)))
+                .map(|((t, log_t), z)| weighted(*t, log_t - (z - self.lse)))
                 .sum(),
             slopes_K: teacher
                 .iter()
@@ -308,7 +308,7 @@ impl DistributionPair<'_> {
                 .map(|((t, _), q)| q - t)
                 .collect(),
             tail_slope: 1.0,
-            at_label: 0.0,
+            label_slope: 0.0,
         }
     }
 
@@ -319,22 +319,22 @@ impl DistributionPair<'_> {
         DivergenceTerm {
             value: parts
                 .clone()
-                .map(|((t, log_t), (_, log_s))| times(*t, log_t - log_s))
+                .map(|((t, log_t), (_, log_s))| weighted(*t, log_t - log_s))
                 .sum(),
             slopes_K: parts.map(|((t, _), (s, _))| s - t).collect(),
             tail_slope: 0.0,
-            at_label: 0.0,
+            label_slope: 0.0,
         }
     }
 }
 
 /// t log(t / s)
 fn forward_kl(b: EventProbs) -> ValueAndSlope {
-    (times(b.t, b.log_t - b.log_s), -b.t)
+    (weighted(b.t, b.log_t - b.log_s), -b.t)
 }
 
 /// `weight * factor`, and 0 for a weight of 0 even if the factor is infinite.
-fn times(weight: f32, factor: f32) -> f32 {
+fn weighted(weight: f32, factor: f32) -> f32 {
     if weight == 0.0 { 0.0 } else { weight * factor }
 }
 

@@ -166,7 +166,7 @@ pub fn position(
         logits_V[end as usize] = scale * end_prob;
     }
     subtract_label(logits_V, label, smoothing, scale * (1.0 - kd));
-    logits_V[label] -= scale * kd * term.at_label;
+    logits_V[label] -= scale * kd * term.label_slope;
     loss
 }
 

@@ -173,12 +173,12 @@ fn label_smoothing_is_cross_entropy_with_the_smoothed_distribution() {
         assert_eq!(without.ce, with.ce);
         let share = if soft > 0 { 0.6 } else { 1.0 };
         let uniform = lse - STUDENT.iter().map(|z| f64::from(*z)).sum::<f64>() / 6.0;
-        let more = share * 0.3 * (uniform - f64::from(with.ce));
-        assert!((f64::from(with.loss - without.loss) - more).abs() < 1e-6);
+        let expected_increase = share * 0.3 * (uniform - f64::from(with.ce));
+        assert!((f64::from(with.loss - without.loss) - expected_increase).abs() < 1e-6);
         for (j, (plain, smooth)) in plain.iter().zip(&smooth).enumerate() {
             let label = if j == 1 { 1.0 } else { 0.0 };
-            let more = share * 0.3 * (label - 1.0 / 6.0);
-            assert!((smooth - plain - more as f32).abs() < 1e-6);
+            let expected_increase = share * 0.3 * (label - 1.0 / 6.0);
+            assert!((smooth - plain - expected_increase as f32).abs() < 1e-6);
         }
     }
 }
@@ -253,8 +253,11 @@ fn unlisted_ends_have_zero_expected_gradient_at_a_match() {
                     end: UNLISTED,
                     ..weights
                 };
-                let left = mean(listed, weights);
-                assert!(left < 1e-6, "{divergence}, {weight}, {listed:?}: {left}");
+                let corrected = mean(listed, weights);
+                assert!(
+                    corrected < 1e-6,
+                    "{divergence}, {weight}, {listed:?}: {corrected}"
+                );
                 assert!(
                     biased > 0.02,
                     "{divergence}, {weight}, {listed:?}: {biased}"
