@@ -73,16 +73,17 @@ pub struct ConfigFile {
 }
 
 #[derive(Debug, Clone, Args)]
+#[command(allow_negative_numbers = true)]
 pub struct DemoArgs {
     /// Run folder; a demo that was stopped resumes in it
     #[arg(long, value_name = "DIR", default_value = "demo")]
     pub dir: PathBuf,
     /// Prompts to harvest, of the 12,000 that ship
-    #[arg(long, value_name = "N", default_value_t = 12_000)]
-    pub prompts: usize,
+    #[arg(long, value_name = "N", default_value_t = 12_000, value_parser = clap::value_parser!(u32).range(1..=12_000))]
+    pub prompts: u32,
     /// Held-out prompts to evaluate on, of the 600 that ship
-    #[arg(long, value_name = "N", default_value_t = 600)]
-    pub heldout: usize,
+    #[arg(long, value_name = "N", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..=600))]
+    pub heldout: u32,
     /// Optimizer steps of each student
     #[arg(long, value_name = "N", default_value_t = 1500)]
     pub steps: u64,
@@ -92,7 +93,7 @@ pub struct DemoArgs {
 }
 
 #[derive(Debug, Clone, Args)]
-#[command(after_help = EXIT_STATUS)]
+#[command(after_help = EXIT_STATUS, allow_negative_numbers = true)]
 pub struct HarvestArgs {
     #[command(flatten)]
     pub config: ConfigFile,
@@ -313,6 +314,7 @@ pub struct TokenizeArgs {
 }
 
 #[derive(Debug, Clone, Args)]
+#[command(allow_negative_numbers = true)]
 pub struct GenerateArgs {
     /// Model folder (Hugging Face layout)
     #[arg(long, value_name = "DIR")]

@@ -9,8 +9,8 @@ use crate::demo::{self, DemoOptions};
 pub fn run(args: &DemoArgs, global: &GlobalArgs) -> Result<()> {
     let options = DemoOptions {
         dir: args.dir.clone(),
-        prompts: args.prompts,
-        heldout: args.heldout,
+        prompts: args.prompts as usize,
+        heldout: args.heldout as usize,
         steps: args.steps,
         port: args.port,
     };

@@ -40,6 +40,12 @@ pub(crate) fn check(settings: &TeacherConfig) -> Result<(), Mistake> {
 /// password, a query or the path of an API method. The message says which value to set instead.
 pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake> {
     let shown = &settings.base_url;
+    if text.is_empty() {
+        return Err(mistake(
+            "`teacher.base_url` is empty: set it to the address of the endpoint, such as \"https://api.openai.com/v1\""
+                .into(),
+        ));
+    }
     if !text.contains("://") {
         return Err(mistake(format!(
             "`teacher.base_url` = \"{shown}\" has no scheme: write \"https://{shown}\", or \
@@ -108,7 +114,9 @@ fn check_scheme(settings: &TeacherConfig, url: &Url) -> Result<(), Mistake> {
             "`teacher.base_url` = \"{shown}\" would send the prompts unencrypted: use https, or \
              set `teacher.allow_http = true` for an endpoint on your own network"
         ),
-        _ => format!("`teacher.base_url` = \"{shown}\" must begin with https://"),
+        _ => format!(
+            "`teacher.base_url` = \"{shown}\" must begin with https://, or with http:// for a server on this machine"
+        ),
     };
     Err(mistake(message))
 }

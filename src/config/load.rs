@@ -85,10 +85,15 @@ pub fn load(
         };
         let key = key.trim();
         if !keys.iter().any(|other| other == key) {
-            return Err(usage(format!(
-                "--set: `{key}` is not a setting{}",
-                nearest(key, keys.iter().map(String::as_str), KEYS_HINT)
-            )));
+            // A key without its section is close to many other names.
+            let in_section = keys
+                .iter()
+                .find(|other| other.ends_with(&format!(".{key}")));
+            let hint = match in_section {
+                Some(other) => format!("; did you mean {other:?}?"),
+                None => nearest(key, keys.iter().map(String::as_str), KEYS_HINT),
+            };
+            return Err(usage(format!("--set: `{key}` is not a setting{hint}")));
         }
         set(&mut table, key, value);
         check_value(key, value, "--set")?;
@@ -135,7 +140,10 @@ fn origin(
         _ if in_own_section.is_some() => in_own_section,
         Some(FROM_FILE) | None => in_file(&key, None),
         Some(FROM_FLAG) => Some("--set".to_owned()),
-        Some(variable) => Some(variable.to_owned()),
+        Some(variable) => {
+            let name = variable.trim_start_matches("environment (");
+            Some(name.trim_end_matches(')').to_owned())
+        }
     }
     .unwrap_or_else(|| path.display().to_string())
 }

@@ -8,15 +8,14 @@ use jiff::civil::{Date, DateTime, Time};
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan};
 use regex::Regex;
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Error, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use toml::value::Datetime;
 
 /// A value and the text from which it was parsed. It is serialised and compared as text.
-#[derive(Clone, Serialize, Deserialize)]
-#[serde(
-    try_from = "String",
-    into = "String",
-    bound(deserialize = "T: ParseSetting", serialize = "T: Clone")
-)]
+#[derive(Clone, Serialize)]
+#[serde(into = "String", bound(serialize = "T: Clone"))]
 pub struct Parsed<T> {
     text: String,
     value: T,
@@ -50,6 +49,35 @@ impl<T: ParseSetting> TryFrom<String> for Parsed<T> {
     fn try_from(text: String) -> Result<Self, String> {
         let value = T::parse_setting(&text)?;
         Ok(Self { text, value })
+    }
+}
+
+/// Accepts TOML's dates and times, too, which need no quotes: `as_of = 2026-11-22`.
+impl<'de, T: ParseSetting> Deserialize<'de> for Parsed<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TextVisitor;
+
+        impl<'de> Visitor<'de> for TextVisitor {
+            type Value = String;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string")
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<String, E> {
+                Ok(text.to_owned())
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<String, A::Error> {
+                let datetime = Datetime::deserialize(MapAccessDeserializer::new(map));
+                Ok(datetime
+                    .map_err(|_| A::Error::custom("expected a string"))?
+                    .to_string())
+            }
+        }
+
+        let text = deserializer.deserialize_any(TextVisitor)?;
+        Self::try_from(text).map_err(D::Error::custom)
     }
 }
 
@@ -122,7 +150,7 @@ impl ParseSetting for DailyWindow {
         });
         times.ok_or_else(|| {
             format!(
-                "{text:?} is not a valid window: expected two times of day, like \"22:00-06:30\""
+                "{text:?} is not a valid window: expected two different times of day, like \"22:00-06:30\""
             )
         })
     }

@@ -205,10 +205,15 @@ pub(crate) fn check_money(
     let today = now.to_zoned(jiff::tz::TimeZone::UTC).date();
     for endpoint in &settings.endpoints {
         let label = endpoint.teacher.label();
-        if endpoint.price.input.is_none() || endpoint.price.output.is_none() {
+        let missing = match (endpoint.price.input, endpoint.price.output) {
+            (Some(_), Some(_)) => None,
+            (Some(_), None) => Some("`price.output`"),
+            (None, Some(_)) => Some("`price.input`"),
+            (None, None) => Some("`price.input` and `price.output`"),
+        };
+        if let Some(missing) = missing {
             let message = format!(
-                "`budget.usd` is set, but {label} has no price: set `price.input` and \
-                 `price.output`, in dollars per million tokens (0 if it is free)"
+                "`budget.usd` is set, but {label} has no price: set {missing}, in dollars per million tokens (0 if it is free)"
             );
             return Err(Exit::Usage(message).into());
         }

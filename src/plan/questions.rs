@@ -87,6 +87,8 @@ fn each_candidate(dir: &Path, mut each: impl FnMut(RecordProperties) -> bool) ->
 /// The questions of a config.
 struct PlannedQuestions {
     selection: Selection,
+    /// The config names a teacher's model. A config that trains on another run's cache may omit it.
+    names_teacher: bool,
     /// Error of the prompts file; without prompts, answers are selected by endpoint, model and sampling alone.
     load_error: Option<anyhow::Error>,
 }
@@ -98,6 +100,9 @@ impl PlannedQuestions {
         cache_dir: &Path,
         templates: Vec<RequestTemplate>,
     ) -> Result<PlannedQuestions> {
+        let names_teacher = templates
+            .iter()
+            .any(|template| !template.endpoint.teacher.model.is_empty());
         let teachers = templates.iter().map(|template| {
             let teacher = &template.endpoint.teacher;
             TeacherIdentity::new(&teacher.name, &teacher.base_url, &template.body(&[], 0))
@@ -112,6 +117,7 @@ impl PlannedQuestions {
         };
         Ok(PlannedQuestions {
             selection: Selection::Config(ConfigSelection { rows, teachers }),
+            names_teacher,
             load_error,
         })
     }
@@ -122,9 +128,11 @@ impl PlannedQuestions {
         if let Some(dir) = other_cache
             && let Some(only) = only_group_of(dir, &self.selection)?
         {
-            tracing::warn!(
-                "data.cache has no answers for this config's teacher, model and sampling: using its only group"
-            );
+            if self.names_teacher {
+                tracing::warn!(
+                    "data.cache has no answers for this config's teacher, model and sampling: using its only group"
+                );
+            }
             return Ok(Selection::Named(vec![only]));
         }
         if let Some(error) = self.load_error {

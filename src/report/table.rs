@@ -191,6 +191,7 @@ fn estimate_rows(summary: &HarvestSummary, estimate: &Estimate) -> Vec<[String; 
     };
     let time = match (&estimate.batches, estimate.minutes) {
         (Some(batches), _) => batch_time(batches),
+        (None, 0.0) if summary.pending == 0 => "nothing is left to request".into(),
         (None, 0.0) => "no limit is set".into(),
         (None, minutes) => format!(
             "at least {}",

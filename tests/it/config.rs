@@ -135,7 +135,7 @@ type ErrorCase = (
 
 #[test]
 fn config_errors_have_a_position_and_a_hint() {
-    let cases: [ErrorCase; 8] = [
+    let cases: [ErrorCase; 9] = [
         (
             "[teacher]\nmodl = \"x\"",
             &[],
@@ -169,6 +169,7 @@ fn config_errors_have_a_position_and_a_hint() {
             &["train.sede", "\"train.seed\""],
         ),
         ("", &[], &["train.steps"], &["section.key=value"]),
+        ("", &[], &["steps=5"], &["did you mean \"train.steps\"?"]),
     ];
     for (text, environment, flags, expected) in cases {
         let error = load_text(text, environment, flags).unwrap_err();
@@ -315,9 +316,20 @@ fn mistakes_in_values_have_a_position_and_a_key() {
     let variable = [("DISTILL_TRAIN_BATCH_SIZE", "0")];
     let variable_error = load_text("", &variable, &[]).unwrap_err().to_string();
     assert!(
-        variable_error.starts_with("environment (DISTILL_TRAIN_BATCH_SIZE): `train.batch_size`"),
+        variable_error.starts_with("DISTILL_TRAIN_BATCH_SIZE: `train.batch_size`"),
         "{variable_error}"
     );
+    let dates = "[price]\nas_of = 2026-11-22\n[schedule]\ndeadline = 2026-11-23T06:30:00\n";
+    let quoted =
+        "[price]\nas_of = \"2026-11-22\"\n[schedule]\ndeadline = \"2026-11-23T06:30:00\"\n";
+    let load = |text: &str| load_text(text, &[], &[]).unwrap();
+    assert_eq!(load(dates).price, load(quoted).price);
+    assert_eq!(load(dates).schedule, load(quoted).schedule);
+    for value in ["5", "{ a = 1 }", "true"] {
+        let error = load_text(&format!("[price]\nas_of = {value}"), &[], &[]).unwrap_err();
+        assert!(error.to_string().contains("`price.as_of`: "), "{error}");
+        assert!(error.to_string().contains("a string"), "{error}");
+    }
     // The value of a variable is not known before a request is sent.
     let with_variable = "[teacher]\nbase_url = \"${GATEWAY}/v1\"\nheaders = { A = \"${B}\" }";
     load_text(with_variable, &[], &[]).unwrap();
