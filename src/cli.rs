@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::demo;
 use crate::plan::shard::RequestShard;
 
 /// Exit statuses in the help; see [`crate::exit::Exit`].
@@ -79,10 +80,10 @@ pub struct DemoArgs {
     #[arg(long, value_name = "DIR", default_value = "demo")]
     pub dir: PathBuf,
     /// Prompts to harvest, of the 12,000 that ship
-    #[arg(long, value_name = "N", default_value_t = 12_000, value_parser = clap::value_parser!(u32).range(1..=12_000))]
+    #[arg(long, value_name = "N", default_value_t = demo::PROMPTS, value_parser = clap::value_parser!(u32).range(1..=i64::from(demo::PROMPTS)))]
     pub prompts: u32,
     /// Held-out prompts to evaluate on, of the 600 that ship
-    #[arg(long, value_name = "N", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..=600))]
+    #[arg(long, value_name = "N", default_value_t = demo::HELDOUT, value_parser = clap::value_parser!(u32).range(1..=i64::from(demo::HELDOUT)))]
     pub heldout: u32,
     /// Optimizer steps of each student
     #[arg(long, value_name = "N", default_value_t = 1500)]

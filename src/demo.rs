@@ -63,6 +63,12 @@ macro_rules! shipped {
     };
 }
 
+/// Number of prompts that ship.
+pub(crate) const PROMPTS: u32 = 12_000;
+
+/// Number of held-out prompts that ship.
+pub(crate) const HELDOUT: u32 = 600;
+
 const SUMMARY: &str = "summary.json";
 
 const FILES: [(&str, &[u8]); 9] = shipped! {
@@ -241,7 +247,6 @@ fn configs(options: &DemoOptions, base_url: &str) -> Vec<(String, String)> {
         let steps = if loss.is_empty() { 0 } else { *steps };
         let text = format!(
             "run_dir = \"{name}\"\n\n\
-             [teacher]\nmodel = \"teacher\"\n\n\
              [data]\ncache = \"harvest/cache\"\nvalidation_share = 0.05\n\n\
              [student]\ninit = \"random\"\npath = \"teacher\"\nhidden_size = 128\n\
              intermediate_size = 344\nnum_hidden_layers = 3\nnum_attention_heads = 4\n\
@@ -312,5 +317,21 @@ impl fmt::Display for DemoSummary {
         }
         write!(f, "{}", table(&rows))?;
         writeln!(f, "\nthe run folder is {}", self.dir.display())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_shipped_prompts_are_those_of_the_files() {
+        for (name, count) in [("prompts.jsonl", PROMPTS), ("test.jsonl", HELDOUT)] {
+            let (_, bytes) = FILES.iter().find(|(file, _)| *file == name).unwrap();
+            assert_eq!(
+                bytes.split(|byte| *byte == b'\n').count() - 1,
+                count as usize
+            );
+        }
     }
 }

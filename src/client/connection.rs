@@ -26,7 +26,6 @@ impl EndpointAddress {
     /// [`Exit::Usage`] with the value to set instead.
     pub(crate) fn from_config(settings: &config::TeacherConfig) -> Result<EndpointAddress> {
         let text = expand("teacher.base_url", &settings.base_url)?.text;
-        let text = text.trim().trim_end_matches('/').to_owned();
         let url = config::address::parse(settings, &text)
             .map_err(|mistake| Exit::Usage(mistake.message))?;
         let expand_pair = |(name, value): (&String, &String)| {

@@ -15,6 +15,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use crate::client::response;
 use crate::client::secrets::Secrets;
+use crate::config::teacher::VARIABLE_START;
 use crate::config::{self, KeySource};
 use crate::exit::Exit;
 
@@ -70,12 +71,11 @@ impl Credentials {
         let encodings = HeaderValue::from_static(response::encoding::ACCEPTED);
         headers.insert(ACCEPT_ENCODING, encodings);
         let mut secrets = Vec::new();
-        for (name, value) in settings.extra_headers() {
-            let setting = format!("teacher.headers.{name}");
+        for (setting, name, value) in settings.extra_headers() {
             let expanded = expand(&setting, value)?;
             headers.insert(
                 header_name(&setting, name)?,
-                header_value(&setting, &expanded.text)?,
+                header_value(&format!("`{setting}`"), &expanded.text)?,
             );
             secrets.extend(expanded.secrets);
         }
@@ -217,7 +217,7 @@ pub(crate) fn expand(setting: &str, text: &str) -> Result<Expanded> {
         secrets: Vec::new(),
     };
     let mut remaining = text;
-    while let Some((before, after)) = remaining.split_once("${") {
+    while let Some((before, after)) = remaining.split_once(VARIABLE_START) {
         let Some((name, after)) = after.split_once('}') else {
             break;
         };
@@ -324,11 +324,7 @@ fn header_name(setting: &str, name: &str) -> Result<HeaderName> {
 }
 
 fn header_value(setting: &str, value: &str) -> Result<HeaderValue> {
-    let mut value = HeaderValue::try_from(value).map_err(|_| {
-        Exit::Usage(format!(
-            "{setting} contains characters that are not allowed in a header: set it without line breaks"
-        ))
-    })?;
+    let mut value = config::address::header_value(setting, value).map_err(Exit::Usage)?;
     value.set_sensitive(true);
     Ok(value)
 }

@@ -97,7 +97,9 @@ impl HttpTeacher {
         let response = tokio::time::timeout(timeout, self.sender.begin(request)).await;
         let (sent_headers, response) = response.map_err(|_| TransportError::Timeout)??;
         if !response.status().is_success() {
-            let refusal = self.sender.finish(&sent_headers, response).await?;
+            let refusal = self.sender.finish(&sent_headers, response);
+            let refusal = tokio::time::timeout(timeout, refusal).await;
+            let refusal = refusal.map_err(|_| TransportError::Timeout)??;
             return Ok(FileDownload::Refused(refusal));
         }
         let decoder = ContentDecoder::new(response.headers());

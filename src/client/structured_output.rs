@@ -122,6 +122,32 @@ mod tests {
         }
     }
 
+    /// Verdicts of older drafts that versions of the validator have changed.
+    #[test]
+    fn schemas_of_older_drafts_keep_their_meaning() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.json");
+        let cases = [
+            (
+                r#"{"$schema":"http://json-schema.org/schema#","type":"integer"}"#,
+                "1",
+            ),
+            (
+                r#"{"$schema":"http://json-schema.org/draft-04/schema#","type":"integer"}"#,
+                "18446744073709551616",
+            ),
+        ];
+        for (schema, answer) in cases {
+            std::fs::write(&path, schema).unwrap();
+            let structured = StructuredOutput::load(&path).unwrap();
+            assert_eq!(structured.violation(answer), None, "{schema}");
+        }
+        let schema = r#"{"$schema":"http://json-schema.org/draft-07/schema#","prefixItems":[{"type":"integer"}],"items":{"type":"string"}}"#;
+        std::fs::write(&path, schema).unwrap();
+        let structured = StructuredOutput::load(&path).unwrap();
+        assert!(structured.violation(r#"[1,"a"]"#).is_some());
+    }
+
     #[test]
     fn invalid_schema_error_names_the_file_and_line() {
         let dir = tempfile::tempdir().unwrap();

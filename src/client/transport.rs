@@ -126,9 +126,12 @@ pub trait BatchApi: Send + Sync {
     }
 }
 
+/// Decoded bytes of a file in the order in which they arrive.
+pub type FileChunks = BoxStream<'static, Result<Bytes, TransportError>>;
+
 /// Result of a file download.
 pub enum FileDownload {
     /// A reply with an error status.
     Refused(HttpReply),
-    Content(BoxStream<'static, Result<Bytes, TransportError>>),
+    Content(FileChunks),
 }

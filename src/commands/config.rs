@@ -18,7 +18,10 @@ pub fn run(args: &ConfigArgs, global: &GlobalArgs) -> Result<()> {
     }
     let mut text = String::new();
     let mut line = |key: &str, value: &Value| {
-        let origin = loaded.origins.get(key).map_or("default", String::as_str);
+        let origin = loaded
+            .origins
+            .get(key)
+            .map_or("default".to_owned(), |origin| origin.to_string());
         text.push_str(&format!("{key} = {value}  # {origin}\n"));
     };
     let config = serde_json::to_value(&loaded.config)?;

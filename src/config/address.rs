@@ -2,11 +2,11 @@
 
 use std::net::IpAddr;
 
-use http::HeaderName;
+use http::{HeaderName, HeaderValue};
 use url::Url;
 
 use super::error::Mistake;
-use super::teacher::{AllowHttp, KeySource, TeacherConfig};
+use super::teacher::{AllowHttp, KeySource, TeacherConfig, VARIABLE_START};
 
 /// Headers that the HTTP client controls.
 const CONNECTION_HEADERS: [&str; 10] = [
@@ -22,13 +22,10 @@ const CONNECTION_HEADERS: [&str; 10] = [
     "Expect",
 ];
 
-/// Start of an environment variable in a value: `${NAME}`.
-const VARIABLE_START: &str = "${";
-
 /// Checks the address and the headers, except for values that contain environment variables.
 pub(crate) fn check(settings: &TeacherConfig) -> Result<(), Mistake> {
     if !settings.base_url.contains(VARIABLE_START) {
-        parse(settings, settings.base_url.trim().trim_end_matches('/'))?;
+        parse(settings, &settings.base_url)?;
     }
     check_headers(settings)
 }
@@ -39,7 +36,8 @@ pub(crate) fn check(settings: &TeacherConfig) -> Result<(), Mistake> {
 /// If the scheme is neither https nor an http that `teacher.allow_http` permits, or the URL contains a user name, a
 /// password, a query or the path of an API method. The message says which value to set instead.
 pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake> {
-    let shown = &settings.base_url;
+    let shown = &without_secrets(&settings.base_url);
+    let text = without_slash(text);
     if text.is_empty() {
         return Err(mistake(
             "`teacher.base_url` is empty: set it to the address of the endpoint, such as \"https://api.openai.com/v1\""
@@ -74,7 +72,7 @@ pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake
         "/responses",
         "/messages",
     ] {
-        if let Some(address) = shown.trim().trim_end_matches('/').strip_suffix(path) {
+        if let Some(address) = without_slash(shown).strip_suffix(path) {
             return Err(mistake(format!(
                 "`teacher.base_url` must not end with \"{path}\", which is appended to each request: \
                  set it to \"{address}\""
@@ -85,16 +83,33 @@ pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake
     Ok(url)
 }
 
+/// Returns the URL without white space around it and without slashes at its end.
+pub(crate) fn without_slash(url: &str) -> &str {
+    url.trim().trim_end_matches('/')
+}
+
+/// Returns the part of an address that a message may repeat: no user name, password or query.
+fn without_secrets(url: &str) -> String {
+    let (url, _) = url.split_once(['?', '#']).unwrap_or((url, ""));
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let host = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
+    if scheme.is_empty() {
+        host.to_owned()
+    } else {
+        format!("{scheme}://{host}")
+    }
+}
+
 fn mistake(message: String) -> Mistake {
     Mistake::new("teacher.base_url", message)
 }
 
 fn check_scheme(settings: &TeacherConfig, url: &Url) -> Result<(), Mistake> {
-    let shown = &settings.base_url;
+    let shown = &without_secrets(&settings.base_url);
     let mut texts = settings.headers.values().chain(settings.query.values());
     let has_key = settings.key_source() != KeySource::None
         || texts.any(|text| text.contains(VARIABLE_START))
-        || shown.contains(VARIABLE_START);
+        || settings.base_url.contains(VARIABLE_START);
     let message = match (url.scheme(), settings.allow_http) {
         ("https", _) => return Ok(()),
         ("http", _) if is_loopback(url) => return Ok(()),
@@ -134,29 +149,31 @@ pub(crate) fn is_loopback(url: &Url) -> bool {
 fn check_headers(settings: &TeacherConfig) -> Result<(), Mistake> {
     let key_header = header_name("teacher.api_key_header", &settings.api_key_header)
         .map_err(|message| Mistake::new("teacher.api_key_header", message))?;
-    let refuse = |message: String| Err(Mistake::new("teacher.headers", message));
-    for (name, value) in settings.extra_headers() {
+    for (setting, name, value) in settings.extra_headers() {
+        let key = match setting.as_str() {
+            "teacher.organization" => "teacher.organization",
+            "teacher.project" => "teacher.project",
+            _ => "teacher.headers",
+        };
+        let refuse = |message: String| Err(Mistake::new(key, message));
         let is = |other: &str| name.eq_ignore_ascii_case(other);
         if CONNECTION_HEADERS.iter().any(|header| is(header)) {
             return refuse(format!(
-                "`teacher.headers.{name}` cannot be set: the HTTP client controls this header"
+                "`{setting}` cannot be set: the HTTP client controls this header"
             ));
         }
         if is(key_header.as_str()) && settings.key_source() != KeySource::None {
             return refuse(format!(
-                "`teacher.headers.{name}` is already the header of the key: remove it, or set \
-                 `teacher.api_key_env = \"\"`"
+                "`{setting}` is already the header of the key: remove it, or set `teacher.api_key_env = \"\"`"
             ));
         }
-        let setting = format!("teacher.headers.{name}");
         if let Err(message) = header_name(&setting, name) {
             return refuse(message);
         }
-        let is_valid = http::HeaderValue::try_from(value).is_ok();
-        if !is_valid && !value.contains(VARIABLE_START) {
-            return refuse(format!(
-                "`{setting}` contains characters that are not allowed in a header: set it without line breaks"
-            ));
+        if !value.contains(VARIABLE_START)
+            && let Err(message) = header_value(&format!("`{setting}`"), value)
+        {
+            return refuse(message);
         }
     }
     Ok(())
@@ -169,4 +186,16 @@ fn check_headers(settings: &TeacherConfig) -> Result<(), Mistake> {
 pub(crate) fn header_name(setting: &str, name: &str) -> Result<HeaderName, String> {
     HeaderName::try_from(name)
         .map_err(|_| format!("`{setting}`: {name:?} is not a valid header name"))
+}
+
+/// Parses the value of a header; `source` is its setting, or "the key".
+///
+/// # Errors
+/// A message that names the source and does not repeat the value, which may be a key.
+pub(crate) fn header_value(source: &str, value: &str) -> Result<HeaderValue, String> {
+    HeaderValue::try_from(value).map_err(|_| {
+        format!(
+            "{source} contains characters that are not allowed in a header: set it without line breaks"
+        )
+    })
 }

@@ -107,10 +107,20 @@ pub enum Thinking {
     Drop,
 }
 
+/// Returns the cache folder of the run in `run_dir`.
+pub fn cache_dir(run_dir: &Path) -> PathBuf {
+    run_dir.join("cache")
+}
+
+/// Returns the folder in `run_dir` in which the endpoint's scores of the student's answers are stored.
+pub fn scores_dir(run_dir: &Path) -> PathBuf {
+    run_dir.join("judged")
+}
+
 impl DataConfig {
     /// Cache folder with the answers to train on, for a run in `run_dir`.
     pub fn cache_folder(&self, run_dir: &Path) -> PathBuf {
-        let default = || run_dir.join("cache");
+        let default = || cache_dir(run_dir);
         self.cache.clone().unwrap_or_else(default)
     }
 

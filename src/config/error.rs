@@ -112,7 +112,7 @@ fn key_in_table<'t>(table: &'t DeTable, span: &Range<usize>, keys: &mut Vec<&'t 
     for (key, value) in table {
         keys.push(key.get_ref());
         let found = match value.get_ref() {
-            DeValue::Table(table) => key_in_table(table, span, keys),
+            DeValue::Table(table) => key_in_table(table, span, keys) || contains_span(value),
             DeValue::Array(entries) => {
                 let mut tables = entries
                     .iter()
@@ -150,24 +150,47 @@ pub(crate) fn usage(message: String) -> anyhow::Error {
     Exit::Usage(hide_keys(&message)).into()
 }
 
-/// Replaces API keys in a text by `[key]`.
+/// Replaces API keys in a message by `[key]`. A key may follow any character that is not a letter or a digit, and an
+/// escaped line break or tab of a quoted value.
 pub(crate) fn hide_keys(text: &str) -> String {
-    let is_key_char = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    let mut hidden = String::with_capacity(text.len());
+    replace_keys(text, |before| {
+        let is_escaped = ["\\n", "\\t", "\\r"]
+            .iter()
+            .any(|end| before.ends_with(end));
+        is_escaped || !before.ends_with(|c: char| c.is_ascii_alphanumeric())
+    })
+}
+
+/// Returns true if a word of the text is the key of a well-known provider.
+pub(crate) fn contains_key(text: &str) -> bool {
+    replace_keys(text, |before| !before.ends_with(is_key_char)) != text
+}
+
+/// Replaces API keys by `[key]`. `may_follow` returns true if a key may start after the given text.
+fn replace_keys(text: &str, may_follow: impl Fn(&str) -> bool) -> String {
+    let mut replaced = String::with_capacity(text.len());
     let mut rest = text;
-    while let Some(start) = rest.find(is_key_char) {
-        hidden.push_str(&rest[..start]);
-        let word = &rest[start..];
-        let end = word.find(|c| !is_key_char(c)).unwrap_or(word.len());
-        let (word, after) = word.split_at(end);
+    while let Some(next) = rest.chars().next() {
+        let position = text.len() - rest.len();
+        let end = rest.find(|c| !is_key_char(c)).unwrap_or(rest.len());
+        let word = &rest[..end];
         let is_key = word.len() >= MIN_KEY_LENGTH
             && KEY_PREFIXES.iter().any(|prefix| word.starts_with(prefix))
-            && word.bytes().any(|byte| byte.is_ascii_digit());
-        hidden.push_str(if is_key { "[key]" } else { word });
-        rest = after;
+            && word.bytes().any(|byte| byte.is_ascii_digit())
+            && may_follow(&text[..position]);
+        if is_key {
+            replaced.push_str("[key]");
+            rest = &rest[end..];
+        } else {
+            replaced.push(next);
+            rest = &rest[next.len_utf8()..];
+        }
     }
-    hidden.push_str(rest);
-    hidden
+    replaced
+}
+
+fn is_key_char(c: char) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.')
 }
 
 /// Minimum length of an API key in bytes; shorter texts are placeholders or names.
@@ -178,3 +201,30 @@ pub(crate) const KEY_PREFIXES: [&str; 14] = [
     "sk-", "sk_", "gsk_", "hf_", "xai-", "pplx-", "AIza", "r8_", "nvapi-", "fw_", "tgp_", "csk-",
     "ya29.", "eyJ",
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_hidden_wherever_they_start() {
+        let key = "sk-proj-Ab12Cd34Ef56Gh78";
+        for text in [
+            key.to_owned(),
+            format!("`teacher.headers.{key}`"),
+            format!("{:?}", format!("\n{key}")),
+            format!("{:?}", format!("x\t{key}\r{key}")),
+            format!("ü{key}"),
+        ] {
+            assert!(!hide_keys(&text).contains("Ab12"), "{}", hide_keys(&text));
+        }
+        for text in [
+            "task-proj-Ab12Cd34Ef56Gh78",
+            "sk-learn",
+            "é sk-sentence-pair-model",
+        ] {
+            assert_eq!(hide_keys(text), text);
+        }
+        assert!(contains_key(key) && !contains_key("https://api.sk-region-1234567890.example.com"));
+    }
+}

@@ -1,10 +1,11 @@
 //! Reading of the config from file, environment and flags, with the origin of each value.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
 use toml::{Table, Value};
 
 use super::error::Mistake;
@@ -12,10 +13,6 @@ use super::settings::Config;
 use crate::config::error::{describe, line_and_column, nearest, position, usage};
 
 const PREFIX: &str = "DISTILL_";
-/// Origin of a value in the config file.
-const FROM_FILE: &str = "file";
-/// Origin of a value in a `--set` flag.
-const FROM_FLAG: &str = "flag";
 /// Hint of the messages about unknown keys.
 const KEYS_HINT: &str = "`distill config show` lists every key";
 
@@ -24,7 +21,32 @@ const KEYS_HINT: &str = "`distill config show` lists every key";
 pub struct LoadedConfig {
     pub config: Config,
     /// Origin by `section.key`.
-    pub origins: BTreeMap<String, String>,
+    pub origins: BTreeMap<String, Origin>,
+}
+
+/// Source of a value.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Origin {
+    File,
+    Flag,
+    /// An environment variable, by its name.
+    Variable(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::File => f.write_str("file"),
+            Origin::Flag => f.write_str("flag"),
+            Origin::Variable(name) => write!(f, "environment ({name})"),
+        }
+    }
+}
+
+impl Serialize for Origin {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
 }
 
 /// Reads the file at `path`, the `DISTILL_*` variables in `environment`, and the `--set` flags.
@@ -48,10 +70,10 @@ pub fn load(
         match value {
             Value::Table(keys) => origins.extend(
                 keys.keys()
-                    .map(|key| (format!("{section}.{key}"), FROM_FILE.to_string())),
+                    .map(|key| (format!("{section}.{key}"), Origin::File)),
             ),
             _ => {
-                origins.insert(section.clone(), FROM_FILE.into());
+                origins.insert(section.clone(), Origin::File);
             }
         }
     }
@@ -75,7 +97,7 @@ pub fn load(
         };
         set(&mut table, key, &value);
         check_value(key, &value, &name)?;
-        origins.insert(key.clone(), format!("environment ({name})"));
+        origins.insert(key.clone(), Origin::Variable(name));
     }
     for flag in flags {
         let Some((key, value)) = flag.split_once('=') else {
@@ -97,7 +119,7 @@ pub fn load(
         }
         set(&mut table, key, value);
         check_value(key, value, "--set")?;
-        origins.insert(key.to_string(), FROM_FLAG.into());
+        origins.insert(key.to_string(), Origin::Flag);
     }
     complete_teachers(&mut table);
     let mut config = Config::deserialize(table)
@@ -107,19 +129,14 @@ pub fn load(
     config.file = Some(path.to_owned());
     config.flags = flags.to_vec();
     if let Err(mistake) = config.validate() {
-        let origin = origin(path, &text, &origins, &mistake);
-        return Err(usage(format!("{origin}: {}", mistake.message)));
+        let place = place(path, &text, &origins, &mistake);
+        return Err(usage(format!("{place}: {}", mistake.message)));
     }
     Ok(LoadedConfig { config, origins })
 }
 
 /// Returns the source of the setting that has the mistake: the flag, the environment variable, or the position in the file.
-fn origin(
-    path: &Path,
-    text: &str,
-    origins: &BTreeMap<String, String>,
-    mistake: &Mistake,
-) -> String {
+fn place(path: &Path, text: &str, origins: &BTreeMap<String, Origin>, mistake: &Mistake) -> String {
     let key: Vec<&str> = mistake.key.split('.').collect();
     let in_file = |keys: &[&str], entry: Option<usize>| {
         let start = position(text, keys, entry)?;
@@ -129,23 +146,27 @@ fn origin(
             line_and_column(text, start)
         ))
     };
-    // A section of a teacher's own comes before the common one. In an entry of `[[teachers]]`, `teacher.model` is `model`.
-    let entry_key = if key[0] == "teacher" { &key[1..] } else { &key };
-    let in_own_section = match mistake.teacher {
-        Some(entry) => in_file(&[&["teachers"], entry_key].concat(), Some(entry)),
-        None if key[0] == "teacher" => None,
-        None => in_file(&[&["teacher"], entry_key].concat(), None),
+    // In an entry of `[[teachers]]`, `teacher.model` is `model`.
+    let own_key = if key[0] == "teacher" { &key[1..] } else { &key };
+    // A section of a teacher's own comes before the common one, and entries inherit those of `[teacher]`.
+    let from_outside = |key: &str| match origins.get(key) {
+        Some(Origin::Flag) => Some("--set".to_owned()),
+        Some(Origin::Variable(name)) => Some(name.clone()),
+        Some(Origin::File) | None => None,
     };
-    match origins.get(mistake.key).map(String::as_str) {
-        _ if in_own_section.is_some() => in_own_section,
-        Some(FROM_FILE) | None => in_file(&key, None),
-        Some(FROM_FLAG) => Some("--set".to_owned()),
-        Some(variable) => {
-            let name = variable.trim_start_matches("environment (");
-            Some(name.trim_end_matches(')').to_owned())
-        }
-    }
-    .unwrap_or_else(|| path.display().to_string())
+    let in_entry = mistake.teacher.and_then(|entry| {
+        from_outside("teachers")
+            .or_else(|| in_file(&[&["teachers"], own_key].concat(), Some(entry)))
+    });
+    let in_teacher = || match key[0] {
+        "teacher" => None,
+        _ => in_file(&[&["teacher"], own_key].concat(), None),
+    };
+    let in_section = || from_outside(mistake.key).or_else(|| in_file(&key, None));
+    in_entry
+        .or_else(in_teacher)
+        .or_else(in_section)
+        .unwrap_or_else(|| path.display().to_string())
 }
 
 /// Parses the text of a config file, without the environment and without validation.

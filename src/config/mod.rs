@@ -36,7 +36,7 @@ pub(crate) mod validate;
 
 pub use data::*;
 pub use harvest::*;
-pub use load::{LoadedConfig, load, parse};
+pub use load::{LoadedConfig, Origin, load, parse};
 pub use parsed::{DailyWindow, Deadline, ParseSetting, Parsed};
 pub use redis_url::{CANNOT_SHARE, RedisUrl};
 pub use settings::*;

@@ -1,6 +1,6 @@
 //! The whole config, and values derived from several sections. `config.example.toml` documents every setting.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -77,7 +77,7 @@ impl Config {
 
     /// Cache folder of this run, which `harvest` writes.
     pub fn own_cache(&self) -> PathBuf {
-        self.run_dir.join("cache")
+        cache_dir(&self.run_dir)
     }
 
     /// Cache folder that `train` and `eval` read.
@@ -91,21 +91,17 @@ impl Config {
     }
 }
 
-/// Returns the folder in `run_dir` in which the endpoint's scores of the student's answers are stored.
-pub fn scores_dir(run_dir: &Path) -> PathBuf {
-    run_dir.join("judged")
-}
-
 impl Config {
-    /// Settings that the trained weights depend on, as JSON. `train.steps` must hold the number of steps of the run.
+    /// Settings that the trained weights depend on, as JSON, for a run of `total_steps`.
     /// The result is hashed, so the names and the order of the fields must not change.
-    pub fn checkpoint_inputs(&self) -> Value {
+    pub fn checkpoint_inputs(&self, total_steps: u64) -> Value {
         let settings = TrainConfig {
             // These do not affect the weights.
             eval_every: 0,
             checkpoint_every: 0,
             keep_checkpoints: 0,
             patience: 0,
+            steps: Some(total_steps),
             epochs: 0.0,
             threads: 0,
             activation_checkpointing: false,

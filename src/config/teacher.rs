@@ -1,7 +1,7 @@
 //! Settings of the teacher: the endpoint, its API key and its connection.
 
 use crate::config::error::MIN_KEY_LENGTH;
-use crate::config::error::hide_keys;
+use crate::config::error::contains_key;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,6 +12,9 @@ use super::harvest::{LimitsConfig, Price, SamplingConfig};
 use crate::config;
 use crate::config::error::Mistake;
 use crate::config::parsed::seconds;
+
+/// Start of an environment variable in a value: `${NAME}`.
+pub(crate) const VARIABLE_START: &str = "${";
 
 const DEFAULT_VARIABLE: &str = "OPENAI_API_KEY";
 
@@ -80,15 +83,21 @@ pub struct EndpointConfig {
 }
 
 impl TeacherConfig {
-    /// Names and values of the headers of every request, apart from the key.
-    pub(crate) fn extra_headers(&self) -> impl Iterator<Item = (&str, &str)> {
+    /// Headers of every request, apart from the key: the setting of each, its name and its value.
+    pub(crate) fn extra_headers(&self) -> impl Iterator<Item = (String, &str, &str)> {
         let openai = [
-            ("OpenAI-Organization", self.organization.as_str()),
-            ("OpenAI-Project", self.project.as_str()),
+            ("organization", "OpenAI-Organization", &self.organization),
+            ("project", "OpenAI-Project", &self.project),
         ];
-        let openai = openai.into_iter().filter(|(_, value)| !value.is_empty());
+        let openai = openai
+            .into_iter()
+            .filter(|(_, _, value)| !value.is_empty())
+            .map(|(key, name, value)| (format!("teacher.{key}"), name, value.as_str()));
         let own = self.headers.iter();
-        openai.chain(own.map(|(name, value)| (name.as_str(), value.as_str())))
+        openai.chain(own.map(|(name, value)| {
+            let setting = format!("teacher.headers.{name}");
+            (setting, name.as_str(), value.as_str())
+        }))
     }
 
     /// Returns the name of the teacher in messages: `name`, or else the name of the model.
@@ -195,8 +204,12 @@ impl TeacherConfig {
             !self.api_key_env.is_empty() && self.api_key_env != DEFAULT_VARIABLE,
         ];
         if sources.into_iter().filter(|is_set| *is_set).count() > 1 {
+            let last = match &self.api_key_command {
+                Some(_) => "teacher.api_key_command",
+                None => "teacher.api_key_file",
+            };
             return Err(Mistake::new(
-                "teacher.api_key_env",
+                last,
                 "the API key has several sources: set only one of `teacher.api_key_env`, `teacher.api_key_file` and \
                  `teacher.api_key_command`",
             ));
@@ -214,7 +227,7 @@ impl TeacherConfig {
             let is_secret = ["auth", "key", "token", "secret", "cookie"];
             let is_secret = is_secret.iter().any(|part| lower.contains(part));
             if (is_secret && value.len() >= MIN_KEY_LENGTH || looks_like_key(value))
-                && !value.contains("${")
+                && !value.contains(VARIABLE_START)
             {
                 let message = format!(
                     "`teacher.headers.{name}` seems to contain a key (it is not repeated here): put it \
@@ -223,13 +236,19 @@ impl TeacherConfig {
                 return Err(Mistake::new("teacher.headers", message));
             }
         }
-        let in_query = self.query.values().find(|value| looks_like_key(value));
-        if in_query.is_some() || looks_like_key(&self.base_url) {
-            return Err(Mistake::new(
-                "teacher.base_url",
-                "`teacher.base_url` or `teacher.query` seems to contain a key (it is not repeated here): \
-                 put it into an environment variable and write `${NAME}` in its place",
-            ));
+        let secret = [
+            ("teacher.base_url", looks_like_key(&self.base_url)),
+            (
+                "teacher.query",
+                self.query.values().any(|value| looks_like_key(value)),
+            ),
+        ];
+        if let Some((key, _)) = secret.into_iter().find(|(_, is_secret)| *is_secret) {
+            let message = format!(
+                "`{key}` seems to contain a key (it is not repeated here): put it into an environment variable and \
+                 write ${{NAME}} in its place"
+            );
+            return Err(Mistake::new(key, message));
         }
         Ok(())
     }
@@ -251,7 +270,7 @@ fn is_name(text: &str) -> bool {
 
 /// Returns true if the text contains a key of a well-known provider.
 fn looks_like_key(text: &str) -> bool {
-    hide_keys(text) != text
+    contains_key(text)
 }
 
 /// Identity of an endpoint in cache keys and records: the base URL without a trailing slash.
@@ -262,6 +281,7 @@ pub fn identity(settings: &config::TeacherConfig) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::error::hide_keys;
 
     #[test]
     fn key_in_api_key_env_is_rejected_and_not_repeated() {

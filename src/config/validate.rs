@@ -268,9 +268,14 @@ impl Config {
             let is_unique = endpoints[..index]
                 .iter()
                 .all(|other| other.teacher.label() != label);
+            let name_key = if endpoint.teacher.name.is_empty() {
+                "teacher.model"
+            } else {
+                "teacher.name"
+            };
             check_endpoint(endpoint)
                 .and_then(|()| {
-                    check_with(is_unique, "teacher.name", || {
+                    check_with(is_unique, name_key, || {
                         format!(
                             "two teachers have the name {label:?}: give each a `name` of its own"
                         )

@@ -33,7 +33,8 @@ impl DemoFolder {
     /// that every version of the demo has written.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if the folder contains files that the demo did not write, or a file of `names` was changed.
+    /// [`Exit::Usage`] if the folder contains files that the demo did not write, or a file of `names` was changed. Without
+    /// a manifest, the folder of an earlier version is recognised by its shipped files.
     pub(super) fn open<'a>(
         dir: &Path,
         names: impl Iterator<Item = &'a str>,
@@ -46,8 +47,8 @@ impl DemoFolder {
             };
             let mut files = BTreeMap::new();
             if shipped.iter().all(is_shipped) {
-                // Earlier versions wrote no manifest.
-                files = hashes(dir, names)?;
+                // Earlier versions wrote no manifest. `write` keeps a copy of what it replaces.
+                files = shipped_hashes(shipped);
             } else {
                 check_is_empty(dir)?;
             }
@@ -74,20 +75,34 @@ impl DemoFolder {
         Ok(folder)
     }
 
-    /// Writes a file. Leaves a file that has this content already.
+    /// Writes a file. Leaves a file that has this content already. A file that no manifest knows is copied to
+    /// `NAME.previous` before it is replaced.
     ///
     /// # Errors
     /// If a file cannot be written.
     pub(super) fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.dir.join(name);
         let hashes = self.manifest.files.entry(name.to_owned()).or_default();
+        let existing = std::fs::read(&path).ok();
+        if let Some(existing) = &existing
+            && existing != bytes
+            && !hashes.contains(&hash(existing))
+        {
+            let previous = self.dir.join(format!("{name}.previous"));
+            fs::write_atomic(&previous, existing)?;
+            tracing::warn!(
+                "{} is replaced: its previous content is in {}",
+                path.display(),
+                previous.display()
+            );
+        }
         let is_new = hashes.insert(hash(bytes));
         fs::create_dir_all(path.parent().unwrap_or(&self.dir))?;
         if is_new {
             let manifest = serde_json::to_vec_pretty(&self.manifest)?;
             fs::write_atomic(&self.dir.join(MANIFEST), &manifest)?;
         }
-        if std::fs::read(&path).ok().as_deref() != Some(bytes) {
+        if existing.as_deref() != Some(bytes) {
             fs::write_atomic(&path, bytes)?;
         }
         Ok(())
@@ -111,17 +126,12 @@ impl DemoFolder {
     }
 }
 
-/// Hashes of the files that exist, by name.
-fn hashes<'a>(
-    dir: &Path,
-    names: impl Iterator<Item = &'a str>,
-) -> Result<BTreeMap<String, BTreeSet<String>>> {
-    let mut hashes = BTreeMap::new();
-    for name in names.filter(|name| dir.join(name).exists()) {
-        let hash = hash(&fs::read(&dir.join(name))?);
-        hashes.insert(name.to_owned(), BTreeSet::from([hash]));
-    }
-    Ok(hashes)
+fn shipped_hashes(shipped: &[(&str, &[u8])]) -> BTreeMap<String, BTreeSet<String>> {
+    let hashes = shipped.iter().map(|(name, bytes)| {
+        let hashes = BTreeSet::from([hash(bytes)]);
+        ((*name).to_owned(), hashes)
+    });
+    hashes.collect()
 }
 
 fn hash(bytes: &[u8]) -> String {
@@ -194,12 +204,14 @@ mod tests {
     fn demo_resumes_a_folder_of_a_version_without_a_manifest() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("prompts.jsonl"), "shipped").unwrap();
-        std::fs::write(dir.path().join("kl.toml"), "port 8017").unwrap();
+        std::fs::write(dir.path().join("kl.toml"), "edited").unwrap();
         std::fs::create_dir(dir.path().join("kl")).unwrap();
         open(dir.path())
             .unwrap()
             .write("kl.toml", b"port 8018")
             .unwrap();
+        let previous = std::fs::read_to_string(dir.path().join("kl.toml.previous"));
+        assert_eq!(previous.unwrap(), "edited");
         open(dir.path()).unwrap();
         std::fs::write(dir.path().join("kl.toml"), "mine").unwrap();
         assert_refused(dir.path(), "kl.toml");

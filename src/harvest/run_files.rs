@@ -164,7 +164,7 @@ fn account<S: LedgerStore>(
     };
     if !is_complete {
         // Older versions recorded measured tokens in the caches only.
-        let scores = config::scores_dir(&settings.run_dir).join("cache");
+        let scores = config::cache_dir(&config::scores_dir(&settings.run_dir));
         for dir in [&settings.cache_dir, &scores] {
             floor.measured_tokens.add(unpriced(dir)?);
         }

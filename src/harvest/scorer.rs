@@ -355,7 +355,7 @@ fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<(
 /// # Errors
 /// If the cache of scores cannot be read.
 pub fn scoring_cost_usd(run_dir: &Path) -> Result<f64> {
-    let dir = config::scores_dir(run_dir).join("cache");
+    let dir = config::cache_dir(&config::scores_dir(run_dir));
     if cache::exists(&dir) {
         Ok(Lookup::open(&dir)?.cost_usd())
     } else {

@@ -5,15 +5,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan};
 
 use crate::config::{DailyWindow, Deadline, Parsed, ScheduleConfig};
 use crate::exit::Exit;
-
-/// Shortest wait that is shown to the user.
-pub(crate) const SHORTEST_SHOWN_WAIT: Duration = Duration::from_secs(5);
 
 /// Interval between two checks of the wall clock, which may be adjusted, for the window and the deadline.
 pub(crate) const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
@@ -46,16 +43,16 @@ impl RequestWindow {
     /// Creates the window of a run that starts at `now`.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if the calendar ends before the deadline.
+    /// [`Exit::Usage`] if the deadline is outside the calendar.
     pub(crate) fn new(config: &ScheduleConfig, now: Timestamp) -> Result<RequestWindow> {
         let zone = match &config.timezone {
             Some(zone) => TimeZone::clone(zone),
             None => TimeZone::system(),
         };
         let deadline = |text: &Parsed<Deadline>| {
-            text.after(now, &zone).with_context(|| {
+            text.after(now, &zone).ok_or_else(|| {
                 Exit::Usage(format!(
-                    "schedule.deadline = {:?} is past the end of the calendar",
+                    "schedule.deadline = {:?} is outside the calendar",
                     text.text()
                 ))
             })
@@ -131,8 +128,8 @@ mod tests {
     fn schedule_config(window: &str, deadline: &str) -> ScheduleConfig {
         ScheduleConfig {
             mode: crate::config::RequestMode::Realtime,
-            window: window.parse().ok(),
-            deadline: deadline.parse().ok(),
+            window: (!window.is_empty()).then(|| window.parse().unwrap()),
+            deadline: (!deadline.is_empty()).then(|| deadline.parse().unwrap()),
             timezone: Some("Europe/Berlin".parse().unwrap()),
         }
     }
@@ -210,5 +207,13 @@ mod tests {
             RequestWindow::new(&schedule_config("", "06:30"), at("2026-11-22 22:00")).unwrap();
         assert_eq!(schedule.state(at("2026-11-23 06:29")), WindowState::Open);
         assert_eq!(schedule.state(at("2026-11-23 06:30")), WindowState::Over);
+    }
+
+    #[test]
+    fn deadline_past_the_calendar_is_a_usage_error() {
+        let mut config = schedule_config("", "9999-12-31 23:59");
+        config.timezone = Some("America/New_York".parse().unwrap());
+        let error = RequestWindow::new(&config, at("2026-11-22 22:00")).unwrap_err();
+        assert_eq!(Exit::code_of(&error), 2, "{error:#}");
     }
 }

@@ -27,7 +27,7 @@ pub(crate) mod prefix_order;
 pub(crate) mod prepare;
 pub mod questions;
 pub(crate) mod queue;
-pub(crate) mod run_settings;
+pub mod run_settings;
 pub(crate) mod shard;
 pub(crate) mod unanswered;
 
@@ -157,17 +157,17 @@ impl<S: Fn(&str) -> Result<RowStatus>> PlanBuilder<'_, S> {
 }
 
 /// Maximum number of rows of a plan: they take about 20 GB of memory.
-const MAX_ROWS: usize = 200_000_000;
+const MAX_ROWS: u64 = 200_000_000;
 
-fn check_size(rows: usize) -> Result<()> {
+fn check_size(rows: u64) -> Result<()> {
     if rows <= MAX_ROWS {
         return Ok(());
     }
     let message = format!(
-        "the prompts times `prompts.samples` are {} requests, but a run can hold at most {}: lower \
-         `prompts.samples`, or split the run with --limit or --shard",
-        format_count(rows as u64),
-        format_count(MAX_ROWS as u64)
+        "the config asks for {} answers (prompts x `prompts.samples` x teachers), and at most {} fit into memory: lower \
+         `prompts.samples` or `prompts.limit`, or use --shard for the harvest",
+        format_count(rows),
+        format_count(MAX_ROWS)
     );
     Err(Exit::Usage(message).into())
 }
@@ -219,9 +219,15 @@ impl Plan {
             variants,
             key_status,
         };
+        let rows = (order.len() as u64).saturating_mul(settings.samples.into());
+        let copies = match settings.teachers {
+            Assignment::All => shares.len() as u64,
+            Assignment::Share => 1,
+        };
+        let shards = scope.shard.map_or(1, RequestShard::count);
+        check_size(rows.saturating_mul(copies) / shards)?;
         if scope.shard.is_none() && scope.only.is_none() {
-            let rows = order.len().saturating_mul(settings.samples as usize);
-            check_size(rows)?;
+            let rows = rows as usize;
             plan.keys.reserve(rows);
             plan.questions.reserve(rows);
         }
@@ -486,8 +492,28 @@ mod tests {
 
     #[test]
     fn more_rows_than_fit_into_memory_are_refused() {
-        assert!(check_size(MAX_ROWS).is_ok());
-        let error = check_size(usize::MAX).unwrap_err();
+        let plan = |samples: u32, shard: Option<&str>| {
+            let mut config = Config::default();
+            config.prompts.samples = samples;
+            let scope = PlanScope {
+                shard: shard.map(|text| text.parse().unwrap()),
+                only: None,
+            };
+            let templates = vec![RequestTemplate::plain(config.endpoints().remove(0))];
+            let prompts = vec![Prompt::plain("p".to_owned(), Vec::new())];
+            let open = |_: &str| Ok(RowStatus::Open);
+            Plan::new(
+                prompts,
+                templates,
+                &config.prompts,
+                scope,
+                &KeyVariants::default(),
+                open,
+            )
+        };
+        let error = plan(1_000_000_000, None).err().unwrap();
         assert_eq!(Exit::code_of(&error), 2, "{error}");
+        assert!(plan(1_000_000_000, Some("1/4")).is_err());
+        assert_eq!(plan(1_000, Some("1/1")).unwrap().rows.len(), 1_000);
     }
 }

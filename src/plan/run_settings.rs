@@ -4,11 +4,21 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
+use crate::config;
 use crate::config::{
     BatchConfig, CacheConfig, Config, EndpointConfig, OnMissingLogprobs, PromptsConfig,
     RetryConfig, ScheduleConfig,
 };
 use crate::exit::Exit;
+
+/// Reason why `distill train` with the config of a harvest would not train on its answers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum TrainingObstacle {
+    /// `data.cache` is the cache of another run.
+    OtherCache,
+    /// `student.path` has no tokenizer.
+    NoStudent,
+}
 
 /// Settings of a harvest run. Batch mode and scoring derive settings of their own from them.
 #[derive(Debug, Clone)]
@@ -28,8 +38,7 @@ pub(crate) struct RunSettings {
     pub has_teacher_tokenizer: bool,
     /// Command-line flags that select this config, for commands that messages recommend.
     pub arguments: String,
-    /// Beginning of the advice to run `distill train`: changes to the config that training needs first, or empty.
-    pub before_training: &'static str,
+    pub before_training: Option<TrainingObstacle>,
 }
 
 impl RunSettings {
@@ -46,12 +55,11 @@ impl RunSettings {
             let message = "set `teacher.model` to the name of the teacher's model";
             return Err(Exit::Usage(message.into()).into());
         }
-        let before_training = if config.data.cache.is_some() {
-            "unset data.cache, which is the cache of another run, and then "
-        } else if !config.student.path.join("tokenizer.json").exists() {
-            "set student.path to a model folder, and then "
-        } else {
-            ""
+        let has_student = config.student.path.join("tokenizer.json").exists();
+        let before_training = match &config.data.cache {
+            Some(_) => Some(TrainingObstacle::OtherCache),
+            None if !has_student => Some(TrainingObstacle::NoStudent),
+            None => None,
         };
         Ok(RunSettings {
             run_dir: config.run_dir.clone(),
@@ -73,7 +81,7 @@ impl RunSettings {
     /// Returns the settings of a run that writes to `run_dir`, with the given cache settings.
     pub(crate) fn in_folder(&self, run_dir: PathBuf, cache: CacheConfig) -> RunSettings {
         RunSettings {
-            cache_dir: run_dir.join("cache"),
+            cache_dir: config::cache_dir(&run_dir),
             run_dir,
             cache,
             ..self.clone()

@@ -13,6 +13,11 @@ pub struct RequestShard {
 }
 
 impl RequestShard {
+    /// Number of shards.
+    pub(crate) fn count(self) -> u64 {
+        self.count
+    }
+
     /// Returns true if the request with this key is in the shard.
     ///
     /// The key is a hash of the request, so the part depends neither on the machine nor on the order of the

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use crate::exit::Exit;
+use crate::plan::run_settings::TrainingObstacle;
 use crate::report::summary::HarvestSummary;
 use crate::terminal::{format_count, format_share};
 
@@ -84,7 +85,13 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
         } else {
             "read the warnings, and then "
         };
-        let config_change = summary.before_training;
+        let config_change = match summary.before_training {
+            Some(TrainingObstacle::OtherCache) => {
+                "unset `data.cache`, which is the cache of another run, and then "
+            }
+            Some(TrainingObstacle::NoStudent) => "set `student.path` to a model folder, and then ",
+            None => "",
+        };
         steps.push(match config.as_str() {
             "" => {
                 format!("{read_warnings}{config_change}train: `distill train` with the same config")

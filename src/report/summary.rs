@@ -12,6 +12,7 @@ use crate::cache::usage::Usage;
 use crate::exit::Exit;
 use crate::plan::Plan;
 use crate::plan::estimate::Estimate;
+use crate::plan::run_settings::TrainingObstacle;
 use crate::plan::unanswered::Unanswered;
 use crate::report::answer_facts::AnswerFacts;
 use crate::report::batch_counts::BatchCounts;
@@ -85,9 +86,8 @@ pub struct HarvestSummary {
     /// [`Config::arguments`]: crate::config::Config::arguments
     #[serde(skip)]
     pub arguments: String,
-    /// Changes to the config that training needs; empty if there are none.
     #[serde(skip)]
-    pub before_training: &'static str,
+    pub before_training: Option<TrainingObstacle>,
     /// Rows that failed or were refused by a content filter, for `failures.jsonl`.
     #[serde(skip)]
     pub failed_rows: Vec<FailedRow>,

@@ -8,6 +8,9 @@ use tokio::time::Instant;
 
 use super::format_count;
 
+/// Shortest wait that is worth a note.
+pub(crate) const SHORTEST_SHOWN_WAIT: Duration = Duration::from_secs(5);
+
 /// Interval between progress lines if stderr is not a terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(30);
 

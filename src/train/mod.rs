@@ -172,18 +172,16 @@ fn train(
 
     // Resume from a checkpoint, if there is one.
     let total_steps = total_steps(settings, train_examples.len());
-    let mut inputs = config.clone();
-    inputs.train.steps = Some(total_steps);
-    let inputs = inputs.checkpoint_inputs();
+    let inputs = config.checkpoint_inputs(total_steps);
     let fingerprint_inputs = checkpoint::fingerprint_inputs(inputs, data.fingerprint(), &training)?;
-    let data_settings = config.example_settings();
+    let example_settings = config.example_settings();
     let parameters = ParameterCounts::new(&training.student);
     let checkpoints = config.run_dir.join("checkpoints");
     let mut tokens = 0;
     let mut cursor = Cursor::default();
     let mut early_stopping = EarlyStopping::default();
     if let Some(path) = checkpoint::find(&checkpoints, start)? {
-        let state = checkpoint::load(&path, &mut training, &fingerprint_inputs, &data_settings)?;
+        let state = checkpoint::load(&path, &mut training, &fingerprint_inputs, &example_settings)?;
         tokens = state.tokens;
         cursor = state.cursor;
         early_stopping = state.early_stopping;
@@ -198,7 +196,7 @@ fn train(
                 early_stopping,
                 fingerprint: checkpoint::fingerprint(&fingerprint_inputs),
                 fingerprint_inputs: fingerprint_inputs.clone(),
-                data_settings: data_settings.clone(),
+                data_settings: example_settings.clone(),
                 files: BTreeMap::new(),
                 checksum: String::new(),
             };

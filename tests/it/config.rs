@@ -278,8 +278,12 @@ fn mistakes_in_values_have_a_position_and_a_key() {
             "run.toml:4:22: `sampling.top_p` must be above 0",
         ),
         (
+            "[sampling]\ntop_p = 0.5\n[teacher]\nsampling = { top_p = 2.0 }\n[[teachers]]\nmodel = \"a\"",
+            "run.toml:4:22: `sampling.top_p` must be above 0",
+        ),
+        (
             "[teacher]\norganization = \"o\"\napi_key_header = \"OpenAI-Organization\"",
-            "`teacher.headers.OpenAI-Organization` is already the header of the key",
+            "run.toml:2:16: `teacher.organization` is already the header of the key",
         ),
         (
             "[teacher]\nsampling = { top_p = 2.0 }",
@@ -287,7 +291,7 @@ fn mistakes_in_values_have_a_position_and_a_key() {
         ),
         (
             "[[teachers]]\nmodel = \"a\"\n[[teachers]]\nmodel = \"a\"",
-            "run.toml: two teachers have the name \"a\"",
+            "run.toml:4:9: two teachers have the name \"a\"",
         ),
         (
             "[train]\npatience = 2",
@@ -333,6 +337,21 @@ fn mistakes_in_values_have_a_position_and_a_key() {
     // The value of a variable is not known before a request is sent.
     let with_variable = "[teacher]\nbase_url = \"${GATEWAY}/v1\"\nheaders = { A = \"${B}\" }";
     load_text(with_variable, &[], &[]).unwrap();
+}
+
+/// These texts are hashed into checkpoints: with another name or order, a checkpoint of an earlier version is refused.
+#[test]
+fn hashed_settings_keep_names_and_order() {
+    let config = Config::default();
+    let hashed = [
+        ("checkpoint_inputs", config.checkpoint_inputs(100)),
+        ("example_settings", config.example_settings()),
+    ];
+    for (name, value) in hashed {
+        let path = format!("{}/tests/it/golden/{name}.json", env!("CARGO_MANIFEST_DIR"));
+        let golden = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(format!("{value:#}\n"), golden, "{name}");
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::client::attempt_error::AttemptError;
 use crate::client::batch_object;
 use crate::client::batch_object::FileLines;
 use crate::client::outcome;
-use crate::client::transport::{BatchApi, FileDownload};
+use crate::client::transport::{BatchApi, FileChunks, FileDownload};
 use crate::harvest::{run_error, unreadable_bodies};
 
 /// Number of failed reads of a part's results files after which the upstream stops.
@@ -29,19 +29,33 @@ impl BatchRun<'_> {
         batches: &dyn BatchApi,
         file: &str,
     ) -> Result<Option<ResultRows>, BatchStepError> {
-        match batches.content(file).await {
-            Err(fault) => Err(self.read_failed(index, outcome::classify_transport_error(fault))),
-            Ok(FileDownload::Content(pieces)) => Ok(Some(ResultRows::new(FileLines::new(pieces)))),
+        let content = self.content_of_file(index, batches, file).await?;
+        Ok(content.map(|chunks| ResultRows::new(FileLines::new(chunks))))
+    }
+
+    /// Starts the download of a results file. Returns None if the endpoint still does not find the file after several
+    /// tries.
+    async fn content_of_file(
+        &mut self,
+        index: usize,
+        batches: &dyn BatchApi,
+        file: &str,
+    ) -> Result<Option<FileChunks>, BatchStepError> {
+        let error = match batches.content(file).await {
+            Ok(FileDownload::Content(chunks)) => return Ok(Some(chunks)),
             Ok(FileDownload::Refused(reply)) => {
-                match batch_object::check(Ok(reply), self.clock.now().into()) {
-                    Err(AttemptError::Refused(failure)) => {
-                        self.retry_missing(index, &failure.message)?;
-                        Ok(None)
-                    }
-                    Err(error) => Err(self.read_failed(index, error)),
-                    Ok(_) => Ok(None),
-                }
+                let checked = batch_object::check(Ok(reply), self.clock.now().into());
+                let error = checked.err();
+                error.context("internal error: a refused download without an error")?
             }
+            Err(fault) => outcome::classify_transport_error(fault),
+        };
+        match error {
+            AttemptError::Refused(failure) => {
+                self.retry_missing(index, &failure.message)?;
+                Ok(None)
+            }
+            error => Err(self.read_failed(index, error)),
         }
     }
 
@@ -90,16 +104,11 @@ impl BatchRun<'_> {
         crate::fs::create_dir_all(&folder)?;
         let path = folder.join(format!("{}.results", self.journal.parts[index].nonce));
         let mut file_copy = crate::fs::AtomicFile::create(&path)?;
-        let content = batches.content(file).await;
-        let content = content
-            .map_err(|fault| self.read_failed(index, outcome::classify_transport_error(fault)))?;
-        let mut pieces = match content {
-            FileDownload::Content(pieces) => pieces,
-            FileDownload::Refused(reply) => {
-                let error = batch_object::check(Ok(reply), self.clock.now().into()).err();
-                let error = error.context("internal error: a refused download without an error")?;
-                return Err(self.read_failed(index, error));
-            }
+        let Some(mut pieces) = self.content_of_file(index, batches, file).await? else {
+            let count = self.journal.parts[index].progress.not_found;
+            let error = run_error::results_not_read(count, "the endpoint no longer finds it");
+            self.upstreams[upstream].stop(error);
+            return Ok(());
         };
         let context = "could not save a results file";
         let mut buffer = Vec::new();

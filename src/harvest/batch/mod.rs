@@ -51,9 +51,7 @@ use crate::clock::WallClock;
 use crate::exit::Exit;
 use crate::harvest::run_files::RunFiles;
 use crate::harvest::unreadable_bodies::UnreadableBodies;
-use crate::harvest::window::{
-    CLOCK_CHECK_INTERVAL, RequestWindow, SHORTEST_SHOWN_WAIT, WindowState,
-};
+use crate::harvest::window::{CLOCK_CHECK_INTERVAL, RequestWindow, WindowState};
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
 use crate::plan::run_settings::RunSettings;
@@ -62,7 +60,7 @@ use crate::report::failures::FailedRow;
 use crate::report::summary::HarvestSummary;
 use crate::signal::Signals;
 use crate::terminal::format_duration;
-use crate::terminal::progress::Progress;
+use crate::terminal::progress::{Progress, SHORTEST_SHOWN_WAIT};
 use journal::BatchJournal;
 use upstream::BatchUpstream;
 

@@ -161,7 +161,7 @@ impl BatchUpstream {
     }
 
     /// Handles a reply that claims that no request can succeed. The upstream stops at the first claim if the endpoint
-    /// has not accepted a batch yet, and otherwise after more than [`CLAIMS`] claims.
+    /// has not accepted a batch yet, and otherwise after more than [`MAX_CLAIMS`] claims.
     fn claimed(&mut self, claim: RefusalClaim, retry: &config::RetryConfig) -> (Duration, String) {
         self.refused_calls += 1;
         let pause = outcome::backoff(self.failures, retry, 1.0);

@@ -9,13 +9,13 @@ use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
 use crate::harvest::attempt::FinishedAttempt;
 use crate::harvest::run_error;
 use crate::harvest::upstream::RetryDecision;
-use crate::harvest::window::SHORTEST_SHOWN_WAIT;
 use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, UnansweredLine};
 use crate::rate_limit::send_ticket::SendTicket;
 use crate::report::answer_facts::AnswerFacts;
 use crate::report::failures::FailedRow;
 use crate::terminal::format_duration;
+use crate::terminal::progress::SHORTEST_SHOWN_WAIT;
 
 impl Dispatcher<'_> {
     /// Settles the budget of a finished attempt, then counts its answer or decides about its row.
