@@ -31,7 +31,7 @@ pub(crate) fn repair(dir: &Path, json: bool) -> Result<()> {
             "rescued": report.rescued, "conflicts": report.conflicts,
         }));
     }
-    let mut text = format!("whole records: {}\n", format_count(report.records));
+    let mut text = format!("complete records: {}\n", format_count(report.records));
     if !report.changed() {
         text += "nothing to repair\n";
     }

@@ -265,7 +265,7 @@ fn verify_json(dir: &Path, report: &VerifyReport) -> Value {
 
 fn verify_text(report: &VerifyReport) -> String {
     let mut text = format!(
-        "whole records: {}, bytes: {}\n",
+        "complete records: {}, bytes: {}\n",
         report.records, report.bytes
     );
     for (file, bad) in &report.damaged {
