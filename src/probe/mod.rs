@@ -63,7 +63,7 @@ pub async fn run(
     account: &mut Account<LedgerFiles>,
     now: Timestamp,
 ) -> Result<ProbedEndpoint> {
-    let found = ProbedEndpoint {
+    let findings = ProbedEndpoint {
         base_url: crate::config::teacher::identity(&config.teacher).into(),
         model: config.teacher.model.clone(),
         probed_at: format!("{now:.0}"),
@@ -73,7 +73,7 @@ pub async fn run(
         config,
         transport,
         account,
-        found,
+        findings,
         max_tokens: SHORT_ANSWER,
         has_answered: false,
     };
@@ -84,7 +84,7 @@ pub async fn run(
     probe.structured().await?;
     probe.prompt_logprobs().await?;
     probe.error_shape().await?;
-    Ok(probe.found)
+    Ok(probe.findings)
 }
 
 impl Probe<'_> {
@@ -93,7 +93,7 @@ impl Probe<'_> {
         let first = self.config.sampling.max_tokens_field;
         let mut refusal = String::new();
         for field in [first, first.other()] {
-            self.found.max_tokens_field = Some(field);
+            self.findings.max_tokens_field = Some(field);
             match self.send("Say hello.", |_| {}).await? {
                 ProbeOutcome::Answer(completion, reply) => {
                     self.record_basics(&completion, &reply);
@@ -107,19 +107,19 @@ impl Probe<'_> {
 
     /// Records model name, usage, reasoning and rate limits of the first answer.
     fn record_basics(&mut self, completion: &Completion, reply: &HttpReply) {
-        let found = &mut self.found;
-        found.reported_model = completion.model.clone();
-        found.reports_usage = completion.usage.is_some();
+        let findings = &mut self.findings;
+        findings.reported_model = completion.model.clone();
+        findings.reports_usage = completion.usage.is_some();
         let bills_reasoning = completion
             .usage
             .is_some_and(|usage| usage.reasoning_tokens > 0);
         let is_empty = completion.answer.text.is_empty() && completion.answer.refusal.is_empty();
-        found.thinks = bills_reasoning || !completion.answer.reasoning.is_empty() || is_empty;
-        if found.thinks {
+        findings.thinks = bills_reasoning || !completion.answer.reasoning.is_empty() || is_empty;
+        if findings.thinks {
             self.max_tokens = REASONING_ANSWER;
         }
         let reports = headers::parse(&reply.headers, std::time::SystemTime::UNIX_EPOCH);
-        found.limits = reports
+        findings.limits = reports
             .iter()
             .map(|report| {
                 let limit = report.limit.map_or("?".into(), |limit| limit.to_string());
@@ -135,7 +135,7 @@ impl Probe<'_> {
                 format!("{} {limit}{period}", report.resource.name())
             })
             .collect();
-        found.limits.sort();
+        findings.limits.sort();
     }
 
     /// Requests logprobs with decreasing k until one is accepted.
@@ -146,12 +146,12 @@ impl Probe<'_> {
                 .await?;
             match outcome {
                 ProbeOutcome::Refused(message, _) => {
-                    self.found.refused.insert("logprobs".into(), message);
+                    self.findings.refused.insert("logprobs".into(), message);
                 }
                 ProbeOutcome::Answer(completion, reply) => {
-                    self.found.refused.remove("logprobs");
+                    self.findings.refused.remove("logprobs");
                     self.record_logprobs(&completion, &reply);
-                    if self.found.logprobs.largest_k > 0 {
+                    if self.findings.logprobs.largest_k > 0 {
                         self.logprobs_kind(k, &completion).await?;
                         self.token_bytes(k).await?;
                     }
@@ -167,7 +167,7 @@ impl Probe<'_> {
         let Some(logprobs) = &completion.logprobs else {
             return;
         };
-        let offer = &mut self.found.logprobs;
+        let offer = &mut self.findings.logprobs;
         let largest_k = logprobs.top.iter().map(Vec::len).max().unwrap_or(0);
         offer.largest_k = largest_k as u32;
         let position = json::value(&reply.body)
@@ -220,7 +220,7 @@ impl Probe<'_> {
             .collect();
         ratios.sort_by(f32::total_cmp);
         // The median ratio is 1 for raw and 2 for tempered logprobs, apart from rounding and noise.
-        self.found.logprobs.kind = match ratios.get(ratios.len() / 2) {
+        self.findings.logprobs.kind = match ratios.get(ratios.len() / 2) {
             Some(0.8..=1.25) => LogprobsKind::Raw,
             Some(1.6..=2.5) => LogprobsKind::Tempered,
             _ => LogprobsKind::Unknown,
@@ -245,7 +245,7 @@ impl Probe<'_> {
         let body = json::value(&reply.body).unwrap_or_default();
         let position = body.pointer("/choices/0/logprobs/content/0");
         let has_bytes = position.is_some_and(|position| position["bytes"].is_array());
-        self.found.logprobs.bytes = match (logprobs.matches_text, has_bytes) {
+        self.findings.logprobs.bytes = match (logprobs.matches_text, has_bytes) {
             // An ASCII answer is inconclusive.
             _ if completion.answer.text.is_ascii() => TokenBytes::Unknown,
             (true, true) => TokenBytes::Right,
@@ -271,12 +271,12 @@ impl Probe<'_> {
                 .await?;
             match outcome {
                 ProbeOutcome::Refused(message, _) => {
-                    self.found.refused.insert(name.into(), message);
+                    self.findings.refused.insert(name.into(), message);
                 }
                 ProbeOutcome::Answer(_, reply) if name == "n" => {
                     let body = json::value(&reply.body).unwrap_or_default();
                     let choices = body["choices"].as_array().map_or(0, Vec::len);
-                    self.found.several_choices = Some(choices == 2);
+                    self.findings.several_choices = Some(choices == 2);
                 }
                 ProbeOutcome::Answer(..) => {}
             }
@@ -296,13 +296,13 @@ impl Probe<'_> {
             match outcome {
                 ProbeOutcome::Answer(completion, _) => texts.push(completion.answer.text),
                 ProbeOutcome::Refused(message, _) => {
-                    self.found.refused.insert("seed".into(), message);
-                    self.found.seed = Finding::Refused;
+                    self.findings.refused.insert("seed".into(), message);
+                    self.findings.seed = Finding::Refused;
                     return Ok(());
                 }
             }
         }
-        self.found.seed = match (texts[0] == texts[1], texts[1] == texts[2]) {
+        self.findings.seed = match (texts[0] == texts[1], texts[1] == texts[2]) {
             (true, false) => Finding::Works,
             // A model that always gives the same answer is inconclusive.
             (true, true) => Finding::Unknown,
@@ -328,9 +328,11 @@ impl Probe<'_> {
                 body.insert("response_format".into(), format);
             })
             .await?;
-        self.found.structured = match outcome {
+        self.findings.structured = match outcome {
             ProbeOutcome::Refused(message, _) => {
-                self.found.refused.insert("response_format".into(), message);
+                self.findings
+                    .refused
+                    .insert("response_format".into(), message);
                 Finding::Refused
             }
             ProbeOutcome::Answer(completion, _) => {
@@ -359,7 +361,7 @@ impl Probe<'_> {
                 body.insert("continue_final_message".into(), json!(true));
             })
             .await?;
-        self.found.prompt_logprobs = match outcome {
+        self.findings.prompt_logprobs = match outcome {
             ProbeOutcome::Refused(..) => Finding::Refused,
             ProbeOutcome::Answer(completion, _) => {
                 let positions = completion.extra.get("prompt_logprobs");
@@ -381,7 +383,7 @@ impl Probe<'_> {
                 body.insert("temperature".into(), json!("warm"));
             })
             .await?;
-        self.found.error_shape = match outcome {
+        self.findings.error_shape = match outcome {
             ProbeOutcome::Answer(..) => "none: a wrong type is accepted".into(),
             ProbeOutcome::Refused(_, None) => "no reply".into(),
             ProbeOutcome::Refused(_, Some(reply)) => shape_of(&reply),

@@ -42,7 +42,7 @@ pub(crate) struct Probe<'a> {
     pub(super) config: EndpointConfig,
     pub(super) transport: Arc<dyn Transport>,
     pub(super) account: &'a mut Account<LedgerFiles>,
-    pub(super) found: ProbedEndpoint,
+    pub(super) findings: ProbedEndpoint,
     /// Maximum number of tokens of the next answers.
     pub(super) max_tokens: u32,
     /// True after the first answer: later errors are findings.
@@ -99,7 +99,7 @@ impl Probe<'_> {
         change: impl FnOnce(&mut Map<String, Value>),
     ) -> Result<ProbeOutcome> {
         let field = self
-            .found
+            .findings
             .max_tokens_field
             .unwrap_or(self.config.sampling.max_tokens_field);
         let mut body = Map::new();
@@ -112,7 +112,7 @@ impl Probe<'_> {
         let deadline = Instant::now() + TIMEOUT;
         let mut attempts = 0;
         loop {
-            self.found.requests += 1;
+            self.findings.requests += 1;
             let reserved = self.reserve(&body)?;
             let reply = self.transport.complete(&body).await;
             let now = std::time::SystemTime::now();
