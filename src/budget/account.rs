@@ -279,7 +279,7 @@ impl<S: LedgerStore> Account<S> {
         Ok(())
     }
 
-    /// Adds an amount that another account has spent, such as that of a merged cache.
+    /// Adds an amount that another account has spent, such as the cost of a merged cache, and logs it.
     ///
     /// # Errors
     /// If the log cannot be written.

@@ -29,6 +29,7 @@ impl Dollars {
         Dollars((usd * PICODOLLARS_PER_DOLLAR + TOLERANCE).floor() as u64)
     }
 
+    /// Converts to dollars.
     pub fn usd(self) -> f64 {
         self.0 as f64 / PICODOLLARS_PER_DOLLAR
     }
@@ -37,6 +38,7 @@ impl Dollars {
         self.0 == 0
     }
 
+    /// Returns the sum, at most [`Dollars::MAX`].
     #[must_use]
     pub fn plus(self, other: Dollars) -> Dollars {
         Dollars(self.0.saturating_add(other.0))

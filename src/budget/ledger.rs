@@ -75,6 +75,7 @@ impl Spent {
         self.estimated_tokens.add(other.estimated_tokens);
     }
 
+    /// Returns the sum of the measured and the estimated dollars.
     pub fn total(&self) -> Dollars {
         self.measured_usd.plus(self.estimated_usd)
     }

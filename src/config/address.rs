@@ -91,10 +91,10 @@ pub(crate) fn without_slash(url: &str) -> &str {
 /// Returns the part of an address that a message may repeat: no user name, password or query.
 fn without_secrets(url: &str) -> String {
     let (url, _) = url.split_once(['?', '#']).unwrap_or((url, ""));
-    let (scheme, authority) = url.split_once("://").unwrap_or(("", url));
-    let host = authority
+    let (scheme, after_scheme) = url.split_once("://").unwrap_or(("", url));
+    let host = after_scheme
         .rsplit_once('@')
-        .map_or(authority, |(_, host)| host);
+        .map_or(after_scheme, |(_, host)| host);
     if scheme.is_empty() {
         host.to_owned()
     } else {

@@ -225,7 +225,8 @@ pub struct TrainConfig {
     /// Share of the steps over which the schedule "wsd" decays, at the end.
     pub decay_share: f64,
     pub weight_decay: f64,
-    /// Parameters without weight decay, besides norms and biases, as regular expressions that match a part of the name.
+    /// Parameters without weight decay, in addition to norms and biases, as regular expressions that match a part of the
+    /// name.
     pub no_decay: Vec<Parsed<Regex>>,
     /// Parameters that are not trained, as regular expressions that match a part of the name.
     pub freeze: Vec<Parsed<Regex>>,

@@ -21,6 +21,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use tempfile::NamedTempFile;
 
+/// Capacity of the buffers for data files and large files.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Capacity of the buffer of compressed bytes.
+const COMPRESSED_BUFFER_BYTES: usize = 1 << 16;
+
 /// Atomically and durably writes `bytes` to `path`: at every moment `path` is either the old file, if there was one, or
 /// the complete new one.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -75,7 +81,7 @@ impl AtomicFile {
         let file = temporary_in(parent_of(path))
             .with_context(|| format!("could not write {}", path.display()))?;
         Ok(Self {
-            file: BufWriter::with_capacity(1 << 20, file),
+            file: BufWriter::with_capacity(BUFFER_BYTES, file),
             path: path.to_owned(),
         })
     }
@@ -227,14 +233,18 @@ pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
     let file = File::open(path)?;
     let is_gzip = |extension: &std::ffi::OsStr| extension.eq_ignore_ascii_case("gz");
     if !path.extension().is_some_and(is_gzip) {
-        return Ok(Box::new(BufReader::with_capacity(1 << 20, file)));
+        return Ok(Box::new(BufReader::with_capacity(BUFFER_BYTES, file)));
     }
-    let compressed = BufReader::with_capacity(1 << 16, CountingReader { file, bytes: 0 });
+    let compressed =
+        BufReader::with_capacity(COMPRESSED_BUFFER_BYTES, CountingReader { file, bytes: 0 });
     let decompressed = LimitedDecoder {
         inner: flate2::bufread::MultiGzDecoder::new(compressed),
         bytes: 0,
     };
-    Ok(Box::new(BufReader::with_capacity(1 << 20, decompressed)))
+    Ok(Box::new(BufReader::with_capacity(
+        BUFFER_BYTES,
+        decompressed,
+    )))
 }
 
 /// Maximum ratio of decompressed to compressed bytes. Text stays far below it; a file above it could be a decompression
@@ -369,7 +379,7 @@ fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
 pub fn create(path: &Path) -> Result<BufWriter<File>> {
     let file = File::create_new(path);
     let file = file.with_context(|| format!("could not create {}", path.display()))?;
-    Ok(BufWriter::with_capacity(1 << 20, file))
+    Ok(BufWriter::with_capacity(BUFFER_BYTES, file))
 }
 
 /// Calls `write`, which lets a library write the file at `path` in a folder that [`write_dir_with`] creates. Then gives
@@ -437,8 +447,8 @@ impl LogFile {
     }
 }
 
-/// Returns true if `path` is a path of the open file. Returns true as well if the metadata cannot be read for another
-/// reason than that `path` does not exist.
+/// Returns true if `path` is a path of the open file. Returns true as well if the metadata cannot be read for a reason
+/// other than a missing `path`.
 pub fn has_name(file: &File, path: &Path) -> bool {
     match (file.metadata(), path.metadata()) {
         (Ok(own), Ok(named)) => identity(&own) == identity(&named),

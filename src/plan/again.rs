@@ -85,8 +85,8 @@ pub(crate) fn select(
 }
 
 /// Moves the answers to the selected rows out of the cache of the run folder, and removes the paid attempts and
-/// refusals of these rows from `unanswered`. Returns the keys of the rows to request. No process may have the cache
-/// open.
+/// refusals of these rows from `unanswered`. Returns the keys of the rows to request. No other process may have the
+/// cache open.
 ///
 /// # Errors
 /// If the cache is damaged, or the disk fails.
@@ -240,6 +240,7 @@ struct SelectedAnswers {
 }
 
 impl SelectedAnswers {
+    /// Adds a record of the cache, or of the file of replaced answers.
     fn add(&mut self, record: &Record, selectors: &[String], is_in_cache: bool) {
         if is_in_cache {
             let reason = match record.reason.as_str() {

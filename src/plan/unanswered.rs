@@ -90,6 +90,7 @@ pub struct Unanswered {
     rows: HashMap<String, UnansweredRow>,
 }
 
+/// Returns the path of `unanswered.jsonl`.
 pub(crate) fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("unanswered.jsonl")
 }
@@ -208,20 +209,20 @@ impl Unanswered {
             .iter()
             .filter(|(key, history)| is_selected(key, history));
         let forgotten: Vec<String> = rows.map(|(key, _)| key.clone()).collect();
-        let mut kept_text = Vec::new();
-        let mut kept = Unanswered::default();
+        let mut remaining_text = Vec::new();
+        let mut remaining = Unanswered::default();
         for line in self.lines()? {
             let history = self.rows.get(&line.key);
             let is_forgotten = history.is_some_and(|history| is_selected(&line.key, history));
             if !is_forgotten || line.kind == Kind::Failed {
-                serde_json::to_writer(&mut kept_text, &line)?;
-                kept_text.push(b'\n');
-                kept.count(&line);
+                serde_json::to_writer(&mut remaining_text, &line)?;
+                remaining_text.push(b'\n');
+                remaining.count(&line);
             }
         }
-        self.rows = kept.rows;
+        self.rows = remaining.rows;
         if !forgotten.is_empty() {
-            crate::fs::write_atomic(&self.path, &kept_text)?;
+            crate::fs::write_atomic(&self.path, &remaining_text)?;
         }
         Ok(forgotten)
     }

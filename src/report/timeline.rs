@@ -11,7 +11,7 @@ pub struct HourStats {
     pub requests: u64,
     pub answered: u64,
     pub failed_attempts: u64,
-    /// Number of seconds of this hour within the run; less than 3,600 in the last hour.
+    /// Number of seconds of this hour within the run.
     pub seconds: f64,
     /// Part of `seconds` outside `schedule.window`.
     pub closed_s: f64,

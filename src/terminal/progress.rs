@@ -33,8 +33,8 @@ enum ProgressOutput {
 }
 
 impl Progress {
-    /// Starts the progress display. `total` is a number of units, such as requests or optimizer steps. `quiet` shows
-    /// nothing.
+    /// Starts the progress display. `total` is a number of units, such as requests or optimizer steps. With
+    /// `quiet`, nothing is shown.
     pub fn new(label: &'static str, total: u64, quiet: bool) -> Self {
         let output = if quiet {
             ProgressOutput::Quiet
@@ -114,6 +114,7 @@ impl ReadProgress {
     const SHOW_AFTER: Duration = Duration::from_millis(300);
     const MB: u64 = 1_000_000;
 
+    /// Creates a display that is not shown yet. With `quiet`, it is never shown.
     pub fn new(label: &'static str, quiet: bool) -> Self {
         Self {
             label,
