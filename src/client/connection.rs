@@ -90,9 +90,9 @@ pub(crate) fn client(
         })?);
     }
     if let Some(path) = &settings.ca_file {
-        let no_certificate = |why: &str| {
+        let no_certificate = |cause: &str| {
             Exit::Usage(format!(
-                "`teacher.ca_file` {} contains no PEM certificate{why}",
+                "`teacher.ca_file` {} contains no PEM certificate{cause}",
                 path.display()
             ))
         };

@@ -13,12 +13,12 @@ use crate::mock::script::limits::RetryAfter;
 /// Redirect target on a host that does not exist.
 const OTHER_HOST: &str = "https://elsewhere.invalid/v1/chat/completions";
 
-/// The properties of a request that the conditions of a fault are checked against.
+/// The properties of a request to which the conditions of a fault refer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RequestFacts<'a> {
     /// Path without the query.
     pub path: &'a str,
-    /// Whether it is a chat completion request.
+    /// True for a chat completion request.
     pub is_chat: bool,
     /// Text of the last message.
     pub prompt: &'a str,

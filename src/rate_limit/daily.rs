@@ -1,17 +1,21 @@
 //! [`DailyLimit`]: the user's limit of requests in any 24 hours, across restarts. Pure.
 //!
 //! Requests are counted in slots of five minutes, which keeps the list short. The ledger counts requests before they are
-//! sent, so its count is never too low, even after a kill.
+//! sent, so its count is never too low after a kill.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-const DAY_S: i64 = 86_400;
+/// Seconds per day.
+pub(crate) const DAY_S: i64 = 86_400;
+
+/// Length of a slot in seconds.
 const SLOT_S: i64 = 300;
 
-/// The ledger counts this fraction of the limit in advance: 1 / `PRECOUNT_DIVISOR`.
+/// Divisor of the limit for the number of requests that the ledger counts in advance. A larger number means fewer writes
+/// of the ledger, and more requests that are counted without being sent after a kill.
 const PRECOUNT_DIVISOR: u64 = 200;
 
 /// The limit, and the count of the requests of the last 24 hours.

@@ -95,7 +95,8 @@ impl ContentDecoder {
         matches!(self.state, DecoderState::Plain)
     }
 
-    /// As [`ContentDecoder::is_plain`], where `chunk` may be the first of the body. Does not decode it.
+    /// As [`ContentDecoder::is_plain`], but if no chunk has arrived yet, also inspects `chunk`, the first one. Does not
+    /// decode it.
     pub(crate) fn begins_plain(&mut self, chunk: &[u8]) -> bool {
         let is_first =
             matches!(&self.state, DecoderState::Beginning(first_bytes) if first_bytes.is_empty());
@@ -266,8 +267,9 @@ fn encoding(first_bytes: &[u8], declared: Option<Encoding>) -> Option<Encoding> 
 }
 
 /// Returns true if the bytes begin with a zlib header (RFC 1950).
-fn is_zlib(first: &[u8]) -> bool {
-    match first {
+fn is_zlib(first_bytes: &[u8]) -> bool {
+    match first_bytes {
+        // The two bytes are a multiple of 31; the low half of the first one is 8, for deflate.
         [cmf, flags, ..] => {
             cmf & 0x0f == 8 && (u16::from(*cmf) << 8 | u16::from(*flags)).is_multiple_of(31)
         }

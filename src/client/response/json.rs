@@ -236,7 +236,7 @@ mod tests {
             any::<bool>().prop_map(Value::from),
             any::<i64>().prop_map(Value::from),
             any::<f64>()
-                .prop_filter("JSON has no others", |value| value.is_finite())
+                .prop_filter("JSON numbers are finite", |value| value.is_finite())
                 .prop_map(Value::from),
             any::<String>().prop_map(Value::from),
         ];

@@ -2,8 +2,8 @@
 
 use crate::client::response::json_error::{JsonProblem, beginning};
 
-/// Maximum nesting depth; deeper values are kept as text. serde_json stops at 128 levels, some of which other types
-/// around the reply use.
+/// Maximum nesting depth; deeper values are kept as text. serde_json rejects more than 128 levels, and a record adds
+/// levels around the reply.
 const MAX_DEPTH: usize = 96;
 
 /// Repair of one JSON value, with an explicit stack instead of recursion.

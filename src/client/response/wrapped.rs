@@ -8,7 +8,8 @@ use crate::client::response::{json, usage};
 /// Maximum nesting depth of the search.
 const MAX_DEPTH: usize = 8;
 
-/// Returns every object with choices, outer ones first, with the choices as a list.
+/// Returns a copy of every object with choices, outer objects first. The copy has the choices as a list, unless their
+/// shape is unknown.
 pub(crate) fn completions(value: &Value) -> Vec<Value> {
     let mut found = Vec::new();
     search(value, MAX_DEPTH, &mut |fields| {

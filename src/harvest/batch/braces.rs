@@ -35,12 +35,12 @@ impl Braces {
     }
 }
 
-/// Length of the object at the start of the text; None if the object has no end.
+/// Returns the length of the object at the start of the text; None if the object has no end.
 pub(crate) fn object_end(text: &[u8]) -> Option<usize> {
     let mut braces = Braces::default();
     text.iter()
         .position(|byte| braces.push(*byte) && braces.depth == 0)
-        .map(|at| at + 1)
+        .map(|last| last + 1)
 }
 
 /// Returns true if the text closes all its braces and strings.

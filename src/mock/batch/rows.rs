@@ -31,7 +31,7 @@ struct InputLine<'a> {
     body: Option<&'a RawValue>,
 }
 
-/// Reads an input file. Returns the rows and the entries of `errors.data`. The batch fails if it has an error.
+/// Reads an input file. Returns the rows and the entries of `errors.data`. The batch fails if there is an error.
 pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<BatchRow>, Vec<Value>) {
     let mut errors = Vec::new();
     let mut rows = Vec::new();

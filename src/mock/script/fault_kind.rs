@@ -48,7 +48,7 @@ pub enum FaultKind {
     NoChoices,
     /// A `content` that is null.
     NullContent,
-    /// A `finish_reason` that OpenAI does not define.
+    /// A `finish_reason` that OpenAI's API does not define.
     UnknownFinishReason,
     /// A `created` with a fraction.
     FloatCreated,

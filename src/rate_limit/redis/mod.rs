@@ -20,8 +20,8 @@
 //! The condition does not depend on n, so a process with small requests cannot starve another one with large
 //! requests.
 //!
-//! One reply may grant several requests. Permits of an earlier reply may be unused (see [`local_permits`]); the script
-//! uses them first and charges only what they do not cover.
+//! One reply may grant several requests. If the process still has unused permits (see [`local_permits`]), the script
+//! subtracts them from the amounts that it charges.
 //!
 //! A day is counted in slots of five minutes. A slot counts until 24 hours after its end.
 //!
@@ -138,7 +138,7 @@ impl SharedLimits {
     }
 
     /// Takes a local permit for a request of `tokens` tokens. If there is none, calls the script for more. `slots` is
-    /// the number of such requests that could be sent now.
+    /// the number of requests of this size that could be sent now.
     ///
     /// # Errors
     /// The instant at which to try again, unless a reply arrives earlier.

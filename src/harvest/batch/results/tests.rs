@@ -12,13 +12,13 @@ fn label_of(outcome: RowResult) -> Option<(String, String)> {
     let RowResult { custom_id, result } = outcome;
     let label = match result {
         Ok(completion) => format!("answer {}", completion.answer.text),
-        Err(AttemptError::Claim(claim)) => format!("claim {:?}", claim.reason),
+        Err(AttemptError::EndpointRefused(refusal)) => format!("endpoint refused {:?}", refusal.reason),
         Err(AttemptError::Filtered(failure)) => format!("filtered {}", failure.class),
         Err(AttemptError::Unreadable { .. }) => "unreadable".into(),
         Err(AttemptError::KeyRenewed) => "key renewed".into(),
         Err(AttemptError::Refused(failure)) => format!("refused {}", failure.class),
         Err(AttemptError::Throttled { .. }) => "throttled".into(),
-        Err(AttemptError::Transient { failure, .. }) => format!("again {}", failure.class),
+        Err(AttemptError::Transient { failure, .. }) => format!("retry {}", failure.class),
     };
     Some((custom_id, label))
 }
@@ -119,11 +119,11 @@ fn lines_of_every_shape_are_classified() {
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":200,"body":{}}}"#.into(),
-            "again malformed",
+            "retry malformed",
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":500,"body":{"error":{"message":"m"}}}}"#.into(),
-            "again http 500",
+            "retry http 500",
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":400,"body":{"error":{"message":"m"}}}}"#.into(),
@@ -131,7 +131,7 @@ fn lines_of_every_shape_are_classified() {
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":429,"body":{"error":{"message":"m","code":"insufficient_quota"}}}}"#.into(),
-            "claim Credit",
+            "endpoint refused Credit",
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":429,"body":{}}}"#.into(),
@@ -139,7 +139,7 @@ fn lines_of_every_shape_are_classified() {
         ),
         (
             r#"{"custom_id":"r","response":null,"error":{"code":"batch_expired","message":"m"}}"#.into(),
-            "again batch_expired",
+            "retry batch_expired",
         ),
         (
             r#"{"custom_id":"r","response":null,"error":{"code":"invalid_request","message":"m"}}"#.into(),
@@ -147,13 +147,13 @@ fn lines_of_every_shape_are_classified() {
         ),
         (
             r#"{"custom_id":"r","response":null,"error":{"code":"model_not_found","message":"m"}}"#.into(),
-            "claim Model",
+            "endpoint refused Model",
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":0,"request_id":"","body":{}},"error":null}"#.into(),
-            "again no answer in the batch",
+            "retry no answer in the batch",
         ),
-        (r#"{"custom_id":"r"}"#.into(), "again no answer in the batch"),
+        (r#"{"custom_id":"r"}"#.into(), "retry no answer in the batch"),
         (
             format!(r#"{{"custom_id":"r","response":{{"body":{body}}},"error":{{"code":0,"message":""}}}}"#),
             "answer x",
@@ -283,6 +283,6 @@ fn errors_of_failed_batch_are_classified() {
     assert_eq!((lines.lines.len(), lines.lines[0].0), (1, 1));
     assert_eq!(lines.message, "bad");
     let model = classify(json!([{"code": "model_not_found", "line": 1, "message": "m"}]));
-    assert_eq!(model.stop.unwrap().0, RefusalReason::Model);
+    assert_eq!(model.endpoint_refusal.unwrap().0, RefusalReason::Model);
     assert!(classify(json!(null)).message.contains("no reason"));
 }

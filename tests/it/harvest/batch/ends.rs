@@ -22,7 +22,7 @@ async fn batch_row_errors_are_retried_or_failed_and_counted() {
         classes,
         ["http 500", "no answer in the batch", "server_error"]
     );
-    assert_eq!(summary.batches.as_ref().unwrap().asked_again, 12);
+    assert_eq!(summary.batches.as_ref().unwrap().requeued_rows, 12);
     assert_eq!(end(&summary).0, 3);
     let failures = night.run.failures();
     assert_eq!(failures.len(), 6);
