@@ -123,7 +123,7 @@ pub(crate) fn refusal_reason(error: &ApiError, is_throttle: bool) -> Option<Refu
         "check your plan and billing",
         "add credits",
     ];
-    let has_code = |code: &str| error.codes.iter().any(|found| found == code);
+    let has_code = |code: &str| error.codes.iter().any(|reported| reported == code);
     if CREDIT.iter().any(|code| has_code(code)) {
         return Some(RefusalReason::Credit);
     }

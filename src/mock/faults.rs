@@ -68,14 +68,14 @@ impl ScriptedFault {
         self.billed.unwrap_or(self.kind.corrupts_answer())
     }
 
-    /// Replaces the body and headers of the reply by those that the script sets.
+    /// Sets the body and the headers of the reply that the script overrides.
     fn apply_overrides(&self, mut reply: MockReply) -> MockReply {
         if let Some(body) = &self.body {
             reply.body = body.clone().into();
         }
         for (name, value) in &self.headers {
             let name = name.to_ascii_lowercase();
-            reply.headers.retain(|(other, _)| *other != name);
+            reply.headers.retain(|(other_name, _)| *other_name != name);
             reply = reply.with_header(name, value.clone());
         }
         reply

@@ -340,7 +340,7 @@ mod tests {
     #[test]
     fn rate_limit_headers_of_all_dialects_are_parsed() {
         let cases: [(&[(&str, &str)], &str); 14] = [
-            // OpenAI: the reset time is that of a bucket that refills in a minute.
+            // OpenAI: a bucket that refills in a minute.
             (
                 &[
                     ("x-ratelimit-limit-requests", "3500"),

@@ -55,7 +55,7 @@ fn completion<L>(
     let choice = first_with_content(body.choices.unwrap_or_default());
     let error = is_error(&body.error).then(|| ApiError::from_value(&body.error));
     let is_filtered = error.as_ref().is_some_and(ApiError::is_content_filter);
-    // Text is an answer even if an error comes with it.
+    // Text is an answer even if the body also contains an error.
     let is_answer = choice.as_ref().is_some_and(|choice| {
         is_filtered || has_content(choice) && reason(&choice.finish_reason) != "error"
     });
@@ -75,14 +75,14 @@ fn completion<L>(
         if !usage_extra.is_empty() {
             extra.insert("usage".into(), Value::Object(usage_extra));
         }
+        let finish_reason = if is_blocked(&extra) {
+            "content_filter"
+        } else {
+            ""
+        };
         return Ok(Completion {
             answer: Answer {
-                finish_reason: if is_blocked(&extra) {
-                    "content_filter"
-                } else {
-                    ""
-                }
-                .into(),
+                finish_reason: finish_reason.into(),
                 ..Answer::default()
             },
             usage,
@@ -111,7 +111,7 @@ fn completion<L>(
         None => (None, None),
         Some(raw) => match logprobs(raw, &answer.text) {
             Ok(logprobs) => (logprobs, None),
-            Err(fault) => (None, Some(fault)),
+            Err(reason) => (None, Some(reason)),
         },
     };
     for (name, fields) in [

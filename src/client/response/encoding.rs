@@ -361,20 +361,20 @@ mod tests {
 
     #[test]
     fn gzip_with_trailing_bytes_or_without_checksum_is_salvaged() {
-        let whole = gzip(TEXT);
-        let trailing = [&whole[..], b"\r\n<!-- served -->"].concat();
+        let compressed = gzip(TEXT);
+        let trailing = [&compressed[..], b"\r\n<!-- served -->"].concat();
         for raw in [
             &trailing[..],
-            &whole[..whole.len() - 8],
-            &whole[..whole.len() - 3],
+            &compressed[..compressed.len() - 8],
+            &compressed[..compressed.len() - 3],
         ] {
             assert!(decode_in_steps("gzip", raw, 1_000).is_err());
             assert_eq!(salvage_gzip(raw).as_deref(), Some(TEXT));
         }
-        let mut wrong = whole.clone();
-        let checksum = wrong.len() - 8;
-        wrong[checksum] ^= 1;
-        assert_eq!(salvage_gzip(&wrong), None);
+        let mut wrong_checksum = compressed.clone();
+        let checksum_start = wrong_checksum.len() - 8;
+        wrong_checksum[checksum_start] ^= 1;
+        assert_eq!(salvage_gzip(&wrong_checksum), None);
         let twice = Bytes::from(gzip(&gzip(TEXT)));
         assert_eq!(decode_again(twice), TEXT);
         assert_eq!(decode_again(Bytes::from_static(TEXT)), TEXT);
@@ -382,9 +382,10 @@ mod tests {
 
     #[test]
     fn damaged_streams_and_decompression_bombs_are_errors() {
-        let whole = gzip(TEXT);
-        assert!(decode_in_steps("gzip", &whole[..whole.len() - 9], 1_000).is_err());
-        let mut broken = whole.clone();
+        let compressed = gzip(TEXT);
+        let truncated = &compressed[..compressed.len() - 9];
+        assert!(decode_in_steps("gzip", truncated, 1_000).is_err());
+        let mut broken = compressed.clone();
         broken[20] ^= 0x55;
         assert!(decode_in_steps("gzip", &broken, 1_000).is_err());
         let bomb = zstd::encode_all(&vec![b' '; 100 << 20][..], 3).unwrap();

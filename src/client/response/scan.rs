@@ -296,12 +296,12 @@ mod tests {
 
         #[test]
         fn scanner_never_panics_on_random_bodies(body in proptest::collection::vec(any::<u8>(), 0..60), at in 0usize..200) {
-            let mut whole = br#"{"choices":[{"logprobs":{"content":[{"token":"\u0041","logprob":-1.5,"bytes":[65],
+            let mut valid = br#"{"choices":[{"logprobs":{"content":[{"token":"\u0041","logprob":-1.5,"bytes":[65],
                 "top_logprobs":[{"token":"b","logprob":-2,"bytes":null}]}]}}]}"#.to_vec();
-            let at = at.min(whole.len());
-            whole.splice(at..at, body);
-            remove_logprobs(&whole);
-            remove_logprobs(&whole[..at]);
+            let at = at.min(valid.len());
+            valid.splice(at..at, body);
+            remove_logprobs(&valid);
+            remove_logprobs(&valid[..at]);
         }
     }
 

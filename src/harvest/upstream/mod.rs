@@ -353,7 +353,7 @@ impl Upstream {
         wait: Duration,
     ) -> RetryDecision {
         let now = Instant::now();
-        // Servers guess the wait after an error: ignore a wait of hours.
+        // After an error, servers only guess the wait: ignore a wait of hours.
         let wait = if wait > LONGEST_WAIT {
             Duration::ZERO
         } else {
@@ -411,8 +411,8 @@ impl Upstream {
 
     /// Returns the longest pause between the last rows in an outage, so that all of them are tried soon.
     fn max_pause_between_last_rows(&self, remaining: usize) -> Duration {
-        let part = self.retry.max_outage.mul_f64(LAST_ROWS_OUTAGE_FRACTION);
-        part.min(LAST_ROWS_TRIAL_TIME) / remaining.max(1) as u32
+        let fraction_of_outage = self.retry.max_outage.mul_f64(LAST_ROWS_OUTAGE_FRACTION);
+        fraction_of_outage.min(LAST_ROWS_TRIAL_TIME) / remaining.max(1) as u32
     }
 
     /// Records that a row has ended without an answer.

@@ -243,14 +243,14 @@ fn several_rows_on_one_line_are_split() {
 
 #[test]
 fn truncated_line_fails_only_its_own_row() {
-    let whole = r#"{"id":"x","custom_id":"b","response":{"status_code":200,"body":{"id":"y","choices":[{"message":{"content":"b"}}]}}}"#;
+    let complete = r#"{"id":"x","custom_id":"b","response":{"status_code":200,"body":{"id":"y","choices":[{"message":{"content":"b"}}]}}}"#;
     for broken in [
         r#"{"id":"x","custom_id":"a","response":{"status_code":200,"body":{"choices":[{"mess"#,
         r#"{"custom_id":"a","response":{"status_code":200,"body":{"choices":[{"message":{"content":"q}}"#,
     ] {
-        let line = Bytes::from(format!("{broken}{whole}"));
-        let found = read(&line).into_iter().flatten();
-        let labels: Vec<_> = found.filter_map(label_of).collect();
+        let line = Bytes::from(format!("{broken}{complete}"));
+        let row_results = read(&line).into_iter().flatten();
+        let labels: Vec<_> = row_results.filter_map(label_of).collect();
         assert!(
             labels.contains(&("b".into(), "answer b".into())),
             "{labels:?}"
