@@ -22,7 +22,7 @@ use anyhow::{Context, Result};
 use crate::cache::append_log::AppendLog;
 use crate::cache::files::OnReadProgress;
 use crate::cache::frames;
-use crate::cache::frames::{Effort, FRAME_TEXT_BYTES};
+use crate::cache::frames::{CompressionLevel, FRAME_TEXT_BYTES};
 use crate::cache::open_file::OpenFile;
 use crate::cache::shared::{CacheState, SharedCache};
 use crate::cache::storage;
@@ -89,9 +89,9 @@ impl Compressor {
         has_time: impl Fn() -> bool,
     ) -> Result<()> {
         let effort = if length - self.compressed_to > FAST_ABOVE {
-            Effort::Fast
+            CompressionLevel::Fast
         } else {
-            Effort::Strong
+            CompressionLevel::Strong
         };
         let text = self.next_text(plain, length)?;
         let frame = frames::compress_while(&text, effort, has_time);

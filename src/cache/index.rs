@@ -31,7 +31,7 @@ const MAX_HEADER_BYTES: u64 = 1 << 16;
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct KeyIndex {
     pub keys: KeySet,
-    pub past: KeyVariants,
+    pub key_variants: KeyVariants,
     /// Records that repeat a key.
     pub repeated: u64,
     pub cost_usd: f64,
@@ -42,7 +42,8 @@ struct IndexHeader {
     version: u32,
     files: BTreeMap<String, FileStamp>,
     keys: usize,
-    past: KeyVariants,
+    #[serde(rename = "past")]
+    key_variants: KeyVariants,
     repeated: u64,
     cost_usd: f64,
     /// CRC-32C of what follows the header.
@@ -125,7 +126,7 @@ pub(crate) fn load(dir: &Path) -> Option<KeyIndex> {
     let is_whole = crc == header.crc && keys.len() == header.keys;
     is_whole.then_some(KeyIndex {
         keys,
-        past: header.past,
+        key_variants: header.key_variants,
         repeated: header.repeated,
         cost_usd: header.cost_usd,
     })
@@ -135,7 +136,7 @@ pub(crate) fn load(dir: &Path) -> Option<KeyIndex> {
 pub(crate) fn save(
     dir: &Path,
     keys: &KeySet,
-    past: &KeyVariants,
+    key_variants: &KeyVariants,
     repeated: u64,
     cost_usd: f64,
 ) -> Result<()> {
@@ -146,7 +147,7 @@ pub(crate) fn save(
         version: VERSION,
         files: stamps(dir),
         keys: keys.len(),
-        past: past.clone(),
+        key_variants: key_variants.clone(),
         repeated,
         cost_usd,
         crc,

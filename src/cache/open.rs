@@ -22,7 +22,7 @@ use crate::cache::{compressed_file, damaged, line, plain_file, refusal, torn_fil
 #[derive(Debug, Default)]
 pub struct CacheContents {
     pub keys: KeySet,
-    pub past: KeyVariants,
+    pub key_variants: KeyVariants,
     /// Records that repeat a key.
     pub repeated: u64,
     pub cost_usd: f64,
@@ -42,14 +42,14 @@ pub fn open(dir: &Path, wrap: &WrapFile, on_progress: OnReadProgress<'_>) -> Res
     let lengths = (length(&plain_file(dir))?, length(&compressed_file(dir))?);
     if let Some(KeyIndex {
         keys,
-        past,
+        key_variants,
         repeated,
         cost_usd,
     }) = index
     {
         return Ok(CacheContents {
             keys,
-            past,
+            key_variants,
             repeated,
             cost_usd,
             plain: lengths.0,
@@ -82,7 +82,7 @@ pub fn open(dir: &Path, wrap: &WrapFile, on_progress: OnReadProgress<'_>) -> Res
 #[derive(Debug, Default)]
 pub struct Peek {
     keys: KeySet,
-    pub past: KeyVariants,
+    pub key_variants: KeyVariants,
     pub cost_usd: f64,
     bytes: u64,
 }
@@ -122,7 +122,7 @@ pub fn peek(dir: &Path) -> Result<Peek> {
     }
     crate::cache::check_files(dir)?;
     if let Some(index) = index::load(dir) {
-        (peek.keys, peek.past, peek.cost_usd) = (index.keys, index.past, index.cost_usd);
+        (peek.keys, peek.key_variants, peek.cost_usd) = (index.keys, index.key_variants, index.cost_usd);
         return Ok(peek);
     }
     let mut lines = CacheLines::open(dir)?;
@@ -132,7 +132,7 @@ pub fn peek(dir: &Path) -> Result<Peek> {
         let (key, cost_usd) = known.map_err(|fault| lines.refuse(fault))?;
         peek.keys.insert(key);
         let head = line::head(line).map_err(|fault| lines.refuse(fault))?;
-        peek.past.insert(head.v, head.cut_at);
+        peek.key_variants.insert(head.v, head.cut_at);
         peek.cost_usd += cost_usd;
     }
     lines.warn_of_torn();
@@ -146,7 +146,7 @@ type OnBytes<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
 #[derive(Debug)]
 struct FileContents {
     records: Vec<KeyAndChecksum>,
-    past: KeyVariants,
+    key_variants: KeyVariants,
     cost_usd: f64,
     /// Bytes of whole lines or frames.
     bytes: u64,
@@ -159,7 +159,7 @@ impl Default for FileContents {
     fn default() -> Self {
         Self {
             records: Vec::new(),
-            past: KeyVariants::default(),
+            key_variants: KeyVariants::default(),
             cost_usd: 0.0,
             bytes: 0,
             length: 0,
@@ -171,7 +171,7 @@ impl Default for FileContents {
 impl FileContents {
     fn add(&mut self, block: VerifiedBlock, on_progress: OnBytes<'_>) -> Result<()> {
         self.records.extend(block.records);
-        self.past.add(&block.past);
+        self.key_variants.add(&block.key_variants);
         self.cost_usd += block.cost_usd;
         self.bytes += block.bytes;
         on_progress(self.bytes)
@@ -191,7 +191,7 @@ impl FileContents {
     fn add_line(&mut self, line: &[u8]) -> Result<(), line::LineError> {
         self.records.push(keys::identity(line)?);
         let head = line::head(line)?;
-        self.past.insert(head.v, head.cut_at);
+        self.key_variants.insert(head.v, head.cut_at);
         self.cost_usd += line::cost_usd(line)?;
         Ok(())
     }
@@ -340,10 +340,10 @@ fn combine(compressed: FileContents, plain: FileContents) -> CacheContents {
     let mut keys = KeySet::with_capacity_and_hasher(records, Default::default());
     keys.extend(compressed.records.into_iter().map(|(key, _)| key));
     keys.extend(plain.records.into_iter().map(|(key, _)| key));
-    let mut past = compressed.past;
-    past.add(&plain.past);
+    let mut key_variants = compressed.key_variants;
+    key_variants.add(&plain.key_variants);
     CacheContents {
-        past,
+        key_variants,
         repeated: (records - keys.len()) as u64,
         keys,
         cost_usd: compressed.cost_usd + plain.cost_usd,

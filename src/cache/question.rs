@@ -396,16 +396,16 @@ mod tests {
     #[test]
     fn truncated_answer_is_found_up_to_its_max_tokens() {
         let key = Question::new(&json!({}), 0).key("e");
-        let mut past = KeyVariants::default();
-        past.insert(2, 512);
-        past.insert(2, 0);
+        let mut key_variants = KeyVariants::default();
+        key_variants.insert(2, 512);
+        key_variants.insert(2, 0);
         let cut = truncated_key(&key, 512);
         assert_eq!(question_half(&cut), question_half(&key));
         for (max_tokens, is_found) in [(1, true), (512, true), (513, false)] {
-            let mut keys = past.truncated_keys(&key, max_tokens);
+            let mut keys = key_variants.truncated_keys(&key, max_tokens);
             assert_eq!(keys.any(|name| name == cut), is_found, "{max_tokens}");
         }
-        assert!(!past.has_schema_1);
+        assert!(!key_variants.has_schema_1);
     }
 
     #[test]

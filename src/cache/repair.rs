@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::frames::{self, Effort, FramePiece, FrameReader};
+use super::frames::{self, CompressionLevel, FramePiece, FrameReader};
 use super::keys::{self, KeyAndChecksum, KeySet};
 use super::line::{self, LineError};
 use super::storage::{self, BufferedAppender, WrapFile};
@@ -181,7 +181,7 @@ impl RepairPass {
             match raw {
                 None if kept == text => keep(&read_range(offset, frames.position())?)?,
                 _ if kept.is_empty() => {}
-                _ => keep(&frames::compress(&kept, Effort::Strong)?)?,
+                _ => keep(&frames::compress(&kept, CompressionLevel::Strong)?)?,
             }
         }
         Ok(())

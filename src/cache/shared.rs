@@ -99,7 +99,7 @@ impl SharedCache {
 pub(crate) struct CacheState {
     pub append_log: AppendLog,
     pub(crate) keys: KeySet,
-    pub(crate) past: KeyVariants,
+    pub(crate) key_variants: KeyVariants,
     /// Cost of all records in US dollars.
     pub(crate) cost_usd: f64,
     /// Records that repeat a key.

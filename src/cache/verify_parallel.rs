@@ -21,7 +21,7 @@ const BLOCK: usize = 2 << 20;
 #[derive(Debug, Default)]
 pub(crate) struct VerifiedBlock {
     pub records: Vec<KeyAndChecksum>,
-    pub past: KeyVariants,
+    pub key_variants: KeyVariants,
     pub cost_usd: f64,
     /// Size of the block in the file in bytes.
     pub bytes: u64,
@@ -37,7 +37,7 @@ fn check(text: &[u8]) -> Option<VerifiedBlock> {
         rest = &rest[end + 1..];
         block.records.push(keys::identity(line).ok()?);
         let head = line::head(line).ok()?;
-        block.past.insert(head.v, head.cut_at);
+        block.key_variants.insert(head.v, head.cut_at);
         block.cost_usd += line::cost_usd(line).ok()?;
     }
     Some(block)

@@ -46,8 +46,8 @@ pub(crate) fn run(settings: RunSettings, options: &HarvestOptions) -> Result<Har
     let stats = sample_stats(dir)?;
     let templates = request_templates(&settings.endpoints, &[])?;
     let unanswered = Unanswered::load(&settings.run_dir)?;
-    let mut past = cached.past.clone();
-    past.has_schema_1 |=
+    let mut key_variants = cached.key_variants.clone();
+    key_variants.has_schema_1 |=
         crate::harvest::batch::journal::is_under_way(&settings.run_dir)? || !unanswered.is_empty();
     let max_attempts = settings.retry.max_attempts;
     let row_status = |key: &str| Ok(unanswered.row_status(key, cached.contains(key), max_attempts));
@@ -61,7 +61,7 @@ pub(crate) fn run(settings: RunSettings, options: &HarvestOptions) -> Result<Har
             templates,
             &settings.prompts,
             scope,
-            &past,
+            &key_variants,
             row_status,
         )?
     } else {

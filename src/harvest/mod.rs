@@ -310,9 +310,9 @@ impl Run<'_> {
         row_status: impl Fn(&str) -> Result<RowStatus>,
     ) -> Result<Plan> {
         let templates = request_templates(&settings.endpoints, &self.probes)?;
-        let mut past = self.cache.past();
+        let mut key_variants = self.cache.key_variants();
         // Rows of earlier batches have the keys of the version that submitted them.
-        past.has_schema_1 |=
+        key_variants.has_schema_1 |=
             journal::is_under_way(&self.settings.run_dir)? || !self.unanswered.is_empty();
         let scope = PlanScope {
             shard: self.shard,
@@ -323,7 +323,7 @@ impl Run<'_> {
             templates,
             &settings.prompts,
             scope,
-            &past,
+            &key_variants,
             row_status,
         )?;
         if let Some(warning) = plan.repeats_warning() {

@@ -281,12 +281,12 @@ impl TextScorer for EndpointScorer {
         let teacher = &self.endpoint.teacher;
         let key_endpoint =
             KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
-        let past = self.cache.past();
+        let key_variants = self.cache.key_variants();
         let cache_keys = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {
                 let body = template.body(&text.messages, 0);
                 let question = Question::new(&body, 0);
-                let with_schema_1 = past.has_schema_1.then_some((&body, 0));
+                let with_schema_1 = key_variants.has_schema_1.then_some((&body, 0));
                 Some(CacheKeys::new(&question, &key_endpoint, with_schema_1))
             }
             Err(error) => {
@@ -320,7 +320,7 @@ impl TextScorer for EndpointScorer {
             vec![template],
             &settings,
             PlanScope::default(),
-            &past,
+            &key_variants,
             row_status,
         )?;
         self.stats.texts += plan.total;

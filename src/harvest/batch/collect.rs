@@ -452,7 +452,7 @@ impl BatchRun<'_> {
         let cache = self.cache;
         cache
             .append_encoded(&answered.encoded)
-            .map_err(|error| run_error::not_recorded(error, cache.safe_len()))?;
+            .map_err(|error| run_error::not_recorded(error, cache.intact_len()))?;
         let part = &mut self.journal.parts[index];
         part.progress.unsettled_usd -= member.usd;
         let is_planned = part.progress.rows.get(line).copied().flatten().is_some();

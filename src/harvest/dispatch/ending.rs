@@ -23,7 +23,7 @@ impl Dispatcher<'_> {
     pub(super) fn finish(mut self) -> Result<DispatchEnd> {
         self.cache
             .sync()
-            .map_err(|error| run_error::not_recorded(error, self.cache.safe_len()))?;
+            .map_err(|error| run_error::not_recorded(error, self.cache.intact_len()))?;
         self.check_cache()?;
         self.record_time();
         let still_in_flight = (self.in_flight.len() + self.held_answers.take().len()) as u64;

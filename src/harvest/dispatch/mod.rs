@@ -387,7 +387,7 @@ impl<'a> Dispatcher<'a> {
             self.stop_displaced(error);
             return Ok(());
         }
-        Err(run_error::not_recorded(error, self.cache.safe_len()))
+        Err(run_error::not_recorded(error, self.cache.intact_len()))
     }
 
     fn stop_displaced(&mut self, error: anyhow::Error) {

@@ -26,7 +26,7 @@ impl Dispatcher<'_> {
                 self.note_full_disk(&error);
                 Ok(())
             }
-            Err(error) => Err(run_error::not_recorded(error, self.cache.safe_len())),
+            Err(error) => Err(run_error::not_recorded(error, self.cache.intact_len())),
         }
     }
 
@@ -62,7 +62,7 @@ impl Dispatcher<'_> {
             _ => {}
         }
         if (is_last || self.held_answers.has_timed_out())
-            && let Some((lost, error)) = self.held_answers.give_up(self.cache.safe_len())
+            && let Some((lost, error)) = self.held_answers.give_up(self.cache.intact_len())
         {
             self.summary.attempts_lost += lost.len() as u64;
             // The exit code still names the signal; the message reports the lost answers.
