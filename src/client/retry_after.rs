@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use reqwest::header::HeaderMap;
 
 use crate::client::response::error::ApiError;
-use crate::rate_limit::wait::{MIN_UNIX_S, amount, duration, leading, seconds, until};
+use crate::rate_limit::wait::{MIN_UNIX_S, amount, duration, leading, until, wait_from_s};
 
 /// Phrases before a wait in an error message, in lower case.
 const WAIT_PHRASES: [&str; 15] = [
@@ -73,7 +73,7 @@ pub(crate) fn requested_wait(
         .into_iter()
         .find_map(header)
         .and_then(amount);
-    let milliseconds = milliseconds.and_then(|milliseconds| seconds(milliseconds / 1e3));
+    let milliseconds = milliseconds.and_then(|milliseconds| wait_from_s(milliseconds / 1e3));
     let is_positive = |wait: &Duration| !wait.is_zero();
     let in_seconds = SECONDS_HEADERS.into_iter().filter_map(header);
     let by_header = milliseconds.or_else(|| in_seconds.filter_map(|text| until(text, now)).next());
@@ -110,7 +110,7 @@ fn wait_in_message(message: &str, now: SystemTime) -> Option<Duration> {
             // A number without a unit is seconds if it ends the sentence.
             let word = after.split_whitespace().next()?;
             let is_last = after.len() == word.len() || word.ends_with(['.', ',']);
-            seconds(amount(word.trim_end_matches(['.', ',']))?).filter(|_| is_last)
+            wait_from_s(amount(word.trim_end_matches(['.', ',']))?).filter(|_| is_last)
         })
     });
     by_duration.or_else(|| {
@@ -140,7 +140,7 @@ fn leading_clock_time(text: &str) -> Option<Duration> {
         .map(|part| amount(part).filter(|_| part.len() >= 2))
         .collect::<Option<_>>()?;
     match parts[..] {
-        [hours, minutes, secs] => seconds(hours * 3_600.0 + minutes * 60.0 + secs),
+        [hours, minutes, secs] => wait_from_s(hours * 3_600.0 + minutes * 60.0 + secs),
         _ => None,
     }
 }

@@ -46,7 +46,7 @@ enum MonitorAlert {
     Stop(anyhow::Error),
 }
 
-/// Counts of suspicious answers of one endpoint.
+/// Monitor of the answers of one endpoint.
 #[derive(Debug)]
 pub(crate) struct AnswerMonitor {
     settings: config::EndpointConfig,
@@ -76,6 +76,7 @@ struct RepeatedText {
     text_hash: u64,
     /// Number of consecutive different prompts with this text as the answer.
     prompts: u32,
+    /// Hash of the id of the last prompt.
     last_prompt: Option<u64>,
 }
 

@@ -229,14 +229,14 @@ impl EndpointScorer {
         } = ended;
         self.run_files = Some(run_files);
         self.upstream = upstreams.pop();
-        self.count(summary)
+        self.add_to_stats(summary)
     }
 
     /// Adds the counts of a call to the statistics.
     ///
     /// # Errors
     /// If the requests stopped early, or no text so far has usable scores.
-    fn count(&mut self, summary: HarvestSummary) -> Result<()> {
+    fn add_to_stats(&mut self, summary: HarvestSummary) -> Result<()> {
         let stats = &mut self.stats;
         stats.failed += summary.failed;
         stats.unusable += summary.without_logprobs;

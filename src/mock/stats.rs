@@ -18,7 +18,7 @@ pub struct MockStats {
     pub requests: u64,
     /// Number of replies by status, including incomplete ones.
     pub by_status: BTreeMap<u16, u64>,
-    /// Number of valid answers that were sent completely.
+    /// Number of answers without a fault, without those of batches.
     pub answered: u64,
     /// Number of requests rejected by a limit.
     pub throttled: u64,
@@ -35,7 +35,7 @@ pub struct MockStats {
     /// Maximum number of tokens billed within 60 seconds, without batches.
     pub most_tokens_billed_in_a_minute: u64,
     pub billed: BillingTotals,
-    /// Number of distinct chat request bodies.
+    /// Number of distinct bodies of admitted chat requests and batch rows.
     pub bodies: u64,
     /// Number of bodies, by the number of times that an answer to them was billed.
     pub bodies_by_times_billed: BTreeMap<u32, u64>,

@@ -83,7 +83,7 @@ impl DailyLimit {
     }
 
     /// Counts a request that is sent.
-    pub(crate) fn count(&mut self, now: Instant) {
+    pub(crate) fn count_request(&mut self, now: Instant) {
         if self.limit.is_none() {
             return;
         }
@@ -143,7 +143,7 @@ mod tests {
         while now < hours_after(start, 72.0) {
             match daily.check(now) {
                 Ok(()) => {
-                    daily.count(now);
+                    daily.count_request(now);
                     sent.push(now);
                     now += Duration::from_secs(200);
                 }
@@ -169,7 +169,7 @@ mod tests {
                 written = daily.ledger_slots(start, false);
             }
             daily.check(start).unwrap();
-            daily.count(start);
+            daily.count_request(start);
         }
         let total = |slots: &[(i64, u64)]| slots.iter().map(|slot| slot.1).sum::<u64>();
         assert!((123..=128).contains(&total(&written)), "{written:?}");
@@ -177,7 +177,7 @@ mod tests {
 
         let mut resumed = DailyLimit::new(Some(125), &[(3_600, 100), (-50, 24)], start);
         resumed.check(start).unwrap();
-        resumed.count(start);
+        resumed.count_request(start);
         let until = resumed.check(start).unwrap_err();
         assert_eq!(until, start + Duration::from_secs(82_800 + 300));
         assert_eq!(resumed.used_up(start), Some((125, until)));

@@ -78,7 +78,7 @@ impl Pacer {
         if let Some(shared) = &mut self.shared {
             shared.take(cost.tokens(), slots, now)?;
         }
-        self.daily_limit.count(now);
+        self.daily_limit.count_request(now);
         Ok(self.server_limits.charge(cost, now))
     }
 

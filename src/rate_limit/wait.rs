@@ -18,7 +18,7 @@ pub(crate) fn until(text: &str, now: SystemTime) -> Option<Duration> {
     let text = text.trim().trim_matches('"').trim();
     if let Some(number) = amount(text) {
         let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).ok()?;
-        return seconds(match number {
+        return wait_from_s(match number {
             number if number >= MIN_UNIX_MS => number / 1e3 - since_epoch.as_secs_f64(),
             number if number >= MIN_UNIX_S => number - since_epoch.as_secs_f64(),
             number => number,
@@ -91,7 +91,7 @@ pub(crate) fn leading(text: &str) -> Option<(Duration, &str)> {
         has_number = true;
         remaining = &unit_start[letters..];
     }
-    let total = seconds(total_s).filter(|_| has_number)?;
+    let total = wait_from_s(total_s).filter(|_| has_number)?;
     Some((total, remaining))
 }
 
@@ -116,7 +116,7 @@ pub(crate) fn amount(text: &str) -> Option<f64> {
 }
 
 /// Converts seconds to a duration from 0 to [`MAX_WAIT_S`]. Returns None for NaN.
-pub(crate) fn seconds(seconds: f64) -> Option<Duration> {
+pub(crate) fn wait_from_s(seconds: f64) -> Option<Duration> {
     Duration::try_from_secs_f64(seconds.clamp(0.0, MAX_WAIT_S)).ok()
 }
 

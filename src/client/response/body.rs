@@ -39,7 +39,7 @@ fields! {
 ///
 /// # Errors
 /// If the body is not JSON of this shape.
-pub(crate) fn read<'a, L: Deserialize<'a>>(
+pub(crate) fn parse_body<'a, L: Deserialize<'a>>(
     body: &'a [u8],
     logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
 ) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {

@@ -43,12 +43,12 @@ pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     };
     let repaired = match first {
         b'<' => Err(JsonProblem::NotJson("an HTML page".into())),
-        _ => run(&body[start..]),
+        _ => repair_first_value(&body[start..]),
     };
     let Err(JsonProblem::NotJson(problem)) = repaired else {
         return repaired;
     };
-    let completion = completion_after_first_line(body).map(run);
+    let completion = completion_after_first_line(body).map(repair_first_value);
     completion.and_then(Result::ok).ok_or_else(|| {
         JsonProblem::NotJson(if begins_as_json || first == b'<' {
             problem
@@ -59,7 +59,7 @@ pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, JsonProblem> {
 }
 
 /// Repairs the first JSON value in `text`. A value that is truncated after its choices is closed.
-fn run(text: &[u8]) -> Result<Vec<u8>, JsonProblem> {
+fn repair_first_value(text: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     let mut repair = JsonRepair {
         text,
         pos: 0,

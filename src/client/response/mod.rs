@@ -39,7 +39,7 @@ use std::cell::Cell;
 use serde_json::value::RawValue;
 
 use crate::cache::record::Logprobs;
-use crate::client::response::body::read;
+use crate::client::response::body::parse_body;
 use crate::client::response::completion::{Completion, NoAnswer, mentions_choices};
 use crate::client::response::json_error::JsonProblem;
 use crate::client::response::scan::{BodyWithoutLogprobs, Placeholder};
@@ -68,7 +68,7 @@ pub(crate) fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
 fn parse_strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
     if let Some(BodyWithoutLogprobs { body, columns }) = scan::remove_logprobs(body) {
         let columns = Cell::new(Some(columns));
-        let answer = read(&body, |_: Placeholder, text| {
+        let answer = parse_body(&body, |_: Placeholder, text| {
             Ok(columns.take().and_then(|columns| columns.finish(text)))
         });
         // If the columns were not taken, the removed list belonged to another part of the body.
@@ -78,7 +78,7 @@ fn parse_strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json:
             return Ok(answer);
         }
     }
-    read(body, logprobs::columns).or_else(|_| read(body, parse_raw_logprobs))
+    parse_body(body, logprobs::columns).or_else(|_| parse_body(body, parse_raw_logprobs))
 }
 
 /// Searches the whole body for token counts if the usual field has none.
@@ -116,7 +116,7 @@ fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
     }
     let mut answers = candidates.iter().map(|value| {
         let text = value.to_string();
-        read(text.as_bytes(), parse_raw_logprobs).unwrap_or_else(|error| {
+        parse_body(text.as_bytes(), parse_raw_logprobs).unwrap_or_else(|error| {
             Err(if may_contain_answer(body) {
                 NoAnswer::Unreadable(format!("the body is not a chat completion: {error}"))
             } else {

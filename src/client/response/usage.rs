@@ -39,7 +39,7 @@ pub(crate) fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
         Value::Null => return (None, Map::new()),
         other => return (None, Map::from_iter([("counts".to_owned(), other)])),
     };
-    let Some(usage) = read(&fields) else {
+    let Some(usage) = parse_counts(&fields) else {
         return (None, fields);
     };
     fields.retain(|name, _| {
@@ -49,7 +49,7 @@ pub(crate) fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
     (Some(usage), fields)
 }
 
-fn read(fields: &Map<String, Value>) -> Option<Usage> {
+fn parse_counts(fields: &Map<String, Value>) -> Option<Usage> {
     // With few fields and many names, comparing is faster than hashing each name.
     let field = |name: &str| {
         let mut fields = fields.iter();

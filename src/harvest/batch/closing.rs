@@ -48,17 +48,7 @@ impl BatchRun<'_> {
             PartState::Cancelling { .. }
         );
         if collection.unreadable_lines > 0 {
-            let nonce = &self.journal.parts[index].nonce;
-            let place = if collection.unreadable.is_empty() {
-                "they are too long to be saved".to_owned()
-            } else {
-                let file = self.unreadable.save(nonce, &collection.unreadable)?;
-                format!("they are saved in {}", file.display())
-            };
-            self.progress.note(&format!(
-                "{} lines of a batch cannot be parsed: {place}",
-                collection.unreadable_lines
-            ));
+            self.save_unreadable_lines(index, &collection)?;
         }
         let answers = collection
             .members
@@ -79,17 +69,7 @@ impl BatchRun<'_> {
             // A line that cannot be parsed may be the paid answer of this row.
             let may_be_unreadable = outcome.is_none() && collection.unreadable_lines > 0;
             let may_be_billed = match &outcome {
-                Some(
-                    RowOutcome::Retry(failure)
-                    | RowOutcome::Refused(failure)
-                    | RowOutcome::Filtered(failure),
-                ) => failure.may_be_billed,
-                Some(
-                    RowOutcome::Answered
-                    | RowOutcome::Empty(_)
-                    | RowOutcome::Unreadable { .. }
-                    | RowOutcome::EndpointRefused(_),
-                ) => false,
+                Some(outcome) => outcome.may_be_billed(),
                 // A row that the batch did not run is not billed; a row that it lost may be billed.
                 None => status != "expired" && status != "cancelled" && !unnamed_rows_not_run,
             };
@@ -188,6 +168,22 @@ impl BatchRun<'_> {
         if let Some(refusal) = closing.endpoint_refusal {
             self.upstreams[upstream].batch_refused(refusal, &self.settings.retry);
         }
+        Ok(())
+    }
+
+    /// Saves the lines of a part from which no row can be parsed, and reports them.
+    fn save_unreadable_lines(&mut self, index: usize, collection: &PartCollection) -> Result<()> {
+        let nonce = &self.journal.parts[index].nonce;
+        let place = if collection.unreadable.is_empty() {
+            "they are too long to be saved".to_owned()
+        } else {
+            let file = self.unreadable.save(nonce, &collection.unreadable)?;
+            format!("they are saved in {}", file.display())
+        };
+        self.progress.note(&format!(
+            "{} lines of a batch cannot be parsed: {place}",
+            collection.unreadable_lines
+        ));
         Ok(())
     }
 

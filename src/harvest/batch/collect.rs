@@ -95,6 +95,21 @@ pub(super) enum RowOutcome {
     EndpointRefused(EndpointRefusal),
 }
 
+impl RowOutcome {
+    /// Returns true if the row may be billed although no answer to it was recorded.
+    pub(super) fn may_be_billed(&self) -> bool {
+        match self {
+            RowOutcome::Retry(failure)
+            | RowOutcome::Refused(failure)
+            | RowOutcome::Filtered(failure) => failure.may_be_billed,
+            RowOutcome::Answered
+            | RowOutcome::Empty(_)
+            | RowOutcome::Unreadable { .. }
+            | RowOutcome::EndpointRefused(_) => false,
+        }
+    }
+}
+
 impl BatchRun<'_> {
     /// Requests the status of a batch, and collects its results if it has ended.
     pub(super) async fn poll(&mut self, index: usize) -> Result<(), BatchStepError> {
@@ -349,7 +364,7 @@ impl BatchRun<'_> {
         line: Bytes,
     ) -> Result<bool> {
         let mut names_row = false;
-        for row_result in results::read(&line) {
+        for row_result in results::parse_line(&line) {
             match row_result {
                 Some(row_result) => {
                     names_row |= self.take_row_result(index, collection, row_result)?
@@ -425,7 +440,7 @@ impl BatchRun<'_> {
         completion.clean(&transport.secrets());
         let template = &self.plan.templates[upstream];
         let member = &collection.members[line];
-        let body: Value = collection.bodies.read(member)?;
+        let body: Value = collection.bodies.read_body(member)?;
         let row = PlannedRow {
             prompt: 0,
             sample: member.sample,

@@ -406,7 +406,7 @@ pub(crate) struct RequestFile {
 
 impl RequestFile {
     /// Reads the request body of a row.
-    pub(crate) fn read(&mut self, member: &PartRow) -> Result<serde_json::Value> {
+    pub(crate) fn read_body(&mut self, member: &PartRow) -> Result<serde_json::Value> {
         use std::io::{Read, Seek, SeekFrom};
         let mut body = vec![0; member.bytes as usize];
         let read = self

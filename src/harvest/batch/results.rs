@@ -47,12 +47,12 @@ struct Response<'a> {
     body: Option<&'a RawValue>,
 }
 
-/// Parses a line into results, usually one; some servers write several rows on a line. An item is None if it names no
-/// row.
-pub(crate) fn read(line: &Bytes) -> Vec<Option<RowResult>> {
-    match read_json(line) {
-        Some(outcome) => vec![Some(outcome)],
-        None => split_rows(line).iter().map(read_one).collect(),
+/// Parses a line into the results of its rows: usually one row, but some servers write several rows on a line. An item
+/// is None if it names no row.
+pub(crate) fn parse_line(line: &Bytes) -> Vec<Option<RowResult>> {
+    match parse_strict_row(line) {
+        Some(row_result) => vec![Some(row_result)],
+        None => split_rows(line).iter().map(parse_row).collect(),
     }
 }
 
@@ -200,12 +200,12 @@ fn brace_before(text: &[u8], field: usize) -> usize {
 }
 
 /// Parses one row into its result, after a repair if it is not strict JSON. None if it has no id.
-fn read_one(line: &Bytes) -> Option<RowResult> {
-    if let Some(outcome) = read_json(line) {
-        return Some(outcome);
+fn parse_row(line: &Bytes) -> Option<RowResult> {
+    if let Some(row_result) = parse_strict_row(line) {
+        return Some(row_result);
     }
     let repaired = json::repaired(line).ok().map(Bytes::from);
-    repaired.and_then(|line| read_json(&line)).or_else(|| {
+    repaired.and_then(|line| parse_strict_row(&line)).or_else(|| {
         let unreadable = AttemptError::Unreadable {
             problem: "a line of a batch that is not JSON".into(),
             body: line.clone(),
@@ -231,7 +231,7 @@ fn custom_id(line: &[u8]) -> Option<String> {
 }
 
 /// Parses a row of strict JSON. None for any other text.
-fn read_json(line: &Bytes) -> Option<RowResult> {
+fn parse_strict_row(line: &Bytes) -> Option<RowResult> {
     let ResultLine {
         custom_id,
         response,

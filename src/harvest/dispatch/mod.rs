@@ -65,7 +65,7 @@ pub(crate) struct Dispatcher<'a> {
     wake: Arc<Notify>,
     summary: HarvestSummary,
     timeline: Timeline,
-    /// Error that ends the run: no request is sent, requests in flight finish.
+    /// Error that ends the run: no more requests are sent, and the requests in flight finish.
     stop: Option<anyhow::Error>,
     /// True once a signal has arrived; the next signal stops the run immediately.
     has_signal: bool,

@@ -6,8 +6,8 @@
 //! | `refusals` | decisions after a refusal: wait, try another row, fail the row or stop |
 //!
 //! A decision depends on the reply (`client::outcome`) and on earlier replies (`health`). The first request is sent
-//! alone, so a wrong key, model or address costs one request. During an outage one probe at a time is sent, and no
-//! row loses an attempt.
+//! alone, so a wrong key, model or address costs one request. During an outage requests are sent one at a time, as
+//! probes, and their failures do not count as attempts of the rows.
 
 pub(crate) mod refusals;
 

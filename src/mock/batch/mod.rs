@@ -182,7 +182,7 @@ impl BatchStore {
         let file = self.files.get(&input_file_id);
         let file = file.filter(|file| file.visible_at <= context.elapsed);
         let file = file.ok_or_else(|| not_found("File", &input_file_id, 400, "input_file_id"))?;
-        let (rows, mut errors) = rows::read(&file.content, &endpoint, script);
+        let (rows, mut errors) = rows::parse_input_file(&file.content, &endpoint, script);
         if script.batch.outcome == ScriptedOutcome::Failed && errors.is_empty() {
             let message = "The script fails this batch.";
             errors.push(error_entry(

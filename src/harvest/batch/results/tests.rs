@@ -3,13 +3,13 @@ use serde_json::json;
 
 /// Returns the id of the row and a word for its result.
 fn classify_line(line: &str) -> Option<(String, String)> {
-    let mut read = read(&Bytes::copy_from_slice(line.as_bytes()));
-    assert!(read.len() <= 1, "{line}");
-    label_of(read.pop()??)
+    let mut row_results = parse_line(&Bytes::copy_from_slice(line.as_bytes()));
+    assert!(row_results.len() <= 1, "{line}");
+    label_of(row_results.pop()??)
 }
 
-fn label_of(outcome: RowResult) -> Option<(String, String)> {
-    let RowResult { custom_id, result } = outcome;
+fn label_of(row_result: RowResult) -> Option<(String, String)> {
+    let RowResult { custom_id, result } = row_result;
     let label = match result {
         Ok(completion) => format!("answer {}", completion.answer.text),
         Err(AttemptError::EndpointRefused(refusal)) => format!("endpoint refused {:?}", refusal.reason),
@@ -39,10 +39,10 @@ fn rows_in_lists_and_objects_are_read_even_if_a_body_contains_custom_id() {
         format!(r#"{{"result":{{"rows":[{}]}}}} {}"#, first("a"), last("b")),
         format!("{}{},", first("a"), first("b")),
     ] {
-        let read = read(&Bytes::copy_from_slice(line.as_bytes()));
-        let labels: Vec<_> = read
+        let row_results = parse_line(&Bytes::copy_from_slice(line.as_bytes()));
+        let labels: Vec<_> = row_results
             .into_iter()
-            .map(|one| label_of(one.unwrap()).unwrap())
+            .map(|row_result| label_of(row_result.unwrap()).unwrap())
             .collect();
         let expected = ["a", "b"].map(|id| (id.to_owned(), "answer x".to_owned()));
         assert_eq!(labels, expected, "{line}");
@@ -84,15 +84,15 @@ fn invalid_rows_are_repaired_one_by_one() {
                 format!("[{flawed},{good}]"),
                 format!(r#"{{"data":[{flawed},{good}]}}"#),
             ] {
-                let read = read(&Bytes::copy_from_slice(line.as_bytes()));
-                let labels = read.into_iter().map(|one| label_of(one.unwrap()).unwrap());
+                let row_results = parse_line(&Bytes::copy_from_slice(line.as_bytes()));
+                let labels = row_results.into_iter().map(|row_result| label_of(row_result.unwrap()).unwrap());
                 let labels: Vec<_> = labels.collect();
                 assert_eq!(labels.len(), 2, "{line}: {labels:?}");
-                for ((id, label_of), expected) in labels.iter().zip(["a", "b"]) {
+                for ((id, label), expected) in labels.iter().zip(["a", "b"]) {
                     assert_eq!(id, expected, "{line}");
                     assert!(
-                        label_of.starts_with(&format!("answer {id} ")),
-                        "{line}: {label_of}"
+                        label.starts_with(&format!("answer {id} ")),
+                        "{line}: {label}"
                     );
                 }
             }
@@ -232,9 +232,9 @@ fn several_rows_on_one_line_are_split() {
         format!("{a},{b}"),
         format!("{a} junk {b}"),
     ] {
-        let outcomes = read(&Bytes::from(line.clone())).into_iter();
+        let row_results = parse_line(&Bytes::from(line.clone())).into_iter();
         let labels: Vec<_> = outcomes
-            .map(|outcome| label_of(outcome.unwrap()).unwrap())
+            .map(|row_result| label_of(row_result.unwrap()).unwrap())
             .collect();
         let expected = ["a", "b"].map(|id| (id.to_owned(), format!("answer {id}")));
         assert_eq!(labels, expected, "{line}");
@@ -249,7 +249,7 @@ fn truncated_line_fails_only_its_own_row() {
         r#"{"custom_id":"a","response":{"status_code":200,"body":{"choices":[{"message":{"content":"q}}"#,
     ] {
         let line = Bytes::from(format!("{broken}{complete}"));
-        let row_results = read(&line).into_iter().flatten();
+        let row_results = parse_line(&line).into_iter().flatten();
         let labels: Vec<_> = row_results.filter_map(label_of).collect();
         assert!(
             labels.contains(&("b".into(), "answer b".into())),
@@ -258,7 +258,7 @@ fn truncated_line_fails_only_its_own_row() {
         assert!(
             labels
                 .iter()
-                .all(|(id, label_of)| id == "b" || !label_of.starts_with("answer"))
+                .all(|(id, label)| id == "b" || !label.starts_with("answer"))
         );
     }
 }
