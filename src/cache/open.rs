@@ -122,7 +122,8 @@ pub fn peek(dir: &Path) -> Result<Peek> {
     }
     crate::cache::check_files(dir)?;
     if let Some(index) = index::load(dir) {
-        (peek.keys, peek.key_variants, peek.cost_usd) = (index.keys, index.key_variants, index.cost_usd);
+        (peek.keys, peek.key_variants, peek.cost_usd) =
+            (index.keys, index.key_variants, index.cost_usd);
         return Ok(peek);
     }
     let mut lines = CacheLines::open(dir)?;

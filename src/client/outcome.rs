@@ -126,6 +126,5 @@ pub(crate) fn classify_transport_error(error: TransportError) -> AttemptError {
     }
 }
 
-
 #[cfg(test)]
 mod tests;

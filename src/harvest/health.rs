@@ -305,7 +305,8 @@ impl EndpointHealth {
     /// Returns true during an outage. Since the last success, several rows have failed, and the number of failed
     /// attempts has reached the number of requests in flight.
     pub(crate) fn is_outage(&self) -> bool {
-        self.failing.len() >= OUTAGE_ROWS && self.failures >= self.max_in_flight.max(OUTAGE_FAILURES)
+        self.failing.len() >= OUTAGE_ROWS
+            && self.failures >= self.max_in_flight.max(OUTAGE_FAILURES)
     }
 
     /// Returns true if some of the `remaining` rows have not failed since the last success.

@@ -189,7 +189,11 @@ impl MockConnection {
     }
 
     /// Sends a response. Returns true if the connection can be used for another request.
-    async fn send_response(&mut self, response: MockResponse, must_close: bool) -> io::Result<bool> {
+    async fn send_response(
+        &mut self,
+        response: MockResponse,
+        must_close: bool,
+    ) -> io::Result<bool> {
         match response {
             MockResponse::Complete(reply) => {
                 self.write_head(&reply, Some(reply.body.len()), must_close);

@@ -342,7 +342,10 @@ mod tests {
             input_tokens: 2_000,
             output_tokens: 0,
         };
-        assert_eq!(limits.limit_smaller_than(&huge), Some((Resource::Tokens, 1000.0)));
+        assert_eq!(
+            limits.limit_smaller_than(&huge),
+            Some((Resource::Tokens, 1000.0))
+        );
         assert_eq!(limits.limit_smaller_than(&cost), None);
     }
 }

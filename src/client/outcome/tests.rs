@@ -72,7 +72,11 @@ fn status_code_and_message_determine_the_class() {
         (402, "", "endpoint refused: Credit"),
         (403, "", "endpoint refused: Forbidden"),
         (404, "", "endpoint refused: Address"),
-        (405, r#"{"detail":"Method Not Allowed"}"#, "endpoint refused: Address"),
+        (
+            405,
+            r#"{"detail":"Method Not Allowed"}"#,
+            "endpoint refused: Address",
+        ),
         (
             404,
             r#"{"error":{"message":"x","code":"model_not_found"}}"#,
@@ -331,7 +335,8 @@ fn complete_answer_before_a_connection_loss_is_an_answer() {
 
 #[test]
 fn requested_wait_is_returned_with_the_class() {
-    let in_ten_hours = httpdate::fmt_http_date(SystemTime::UNIX_EPOCH + NOW + Duration::from_secs(36_000));
+    let in_ten_hours =
+        httpdate::fmt_http_date(SystemTime::UNIX_EPOCH + NOW + Duration::from_secs(36_000));
     type Headers<'a> = &'a [(&'static str, &'a str)];
     let used_up: Headers = &[
         ("x-ratelimit-limit", "50"),
@@ -358,7 +363,6 @@ fn requested_wait_is_returned_with_the_class() {
         );
     }
 }
-
 
 #[test]
 fn messages_are_shortened_to_one_sanitised_line() {

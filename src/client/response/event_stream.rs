@@ -251,9 +251,7 @@ impl JoinedStream {
         }
         for (name, value) in chunk {
             match value {
-                Value::Array(choices) if name == "choices" => {
-                    self.add_choices(choices, has_usage)
-                }
+                Value::Array(choices) if name == "choices" => self.add_choices(choices, has_usage),
                 _ if name == "choices" => {
                     self.body
                         .entry(name)

@@ -222,7 +222,10 @@ mod tests {
     use crate::client::response::logprobs;
 
     /// Parses a body with these logprobs by [`remove_logprobs`] and by serde.
-    fn parse_both_ways(logprobs: &Value, pretty: bool) -> (Option<Option<Logprobs>>, Option<Logprobs>) {
+    fn parse_both_ways(
+        logprobs: &Value,
+        pretty: bool,
+    ) -> (Option<Option<Logprobs>>, Option<Logprobs>) {
         let body = json!({"id": "x", "choices": [{"logprobs": logprobs}], "usage": 1});
         let body = if pretty {
             serde_json::to_string_pretty(&body)

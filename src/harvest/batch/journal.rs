@@ -104,7 +104,7 @@ pub(crate) struct PartProgress {
     /// Last status reported by the endpoint.
     pub status: String,
     /// True if the request to create the batch had no reply, so that the batch may exist.
-    pub may_exist: bool,
+    pub is_creation_unconfirmed: bool,
     /// Number of searches for its batch since the last request to create it.
     pub lookups: usize,
     /// Number of times that its input file was not found.

@@ -43,7 +43,8 @@ impl BatchRun<'_> {
             let part = &mut self.journal.parts[index];
             part.progress.upstream = upstream;
             part.progress.unsettled_usd = unsettled_usd;
-            part.progress.may_exist = matches!(part.state, PartState::Creating { .. });
+            part.progress.is_creation_unconfirmed =
+                matches!(part.state, PartState::Creating { .. });
             part.progress.rows = vec![None; part_rows.len()];
             for (line, member) in part_rows.into_iter().enumerate() {
                 position_by_key.insert(member.key, (index, line));

@@ -205,16 +205,18 @@ fn parse_row(line: &Bytes) -> Option<RowResult> {
         return Some(row_result);
     }
     let repaired = json::repaired(line).ok().map(Bytes::from);
-    repaired.and_then(|line| parse_strict_row(&line)).or_else(|| {
-        let unreadable = AttemptError::Unreadable {
-            problem: "a line of a batch that is not JSON".into(),
-            body: line.clone(),
-        };
-        Some(RowResult {
-            custom_id: custom_id(line)?,
-            result: Err(unreadable),
+    repaired
+        .and_then(|line| parse_strict_row(&line))
+        .or_else(|| {
+            let unreadable = AttemptError::Unreadable {
+                problem: "a line of a batch that is not JSON".into(),
+                body: line.clone(),
+            };
+            Some(RowResult {
+                custom_id: custom_id(line)?,
+                result: Err(unreadable),
+            })
         })
-    })
 }
 
 /// Finds the id of the row in a line that is not JSON.

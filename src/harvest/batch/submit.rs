@@ -155,7 +155,7 @@ impl BatchRun<'_> {
             }
             let is_past_deadline = self.deadline_passed_at.is_some();
             match part.state.clone() {
-                PartState::Creating { file } if part.progress.may_exist => {
+                PartState::Creating { file } if part.progress.is_creation_unconfirmed => {
                     self.find_batch(index, file).await?
                 }
                 PartState::Planned | PartState::Uploaded { .. } | PartState::Creating { .. }
@@ -202,7 +202,7 @@ impl BatchRun<'_> {
             "metadata": {"nonce": self.journal.parts[index].nonce},
         });
         // Until the reply arrives, the batch may or may not exist.
-        self.journal.parts[index].progress.may_exist = true;
+        self.journal.parts[index].progress.is_creation_unconfirmed = true;
         let reply = batches(&transport)?.create(&body).await;
         let progress = &mut self.journal.parts[index].progress;
         let reply = match batch_object::check(reply, self.clock.now().into()) {
@@ -211,7 +211,7 @@ impl BatchRun<'_> {
                 if is_file_missing(&failure)
                     && progress.input_not_found < FILE_NOT_FOUND_LIMITS[1] =>
             {
-                progress.may_exist = false;
+                progress.is_creation_unconfirmed = false;
                 progress.input_not_found += 1;
                 // 1 s the first time, doubled each time up to 32 s.
                 let pause = Duration::from_millis(500 << progress.input_not_found.min(6));
@@ -226,8 +226,8 @@ impl BatchRun<'_> {
             Err(error) => {
                 progress.lookups = 0;
                 // A refusal creates no batch. A connection may have broken after the batch was created.
-                progress.may_exist = matches!(&error, AttemptError::Transient { failure, .. } if !failure.is_unreachable);
-                if !progress.may_exist {
+                progress.is_creation_unconfirmed = matches!(&error, AttemptError::Transient { failure, .. } if !failure.is_unreachable);
+                if !progress.is_creation_unconfirmed {
                     self.journal.set(index, PartState::Uploaded { file })?;
                 }
                 return Err(error.into());
@@ -250,7 +250,7 @@ impl BatchRun<'_> {
         let batch = object.id;
         self.journal.set(index, PartState::Created { batch })?;
         let part = &mut self.journal.parts[index];
-        part.progress.may_exist = false;
+        part.progress.is_creation_unconfirmed = false;
         part.progress.status = object.status;
         self.summary.requests += part.rows;
         Ok(())
@@ -294,7 +294,7 @@ impl BatchRun<'_> {
                 progress.not_before = Some(Instant::now() + Duration::from_secs(pause));
             }
             None => {
-                progress.may_exist = false;
+                progress.is_creation_unconfirmed = false;
                 self.journal.set(index, PartState::Uploaded { file })?;
             }
         }

@@ -271,7 +271,9 @@ impl<'a> Dispatcher<'a> {
         if upstream.is_done() {
             return Ok(SendOutcome::Blocked);
         }
-        let next_row = upstream.check_free_slot().and_then(|()| upstream.next_row());
+        let next_row = upstream
+            .check_free_slot()
+            .and_then(|()| upstream.next_row());
         let entry = match next_row {
             Ok(entry) => entry,
             Err(wake) => return Ok(wake.map_or(SendOutcome::Blocked, SendOutcome::NotBefore)),

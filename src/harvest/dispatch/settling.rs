@@ -85,7 +85,8 @@ impl Dispatcher<'_> {
             .get(&self.plan.rows[entry.row].key);
         let failed_as = history.map_or("", |history| history.failed_as.as_str());
         let (decision, message) = match error {
-            AttemptError::Refused(failure) | AttemptError::EndpointRefused(EndpointRefusal { failure, .. })
+            AttemptError::Refused(failure)
+            | AttemptError::EndpointRefused(EndpointRefusal { failure, .. })
                 if failure.class == failed_as =>
             {
                 let message = failure.message.clone();

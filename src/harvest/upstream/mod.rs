@@ -464,4 +464,3 @@ impl Upstream {
         self.health.is_outage() || self.limiter.is_closed(Instant::now())
     }
 }
-

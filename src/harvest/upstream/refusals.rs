@@ -63,10 +63,9 @@ impl Upstream {
         // A request larger than the limit itself never fits.
         let exceeded = self.limiter.limit_smaller_than(&cost);
         if exceeded.is_some() || message.to_lowercase().contains("request too large") {
-            let limit_text = exceeded
-                .map_or("the endpoint's limit".into(), |(resource, limit)| {
-                    format!("the endpoint's limit of {limit} {}", resource.name())
-                });
+            let limit_text = exceeded.map_or("the endpoint's limit".into(), |(resource, limit)| {
+                format!("the endpoint's limit of {limit} {}", resource.name())
+            });
             let failure = RowFailure::over_limit(&limit_text, cost.tokens() as f64, &message);
             return RetryDecision::Failed(entry, failure);
         }
@@ -165,9 +164,7 @@ impl Upstream {
             return RetryDecision::Failed(entry, failure);
         }
         entry.endpoint_refusals += 1;
-        let round = self
-            .health
-            .endpoint_refused(entry.row, ticket.sent_at, now);
+        let round = self.health.endpoint_refused(entry.row, ticket.sent_at, now);
         let contradictions = self.health.contradictions();
         if round > MAX_REFUSAL_ROUNDS + contradictions.min(MAX_EXTRA_REFUSAL_ROUNDS) {
             self.queue.delay(entry, now);

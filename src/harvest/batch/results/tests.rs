@@ -12,7 +12,9 @@ fn label_of(row_result: RowResult) -> Option<(String, String)> {
     let RowResult { custom_id, result } = row_result;
     let label = match result {
         Ok(completion) => format!("answer {}", completion.answer.text),
-        Err(AttemptError::EndpointRefused(refusal)) => format!("endpoint refused {:?}", refusal.reason),
+        Err(AttemptError::EndpointRefused(refusal)) => {
+            format!("endpoint refused {:?}", refusal.reason)
+        }
         Err(AttemptError::Filtered(failure)) => format!("filtered {}", failure.class),
         Err(AttemptError::Unreadable { .. }) => "unreadable".into(),
         Err(AttemptError::KeyRenewed) => "key renewed".into(),
@@ -85,7 +87,9 @@ fn invalid_rows_are_repaired_one_by_one() {
                 format!(r#"{{"data":[{flawed},{good}]}}"#),
             ] {
                 let row_results = parse_line(&Bytes::copy_from_slice(line.as_bytes()));
-                let labels = row_results.into_iter().map(|row_result| label_of(row_result.unwrap()).unwrap());
+                let labels = row_results
+                    .into_iter()
+                    .map(|row_result| label_of(row_result.unwrap()).unwrap());
                 let labels: Vec<_> = labels.collect();
                 assert_eq!(labels.len(), 2, "{line}: {labels:?}");
                 for ((id, label), expected) in labels.iter().zip(["a", "b"]) {
@@ -233,7 +237,7 @@ fn several_rows_on_one_line_are_split() {
         format!("{a} junk {b}"),
     ] {
         let row_results = parse_line(&Bytes::from(line.clone())).into_iter();
-        let labels: Vec<_> = outcomes
+        let labels: Vec<_> = row_results
             .map(|row_result| label_of(row_result.unwrap()).unwrap())
             .collect();
         let expected = ["a", "b"].map(|id| (id.to_owned(), format!("answer {id}")));
