@@ -22,14 +22,14 @@ use anyhow::{Context, Result};
 use crate::cache::append_log::AppendLog;
 use crate::cache::files::OnReadProgress;
 use crate::cache::frames;
-use crate::cache::frames::{Effort, FRAME_TEXT_BYTES};
+use crate::cache::frames::{CompressionLevel, FRAME_TEXT_BYTES};
 use crate::cache::open_file::OpenFile;
 use crate::cache::shared::{CacheState, SharedCache};
 use crate::cache::storage;
 use crate::cache::storage::WrapFile;
 use crate::cache::{compressed_file, plain_file};
 
-/// Bytes of uncompressed lines above which frames are compressed with [`Effort::Fast`], to catch up.
+/// Bytes of uncompressed lines above which frames are compressed with [`CompressionLevel::Fast`], to catch up.
 const FAST_THRESHOLD_BYTES: u64 = FRAME_TEXT_BYTES as u64 * 3 / 2;
 
 /// Size in bytes of the blocks in which lines are copied to the new plain file.
@@ -92,9 +92,9 @@ impl Compressor {
         may_continue: impl Fn() -> bool,
     ) -> Result<()> {
         let effort = if length - self.compressed_to > FAST_THRESHOLD_BYTES {
-            Effort::Fast
+            CompressionLevel::Fast
         } else {
-            Effort::Strong
+            CompressionLevel::Strong
         };
         let text = self.next_text(plain, length)?;
         let frame = frames::compress_while(&text, effort, may_continue);

@@ -33,7 +33,7 @@ const UNWRITTEN_BLOCK: [u8; 64] = [0; 64];
 
 /// Trade-off between speed and size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Effort {
+pub enum CompressionLevel {
     /// About 300 MB/s.
     Fast,
     /// A fifth smaller, at 1.5 MB/s. Lower levels encode the digits of logprobs as short matches, which take more space
@@ -42,21 +42,21 @@ pub enum Effort {
 }
 
 /// Compresses `lines` into a frame.
-pub fn compress(lines: &[u8], effort: Effort) -> io::Result<Vec<u8>> {
-    compress_while(lines, effort, || true).map(Option::unwrap_or_default)
+pub fn compress(lines: &[u8], level: CompressionLevel) -> io::Result<Vec<u8>> {
+    compress_while(lines, level, || true).map(Option::unwrap_or_default)
 }
 
 /// As [`compress`]; `None` as soon as `may_continue` returns false.
 pub fn compress_while(
     lines: &[u8],
-    effort: Effort,
+    level: CompressionLevel,
     may_continue: impl Fn() -> bool,
 ) -> io::Result<Option<Vec<u8>>> {
-    let level = match effort {
-        Effort::Fast => 3,
-        Effort::Strong => 19,
+    let zstd_level = match level {
+        CompressionLevel::Fast => 3,
+        CompressionLevel::Strong => 19,
     };
-    let mut encoder = zstd::Encoder::new(Vec::new(), level)?;
+    let mut encoder = zstd::Encoder::new(Vec::new(), zstd_level)?;
     encoder.include_checksum(true)?;
     encoder.include_contentsize(true)?;
     encoder.set_pledged_src_size(Some(lines.len() as u64))?;

@@ -39,7 +39,7 @@ const BUFFER_BYTES: usize = 1 << 20;
 pub(crate) struct KeyIndex {
     pub keys: KeySet,
     /// Kinds of alternative keys among the records.
-    pub past: KeyVariants,
+    pub key_variants: KeyVariants,
     /// Number of records with the key of an earlier record.
     pub repeated: u64,
     /// Cost of all records in US dollars.
@@ -52,7 +52,8 @@ struct IndexHeader {
     files: BTreeMap<String, FileStamp>,
     /// Number of keys.
     keys: usize,
-    past: KeyVariants,
+    #[serde(rename = "past")]
+    key_variants: KeyVariants,
     repeated: u64,
     cost_usd: f64,
     /// CRC-32C of the keys, which follow the header.
@@ -136,7 +137,7 @@ pub(crate) fn load(dir: &Path) -> Option<KeyIndex> {
     let is_intact = crc == header.crc && keys.len() == header.keys;
     is_intact.then_some(KeyIndex {
         keys,
-        past: header.past,
+        key_variants: header.key_variants,
         repeated: header.repeated,
         cost_usd: header.cost_usd,
     })
@@ -146,7 +147,7 @@ pub(crate) fn load(dir: &Path) -> Option<KeyIndex> {
 pub(crate) fn save(
     dir: &Path,
     keys: &KeySet,
-    past: &KeyVariants,
+    key_variants: &KeyVariants,
     repeated: u64,
     cost_usd: f64,
 ) -> Result<()> {
@@ -157,7 +158,7 @@ pub(crate) fn save(
         version: VERSION,
         files: file_stamps(dir),
         keys: keys.len(),
-        past: past.clone(),
+        key_variants: key_variants.clone(),
         repeated,
         cost_usd,
         crc,

@@ -26,7 +26,7 @@ const MAX_TORN_FRAME_BYTES: u64 = 1 << 30;
 pub struct CacheContents {
     pub keys: KeySet,
     /// Kinds of alternative keys among the records.
-    pub past: KeyVariants,
+    pub key_variants: KeyVariants,
     /// Number of records with the key of an earlier record.
     pub repeated: u64,
     /// Cost of all records in US dollars.
@@ -51,14 +51,14 @@ pub fn open(dir: &Path, wrap: &WrapFile, on_progress: OnReadProgress<'_>) -> Res
     let compressed_length = length(&compressed_file(dir))?;
     if let Some(KeyIndex {
         keys,
-        past,
+        key_variants,
         repeated,
         cost_usd,
     }) = index
     {
         return Ok(CacheContents {
             keys,
-            past,
+            key_variants,
             repeated,
             cost_usd,
             plain: plain_length,
@@ -92,7 +92,7 @@ pub fn open(dir: &Path, wrap: &WrapFile, on_progress: OnReadProgress<'_>) -> Res
 pub struct Peek {
     keys: KeySet,
     /// Kinds of alternative keys among the records.
-    pub past: KeyVariants,
+    pub key_variants: KeyVariants,
     /// Cost of all records in US dollars.
     pub cost_usd: f64,
     /// Size of the cache files in bytes.
@@ -136,7 +136,8 @@ pub fn peek(dir: &Path) -> Result<Peek> {
     }
     crate::cache::check_files(dir)?;
     if let Some(index) = index::load(dir) {
-        (peek.keys, peek.past, peek.cost_usd) = (index.keys, index.past, index.cost_usd);
+        (peek.keys, peek.key_variants, peek.cost_usd) =
+            (index.keys, index.key_variants, index.cost_usd);
         return Ok(peek);
     }
     let mut lines = CacheLines::open(dir)?;
@@ -145,7 +146,7 @@ pub fn peek(dir: &Path) -> Result<Peek> {
         let (key, _) = keys::identity(line).map_err(|fault| lines.refuse(fault))?;
         peek.cost_usd += line::cost_usd(line).map_err(|fault| lines.refuse(fault))?;
         let head = line::head(line).map_err(|fault| lines.refuse(fault))?;
-        peek.past.insert(head.v, head.cut_at);
+        peek.key_variants.insert(head.v, head.cut_at);
         peek.keys.insert(key);
     }
     lines.warn_of_torn();
@@ -159,7 +160,7 @@ type OnBytes<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
 #[derive(Debug)]
 struct FileContents {
     records: Vec<KeyAndChecksum>,
-    past: KeyVariants,
+    key_variants: KeyVariants,
     cost_usd: f64,
     /// Length in bytes of the complete lines or frames.
     bytes: u64,
@@ -172,7 +173,7 @@ impl Default for FileContents {
     fn default() -> Self {
         Self {
             records: Vec::new(),
-            past: KeyVariants::default(),
+            key_variants: KeyVariants::default(),
             cost_usd: 0.0,
             bytes: 0,
             length: 0,
@@ -184,7 +185,7 @@ impl Default for FileContents {
 impl FileContents {
     fn add(&mut self, block: VerifiedBlock, on_progress: OnBytes<'_>) -> Result<()> {
         self.records.extend(block.records);
-        self.past.add(&block.past);
+        self.key_variants.add(&block.key_variants);
         self.cost_usd += block.cost_usd;
         self.bytes += block.bytes;
         on_progress(self.bytes)
@@ -204,7 +205,7 @@ impl FileContents {
     fn add_line(&mut self, line: &[u8]) -> Result<(), line::LineError> {
         self.records.push(keys::identity(line)?);
         let head = line::head(line)?;
-        self.past.insert(head.v, head.cut_at);
+        self.key_variants.insert(head.v, head.cut_at);
         self.cost_usd += line::cost_usd(line)?;
         Ok(())
     }
@@ -358,10 +359,10 @@ fn combine(compressed: FileContents, plain: FileContents) -> CacheContents {
     let mut keys = KeySet::with_capacity_and_hasher(record_count, Default::default());
     keys.extend(compressed.records.into_iter().map(|(key, _)| key));
     keys.extend(plain.records.into_iter().map(|(key, _)| key));
-    let mut past = compressed.past;
-    past.add(&plain.past);
+    let mut key_variants = compressed.key_variants;
+    key_variants.add(&plain.key_variants);
     CacheContents {
-        past,
+        key_variants,
         repeated: (record_count - keys.len()) as u64,
         keys,
         cost_usd: compressed.cost_usd + plain.cost_usd,

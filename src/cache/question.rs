@@ -405,20 +405,20 @@ mod tests {
     #[test]
     fn truncated_answer_is_found_for_requests_up_to_its_max_tokens() {
         let key = Question::new(&json!({}), 0).key("e");
-        let mut past = KeyVariants::default();
-        past.insert(2, 512);
-        past.insert(2, 0);
+        let mut key_variants = KeyVariants::default();
+        key_variants.insert(2, 512);
+        key_variants.insert(2, 0);
         let truncated = truncated_key(&key, 512);
         assert_eq!(question_half(&truncated), question_half(&key));
         for (max_tokens, is_found) in [(1, true), (512, true), (513, false)] {
-            let mut keys = past.truncated_keys(&key, max_tokens);
+            let mut keys = key_variants.truncated_keys(&key, max_tokens);
             assert_eq!(
                 keys.any(|key| key == truncated),
                 is_found,
                 "max_tokens = {max_tokens}"
             );
         }
-        assert!(!past.has_schema_1);
+        assert!(!key_variants.has_schema_1);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use super::frames::{self, Effort, FramePiece, FrameReader};
+use super::frames::{self, CompressionLevel, FramePiece, FrameReader};
 use super::keys::{self, KeyAndChecksum, KeySet};
 use super::line::{self, LineError};
 use super::storage::{self, BufferedAppender, WrapFile};
@@ -188,7 +188,7 @@ impl RepairPass {
             if !is_damaged && retained == text {
                 on_retained(&read_range(offset, frames.position())?)?;
             } else if !retained.is_empty() {
-                on_retained(&frames::compress(&retained, Effort::Strong)?)?;
+                on_retained(&frames::compress(&retained, CompressionLevel::Strong)?)?;
             }
         }
         Ok(())

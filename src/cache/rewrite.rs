@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::frames::{self, Effort, FRAME_TEXT_BYTES};
+use super::frames::{self, CompressionLevel, FRAME_TEXT_BYTES};
 use super::keys;
 use super::line;
 use super::reader::CacheLines;
@@ -101,7 +101,7 @@ pub(crate) fn rewrite(
                     push_decided(&mut text, line, decide(line)?);
                 }
                 if text.len() >= FRAME_TEXT_BYTES {
-                    new.append(&frames::compress(&text, Effort::Fast)?)?;
+                    new.append(&frames::compress(&text, CompressionLevel::Fast)?)?;
                     text.clear();
                 }
                 Ok(())
@@ -109,7 +109,7 @@ pub(crate) fn rewrite(
             if text.is_empty() {
                 return Ok(());
             }
-            Ok(new.append(&frames::compress(&text, Effort::Fast)?)?)
+            Ok(new.append(&frames::compress(&text, CompressionLevel::Fast)?)?)
         })?;
     }
     replace(&plain_file(dir), |new| {

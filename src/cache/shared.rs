@@ -102,7 +102,7 @@ pub(crate) struct CacheState {
     pub append_log: AppendLog,
     pub(crate) keys: KeySet,
     /// Kinds of alternative keys among the records.
-    pub(crate) past: KeyVariants,
+    pub(crate) key_variants: KeyVariants,
     /// Cost of all records in US dollars.
     pub(crate) cost_usd: f64,
     /// Number of records with the key of an earlier record.

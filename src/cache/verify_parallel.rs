@@ -23,7 +23,7 @@ const BLOCK_BYTES: usize = 2 << 20;
 pub(crate) struct VerifiedBlock {
     pub records: Vec<KeyAndChecksum>,
     /// Kinds of alternative keys among the records.
-    pub past: KeyVariants,
+    pub key_variants: KeyVariants,
     /// Cost of the records in US dollars.
     pub cost_usd: f64,
     /// Size in bytes that the block has in the file.
@@ -41,7 +41,7 @@ fn verify_lines(text: &[u8]) -> Option<VerifiedBlock> {
         remaining = &remaining[end + 1..];
         block.records.push(keys::identity(line).ok()?);
         let head = line::head(line).ok()?;
-        block.past.insert(head.v, head.cut_at);
+        block.key_variants.insert(head.v, head.cut_at);
         block.cost_usd += line::cost_usd(line).ok()?;
     }
     Some(block)

@@ -139,7 +139,7 @@ impl Cache {
                 append_log: AppendLog::new(plain, &path, contents.plain)?,
                 frames,
                 keys: contents.keys,
-                past: contents.past,
+                key_variants: contents.key_variants,
                 cost_usd: contents.cost_usd,
                 repeated: contents.repeated,
                 syncing: None,
@@ -178,8 +178,8 @@ impl Cache {
     }
 
     /// Schema versions and truncation limits of the stored records, which determine the alternative keys of a request.
-    pub fn past(&self) -> KeyVariants {
-        self.shared.lock().past.clone()
+    pub fn key_variants(&self) -> KeyVariants {
+        self.shared.lock().key_variants.clone()
     }
 
     /// Number of keys with a record.
@@ -192,7 +192,7 @@ impl Cache {
     }
 
     /// Number of keys with a record, minus the records that a failed sync may have lost.
-    pub fn safe_len(&self) -> usize {
+    pub fn intact_len(&self) -> usize {
         let state = self.shared.lock();
         state
             .keys
@@ -245,7 +245,7 @@ impl Cache {
         let mut lines = Vec::new();
         let mut fingerprints = Vec::new();
         let mut cost_usd = 0.0;
-        let mut past = KeyVariants::default();
+        let mut key_variants = KeyVariants::default();
         for record in group {
             if state.keys.contains(&record.fingerprint)
                 || fingerprints.contains(&record.fingerprint)
@@ -256,7 +256,7 @@ impl Cache {
             }
             lines.extend_from_slice(&record.line);
             fingerprints.push(record.fingerprint);
-            past.insert(record.schema, record.cut_at);
+            key_variants.insert(record.schema, record.cut_at);
             cost_usd += record.cost_usd;
         }
         if fingerprints.is_empty() {
@@ -265,7 +265,7 @@ impl Cache {
         let unsynced_before = state.append_log.unsynced();
         state.append_log.append(&lines, fingerprints.len())?;
         state.keys.extend(fingerprints);
-        state.past.add(&past);
+        state.key_variants.add(&key_variants);
         state.cost_usd += cost_usd;
         if state.append_log.length() >= state.compress_from {
             self.shared.changed.notify_all();
@@ -305,7 +305,7 @@ impl Drop for Cache {
             && let Err(error) = index::save(
                 &self.dir,
                 &state.keys,
-                &state.past,
+                &state.key_variants,
                 state.repeated,
                 state.cost_usd,
             )

@@ -8,8 +8,8 @@ use crate::terminal::sanitise;
 /// Failure of one attempt.
 #[derive(Debug)]
 pub(crate) enum AttemptError {
-    /// The reply indicates that every request will fail.
-    Claim(RefusalClaim),
+    /// The reply says that no request can succeed. It may be wrong about the other requests.
+    EndpointRefused(EndpointRefusal),
     /// This request cannot succeed; other requests can.
     Refused(RowFailure),
     /// A content filter refused this request; other requests can succeed.
@@ -31,7 +31,7 @@ impl AttemptError {
     /// Returns the error message.
     pub(crate) fn message(&self) -> &str {
         match self {
-            AttemptError::Claim(RefusalClaim { failure, .. })
+            AttemptError::EndpointRefused(EndpointRefusal { failure, .. })
             | AttemptError::Refused(failure)
             | AttemptError::Filtered(failure)
             | AttemptError::Transient { failure, .. } => &failure.message,
@@ -41,10 +41,11 @@ impl AttemptError {
         }
     }
 
-    /// Removes keys from the message. A message that was joined from parts may contain a key that no part contains.
+    /// Removes keys from the message. A message that was joined from several parts may contain a key of which each part
+    /// holds only a piece.
     pub(crate) fn clean(&mut self, secrets: &Secrets) {
         let message = match self {
-            AttemptError::Claim(RefusalClaim { failure, .. })
+            AttemptError::EndpointRefused(EndpointRefusal { failure, .. })
             | AttemptError::Refused(failure)
             | AttemptError::Filtered(failure)
             | AttemptError::Transient { failure, .. } => &mut failure.message,
@@ -56,20 +57,24 @@ impl AttemptError {
     }
 }
 
-/// A reply that indicates that every request will fail.
+/// A reply that says that no request can succeed: wrong key, address or model, no credit, no access.
 #[derive(Debug)]
-pub(crate) struct RefusalClaim {
+pub(crate) struct EndpointRefusal {
     pub reason: RefusalReason,
     /// Failure to record for this request if other requests still succeed.
     pub failure: RowFailure,
 }
 
-/// Why an endpoint refuses every request.
+/// Reason why an endpoint refuses every request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RefusalReason {
+    /// The key is missing or rejected.
     Key,
+    /// The account may not send the request.
     Forbidden,
+    /// The account has no credit left.
     Credit,
+    /// The model does not exist or was retired.
     Model,
     /// The path of the URL does not exist.
     Address,
@@ -84,26 +89,26 @@ pub struct RowFailure {
     pub class: String,
     pub message: String,
     /// The connection could not be opened.
-    pub unreachable: bool,
+    pub is_unreachable: bool,
     /// The endpoint may bill the request although no answer arrived.
     pub may_be_billed: bool,
-    /// The error reply had an empty body, as those of broken gateways do.
+    /// The error reply had an empty body, which is typical of a broken gateway.
     pub is_bodyless: bool,
 }
 
 impl RowFailure {
-    /// Returns the failure of a request whose `tokens` tokens exceed the server's limit named `limit`.
+    /// Returns the failure of a request of about `tokens` tokens that exceeds the limit named `limit`.
     pub fn over_limit(limit: &str, tokens: f64, message: &str) -> Self {
         let message =
             format!("a request of about {tokens} tokens never fits into {limit} ({message})");
         Self::new("over the limit", &message)
     }
 
-    /// Returns true if the request itself may have caused the failure, and not only an unreachable or
-    /// overloaded server.
+    /// Returns true if the request itself may have caused the failure, and false if the server was unreachable or
+    /// overloaded.
     pub fn may_be_row_specific(&self) -> bool {
         let is_server_down = ["http 502", "http 503", "http 529"].contains(&self.class.as_str());
-        !self.unreachable && !is_server_down
+        !self.is_unreachable && !is_server_down
     }
 
     /// Returns a failure of this class, with the message shortened to one line.
@@ -111,14 +116,15 @@ impl RowFailure {
         Self {
             class: class.into(),
             message: shorten(message),
-            unreachable: false,
+            is_unreachable: false,
             may_be_billed: false,
             is_bodyless: false,
         }
     }
 }
 
-/// Shortens an endpoint's message to one sanitised line of at most [`MESSAGE_LENGTH`] characters.
+/// Shortens an endpoint's message to one sanitised line: at most [`MESSAGE_LENGTH`] characters, then ` ...` if the
+/// message is longer.
 pub(crate) fn shorten(message: &str) -> String {
     let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
     let mut short: String = sanitise(&line).chars().take(MESSAGE_LENGTH).collect();

@@ -7,7 +7,7 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use serde_json::Value;
 
-use crate::client::attempt_error::{AttemptError, RefusalClaim, RefusalReason};
+use crate::client::attempt_error::{AttemptError, EndpointRefusal, RefusalReason};
 use crate::client::outcome;
 use crate::client::response::error::ApiError;
 use crate::client::response::json;
@@ -19,13 +19,14 @@ pub(crate) const ENDPOINT: &str = "/v1/chat/completions";
 /// Maximum length of a line in bytes; no useful answer is longer.
 pub(crate) const MAX_LINE_LENGTH: usize = 64 << 20;
 
-/// As [`outcome::check`], but "not found" refers to a file or batch here, not to the endpoint.
+/// As [`outcome::check`], for a call of the files and batches API: "not found" means the file or batch, so it refuses
+/// only this call.
 pub(crate) fn check(
     reply: Result<HttpReply, TransportError>,
     now: SystemTime,
 ) -> Result<HttpReply, AttemptError> {
     outcome::check(reply, now).map_err(|attempt_error| match attempt_error {
-        AttemptError::Claim(RefusalClaim {
+        AttemptError::EndpointRefused(EndpointRefusal {
             reason: RefusalReason::Address | RefusalReason::Model,
             failure,
         })
@@ -86,8 +87,8 @@ impl BatchObject {
         BatchObject::from_value(&json::value(body).ok()?)
     }
 
-    /// Returns true if rows were, or may have been, answered. An error file does not count: it may only report why
-    /// the input file was rejected.
+    /// Returns true if rows may have been answered. An error file does not count: it may only report why the input file
+    /// was rejected.
     pub(crate) fn has_answers(&self) -> bool {
         let is_completed = self.status == "completed";
         self.output_file.is_some() || self.answered.map_or(is_completed, |answered| answered > 0)
@@ -125,7 +126,7 @@ impl BatchObject {
     }
 }
 
-/// Number of rows that have ended, with or without an answer.
+/// Returns the number of rows that have ended, with or without an answer.
 fn rows(counts: &Value) -> Option<u64> {
     count(&counts["completed"])?.checked_add(count(&counts["failed"]).unwrap_or(0))
 }
@@ -151,7 +152,7 @@ fn status(reported: &str) -> String {
     openai_status.into()
 }
 
-/// Parses a page of batches. Returns the batches, and whether more pages follow. None if the body is not a page.
+/// Parses a page of batches. Returns the batches, and true if more pages follow. None if the body is not a page.
 pub(crate) fn parse_page(body: &[u8]) -> Option<(Vec<BatchObject>, bool)> {
     let page = json::value(body).ok()?;
     let batches = page["data"].as_array()?.iter();
@@ -261,10 +262,10 @@ mod tests {
         fn file_lines_do_not_depend_on_chunk_boundaries(
             text in proptest::collection::vec("[a-c\u{2028}\r]{0,6}", 0..20),
             cuts in proptest::collection::vec(1usize..9, 1..40),
-            ends in any::<bool>(),
+            ends_with_newline in any::<bool>(),
         ) {
             let mut content = text.join("\n");
-            if ends {
+            if ends_with_newline {
                 content.push('\n');
             }
             let mut expected: Vec<&str> = content.split('\n').collect();

@@ -81,7 +81,7 @@ pub(crate) fn client(
         builder = builder.no_proxy();
     }
     if let Some(path) = &settings.client_certificate {
-        let identity = Identity::from_pem(&read(path)?);
+        let identity = Identity::from_pem(&read_file(path)?);
         builder = builder.identity(identity.map_err(|error| {
             Exit::Usage(format!(
                 "`teacher.client_certificate` {} is not a PEM file with a certificate and its key: {error}",
@@ -90,13 +90,13 @@ pub(crate) fn client(
         })?);
     }
     if let Some(path) = &settings.ca_file {
-        let no_certificate = |why: &str| {
+        let no_certificate = |cause: &str| {
             Exit::Usage(format!(
-                "`teacher.ca_file` {} contains no PEM certificate{why}",
+                "`teacher.ca_file` {} contains no PEM certificate{cause}",
                 path.display()
             ))
         };
-        let certificates = Certificate::from_pem_bundle(&read(path)?)
+        let certificates = Certificate::from_pem_bundle(&read_file(path)?)
             .map_err(|error| no_certificate(&format!(": {error}")))?;
         if certificates.is_empty() {
             return Err(no_certificate("").into());
@@ -112,7 +112,7 @@ pub(crate) fn client(
     )
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
+fn read_file(path: &Path) -> Result<Vec<u8>> {
     crate::fs::read(path).map_err(|error| Exit::Usage(format!("{error:#}")).into())
 }
 

@@ -22,14 +22,14 @@ use crate::exit::Exit;
 /// Timeout of a command that prints a key.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Time to wait for a new key after the endpoint rejects a key that it accepted before: whatever writes the new key
-/// may be late.
+/// Time to wait for a new key after the endpoint rejects a key that it accepted before: the program that writes the
+/// new key may be late.
 const RENEWAL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Pause between two attempts to read a new key.
 const RENEWAL_PAUSE: Duration = Duration::from_secs(2);
 
-/// Maximum number of bytes that are read from a command's output.
+/// Maximum number of bytes to read from a command's output.
 const MAX_OUTPUT: u64 = 1 << 16;
 
 /// Time to wait for remaining output after the command has ended.
@@ -56,7 +56,7 @@ pub(crate) struct Credentials {
     rejected_keys: AtomicU32,
     /// The endpoint has accepted a key.
     was_accepted: AtomicBool,
-    /// Locked during a renewal. Holds the version of the key that could not be renewed last, and when that failed.
+    /// Locked during a renewal. Key version and end time of the last renewal that failed.
     failed_renewal: tokio::sync::Mutex<Option<(u64, Instant)>>,
 }
 
@@ -129,7 +129,7 @@ impl Credentials {
         if self.rejected_keys.load(Ordering::Relaxed) >= MAX_REJECTED_KEYS {
             return false;
         }
-        // A renewal of this key failed while this request waited for the lock: a second one would fail, too.
+        // A renewal of this key failed while this request waited for the lock: another attempt would fail, too.
         if last_failure.is_some_and(|(version, failed_at)| {
             version == sent.key_version && rejected_at < failed_at
         }) {
@@ -279,7 +279,7 @@ fn command_output(command: &str) -> Result<String> {
         .spawn();
     let mut child = child.context("cannot start the command")?;
     let stdout = child.stdout.take().context("the command has no output")?;
-    // In a thread, since a background process of the command may keep the pipe open forever.
+    // Read in a thread, because a background process of the command may keep the pipe open forever.
     let (sender, chunks) = mpsc::channel();
     std::thread::spawn(move || {
         let mut stdout = stdout.take(MAX_OUTPUT);

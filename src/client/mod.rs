@@ -9,7 +9,7 @@
 //! | `response` | lenient parser of replies |
 //! | `score_text` | logprobs of a text that the teacher did not write |
 //! | `batch_object` | batch objects, pages of batches, lines of result files |
-//! | `outcome`, `refusal_reason`, `retry_after` | classification of replies and backoff; errors of the account or endpoint; waits that an endpoint requests |
+//! | `outcome`, `refusal_reason`, `retry_after` | classification of replies; errors of the account or endpoint; waits that an endpoint requests |
 //! | `attempt_error`, `refused` | errors of one attempt; error messages, with advice, of a run that stops |
 //!
 //! Invariants:

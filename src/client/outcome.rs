@@ -1,4 +1,4 @@
-//! Classifies a teacher's reply as an answer or a kind of error, and computes backoff pauses. Pure.
+//! Classifies a teacher's reply as an answer or a kind of error. Pure.
 //!
 //! A reply is classified without knowledge of earlier replies. `harvest` combines the classes of several replies, and
 //! decides whether a request is retried and whether the run stops.
@@ -11,10 +11,9 @@ use crate::client::response;
 use crate::client::response::completion::{Completion, NoAnswer};
 use crate::client::response::error::ApiError;
 use crate::client::transport::{BodyEnd, HttpReply, TransportError};
-use crate::config;
 
-/// Classifies one attempt. An answer is paid for, so it is returned whatever its finish reason. `now` is only
-/// compared with dates in headers and messages.
+/// Classifies one attempt. An answer is paid for, so it is returned whatever its finish reason. `now` is compared
+/// with the dates in headers and messages, which contain the requested wait.
 pub(crate) fn classify(
     result: Result<HttpReply, TransportError>,
     now: SystemTime,
@@ -68,8 +67,8 @@ pub(crate) fn classify_with(
         }),
         // An error in a reply with a success status. Its body may contain the real status.
         (Err(NoAnswer::Error(error)), None) => {
-            let default = if error.is_content_filter() { 400 } else { 500 };
-            let status = error.status.unwrap_or(default);
+            let assumed_status = if error.is_content_filter() { 400 } else { 500 };
+            let status = error.status.unwrap_or(assumed_status);
             let mut attempt_error = classify_error(status, &reply.headers, &error, now);
             if let AttemptError::Transient { failure, .. }
             | AttemptError::Refused(failure)
@@ -108,13 +107,14 @@ pub(crate) fn classify_transport_error(error: TransportError) -> AttemptError {
     match error {
         TransportError::Unreachable(message) => AttemptError::Transient {
             failure: RowFailure {
-                unreachable: true,
+                is_unreachable: true,
                 ..RowFailure::new("unreachable", &message)
             },
             wait: Duration::ZERO,
         },
         TransportError::KeyRenewed => AttemptError::KeyRenewed,
-        // The process cannot open another connection. The open ones keep working, so the run continues with fewer.
+        // The process cannot open another connection. The open connections keep working, so the run continues with
+        // fewer requests in flight.
         TransportError::NoDescriptor(message) => AttemptError::Throttled {
             wait: None,
             message: format!("{message}; lower `limits.concurrency` or raise `ulimit -n`"),
@@ -124,16 +124,6 @@ pub(crate) fn classify_transport_error(error: TransportError) -> AttemptError {
         }
         TransportError::Broken(message) => possibly_billed("connection lost", &message),
     }
-}
-
-/// Returns the pause before the next attempt after `failures` failed attempts (at least 1): exponential backoff with
-/// full jitter, uniform between 0 and `min(base * 2^(failures - 1), max)`. `random` is a random number between 0 and 1.
-///
-/// See "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-pub(crate) fn backoff(failures: u32, retry: &config::RetryConfig, random: f64) -> Duration {
-    let doublings = failures.saturating_sub(1).min(32);
-    let max_pause_s = retry.base.as_secs_f64() * 2f64.powi(doublings as i32);
-    Duration::from_secs_f64(max_pause_s.min(retry.max.as_secs_f64()) * random)
 }
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
-//! Classifies an error reply by its status, error code and message. Pure.
+//! Classifies an error reply by its status, error code and message: rate limit, temporary failure, or refusal of the
+//! request or of every request. Pure.
 
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
 
 use crate::client::attempt_error::{
-    AttemptError, RefusalClaim, RefusalReason, RowFailure, shorten,
+    AttemptError, EndpointRefusal, RefusalReason, RowFailure, shorten,
 };
 use crate::client::response::error::ApiError;
 use crate::client::retry_after;
@@ -27,8 +28,8 @@ pub(crate) fn classify_error(
         is_bodyless: error.is_empty,
         ..RowFailure::new(format!("http {status}"), &message)
     };
-    let claim = |reason: RefusalReason, failure: RowFailure| {
-        AttemptError::Claim(RefusalClaim { reason, failure })
+    let endpoint_refused = |reason: RefusalReason, failure: RowFailure| {
+        AttemptError::EndpointRefused(EndpointRefusal { reason, failure })
     };
     if matches!(status, 400 | 403 | 422 | 451) && error.is_content_filter() {
         return AttemptError::Filtered(RowFailure {
@@ -38,22 +39,22 @@ pub(crate) fn classify_error(
     }
     let is_throttle = is_rate_limit(error) || wait.is_some();
     if let Some(reason) = refusal_reason(error, is_throttle) {
-        return claim(reason, failure);
+        return endpoint_refused(reason, failure);
     }
     match status {
-        401 => claim(RefusalReason::Key, failure),
-        402 => claim(RefusalReason::Credit, failure),
+        401 => endpoint_refused(RefusalReason::Key, failure),
+        402 => endpoint_refused(RefusalReason::Credit, failure),
         403 if is_throttle => AttemptError::Throttled { wait, message },
-        403 => claim(RefusalReason::Forbidden, failure),
+        403 => endpoint_refused(RefusalReason::Forbidden, failure),
         400 | 404 | 410 if reports_missing_model(&error.message) => {
-            claim(RefusalReason::Model, failure)
+            endpoint_refused(RefusalReason::Model, failure)
         }
-        404 | 405 | 410 => claim(RefusalReason::Address, failure),
+        404 | 405 | 410 => endpoint_refused(RefusalReason::Address, failure),
         300..=399 => {
             let location = headers.get(LOCATION).and_then(|value| value.to_str().ok());
             let location = location.unwrap_or("an unspecified address");
             let message = format!("{status} to {location}");
-            claim(
+            endpoint_refused(
                 RefusalReason::Redirect,
                 RowFailure::new(failure.class, &message),
             )
@@ -81,7 +82,7 @@ pub(crate) fn classify_error(
     }
 }
 
-/// Returns the longest time until an exhausted limit resets, from the headers of the reply.
+/// Returns the longest reset time of the exhausted limits in the headers of the reply.
 fn until_reset(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let reports = headers::parse(headers, now);
     let exhausted = reports
@@ -122,7 +123,7 @@ pub(crate) fn refusal_reason(error: &ApiError, is_throttle: bool) -> Option<Refu
         "check your plan and billing",
         "add credits",
     ];
-    let has_code = |code: &str| error.codes.iter().any(|found| found == code);
+    let has_code = |code: &str| error.codes.iter().any(|reported| reported == code);
     if CREDIT.iter().any(|code| has_code(code)) {
         return Some(RefusalReason::Credit);
     }
@@ -155,8 +156,8 @@ fn is_rate_limit(error: &ApiError) -> bool {
         || WORDS.iter().any(|words| message.contains(words))
 }
 
-/// Returns true if the message reports that the model is missing or retired. The model must be the subject, since
-/// messages mention models for many other reasons.
+/// Returns true if the message reports that the model is missing or retired. "Model" must be the subject of that
+/// phrase, since messages mention models for many other reasons.
 fn reports_missing_model(message: &str) -> bool {
     const NO_MODEL: [&str; 6] = [
         "unknown model",
@@ -193,7 +194,8 @@ fn reports_missing_model(message: &str) -> bool {
         "deprecated",
         "not available",
     ];
-    /// Words that may stand between "model" and a phrase of `MISSING`; so may one other word, the model's name.
+    /// Words that may stand between "model" and a phrase of `MISSING`. One other word, the model's name, may stand there
+    /// as well.
     const FILLERS: [&str; 14] = [
         "",
         "is",

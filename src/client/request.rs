@@ -14,10 +14,10 @@ use crate::config::EndpointConfig;
 use crate::prompt::Prompt;
 use crate::prompt::message::Message;
 
-/// Maximum number of question templates.
+/// Maximum number of question templates, which bounds their memory.
 const MAX_TEMPLATES: u32 = 1_000;
 
-/// Usual number of fields of a chat request.
+/// Usual number of fields of a chat request, for the capacity of its map.
 const USUAL_FIELDS: usize = 8;
 
 /// Settings that all requests to one teacher share.

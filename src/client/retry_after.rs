@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use reqwest::header::HeaderMap;
 
 use crate::client::response::error::ApiError;
-use crate::rate_limit::wait::{amount, duration, leading, seconds, until};
+use crate::rate_limit::wait::{MIN_UNIX_S, amount, duration, leading, until, wait_from_s};
 
 /// Phrases before a wait in an error message, in lower case.
 const WAIT_PHRASES: [&str; 15] = [
@@ -60,9 +60,9 @@ const DATE_PHRASES: [&str; 5] = [
     "until",
 ];
 
-/// Returns the wait that an error reply requests. The first valid wait counts, in this order: [`MILLISECONDS_HEADERS`],
-/// [`SECONDS_HEADERS`], a field of the body, the message, [`RESET_HEADERS`]. A wait of 0 in a header counts only if
-/// neither the body nor the message contains a wait. None if the reply requests no wait.
+/// Returns the wait that an error reply requests: the first valid one in [`MILLISECONDS_HEADERS`], [`SECONDS_HEADERS`], a
+/// field of the body, the message or [`RESET_HEADERS`], in this order. A wait of 0 in a header counts only if neither the
+/// body nor the message contains a wait. None if the reply requests no wait.
 pub(crate) fn requested_wait(
     headers: &HeaderMap,
     error: &ApiError,
@@ -73,7 +73,7 @@ pub(crate) fn requested_wait(
         .into_iter()
         .find_map(header)
         .and_then(amount);
-    let milliseconds = milliseconds.and_then(|milliseconds| seconds(milliseconds / 1e3));
+    let milliseconds = milliseconds.and_then(|milliseconds| wait_from_s(milliseconds / 1e3));
     let is_positive = |wait: &Duration| !wait.is_zero();
     let in_seconds = SECONDS_HEADERS.into_iter().filter_map(header);
     let by_header = milliseconds.or_else(|| in_seconds.filter_map(|text| until(text, now)).next());
@@ -96,9 +96,9 @@ pub(crate) fn requested_wait(
 /// 2026-11-29T00:00:00Z".
 fn wait_in_message(message: &str, now: SystemTime) -> Option<Duration> {
     let lower = message.to_ascii_lowercase();
-    let ends_of = |words: &'static str| {
-        let places = lower.match_indices(words);
-        places.map(move |(start, _)| start + words.len())
+    let ends_of = |phrase: &'static str| {
+        let matches = lower.match_indices(phrase);
+        matches.map(move |(start, _)| start + phrase.len())
     };
     let by_duration = WAIT_PHRASES.into_iter().flat_map(ends_of).find_map(|end| {
         let after = lower[end..].trim_start_matches([' ', ':', '~']);
@@ -110,7 +110,7 @@ fn wait_in_message(message: &str, now: SystemTime) -> Option<Duration> {
             // A number without a unit is seconds if it ends the sentence.
             let word = after.split_whitespace().next()?;
             let is_last = after.len() == word.len() || word.ends_with(['.', ',']);
-            seconds(amount(word.trim_end_matches(['.', ',']))?).filter(|_| is_last)
+            wait_from_s(amount(word.trim_end_matches(['.', ',']))?).filter(|_| is_last)
         })
     });
     by_duration.or_else(|| {
@@ -119,7 +119,7 @@ fn wait_in_message(message: &str, now: SystemTime) -> Option<Duration> {
             let word = after.split_whitespace().next()?;
             let word = word.trim_end_matches(['.', ',', ')']);
             // A small number is a count, not a Unix time.
-            let is_time = amount(word).is_none_or(|number| number >= 1e8);
+            let is_time = amount(word).is_none_or(|number| number >= MIN_UNIX_S);
             until(word, now).filter(|_| is_time && duration(word).is_none())
         })
     })
@@ -140,7 +140,7 @@ fn leading_clock_time(text: &str) -> Option<Duration> {
         .map(|part| amount(part).filter(|_| part.len() >= 2))
         .collect::<Option<_>>()?;
     match parts[..] {
-        [hours, minutes, secs] => seconds(hours * 3_600.0 + minutes * 60.0 + secs),
+        [hours, minutes, secs] => wait_from_s(hours * 3_600.0 + minutes * 60.0 + secs),
         _ => None,
     }
 }

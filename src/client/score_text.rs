@@ -42,7 +42,7 @@ impl ScoringMethod {
     /// Checks that the last of these messages can be scored.
     ///
     /// # Errors
-    /// If the client applies the chat template and the template rejects them.
+    /// If the client applies the chat template and the template rejects the messages.
     pub fn check(&self, messages: &[Message]) -> anyhow::Result<()> {
         match self {
             Self::PromptLogprobs(_) => Ok(()),
@@ -101,7 +101,7 @@ impl ScoringMethod {
             Self::PromptLogprobs(_) => self.parse_prompt_logprobs(&reply, messages, scored)?,
         };
         let (usage, _) = usage::usage(reply["usage"].clone());
-        let fault = "the teacher's tokens do not end with the answer";
+        let mismatch = "the teacher's tokens do not end with the answer";
         Ok(Completion {
             answer: Answer {
                 text: scored.to_owned(),
@@ -111,7 +111,7 @@ impl ScoringMethod {
             usage,
             model: text(&reply["model"]),
             fingerprint: text(&reply["system_fingerprint"]),
-            logprobs_fault: logprobs.is_none().then(|| fault.into()),
+            logprobs_fault: logprobs.is_none().then(|| mismatch.into()),
             logprobs,
             ..Completion::default()
         })

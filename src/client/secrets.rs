@@ -14,10 +14,10 @@ use serde_json::Value;
 
 use crate::cache::record::Answer;
 
-/// Minimum length of a key. Shorter ones are placeholders (`none`, `EMPTY`) that may occur in an answer.
+/// Minimum length of a key in bytes. Shorter ones are placeholders (`none`, `EMPTY`) that may occur in an answer.
 const MIN_LENGTH: usize = 8;
 
-/// Keys shorter than this are searched as whole words only, and not in hexadecimal or base64.
+/// Length in bytes below which a key is searched as a whole word only, and not in hexadecimal or base64.
 const MIN_ENCODED_LENGTH: usize = 20;
 
 /// Length of `&#x0073;` in bytes.
@@ -31,7 +31,7 @@ const REPLACEMENT: &str = "[key]";
 pub struct Secrets {
     keys: Vec<String>,
     forms: Option<AhoCorasick>,
-    /// For each form, whether it counts as a key only if it is a whole word.
+    /// For each form, true if it counts as a key only where it is a whole word.
     whole_words_only: Vec<bool>,
 }
 
@@ -45,17 +45,17 @@ impl Secrets {
             .into_iter()
             .filter(|secret| secret.len() >= MIN_LENGTH)
             .collect();
-        let mut all = Vec::new();
+        let mut all_forms = Vec::new();
         let mut whole_words_only = Vec::new();
         for secret in &keys {
             let forms = forms(secret);
             whole_words_only.extend(forms.iter().map(|_| secret.len() < MIN_ENCODED_LENGTH));
-            all.extend(forms);
+            all_forms.extend(forms);
         }
         // Other kinds of automata take minutes to build for a long, repetitive key.
         let finder = AhoCorasick::builder()
             .kind(Some(AhoCorasickKind::ContiguousNFA))
-            .build(all)
+            .build(all_forms)
             .context("the key is too long")?;
         Ok(Secrets {
             forms: (!whole_words_only.is_empty()).then_some(finder),
@@ -80,19 +80,19 @@ impl Secrets {
     /// As [`Secrets::clean`], but returns None if the text contains no key.
     fn cleaned(&self, text: &[u8]) -> Option<Vec<u8>> {
         let forms = self.forms.as_ref().filter(|_| text.len() >= MIN_LENGTH)?;
-        let mut found = self.key_ranges(forms, text);
+        let mut ranges = self.key_ranges(forms, text);
         if has_escaped_letters(text) {
             let (decoded, offsets) = decode(text);
             let escaped = self.key_ranges(forms, &decoded).into_iter();
-            found.extend(escaped.map(|(start, end)| (offsets[start], offsets[end])));
+            ranges.extend(escaped.map(|(start, end)| (offsets[start], offsets[end])));
         }
-        if found.is_empty() {
+        if ranges.is_empty() {
             return None;
         }
-        found.sort_unstable();
+        ranges.sort_unstable();
         let mut clean = Vec::with_capacity(text.len());
         let mut end_of_last = 0;
-        for (start, end) in found {
+        for (start, end) in ranges {
             if start >= end_of_last {
                 clean.extend_from_slice(&text[end_of_last..start]);
                 clean.extend_from_slice(REPLACEMENT.as_bytes());
@@ -107,15 +107,14 @@ impl Secrets {
     fn key_ranges(&self, forms: &AhoCorasick, text: &[u8]) -> Vec<(usize, usize)> {
         let is_alphanumeric = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
         // Overlapping matches are needed: a long key may contain a short one that is not a whole word there.
-        let found = forms.find_overlapping_iter(text).filter(|found| {
-            let before = found
-                .start()
-                .checked_sub(1)
-                .and_then(|index| text.get(index));
-            let touches_word = is_alphanumeric(before) || is_alphanumeric(text.get(found.end()));
-            !(self.whole_words_only[found.pattern().as_usize()] && touches_word)
+        let matches = forms.find_overlapping_iter(text).filter(|key_match| {
+            let before = key_match.start().checked_sub(1).map(|index| &text[index]);
+            let after = text.get(key_match.end());
+            let touches_word = is_alphanumeric(before) || is_alphanumeric(after);
+            !(self.whole_words_only[key_match.pattern().as_usize()] && touches_word)
         });
-        found.map(|found| (found.start(), found.end())).collect()
+        let ranges = matches.map(|key_match| (key_match.start(), key_match.end()));
+        ranges.collect()
     }
 
     /// Returns true if the text contains a key.
@@ -124,7 +123,7 @@ impl Secrets {
         forms.is_some_and(|forms| !self.key_ranges(forms, text.as_bytes()).is_empty())
     }
 
-    /// Removes keys from a text. Returns true if it contained one.
+    /// Removes keys from a text. Returns true if it contained a key.
     pub fn clean_text(&self, text: &mut String) -> bool {
         let clean = self.cleaned(text.as_bytes());
         if let Some(clean) = &clean {
@@ -169,12 +168,12 @@ impl Secrets {
         }
     }
 
-    /// Removes keys from an answer that was joined from several parts of a reply. Returns true if it contained one.
+    /// Removes keys from an answer that was joined from several parts of a reply. Returns true if it contained a key.
     pub fn clean_answer(&self, answer: &mut Answer) -> bool {
         let texts = [&mut answer.text, &mut answer.reasoning, &mut answer.refusal];
         texts
             .into_iter()
-            .fold(false, |found, text| self.clean_text(text) | found)
+            .fold(false, |had_key, text| self.clean_text(text) | had_key)
     }
 }
 
@@ -299,9 +298,9 @@ mod tests {
     #[test]
     fn keys_are_removed_in_every_encoding() {
         let escape_each_nth = |n: usize, with: &dyn Fn(u8) -> String| -> String {
-            let letter = |(i, b): (usize, u8)| match i % n {
-                0 => with(b),
-                _ => char::from(b).to_string(),
+            let letter = |(index, byte): (usize, u8)| match index % n {
+                0 => with(byte),
+                _ => char::from(byte).to_string(),
             };
             KEY.bytes().enumerate().map(letter).collect()
         };

@@ -76,7 +76,7 @@ impl HttpSender {
         sent_headers: &RequestHeaders,
         response: Response,
     ) -> Result<HttpReply, TransportError> {
-        let mut reply = read(response).await;
+        let mut reply = read_reply(response).await;
         let body = sent_headers.secrets.clean(reply.body.clone());
         if let BodyEnd::Unreadable { raw, .. } = &mut reply.end
             && body != reply.body
@@ -98,7 +98,7 @@ impl HttpSender {
 }
 
 /// Reads a response to its end.
-async fn read(mut response: Response) -> HttpReply {
+async fn read_reply(mut response: Response) -> HttpReply {
     let status = response.status().as_u16();
     let headers = std::mem::take(response.headers_mut());
     let mut reader = BodyReader::new(&headers);

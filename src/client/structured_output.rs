@@ -61,8 +61,8 @@ impl StructuredOutput {
         })
     }
 
-    /// Returns why the answer violates the schema, or None if it is valid. Equal violations have equal texts, so that
-    /// they can be counted.
+    /// Returns a description of the first violation of the schema, or None if the answer is valid. Equal violations have
+    /// equal descriptions, so that they can be counted.
     pub fn violation(&self, answer: &str) -> Option<String> {
         let Ok(value) = serde_json::from_str::<Value>(answer) else {
             return Some("schema: no JSON".into());

@@ -1,8 +1,8 @@
-//! Detects answers that training cannot use. Pure.
+//! Detects answers that training cannot use, and answers that indicate a wrong setting. Pure.
 //!
 //! An endpoint can answer every request with status 200 and send no logprobs, no text, answers of another model, or the
-//! same text every time. The user gets a note, usually after [`NOTE_AFTER`] such answers in a row, and consecutive
-//! unusable answers stop the endpoint.
+//! same text every time. The user gets a note, usually after [`NOTE_AFTER`] such answers in a row. Consecutive unusable
+//! answers stop the endpoint.
 
 use std::collections::{HashMap, HashSet};
 
@@ -20,8 +20,11 @@ const NOTE_AFTER: u32 = 20;
 /// Number of consecutive unusable answers after which the endpoint stops.
 const STOP_AFTER: u32 = 30;
 
-/// Number of prompts with several answers that are compared.
+/// Number of prompts with several answers after which equal answers are noted.
 const COMPARED_PROMPTS: usize = 10;
+
+/// Maximum number of prompts whose first answer is stored for the comparison.
+const MAX_STORED_PROMPTS: usize = 100 * COMPARED_PROMPTS;
 
 /// Minimum length of a compared text in bytes: shorter ones are labels, which repeat legitimately.
 const MIN_TEXT_BYTES: usize = 24;
@@ -29,8 +32,11 @@ const MIN_TEXT_BYTES: usize = 24;
 /// Number of tokens by which an answer may exceed `max_tokens`.
 const EXTRA_TOKENS_ALLOWED: u64 = 4;
 
-/// Maximum number of model names for which a note is shown.
-const MAX_MODEL_NOTES: usize = 5;
+/// Divisor of `max_tokens` for the same excess, if that allows more tokens.
+const EXTRA_TOKENS_DIVISOR: u64 = 50;
+
+/// Number of model names above which a new name is not noted.
+const MAX_NOTED_MODELS: usize = 5;
 
 /// Result of checking one answer.
 #[derive(Debug)]
@@ -40,7 +46,7 @@ enum MonitorAlert {
     Stop(anyhow::Error),
 }
 
-/// Counts of suspicious answers of one endpoint.
+/// Monitor of the answers of one endpoint.
 #[derive(Debug)]
 pub(crate) struct AnswerMonitor {
     settings: config::EndpointConfig,
@@ -48,16 +54,37 @@ pub(crate) struct AnswerMonitor {
     has_budget: bool,
     /// Note about logprobs whose tokens are given by id; None if it has been shown or is not needed.
     token_ids_note: Option<String>,
+    /// Number of consecutive answers without usable logprobs.
     without_logprobs: u32,
+    /// Number of consecutive quarantined answers.
     unusable: u32,
+    /// Number of consecutive answers that `max_tokens` cut off.
     cut_off: u32,
+    /// Number of consecutive answers without a plausible usage.
     without_usage: u32,
-    /// Hash of the last text, number of consecutive different prompts with this text as the answer, and the last prompt.
-    repeated_text: (u64, u32, Option<u64>),
+    repeated_text: RepeatedText,
+    /// Names of the models that have answered.
     models: HashSet<String>,
-    /// Hash of the first text and number of equal answers, by prompt. None after the note, or after a text that differs.
-    samples: Option<HashMap<u64, (u64, u32)>>,
+    /// Answers by the hash of the prompt's id. None after the note, or once two answers to a prompt differ.
+    samples: Option<HashMap<u64, EqualAnswers>>,
     is_over_max_tokens_noted: bool,
+}
+
+/// One text as the answer to consecutive prompts.
+#[derive(Debug, Default)]
+struct RepeatedText {
+    text_hash: u64,
+    /// Number of consecutive different prompts with this text as the answer.
+    prompts: u32,
+    /// Hash of the id of the last prompt.
+    last_prompt: Option<u64>,
+}
+
+/// Equal answers to one prompt.
+#[derive(Debug)]
+struct EqualAnswers {
+    text_hash: u64,
+    count: u32,
 }
 
 impl AnswerMonitor {
@@ -93,15 +120,15 @@ impl AnswerMonitor {
             unusable: 0,
             cut_off: 0,
             without_usage: 0,
-            repeated_text: (0, 0, None),
+            repeated_text: RepeatedText::default(),
             models: HashSet::new(),
             samples: is_sampled.then(HashMap::new),
             is_over_max_tokens_noted: false,
         }
     }
 
-    /// Checks one more answer and adds notes to the warnings of the summary. Returns the error that stops the endpoint if
-    /// its answers are unusable.
+    /// Checks an answer and adds notes to the warnings of the summary. Returns the error that stops the endpoint if its
+    /// answers are unusable.
     pub(crate) fn check_and_warn(
         &mut self,
         facts: &AnswerFacts,
@@ -119,27 +146,28 @@ impl AnswerMonitor {
         stop
     }
 
-    /// Checks one more answer. Returns the alerts that it raises.
+    /// Checks an answer. Returns the alerts that it raises.
     fn check(&mut self, facts: &AnswerFacts) -> Vec<MonitorAlert> {
         let alerts = [
-            self.over_max_tokens(facts),
-            self.usage(facts),
-            self.model(facts),
-            self.unusable(facts),
-            self.logprobs(facts),
-            self.token_ids(facts),
-            self.cut_off(facts),
-            self.repeated_text(facts),
-            self.samples(facts),
+            self.check_max_tokens(facts),
+            self.check_usage(facts),
+            self.check_model(facts),
+            self.check_status(facts),
+            self.check_logprobs(facts),
+            self.check_token_ids(facts),
+            self.check_cut_off(facts),
+            self.check_repeated_text(facts),
+            self.check_samples(facts),
         ];
         alerts.into_iter().flatten().collect()
     }
 
     /// Detects a server that ignores the field of `max_tokens`: its answers exceed the reserved budget.
-    fn over_max_tokens(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+    fn check_max_tokens(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let used = facts.usage?.completion_tokens;
         // Some servers complete a multi-token character.
-        let allowed = facts.max_tokens + EXTRA_TOKENS_ALLOWED.max(facts.max_tokens / 50);
+        let excess = EXTRA_TOKENS_ALLOWED.max(facts.max_tokens / EXTRA_TOKENS_DIVISOR);
+        let allowed = facts.max_tokens + excess;
         if self.is_over_max_tokens_noted || used <= allowed {
             return None;
         }
@@ -154,7 +182,7 @@ impl AnswerMonitor {
         )))
     }
 
-    fn usage(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+    fn check_usage(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let count = count_in_a_row(&mut self.without_usage, facts.usage.is_none());
         (count == NOTE_AFTER && self.has_budget).then(|| {
             MonitorAlert::Note(format!(
@@ -164,13 +192,13 @@ impl AnswerMonitor {
         })
     }
 
-    fn model(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+    fn check_model(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         if facts.model.is_empty() || self.models.contains(&facts.model) {
             return None;
         }
         self.models.insert(facts.model.clone());
         let count = self.models.len();
-        (2..=MAX_MODEL_NOTES).contains(&count).then(|| {
+        (2..=MAX_NOTED_MODELS).contains(&count).then(|| {
             MonitorAlert::Note(format!(
                 "answers now come from the model \"{}\", earlier ones from another model: `distill cache \
                  stats` counts them by model",
@@ -179,7 +207,7 @@ impl AnswerMonitor {
         })
     }
 
-    fn unusable(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+    fn check_status(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let is_unusable = facts.status == Status::Quarantined;
         match count_in_a_row(&mut self.unusable, is_unusable) {
             NOTE_AFTER => Some(MonitorAlert::Note(format!(
@@ -194,33 +222,35 @@ impl AnswerMonitor {
         }
     }
 
-    fn logprobs(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+    fn check_logprobs(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let top_logprobs = self.settings.sampling.top_logprobs;
-        if top_logprobs == 0 || self.settings.sampling.reasoning || facts.text.1 == 0 {
+        if top_logprobs == 0 || self.settings.sampling.reasoning || facts.text_bytes == 0 {
             return None;
         }
-        let why = facts.without_logprobs.as_deref();
-        if count_in_a_row(&mut self.without_logprobs, why.is_some()) != NOTE_AFTER {
+        let reason = facts.without_logprobs.as_deref();
+        if count_in_a_row(&mut self.without_logprobs, reason.is_some()) != NOTE_AFTER {
             return None;
         }
-        let why = why.unwrap_or_default();
+        let reason = reason.unwrap_or_default();
         Some(match self.on_missing {
-            OnMissingLogprobs::Stop => {
-                MonitorAlert::Stop(run_error::without_logprobs(NOTE_AFTER, why, top_logprobs))
-            }
+            OnMissingLogprobs::Stop => MonitorAlert::Stop(run_error::without_logprobs(
+                NOTE_AFTER,
+                reason,
+                top_logprobs,
+            )),
             OnMissingLogprobs::Warn => MonitorAlert::Note(format!(
-                "{NOTE_AFTER} answers in a row have no usable logprobs ({why}): training uses \
+                "{NOTE_AFTER} answers in a row have no usable logprobs ({reason}): training uses \
                  cross-entropy alone for them"
             )),
         })
     }
 
-    fn token_ids(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+    fn check_token_ids(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let note = self.token_ids_note.take_if(|_| facts.has_token_ids);
         note.map(MonitorAlert::Note)
     }
 
-    fn cut_off(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+    fn check_cut_off(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         (count_in_a_row(&mut self.cut_off, facts.is_cut_off) == NOTE_AFTER).then(|| {
             MonitorAlert::Note(format!(
                 "{NOTE_AFTER} answers in a row were cut off at {} tokens: raise `sampling.max_tokens`; the \
@@ -231,18 +261,20 @@ impl AnswerMonitor {
     }
 
     /// Detects one text for many prompts: a caching proxy, or a template that drops the prompt.
-    fn repeated_text(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
-        let (last, count, prompt) = &mut self.repeated_text;
-        if *last != facts.text.0 || facts.text.1 < MIN_TEXT_BYTES {
-            *last = facts.text.0;
-            *count = 0;
+    fn check_repeated_text(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+        let repeated = &mut self.repeated_text;
+        let is_long = facts.text_bytes >= MIN_TEXT_BYTES;
+        if repeated.text_hash != facts.text_hash || !is_long {
+            repeated.text_hash = facts.text_hash;
+            repeated.prompts = 0;
         }
-        if facts.text.1 >= MIN_TEXT_BYTES && *prompt != Some(facts.prompt) {
-            *count += 1;
+        if is_long && repeated.last_prompt != Some(facts.prompt) {
+            repeated.prompts += 1;
         }
-        *prompt = Some(facts.prompt);
-        (*count == NOTE_AFTER).then(|| {
-            *count += 1;
+        repeated.last_prompt = Some(facts.prompt);
+        (repeated.prompts == NOTE_AFTER).then(|| {
+            // Another answer to the same prompt must not repeat the note.
+            repeated.prompts += 1;
             MonitorAlert::Note(format!(
                 "{NOTE_AFTER} different prompts in a row have the same answer: inspect them with `distill \
                  cache show`"
@@ -250,21 +282,25 @@ impl AnswerMonitor {
         })
     }
 
-    fn samples(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+    /// Detects an endpoint that returns the same answer for every sample of a prompt.
+    fn check_samples(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let samples = self.samples.as_mut()?;
-        if facts.text.1 < MIN_TEXT_BYTES {
+        if facts.text_bytes < MIN_TEXT_BYTES {
             return None;
         }
-        let (first, count) = samples.entry(facts.prompt).or_insert((facts.text.0, 0));
-        if *first != facts.text.0 {
+        let answers = samples.entry(facts.prompt).or_insert(EqualAnswers {
+            text_hash: facts.text_hash,
+            count: 0,
+        });
+        if answers.text_hash != facts.text_hash {
             self.samples = None;
             return None;
         }
-        *count += 1;
-        let compared = samples.values().filter(|(_, count)| *count > 1).count();
-        if compared < COMPARED_PROMPTS {
+        answers.count += 1;
+        let several = samples.values().filter(|answers| answers.count > 1);
+        if several.count() < COMPARED_PROMPTS {
             // With one sample per prompt there is nothing to compare: bound the memory.
-            if samples.len() > 100 * COMPARED_PROMPTS {
+            if samples.len() > MAX_STORED_PROMPTS {
                 self.samples = None;
             }
             return None;
@@ -302,7 +338,7 @@ mod tests {
         AnswerMonitor::new(&upstream(), on_missing, true)
     }
 
-    /// Returns a good answer to this prompt.
+    /// Returns a usable answer to the prompt with this number.
     fn good(prompt: u32) -> AnswerFacts {
         AnswerFacts {
             prompt: prompt.into(),
@@ -310,7 +346,8 @@ mod tests {
             reason: String::new(),
             is_cut_off: false,
             model: "m".into(),
-            text: (prompt.into(), 100),
+            text_hash: prompt.into(),
+            text_bytes: 100,
             without_logprobs: None,
             has_token_ids: false,
             usage: Some(Usage {
@@ -385,12 +422,12 @@ mod tests {
         let warned = alerts_of(monitor(OnMissingLogprobs::Warn), without);
         check(warned, &[(20, "none were sent")]);
         // A good answer resets the count.
-        let now_and_then = |number| match number % 20 {
+        let every_twentieth_is_good = |number| match number % 20 {
             0 => good(number),
             _ => without(number),
         };
         check(
-            alerts_of(monitor(OnMissingLogprobs::Stop), now_and_then),
+            alerts_of(monitor(OnMissingLogprobs::Stop), every_twentieth_is_good),
             &[],
         );
         let mut plain = upstream();
@@ -404,7 +441,8 @@ mod tests {
         let empty = |number| AnswerFacts {
             status: Status::Quarantined,
             reason: "empty: stop".into(),
-            text: (0, 0),
+            text_hash: 0,
+            text_bytes: 0,
             ..good(number)
         };
         let alerts = alerts_of(monitor(OnMissingLogprobs::Stop), empty);
@@ -438,7 +476,7 @@ mod tests {
             &[(20, "cut off at 50")],
         );
         check(
-            alerts_with(&|facts| facts.text.0 = 7),
+            alerts_with(&|facts| facts.text_hash = 7),
             &[(20, "the same answer")],
         );
         let other = alerts_with(&|facts| {
@@ -458,14 +496,11 @@ mod tests {
             &[(37, "does not sample")],
         );
         let one_differs = |number| AnswerFacts {
-            text: (
-                if number == 3 {
-                    9
-                } else {
-                    u64::from(number / 4)
-                },
-                100,
-            ),
+            text_hash: if number == 3 {
+                9
+            } else {
+                u64::from(number / 4)
+            },
             ..good(number / 4)
         };
         check(

@@ -1,6 +1,6 @@
 //! One attempt: builds the request body, sends it and encodes the answer as a cache line.
 //!
-//! Each attempt is a task of its own, so that parsing top-k logprobs (megabytes of JSON per second) uses every core.
+//! Each attempt is a task of its own, so that top-k logprobs (megabytes of JSON per second) are parsed on every core.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -79,17 +79,17 @@ pub(crate) async fn run(
     let now = clock.now().into();
     let mut reports = Vec::new();
     let mut permit = None;
-    let mut raw = None;
+    let mut raw_body = None;
     if let Ok(reply) = &reply {
         reports = headers::parse(&reply.headers, now);
         permit = reply.permit.clone();
-        raw = Some(reply.body.clone());
+        raw_body = Some(reply.body.clone());
     }
     let parser = template.reply_parser(&body, &prompt.messages);
     let completion = match outcome::classify_with(reply, now, parser) {
         Ok(completion) => Ok(*completion),
         Err(AttemptError::Unreadable { problem, body }) => {
-            let file = unreadable.keep(&row.key, &body)?;
+            let file = unreadable.save(&row.key, &body)?;
             tracing::warn!(
                 "cannot parse an answer ({problem}): its body is saved in {}",
                 file.display()
@@ -98,10 +98,10 @@ pub(crate) async fn run(
         }
         Err(mut error) => {
             error.clean(&transport.secrets());
-            if let (AttemptError::Transient { failure, .. }, Some(raw)) = (&error, raw)
+            if let (AttemptError::Transient { failure, .. }, Some(raw_body)) = (&error, raw_body)
                 && failure.class == "malformed"
             {
-                unreadable.keep_unpaid(&row.key, &raw);
+                unreadable.save_unpaid(&row.key, &raw_body);
             }
             Err(error)
         }
@@ -143,7 +143,7 @@ impl EncodedAnswer {
         let answer = &completion.answer;
         let text_bytes = answer.text.len() + answer.reasoning.len() + answer.refusal.len();
         let reported = completion.usage;
-        completion.usage = usage::measured(reported, text_bytes);
+        completion.usage = usage::plausible(reported, text_bytes);
         if completion.usage.is_none() {
             // A usage with only one of its two counts is a lower bound of the billed tokens.
             let mut lower_bound = reported.unwrap_or_default();
@@ -151,11 +151,11 @@ impl EncodedAnswer {
             bound.input_tokens = bound.input_tokens.max(lower_bound.prompt_tokens);
             bound.output_tokens = bound.output_tokens.max(lower_bound.completion_tokens);
         }
-        let fault = completion.logprobs_fault.clone();
+        let logprobs_fault = completion.logprobs_fault.clone();
         let record = record(template, row, prompt, body, completion, timing);
         Ok(EncodedAnswer {
             encoded: EncodedRecord::new(&record)?,
-            facts: AnswerFacts::new(record, fault, max_tokens),
+            facts: AnswerFacts::new(record, logprobs_fault, max_tokens),
             bound,
         })
     }

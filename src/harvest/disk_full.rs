@@ -25,7 +25,7 @@ pub(crate) fn is_full(error: &anyhow::Error) -> bool {
     })
 }
 
-/// Downgrades the error of a full disk to a warning; used at the end of a run, where a retry is not possible.
+/// Downgrades the error of a full disk to a warning, at the end of a run, when the write cannot be retried.
 pub(crate) fn downgrade_if_full(result: anyhow::Result<()>) -> anyhow::Result<()> {
     match result {
         Err(error) if is_full(&error) => {
@@ -40,8 +40,9 @@ pub(crate) fn downgrade_if_full(result: anyhow::Result<()>) -> anyhow::Result<()
 /// request is sent while the disk is full.
 #[derive(Default)]
 pub(crate) struct HeldAnswers {
-    held: Vec<FinishedAttempt>,
-    full: Option<DiskWait>,
+    replies: Vec<FinishedAttempt>,
+    /// None if the disk is not full.
+    wait: Option<DiskWait>,
 }
 
 /// A wait for disk space.
@@ -58,57 +59,62 @@ impl HeldAnswers {
     /// Records that a write failed because the disk is full. Returns true at the first failure of a wait.
     pub(crate) fn record_failure(&mut self, error: &anyhow::Error) -> bool {
         let now = Instant::now();
-        let is_new = self.full.is_none();
-        let full = self.full.get_or_insert_with(|| DiskWait {
+        let is_new = self.wait.is_none();
+        let wait = self.wait.get_or_insert_with(|| DiskWait {
             since: now,
             retry_at: now,
             message: format!("{error:#}"),
         });
-        full.retry_at = now + RETRY_PAUSE;
+        wait.retry_at = now + RETRY_PAUSE;
         is_new
     }
 
     /// Holds replies until the disk has space.
     pub(crate) fn hold(&mut self, group: Vec<FinishedAttempt>) {
-        self.held.extend(group);
+        self.replies.extend(group);
     }
 
     pub(crate) fn has_replies(&self) -> bool {
-        !self.held.is_empty()
+        !self.replies.is_empty()
     }
 
     pub(crate) fn is_waiting(&self) -> bool {
-        self.full.is_some()
+        self.wait.is_some()
     }
 
-    /// Time of the next attempt to write; None if the disk is not full.
+    /// Returns the time of the next attempt to write; None if the disk is not full.
     pub(crate) fn retry_at(&self) -> Option<Instant> {
-        self.full.as_ref().map(|full| full.retry_at)
+        self.wait.as_ref().map(|wait| wait.retry_at)
     }
 
     /// Removes and returns the held replies.
     pub(crate) fn take(&mut self) -> Vec<FinishedAttempt> {
-        std::mem::take(&mut self.held)
+        std::mem::take(&mut self.replies)
     }
 
     /// Ends the wait, because the disk has space again.
-    pub(crate) fn clear(&mut self) {
-        self.full = None;
+    pub(crate) fn end_wait(&mut self) {
+        self.wait = None;
     }
 
-    pub(crate) fn has_waited_long(&self) -> bool {
-        self.full
+    /// Returns true if the wait has lasted for [`MAX_WAIT`].
+    pub(crate) fn has_timed_out(&self) -> bool {
+        self.wait
             .as_ref()
-            .is_some_and(|full| full.since.elapsed() >= MAX_WAIT)
+            .is_some_and(|wait| wait.since.elapsed() >= MAX_WAIT)
     }
 
     /// Ends the wait although the disk is still full. Returns the held replies, which are lost, and the error that ends
-    /// the run. `safe` is the number of records in the cache.
-    pub(crate) fn give_up(&mut self, safe: usize) -> Option<(Vec<FinishedAttempt>, anyhow::Error)> {
-        let full = self.full.take()?;
-        let held = self.take();
-        let lost = held.iter().filter(|request| request.result.is_ok()).count();
-        let error = run_error::disk_full(full.since.elapsed(), &full.message, safe, lost);
-        Some((held, error))
+    /// the run. `recorded` is the number of records in the cache. None if the disk is not full.
+    pub(crate) fn give_up(
+        &mut self,
+        recorded: usize,
+    ) -> Option<(Vec<FinishedAttempt>, anyhow::Error)> {
+        let wait = self.wait.take()?;
+        let replies = self.take();
+        let answers = replies.iter().filter(|request| request.result.is_ok());
+        let elapsed = wait.since.elapsed();
+        let error = run_error::disk_full(elapsed, &wait.message, recorded, answers.count());
+        Some((replies, error))
     }
 }

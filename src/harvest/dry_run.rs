@@ -46,8 +46,8 @@ pub(crate) fn run(settings: RunSettings, options: &HarvestOptions) -> Result<Har
     let stats = sample_stats(dir)?;
     let templates = request_templates(&settings.endpoints, &[])?;
     let unanswered = Unanswered::load(&settings.run_dir)?;
-    let mut past = cached.past.clone();
-    past.has_schema_1 |=
+    let mut key_variants = cached.key_variants.clone();
+    key_variants.has_schema_1 |=
         crate::harvest::batch::journal::is_under_way(&settings.run_dir)? || !unanswered.is_empty();
     let max_attempts = settings.retry.max_attempts;
     let row_status = |key: &str| Ok(unanswered.row_status(key, cached.contains(key), max_attempts));
@@ -61,7 +61,7 @@ pub(crate) fn run(settings: RunSettings, options: &HarvestOptions) -> Result<Har
             templates,
             &settings.prompts,
             scope,
-            &past,
+            &key_variants,
             row_status,
         )?
     } else {
@@ -111,40 +111,39 @@ fn add_budget_warnings<S: LedgerStore>(
     let Some(cap) = account.cap() else { return };
     summary.budget_usd = Some(cap.usd());
     summary.run_folder_usd = Some(account.spent().total().usd());
-    let most = summary
-        .estimate
-        .as_ref()
-        .and_then(|estimate| estimate.cost_usd);
+    let estimate = summary.estimate.as_ref();
+    let max_cost_usd = estimate.and_then(|estimate| Some(estimate.cost_usd?.1));
     let remaining = account.remaining();
     let remaining_text = format_dollars(remaining.usd());
-    if let Some(least) = cheapest(plan, account).filter(|least| *least > remaining) {
+    let smallest = smallest_reservation(plan, account);
+    if let Some(smallest) = smallest.filter(|smallest| *smallest > remaining) {
         summary.warnings.push(format!(
             "{remaining_text} of the budget remain, but a request reserves {}: nothing would be sent; \
              raise `budget.usd`",
-            format_dollars(least.usd())
+            format_dollars(smallest.usd())
         ));
-    } else if let Some((_, most)) = most.filter(|(_, most)| *most > remaining.usd()) {
+    } else if let Some(max_cost_usd) = max_cost_usd.filter(|max| *max > remaining.usd()) {
         summary.warnings.push(format!(
             "{remaining_text} of the budget remain, but the pending rows may cost {}: the run may stop early",
-            format_dollars(most)
+            format_dollars(max_cost_usd)
         ));
     }
 }
 
-/// Returns the smallest reservation of a row; 0 for a row without a price.
-fn cheapest<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Option<Dollars> {
+/// Returns the smallest reservation of a row, which is 0 for a row without a price. None if the plan has no rows.
+fn smallest_reservation<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Option<Dollars> {
     let upstreams = plan
         .rows_by_endpoint
         .iter()
         .zip(&plan.templates)
         .enumerate();
     let rows = upstreams.flat_map(|(upstream, (rows, template))| {
-        let least = move |row| {
+        let reservation = move |row| {
             account
                 .bound(&plan.bound(upstream, row), &template.endpoint.price)
                 .usd
         };
-        rows.clone().map(least)
+        rows.clone().map(reservation)
     });
     rows.min()
 }
@@ -168,10 +167,13 @@ fn add_wait_warnings<S: LedgerStore>(
         return Ok(());
     }
     for (template, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
-        let begun = Instant::now();
-        let mut day = run_files::daily_limit(&mut account, &template.endpoint, now);
-        if let (false, Err(until)) = (rows.is_empty(), day.check(begun)) {
-            let until = now.checked_add(until - begun).unwrap_or(now);
+        if rows.is_empty() {
+            continue;
+        }
+        let checked_at = Instant::now();
+        let mut daily_limit = run_files::daily_limit(&mut account, &template.endpoint, now);
+        if let Err(until) = daily_limit.check(checked_at) {
+            let until = now.checked_add(until - checked_at).unwrap_or(now);
             summary.warnings.push(format!(
                 "`limits.requests_per_day` of {} is used up: a run started now waits until {}",
                 template.endpoint.teacher.label(),
@@ -200,16 +202,19 @@ fn check(settings: &RunSettings, options: &HarvestOptions) -> Result<()> {
     cache::open_file::check_nothing_displaced(&settings.cache_dir)
 }
 
-/// Checks that the student, if one is configured, can be trained.
+/// Checks that the folder of the student, if one is configured, has the files that training needs.
+///
+/// # Errors
+/// [`Exit::Usage`] with the first missing file.
 pub(crate) fn check_student(student: &StudentConfig, config_file: Option<&Path>) -> Result<()> {
     let folder = config_file.and_then(Path::parent);
-    let unset = StudentConfig {
+    let default_student = StudentConfig {
         path: folder
             .unwrap_or(Path::new(""))
             .join(StudentConfig::default().path),
         ..StudentConfig::default()
     };
-    if *student == unset {
+    if *student == default_student {
         return Ok(());
     }
     let mut files = vec!["tokenizer.json"];
@@ -227,7 +232,7 @@ pub(crate) fn check_student(student: &StudentConfig, config_file: Option<&Path>)
     }
 }
 
-/// Returns the body of the first request.
+/// Returns the body of the first request; None if the plan has no rows.
 fn first_request(plan: &Plan) -> Option<serde_json::Value> {
     let upstream = plan
         .rows_by_endpoint

@@ -23,7 +23,8 @@ use crate::rate_limit::daily::DailyLimit;
 use crate::rate_limit::headers;
 use crate::rate_limit::pacer::Pacer;
 
-/// Parses a status byte and a body: every accepted answer survives encoding and decoding by the cache.
+/// Parses a reply and checks that every accepted answer survives encoding and decoding by the cache. The first byte
+/// selects the status; the other bytes are the body.
 pub fn reply(bytes: &[u8]) {
     const STATUSES: [u16; 8] = [200, 200, 200, 400, 401, 404, 429, 500];
     let Some((status, body)) = bytes.split_first() else {
@@ -67,16 +68,15 @@ pub fn reply(bytes: &[u8]) {
     }
 }
 
-/// Parses the header lines of up to eight replies, separated by blank lines: no reported limit is negative
-/// or infinite.
+/// Parses the header lines of up to eight replies, separated by blank lines, and checks that no reported limit is
+/// negative or infinite.
 pub fn limits(bytes: &[u8]) {
     const ONE: RequestCost = RequestCost {
         input_tokens: 1,
         output_tokens: 1,
     };
-    let start = Instant::now();
-    let day = DailyLimit::new(None, &[], start);
-    let Ok(mut limiter) = Pacer::new(&LimitsConfig::default(), ONE, day, None) else {
+    let daily_limit = DailyLimit::new(None, &[], Instant::now());
+    let Ok(mut limiter) = Pacer::new(&LimitsConfig::default(), ONE, daily_limit, None) else {
         return;
     };
     let text = String::from_utf8_lossy(bytes);

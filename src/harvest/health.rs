@@ -6,10 +6,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Number of consecutive refusals with the same message, before any success, after which the settings are assumed to be
-/// wrong.
+/// wrong. Also the number of forbidden rows after which the endpoint counts as forbidding every row.
 const SAME_REFUSALS: u32 = 5;
 
-/// Maximum number of times that [`SAME_REFUSALS`] is doubled for refusals between answers.
+/// Maximum number of doublings of [`SAME_REFUSALS`] for forbidden rows, one for each answer that contradicted earlier
+/// refusals.
 const MAX_DOUBLINGS: u32 = 5;
 
 /// Number of consecutive server errors with the same message, before any success, after which the endpoint stops.
@@ -21,7 +22,7 @@ const OUTAGE_ROWS: usize = 3;
 /// Minimum number of consecutive failures in an outage.
 const OUTAGE_FAILURES: usize = 4;
 
-/// Maximum total of requested waits that do not count as an outage: a daily limit may require a day.
+/// Maximum total of the requested waits that are excluded from an outage: a daily limit may require a day.
 const MAX_EXCLUDED_WAIT: Duration = Duration::from_secs(86_400);
 
 /// Recent successes and failures of an endpoint.
@@ -29,13 +30,13 @@ const MAX_EXCLUDED_WAIT: Duration = Duration::from_secs(86_400);
 pub(crate) struct EndpointHealth {
     /// Time of the last success; initially the start of the run.
     last_success: Instant,
-    /// Time since the last success during which the endpoint asked the run to wait.
-    excluded: Duration,
+    /// Total of the waits that the endpoint has requested since the last success.
+    excluded_wait: Duration,
     /// A request has succeeded.
     has_succeeded: bool,
     /// The endpoint has sent a reply of any kind.
     has_replied: bool,
-    /// A row has failed as in an earlier run, where other rows were answered.
+    /// A row has failed with the same error as in an earlier run in which other rows were answered.
     has_failed_as_before: bool,
     /// Time of the first failure since the last success.
     failing_since: Option<Instant>,
@@ -46,29 +47,50 @@ pub(crate) struct EndpointHealth {
     /// Number of attempts that have failed since `failing_since`.
     failures: usize,
     /// Largest number of requests in flight since `failing_since`.
-    in_flight: usize,
+    max_in_flight: usize,
     /// Number of failures since an outage began.
     probes: u32,
-    /// Message of the last refusal, and its number of consecutive occurrences.
-    refusal: (String, u32),
-    /// Message of the last server error, and its number of consecutive occurrences.
-    error: (String, u32),
+    /// Message of the last refusal.
+    refusal: RepeatedMessage,
+    /// Message of the last server error.
+    server_error: RepeatedMessage,
     /// Rounds of throttled requests since the last answer.
     throttled: Rounds,
     /// Rounds of requested waits that are hours long.
     long_waits: Rounds,
-    /// Rounds of claims that no request can succeed.
-    claims: Rounds,
+    /// Rounds of endpoint refusals.
+    endpoint_refusals: Rounds,
     /// Rows that were forbidden since the last answer.
     forbidden: HashSet<usize>,
-    /// Rows that caused a claim since the last answer.
+    /// Rows with an endpoint refusal since the last answer.
     suspects: HashSet<usize>,
-    /// Time of the first claim or forbidden row since the last answer.
+    /// Time of the first endpoint refusal or forbidden row since the last answer.
     doubted_since: Option<Instant>,
     /// Number of times that an answer to a request sent after `doubted_since` contradicted the refusals.
-    contradicted: u32,
-    /// Number of failures, refusals, and claims before the first answer.
-    setbacks: u32,
+    contradictions: u32,
+    /// True once an attempt has failed or was refused. Used only before the first success.
+    has_failed: bool,
+}
+
+/// A message, and the number of its consecutive occurrences.
+#[derive(Debug, Default)]
+struct RepeatedMessage {
+    text: String,
+    count: u32,
+}
+
+impl RepeatedMessage {
+    /// Counts an occurrence of `message`. Returns the number of its consecutive occurrences.
+    fn add(&mut self, message: &str) -> u32 {
+        if self.text != message {
+            *self = RepeatedMessage {
+                text: message.into(),
+                count: 0,
+            };
+        }
+        self.count += 1;
+        self.count
+    }
 }
 
 /// Counts rounds of refusals. All requests in flight may be refused together, so a refusal of a request that was sent
@@ -94,7 +116,7 @@ impl EndpointHealth {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
             last_success: now,
-            excluded: Duration::ZERO,
+            excluded_wait: Duration::ZERO,
             has_succeeded: false,
             has_replied: false,
             has_failed_as_before: false,
@@ -102,18 +124,18 @@ impl EndpointHealth {
             failing: HashSet::new(),
             given_up: 0,
             failures: 0,
-            in_flight: 0,
+            max_in_flight: 0,
             probes: 0,
-            refusal: (String::new(), 0),
-            error: (String::new(), 0),
+            refusal: RepeatedMessage::default(),
+            server_error: RepeatedMessage::default(),
             throttled: Rounds::default(),
             long_waits: Rounds::default(),
-            claims: Rounds::default(),
+            endpoint_refusals: Rounds::default(),
             forbidden: HashSet::new(),
             suspects: HashSet::new(),
             doubted_since: None,
-            contradicted: 0,
-            setbacks: 0,
+            contradictions: 0,
+            has_failed: false,
         }
     }
 
@@ -121,14 +143,18 @@ impl EndpointHealth {
     /// the first of them: it may have been in flight for minutes.
     pub(crate) fn success(&mut self, sent_at: Instant, now: Instant) {
         self.last_success = now;
-        self.excluded = Duration::ZERO;
+        self.excluded_wait = Duration::ZERO;
         self.has_succeeded = true;
         self.has_replied = true;
-        let doubted = self.doubted_since.take();
-        self.contradicted += u32::from(doubted.is_some_and(|since| sent_at >= since));
+        let doubted_since = self.doubted_since.take();
+        self.contradictions += u32::from(doubted_since.is_some_and(|since| sent_at >= since));
         self.forbidden.clear();
         self.suspects.clear();
-        for rounds in [&mut self.throttled, &mut self.long_waits, &mut self.claims] {
+        for rounds in [
+            &mut self.throttled,
+            &mut self.long_waits,
+            &mut self.endpoint_refusals,
+        ] {
             if rounds.since.is_none_or(|since| sent_at >= since) {
                 *rounds = Rounds::default();
             }
@@ -140,7 +166,7 @@ impl EndpointHealth {
         self.failing.clear();
         self.given_up = 0;
         self.failures = 0;
-        self.in_flight = 0;
+        self.max_in_flight = 0;
         self.probes = 0;
     }
 
@@ -149,29 +175,29 @@ impl EndpointHealth {
         self.has_succeeded
     }
 
-    /// Records a transient failure of `row`, with `in_flight` requests in flight.
+    /// Records a transient failure of `row`, with `in_flight` requests in flight, this one included.
     pub(crate) fn failure(
         &mut self,
         row: usize,
-        unreachable: bool,
+        is_unreachable: bool,
         in_flight: usize,
         now: Instant,
     ) {
-        self.setbacks += 1;
+        self.has_failed = true;
         self.failing_since.get_or_insert(now);
-        self.has_replied |= !unreachable;
+        self.has_replied |= !is_unreachable;
         self.failing.insert(row);
         self.failures += 1;
-        self.in_flight = self.in_flight.max(in_flight);
+        self.max_in_flight = self.max_in_flight.max(in_flight);
         self.probes += u32::from(self.is_outage());
     }
 
-    /// Returns true if the row has failed since the last success of any row.
+    /// Returns true if the row has failed, or got an endpoint refusal, since the last success of any row.
     pub(crate) fn is_failing(&self, row: usize) -> bool {
         self.failing.contains(&row) || self.suspects.contains(&row)
     }
 
-    /// Returns the rows that caused a claim since the last answer, and all failing rows if nothing has succeeded.
+    /// Returns the rows with an endpoint refusal since the last answer, and all failing rows if nothing has succeeded.
     pub(crate) fn suspects(&self) -> impl Iterator<Item = usize> {
         let failing = self.failing.iter().filter(|_| !self.has_succeeded);
         failing.chain(&self.suspects).copied()
@@ -180,37 +206,37 @@ impl EndpointHealth {
     /// Returns true if the last requests failed and their rows may be the cause.
     pub(crate) fn is_in_doubt(&self) -> bool {
         let has_suspects = self.forbidden.len() > 1 || !self.suspects.is_empty();
-        !self.has_succeeded && self.setbacks > 0 || has_suspects || self.is_outage()
+        !self.has_succeeded && self.has_failed || has_suspects || self.is_outage()
     }
 
-    /// Returns true if enough consecutive rows were forbidden. The number doubles each time that an answer
-    /// contradicts the refusals.
+    /// Returns true if the number of rows that were forbidden since the last answer has reached its threshold. The
+    /// threshold doubles each time that an answer contradicts the refusals.
     pub(crate) fn is_forbidding(&self) -> bool {
-        let enough = SAME_REFUSALS << self.contradicted.min(MAX_DOUBLINGS);
-        self.forbidden.len() >= enough as usize
+        let threshold = SAME_REFUSALS << self.contradictions.min(MAX_DOUBLINGS);
+        self.forbidden.len() >= threshold as usize
     }
 
-    /// Number of times that an answer contradicted a claim.
-    pub(crate) fn contradicted(&self) -> u32 {
-        self.contradicted
+    /// Returns the number of times that an answer contradicted endpoint refusals or forbidden rows.
+    pub(crate) fn contradictions(&self) -> u32 {
+        self.contradictions
     }
 
-    /// Records that a row failed as in an earlier run, where other rows were answered.
+    /// Records that a row failed with the same error as in an earlier run in which other rows were answered.
     pub(crate) fn failed_as_before(&mut self) {
         self.has_replied = true;
         self.has_failed_as_before = true;
     }
 
-    /// Returns true once several requests may be in flight: one has succeeded, or a row has failed as in an earlier
-    /// run where other rows were answered.
+    /// Returns true once several requests may be in flight: one has succeeded, or a row has failed with the same error
+    /// as in an earlier run in which other rows were answered.
     pub(crate) fn is_proven(&self) -> bool {
         self.has_succeeded || self.has_failed_as_before
     }
 
-    /// Records a claim before the first answer. Returns the number of rows with a claim.
-    pub(crate) fn claimed_before_answer(&mut self, row: usize) -> usize {
+    /// Records an endpoint refusal before the first answer. Returns the number of rows with one.
+    pub(crate) fn endpoint_refused_before_answer(&mut self, row: usize) -> usize {
         self.has_replied = true;
-        self.setbacks += 1;
+        self.has_failed = true;
         self.suspects.insert(row);
         self.suspects.len()
     }
@@ -225,7 +251,7 @@ impl EndpointHealth {
         self.given_up += usize::from(self.failing.contains(&row));
     }
 
-    /// Number of failed attempts since the last success.
+    /// Returns the number of attempts that have failed since the last success.
     pub(crate) fn failures(&self) -> usize {
         self.failures
     }
@@ -241,31 +267,34 @@ impl EndpointHealth {
         self.long_waits.add(sent_at, now)
     }
 
-    /// Records a claim that no request can succeed. Returns the number of rounds since the last answer.
-    pub(crate) fn claimed(&mut self, row: usize, sent_at: Instant, now: Instant) -> u32 {
+    /// Records an endpoint refusal after the first answer. Returns the number of rounds since the last answer.
+    pub(crate) fn endpoint_refused(&mut self, row: usize, sent_at: Instant, now: Instant) -> u32 {
         self.has_replied = true;
         self.doubted_since.get_or_insert(now);
         self.suspects.insert(row);
-        self.claims.add(sent_at, now)
+        self.endpoint_refusals.add(sent_at, now)
     }
 
-    /// Records a forbidden row. Returns [`EndpointHealth::is_forbidding`].
+    /// Records a forbidden row. Returns true if the endpoint now counts as forbidding; see
+    /// [`EndpointHealth::is_forbidding`].
     pub(crate) fn request_forbidden(&mut self, row: usize, now: Instant) -> bool {
         self.doubted_since.get_or_insert(now);
         self.forbidden.insert(row);
         self.is_forbidding()
     }
 
-    /// Records a refusal. Returns true if the first [`SAME_REFUSALS`] requests were refused with the same message.
+    /// Records a refusal. Returns true if nothing has succeeded and at least [`SAME_REFUSALS`] consecutive refusals had
+    /// this message.
     pub(crate) fn refused(&mut self, message: &str) -> bool {
         self.has_replied = true;
-        self.setbacks += 1;
-        count_repeats(&mut self.refusal, message) >= SAME_REFUSALS && !self.has_succeeded
+        self.has_failed = true;
+        self.refusal.add(message) >= SAME_REFUSALS && !self.has_succeeded
     }
 
-    /// Records a server error. Returns true if the first [`SAME_ERRORS`] errors had the same message.
-    pub(crate) fn failed_alike(&mut self, message: &str) -> bool {
-        count_repeats(&mut self.error, message) >= SAME_ERRORS && !self.has_succeeded
+    /// Records a server error. Returns true if nothing has succeeded and at least [`SAME_ERRORS`] consecutive errors had
+    /// this message.
+    pub(crate) fn server_failed(&mut self, message: &str) -> bool {
+        self.server_error.add(message) >= SAME_ERRORS && !self.has_succeeded
     }
 
     /// Returns true if no reply has arrived from this address in this run.
@@ -273,46 +302,38 @@ impl EndpointHealth {
         !self.has_replied
     }
 
-    /// Returns true during an outage: since the last success, several rows have failed, and at least as many attempts as
-    /// were in flight.
+    /// Returns true during an outage. Since the last success, several rows have failed, and the number of failed
+    /// attempts has reached the number of requests in flight.
     pub(crate) fn is_outage(&self) -> bool {
-        self.failing.len() >= OUTAGE_ROWS && self.failures >= self.in_flight.max(OUTAGE_FAILURES)
+        self.failing.len() >= OUTAGE_ROWS
+            && self.failures >= self.max_in_flight.max(OUTAGE_FAILURES)
     }
 
     /// Returns true if some of the `remaining` rows have not failed since the last success.
-    pub(crate) fn has_others(&self, remaining: usize) -> bool {
+    pub(crate) fn has_unfailed_rows(&self, remaining: usize) -> bool {
         remaining + self.given_up > self.failing.len()
     }
 
     /// Returns true if the endpoint may have caused the `attempts` failures of a row: nothing has succeeded
     /// meanwhile, and some of the `remaining` rows have not failed yet.
-    pub(crate) fn may_be_the_endpoint(&self, attempts: u32, remaining: usize) -> bool {
-        self.failures >= attempts as usize && self.has_others(remaining)
+    pub(crate) fn may_be_endpoint_fault(&self, attempts: u32, remaining: usize) -> bool {
+        self.failures >= attempts as usize && self.has_unfailed_rows(remaining)
     }
 
-    /// Number of failures since the outage began; 0 without an outage.
+    /// Returns the number of failures since the outage began; 0 without an outage.
     pub(crate) fn probes(&self) -> u32 {
         self.probes
     }
 
     /// Excludes a requested wait from the time without success.
     pub(crate) fn exclude_wait(&mut self, wait: Duration) {
-        self.excluded = (self.excluded + wait).min(MAX_EXCLUDED_WAIT);
+        self.excluded_wait = (self.excluded_wait + wait).min(MAX_EXCLUDED_WAIT);
     }
 
-    /// Time since the last success, without the waits that the endpoint requested.
+    /// Returns the time since the last success, without the waits that the endpoint requested.
     pub(crate) fn time_without_success(&self, now: Instant) -> Duration {
-        (now - self.last_success).saturating_sub(self.excluded)
+        (now - self.last_success).saturating_sub(self.excluded_wait)
     }
-}
-
-/// Counts consecutive occurrences of a message. Returns their number.
-fn count_repeats(last: &mut (String, u32), message: &str) -> u32 {
-    if last.0 != message {
-        *last = (message.into(), 0);
-    }
-    last.1 += 1;
-    last.1
 }
 
 #[cfg(test)]
@@ -346,11 +367,11 @@ mod tests {
         for _ in 0..6 {
             health.failure(0, false, 1, Instant::now());
         }
-        assert!(health.may_be_the_endpoint(6, 2));
-        assert!(!health.may_be_the_endpoint(6, 1), "all rows have failed");
+        assert!(health.may_be_endpoint_fault(6, 2));
+        assert!(!health.may_be_endpoint_fault(6, 1), "all rows have failed");
         health.success(Instant::now(), Instant::now());
         health.failure(0, false, 1, Instant::now());
-        assert!(!health.may_be_the_endpoint(7, 2), "another row succeeded");
+        assert!(!health.may_be_endpoint_fault(7, 2), "another row succeeded");
     }
 
     #[test]
@@ -416,18 +437,18 @@ mod tests {
     #[test]
     fn identical_errors_stop_only_before_first_success() {
         let mut health = EndpointHealth::new(Instant::now());
-        assert!((1..SAME_ERRORS).all(|_| !health.failed_alike("500: no schema")));
-        assert!(health.failed_alike("500: no schema"));
-        assert!(!health.failed_alike("500: another"));
+        assert!((1..SAME_ERRORS).all(|_| !health.server_failed("500: no schema")));
+        assert!(health.server_failed("500: no schema"));
+        assert!(!health.server_failed("500: another"));
         health.success(Instant::now(), Instant::now());
-        assert!((0..10).all(|_| !health.failed_alike("500: no schema")));
+        assert!((0..10).all(|_| !health.server_failed("500: no schema")));
         let forbade =
             |health: &mut EndpointHealth, row| health.request_forbidden(row, Instant::now());
         assert!((1..5).all(|row| !forbade(&mut health, row)) && !forbade(&mut health, 4));
         assert!(forbade(&mut health, 5));
         // An answer shows that only some rows are forbidden: the threshold doubles.
         health.success(Instant::now(), Instant::now());
-        assert_eq!(health.contradicted(), 1);
+        assert_eq!(health.contradictions(), 1);
         assert!((6..15).all(|row| !forbade(&mut health, row)));
         assert!(forbade(&mut health, 15));
     }

@@ -12,7 +12,7 @@
 //! | `dry_run` | `--dry-run`: estimate of the run and every check that a run would make |
 //! | `dispatch/` | the task that sends requests and decides about the row of each reply |
 //! | `attempt`, `record` | one request in its own task; the cache record of its answer |
-//! | `upstream/`, `health` | live state of an endpoint; whether a row or the endpoint is failing |
+//! | `upstream/`, `health`, `backoff` | live state of an endpoint; whether a row or the endpoint is failing; pauses between attempts |
 //! | `answer_monitor` | detects answers that training cannot use |
 //! | `batch/` | the same rows through OpenAI's Batch API, into the same cache under the same keys |
 //! | `scorer` | teacher logprobs of texts that the student wrote, for on-policy training |
@@ -28,6 +28,7 @@
 
 pub(crate) mod answer_monitor;
 pub(crate) mod attempt;
+pub(crate) mod backoff;
 pub(crate) mod batch;
 pub(crate) mod disk_full;
 pub(crate) mod dispatch;
@@ -176,11 +177,11 @@ async fn harvest(
         journal::check_none_under_way(&settings.run_dir)?;
         RequestWindow::new(&settings.schedule, clock.now())?.check_not_over(clock.now())?;
         // An account without a ledger counts the cost of the cache, so it is opened before records are removed.
-        let cached = crate::cache::open::peek(&settings.cache_dir)?.cost_usd
+        let cached_usd = crate::cache::open::peek(&settings.cache_dir)?.cost_usd
             + scorer::scoring_cost_usd(&settings.run_dir)?;
-        RunFiles::open(settings, cached, Unanswered::default(), clock.clone())?
-            .1
-            .warn();
+        let (_, left_in_flight) =
+            RunFiles::open(settings, cached_usd, Unanswered::default(), clock.clone())?;
+        left_in_flight.warn();
         let selected = again::select(
             settings,
             &options.again,
@@ -216,8 +217,9 @@ async fn harvest(
         RequestMode::Realtime => run.realtime(prompts, signals).await,
         RequestMode::Batch => run.batch(prompts, signals).await,
     }?;
-    let is_all = !options.again.is_empty() || options.limit.is_none() && options.shard.is_none();
-    if summary.pending == 0 && is_all {
+    let covers_all_rows =
+        !options.again.is_empty() || options.limit.is_none() && options.shard.is_none();
+    if summary.pending == 0 && covers_all_rows {
         again::finish(&settings.run_dir)?;
     }
     Ok(summary)
@@ -229,7 +231,7 @@ struct Run<'a> {
     shard: Option<RequestShard>,
     quiet: bool,
     cache: &'a Cache,
-    /// Hashes of the probe findings, by teacher.
+    /// Hash of the probe findings of each teacher.
     probes: Vec<String>,
     transports: Vec<Arc<dyn Transport>>,
     unanswered: Unanswered,
@@ -308,9 +310,9 @@ impl Run<'_> {
         row_status: impl Fn(&str) -> Result<RowStatus>,
     ) -> Result<Plan> {
         let templates = request_templates(&settings.endpoints, &self.probes)?;
-        let mut past = self.cache.past();
+        let mut key_variants = self.cache.key_variants();
         // Rows of earlier batches have the keys of the version that submitted them.
-        past.has_schema_1 |=
+        key_variants.has_schema_1 |=
             journal::is_under_way(&self.settings.run_dir)? || !self.unanswered.is_empty();
         let scope = PlanScope {
             shard: self.shard,
@@ -321,7 +323,7 @@ impl Run<'_> {
             templates,
             &settings.prompts,
             scope,
-            &past,
+            &key_variants,
             row_status,
         )?;
         if let Some(warning) = plan.repeats_warning() {
@@ -345,14 +347,15 @@ impl Run<'_> {
         Ok(self.unanswered.row_status(key, is_cached, max_attempts))
     }
 
-    /// Opens the run files and takes over `self.unanswered`.
+    /// Opens the run files, and moves `self.unanswered` into them.
     fn open_run_files(&mut self) -> Result<RunFiles> {
         let settings = self.settings;
-        let scored = scorer::scoring_cost_usd(&settings.run_dir)?;
-        let cached = self.cache.cost_when_opened() + scored;
+        let scoring_usd = scorer::scoring_cost_usd(&settings.run_dir)?;
+        let cached_usd = self.cache.cost_when_opened() + scoring_usd;
         let unanswered = std::mem::take(&mut self.unanswered);
-        let (run_files, lost) = RunFiles::open(settings, cached, unanswered, self.clock.clone())?;
-        lost.warn();
+        let (run_files, left_in_flight) =
+            RunFiles::open(settings, cached_usd, unanswered, self.clock.clone())?;
+        left_in_flight.warn();
         Ok(run_files)
     }
 
@@ -366,10 +369,10 @@ impl Run<'_> {
         let mut upstreams = Vec::new();
         for (index, transport) in self.transports.iter().enumerate() {
             run_files.check_largest(&plan, index)?;
-            let day = run_files.daily_limit(&plan.templates[index].endpoint);
+            let daily_limit = run_files.daily_limit(&plan.templates[index].endpoint);
             let shared = self.shared_limits(&plan, index, &wake).await?;
             let transport = Arc::clone(transport);
-            let upstream = Upstream::new(&plan, index, transport, day, shared, settings)?;
+            let upstream = Upstream::new(&plan, index, transport, daily_limit, shared, settings)?;
             upstreams.push(upstream);
         }
         let progress = Progress::new("harvest", plan.total, self.quiet);
@@ -409,19 +412,20 @@ pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
     let upstreams =
         upstreams.map(|upstream| Ok((Arc::new(HttpTeacher::new(&upstream.teacher)?), upstream)));
     let upstreams = upstreams.collect::<Result<Vec<_>>>()?;
-    let scored = scorer::scoring_cost_usd(&settings.run_dir)?;
-    let cached = crate::cache::open::peek(&settings.cache_dir)?.cost_usd + scored;
-    let (mut run_files, lost) =
-        RunFiles::open(settings, cached, Unanswered::default(), clock.clone())?;
-    lost.warn();
+    let scoring_usd = scorer::scoring_cost_usd(&settings.run_dir)?;
+    let cached_usd = crate::cache::open::peek(&settings.cache_dir)?.cost_usd + scoring_usd;
+    let (mut run_files, left_in_flight) =
+        RunFiles::open(settings, cached_usd, Unanswered::default(), clock.clone())?;
+    left_in_flight.warn();
     let mut endpoints = Vec::new();
     for (teacher, upstream) in upstreams {
-        let found = crate::probe::run(upstream, teacher, &mut run_files.account, clock.now()).await;
-        if found.is_err() {
+        let findings =
+            crate::probe::run(upstream, teacher, &mut run_files.account, clock.now()).await;
+        if findings.is_err() {
             // The requests sent so far cost money.
             run_files.close(&mut [], 0)?;
         }
-        endpoints.push(found?);
+        endpoints.push(findings?);
     }
     run_files.close(&mut [], 0)?;
     let endpoints = ProbedEndpoints {

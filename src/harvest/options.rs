@@ -7,9 +7,10 @@ use crate::plan::shard::RequestShard;
 pub struct HarvestOptions {
     /// Estimate only: send nothing, write nothing.
     pub dry_run: bool,
-    /// Maximum number of prompts, from the first one.
+    /// Maximum number of prompts; the first prompts of the source are used.
     pub limit: Option<usize>,
-    /// Rows to ask again, and no others: `length`, `quarantined`, `failed`, or a quarantine reason.
+    /// Kinds of rows to request again: `length`, `quarantined`, `failed`, or a quarantine reason. If set, no other rows
+    /// are requested.
     pub again: Vec<String>,
     /// Share of the requests that this process sends.
     pub shard: Option<RequestShard>,

@@ -23,7 +23,7 @@ pub(crate) fn record(
     completion: Completion,
     timing: Timing,
 ) -> Record {
-    let reason = quarantine(template, &completion);
+    let reason = quarantine_reason(template, &completion);
     let mut extra = completion.extra;
     if let Some(fault) = completion.logprobs_fault {
         extra.insert("logprobs_dropped".into(), fault.into());
@@ -73,7 +73,7 @@ pub(crate) fn record(
 /// Returns the reason why training must not use the answer; empty if training may use it.
 ///
 /// A truncated or filtered answer with text is not quarantined: `[data]` decides about it.
-fn quarantine(template: &RequestTemplate, completion: &Completion) -> String {
+fn quarantine_reason(template: &RequestTemplate, completion: &Completion) -> String {
     let answer = &completion.answer;
     if completion.unreadable.is_some() {
         return UNREADABLE.into();

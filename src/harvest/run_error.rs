@@ -10,7 +10,7 @@ use crate::exit::Exit;
 use crate::terminal::{format_count, format_duration};
 
 /// Error of an endpoint that fails every request with the same message.
-pub(crate) fn failed_alike(message: &str) -> anyhow::Error {
+pub(crate) fn repeated_server_error(message: &str) -> anyhow::Error {
     anyhow!(
         "the endpoint fails every request with the same error ({message}): stopped; \
          if the error names a field, change it in `[sampling]` or `[teacher]` and rerun the command"
@@ -54,7 +54,7 @@ pub(crate) fn no_results(batch: &str) -> anyhow::Error {
 }
 
 /// Error of an endpoint that refuses every request with the same message.
-pub(crate) fn refused_alike(message: &str) -> anyhow::Error {
+pub(crate) fn repeated_refusal(message: &str) -> anyhow::Error {
     anyhow!(
         "the endpoint refuses every request ({message}): stopped; change the field that it \
          names in `[sampling]` or `[teacher]` and rerun the command"
@@ -62,9 +62,9 @@ pub(crate) fn refused_alike(message: &str) -> anyhow::Error {
 }
 
 /// Error of consecutive answers without usable logprobs.
-pub(crate) fn without_logprobs(count: u32, why: &str, top_logprobs: u32) -> anyhow::Error {
+pub(crate) fn without_logprobs(count: u32, reason: &str, top_logprobs: u32) -> anyhow::Error {
     anyhow!(
-        "{count} answers in a row have no usable logprobs ({why}), although \
+        "{count} answers in a row have no usable logprobs ({reason}), although \
          `sampling.top_logprobs` = {top_logprobs} asks for them: stopped; use an endpoint \
          that sends them (check it with `distill probe`), or set `harvest.on_missing_logprobs = \"warn\"` to \
          continue with the answers alone"
@@ -88,18 +88,18 @@ pub(crate) fn unusable_answers(count: u32, reason: &str) -> anyhow::Error {
 }
 
 /// Error of an address from which no reply has ever arrived.
-pub(crate) fn nothing_answers(teacher: &config::TeacherConfig, message: &str) -> anyhow::Error {
+pub(crate) fn no_reply(teacher: &config::TeacherConfig, message: &str) -> anyhow::Error {
     let base_url = &teacher.base_url;
     match base_url.strip_prefix("https://") {
         // Messages of rustls and of native-tls.
-        Some(rest)
+        Some(host_and_path)
             if ["InvalidContentType", "wrong version number"]
                 .iter()
                 .any(|words| message.contains(words)) =>
         {
             anyhow!(
                 "the server at {base_url} does not speak TLS ({message}): check the port, or, if the server is \
-             your own, set `teacher.base_url` to \"http://{rest}\""
+             your own, set `teacher.base_url` to \"http://{host_and_path}\""
             )
         }
         _ => anyhow!(
@@ -110,42 +110,47 @@ pub(crate) fn nothing_answers(teacher: &config::TeacherConfig, message: &str) ->
 }
 
 /// Error of an outage longer than `retry.max_outage_s`.
-pub(crate) fn outage(silence: Duration, message: &str) -> anyhow::Error {
-    let silence = format_duration(silence);
+pub(crate) fn outage(outage: Duration, message: &str) -> anyhow::Error {
+    let outage = format_duration(outage);
     let message = format!(
-        "no request has succeeded for {silence} ({message}): stopped; rerun the command to resume"
+        "no request has succeeded for {outage} ({message}): stopped; rerun the command to resume"
     );
     Exit::Resumable(message).into()
 }
 
-/// Error of a disk that stayed full: `safe` answers are in the cache, `lost` were held in memory.
-pub(crate) fn disk_full(time: Duration, message: &str, safe: usize, lost: usize) -> anyhow::Error {
+/// Error of a disk that stayed full: `recorded` answers are in the cache, `lost` were held in memory.
+pub(crate) fn disk_full(
+    time: Duration,
+    message: &str,
+    recorded: usize,
+    lost: usize,
+) -> anyhow::Error {
     let message = format!(
         "the disk has been full for {} ({message}): stopped; {} are safe in the \
          cache, {} held in memory are lost and may have been billed; free disk space and rerun the \
          command to resume",
         format_duration(time),
-        answers(safe),
+        answers(recorded),
         answers(lost)
     );
     Exit::Resumable(message).into()
 }
 
 /// Error of shared limits that could not be read for too long.
-pub(crate) fn no_shared_limits(silence: Duration, message: &str) -> anyhow::Error {
-    let silence = format_duration(silence);
+pub(crate) fn no_shared_limits(outage: Duration, message: &str) -> anyhow::Error {
+    let outage = format_duration(outage);
     let message = format!(
-        "the shared limits in `limits.shared` could not be read for {silence} ({message}): stopped; \
+        "the shared limits in `limits.shared` could not be read for {outage} ({message}): stopped; \
          start the Redis server and rerun the command to resume"
     );
     Exit::Resumable(message).into()
 }
 
 /// Adds the number of recorded answers to the error of a failed write to the cache.
-pub(crate) fn not_recorded(error: anyhow::Error, safe: usize) -> anyhow::Error {
-    let safe = answers(safe);
+pub(crate) fn not_recorded(error: anyhow::Error, recorded: usize) -> anyhow::Error {
     error.context(format!(
-        "an answer could not be recorded: stopped; {safe} are safe in the cache"
+        "an answer could not be recorded: stopped; {} are safe in the cache",
+        answers(recorded)
     ))
 }
 

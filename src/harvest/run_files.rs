@@ -21,7 +21,7 @@ use crate::plan::prepare::check_budget;
 use crate::plan::run_settings::RunSettings;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, RowStatus};
-use crate::rate_limit::daily::DailyLimit;
+use crate::rate_limit::daily::{DAY_S, DailyLimit};
 use crate::report::failures::FailedRow;
 use crate::report::summary::HarvestSummary;
 
@@ -34,7 +34,7 @@ pub(crate) struct RunFiles {
 
 impl RunFiles {
     /// Opens the budget account of the run folder. `unanswered` may belong to another folder. `cached_usd` is the cost
-    /// of the cached records. Returns the run files, and the requests that a killed run left in flight, which count as
+    /// of the cached records. Returns the run files, and the requests that a killed run left in flight. These count as
     /// possibly billed.
     ///
     /// # Errors
@@ -46,13 +46,13 @@ impl RunFiles {
         clock: WallClock,
     ) -> Result<(RunFiles, InFlight)> {
         let (files, ledger, is_complete) = LedgerFiles::open(&settings.run_dir)?;
-        let (account, lost) = account(settings, files, ledger, is_complete, cached_usd)?;
+        let (account, left_in_flight) = account(settings, files, ledger, is_complete, cached_usd)?;
         let run_files = RunFiles {
             account,
             unanswered,
             clock,
         };
-        Ok((run_files, lost))
+        Ok((run_files, left_in_flight))
     }
 
     /// Returns the daily limit of the endpoint, with the requests that earlier runs sent.
@@ -68,8 +68,8 @@ impl RunFiles {
         })
     }
 
-    /// Reserves the amount for a request. Returns false if the budget does not cover it. With a daily limit, request
-    /// counts are written before the requests leave. After an error nothing is reserved.
+    /// Reserves the amount for a request. Returns false if the budget does not cover the amount. With a daily limit,
+    /// the request counts are written before the requests are sent. After an error nothing is reserved.
     pub(crate) fn reserve(
         &mut self,
         amount: &Reservation,
@@ -98,8 +98,10 @@ impl RunFiles {
         if slots.is_empty() {
             return;
         }
-        let time_of = |age: i64| Timestamp::from_second(now.as_second() - age).unwrap_or(now);
-        let slots = slots.into_iter().map(|(age, count)| (time_of(age), count));
+        let time_of = |age_s: i64| Timestamp::from_second(now.as_second() - age_s).unwrap_or(now);
+        let slots = slots
+            .into_iter()
+            .map(|(age_s, count)| (time_of(age_s), count));
         let label = upstream.settings.teacher.label().to_owned();
         self.account.daily_requests().insert(label, slots.collect());
     }
@@ -158,7 +160,7 @@ fn account<S: LedgerStore>(
     is_complete: bool,
     cached_usd: f64,
 ) -> Result<(Account<S>, InFlight)> {
-    let mut floor = Spent {
+    let mut minimum_spent = Spent {
         measured_usd: Dollars::at_least(cached_usd),
         ..Spent::default()
     };
@@ -166,7 +168,7 @@ fn account<S: LedgerStore>(
         // Older versions recorded measured tokens in the caches only.
         let scores = config::cache_dir(&config::scores_dir(&settings.run_dir));
         for dir in [&settings.cache_dir, &scores] {
-            floor.measured_tokens.add(unpriced(dir)?);
+            minimum_spent.measured_tokens.add(unpriced(dir)?);
         }
     }
     Account::open(
@@ -174,7 +176,7 @@ fn account<S: LedgerStore>(
         ledger,
         settings.budget_usd,
         &highest_prices(&settings.endpoints),
-        &floor,
+        &minimum_spent,
     )
 }
 
@@ -189,7 +191,7 @@ pub(crate) fn daily_limit<S: LedgerStore>(
         .into_iter()
         .flatten()
         .map(|&(time, count)| ((now - time).get_seconds(), count))
-        .filter(|(age, _)| *age < 86_400)
+        .filter(|(age_s, _)| *age_s < DAY_S)
         .collect();
     DailyLimit::new(
         upstream.limits.own().requests_per_day,
@@ -198,8 +200,8 @@ pub(crate) fn daily_limit<S: LedgerStore>(
     )
 }
 
-/// Budget account of a run folder that receives merged records. None if the folder has no complete account yet: the
-/// next run then counts the merged records in the cache when it opens the account.
+/// Budget account of a run folder into which records are merged. None if the folder has no complete account yet: the
+/// next run counts the merged records when it opens the account.
 pub(crate) struct MergeAccount(Option<Account<LedgerFiles>>);
 
 impl MergeAccount {
@@ -215,8 +217,9 @@ impl MergeAccount {
         if !is_complete {
             return Ok(MergeAccount(None));
         }
-        let (account, lost) = Account::open(files, ledger, None, price, &Spent::default())?;
-        lost.warn();
+        let (account, left_in_flight) =
+            Account::open(files, ledger, None, price, &Spent::default())?;
+        left_in_flight.warn();
         Ok(MergeAccount(Some(account)))
     }
 

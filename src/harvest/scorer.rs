@@ -46,21 +46,21 @@ use crate::tokenizer::Tokenizer;
 pub struct EndpointScorer {
     /// Settings of a run whose folder is [`config::scores_dir`].
     settings: RunSettings,
-    upstream: config::EndpointConfig,
+    endpoint: config::EndpointConfig,
     scoring: Arc<ScoringMethod>,
     transport: Arc<dyn Transport>,
     runtime: Runtime,
     cache: Cache,
     /// Index of the records in `cache`.
-    scored: Lookup,
+    lookup: Lookup,
     /// None while a call is running, and after a call whose error ended the requests.
     run_files: Option<RunFiles>,
     /// State of the endpoint and its rate limits between calls. None before the first call and while a call is running.
-    limits: Option<Upstream>,
+    upstream: Option<Upstream>,
     stats: ScoringStats,
     quiet: bool,
-    /// Cache of the harvest, held open as a lock so that no harvest uses the same budget account.
-    _harvest: Cache,
+    /// Cache of the harvest. It stays open, and so locked, so that no harvest uses the same budget account meanwhile.
+    _harvest_cache: Cache,
 }
 
 /// Counts and cost of scoring.
@@ -97,13 +97,13 @@ impl EndpointScorer {
         let harvest_settings = RunSettings::new(config)?;
         let clock = WallClock::system();
         crate::plan::prepare::check_money(&harvest_settings, None, clock.now())?;
-        let Some(mut upstream) = harvest_settings.endpoints.last().cloned() else {
+        let Some(mut endpoint) = harvest_settings.endpoints.last().cloned() else {
             return Ok(None);
         };
         // The completion is not used, but endpoints require at least 1 token.
-        upstream.sampling.max_tokens = 1;
+        endpoint.sampling.max_tokens = 1;
         if method == ScoredBy::PromptLogprobs {
-            check_endpoint(&upstream, &config.run_dir)?;
+            check_endpoint(&endpoint, &config.run_dir)?;
         }
         let tokenizer = config.on_policy.tokenizer.as_deref();
         let tokenizer = tokenizer.map(|dir| {
@@ -121,7 +121,7 @@ impl EndpointScorer {
             )),
             (_, tokenizer) => ("chat/completions", ScoringMethod::PromptLogprobs(tokenizer)),
         };
-        let transport = Arc::new(HttpTeacher::with_path(&upstream.teacher, path)?);
+        let transport = Arc::new(HttpTeacher::with_path(&endpoint.teacher, path)?);
         let cache_settings = config::CacheConfig {
             // `Lookup` finds lines by their byte offset, which compression would change.
             compression: Compression::None,
@@ -129,14 +129,15 @@ impl EndpointScorer {
         };
         let settings =
             harvest_settings.in_folder(config::scores_dir(&config.run_dir), cache_settings);
-        let harvest = Cache::open(&harvest_settings.cache_dir, &settings.cache)?;
+        let harvest_cache = Cache::open(&harvest_settings.cache_dir, &settings.cache)?;
         let cache = Cache::open(&settings.cache_dir, &settings.cache)?;
-        let scored = Lookup::open(&settings.cache_dir)?;
+        let lookup = Lookup::open(&settings.cache_dir)?;
         // Harvest and scoring share one budget account.
-        let spent = harvest.cost_when_opened() + scored.cost_usd();
+        let cached_usd = harvest_cache.cost_when_opened() + lookup.cost_usd();
         let unanswered = Unanswered::load(&settings.run_dir)?;
-        let (run_files, lost) = RunFiles::open(&harvest_settings, spent, unanswered, clock)?;
-        lost.warn();
+        let (run_files, left_in_flight) =
+            RunFiles::open(&harvest_settings, cached_usd, unanswered, clock)?;
+        left_in_flight.warn();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -144,17 +145,17 @@ impl EndpointScorer {
             .context("cannot start the async runtime")?;
         Ok(Some(EndpointScorer {
             settings,
-            upstream,
+            endpoint,
             scoring: Arc::new(scoring),
             transport,
             runtime,
             cache,
-            scored,
+            lookup,
             run_files: Some(run_files),
-            limits: None,
+            upstream: None,
             stats: ScoringStats::default(),
             quiet,
-            _harvest: harvest,
+            _harvest_cache: harvest_cache,
         }))
     }
 
@@ -166,7 +167,7 @@ impl EndpointScorer {
     /// Reads the logprobs of a text from the cache of scores.
     fn logprobs(&self, keys: &CacheKeys) -> Result<Option<LogprobsView<'static>>> {
         for key in keys.iter() {
-            if let Some(line) = self.scored.line(key)? {
+            if let Some(line) = self.lookup.line(key)? {
                 let record = RecordView::from_line(&line)?;
                 return Ok(record.logprobs.map(LogprobsView::into_owned));
             }
@@ -177,33 +178,35 @@ impl EndpointScorer {
     fn request_template(&self) -> RequestTemplate {
         RequestTemplate {
             scoring: Some(Arc::clone(&self.scoring)),
-            ..RequestTemplate::plain(self.upstream.clone())
+            ..RequestTemplate::plain(self.endpoint.clone())
         }
     }
 
+    /// Sends the requests of a plan and waits for their replies.
     fn send(&mut self, plan: Plan, stop: &StopFlag) -> Result<()> {
         let run_files = self.run_files.take();
         let mut run_files = run_files.context("internal error: the budget account is missing")?;
         run_files.check_largest(&plan, 0)?;
-        let limits = self.limits.take();
+        let upstream = self.upstream.take();
         let progress = Progress::notes(self.quiet);
         let settings = &self.settings;
         let cache = &self.cache;
-        let upstream = &self.upstream;
+        let endpoint = &self.endpoint;
         let transport = Arc::clone(&self.transport);
         let ended = self.runtime.block_on(async {
             let wake = Arc::default();
-            let limits = match limits {
-                Some(mut limits) => {
-                    limits.resume_with(&plan, 0)?;
-                    limits
+            let upstream = match upstream {
+                Some(mut upstream) => {
+                    upstream.resume_with(&plan, 0)?;
+                    upstream
                 }
                 None => {
-                    let patience = settings.retry.max_outage;
+                    let max_outage = settings.retry.max_outage;
+                    let largest = plan.largest(0);
                     let shared =
-                        SharedLimits::connect(upstream, plan.largest(0), patience, &wake).await?;
-                    let day = run_files.daily_limit(upstream);
-                    Upstream::new(&plan, 0, transport, day, shared, settings)?
+                        SharedLimits::connect(endpoint, largest, max_outage, &wake).await?;
+                    let daily_limit = run_files.daily_limit(endpoint);
+                    Upstream::new(&plan, 0, transport, daily_limit, shared, settings)?
                 }
             };
             let clock = WallClock::system();
@@ -212,7 +215,7 @@ impl EndpointScorer {
                 settings,
                 plan,
                 cache,
-                vec![limits],
+                vec![upstream],
                 run_files,
                 clock,
                 progress,
@@ -225,18 +228,22 @@ impl EndpointScorer {
             run_files,
         } = ended;
         self.run_files = Some(run_files);
-        self.limits = upstreams.pop();
-        self.count(summary)
+        self.upstream = upstreams.pop();
+        self.add_to_stats(summary)
     }
 
-    fn count(&mut self, summary: HarvestSummary) -> Result<()> {
+    /// Adds the counts of a call to the statistics.
+    ///
+    /// # Errors
+    /// If the requests stopped early, or no text so far has usable scores.
+    fn add_to_stats(&mut self, summary: HarvestSummary) -> Result<()> {
         let stats = &mut self.stats;
         stats.failed += summary.failed;
         stats.unusable += summary.without_logprobs;
         stats.requests += summary.requests;
         stats.prompt_tokens += summary.usage.prompt_tokens;
         stats.cost_usd = summary.cost_usd;
-        let refused = summary.failed_rows.first().map(|row| row.message.clone());
+        let first_failure = summary.failed_rows.first().map(|row| row.message.clone());
         match summary.error {
             // Training continues without the texts that failed.
             Some(error) if matches!(error.downcast_ref(), Some(Exit::SomeFailed(_))) => {}
@@ -246,14 +253,14 @@ impl EndpointScorer {
         if stats.failed + stats.unusable < stats.texts {
             return Ok(());
         }
-        let reason = refused.unwrap_or_else(|| {
+        let reason = first_failure.unwrap_or_else(|| {
             "its tokens do not spell the student's text; set `on_policy.tokenizer` to the folder of the \
              teacher's tokenizer"
                 .into()
         });
         Err(Exit::Usage(format!(
             "{} scored none of the texts: {reason}",
-            self.upstream.teacher.label()
+            self.endpoint.teacher.label()
         ))
         .into())
     }
@@ -271,15 +278,16 @@ impl TextScorer for EndpointScorer {
         stop: &StopFlag,
     ) -> Result<Vec<Option<LogprobsView<'static>>>> {
         let template = self.request_template();
-        let teacher = &self.upstream.teacher;
-        let endpoint = KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
-        let past = self.cache.past();
+        let teacher = &self.endpoint.teacher;
+        let key_endpoint =
+            KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher));
+        let key_variants = self.cache.key_variants();
         let cache_keys = |text: &Prompt| match self.scoring.check(&text.messages) {
             Ok(()) => {
                 let body = template.body(&text.messages, 0);
                 let question = Question::new(&body, 0);
-                let old = past.has_schema_1.then_some((&body, 0));
-                Some(CacheKeys::new(&question, &endpoint, old))
+                let with_schema_1 = key_variants.has_schema_1.then_some((&body, 0));
+                Some(CacheKeys::new(&question, &key_endpoint, with_schema_1))
             }
             Err(error) => {
                 tracing::warn!("{} cannot be scored: {error:#}", text.id);
@@ -287,9 +295,9 @@ impl TextScorer for EndpointScorer {
             }
         };
         let keys: Vec<Option<CacheKeys>> = texts.iter().map(cache_keys).collect();
-        let mut is_scorable = keys.iter().map(Option::is_some);
-        let mut texts = texts;
-        texts.retain(|_| is_scorable.next().unwrap_or_default());
+        let texts_and_keys = texts.into_iter().zip(&keys);
+        let scorable = texts_and_keys.filter_map(|(text, keys)| keys.as_ref().map(|_| text));
+        let texts: Vec<Prompt> = scorable.collect();
         let settings = config::PromptsConfig {
             samples: 1,
             order: PromptOrder::Source,
@@ -312,29 +320,29 @@ impl TextScorer for EndpointScorer {
             vec![template],
             &settings,
             PlanScope::default(),
-            &past,
+            &key_variants,
             row_status,
         )?;
         self.stats.texts += plan.total;
         self.stats.cached += plan.cached - plan.repeated;
         if !plan.rows.is_empty() {
             self.send(plan, stop)?;
-            self.scored.refresh()?;
+            self.lookup.refresh()?;
         }
-        let logprobs = keys.iter().map(|names| match names {
-            Some(names) => self.logprobs(names),
+        let logprobs = keys.iter().map(|keys| match keys {
+            Some(keys) => self.logprobs(keys),
             None => Ok(None),
         });
         logprobs.collect()
     }
 }
 
-/// Returns an error if `distill probe` found that the endpoint ignores or refuses `prompt_logprobs`.
-fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
+/// Checks that `distill probe`, if it was run, did not find that the endpoint ignores or refuses `prompt_logprobs`.
+fn check_endpoint(endpoint: &config::EndpointConfig, run_dir: &Path) -> Result<()> {
     let findings = findings::load(run_dir)?;
     let Some(probed) = findings
         .as_ref()
-        .and_then(|findings| findings.find(upstream))
+        .and_then(|findings| findings.find(endpoint))
     else {
         return Ok(());
     };
@@ -343,7 +351,7 @@ fn check_endpoint(upstream: &config::EndpointConfig, run_dir: &Path) -> Result<(
         Finding::Ignored | Finding::Refused => Err(Exit::Usage(format!(
             "{} does not support `prompt_logprobs` (found by `distill probe` on {}; rerun it if the endpoint \
              has changed): try `on_policy.judge = \"echo\"` or `teacher.local`",
-            upstream.teacher.label(),
+            endpoint.teacher.label(),
             probed.probed_at
         ))
         .into()),

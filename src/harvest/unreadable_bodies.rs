@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
 
-/// Maximum number of unpaid bodies saved: the first ones of a broken endpoint show the problem.
+/// Maximum number of bodies without an answer that a run saves: the first ones of a broken endpoint show the problem.
 const MAX_UNPAID: usize = 100;
 
-/// Writes the bodies; clones share the count of unpaid bodies.
+/// Saves the bodies. Clones share the count of saved bodies without an answer.
 #[derive(Clone)]
 pub(crate) struct UnreadableBodies {
     dir: PathBuf,
@@ -30,21 +30,21 @@ impl UnreadableBodies {
     }
 
     /// Saves the body of a paid answer. Returns its file.
-    pub(crate) fn keep(&self, key: &str, body: &[u8]) -> Result<PathBuf> {
+    pub(crate) fn save(&self, key: &str, body: &[u8]) -> Result<PathBuf> {
         crate::fs::create_dir_all(&self.dir)?;
         let file = self.dir.join(format!("{key}.body"));
         crate::fs::write_atomic(&file, body)?;
         Ok(file)
     }
 
-    /// Saves a body without an answer, up to [`MAX_UNPAID`]. A later attempt at the same row replaces it.
-    pub(crate) fn keep_unpaid(&self, key: &str, body: &[u8]) {
+    /// Saves a body without an answer, up to [`MAX_UNPAID`] bodies. The body of a later attempt at the row replaces it.
+    pub(crate) fn save_unpaid(&self, key: &str, body: &[u8]) {
         if body.trim_ascii().is_empty() || self.unpaid.fetch_add(1, Ordering::Relaxed) >= MAX_UNPAID
         {
             return;
         }
-        // The body is only for inspection: the failure is reported without it.
-        if let Err(error) = self.keep(key, body) {
+        // The body is only for inspection, so the run continues without it.
+        if let Err(error) = self.save(key, body) {
             tracing::debug!("{error:#}");
         }
     }

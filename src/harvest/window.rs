@@ -12,7 +12,7 @@ use jiff::{Timestamp, ToSpan};
 use crate::config::{DailyWindow, Deadline, Parsed, ScheduleConfig};
 use crate::exit::Exit;
 
-/// Interval between two checks of the wall clock, which may be adjusted, for the window and the deadline.
+/// Maximum time between two checks of the window and the deadline. The wall clock may be adjusted meanwhile.
 pub(crate) const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Window and deadline of one run, from `[schedule]`.
@@ -23,6 +23,7 @@ pub(crate) struct RequestWindow {
     zone: TimeZone,
 }
 
+/// State of the request window at one time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WindowState {
     Open,
@@ -75,6 +76,7 @@ impl RequestWindow {
         }
     }
 
+    /// Returns the state of the window at `now`.
     pub(crate) fn state(&self, now: Timestamp) -> WindowState {
         if self.deadline.is_some_and(|deadline| deadline <= now) {
             return WindowState::Over;
@@ -98,7 +100,7 @@ impl RequestWindow {
         } else {
             today.checked_add(1.day())
         };
-        // A time that occurs twice on this day may mean the second one.
+        // When clocks go back, the opening time may occur twice, and the first occurrence may have passed.
         let opening = next.and_then(|next| {
             let opening = next.to_zoned(self.zone.clone())?;
             if opening.timestamp() > now {

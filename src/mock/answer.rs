@@ -109,7 +109,7 @@ fn write_choice(
     out.extend_from_slice(b",\"refusal\":null},\"logprobs\":");
     match chat.top_logprobs.filter(|_| answers.logprobs) {
         None => out.extend_from_slice(b"null"),
-        Some(top) => {
+        Some(top_logprobs) => {
             let tempered = (answers.tempered && chat.temperature != 1.0)
                 .then(|| LogprobTemplates::new(answers.top_logprobs, chat.temperature));
             let templates = tempered.as_ref().unwrap_or(inputs.templates);
@@ -119,7 +119,7 @@ fn write_choice(
                 if start > 0 {
                     out.push(b',');
                 }
-                templates.write(out, &content.bytes[start..end], top, rng);
+                templates.write(out, &content.bytes[start..end], top_logprobs, rng);
                 start = end;
             }
             out.extend_from_slice(b"],\"refusal\":null}");
@@ -174,7 +174,7 @@ struct AnswerContent {
     bytes: Vec<u8>,
     /// End offset of each token.
     ends: Vec<usize>,
-    /// Whether `max_tokens` cut the content off.
+    /// True if `max_tokens` cut the content off.
     is_truncated: bool,
 }
 
@@ -247,14 +247,14 @@ mod tests {
     ) {
         let content = AnswerContent::from_text(text, token, token_count, max_tokens);
         let mut start = 0;
-        let found: Vec<_> = content
+        let split_tokens: Vec<_> = content
             .ends
             .iter()
             .map(|&end| {
                 String::from_utf8_lossy(&content.bytes[std::mem::replace(&mut start, end)..end])
             })
             .collect();
-        assert_eq!(found, tokens);
+        assert_eq!(split_tokens, tokens);
         assert_eq!(content.is_truncated, is_truncated);
         assert_eq!(start, content.bytes.len());
     }

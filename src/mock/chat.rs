@@ -45,7 +45,7 @@ struct ChatBody<'a> {
     stream: Option<bool>,
 }
 
-/// A message. Its content stays raw, because only that of the last message is decoded.
+/// A message. Its content stays raw, because only the content of the last message is decoded.
 #[derive(Deserialize)]
 struct ChatMessage<'a> {
     #[serde(borrow)]

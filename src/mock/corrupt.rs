@@ -5,13 +5,22 @@ use serde_json::{Value, json};
 
 use crate::mock::script::fault_kind::FaultKind;
 
+/// Default length of [`FaultKind::HugeBody`] in bytes.
 const HUGE_BODY_BYTES: usize = 64 << 20;
+
+/// Default depth of [`FaultKind::DeepJson`].
 const DEEP_JSON_DEPTH: usize = 100_000;
+
+/// Default number of lines of [`FaultKind::BlankLines`].
+const BLANK_LINES: usize = 3;
+
 /// Placeholder for `NaN` and `-Infinity`, which a JSON library cannot write. It is replaced in the text. No logprob of
 /// the mock has this value.
 const LOGPROB_PLACEHOLDER: &str = "-4242.4242";
 
-/// Corrupts a body as a fault of this kind does. `size` is that of the scripted fault.
+/// Corrupts a body as a fault of this kind does. `size` is the value of [`ScriptedFault::size`].
+///
+/// [`ScriptedFault::size`]: crate::mock::script::fault::ScriptedFault::size
 pub(crate) fn corrupt_body(kind: FaultKind, body: Vec<u8>, size: Option<usize>) -> Bytes {
     let corrupted = match kind {
         FaultKind::Empty => Vec::new(),
@@ -38,7 +47,7 @@ pub(crate) fn corrupt_body(kind: FaultKind, body: Vec<u8>, size: Option<usize>) 
 
 /// Returns the number of blank lines before the answer.
 pub(crate) fn blank_lines(size: Option<usize>) -> usize {
-    size.unwrap_or(3)
+    size.unwrap_or(BLANK_LINES)
 }
 
 /// Inserts invalid UTF-8 at the start of the content.

@@ -13,12 +13,12 @@ use crate::mock::script::limits::RetryAfter;
 /// Redirect target on a host that does not exist.
 const OTHER_HOST: &str = "https://elsewhere.invalid/v1/chat/completions";
 
-/// The properties of a request that the conditions of a fault are checked against.
+/// The properties of a request to which the conditions of a fault refer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RequestFacts<'a> {
     /// Path without the query.
     pub path: &'a str,
-    /// Whether it is a chat completion request.
+    /// True for a chat completion request.
     pub is_chat: bool,
     /// Text of the last message.
     pub prompt: &'a str,
@@ -68,14 +68,14 @@ impl ScriptedFault {
         self.billed.unwrap_or(self.kind.corrupts_answer())
     }
 
-    /// Replaces the body and headers of the reply by those that the script sets.
+    /// Sets the body and the headers of the reply that the script overrides.
     fn apply_overrides(&self, mut reply: MockReply) -> MockReply {
         if let Some(body) = &self.body {
             reply.body = body.clone().into();
         }
         for (name, value) in &self.headers {
             let name = name.to_ascii_lowercase();
-            reply.headers.retain(|(other, _)| *other != name);
+            reply.headers.retain(|(other_name, _)| *other_name != name);
             reply = reply.with_header(name, value.clone());
         }
         reply

@@ -151,7 +151,7 @@ impl Mock {
         let scripted_s =
             answers.latency_s.sample(random) + answers.token_s * usage.completion_tokens as f64;
         let latency_s = match fault.and_then(|fault| fault.after_s) {
-            Some(after) => after,
+            Some(after_s) => after_s,
             None => scripted_s * guard.load_factor,
         };
         let is_billed = fault.is_none_or(ScriptedFault::is_billed);
@@ -204,6 +204,7 @@ struct RequestGuard<'a> {
 }
 
 impl RequestGuard<'_> {
+    /// Bills the usage, if there is one.
     fn bill(&self, usage: Option<MockUsage>) {
         if let Some(usage) = usage {
             let elapsed = self.mock.started.elapsed();
@@ -214,6 +215,7 @@ impl RequestGuard<'_> {
         }
     }
 
+    /// Ends the request. `used` is the usage of its answer, if it has one.
     fn finish(mut self, used: Option<MockUsage>) -> LimitStatus {
         self.release(used)
     }

@@ -91,8 +91,8 @@ async fn serve_connection(stream: TcpStream, mock: &Mock) -> io::Result<()> {
             }
             other => other,
         };
-        let keep_alive = connection.send_response(response, head.close).await?;
-        if !keep_alive {
+        let is_reusable = connection.send_response(response, head.must_close).await?;
+        if !is_reusable {
             return Ok(());
         }
     }
@@ -189,10 +189,14 @@ impl MockConnection {
     }
 
     /// Sends a response. Returns true if the connection can be used for another request.
-    async fn send_response(&mut self, response: MockResponse, close: bool) -> io::Result<bool> {
+    async fn send_response(
+        &mut self,
+        response: MockResponse,
+        must_close: bool,
+    ) -> io::Result<bool> {
         match response {
             MockResponse::Complete(reply) => {
-                self.write_head(&reply, Some(reply.body.len()), close);
+                self.write_head(&reply, Some(reply.body.len()), must_close);
                 if reply.body.len() <= SINGLE_WRITE_BYTES {
                     self.output.extend_from_slice(&reply.body);
                     self.flush().await?;
@@ -200,7 +204,7 @@ impl MockConnection {
                     self.flush().await?;
                     self.stream.write_all(&reply.body).await?;
                 }
-                return Ok(!close);
+                return Ok(!must_close);
             }
             MockResponse::Refused | MockResponse::Reset => self.stream.set_zero_linger()?,
             MockResponse::ResetInBody(reply) => {
@@ -213,7 +217,7 @@ impl MockConnection {
                 self.stream.shutdown().await?;
             }
             MockResponse::UnfinishedChunks(reply) => {
-                self.write_head(&reply, None, close);
+                self.write_head(&reply, None, must_close);
                 let size = format!("{:x}\r\n", reply.body.len());
                 self.output.extend_from_slice(size.as_bytes());
                 self.output.extend_from_slice(&reply.body);
@@ -230,7 +234,7 @@ impl MockConnection {
                 slow,
                 interval,
             } => {
-                self.write_head(&reply, Some(reply.body.len()), close);
+                self.write_head(&reply, Some(reply.body.len()), must_close);
                 self.flush().await?;
                 let (slow, remaining) = reply.body.split_at(slow.min(reply.body.len()));
                 for byte in slow {
@@ -238,7 +242,7 @@ impl MockConnection {
                     self.stream.write_all(&[*byte]).await?;
                 }
                 self.stream.write_all(remaining).await?;
-                return Ok(!close);
+                return Ok(!must_close);
             }
         }
         Ok(false)
@@ -253,7 +257,7 @@ impl MockConnection {
     }
 
     /// Appends the head of a reply to `output`; without a `length`, the body is chunked.
-    fn write_head(&mut self, reply: &MockReply, length: Option<usize>, close: bool) {
+    fn write_head(&mut self, reply: &MockReply, length: Option<usize>, must_close: bool) {
         let out = &mut self.output;
         match reply.status {
             200 => out.extend_from_slice(b"HTTP/1.1 200 OK\r\ncontent-type: "),
@@ -275,7 +279,7 @@ impl MockConnection {
                 out.extend_from_slice(part.as_bytes());
             }
         }
-        if close {
+        if must_close {
             out.extend_from_slice(b"\r\nconnection: close");
         }
         out.extend_from_slice(b"\r\n\r\n");

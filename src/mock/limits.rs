@@ -11,7 +11,7 @@ use crate::mock::script::limits::{LimitChange, LimitScript, TokenCounting};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TokenCost {
     pub prompt_tokens: u64,
-    /// Maximum number of tokens of all its answers, or the number of the answers that were sent.
+    /// Maximum number of tokens of all its answers. After the answers were sent, their actual number of tokens.
     pub output_tokens: u64,
 }
 
@@ -52,7 +52,7 @@ pub(crate) struct LimitRefusal {
     /// Time until the same request would be admitted if no other request arrived. None if that time is unknown, or if
     /// the request is too large.
     pub wait: Option<Duration>,
-    /// Whether the request exceeds the capacity of the limit, so that no wait helps.
+    /// True if the request exceeds the capacity of the limit, so that no wait helps.
     pub is_too_large: bool,
 }
 

@@ -3,7 +3,7 @@
 //! The probability p of the chosen token is one of a few levels. The other tokens have the probabilities (1 - p) / 2,
 //! (1 - p) / 4, ... Their JSON is written once for each level, as a template from which answers are assembled.
 
-/// Number of different probabilities of a chosen token.
+/// Number of different probabilities p of a chosen token.
 const PROBABILITY_LEVELS: usize = 16;
 
 /// The logprobs of all probability levels as JSON.
@@ -12,6 +12,7 @@ pub(crate) struct LogprobTemplates {
     templates: Vec<LogprobTemplate>,
 }
 
+/// The logprobs of one probability level.
 #[derive(Debug)]
 struct LogprobTemplate {
     /// Logprob of the chosen token.
@@ -27,6 +28,7 @@ impl LogprobTemplates {
     /// probabilities.
     pub(crate) fn new(max_alternatives: usize, temperature: f64) -> LogprobTemplates {
         let templates = (0..PROBABILITY_LEVELS).map(|level| {
+            // From 0.5 to 0.99.
             let p = 0.5 + 0.49 * level as f64 / (PROBABILITY_LEVELS - 1) as f64;
             LogprobTemplate::new(p, max_alternatives, temperature)
         });
@@ -35,12 +37,12 @@ impl LogprobTemplates {
         }
     }
 
-    /// Appends the logprobs of `token` with `top` alternatives, of which the token itself is the first.
+    /// Appends the logprobs of `token` with `top_logprobs` alternatives, of which the token itself is the first.
     pub(crate) fn write(
         &self,
         out: &mut Vec<u8>,
         token: &[u8],
-        top: usize,
+        top_logprobs: usize,
         rng: &mut fastrand::Rng,
     ) {
         let template = &self.templates[rng.usize(..PROBABILITY_LEVELS)];
@@ -49,11 +51,11 @@ impl LogprobTemplates {
         write_token(out, token, &template.logprob);
         let end = out.len();
         out.extend_from_slice(b",\"top_logprobs\":[");
-        if top > 0 {
+        if top_logprobs > 0 {
             out.push(b'{');
             out.extend_from_within(start..end);
             out.push(b'}');
-            let others = (top - 1).min(template.alternative_ends.len());
+            let others = (top_logprobs - 1).min(template.alternative_ends.len());
             let end = others
                 .checked_sub(1)
                 .map_or(0, |last| template.alternative_ends[last]);

@@ -82,6 +82,7 @@ pub struct Mock {
     state: Mutex<MockState>,
 }
 
+/// The state that requests change, behind one lock.
 #[derive(Debug)]
 pub(crate) struct MockState {
     limiter: MockLimiter,
@@ -115,6 +116,7 @@ impl Mock {
         &self.script
     }
 
+    /// Returns the counts so far. Bills the batches that have ended.
     pub fn stats(&self) -> MockStats {
         let mut state = self.state();
         let context = self.batch_context();
@@ -167,6 +169,7 @@ impl Mock {
     /// Returns the random numbers of an attempt, which depend only on seed, body and attempt. Answers use the attempt
     /// number `u32::MAX`, so that every attempt gets the same answer.
     fn rng(&self, hash: BodyHash, attempt: u32) -> fastrand::Rng {
+        // 2^64 divided by the golden ratio spreads small numbers over all bits.
         let attempt = u64::from(attempt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         fastrand::Rng::with_seed(self.script.seed ^ hash as u64 ^ attempt)
     }
@@ -196,6 +199,6 @@ impl Mock {
 
 /// Converts a time to Unix time in seconds.
 fn unix_seconds(time: SystemTime) -> i64 {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH);
-    since.map_or(0, |since| since.as_secs().cast_signed())
+    let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH);
+    since_epoch.map_or(0, |duration| duration.as_secs().cast_signed())
 }

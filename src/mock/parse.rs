@@ -2,7 +2,10 @@
 
 use httparse::{EMPTY_HEADER, Status, parse_chunk_size, parse_headers};
 
+/// Maximum length of a head in bytes.
 const MAX_HEAD_BYTES: usize = 64 << 10;
+
+/// Maximum number of headers, and of trailers.
 const MAX_HEADERS: usize = 128;
 
 /// The request line, and the headers that the mock reads.
@@ -16,9 +19,9 @@ pub(crate) struct RequestHead {
     /// Content length in bytes; 0 for a chunked body.
     pub body_length: usize,
     pub is_chunked: bool,
-    /// Whether the client asks for the connection to be closed after the reply.
-    pub close: bool,
-    /// Whether the client waits for `100 Continue` before it sends the body.
+    /// True if the connection must be closed after the reply.
+    pub must_close: bool,
+    /// True if the client waits for `100 Continue` before it sends the body.
     pub expects_continue: bool,
     pub accepts_gzip: bool,
     /// Length of the head in bytes, which is the offset of the body.
@@ -67,7 +70,7 @@ pub(crate) fn parse_head(input: &[u8]) -> Result<Option<RequestHead>, RequestErr
     let mut head = RequestHead {
         method: request.method.unwrap_or_default().into(),
         path: request.path.unwrap_or_default().into(),
-        close: request.version == Some(0),
+        must_close: request.version == Some(0),
         end,
         ..RequestHead::default()
     };
@@ -94,7 +97,7 @@ fn read_header(name: &str, value: &[u8], head: &mut RequestHead) -> Result<(), R
     } else if is_named("transfer-encoding") {
         head.is_chunked = contains("chunked");
     } else if is_named("connection") {
-        head.close |= contains("close");
+        head.must_close |= contains("close");
     } else if is_named("expect") {
         head.expects_continue = contains("100-continue");
     } else if is_named("accept-encoding") {
@@ -107,9 +110,9 @@ fn read_header(name: &str, value: &[u8], head: &mut RequestHead) -> Result<(), R
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct ChunkedBody {
     pub body: Vec<u8>,
-    /// Offset of the next chunk in the input. When the body is complete, the offset of the request's end.
+    /// Offset of the next chunk in the input; once the body is complete, of the end of the request.
     pub offset: usize,
-    /// Whether the last chunk was received, so that only the trailers can be missing.
+    /// True if the last chunk was received, so that only the trailers can be missing.
     has_last_chunk: bool,
 }
 
@@ -176,7 +179,7 @@ mod tests {
         assert_eq!(head.path, "/v1/x?y");
         assert_eq!(head.authorization.unwrap(), "Bearer k");
         assert_eq!(
-            (head.body_length, head.is_chunked, head.close),
+            (head.body_length, head.is_chunked, head.must_close),
             (3, false, false)
         );
     }

@@ -10,7 +10,7 @@ use crate::mock::script::limits::LimitWindow;
 /// Tolerance for rounding errors of a bucket that was refilled many times.
 const TOLERANCE: f64 = 1e-6;
 
-/// Stands for an endless wait, and can be added to a date without overflow.
+/// Wait of a quota that does not refill: about 30 years, which can be added to a date without overflow.
 const FOREVER: Duration = Duration::from_secs(1_000_000_000);
 
 /// The state of one rate limit. `now` must not decrease from call to call.
@@ -190,8 +190,8 @@ impl Quota {
         })
     }
 
-    /// Charges `cost`. If it exceeds the remaining amount, that becomes negative; the level of a bucket falls at most
-    /// to minus its capacity.
+    /// Charges `cost`, also if that makes the remaining amount negative. The level of a bucket falls at most to minus its
+    /// capacity.
     pub(crate) fn charge(&mut self, now: Instant, cost: f64) {
         self.advance(now);
         let capacity = self.capacity();
@@ -228,6 +228,7 @@ impl Quota {
         }
     }
 
+    /// Returns the values that rate-limit headers report at `now`.
     pub(crate) fn status(&mut self, now: Instant) -> QuotaStatus {
         self.advance(now);
         let remaining = self.remaining().max(0.0);

@@ -19,7 +19,7 @@ pub enum MockResponse {
     Reset,
     /// The head, half of the body, then a reset.
     ResetInBody(MockReply),
-    /// The head, half of the body, then a regular close. The content length is that of the complete body.
+    /// The head, half of the body, then a regular close. The content length announces the complete body.
     ShortBody(MockReply),
     /// A chunked body without its last chunk, then a regular close.
     UnfinishedChunks(MockReply),
@@ -40,7 +40,7 @@ pub type ReplyHeader = (Cow<'static, str>, Cow<'static, str>);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MockReply {
     pub status: u16,
-    /// All headers except `content-type` and those that frame the body.
+    /// All headers except `content-type` and the headers that frame the body.
     pub headers: Vec<ReplyHeader>,
     pub content_type: &'static str,
     pub body: Bytes,

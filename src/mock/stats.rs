@@ -1,4 +1,4 @@
-//! Counts of what the mock received, answered and billed.
+//! Counts of the requests that the mock received, answered and billed.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
@@ -18,7 +18,7 @@ pub struct MockStats {
     pub requests: u64,
     /// Number of replies by status, including incomplete ones.
     pub by_status: BTreeMap<u16, u64>,
-    /// Number of valid answers that were sent completely.
+    /// Number of answers without a fault, without those of batches.
     pub answered: u64,
     /// Number of requests rejected by a limit.
     pub throttled: u64,
@@ -35,9 +35,9 @@ pub struct MockStats {
     /// Maximum number of tokens billed within 60 seconds, without batches.
     pub most_tokens_billed_in_a_minute: u64,
     pub billed: BillingTotals,
-    /// Number of distinct chat request bodies.
+    /// Number of distinct bodies of admitted chat requests and batch rows.
     pub bodies: u64,
-    /// Number of bodies by how often they were billed.
+    /// Number of bodies, by the number of times that an answer to them was billed.
     pub bodies_by_times_billed: BTreeMap<u32, u64>,
 }
 
@@ -106,9 +106,9 @@ impl StatsCollector {
 
     /// Like [`StatsCollector::record_admission`], for a batch row, to which no rate limit applies.
     pub fn record_attempt(&mut self, hash: BodyHash) -> u32 {
-        let body = self.bodies.entry(hash).or_default();
-        body.attempts += 1;
-        body.attempts - 1
+        let counts = self.bodies.entry(hash).or_default();
+        counts.attempts += 1;
+        counts.attempts - 1
     }
 
     /// Returns the number of earlier attempts of this request to a route other than chat completions.

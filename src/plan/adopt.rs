@@ -142,7 +142,7 @@ pub fn adopt(
             } else {
                 0
             };
-            let mut truncated_keys = cached.past.truncated_keys(row.key, min_length);
+            let mut truncated_keys = cached.key_variants.truncated_keys(row.key, min_length);
             let is_cached =
                 cached.contains(row.key) || truncated_keys.any(|key| cached.contains(&key));
             !is_cached && !adopting_keys.contains(row.key)

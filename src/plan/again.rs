@@ -353,7 +353,7 @@ fn select_rows(
     selected: &HashSet<String>,
     has_answer: impl Fn(&str) -> bool,
 ) -> Result<RowsToRepeat> {
-    let variants = crate::cache::open::peek(&settings.cache_dir)?.past;
+    let variants = crate::cache::open::peek(&settings.cache_dir)?.key_variants;
     let scope = PlanScope {
         shard,
         only: Some(selected),

@@ -193,7 +193,7 @@ fn planned_rows(
         request_templates,
         settings,
         PlanScope::default(),
-        &cached.past,
+        &cached.key_variants,
         key_status,
     )?;
     Ok(PlannedRows {

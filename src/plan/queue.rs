@@ -17,8 +17,8 @@ pub struct QueuedRow {
     pub paid: u32,
     /// Number of replies that throttled this row.
     pub throttled: u32,
-    /// Number of replies to this row that claimed that no request can succeed.
-    pub claimed: u32,
+    /// Number of replies to this row that said that no request can succeed.
+    pub endpoint_refusals: u32,
     /// Time of the first reply that throttled this row.
     pub throttled_at: Option<Instant>,
 }
@@ -34,7 +34,7 @@ impl QueuedRow {
 
     /// Number of attempts of all kinds without an answer; a billed failure counts twice.
     fn setbacks(&self) -> u32 {
-        self.failed + self.paid + self.throttled + self.claimed
+        self.failed + self.paid + self.throttled + self.endpoint_refusals
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 use crate::budget::account::{Account, Charge, Reservation};
 use crate::budget::ledger::LedgerFiles;
 use crate::budget::price::TokenBound;
-use crate::client::attempt_error::{AttemptError, RefusalClaim};
+use crate::client::attempt_error::{AttemptError, EndpointRefusal};
 use crate::client::outcome;
 use crate::client::response::completion::Completion;
 use crate::client::response::usage;
@@ -73,7 +73,7 @@ impl Probe<'_> {
         let charge = match classified {
             Ok(completion) => {
                 let text = completion.answer.text.len() + completion.answer.reasoning.len();
-                usage::measured(completion.usage, text)
+                usage::plausible(completion.usage, text)
                     .map_or(Charge::Answered(bound(body)), Charge::Measured)
             }
             Err(AttemptError::Unreadable { .. }) => Charge::Possible,
@@ -126,15 +126,15 @@ impl Probe<'_> {
                 Err(error) => error,
             };
             let (wait, message) = match error {
-                AttemptError::Claim(claim) if !self.has_answered => {
-                    let message = claim.failure.message;
+                AttemptError::EndpointRefused(refusal) if !self.has_answered => {
+                    let message = refusal.failure.message;
                     return Err(crate::client::refused::refused(
-                        claim.reason,
+                        refusal.reason,
                         &message,
                         &self.config.teacher,
                     ));
                 }
-                AttemptError::Claim(RefusalClaim { failure, .. })
+                AttemptError::EndpointRefused(EndpointRefusal { failure, .. })
                 | AttemptError::Refused(failure)
                 | AttemptError::Filtered(failure) => {
                     return Ok(ProbeOutcome::Refused(failure.message, reply.ok()));

@@ -8,8 +8,8 @@ use tokio::time::Instant;
 use crate::rate_limit::headers::{LimitReport, Refill};
 use crate::rate_limit::send_ticket::SendTicket;
 
-/// Time over which the requests that use up a full bucket are spread. They are not sent at once, because a server with
-/// a limit of 60 per minute may refuse a second request within one second.
+/// Time over which the requests of a full bucket are spread. They are not sent at once, because a server with a limit
+/// of 60 per minute may refuse a second request within one second.
 const SPREAD: Duration = Duration::from_secs(60);
 
 /// Time by which requests may run ahead of an even pace.
@@ -21,8 +21,14 @@ const RESET_TOLERANCE: Duration = Duration::from_secs(3);
 /// Minimum time by which the reported end of a window moves when a new window begins.
 const MIN_SHIFT_TO_NEW_WINDOW: Duration = Duration::from_secs(10);
 
-/// Maximum wait for the end of a window.
+/// Maximum wait for the end of a window. If the reported end is later, requests are sent anyway.
 const MAX_WAIT_FOR_RESET: Duration = Duration::from_secs(3_600);
+
+/// Minimum wait for a refill.
+const MIN_REFILL_WAIT: Duration = Duration::from_millis(1);
+
+/// Maximum wait for a refill.
+const MAX_REFILL_WAIT: Duration = Duration::from_secs(86_400);
 
 /// Assumed period of a limit if the server does not report it.
 const DEFAULT_PERIOD: Duration = Duration::from_secs(60);
@@ -37,6 +43,7 @@ pub(crate) struct ServerBucket {
     window: Option<Duration>,
     /// Remaining amount at `updated`. May be negative.
     pub(crate) level: f64,
+    /// Time of the last change of `level`.
     updated: Instant,
     /// End of the current window, if the limit has windows.
     window_end: Option<Instant>,
@@ -44,8 +51,8 @@ pub(crate) struct ServerBucket {
     first_window_end: Option<Instant>,
     /// True if the reset time has moved with usage, which shows that the limit has no fixed window.
     has_no_window: bool,
-    /// Send time of the request whose reply set the level.
-    pub(crate) as_of: Option<Instant>,
+    /// Send time of the request whose reply set the level. None until the server has reported the limit.
+    pub(crate) last_report_sent_at: Option<Instant>,
     /// Amount charged by all requests since the start.
     pub(crate) charged: f64,
     /// Instant at which requests at an even pace would have used the amount charged.
@@ -63,7 +70,7 @@ impl ServerBucket {
             window_end: None,
             first_window_end: None,
             has_no_window: false,
-            as_of: None,
+            last_report_sent_at: None,
             charged: 0.0,
             paced_until: now,
         }
@@ -111,10 +118,11 @@ impl ServerBucket {
                 end
             }
         } else {
+            // The minimum rate avoids a division by zero.
             let seconds = missing / self.rate().max(1e-9);
             now + Duration::try_from_secs_f64(seconds)
                 .unwrap_or(DEFAULT_PERIOD)
-                .clamp(Duration::from_millis(1), Duration::from_secs(86_400))
+                .clamp(MIN_REFILL_WAIT, MAX_REFILL_WAIT)
         };
         let paced = self.paced_until.checked_sub(BURST).unwrap_or(now);
         filled.max(paced)
@@ -123,7 +131,7 @@ impl ServerBucket {
     /// Charges a request that is sent, and computes the send time of the next one.
     pub(crate) fn charge(&mut self, amount: f64, now: Instant) {
         self.charged += amount;
-        if self.as_of.is_none() {
+        if self.last_report_sent_at.is_none() {
             return;
         }
         let level = self.level(now);
@@ -144,8 +152,8 @@ impl ServerBucket {
 
     /// Determines how the limit refills from this report and earlier ones.
     ///
-    /// The report of a bucket whose capacity is one second of a limit per minute looks like that of a window that is
-    /// about to end. With a bucket, the reported end moves with each reply.
+    /// A bucket whose capacity is one second of a limit per minute reports the same values as a window that is about to
+    /// end. The two are distinguished over several replies: only for a bucket, the reported end moves with each reply.
     fn classify_refill(&mut self, report: &LimitReport, now: Instant) -> Refill {
         let refill = report.refill();
         let (Refill::AtReset, Some(reset)) = (refill, report.reset) else {
@@ -169,9 +177,10 @@ impl ServerBucket {
     /// Handles an exhausted limit of unknown size: blocks requests until its reset, if the server reports one.
     fn block_until_reset(&mut self, report: &LimitReport, ticket: &SendTicket, now: Instant) {
         let Some(reset) = report.reset else { return };
-        self.as_of = Some(ticket.sent_at);
+        self.last_report_sent_at = Some(ticket.sent_at);
         self.refill = Refill::AtReset;
-        (self.level, self.updated) = (0.0, now);
+        self.level = 0.0;
+        self.updated = now;
         self.window_end = Some(now + reset);
     }
 
@@ -184,7 +193,8 @@ impl ServerBucket {
         charged_at_send: f64,
         now: Instant,
     ) {
-        if self.as_of.is_some_and(|as_of| ticket.sent_at < as_of) {
+        let last_report = self.last_report_sent_at;
+        if last_report.is_some_and(|last_sent_at| ticket.sent_at < last_sent_at) {
             return;
         }
         self.window = report.window.or(self.window);
@@ -193,7 +203,7 @@ impl ServerBucket {
             self.block_until_reset(report, ticket, now);
             return;
         }
-        let was_known = self.as_of.replace(ticket.sent_at).is_some();
+        let had_report = self.last_report_sent_at.replace(ticket.sent_at).is_some();
         self.limit = reported_limit.or(match (self.limit, report.remaining) {
             (Some(limit), Some(remaining)) => Some(limit.max(remaining)),
             (limit, remaining) => limit.or(remaining),
@@ -201,7 +211,7 @@ impl ServerBucket {
         match (self.refill, self.classify_refill(report, now)) {
             (_, Refill::Unknown) if !self.has_no_window => {}
             // A single reply that looks like the end of a window may have a rounded reset time.
-            (Refill::Constant(_), Refill::AtReset) if was_known => self.refill = Refill::Unknown,
+            (Refill::Constant(_), Refill::AtReset) if had_report => self.refill = Refill::Unknown,
             (_, refill) => self.refill = refill,
         }
         let charged_since = self.charged - charged_at_send;
@@ -209,7 +219,7 @@ impl ServerBucket {
             let refilled = self.rate() * (now - ticket.sent_at).as_secs_f64();
             let limit = self.limit.unwrap_or(f64::INFINITY);
             self.level = (remaining + refilled).min(limit) - charged_since;
-        } else if !was_known {
+        } else if !had_report {
             self.level = self.limit.unwrap_or(f64::INFINITY) - charged_since;
         } else {
             self.level = self.level(now);

@@ -1,5 +1,5 @@
 //! [`ConcurrencyLimit`]: the maximum number of requests in flight (the window). If the server answers 429 or reports
-//! limits, additive increase and multiplicative decrease; otherwise a search by latency. Pure.
+//! limits, the window follows additive increase and multiplicative decrease; otherwise a search by latency sets it. Pure.
 //!
 //! A server with a queue shows its capacity only by latency: when it is saturated, half the window halves the latency,
 //! and the throughput stays the same. From time to time the search tries a smaller window, and keeps it if the latency
@@ -48,8 +48,8 @@ struct LatencySearch {
     count: u32,
     /// Window, and mean latency in seconds, before the current trial. None if no trial is running.
     baseline: Option<(f64, f64)>,
-    /// True if the next trial has a larger window.
-    is_next_trial_larger: bool,
+    /// True if the current trial, or else the next one, has a larger window.
+    is_trial_larger: bool,
     /// Number of measurements to skip after the next failed trial.
     pause_after_failure: u32,
     /// Number of measurements to skip before the next trial.
@@ -69,7 +69,7 @@ impl ConcurrencyLimit {
                 latency_sum_s: 0.0,
                 count: 0,
                 baseline: None,
-                is_next_trial_larger: false,
+                is_trial_larger: false,
                 pause_after_failure: 1,
                 remaining_pause: 0,
             },
@@ -122,21 +122,23 @@ impl ConcurrencyLimit {
             return;
         }
         let latency = search.latency_sum_s / f64::from(search.count);
-        (search.measuring_since, search.latency_sum_s, search.count) = (Some(now), 0.0, 0);
+        search.measuring_since = Some(now);
+        search.latency_sum_s = 0.0;
+        search.count = 0;
         let Some((baseline_window, baseline_latency)) = search.baseline.take() else {
             if search.remaining_pause > 0 {
                 search.remaining_pause -= 1;
                 return;
             }
             search.baseline = Some((self.window, latency));
-            let trial_window = if search.is_next_trial_larger {
+            let trial_window = if search.is_trial_larger {
                 (self.window / TRIAL_RATIO).ceil().min(self.max_window)
             } else {
                 (self.window * TRIAL_RATIO).floor().max(1.0)
             };
             if trial_window == self.window {
                 search.baseline = None;
-                search.is_next_trial_larger = !search.is_next_trial_larger;
+                search.is_trial_larger = !search.is_trial_larger;
             }
             self.window = trial_window;
             return;
@@ -144,11 +146,12 @@ impl ConcurrencyLimit {
         // d log(latency) / d log(window)
         let slope = (latency / baseline_latency).ln() / (self.window / baseline_window).ln();
         let is_saturated = slope >= SATURATED_SLOPE;
-        if is_saturated != search.is_next_trial_larger {
+        // A smaller window is kept if the server is saturated, a larger one if it is not.
+        if is_saturated != search.is_trial_larger {
             search.pause_after_failure = 1;
         } else {
             self.window = baseline_window;
-            search.is_next_trial_larger = !search.is_next_trial_larger;
+            search.is_trial_larger = !search.is_trial_larger;
             search.remaining_pause = search.pause_after_failure;
             search.pause_after_failure = (search.pause_after_failure * 2).min(MAX_PAUSE);
         }

@@ -1,17 +1,21 @@
 //! [`DailyLimit`]: the user's limit of requests in any 24 hours, across restarts. Pure.
 //!
 //! Requests are counted in slots of five minutes, which keeps the list short. The ledger counts requests before they are
-//! sent, so its count is never too low, even after a kill.
+//! sent, so its count is never too low after a kill.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-const DAY_S: i64 = 86_400;
+/// Seconds per day.
+pub(crate) const DAY_S: i64 = 86_400;
+
+/// Length of a slot in seconds.
 const SLOT_S: i64 = 300;
 
-/// The ledger counts this fraction of the limit in advance: 1 / `PRECOUNT_DIVISOR`.
+/// Divisor of the limit for the number of requests that the ledger counts in advance. A larger number means fewer writes
+/// of the ledger, and more requests that are counted without being sent after a kill.
 const PRECOUNT_DIVISOR: u64 = 200;
 
 /// The limit, and the count of the requests of the last 24 hours.
@@ -79,7 +83,7 @@ impl DailyLimit {
     }
 
     /// Counts a request that is sent.
-    pub(crate) fn count(&mut self, now: Instant) {
+    pub(crate) fn count_request(&mut self, now: Instant) {
         if self.limit.is_none() {
             return;
         }
@@ -139,7 +143,7 @@ mod tests {
         while now < hours_after(start, 72.0) {
             match daily.check(now) {
                 Ok(()) => {
-                    daily.count(now);
+                    daily.count_request(now);
                     sent.push(now);
                     now += Duration::from_secs(200);
                 }
@@ -165,7 +169,7 @@ mod tests {
                 written = daily.ledger_slots(start, false);
             }
             daily.check(start).unwrap();
-            daily.count(start);
+            daily.count_request(start);
         }
         let total = |slots: &[(i64, u64)]| slots.iter().map(|slot| slot.1).sum::<u64>();
         assert!((123..=128).contains(&total(&written)), "{written:?}");
@@ -173,7 +177,7 @@ mod tests {
 
         let mut resumed = DailyLimit::new(Some(125), &[(3_600, 100), (-50, 24)], start);
         resumed.check(start).unwrap();
-        resumed.count(start);
+        resumed.count_request(start);
         let until = resumed.check(start).unwrap_err();
         assert_eq!(until, start + Duration::from_secs(82_800 + 300));
         assert_eq!(resumed.used_up(start), Some((125, until)));

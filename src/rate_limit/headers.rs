@@ -74,13 +74,13 @@ pub(crate) enum Refill {
 }
 
 impl LimitReport {
-    /// Distinguishes by the reset time a bucket from a fixed window, and a limit per minute from one per day.
+    /// Determines how the limit refills, and its period, from the reset time.
     ///
     /// The same header name means a limit per minute at one endpoint and per day at another (requests at Groq). A
     /// bucket with a constant refill rate is full again after `period * used / limit`, so the reset time determines
-    /// the period if something is used. If no usual period fits, the reset time is the end of a window. An almost
-    /// empty bucket that is full again within a second probably belongs to a limit per minute and has the capacity of
-    /// one second of it; the result is then `Unknown`.
+    /// the period if some amount is used. If no usual period fits, the reset time is the end of a window. An almost
+    /// empty bucket that is full again within a second probably belongs to a limit per minute and holds one second of
+    /// it; the result is then `Unknown`.
     pub(crate) fn refill(&self) -> Refill {
         if let Some(period) = self.period {
             return Refill::Constant(period);
@@ -97,6 +97,7 @@ impl LimitReport {
             return Refill::Unknown;
         }
         let period = reset * limit / used;
+        // A tolerance of 20 %, because reset times are rounded.
         let fits = |candidate: &Duration| {
             let ratio = period / candidate.as_secs_f64();
             (1.0 / 1.2..1.2).contains(&ratio)
@@ -109,7 +110,7 @@ impl LimitReport {
     }
 }
 
-/// Minimum reset time that shows that a limit is not per second.
+/// Reset time above which a limit cannot be per second.
 const MIN_RESET_OF_LONGER_PERIOD: Duration = Duration::from_secs(5);
 
 /// Parses all limits in the headers. Returns at most one report per resource and period.
@@ -230,8 +231,8 @@ struct Field {
     is_bare: bool,
 }
 
-/// Families of header names, as (prefix, counts tokens, bare names mean a limit per second). A bare name has neither a
-/// resource nor a period.
+/// Families of header names: the prefix, true if the family counts tokens, and true if its bare names mean a limit per
+/// second. A bare name has neither a resource nor a period.
 const FAMILIES: [(&str, bool, bool); 7] = [
     ("x-tokenlimit-", true, true),
     ("x-ratelimitbysize-", true, false),
@@ -339,7 +340,7 @@ mod tests {
     #[test]
     fn rate_limit_headers_of_all_dialects_are_parsed() {
         let cases: [(&[(&str, &str)], &str); 14] = [
-            // OpenAI: the reset time is that of a bucket that refills in a minute.
+            // OpenAI: a bucket that refills in a minute.
             (
                 &[
                     ("x-ratelimit-limit-requests", "3500"),

@@ -23,7 +23,7 @@ pub(crate) struct Pacer {
     pub daily_limit: DailyLimit,
     /// No request is sent before this instant.
     closed_until: Option<Instant>,
-    /// True from the closing of the gate until an answer arrives. Requests are sent one at a time.
+    /// True from the closing of the gate until an answer arrives. Meanwhile, requests are sent one at a time.
     is_half_open: bool,
     limits: LimitsConfig,
 }
@@ -60,7 +60,7 @@ impl Pacer {
         self.user_limits.allow_request_of(largest.tokens())
     }
 
-    /// Admits a request. `slots` is the number of such requests that could be sent now.
+    /// Admits a request. `slots` is the number of requests of this cost that could be sent now.
     ///
     /// # Errors
     /// The instant at which to try again.
@@ -73,12 +73,12 @@ impl Pacer {
         }
         self.daily_limit.check(now)?;
         self.server_limits.check(&cost, now)?;
-        // After the other checks, because a grant cannot be returned.
+        // These limits come after the other checks, because what they grant cannot be returned.
         self.user_limits.admit(cost.tokens())?;
         if let Some(shared) = &mut self.shared {
             shared.take(cost.tokens(), slots, now)?;
         }
-        self.daily_limit.count(now);
+        self.daily_limit.count_request(now);
         Ok(self.server_limits.charge(cost, now))
     }
 
@@ -143,8 +143,8 @@ impl Pacer {
     }
 
     /// Returns a limit of the server that is smaller than the cost of the request, if there is one.
-    pub(crate) fn too_small(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
-        self.server_limits.too_small(cost)
+    pub(crate) fn limit_smaller_than(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
+        self.server_limits.limit_smaller_than(cost)
     }
 
     /// Returns the requests and tokens per minute that all limits together allow. Shared limits are not included,

@@ -1,8 +1,8 @@
 //! [`ServerLimits`]: the server's limits as its headers report them, one bucket per resource. Pure.
 //!
 //! The values in a reply are as old as its request. Amounts charged since then are subtracted, and amounts refilled
-//! since then are added. The estimate is right for servers that count at the request and for servers that count at the
-//! answer, as long as the send rate is close to the limit.
+//! since then are added. As long as the send rate is close to the limit, the estimate is right for servers that count a
+//! request when it arrives, and for servers that count it when they answer.
 
 use tokio::time::Instant;
 
@@ -86,12 +86,12 @@ impl ServerLimits {
             .zip(&self.buckets)
             .filter_map(|(resource, bucket)| {
                 let per_minute = bucket.limit? / bucket.period().as_secs_f64() * 60.0;
-                bucket.as_of.map(|_| (resource, per_minute))
+                bucket.last_report_sent_at.map(|_| (resource, per_minute))
             })
     }
 
     /// Returns a limit of tokens that is smaller than the cost of the request, if there is one.
-    pub(crate) fn too_small(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
+    pub(crate) fn limit_smaller_than(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
         Resource::ALL
             .into_iter()
             .zip(&self.buckets)
@@ -106,7 +106,7 @@ impl ServerLimits {
             .into_iter()
             .zip(&self.buckets)
             .map(|(resource, bucket)| (bucket, cost.get(resource)))
-            .filter(|(bucket, _)| bucket.as_of.is_some())
+            .filter(|(bucket, _)| bucket.last_report_sent_at.is_some())
     }
 }
 
@@ -215,7 +215,7 @@ mod tests {
                 limits.check(&ONE, retry_at).unwrap();
                 limits.charge(ONE, retry_at);
             }
-            assert_eq!(limits.too_small(&ONE), None);
+            assert_eq!(limits.limit_smaller_than(&ONE), None);
         }
     }
 
@@ -271,7 +271,7 @@ mod tests {
         while now < after(start, 120.0) {
             let next_event = match limits.check(&ONE, now) {
                 // Before the first reply only one request is sent.
-                Ok(()) if sent == 0 || limits.buckets[0].as_of.is_some() => {
+                Ok(()) if sent == 0 || limits.buckets[0].last_report_sent_at.is_some() => {
                     let ticket = limits.charge(ONE, now);
                     server_level =
                         (server_level + 50.0 * (now - server_updated).as_secs_f64()).min(capacity);
@@ -342,7 +342,10 @@ mod tests {
             input_tokens: 2_000,
             output_tokens: 0,
         };
-        assert_eq!(limits.too_small(&huge), Some((Resource::Tokens, 1000.0)));
-        assert_eq!(limits.too_small(&cost), None);
+        assert_eq!(
+            limits.limit_smaller_than(&huge),
+            Some((Resource::Tokens, 1000.0))
+        );
+        assert_eq!(limits.limit_smaller_than(&cost), None);
     }
 }

@@ -47,8 +47,8 @@ pub(crate) struct UserLimits {
 }
 
 impl UserLimits {
-    /// Creates limiters whose burst is less than one second of the limit, but at least one request. In any minute they
-    /// admit at most the limit plus one burst. `largest` is the estimated number of tokens of the largest request.
+    /// Creates limiters whose burst is less than one second of the limit, but at least the largest request. In any minute
+    /// they admit at most the limit plus one burst. `largest` is the estimated number of tokens of the largest request.
     ///
     /// # Errors
     /// If the largest request can never be sent.
@@ -93,7 +93,8 @@ impl UserLimits {
             // A new limiter admits a full burst at once: use it up.
             let _ = tokens.check_n(full_burst);
         }
-        (self.tokens, self.largest) = (Some(tokens), largest);
+        self.tokens = Some(tokens);
+        self.largest = largest;
         self.granted_tokens = 0;
         Ok(())
     }
@@ -147,6 +148,7 @@ pub(crate) fn check_largest(limits: &LimitsConfig, largest: u64) -> Result<()> {
 /// Returns the burst of a limit: three quarters of one second's amount. A server whose bucket has the capacity of one
 /// second then refuses no request, even if its clock runs at a slightly different speed.
 pub(crate) fn burst(per_minute: u32) -> u32 {
+    // 3/4 of 1/60.
     per_minute / 80
 }
 

@@ -3,18 +3,24 @@
 use std::time::Duration;
 use std::time::SystemTime;
 
+/// Smallest number that is parsed as a Unix time in milliseconds.
+const MIN_UNIX_MS: f64 = 1e11;
+
+/// Smallest number that is parsed as a Unix time in seconds. It is more than three years as a waiting time.
+pub(crate) const MIN_UNIX_S: f64 = 1e8;
+
 /// Parses the waiting time in a header value.
 ///
 /// The value is a number of seconds, a Unix time in seconds or milliseconds, a date in the format of HTTP or RFC 3339,
-/// or a duration such as `2m59.56s`. A proxy may join two headers to a list, of which the longest time counts. For a
-/// time in the past the result is zero.
+/// or a duration such as `2m59.56s`. A proxy may join two headers to a list. The result is then the longest time in the
+/// list. It is zero for a time in the past.
 pub(crate) fn until(text: &str, now: SystemTime) -> Option<Duration> {
     let text = text.trim().trim_matches('"').trim();
     if let Some(number) = amount(text) {
         let since_epoch = now.duration_since(SystemTime::UNIX_EPOCH).ok()?;
-        return seconds(match number {
-            number if number >= 1e11 => number / 1e3 - since_epoch.as_secs_f64(),
-            number if number >= 1e8 => number - since_epoch.as_secs_f64(),
+        return wait_from_s(match number {
+            number if number >= MIN_UNIX_MS => number / 1e3 - since_epoch.as_secs_f64(),
+            number if number >= MIN_UNIX_S => number - since_epoch.as_secs_f64(),
             number => number,
         });
     }
@@ -85,7 +91,7 @@ pub(crate) fn leading(text: &str) -> Option<(Duration, &str)> {
         has_number = true;
         remaining = &unit_start[letters..];
     }
-    let total = seconds(total_s).filter(|_| has_number)?;
+    let total = wait_from_s(total_s).filter(|_| has_number)?;
     Some((total, remaining))
 }
 
@@ -110,7 +116,7 @@ pub(crate) fn amount(text: &str) -> Option<f64> {
 }
 
 /// Converts seconds to a duration from 0 to [`MAX_WAIT_S`]. Returns None for NaN.
-pub(crate) fn seconds(seconds: f64) -> Option<Duration> {
+pub(crate) fn wait_from_s(seconds: f64) -> Option<Duration> {
     Duration::try_from_secs_f64(seconds.clamp(0.0, MAX_WAIT_S)).ok()
 }
 

@@ -19,9 +19,10 @@ pub struct AnswerFacts {
     pub is_cut_off: bool,
     /// Name of the model in the reply.
     pub model: String,
-    /// Hash of the text, and length of the text in bytes.
-    pub text: (u64, usize),
-    /// Reason why the answer has no usable logprobs; `None` if it has.
+    pub text_hash: u64,
+    /// Length of the text in bytes.
+    pub text_bytes: usize,
+    /// Reason for unusable logprobs; `None` if they are usable.
     pub without_logprobs: Option<String>,
     /// True if the logprobs name tokens by id (`token_id:N`).
     pub has_token_ids: bool,
@@ -45,7 +46,8 @@ impl AnswerFacts {
         AnswerFacts {
             has_token_ids: logprobs.is_some_and(|logprobs| token_ids::are_ids(&logprobs.token)),
             prompt: hash(&record.prompt_id),
-            text: (hash(text), text.len()),
+            text_hash: hash(text),
+            text_bytes: text.len(),
             without_logprobs: problem.map(String::from),
             status: record.status,
             is_cut_off: record.answer.finish_reason == "length",

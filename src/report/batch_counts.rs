@@ -13,14 +13,16 @@ pub struct BatchCounts {
     pub parts: BTreeMap<String, u64>,
     /// Number of batches that were created although the reply was lost. They were found by the nonce in their metadata.
     pub adopted: u64,
-    /// Number of rows that a batch left unanswered, and that another batch requested again.
-    pub asked_again: u64,
-    /// Number of rows of completed batches that are neither in the output file nor in the error file.
+    /// Number of rows that a batch left unanswered and that were submitted in another batch.
+    #[serde(rename = "asked_again")]
+    pub requeued_rows: u64,
+    /// Number of rows that neither the output file nor the error file of a completed batch contains.
     pub lost: u64,
     /// Number of result lines for an unknown row, or for a row that has already ended.
     pub ignored: u64,
     /// Number of recorded answers to prompts outside this run's plan.
-    pub besides: u64,
+    #[serde(rename = "besides")]
+    pub unplanned_answers: u64,
 }
 
 impl BatchCounts {
@@ -33,10 +35,10 @@ impl BatchCounts {
         }
         for (name, number) in [
             ("  found by their nonce", self.adopted),
-            ("rows requested again", self.asked_again),
+            ("rows requested again", self.requeued_rows),
             ("  lost in batches", self.lost),
             ("lines ignored", self.ignored),
-            ("answers to other prompts", self.besides),
+            ("answers to other prompts", self.unplanned_answers),
         ] {
             if number > 0 {
                 rows.push(count(name, number));

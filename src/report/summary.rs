@@ -217,7 +217,7 @@ impl HarvestSummary {
         }
         self.cut_off += u64::from(answer.is_cut_off);
         // An empty answer has no tokens, and so no logprobs.
-        let expects_logprobs = wants_logprobs && answer.text.1 > 0;
+        let expects_logprobs = wants_logprobs && answer.text_bytes > 0;
         if let Some(reason) = &answer.without_logprobs
             && expects_logprobs
         {

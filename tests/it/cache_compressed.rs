@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use distill::cache::frames::{Effort, FrameScan, compress};
+use distill::cache::frames::{CompressionLevel, FrameScan, compress};
 use distill::cache::record::{Answer, Record};
 use distill::cache::recovery::{BadLine, FileEnding, ScanError};
 use distill::cache::writer::Cache;
@@ -32,7 +32,7 @@ fn records(range: std::ops::Range<u64>) -> Vec<Record> {
 
 /// Compresses the sample records of this range into a frame.
 fn frame(range: std::ops::Range<u64>) -> Vec<u8> {
-    compress(&encode(records(range)), Effort::Fast).unwrap()
+    compress(&encode(records(range)), CompressionLevel::Fast).unwrap()
 }
 
 /// Creates a cache folder with these contents of its compressed and its plain file.
@@ -203,7 +203,7 @@ fn truncated_compressed_file_keeps_the_frames_before_the_cut() {
 fn readable_lines_of_a_torn_frame_are_kept() {
     // A frame of several blocks of 128 KiB, of which the last is truncated.
     let all: Vec<_> = (0..40).map(|number| large(number, 20_000)).collect();
-    let frame = compress(&encode(all.clone()), Effort::Fast).unwrap();
+    let frame = compress(&encode(all.clone()), CompressionLevel::Fast).unwrap();
     let dir = folder(&frame[..frame.len() - 20_000], b"");
     let readable = open(dir.path()).unwrap().len();
     assert!((20..40).contains(&readable), "{readable}");

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use distill::cache::frames::{Effort, compress};
+use distill::cache::frames::{CompressionLevel, compress};
 use distill::cache::merge::{MergeReport, merge};
 use distill::cache::record::{Answer, Record, SCHEMA};
 use distill::cache::repair::{RepairReport, repair};
@@ -33,7 +33,7 @@ fn records(range: std::ops::Range<u64>) -> Vec<Record> {
 }
 
 fn frame(records: Vec<Record>) -> Vec<u8> {
-    compress(&encode(records), Effort::Fast).unwrap()
+    compress(&encode(records), CompressionLevel::Fast).unwrap()
 }
 
 fn read_all(dir: &Path) -> Vec<Record> {
@@ -173,7 +173,7 @@ fn repair_keeps_records_with_bytes_added_by_editors() {
         let text = String::from_utf8(encode(records(range))).unwrap();
         format!("\u{feff}{}", text.replace('\n', "\r\n\r\n")).into_bytes()
     };
-    let frames = compress(&edited_lines(0..10), Effort::Fast).unwrap();
+    let frames = compress(&edited_lines(0..10), CompressionLevel::Fast).unwrap();
     let plain = [&edited_lines(10..20)[..], b"damage\r\n"].concat();
     let dir = folder(&frames, &plain);
     let report = repair(dir.path()).unwrap();
@@ -345,7 +345,7 @@ fn record_with_the_key_of_another_question_is_refused() {
     let text = encode(vec![sample(0), foreign, sample(3)]);
     for (frames, plain) in [
         (vec![], text.clone()),
-        (compress(&text, Effort::Fast).unwrap(), vec![]),
+        (compress(&text, CompressionLevel::Fast).unwrap(), vec![]),
     ] {
         let source = folder(&frames, &plain);
         let report = reader::verify_cache(source.path(), &mut |_, _| Ok(())).unwrap();

@@ -26,7 +26,7 @@ fn class_of(result: Result<HttpReply, TransportError>) -> String {
         Err(attempt_error) => attempt_error,
     };
     match attempt_error {
-        AttemptError::Claim(claim) => format!("claim: {:?}", claim.reason),
+        AttemptError::EndpointRefused(refusal) => format!("endpoint refused: {:?}", refusal.reason),
         AttemptError::Refused(failure) => format!("refused: {}", failure.class),
         AttemptError::Filtered(failure) => format!("filtered: {}", failure.class),
         AttemptError::Unreadable { problem, .. } => format!("unreadable: {problem}"),
@@ -61,42 +61,46 @@ fn status_code_and_message_determine_the_class() {
         ),
         (200, r#"{"choices":["#, "transient: malformed 0"),
         (204, "", "transient: malformed 0"),
-        (302, "", "claim: Redirect"),
+        (302, "", "endpoint refused: Redirect"),
         (400, "", "refused: http 400"),
         (
             400,
             r#"{"error":{"message":"Your credit balance is too low"}}"#,
-            "claim: Credit",
+            "endpoint refused: Credit",
         ),
-        (401, "", "claim: Key"),
-        (402, "", "claim: Credit"),
-        (403, "", "claim: Forbidden"),
-        (404, "", "claim: Address"),
-        (405, r#"{"detail":"Method Not Allowed"}"#, "claim: Address"),
+        (401, "", "endpoint refused: Key"),
+        (402, "", "endpoint refused: Credit"),
+        (403, "", "endpoint refused: Forbidden"),
+        (404, "", "endpoint refused: Address"),
+        (
+            405,
+            r#"{"detail":"Method Not Allowed"}"#,
+            "endpoint refused: Address",
+        ),
         (
             404,
             r#"{"error":{"message":"x","code":"model_not_found"}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             404,
             r#"{"error":{"message":"The model `x` does not exist."}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             400,
             r#"{"error":{"message":"The model `x` has been decommissioned and is no longer supported.","code":"y"}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             400,
             r#"{"error":{"message":"x is not a valid model ID"}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             410,
             r#"{"error":{"message":"The model m was retired"}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             400,
@@ -106,7 +110,7 @@ fn status_code_and_message_determine_the_class() {
         (
             400,
             r#"[{"error":{"code":400,"message":"API key expired.","status":"INVALID_ARGUMENT","details":[{"reason":"API_KEY_INVALID"}]}}]"#,
-            "claim: Key",
+            "endpoint refused: Key",
         ),
         (
             400,
@@ -136,42 +140,42 @@ fn status_code_and_message_determine_the_class() {
         (
             404,
             r#"{"error":{"message":"The file 'model.txt' was not found"}}"#,
-            "claim: Address",
+            "endpoint refused: Address",
         ),
         (
             404,
             r#"{"error":{"message":"models/gemini-x is not found for API version v1beta, or is not supported"}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             404,
             r#"{"error":{"message":"Not found the model m or Permission denied"}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             400,
             r#"{"error":{"message":"The model you requested does not exist"}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             400,
             r#"{"error":{"message":"Invalid model name passed in model=m"}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             400,
             r#"{"error":{"message":"The provided model identifier is invalid."}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             404,
             r#"{"error":{"message":"No endpoints found for m."}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             404,
             r#"{"error":{"message":"The model\n  `m` has been deprecated"}}"#,
-            "claim: Model",
+            "endpoint refused: Model",
         ),
         (
             400,
@@ -191,7 +195,7 @@ fn status_code_and_message_determine_the_class() {
         (
             400,
             r#"{"error":{"message":"API key not valid. Please pass a valid API key."}}"#,
-            "claim: Key",
+            "endpoint refused: Key",
         ),
         (
             400,
@@ -218,7 +222,7 @@ fn status_code_and_message_determine_the_class() {
         (
             403,
             "<html><title>Attention Required!</title>",
-            "claim: Forbidden",
+            "endpoint refused: Forbidden",
         ),
         (
             403,
@@ -228,12 +232,12 @@ fn status_code_and_message_determine_the_class() {
         (
             400,
             r#"{"error":{"message":"Access denied","code":"Arrearage"}}"#,
-            "claim: Credit",
+            "endpoint refused: Credit",
         ),
         (
             429,
             r#"{"error":{"message":"You exceeded your current quota"}}"#,
-            "claim: Credit",
+            "endpoint refused: Credit",
         ),
         (
             429,
@@ -248,7 +252,7 @@ fn status_code_and_message_determine_the_class() {
         (
             200,
             r#"{"choices":null,"base_resp":{"status_code":1008,"status_msg":"no balance"}}"#,
-            "claim: Credit",
+            "endpoint refused: Credit",
         ),
         (
             200,
@@ -271,7 +275,7 @@ fn status_code_and_message_determine_the_class() {
         (422, "", "refused: http 422"),
         (425, "", "transient: http 425 0"),
         (429, "<html>", "throttled: None"),
-        (429, quota, "claim: Credit"),
+        (429, quota, "endpoint refused: Credit"),
         (500, "", "transient: http 500 0"),
         (503, "", "transient: http 503 0"),
         (520, "<html>", "transient: http 520 0"),
@@ -304,22 +308,22 @@ fn connection_errors_are_transient() {
 
 #[test]
 fn complete_answer_before_a_connection_loss_is_an_answer() {
-    let cut = |body: &str| {
+    let class_if_cut_off = |body: &str| {
         let mut reply = reply(200, &[], body).unwrap();
         reply.end = BodyEnd::Truncated(TransportError::Broken("reset".into()));
         class_of(Ok(reply))
     };
     let complete_body = r#"{"choices":[{"message":{"content":"x"}}]}"#;
-    assert_eq!(cut(complete_body), "answer");
+    assert_eq!(class_if_cut_off(complete_body), "answer");
     assert_eq!(
-        cut(&complete_body[..complete_body.len() - 1]),
+        class_if_cut_off(&complete_body[..complete_body.len() - 1]),
         "transient: connection lost 0"
     );
     for piece in [
         "data: {\"choices\":[{\"delta\":{\"content\":\"x\"}}]}\n\n",
         "{\"choices\":[{\"delta\":{\"content\":\"x\"},\"finish_reason\":null}]}\n",
     ] {
-        assert_eq!(cut(piece), "transient: connection lost 0");
+        assert_eq!(class_if_cut_off(piece), "transient: connection lost 0");
     }
     let mut reply = reply(200, &[], complete_body).unwrap();
     reply.end = BodyEnd::Unreadable {
@@ -331,7 +335,8 @@ fn complete_answer_before_a_connection_loss_is_an_answer() {
 
 #[test]
 fn requested_wait_is_returned_with_the_class() {
-    let far = httpdate::fmt_http_date(SystemTime::UNIX_EPOCH + NOW + Duration::from_secs(36_000));
+    let in_ten_hours =
+        httpdate::fmt_http_date(SystemTime::UNIX_EPOCH + NOW + Duration::from_secs(36_000));
     type Headers<'a> = &'a [(&'static str, &'a str)];
     let used_up: Headers = &[
         ("x-ratelimit-limit", "50"),
@@ -340,7 +345,11 @@ fn requested_wait_is_returned_with_the_class() {
     ];
     let cases: [(u16, Headers, &str); 6] = [
         (429, &[("retry-after", "7")], "throttled: Some(7000)"),
-        (429, &[("retry-after", &far)], "throttled: Some(36000000)"),
+        (
+            429,
+            &[("retry-after", &in_ten_hours)],
+            "throttled: Some(36000000)",
+        ),
         (429, used_up, "throttled: Some(36000000)"),
         (503, &[("retry-after", "2")], "throttled: Some(2000)"),
         (500, &[("retry-after", "2")], "transient: http 500 2000"),
@@ -353,18 +362,6 @@ fn requested_wait_is_returned_with_the_class() {
             "{status} {headers:?}"
         );
     }
-}
-
-#[test]
-fn backoff_doubles_up_to_the_maximum() {
-    let retry = config::RetryConfig {
-        base: Duration::from_millis(500),
-        max: Duration::from_secs(60),
-        ..config::RetryConfig::default()
-    };
-    let ceilings = [1, 2, 3, 7, 8, 1000].map(|attempt| backoff(attempt, &retry, 1.0).as_secs_f64());
-    assert_eq!(ceilings, [0.5, 1.0, 2.0, 32.0, 60.0, 60.0]);
-    assert_eq!(backoff(5, &retry, 0.0), Duration::ZERO);
 }
 
 #[test]

@@ -39,7 +39,7 @@ fields! {
 ///
 /// # Errors
 /// If the body is not JSON of this shape.
-pub(crate) fn read<'a, L: Deserialize<'a>>(
+pub(crate) fn parse_body<'a, L: Deserialize<'a>>(
     body: &'a [u8],
     logprobs: impl Fn(L, &str) -> Result<Option<Logprobs>, String>,
 ) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
@@ -53,10 +53,9 @@ fn completion<L>(
 ) -> Result<Completion, NoAnswer> {
     let mut extra = body.extra;
     let choice = first_with_content(body.choices.unwrap_or_default());
-    let error = Some(&body.error).filter(|error| is_error(error));
-    let error = error.map(ApiError::from_value);
+    let error = is_error(&body.error).then(|| ApiError::from_value(&body.error));
     let is_filtered = error.as_ref().is_some_and(ApiError::is_content_filter);
-    // Text is an answer even if an error comes with it.
+    // Text is an answer even if the body also contains an error.
     let is_answer = choice.as_ref().is_some_and(|choice| {
         is_filtered || has_content(choice) && reason(&choice.finish_reason) != "error"
     });
@@ -76,14 +75,14 @@ fn completion<L>(
         if !usage_extra.is_empty() {
             extra.insert("usage".into(), Value::Object(usage_extra));
         }
+        let finish_reason = if is_blocked(&extra) {
+            "content_filter"
+        } else {
+            ""
+        };
         return Ok(Completion {
             answer: Answer {
-                finish_reason: if is_blocked(&extra) {
-                    "content_filter"
-                } else {
-                    ""
-                }
-                .into(),
+                finish_reason: finish_reason.into(),
                 ..Answer::default()
             },
             usage,
@@ -112,7 +111,7 @@ fn completion<L>(
         None => (None, None),
         Some(raw) => match logprobs(raw, &answer.text) {
             Ok(logprobs) => (logprobs, None),
-            Err(fault) => (None, Some(fault)),
+            Err(reason) => (None, Some(reason)),
         },
     };
     for (name, fields) in [
@@ -181,16 +180,16 @@ fn reason(value: &Value) -> String {
     text(inner.unwrap_or(value))
 }
 
-/// Takes the message of a choice: the first of `message` and [`ALTERNATIVE_FIELDS`] that contains text. The others
-/// stay in `extra`.
+/// Takes the message of a choice: the first of `message` and [`ALTERNATIVE_FIELDS`] that contains text. Other fields
+/// with text stay in `extra`.
 fn take_message(message: Value, extra: &mut Map<String, Value>) -> Map<String, Value> {
-    let mut found = vec![("message", message)];
+    let mut candidates = vec![("message", message)];
     for name in ALTERNATIVE_FIELDS {
-        found.extend(extra.remove(name).map(|value| (name, value)));
+        candidates.extend(extra.remove(name).map(|value| (name, value)));
     }
-    let first = found.iter().position(|(_, value)| has_text(value));
-    let (_, chosen) = found.swap_remove(first.unwrap_or(0));
-    let others = found.into_iter().filter(|(_, other)| has_text(other));
+    let first = candidates.iter().position(|(_, value)| has_text(value));
+    let (_, chosen) = candidates.swap_remove(first.unwrap_or(0));
+    let others = candidates.into_iter().filter(|(_, other)| has_text(other));
     extra.extend(others.map(|(name, other)| (name.to_owned(), other)));
     match chosen {
         Value::Object(message) => message,

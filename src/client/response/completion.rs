@@ -1,4 +1,4 @@
-//! A parsed answer, or why a reply with a success status contains none.
+//! A parsed answer, or the reason why a reply with a success status contains none.
 
 use serde_json::{Map, Value};
 
@@ -16,13 +16,13 @@ pub struct Completion {
     pub model: String,
     pub fingerprint: String,
     pub logprobs: Option<Logprobs>,
-    /// Why the received logprobs cannot be used.
+    /// Reason why the received logprobs cannot be used.
     pub logprobs_fault: Option<String>,
     /// All other fields of the body, with their values unchanged.
     pub extra: Map<String, Value>,
-    /// The text came as a stream delta without a finish reason, so text is missing if the connection broke.
+    /// The text came as a stream delta without a finish reason: if the connection broke, the rest of the text is missing.
     pub is_stream_delta: bool,
-    /// Why the reply could not be parsed at all.
+    /// Reason why the reply could not be parsed at all.
     pub unreadable: Option<String>,
 }
 
@@ -73,7 +73,7 @@ impl Completion {
     }
 }
 
-/// Why a reply with a success status contains no answer.
+/// Reason why a reply with a success status contains no answer.
 #[derive(Debug)]
 pub enum NoAnswer {
     /// An error, as some routers send with status 200 after generation has started.
@@ -90,8 +90,8 @@ impl NoAnswer {
     }
 }
 
-/// Returns true if the body contains the quoted name `choices`, also in JSON within JSON.
-pub(crate) fn names_choices(body: &[u8]) -> bool {
+/// Returns true if the body contains the quoted name `choices`, possibly escaped as in JSON within JSON.
+pub(crate) fn mentions_choices(body: &[u8]) -> bool {
     ["\"choices\"", "\"choices\\"]
         .iter()
         .any(|name| memchr::memmem::find(body, name.as_bytes()).is_some())

@@ -95,7 +95,8 @@ impl ContentDecoder {
         matches!(self.state, DecoderState::Plain)
     }
 
-    /// As [`ContentDecoder::is_plain`], where `chunk` may be the first of the body. Does not decode it.
+    /// As [`ContentDecoder::is_plain`], but if no chunk has arrived yet, also inspects `chunk`, the first one. Does not
+    /// decode it.
     pub(crate) fn begins_plain(&mut self, chunk: &[u8]) -> bool {
         let is_first =
             matches!(&self.state, DecoderState::Beginning(first_bytes) if first_bytes.is_empty());
@@ -266,8 +267,9 @@ fn encoding(first_bytes: &[u8], declared: Option<Encoding>) -> Option<Encoding> 
 }
 
 /// Returns true if the bytes begin with a zlib header (RFC 1950).
-fn is_zlib(first: &[u8]) -> bool {
-    match first {
+fn is_zlib(first_bytes: &[u8]) -> bool {
+    match first_bytes {
+        // The two bytes are a multiple of 31; the low half of the first one is 8, for deflate.
         [cmf, flags, ..] => {
             cmf & 0x0f == 8 && (u16::from(*cmf) << 8 | u16::from(*flags)).is_multiple_of(31)
         }
@@ -359,20 +361,20 @@ mod tests {
 
     #[test]
     fn gzip_with_trailing_bytes_or_without_checksum_is_salvaged() {
-        let whole = gzip(TEXT);
-        let trailing = [&whole[..], b"\r\n<!-- served -->"].concat();
+        let compressed = gzip(TEXT);
+        let trailing = [&compressed[..], b"\r\n<!-- served -->"].concat();
         for raw in [
             &trailing[..],
-            &whole[..whole.len() - 8],
-            &whole[..whole.len() - 3],
+            &compressed[..compressed.len() - 8],
+            &compressed[..compressed.len() - 3],
         ] {
             assert!(decode_in_steps("gzip", raw, 1_000).is_err());
             assert_eq!(salvage_gzip(raw).as_deref(), Some(TEXT));
         }
-        let mut wrong = whole.clone();
-        let checksum = wrong.len() - 8;
-        wrong[checksum] ^= 1;
-        assert_eq!(salvage_gzip(&wrong), None);
+        let mut wrong_checksum = compressed.clone();
+        let checksum_start = wrong_checksum.len() - 8;
+        wrong_checksum[checksum_start] ^= 1;
+        assert_eq!(salvage_gzip(&wrong_checksum), None);
         let twice = Bytes::from(gzip(&gzip(TEXT)));
         assert_eq!(decode_again(twice), TEXT);
         assert_eq!(decode_again(Bytes::from_static(TEXT)), TEXT);
@@ -380,9 +382,10 @@ mod tests {
 
     #[test]
     fn damaged_streams_and_decompression_bombs_are_errors() {
-        let whole = gzip(TEXT);
-        assert!(decode_in_steps("gzip", &whole[..whole.len() - 9], 1_000).is_err());
-        let mut broken = whole.clone();
+        let compressed = gzip(TEXT);
+        let truncated = &compressed[..compressed.len() - 9];
+        assert!(decode_in_steps("gzip", truncated, 1_000).is_err());
+        let mut broken = compressed.clone();
         broken[20] ^= 0x55;
         assert!(decode_in_steps("gzip", &broken, 1_000).is_err());
         let bomb = zstd::encode_all(&vec![b' '; 100 << 20][..], 3).unwrap();

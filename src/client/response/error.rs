@@ -54,21 +54,21 @@ impl ApiError {
     /// Returns the error in a body of a reply with any status, or None if its fields report no error.
     pub fn in_body(fields: &Map<String, Value>) -> Option<ApiError> {
         if let Some(error) = fields.get("error").filter(|error| is_error(error)) {
-            let mut found = ApiError::from_value(error);
+            let mut error = ApiError::from_value(error);
             // TGI sends the type in a field next to `error`.
-            found.add_code(fields.get("error_type"));
-            let sibling = || retry_delay(fields).filter(|wait| !wait.is_zero());
-            found.retry_delay = found.retry_delay.or_else(sibling);
-            return Some(found);
+            error.add_code(fields.get("error_type"));
+            let delay_beside_error = || retry_delay(fields).filter(|wait| !wait.is_zero());
+            error.retry_delay = error.retry_delay.or_else(delay_beside_error);
+            return Some(error);
         }
         if let Some(Value::Object(status)) = fields.get("base_resp") {
             return minimax_error(status);
         }
-        let listed = fields.get("errors").and_then(Value::as_array);
-        if let Some(error) = listed.and_then(|errors| errors.first()) {
+        let errors = fields.get("errors").and_then(Value::as_array);
+        if let Some(error) = errors.and_then(|errors| errors.first()) {
             return Some(ApiError::from_value(error));
         }
-        let is_named = fields.get("object").is_some_and(|object| object == "error")
+        let reports_error = fields.get("object").is_some_and(|object| object == "error")
             || fields
                 .get("success")
                 .is_some_and(|success| success == false)
@@ -82,7 +82,7 @@ impl ApiError {
             ]
             .iter()
             .any(|name| fields.get(*name).is_some_and(is_error));
-        is_named.then(|| ApiError::from_value(&Value::Object(fields.clone())))
+        reports_error.then(|| ApiError::from_value(&Value::Object(fields.clone())))
     }
 
     /// Parses the value of the field `error`: an object, a text or null.
@@ -112,7 +112,7 @@ impl ApiError {
             "Message",
             "status_msg",
         ]);
-        let mut found = ApiError {
+        let mut parsed = ApiError {
             status,
             code,
             kind: field("type"),
@@ -133,21 +133,21 @@ impl ApiError {
             "reason",
             "param",
         ] {
-            found.add_code(fields.get(name));
+            parsed.add_code(fields.get(name));
         }
         if let Some(headers) = error.pointer("/metadata/headers") {
-            found.reset = headers
+            parsed.reset = headers
                 .get("X-RateLimit-Reset")
                 .map(text)
                 .unwrap_or_default();
         }
         for inner in ["innererror", "metadata", "inner_error"] {
             if let Some(Value::Object(inner)) = fields.get(inner) {
-                found.add_code(inner.get("code"));
-                found.add_code(inner.get("error_type"));
+                parsed.add_code(inner.get("code"));
+                parsed.add_code(inner.get("error_type"));
             }
         }
-        found
+        parsed
     }
 
     /// Returns true if a content filter refused the prompt or the answer.
@@ -215,8 +215,8 @@ fn minimax_error(fields: &Map<String, Value>) -> Option<ApiError> {
     })
 }
 
-/// Returns the wait in a field: `details[].retryDelay` of Google's errors, such as `"1.5s"`, or a spelling of
-/// `retry_after`, in seconds or milliseconds, in the error or an object inside it.
+/// Returns the wait in a field of the error or of an object inside it: `retry_after` in any spelling, in seconds or
+/// milliseconds, or `details[].retryDelay` of Google's errors, such as `"1.5s"`.
 fn retry_delay(fields: &Map<String, Value>) -> Option<Duration> {
     const MAX_DEPTH: usize = 3;
     wait_in(fields, MAX_DEPTH)
@@ -224,7 +224,7 @@ fn retry_delay(fields: &Map<String, Value>) -> Option<Duration> {
 
 fn wait_in(fields: &Map<String, Value>, depth: usize) -> Option<Duration> {
     let depth = depth.checked_sub(1)?;
-    let own = fields.iter().find_map(|(name, value)| {
+    let direct = fields.iter().find_map(|(name, value)| {
         let name = name.to_ascii_lowercase().replace(['_', '-'], "");
         match name.as_str() {
             "retryafter" | "retryafterseconds" | "retrydelay" | "retrydelayseconds"
@@ -233,7 +233,7 @@ fn wait_in(fields: &Map<String, Value>, depth: usize) -> Option<Duration> {
             _ => None,
         }
     });
-    own.or_else(|| {
+    direct.or_else(|| {
         fields.values().find_map(|value| match value {
             Value::Object(fields) => wait_in(fields, depth),
             Value::Array(items) => {
@@ -256,8 +256,8 @@ fn delay(value: &Value, unit_s: f64) -> Option<Duration> {
         Value::Number(number) => in_units(number.as_f64()?),
         // A protobuf duration: {"seconds": 1, "nanos": 500000000}.
         Value::Object(parts) => {
-            let part = |name: &str| parts.get(name).and_then(Value::as_f64).unwrap_or(0.0);
-            Duration::try_from_secs_f64(part("seconds") + part("nanos") / 1e9).ok()
+            let number = |name: &str| parts.get(name).and_then(Value::as_f64).unwrap_or(0.0);
+            Duration::try_from_secs_f64(number("seconds") + number("nanos") / 1e9).ok()
         }
         _ => None,
     }
@@ -270,7 +270,8 @@ fn title(page: &str) -> Option<&str> {
     Some(title.trim()).filter(|title| !title.is_empty())
 }
 
-/// Returns true if the value reports an error. Some servers always send the field, empty or with a success code.
+/// Returns true if the value of an error field reports an error. Some servers always send the field, empty or with a
+/// success code.
 pub(crate) fn is_error(error: &Value) -> bool {
     const SUCCESS: [&str; 7] = ["", "0", "200", "ok", "success", "none", "null"];
     match error {
@@ -332,14 +333,14 @@ mod tests {
             ),
         ];
         for (body, (status, code, kind, message)) in cases {
-            let found = ApiError::parse(body.as_bytes());
-            let shown = (
-                found.status,
-                found.code.as_str(),
-                found.kind.as_str(),
-                found.message.as_str(),
+            let error = ApiError::parse(body.as_bytes());
+            let parsed = (
+                error.status,
+                error.code.as_str(),
+                error.kind.as_str(),
+                error.message.as_str(),
             );
-            assert_eq!(shown, (status, code, kind, message), "{body}");
+            assert_eq!(parsed, (status, code, kind, message), "{body}");
         }
         assert!(ApiError::parse(b" \n").is_empty && !ApiError::parse(b"x").is_empty);
     }

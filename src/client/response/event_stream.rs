@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::client::response::completion::names_choices;
+use crate::client::response::completion::mentions_choices;
 use crate::client::response::error::ApiError;
 use crate::client::response::json;
 use crate::client::response::json_error::JsonProblem;
@@ -168,7 +168,7 @@ fn join(events: &[Vec<u8>]) -> Result<Value, JsonProblem> {
                 Err(_) if joined.is_complete => {
                     not_json = Some(crate::client::response::json_error::beginning(data))
                 }
-                Err(problem) if names_choices(data) => return Err(problem),
+                Err(problem) if mentions_choices(data) => return Err(problem),
                 Err(problem) => {
                     not_json = Some(crate::client::response::json_error::beginning(data));
                     joined.chunk_error.get_or_insert(problem);
@@ -198,7 +198,7 @@ struct JoinedStream {
     ends_with_usage: bool,
     /// Some chunks contained deltas.
     has_deltas: bool,
-    /// Why a chunk could not be parsed.
+    /// Error of the first chunk that could not be parsed.
     chunk_error: Option<JsonProblem>,
 }
 
@@ -244,16 +244,14 @@ impl JoinedStream {
         {
             chunk = inner;
         }
-        // A whole answer sent as one event may have no finish reason.
-        let is_measured = chunk.get("usage").is_some_and(Value::is_object);
+        // A complete answer in one event may have no finish reason, but has a usage.
+        let has_usage = chunk.get("usage").is_some_and(Value::is_object);
         if let Some(Value::Array(choices)) = chunk.get("choices") {
             self.ends_with_usage = choices.is_empty() && has_completion_tokens(chunk.get("usage"));
         }
         for (name, value) in chunk {
             match value {
-                Value::Array(choices) if name == "choices" => {
-                    self.add_choices(choices, is_measured)
-                }
+                Value::Array(choices) if name == "choices" => self.add_choices(choices, has_usage),
                 _ if name == "choices" => {
                     self.body
                         .entry(name)
@@ -264,7 +262,7 @@ impl JoinedStream {
         }
     }
 
-    fn add_choices(&mut self, choices: Vec<Value>, is_measured: bool) {
+    fn add_choices(&mut self, choices: Vec<Value>, has_usage: bool) {
         let joined_choices = self.body.entry("choices");
         let Value::Array(joined_choices) =
             joined_choices.or_insert_with(|| Value::Array(Vec::new()))
@@ -278,7 +276,7 @@ impl JoinedStream {
             };
             let finish_reason = choice.get("finish_reason");
             let has_reason = finish_reason.is_some_and(|reason| !reason.is_null() && reason != "");
-            self.is_complete |= has_reason || is_measured && choice.contains_key("message");
+            self.is_complete |= has_reason || has_usage && choice.contains_key("message");
             self.has_deltas |= choice.contains_key("delta");
             let position = joined_choices
                 .iter()
@@ -319,7 +317,7 @@ fn add_choice(joined: &mut Map<String, Value>, choice: Map<String, Value>) {
     }
 }
 
-/// Returns true if a message begins with the text received before.
+/// Returns true if a message begins with the text received so far.
 fn repeats(before: Option<&Value>, message: &Value) -> bool {
     let text = |message: &Value| Some(message.get("content")?.as_str()?.to_owned());
     let before = before.and_then(text).unwrap_or_default();

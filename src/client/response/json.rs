@@ -41,15 +41,15 @@ pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, JsonProblem> {
         Some(start) if !begins_as_json => start,
         _ => 0,
     };
-    let found = match first {
+    let repaired = match first {
         b'<' => Err(JsonProblem::NotJson("an HTML page".into())),
-        _ => run(&body[start..]),
+        _ => repair_first_value(&body[start..]),
     };
-    let Err(JsonProblem::NotJson(problem)) = found else {
-        return found;
+    let Err(JsonProblem::NotJson(problem)) = repaired else {
+        return repaired;
     };
-    let later = completion_after_first_line(body).map(run);
-    later.and_then(Result::ok).ok_or_else(|| {
+    let completion = completion_after_first_line(body).map(repair_first_value);
+    completion.and_then(Result::ok).ok_or_else(|| {
         JsonProblem::NotJson(if begins_as_json || first == b'<' {
             problem
         } else {
@@ -58,7 +58,8 @@ pub(crate) fn repaired(body: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     })
 }
 
-fn run(text: &[u8]) -> Result<Vec<u8>, JsonProblem> {
+/// Repairs the first JSON value in `text`. A value that is truncated after its choices is closed.
+fn repair_first_value(text: &[u8]) -> Result<Vec<u8>, JsonProblem> {
     let mut repair = JsonRepair {
         text,
         pos: 0,
@@ -170,7 +171,7 @@ mod tests {
             let shown = String::from_utf8_lossy(body).into_owned();
             let text = repaired(body).unwrap_or_else(|problem| panic!("{shown}: {problem}"));
             let found: Value = serde_json::from_slice(&text).unwrap_or_else(|_| panic!("{shown}"));
-            // As values 1 and 1.0 differ, although they are the same number.
+            // The values 1 and 1.0 differ, although they are the same number.
             assert_eq!(
                 found.to_string().replace(".0", ""),
                 expected.to_string().replace(".0", ""),
@@ -236,7 +237,7 @@ mod tests {
             any::<bool>().prop_map(Value::from),
             any::<i64>().prop_map(Value::from),
             any::<f64>()
-                .prop_filter("JSON has no others", |value| value.is_finite())
+                .prop_filter("JSON numbers are finite", |value| value.is_finite())
                 .prop_map(Value::from),
             any::<String>().prop_map(Value::from),
         ];
@@ -266,10 +267,10 @@ mod tests {
         /// Repaired bodies are strict JSON, and bodies cut off anywhere are reported as such.
         #[test]
         fn repair_of_random_bodies_gives_strict_json(value in any_value(), junk in proptest::collection::vec(any::<u8>(), 0..12), at in any::<prop::sample::Index>()) {
-            let whole = serde_json::to_vec(&json!({"a": value})).unwrap();
-            let at = at.index(whole.len());
-            prop_assert!(at == 0 || repaired(&whole[..at]) == Err(JsonProblem::CutOff));
-            let mut broken = whole.clone();
+            let body = serde_json::to_vec(&json!({"a": value})).unwrap();
+            let at = at.index(body.len());
+            prop_assert!(at == 0 || repaired(&body[..at]) == Err(JsonProblem::CutOff));
+            let mut broken = body.clone();
             broken.splice(at..at, junk);
             if let Ok(text) = repaired(&broken) {
                 prop_assert!(serde_json::from_slice::<Value>(&text).is_ok());

@@ -1,6 +1,6 @@
-//! Why a body contains no JSON value.
+//! [`JsonProblem`]: the reason why a body contains no JSON value.
 
-/// Why a body contains no JSON value.
+/// Reason why a body contains no JSON value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum JsonProblem {
     Empty,
@@ -22,9 +22,10 @@ impl std::fmt::Display for JsonProblem {
 
 /// Returns the first characters of a body, for messages.
 pub(crate) fn beginning(body: &[u8]) -> String {
-    const SHOWN: usize = 120;
-    let text = String::from_utf8_lossy(&body[..body.len().min(4 * SHOWN)]);
-    let mut short: String = text.trim().chars().take(SHOWN).collect();
+    const MAX_CHARS: usize = 120;
+    // A character has at most 4 bytes in UTF-8.
+    let text = String::from_utf8_lossy(&body[..body.len().min(4 * MAX_CHARS)]);
+    let mut short: String = text.trim().chars().take(MAX_CHARS).collect();
     if short.len() < body.trim_ascii().len() {
         short.push_str(" ...");
     }

@@ -39,8 +39,8 @@ use std::cell::Cell;
 use serde_json::value::RawValue;
 
 use crate::cache::record::Logprobs;
-use crate::client::response::body::read;
-use crate::client::response::completion::{Completion, NoAnswer, names_choices};
+use crate::client::response::body::parse_body;
+use crate::client::response::completion::{Completion, NoAnswer, mentions_choices};
 use crate::client::response::json_error::JsonProblem;
 use crate::client::response::scan::{BodyWithoutLogprobs, Placeholder};
 
@@ -54,21 +54,21 @@ pub(crate) fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
         Err(_) => parse_repaired(body)?,
         Ok(Ok(completion)) if completion.has_content() => completion,
         // The completion may be nested in, or follow, other data.
-        Ok(other) if names_choices(body) => match (parse_repaired(body), other) {
-            (Ok(found), _) if found.has_content() => found,
+        Ok(strict) if mentions_choices(body) => match (parse_repaired(body), strict) {
+            (Ok(nested), _) if nested.has_content() => nested,
             (_, Ok(empty)) => empty,
-            (found, Err(_)) => found?,
+            (nested, Err(_)) => nested?,
         },
-        Ok(other) => other?,
+        Ok(strict) => strict?,
     };
     Ok(with_usage(completion, body))
 }
 
-/// Parses a body that is strict JSON of the usual shape.
+/// Parses a body that is strict JSON of the usual shape. For any other body, returns the outer error.
 fn parse_strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json::Error> {
     if let Some(BodyWithoutLogprobs { body, columns }) = scan::remove_logprobs(body) {
         let columns = Cell::new(Some(columns));
-        let answer = read(&body, |_: Placeholder, text| {
+        let answer = parse_body(&body, |_: Placeholder, text| {
             Ok(columns.take().and_then(|columns| columns.finish(text)))
         });
         // If the columns were not taken, the removed list belonged to another part of the body.
@@ -78,7 +78,7 @@ fn parse_strict(body: &[u8]) -> Result<Result<Completion, NoAnswer>, serde_json:
             return Ok(answer);
         }
     }
-    read(body, logprobs::columns).or_else(|_| read(body, parse_raw_logprobs))
+    parse_body(body, logprobs::columns).or_else(|_| parse_body(body, parse_raw_logprobs))
 }
 
 /// Searches the whole body for token counts if the usual field has none.
@@ -103,21 +103,20 @@ fn parse_raw_logprobs(raw: &RawValue, text: &str) -> Result<Option<Logprobs>, St
 fn parse_repaired(body: &[u8]) -> Result<Completion, NoAnswer> {
     let value = event_stream::joined(body).unwrap_or_else(|| json::value(body));
     let value = value.map_err(|problem| invalid_json(problem, body))?;
-    let mut found = wrapped::completions(&value);
-    if found.is_empty() {
-        found.push(value);
-    } else if found
+    let mut candidates = wrapped::completions(&value);
+    let chunks = candidates
         .iter()
-        .filter(|value| event_stream::is_chunk(value))
-        .count()
-        > 1
-    {
-        let joined = event_stream::join_values(found);
-        found = vec![joined.map_err(|problem| invalid_json(problem, body))?];
+        .filter(|value| event_stream::is_chunk(value));
+    let chunk_count = chunks.count();
+    if candidates.is_empty() {
+        candidates.push(value);
+    } else if chunk_count > 1 {
+        let joined = event_stream::join_values(candidates);
+        candidates = vec![joined.map_err(|problem| invalid_json(problem, body))?];
     }
-    let mut answers = found.iter().map(|value| {
+    let mut answers = candidates.iter().map(|value| {
         let text = value.to_string();
-        read(text.as_bytes(), parse_raw_logprobs).unwrap_or_else(|error| {
+        parse_body(text.as_bytes(), parse_raw_logprobs).unwrap_or_else(|error| {
             Err(if may_contain_answer(body) {
                 NoAnswer::Unreadable(format!("the body is not a chat completion: {error}"))
             } else {
@@ -146,7 +145,7 @@ fn invalid_json(problem: JsonProblem, body: &[u8]) -> NoAnswer {
 fn may_contain_answer(body: &[u8]) -> bool {
     let names = ["\"usage\"", "completion_tokens"];
     let contains = |name: &&str| memchr::memmem::find(body, name.as_bytes()).is_some();
-    names_choices(body) || names.iter().any(contains)
+    mentions_choices(body) || names.iter().any(contains)
 }
 
 fn not_a_completion(body: &[u8]) -> String {

@@ -2,8 +2,8 @@
 
 use crate::client::response::json_error::{JsonProblem, beginning};
 
-/// Maximum nesting depth; deeper values are kept as text. serde_json stops at 128 levels, some of which other types
-/// around the reply use.
+/// Maximum nesting depth; deeper values are kept as text. serde_json rejects more than 128 levels, and a record adds
+/// levels around the reply.
 const MAX_DEPTH: usize = 96;
 
 /// Repair of one JSON value, with an explicit stack instead of recursion.
@@ -239,15 +239,15 @@ impl JsonRepair<'_> {
     fn keep_as_text(&mut self) -> Result<(), JsonProblem> {
         let start = self.pos;
         let mut depth = 0usize;
-        let mut in_string = false;
+        let mut is_in_string = false;
         loop {
             let byte = *self.text.get(self.pos).ok_or(JsonProblem::CutOff)?;
             self.pos += 1;
             match byte {
-                b'\\' if in_string => self.pos += 1,
-                b'"' => in_string = !in_string,
-                b'{' | b'[' if !in_string => depth += 1,
-                b'}' | b']' if !in_string => {
+                b'\\' if is_in_string => self.pos += 1,
+                b'"' => is_in_string = !is_in_string,
+                b'{' | b'[' if !is_in_string => depth += 1,
+                b'}' | b']' if !is_in_string => {
                     depth -= 1;
                     if depth == 0 {
                         break;

@@ -22,7 +22,7 @@ pub(crate) struct BodyWithoutLogprobs {
 /// Deserialized logprobs whose list was removed.
 pub(crate) struct Placeholder;
 
-/// Text instead of the removed list. Servers never send it.
+/// Text in place of the removed list. Servers never send it.
 const PLACEHOLDER: &str = "\u{1}distill: logprobs were here";
 
 impl<'de> Deserialize<'de> for Placeholder {
@@ -157,7 +157,8 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// Parses a token with its logprob, and its alternatives into `top`. Alternatives have no `top` of their own.
+    /// Parses a token with its logprob, and appends its alternatives to `top`. An alternative is parsed with `top` =
+    /// None, because it has no alternatives.
     fn token(&mut self, mut top: Option<&mut Vec<WireToken<'a>>>) -> Option<WireToken<'a>> {
         let mut token = None;
         let mut logprob = Logprob::default();
@@ -221,7 +222,10 @@ mod tests {
     use crate::client::response::logprobs;
 
     /// Parses a body with these logprobs by [`remove_logprobs`] and by serde.
-    fn both(logprobs: &Value, pretty: bool) -> (Option<Option<Logprobs>>, Option<Logprobs>) {
+    fn parse_both_ways(
+        logprobs: &Value,
+        pretty: bool,
+    ) -> (Option<Option<Logprobs>>, Option<Logprobs>) {
         let body = json!({"id": "x", "choices": [{"logprobs": logprobs}], "usage": 1});
         let body = if pretty {
             serde_json::to_string_pretty(&body)
@@ -246,7 +250,7 @@ mod tests {
         ];
         let logprob = prop_oneof![
             any::<f64>()
-                .prop_filter("JSON has no others", |value| value.is_finite())
+                .prop_filter("JSON numbers are finite", |value| value.is_finite())
                 .prop_map(Value::from),
             (-20.0..0.0).prop_map(|value: f64| json!((value * 1e6).round() / 1e6)),
             (-9999i64..0).prop_map(Value::from),
@@ -289,18 +293,18 @@ mod tests {
     proptest! {
         #[test]
         fn scanner_returns_what_serde_returns(logprobs in list(), pretty in any::<bool>()) {
-            let (scanned, by_serde) = both(&logprobs, pretty);
+            let (scanned, by_serde) = parse_both_ways(&logprobs, pretty);
             prop_assert_eq!(scanned, Some(by_serde), "{}", logprobs);
         }
 
         #[test]
         fn scanner_never_panics_on_random_bodies(body in proptest::collection::vec(any::<u8>(), 0..60), at in 0usize..200) {
-            let mut whole = br#"{"choices":[{"logprobs":{"content":[{"token":"\u0041","logprob":-1.5,"bytes":[65],
+            let mut valid = br#"{"choices":[{"logprobs":{"content":[{"token":"\u0041","logprob":-1.5,"bytes":[65],
                 "top_logprobs":[{"token":"b","logprob":-2,"bytes":null}]}]}}]}"#.to_vec();
-            let at = at.min(whole.len());
-            whole.splice(at..at, body);
-            remove_logprobs(&whole);
-            remove_logprobs(&whole[..at]);
+            let at = at.min(valid.len());
+            valid.splice(at..at, body);
+            remove_logprobs(&valid);
+            remove_logprobs(&valid[..at]);
         }
     }
 

@@ -39,7 +39,7 @@ pub(crate) fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
         Value::Null => return (None, Map::new()),
         other => return (None, Map::from_iter([("counts".to_owned(), other)])),
     };
-    let Some(usage) = read(&fields) else {
+    let Some(usage) = parse_counts(&fields) else {
         return (None, fields);
     };
     fields.retain(|name, _| {
@@ -49,7 +49,7 @@ pub(crate) fn usage(value: Value) -> (Option<Usage>, Map<String, Value>) {
     (Some(usage), fields)
 }
 
-fn read(fields: &Map<String, Value>) -> Option<Usage> {
+fn parse_counts(fields: &Map<String, Value>) -> Option<Usage> {
     // With few fields and many names, comparing is faster than hashing each name.
     let field = |name: &str| {
         let mut fields = fields.iter();
@@ -112,7 +112,7 @@ fn read(fields: &Map<String, Value>) -> Option<Usage> {
 
 /// Returns the largest prompt and completion counts in a value, which need not be a complete usage.
 fn largest_counts(value: &Value) -> Usage {
-    let mut found = Usage::default();
+    let mut counts = Usage::default();
     match value {
         Value::Object(fields) => {
             let largest = |names: &[&str]| {
@@ -123,30 +123,30 @@ fn largest_counts(value: &Value) -> Usage {
                     .unwrap_or(0)
             };
             let total = largest(&TOTAL);
-            found.prompt_tokens = largest(&PROMPT);
-            found.completion_tokens =
-                largest(&COMPLETION).max(total.saturating_sub(found.prompt_tokens));
-            fields.values().for_each(|value| raise(&mut found, value));
+            counts.prompt_tokens = largest(&PROMPT);
+            counts.completion_tokens =
+                largest(&COMPLETION).max(total.saturating_sub(counts.prompt_tokens));
+            fields.values().for_each(|value| raise(&mut counts, value));
         }
-        Value::Array(items) => items.iter().for_each(|value| raise(&mut found, value)),
+        Value::Array(items) => items.iter().for_each(|value| raise(&mut counts, value)),
         _ => {}
     }
-    found
+    counts
 }
 
-/// Raises the counts in `most` to the largest counts in `extra`, the remaining fields of a body.
-pub(crate) fn raise_to_counts_in(most: &mut Usage, extra: &Map<String, Value>) {
+/// Raises the counts of `usage` to the largest counts in `extra`, the remaining fields of a body.
+pub(crate) fn raise_to_counts_in(usage: &mut Usage, extra: &Map<String, Value>) {
     // An answer, or the request, may contain an example of token counts.
     let other_fields = extra
         .iter()
         .filter(|(name, _)| !["message", "choice", "request"].contains(&name.as_str()));
-    other_fields.for_each(|(_, value)| raise(most, value));
+    other_fields.for_each(|(_, value)| raise(usage, value));
 }
 
-fn raise(most: &mut Usage, value: &Value) {
+fn raise(usage: &mut Usage, value: &Value) {
     let other = largest_counts(value);
-    most.prompt_tokens = most.prompt_tokens.max(other.prompt_tokens);
-    most.completion_tokens = most.completion_tokens.max(other.completion_tokens);
+    usage.prompt_tokens = usage.prompt_tokens.max(other.prompt_tokens);
+    usage.completion_tokens = usage.completion_tokens.max(other.completion_tokens);
 }
 
 /// Parses a count: an integer, float or text. Fractions are rounded up.
@@ -161,9 +161,9 @@ fn count(value: Option<&Value>) -> Option<u64> {
     (value.is_finite() && value >= 0.0).then_some(value.ceil() as u64)
 }
 
-/// Returns the reported usage of an answer of `text_bytes` bytes if it is plausible: a prompt has tokens, and so has
-/// a text that is not empty.
-pub(crate) fn measured(usage: Option<Usage>, text_bytes: usize) -> Option<Usage> {
+/// Returns the reported usage of an answer of `text_bytes` bytes if it is plausible: the prompt has tokens, and a text
+/// that is not empty has completion tokens.
+pub(crate) fn plausible(usage: Option<Usage>, text_bytes: usize) -> Option<Usage> {
     usage
         .filter(|usage| usage.prompt_tokens > 0 && (usage.completion_tokens > 0 || text_bytes == 0))
 }
@@ -284,14 +284,14 @@ mod tests {
     #[test]
     fn counts_inside_an_answer_or_request_are_ignored() {
         let counts = json!({"usage": {"prompt_tokens": 1_200, "completion_tokens": 3}});
-        let most = |name: &str| {
-            let mut most = Usage::default();
+        let prompt_tokens_in = |name: &str| {
+            let mut usage = Usage::default();
             let extra = Map::from_iter([(name.to_owned(), json!({"parsed": counts}))]);
-            raise_to_counts_in(&mut most, &extra);
-            most.prompt_tokens
+            raise_to_counts_in(&mut usage, &extra);
+            usage.prompt_tokens
         };
         assert_eq!(
-            ["message", "choice", "request", "x_groq"].map(most),
+            ["message", "choice", "request", "x_groq"].map(prompt_tokens_in),
             [0, 0, 0, 1_200]
         );
     }
@@ -304,7 +304,7 @@ mod tests {
                 completion_tokens,
                 ..Usage::default()
             };
-            measured(Some(usage), bytes).is_some()
+            plausible(Some(usage), bytes).is_some()
         };
         assert!(is_plausible_usage(10, 2, 5) && is_plausible_usage(10, 0, 0));
         assert!(

@@ -8,9 +8,10 @@ use crate::client::response::{json, usage};
 /// Maximum nesting depth of the search.
 const MAX_DEPTH: usize = 8;
 
-/// Returns every object with choices, outer ones first, with the choices as a list.
+/// Returns a copy of every object with choices, outer objects first. The copy has the choices as a list, unless their
+/// shape is unknown.
 pub(crate) fn completions(value: &Value) -> Vec<Value> {
-    let mut found = Vec::new();
+    let mut completions = Vec::new();
     search(value, MAX_DEPTH, &mut |fields| {
         if let Some(choices) = fields.get("choices") {
             let mut fields = fields.clone();
@@ -19,23 +20,23 @@ pub(crate) fn completions(value: &Value) -> Vec<Value> {
             if !list.is_empty() {
                 fields.insert("choices".into(), Value::Array(list));
             }
-            found.push(Value::Object(fields));
+            completions.push(Value::Object(fields));
         }
     });
-    found
+    completions
 }
 
 /// Returns the first plausible token counts in a body. Skips the answer and an echo of the request, which may
 /// contain an example of such counts.
 pub(crate) fn usage_in(value: &Value) -> Option<Usage> {
-    const ANSWERS: [&str; 6] = ["request", "message", "messages", "delta", "content", "text"];
-    let mut found = None;
+    const SKIPPED: [&str; 6] = ["request", "message", "messages", "delta", "content", "text"];
+    let mut first_usage = None;
     let mut visit = |fields: &Map<String, Value>| {
         let counts = usage::usage(Value::Object(fields.clone())).0;
-        found = found.or(counts.filter(|usage| usage.prompt_tokens > 0));
+        first_usage = first_usage.or(counts.filter(|usage| usage.prompt_tokens > 0));
     };
-    search_except(value, &ANSWERS, MAX_DEPTH, &mut visit);
-    found
+    search_except(value, &SKIPPED, MAX_DEPTH, &mut visit);
+    first_usage
 }
 
 /// Calls `visit` with every object, outer ones first, including objects in JSON within a text.
@@ -78,8 +79,8 @@ fn search_except(
 /// Parses a text as JSON if it contains `word`.
 fn json_in_text(text: &str, word: &str) -> Option<Value> {
     let text = text.trim_start();
-    let may_be = text.starts_with(['{', '[', '"']) && text.contains(word);
-    may_be.then(|| json::value(text.as_bytes()).ok())?
+    let may_be_json = text.starts_with(['{', '[', '"']) && text.contains(word);
+    may_be_json.then(|| json::value(text.as_bytes()).ok())?
 }
 
 /// Converts choices to a list of objects, from one choice, a map by index, nested lists or texts.

@@ -5,7 +5,7 @@
 pub(crate) struct Braces {
     /// Number of open braces.
     pub depth: usize,
-    in_string: bool,
+    is_in_string: bool,
     is_escaped: bool,
 }
 
@@ -14,13 +14,13 @@ impl Braces {
     pub(crate) fn push(&mut self, byte: u8) -> bool {
         match byte {
             _ if self.is_escaped => self.is_escaped = false,
-            b'\\' if self.in_string => self.is_escaped = true,
-            b'"' => self.in_string = !self.in_string,
-            b'{' if !self.in_string => {
+            b'\\' if self.is_in_string => self.is_escaped = true,
+            b'"' => self.is_in_string = !self.is_in_string,
+            b'{' if !self.is_in_string => {
                 self.depth += 1;
                 return true;
             }
-            b'}' if !self.in_string && self.depth > 0 => {
+            b'}' if !self.is_in_string && self.depth > 0 => {
                 self.depth -= 1;
                 return true;
             }
@@ -35,12 +35,12 @@ impl Braces {
     }
 }
 
-/// Length of the object at the start of the text; None if the object has no end.
+/// Returns the length of the object at the start of the text; None if the object has no end.
 pub(crate) fn object_end(text: &[u8]) -> Option<usize> {
     let mut braces = Braces::default();
     text.iter()
         .position(|byte| braces.push(*byte) && braces.depth == 0)
-        .map(|at| at + 1)
+        .map(|last| last + 1)
 }
 
 /// Returns true if the text closes all its braces and strings.
@@ -49,5 +49,5 @@ pub(crate) fn is_closed(text: &[u8]) -> bool {
     for byte in text {
         braces.push(*byte);
     }
-    braces.depth == 0 && !braces.in_string
+    braces.depth == 0 && !braces.is_in_string
 }

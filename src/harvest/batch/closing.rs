@@ -9,13 +9,14 @@ use super::journal::PartState;
 use super::{BatchRun, BatchStepError};
 use crate::budget::account::Charge;
 use crate::budget::dollars::Dollars;
-use crate::client::attempt_error::{RefusalClaim, RefusalReason, RowFailure};
+use crate::client::attempt_error::{EndpointRefusal, RefusalReason, RowFailure};
 use crate::harvest::run_error;
 use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, UnansweredLine};
 use crate::report::failures::FailedRow;
 
-/// Minimum number of refused rows, all with the same message, for which the settings are blamed instead of the rows.
+/// Minimum number of refused rows, all with the same message, for which the settings are assumed to be wrong, and not the
+/// rows.
 const SAME_REFUSALS: usize = 5;
 
 /// Sums over the rows of a part while the part is closed.
@@ -29,8 +30,8 @@ struct ClosingTotals {
     filtered: u64,
     /// Number of refused rows by error message.
     refusals: HashMap<String, usize>,
-    /// First claim that no request can succeed, in a batch without answers.
-    claim: Option<RefusalClaim>,
+    /// First endpoint refusal, in a batch without answers.
+    endpoint_refusal: Option<EndpointRefusal>,
 }
 
 impl BatchRun<'_> {
@@ -47,17 +48,7 @@ impl BatchRun<'_> {
             PartState::Cancelling { .. }
         );
         if collection.unreadable_lines > 0 {
-            let nonce = &self.journal.parts[index].nonce;
-            let place = if collection.unreadable.is_empty() {
-                "they are too long to be saved".to_owned()
-            } else {
-                let file = self.unreadable.keep(nonce, &collection.unreadable)?;
-                format!("they are saved in {}", file.display())
-            };
-            self.progress.note(&format!(
-                "{} lines of a batch cannot be parsed: {place}",
-                collection.unreadable_lines
-            ));
+            self.save_unreadable_lines(index, &collection)?;
         }
         let answers = collection
             .members
@@ -65,7 +56,7 @@ impl BatchRun<'_> {
             .filter(|member| member.is_answered(self.cache));
         let has_answers = answers.count() > 0;
         let mut closing = ClosingTotals::default();
-        let rest_was_not_asked = collection.unnamed_rows_not_run;
+        let unnamed_rows_not_run = collection.unnamed_rows_not_run;
         for (line, (member, outcome)) in collection
             .members
             .iter()
@@ -78,19 +69,9 @@ impl BatchRun<'_> {
             // A line that cannot be parsed may be the paid answer of this row.
             let may_be_unreadable = outcome.is_none() && collection.unreadable_lines > 0;
             let may_be_billed = match &outcome {
-                Some(
-                    RowOutcome::Again(failure)
-                    | RowOutcome::Refused(failure)
-                    | RowOutcome::Filtered(failure),
-                ) => failure.may_be_billed,
-                Some(
-                    RowOutcome::Answered
-                    | RowOutcome::Blank(_)
-                    | RowOutcome::Unreadable { .. }
-                    | RowOutcome::Claimed(_),
-                ) => false,
+                Some(outcome) => outcome.may_be_billed(),
                 // A row that the batch did not run is not billed; a row that it lost may be billed.
-                None => status != "expired" && status != "cancelled" && !rest_was_not_asked,
+                None => status != "expired" && status != "cancelled" && !unnamed_rows_not_run,
             };
             if may_be_billed {
                 closing.lost += 1;
@@ -116,39 +97,39 @@ impl BatchRun<'_> {
                     closing.filtered += 1;
                     continue;
                 }
-                Some(RowOutcome::Claimed(claim)) => {
+                Some(RowOutcome::EndpointRefused(refusal)) => {
                     let is_row_specific = matches!(
-                        claim.reason,
+                        refusal.reason,
                         RefusalReason::Forbidden | RefusalReason::Address
                     );
                     if has_answers && is_row_specific {
                         entry.failed += 1;
-                        self.fail(upstream, entry, claim.failure);
+                        self.fail(upstream, entry, refusal.failure);
                         continue;
                     }
                     if !has_answers {
                         self.upstreams[upstream].waiting.push_back(entry);
-                        closing.claim.get_or_insert(claim);
+                        closing.endpoint_refusal.get_or_insert(refusal);
                         continue;
                     }
-                    claim.failure
+                    refusal.failure
                 }
-                Some(RowOutcome::Again(failure)) => failure,
+                Some(RowOutcome::Retry(failure)) => failure,
                 Some(
-                    RowOutcome::Answered | RowOutcome::Blank(_) | RowOutcome::Unreadable { .. },
+                    RowOutcome::Answered | RowOutcome::Empty(_) | RowOutcome::Unreadable { .. },
                 ) => {
                     self.upstreams[upstream].waiting.push_back(entry);
                     continue;
                 }
-                None if rest_was_not_asked => {
-                    self.counts.asked_again += 1;
+                None if unnamed_rows_not_run => {
+                    self.counts.requeued_rows += 1;
                     self.upstreams[upstream].waiting.push_back(entry);
                     continue;
                 }
                 None if may_be_unreadable => {
                     let failure =
                         RowFailure::new("unreadable", "a line of its batch cannot be parsed");
-                    self.note_paid(entry, &failure)?;
+                    self.record_paid_attempt(entry, &failure)?;
                     entry.failed += 1;
                     self.fail(upstream, entry, failure);
                     continue;
@@ -159,7 +140,7 @@ impl BatchRun<'_> {
                 }
             };
             let paid = if may_be_billed {
-                self.note_paid(entry, &failure)?
+                self.record_paid_attempt(entry, &failure)?
             } else {
                 0
             };
@@ -168,7 +149,7 @@ impl BatchRun<'_> {
             if entry.failed.max(paid) >= self.settings.retry.max_attempts {
                 self.fail(upstream, entry, failure);
             } else {
-                self.counts.asked_again += 1;
+                self.counts.requeued_rows += 1;
                 self.upstreams[upstream].waiting.push_back(entry);
             }
         }
@@ -181,12 +162,28 @@ impl BatchRun<'_> {
             && **count >= SAME_REFUSALS
             && !self.upstreams[upstream].has_answered
         {
-            self.upstreams[upstream].stop(run_error::refused_alike(message));
+            self.upstreams[upstream].stop(run_error::repeated_refusal(message));
         }
         self.end_part(index, status)?;
-        if let Some(claim) = closing.claim {
-            self.upstreams[upstream].all_claimed(claim, &self.settings.retry);
+        if let Some(refusal) = closing.endpoint_refusal {
+            self.upstreams[upstream].batch_refused(refusal, &self.settings.retry);
         }
+        Ok(())
+    }
+
+    /// Saves the lines of a part from which no row can be parsed, and reports them.
+    fn save_unreadable_lines(&mut self, index: usize, collection: &PartCollection) -> Result<()> {
+        let nonce = &self.journal.parts[index].nonce;
+        let place = if collection.unreadable.is_empty() {
+            "they are too long to be saved".to_owned()
+        } else {
+            let file = self.unreadable.save(nonce, &collection.unreadable)?;
+            format!("they are saved in {}", file.display())
+        };
+        self.progress.note(&format!(
+            "{} lines of a batch cannot be parsed: {place}",
+            collection.unreadable_lines
+        ));
         Ok(())
     }
 
@@ -199,7 +196,7 @@ impl BatchRun<'_> {
     ) -> Result<()> {
         self.summary.attempts_lost += closing.lost;
         let price = self.upstreams[upstream].settings.price.clone();
-        self.journal.parts[index].progress.held -= closing.lost_usd;
+        self.journal.parts[index].progress.unsettled_usd -= closing.lost_usd;
         let lost = Dollars::at_least(closing.lost_usd);
         self.run_files
             .account
@@ -207,14 +204,14 @@ impl BatchRun<'_> {
     }
 
     /// Records an attempt that may have been billed. Returns the number of such attempts of the row over all runs.
-    fn note_paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
+    fn record_paid_attempt(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
         let unanswered_line = self.line(entry, Kind::PaidAttempt, failure);
         self.run_files.unanswered.add(&unanswered_line)?;
         Ok(self
             .run_files
             .unanswered
             .get(&unanswered_line.key)
-            .map_or(0, |known| known.paid))
+            .map_or(0, |history| history.paid))
     }
 
     /// Ends a row that a content filter refused.

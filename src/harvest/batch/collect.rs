@@ -13,7 +13,7 @@ use super::upstream::batches;
 use super::{BatchRun, BatchStepError};
 use crate::budget::dollars::Dollars;
 use crate::cache::record::Timing;
-use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
+use crate::client::attempt_error::{AttemptError, EndpointRefusal, RowFailure};
 use crate::client::batch_object;
 use crate::client::batch_object::BatchObject;
 use crate::client::response::completion::Completion;
@@ -23,7 +23,7 @@ use crate::harvest::run_error;
 use crate::plan::PlannedRow;
 use crate::prompt::Prompt;
 
-/// Number of times that a batch or a file is missing or incomplete before the part is closed without it.
+/// Number of failed attempts to find a batch or a complete file after which the part is closed without it.
 const MAX_NOT_FOUND: u32 = 20;
 
 /// Number of result lines between two progress updates.
@@ -49,7 +49,7 @@ pub(super) struct PartCollection {
 }
 
 impl PartCollection {
-    /// Number of rows found so far whose lines can be parsed.
+    /// Returns the number of rows found so far whose lines can be parsed.
     pub(super) fn readable_rows(&self) -> u64 {
         let outcomes = self.outcomes.iter().flatten();
         let readable = outcomes.filter(|outcome| !matches!(outcome, RowOutcome::Unreadable { .. }));
@@ -79,20 +79,35 @@ impl PartCollection {
 pub(super) enum RowOutcome {
     Answered,
     /// The answer is empty; a later line may have another answer to the row.
-    Blank(Box<Completion>),
+    Empty(Box<Completion>),
     /// The line cannot be parsed; a later line may have an answer to the row.
     Unreadable {
         problem: String,
         body: Bytes,
     },
     /// Transient failure: the row returns to the queue if it has attempts left.
-    Again(RowFailure),
+    Retry(RowFailure),
     /// The endpoint refused the row, which therefore fails.
     Refused(RowFailure),
     /// A content filter refused the row.
     Filtered(RowFailure),
-    /// The endpoint claims that no request can succeed.
-    Claimed(RefusalClaim),
+    /// The endpoint says that no request can succeed.
+    EndpointRefused(EndpointRefusal),
+}
+
+impl RowOutcome {
+    /// Returns true if the row may be billed although no answer to it was recorded.
+    pub(super) fn may_be_billed(&self) -> bool {
+        match self {
+            RowOutcome::Retry(failure)
+            | RowOutcome::Refused(failure)
+            | RowOutcome::Filtered(failure) => failure.may_be_billed,
+            RowOutcome::Answered
+            | RowOutcome::Empty(_)
+            | RowOutcome::Unreadable { .. }
+            | RowOutcome::EndpointRefused(_) => false,
+        }
+    }
 }
 
 impl BatchRun<'_> {
@@ -164,8 +179,10 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    /// Counts a missing or incomplete batch or file. Returns an error, so that the step is retried, and Ok from the
-    /// [`MAX_NOT_FOUND`]th time on.
+    /// Counts a missing or incomplete batch or file.
+    ///
+    /// # Errors
+    /// Before the [`MAX_NOT_FOUND`]th time, so that the step is retried.
     pub(super) fn retry_missing(
         &mut self,
         index: usize,
@@ -182,7 +199,7 @@ impl BatchRun<'_> {
         }
     }
 
-    /// Retries a batch that the endpoint does not find; in the end closes its part without results.
+    /// Handles a batch that the endpoint does not find: retries, and finally closes its part without results.
     fn batch_missing(&mut self, index: usize, message: &str) -> Result<(), BatchStepError> {
         self.retry_missing(index, message)?;
         self.progress
@@ -286,9 +303,9 @@ impl BatchRun<'_> {
     ) -> Result<()> {
         for row in 0..collection.outcomes.len() {
             let completion = match collection.outcomes[row].take() {
-                Some(RowOutcome::Blank(completion)) => *completion,
+                Some(RowOutcome::Empty(completion)) => *completion,
                 Some(RowOutcome::Unreadable { problem, body }) => {
-                    self.unreadable.keep(&collection.members[row].key, &body)?;
+                    self.unreadable.save(&collection.members[row].key, &body)?;
                     Completion::unreadable(problem)
                 }
                 other => {
@@ -346,16 +363,16 @@ impl BatchRun<'_> {
         collection: &mut PartCollection,
         line: Bytes,
     ) -> Result<bool> {
-        let mut is_ours = false;
-        for row_result in results::read(&line) {
+        let mut names_row = false;
+        for row_result in results::parse_line(&line) {
             match row_result {
                 Some(row_result) => {
-                    is_ours |= self.take_row_result(index, collection, row_result)?
+                    names_row |= self.take_row_result(index, collection, row_result)?
                 }
                 None => collection.keep_unreadable(&line),
             }
         }
-        Ok(is_ours)
+        Ok(names_row)
     }
 
     /// Sets the outcome of one row. Returns true if the row belongs to the part.
@@ -389,20 +406,20 @@ impl BatchRun<'_> {
                 self.answered(index, collection, row, *completion)?;
                 RowOutcome::Answered
             }
-            Ok(completion) => RowOutcome::Blank(completion),
+            Ok(completion) => RowOutcome::Empty(completion),
             Err(AttemptError::Unreadable { problem, body }) => {
                 RowOutcome::Unreadable { problem, body }
             }
             Err(AttemptError::Refused(failure)) => RowOutcome::Refused(failure),
             Err(AttemptError::Filtered(failure)) => RowOutcome::Filtered(failure),
-            Err(AttemptError::Transient { failure, .. }) => RowOutcome::Again(failure),
+            Err(AttemptError::Transient { failure, .. }) => RowOutcome::Retry(failure),
             Err(AttemptError::Throttled { message, .. }) => {
-                RowOutcome::Again(RowFailure::new("http 429", &message))
+                RowOutcome::Retry(RowFailure::new("http 429", &message))
             }
             Err(AttemptError::KeyRenewed) => {
-                RowOutcome::Again(RowFailure::new("http 401", "the key had expired"))
+                RowOutcome::Retry(RowFailure::new("http 401", "the key had expired"))
             }
-            Err(AttemptError::Claim(claim)) => RowOutcome::Claimed(claim),
+            Err(AttemptError::EndpointRefused(refusal)) => RowOutcome::EndpointRefused(refusal),
         };
         collection.outcomes[row] = Some(outcome);
         Ok(true)
@@ -423,7 +440,7 @@ impl BatchRun<'_> {
         completion.clean(&transport.secrets());
         let template = &self.plan.templates[upstream];
         let member = &collection.members[line];
-        let body: Value = collection.bodies.read(member)?;
+        let body: Value = collection.bodies.read_body(member)?;
         let row = PlannedRow {
             prompt: 0,
             sample: member.sample,
@@ -442,24 +459,22 @@ impl BatchRun<'_> {
         let charge = answered.charge();
         let price = template.endpoint.price.clone();
         let wants_logprobs = template.wants_logprobs();
-        let append = |cache: &crate::cache::Cache| {
-            cache
-                .append_encoded(&answered.encoded)
-                .map_err(|error| run_error::not_recorded(error, cache.safe_len()))
-        };
         // A kill between the two writes counts the row twice (spent and reserved), never zero times.
-        let held = Dollars::at_least(member.usd);
+        let reserved = Dollars::at_least(member.usd);
         let unraised = Dollars::at_least(bound.cost(&price).unwrap_or(member.usd));
         let account = &mut self.run_files.account;
-        account.settle_batch(held, unraised, 1, charge, &price)?;
-        append(self.cache)?;
+        account.settle_batch(reserved, unraised, 1, charge, &price)?;
+        let cache = self.cache;
+        cache
+            .append_encoded(&answered.encoded)
+            .map_err(|error| run_error::not_recorded(error, cache.intact_len()))?;
         let part = &mut self.journal.parts[index];
-        part.progress.held -= member.usd;
+        part.progress.unsettled_usd -= member.usd;
         let is_planned = part.progress.rows.get(line).copied().flatten().is_some();
         if is_planned {
             self.summary.add(&answered.facts, wants_logprobs)
         } else {
-            self.counts.besides += 1
+            self.counts.unplanned_answers += 1
         }
         let upstream = &mut self.upstreams[upstream];
         upstream.has_answered = true;

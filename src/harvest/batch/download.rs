@@ -18,8 +18,8 @@ use crate::harvest::{run_error, unreadable_bodies};
 /// Number of failed reads of a part's results files after which the upstream stops.
 const MAX_READ_FAILURES: u32 = 20;
 
-/// Maximum length of an API key in bytes, in any encoding.
-const LONGEST_KEY: usize = 16 << 10;
+/// Assumed maximum length of an API key in bytes, in any encoding.
+const MAX_KEY_BYTES: usize = 16 << 10;
 
 impl BatchRun<'_> {
     /// Opens a results file. Returns None if the endpoint still does not find the file after several tries.
@@ -48,7 +48,7 @@ impl BatchRun<'_> {
                 let error = checked.err();
                 error.context("internal error: a refused download without an error")?
             }
-            Err(fault) => outcome::classify_transport_error(fault),
+            Err(error) => outcome::classify_transport_error(error),
         };
         match error {
             AttemptError::Refused(failure) => {
@@ -67,7 +67,7 @@ impl BatchRun<'_> {
     ) -> Result<Option<Bytes>, BatchStepError> {
         match rows.next().await {
             Ok(line) => Ok(line),
-            Err(fault) => Err(self.read_failed(index, outcome::classify_transport_error(fault))),
+            Err(error) => Err(self.read_failed(index, outcome::classify_transport_error(error))),
         }
     }
 
@@ -113,15 +113,17 @@ impl BatchRun<'_> {
         let context = "could not save a results file";
         let mut buffer = Vec::new();
         while let Some(piece) = pieces.next().await {
-            let piece = piece.map_err(|fault| {
-                self.read_failed(index, outcome::classify_transport_error(fault))
+            let piece = piece.map_err(|error| {
+                self.read_failed(index, outcome::classify_transport_error(error))
             })?;
             buffer.extend_from_slice(&piece);
             buffer = batches.without_key(buffer.into()).into();
-            // An API key may span two pieces, so the last bytes are held back until the next piece arrives.
-            let safe_len = buffer.len().saturating_sub(LONGEST_KEY);
-            file_copy.write_all(&buffer[..safe_len]).context(context)?;
-            buffer.drain(..safe_len);
+            // An API key may span two pieces, so the last bytes are written only with the next piece.
+            let searched_bytes = buffer.len().saturating_sub(MAX_KEY_BYTES);
+            file_copy
+                .write_all(&buffer[..searched_bytes])
+                .context(context)?;
+            buffer.drain(..searched_bytes);
         }
         file_copy.write_all(&buffer).context(context)?;
         file_copy.commit(true)?;

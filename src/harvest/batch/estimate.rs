@@ -42,12 +42,12 @@ pub(crate) fn estimate_batches(settings: &RunSettings, plan: &Plan) -> Result<Ba
         let tokens: u64 = sizes.iter().map(|size| size.tokens).sum();
         let limit = settings.batch.enqueued_tokens.unwrap_or(u64::MAX).max(1);
         estimate.rounds = estimate.rounds.max(tokens.div_ceil(limit));
-        let mut rest = &sizes[..];
-        while !rest.is_empty() {
-            let (count, ..) = limits.take(rest.iter().copied());
+        let mut remaining = &sizes[..];
+        while !remaining.is_empty() {
+            let (count, ..) = limits.fit(remaining.iter().copied());
             // A row larger than a file fails and needs no batch.
             estimate.batches += u64::from(count > 0);
-            rest = &rest[count.max(1)..];
+            remaining = &remaining[count.max(1)..];
         }
     }
     Ok(estimate)

@@ -5,11 +5,12 @@ use std::collections::HashMap;
 use super::collect::RowOutcome;
 use super::upstream::batches;
 use super::{BatchRun, BatchStepError, results};
-use crate::client::attempt_error::{RefusalClaim, RowFailure};
+use crate::client::attempt_error::{EndpointRefusal, RowFailure};
 use crate::client::batch_object::{BatchFileError, BatchObject};
 use crate::plan::queue::QueuedRow;
 
-/// Returns true if a line that names no row of the part may contain an answer.
+/// Returns true if a line that names no row of the part may contain an answer. `is_readable` is true if the line can be
+/// parsed.
 fn may_be_answer(line: &[u8], is_readable: bool) -> bool {
     let has = |field: &[u8]| memchr::memmem::find(line, field).is_some();
     has(b"\"choices\"") || !is_readable && has(results::CUSTOM_ID)
@@ -35,14 +36,15 @@ impl BatchRun<'_> {
                 continue;
             }
             let line = batches.without_key(line);
-            let unreadable_len = collection.unreadable.len();
-            let count = collection.unreadable_lines;
+            let unreadable_bytes = collection.unreadable.len();
+            let unreadable_lines = collection.unreadable_lines;
             if self.take_line(index, &mut collection, line.clone())? {
                 continue;
             }
-            let is_readable = collection.unreadable_lines == count;
-            collection.unreadable.truncate(unreadable_len);
-            collection.unreadable_lines = count;
+            // The line names no row of the part. It is kept as unreadable only if it may be an answer.
+            let is_readable = collection.unreadable_lines == unreadable_lines;
+            collection.unreadable.truncate(unreadable_bytes);
+            collection.unreadable_lines = unreadable_lines;
             if may_be_answer(&line, is_readable) {
                 collection.keep_unreadable(&line);
             } else {
@@ -81,11 +83,9 @@ impl BatchRun<'_> {
         let (upstream, _) = self.upstream_of(index)?;
         let batch_failure = results::classify_batch_failure(&object.errors);
         let part = &self.journal.parts[index];
-        let (rows, tokens, members) = (
-            part.progress.rows.clone(),
-            part.tokens,
-            self.journal.members(&part.nonce)?,
-        );
+        let rows = part.progress.rows.clone();
+        let tokens = part.tokens;
+        let members = self.journal.members(&part.nonce)?;
         let failure_by_line: HashMap<usize, RowFailure> = batch_failure.lines.into_iter().collect();
         for (line, (member, row)) in members.iter().zip(rows).enumerate() {
             let Some(row) = row else { continue };
@@ -99,34 +99,34 @@ impl BatchRun<'_> {
                     self.fail(upstream, entry, failure.clone());
                 }
                 None => {
-                    self.counts.asked_again += 1;
+                    self.counts.requeued_rows += 1;
                     self.upstreams[upstream].waiting.push_back(entry);
                 }
             }
         }
-        let enqueued: u64 = self
+        let enqueued_tokens: u64 = self
             .parts_of(upstream)
             .into_iter()
             .filter(|&index| self.journal.parts[index].is_enqueued())
             .map(|index| self.journal.parts[index].tokens)
             .sum();
         self.end_part(index, "failed")?;
-        if let Some((reason, message)) = batch_failure.stop {
+        if let Some((reason, message)) = batch_failure.endpoint_refusal {
             let failure = RowFailure::new("failed batch", &message);
             self.upstreams[upstream]
-                .all_claimed(RefusalClaim { reason, failure }, &self.settings.retry);
+                .batch_refused(EndpointRefusal { reason, failure }, &self.settings.retry);
             return Ok(());
         }
         let retry = &self.settings.retry;
         let upstream_state = &mut self.upstreams[upstream];
         match batch_failure.over_tokens {
-            Some(stated) => {
-                let half = stated
-                    .filter(|stated| *stated < enqueued)
-                    .unwrap_or(enqueued / 2);
-                let limit = upstream_state.token_limit.unwrap_or(u64::MAX).min(half);
+            Some(stated_limit) => {
+                let reduced = stated_limit
+                    .filter(|stated| *stated < enqueued_tokens)
+                    .unwrap_or(enqueued_tokens / 2);
+                let limit = upstream_state.token_limit.unwrap_or(u64::MAX).min(reduced);
                 upstream_state.token_limit = Some(limit.max(1));
-                if members.len() == 1 && enqueued == tokens {
+                if members.len() == 1 && enqueued_tokens == tokens {
                     upstream_state.single_row_exceeds_limit(tokens, retry);
                 }
             }

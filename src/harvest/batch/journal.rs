@@ -9,7 +9,7 @@
 //! | `created`, `cancelling` | waits until the batch ends and records the answers that the cache lacks |
 //! | `done` | removes its files from `batches/` |
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -24,10 +24,11 @@ use crate::exit::Exit;
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
 
+/// Version of the file format.
 const VERSION: u32 = 1;
 
-/// Fixed text of a request line before its key, before its URL and before its body.
-const LINE: [&str; 3] = [
+/// Fixed texts of a request line: before its key, before its URL and before its body.
+const LINE_TEXTS: [&str; 3] = [
     "{\"custom_id\":\"",
     "\",\"method\":\"POST\",\"url\":\"",
     "\",\"body\":",
@@ -98,12 +99,12 @@ pub(crate) struct PartProgress {
     pub upstream: Option<usize>,
     /// Index in the plan of each row of the part; None if the plan does not have the row.
     pub rows: Vec<Option<u32>>,
-    /// Budget still reserved for it, in US dollars.
-    pub held: f64,
+    /// Part of its reserved budget that is not settled yet, in US dollars.
+    pub unsettled_usd: f64,
     /// Last status reported by the endpoint.
     pub status: String,
     /// True if the request to create the batch had no reply, so that the batch may exist.
-    pub in_doubt: bool,
+    pub is_creation_unconfirmed: bool,
     /// Number of searches for its batch since the last request to create it.
     pub lookups: usize,
     /// Number of times that its input file was not found.
@@ -179,10 +180,10 @@ impl BatchPart {
     }
 }
 
-/// Length of a request line in bytes, from the lengths of its key and body.
+/// Returns the length of a request line in bytes, from the lengths of its key and body.
 pub(crate) fn line_bytes(key: usize, body: usize) -> u64 {
-    let around: usize = LINE.iter().map(|part| part.len()).sum();
-    (around + ENDPOINT.len() + "}\n".len() + key + body) as u64
+    let fixed: usize = LINE_TEXTS.iter().map(|text| text.len()).sum();
+    (fixed + ENDPOINT.len() + "}\n".len() + key + body) as u64
 }
 
 /// Returns the path of the journal.
@@ -200,6 +201,9 @@ pub(crate) fn is_under_way(run_dir: &Path) -> Result<bool> {
 }
 
 /// Checks that no batch is under way, so that real-time requests do not buy its answers again.
+///
+/// # Errors
+/// [`Exit::Usage`] if a batch is under way.
 pub(crate) fn check_none_under_way(run_dir: &Path) -> Result<()> {
     let journal = BatchJournal::load(run_dir)?;
     let parts = journal.parts.iter();
@@ -289,7 +293,8 @@ impl BatchJournal {
         self.run_dir.join("batches")
     }
 
-    /// Writes the two files of a new part: the requests to upload, and a [`PartRow`] for each request.
+    /// Writes the two files of a new part: the requests to upload, and a [`PartRow`] for each request. `entries` are the
+    /// rows, each with its reserved budget in US dollars.
     pub(crate) fn write_rows(
         &self,
         nonce: &str,
@@ -300,14 +305,15 @@ impl BatchJournal {
         crate::fs::create_dir_all(&self.folder())?;
         let mut members = Vec::with_capacity(entries.len());
         crate::fs::write_with(&self.requests(nonce), |file| {
-            let mut at = 0;
+            let mut line_start = 0;
             for &(entry, usd) in entries {
                 let row = &plan.rows[entry.row];
                 let body = plan
                     .body(upstream, row.prompt as usize, row.sample)
                     .to_string();
                 let bound = plan.bound(upstream, entry.row);
-                let line = [LINE[0], &row.key, LINE[1], ENDPOINT, LINE[2]].concat();
+                let [before_key, before_url, before_body] = LINE_TEXTS;
+                let line = [before_key, &row.key, before_url, ENDPOINT, before_body].concat();
                 members.push(PartRow {
                     key: row.key.clone(),
                     prompt_id: plan.prompts[row.prompt as usize].id.clone(),
@@ -316,11 +322,11 @@ impl BatchJournal {
                     usd,
                     input_tokens: bound.input_tokens,
                     output_tokens: bound.output_tokens,
-                    offset: at + line.len() as u64,
+                    offset: line_start + line.len() as u64,
                     bytes: body.len() as u32,
                 });
                 writeln!(file, "{line}{body}}}")?;
-                at += line_bytes(row.key.len(), body.len());
+                line_start += line_bytes(row.key.len(), body.len());
             }
             Ok(())
         })?;
@@ -378,16 +384,13 @@ impl BatchJournal {
         let Ok(folder) = self.folder().read_dir() else {
             return Ok(());
         };
-        let is_kept: HashMap<&str, bool> = self
-            .parts
-            .iter()
-            .map(|part| (part.nonce.as_str(), !part.is_done()))
-            .collect();
+        let unfinished = self.parts.iter().filter(|part| !part.is_done());
+        let nonces: HashSet<&str> = unfinished.map(|part| part.nonce.as_str()).collect();
         for entry in folder {
             let path = entry.context("could not list the batches")?.path();
             let name = path.file_name().and_then(|name| name.to_str());
             let nonce = name.and_then(|name| name.split('.').next());
-            if nonce.is_none_or(|nonce| is_kept.get(nonce) != Some(&true)) {
+            if nonce.is_none_or(|nonce| !nonces.contains(nonce)) {
                 crate::fs::remove_file(&path)?;
             }
         }
@@ -403,7 +406,7 @@ pub(crate) struct RequestFile {
 
 impl RequestFile {
     /// Reads the request body of a row.
-    pub(crate) fn read(&mut self, member: &PartRow) -> Result<serde_json::Value> {
+    pub(crate) fn read_body(&mut self, member: &PartRow) -> Result<serde_json::Value> {
         use std::io::{Read, Seek, SeekFrom};
         let mut body = vec![0; member.bytes as usize];
         let read = self

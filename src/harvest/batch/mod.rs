@@ -190,17 +190,18 @@ impl<'a> BatchRun<'a> {
         self.finish(ended)
     }
 
+    /// Runs the main loop.
     async fn work(&mut self) -> Result<BatchRunEnd> {
         loop {
             self.summary.turns += 1;
-            let time = self.schedule.state(self.clock.now());
-            if time == WindowState::Over && self.deadline_passed_at.is_none() {
+            let window = self.schedule.state(self.clock.now());
+            if window == WindowState::Over && self.deadline_passed_at.is_none() {
                 self.deadline_passed_at = Some(Instant::now());
                 self.progress
                     .note("the deadline has passed: batches under way are cancelled");
             }
             for upstream in 0..self.upstreams.len() {
-                match self.advance(upstream, time == WindowState::Open).await {
+                match self.advance(upstream, window == WindowState::Open).await {
                     Ok(()) => {}
                     Err(BatchStepError::Fatal(error)) => return Err(error),
                     Err(BatchStepError::Attempt(error)) => self.step_failed(upstream, error),
@@ -224,6 +225,7 @@ impl<'a> BatchRun<'a> {
         }
         let is_due = self.upstreams[upstream].next_poll <= now;
         if is_due {
+            // From 0.75 to 1.25, so that processes do not poll together.
             let jitter = 0.75 + fastrand::f64() / 2.0;
             let pause = self.settings.batch.poll.mul_f64(jitter);
             self.upstreams[upstream].next_poll = now + pause;
@@ -262,14 +264,15 @@ impl<'a> BatchRun<'a> {
             && !upstream.waiting.is_empty()
     }
 
-    /// Returns the parts of an upstream that have not ended.
+    /// Returns the indices of the upstream's parts that have not ended.
     fn parts_of(&self, upstream: usize) -> Vec<usize> {
         let parts = self.journal.parts.iter().enumerate();
-        let own =
+        let unfinished =
             parts.filter(|(_, part)| !part.is_done() && part.progress.upstream == Some(upstream));
-        own.map(|(index, _)| index).collect()
+        unfinished.map(|(index, _)| index).collect()
     }
 
+    /// Handles a failed call to the endpoint: the upstream pauses or stops.
     fn step_failed(&mut self, upstream: usize, error: AttemptError) {
         let (pause, message) = self.upstreams[upstream].call_failed(error, &self.settings.retry);
         if pause >= SHORTEST_SHOWN_WAIT {
@@ -280,19 +283,17 @@ impl<'a> BatchRun<'a> {
 
     /// Returns the reason why the main loop ends; None while parts or waiting rows remain.
     fn run_end(&self) -> Option<BatchRunEnd> {
-        let open = |upstream: &&BatchUpstream| !upstream.is_stopped();
-        let is_under_way = |upstream: &BatchUpstream| !self.parts_of(upstream.index).is_empty();
-        let under_way = self.upstreams.iter().filter(open).any(is_under_way);
+        let running = || {
+            let upstreams = self.upstreams.iter();
+            upstreams.filter(|upstream| !upstream.is_stopped())
+        };
+        let has_parts = running().any(|upstream| !self.parts_of(upstream.index).is_empty());
         if let Some(since) = self.deadline_passed_at {
-            let has_waited_long = since.elapsed() >= MAX_CANCEL_TIME;
-            return (!under_way || has_waited_long).then_some(BatchRunEnd::Deadline);
+            let has_timed_out = since.elapsed() >= MAX_CANCEL_TIME;
+            return (!has_parts || has_timed_out).then_some(BatchRunEnd::Deadline);
         }
-        let waiting = self
-            .upstreams
-            .iter()
-            .filter(open)
-            .any(|upstream| !upstream.waiting.is_empty());
-        (!under_way && !waiting).then_some(BatchRunEnd::AllDone)
+        let has_waiting_rows = running().any(|upstream| !upstream.waiting.is_empty());
+        (!has_parts && !has_waiting_rows).then_some(BatchRunEnd::AllDone)
     }
 
     /// Returns the time of the next iteration of the main loop.
@@ -316,11 +317,11 @@ impl<'a> BatchRun<'a> {
                 next
             }
         });
-        let least = now + Duration::from_millis(10);
+        let earliest = now + Duration::from_millis(10);
         times
             .min()
             .unwrap_or(now)
-            .clamp(least, now + CLOCK_CHECK_INTERVAL)
+            .clamp(earliest, now + CLOCK_CHECK_INTERVAL)
     }
 
     /// Records a row as failed.

@@ -38,10 +38,10 @@ pub(crate) struct PartLimits {
 pub(crate) enum PartFull {
     /// Maximum number of rows, request bytes or output bytes of a part.
     Part,
-    /// Enqueued tokens that remain.
+    /// Remaining tokens of the limit of enqueued tokens.
     Tokens,
-    /// Budget that remains.
-    Money,
+    /// Remaining budget.
+    Budget,
     /// Maximum file size, which the row exceeds even as the only row of a part.
     RowTooLarge,
 }
@@ -58,15 +58,15 @@ impl PartLimits {
         }
     }
 
-    /// Returns how many of the first rows fit, their total size, and the limit that the next row would exceed.
-    pub(crate) fn take(
+    /// Returns the number of leading rows that fit, their total size, and the limit that the next row would exceed.
+    pub(crate) fn fit(
         &self,
         rows: impl Iterator<Item = RowSize>,
     ) -> (usize, RowSize, Option<PartFull>) {
         let mut count = 0;
         let mut sum = RowSize::default();
         for row in rows {
-            let with = RowSize {
+            let new_sum = RowSize {
                 bytes: sum.bytes + row.bytes,
                 output_bytes: sum.output_bytes + row.output_bytes,
                 tokens: sum.tokens + row.tokens,
@@ -80,15 +80,15 @@ impl PartLimits {
                     PartFull::Part
                 })
             } else if count == self.rows
-                || with.bytes > self.bytes
+                || new_sum.bytes > self.bytes
                 // The output size is an estimate: it never excludes a single row.
-                || (count > 0 && with.output_bytes > self.output_bytes)
+                || (count > 0 && new_sum.output_bytes > self.output_bytes)
             {
                 Some(PartFull::Part)
-            } else if self.tokens.is_some_and(|tokens| with.tokens > tokens) {
+            } else if self.tokens.is_some_and(|tokens| new_sum.tokens > tokens) {
                 Some(PartFull::Tokens)
-            } else if with.usd > self.usd {
-                Some(PartFull::Money)
+            } else if new_sum.usd > self.usd {
+                Some(PartFull::Budget)
             } else {
                 None
             };
@@ -96,7 +96,7 @@ impl PartLimits {
                 return (count, sum, full);
             }
             count += 1;
-            sum = with;
+            sum = new_sum;
         }
         (count, sum, None)
     }
@@ -173,9 +173,9 @@ mod tests {
                 usd: 300.0,
             };
             let mut next = 0;
-            let mut never = 0;
+            let mut oversized = 0;
             while next < rows.len() {
-                let (count, sum, full) = limits.take(rows[next..].iter().copied());
+                let (count, sum, full) = limits.fit(rows[next..].iter().copied());
                 let part = &rows[next..next + count];
                 prop_assert!(count <= max_rows && sum.bytes <= bytes);
                 prop_assert!(count <= 1 || sum.output_bytes <= output_bytes as f64);
@@ -187,13 +187,13 @@ mod tests {
                     None => prop_assert_eq!(next, rows.len()),
                     Some(PartFull::RowTooLarge) => {
                         prop_assert!(count == 0 && rows[next].bytes > bytes);
-                        never += 1;
+                        oversized += 1;
                         next += 1;
                     }
                     Some(_) => prop_assert!(count > 0, "{full:?}"),
                 }
             }
-            prop_assert_eq!(never, rows.iter().filter(|row| row.bytes > bytes).count());
+            prop_assert_eq!(oversized, rows.iter().filter(|row| row.bytes > bytes).count());
         }
     }
 }

@@ -14,7 +14,7 @@ impl BatchRun<'_> {
     /// queue.
     pub(super) fn recover(&mut self) -> Result<()> {
         self.journal.remove_stale_files()?;
-        let mut members = HashMap::new();
+        let mut position_by_key = HashMap::new();
         for index in 0..self.journal.parts.len() {
             let part = &self.journal.parts[index];
             if part.is_done() {
@@ -25,10 +25,10 @@ impl BatchRun<'_> {
                     && crate::config::teacher::identity(&upstream.settings.teacher) == part.endpoint
             });
             let part_rows = self.journal.members(&part.nonce)?;
-            let open = part_rows
+            let unanswered = part_rows
                 .iter()
                 .filter(|member| !member.is_answered(self.cache));
-            let held = open.map(|member| member.usd).sum();
+            let unsettled_usd = unanswered.map(|member| member.usd).sum();
             if upstream.is_none() {
                 self.progress.note(&format!(
                     "a batch of {} rows is under way at {}, which is not a teacher of this config: it \
@@ -39,23 +39,25 @@ impl BatchRun<'_> {
             }
             self.run_files
                 .account
-                .hold_for_batch(Dollars::at_least(held));
+                .hold_for_batch(Dollars::at_least(unsettled_usd));
             let part = &mut self.journal.parts[index];
             part.progress.upstream = upstream;
-            part.progress.held = held;
-            part.progress.in_doubt = matches!(part.state, PartState::Creating { .. });
+            part.progress.unsettled_usd = unsettled_usd;
+            part.progress.is_creation_unconfirmed =
+                matches!(part.state, PartState::Creating { .. });
             part.progress.rows = vec![None; part_rows.len()];
             for (line, member) in part_rows.into_iter().enumerate() {
-                members.insert(member.key, (index, line));
+                position_by_key.insert(member.key, (index, line));
             }
         }
-        if members.is_empty() {
+        if position_by_key.is_empty() {
             return Ok(());
         }
         let mut recovered_rows = HashSet::new();
         for (row, planned) in self.plan.rows.iter().enumerate() {
-            let has_old_key = || members.get(planned.old_key.as_deref()?);
-            if let Some(&(index, line)) = members.get(&planned.key).or_else(has_old_key) {
+            let by_old_key = || position_by_key.get(planned.old_key.as_deref()?);
+            let position = position_by_key.get(&planned.key).or_else(by_old_key);
+            if let Some(&(index, line)) = position {
                 self.journal.parts[index].progress.rows[line] = Some(row as u32);
                 recovered_rows.insert(row);
             }

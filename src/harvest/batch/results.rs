@@ -10,10 +10,10 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::braces::object_end;
-use crate::client::attempt_error::{AttemptError, RefusalClaim, RefusalReason, RowFailure};
+use crate::client::attempt_error::{AttemptError, EndpointRefusal, RefusalReason, RowFailure};
 use crate::client::batch_object::BatchFileError;
 use crate::client::outcome;
-use crate::client::response::completion::{Completion, names_choices};
+use crate::client::response::completion::{Completion, mentions_choices};
 use crate::client::response::error::{ApiError, is_error};
 use crate::client::response::json;
 use crate::client::transport::HttpReply;
@@ -24,6 +24,7 @@ pub(crate) struct RowResult {
     pub result: Result<Box<Completion>, AttemptError>,
 }
 
+/// Line of an output or error file.
 #[derive(Deserialize)]
 struct ResultLine<'a> {
     custom_id: String,
@@ -35,6 +36,7 @@ struct ResultLine<'a> {
     error: Value,
 }
 
+/// Response to a row.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Response<'a> {
@@ -45,12 +47,12 @@ struct Response<'a> {
     body: Option<&'a RawValue>,
 }
 
-/// Parses a line into results, usually one; some servers write several rows on a line. An item is None if it names no
-/// row.
-pub(crate) fn read(line: &Bytes) -> Vec<Option<RowResult>> {
-    match read_json(line) {
-        Some(outcome) => vec![Some(outcome)],
-        None => values(line).iter().map(read_one).collect(),
+/// Parses a line into the results of its rows: usually one row, but some servers write several rows on a line. An item
+/// is None if it names no row.
+pub(crate) fn parse_line(line: &Bytes) -> Vec<Option<RowResult>> {
+    match parse_strict_row(line) {
+        Some(row_result) => vec![Some(row_result)],
+        None => split_rows(line).iter().map(parse_row).collect(),
     }
 }
 
@@ -62,25 +64,26 @@ const MAX_DEPTH: usize = 5;
 
 /// Splits a line into rows: items of a list, consecutive objects, or fields of an object, with any text between them.
 /// Invalid JSON is repaired.
-fn values(line: &Bytes) -> Vec<Bytes> {
+fn split_rows(line: &Bytes) -> Vec<Bytes> {
     let mut rows = Vec::new();
-    let mut at = 0;
-    while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {
-        let rest = line.slice(start..);
-        let mut strict = serde_json::Deserializer::from_slice(&rest).into_iter::<&RawValue>();
+    let mut position = 0;
+    while let Some(brace) = memchr::memchr(b'{', &line[position..]) {
+        let start = position + brace;
+        let remaining = line.slice(start..);
+        let mut strict = serde_json::Deserializer::from_slice(&remaining).into_iter::<&RawValue>();
         if let Some(Ok(value)) = strict.next() {
-            rows.extend(rows_in(&rest, value));
-            at = start + strict.byte_offset();
-        } else if let Some(end) = object_end(&rest) {
-            rows.extend(repaired_rows(&rest.slice(..end)));
-            at = start + end;
-        } else if is_before(CUSTOM_ID, b'{', &rest[1..]) {
+            rows.extend(rows_in(&remaining, value));
+            position = start + strict.byte_offset();
+        } else if let Some(end) = object_end(&remaining) {
+            rows.extend(repaired_rows(&remaining.slice(..end)));
+            position = start + end;
+        } else if is_before(CUSTOM_ID, b'{', &remaining[1..]) {
             // The row is truncated.
-            rows.extend(values_by_braces(&rest));
+            rows.extend(split_at_braces(&remaining));
             break;
         } else {
             // The list or object around the rows is truncated.
-            at = start + 1;
+            position = start + 1;
         }
     }
     if rows.is_empty() {
@@ -92,20 +95,19 @@ fn values(line: &Bytes) -> Vec<Bytes> {
 /// Splits an object that is not strict JSON into rows.
 fn repaired_rows(object: &Bytes) -> Vec<Bytes> {
     let Ok(text) = json::repaired(object).map(Bytes::from) else {
-        return values_by_braces(object);
+        return split_at_braces(object);
     };
     let rows = serde_json::from_slice(&text).map(|value| rows_in(&text, value));
     rows.ok()
         .filter(|rows| !rows.is_empty())
-        .unwrap_or_else(|| values_by_braces(object))
+        .unwrap_or_else(|| split_at_braces(object))
 }
 
 /// Returns the rows in a value, which is a slice of `text`.
 fn rows_in(text: &Bytes, value: &RawValue) -> Vec<Bytes> {
-    let mut found = Vec::new();
-    add_rows(value, MAX_DEPTH, &mut found);
-    let found = found.into_iter();
-    found
+    let mut rows = Vec::new();
+    add_rows(value, MAX_DEPTH, &mut rows);
+    rows.into_iter()
         .map(|row| text.slice_ref(row.get().as_bytes()))
         .collect()
 }
@@ -141,35 +143,38 @@ fn add_rows<'a>(value: &'a RawValue, depth: usize, rows: &mut Vec<&'a RawValue>)
 }
 
 /// Splits a text at its braces, because it cannot be repaired into JSON.
-fn values_by_braces(line: &Bytes) -> Vec<Bytes> {
-    let mut values = Vec::new();
-    let mut at = 0;
-    while let Some(start) = memchr::memchr(b'{', &line[at..]).map(|start| at + start) {
-        let rest = &line[start..];
-        let ids: Vec<usize> = memchr::memmem::find_iter(rest, CUSTOM_ID).take(2).collect();
-        let end = object_end(rest).unwrap_or(rest.len());
+fn split_at_braces(line: &Bytes) -> Vec<Bytes> {
+    let mut rows = Vec::new();
+    let mut position = 0;
+    while let Some(brace) = memchr::memchr(b'{', &line[position..]) {
+        let start = position + brace;
+        let remaining = &line[start..];
+        let ids: Vec<usize> = memchr::memmem::find_iter(remaining, CUSTOM_ID)
+            .take(2)
+            .collect();
+        let end = object_end(remaining).unwrap_or(remaining.len());
         match ids[..] {
             // The object has several rows, or its first row is truncated.
             [first, second] if second < end => {
-                let inner = brace_before(rest, first);
+                let inner = brace_before(remaining, first);
                 if inner > 0 {
-                    at = start + inner;
+                    position = start + inner;
                     continue;
                 }
-                let next = brace_before(rest, second);
-                values.push(line.slice(start..start + next.max(1)));
-                at = start + next.max(1);
+                let next = brace_before(remaining, second).max(1);
+                rows.push(line.slice(start..start + next));
+                position = start + next;
             }
             _ => {
-                values.push(line.slice(start..start + end));
-                at = start + end;
+                rows.push(line.slice(start..start + end));
+                position = start + end;
             }
         }
     }
-    if values.is_empty() {
-        values.push(line.clone());
+    if rows.is_empty() {
+        rows.push(line.clone());
     }
-    values
+    rows
 }
 
 /// Finds the opening brace of the object whose field is at `field`: the nearest brace before it if no closing brace
@@ -194,38 +199,41 @@ fn brace_before(text: &[u8], field: usize) -> usize {
     0
 }
 
-/// Parses a value into the result of its row, after a repair if it is not strict JSON. None if it names no row.
-fn read_one(line: &Bytes) -> Option<RowResult> {
-    if let Some(outcome) = read_json(line) {
-        return Some(outcome);
+/// Parses one row into its result, after a repair if it is not strict JSON. None if it has no id.
+fn parse_row(line: &Bytes) -> Option<RowResult> {
+    if let Some(row_result) = parse_strict_row(line) {
+        return Some(row_result);
     }
     let repaired = json::repaired(line).ok().map(Bytes::from);
-    repaired.and_then(|line| read_json(&line)).or_else(|| {
-        let unreadable = AttemptError::Unreadable {
-            problem: "a line of a batch that is not JSON".into(),
-            body: line.clone(),
-        };
-        Some(RowResult {
-            custom_id: custom_id(line)?,
-            result: Err(unreadable),
+    repaired
+        .and_then(|line| parse_strict_row(&line))
+        .or_else(|| {
+            let unreadable = AttemptError::Unreadable {
+                problem: "a line of a batch that is not JSON".into(),
+                body: line.clone(),
+            };
+            Some(RowResult {
+                custom_id: custom_id(line)?,
+                result: Err(unreadable),
+            })
         })
-    })
 }
 
 /// Finds the id of the row in a line that is not JSON.
 fn custom_id(line: &[u8]) -> Option<String> {
-    let rest = &line[memchr::memmem::find(line, CUSTOM_ID)? + CUSTOM_ID.len()..];
-    let rest = rest
+    let after_name = &line[memchr::memmem::find(line, CUSTOM_ID)? + CUSTOM_ID.len()..];
+    let value = after_name
         .trim_ascii_start()
         .strip_prefix(b":")?
         .trim_ascii_start();
-    match json::value(rest).ok()? {
+    match json::value(value).ok()? {
         Value::String(id) => Some(id),
         _ => None,
     }
 }
 
-fn read_json(line: &Bytes) -> Option<RowResult> {
+/// Parses a row of strict JSON. None for any other text.
+fn parse_strict_row(line: &Bytes) -> Option<RowResult> {
     let ResultLine {
         custom_id,
         response,
@@ -237,7 +245,7 @@ fn read_json(line: &Bytes) -> Option<RowResult> {
         None => (0, &line[..]),
     };
     let status = match status {
-        0 if names_choices(body) => 200,
+        0 if mentions_choices(body) => 200,
         status => status,
     };
     let result = if status > 0 {
@@ -278,7 +286,7 @@ fn classify_without_response(error: &Value) -> AttemptError {
     };
     let failure = RowFailure::new(class, &error.message);
     if let Some(reason) = crate::client::refusal_reason::refusal_reason(error, false) {
-        return AttemptError::Claim(RefusalClaim { reason, failure });
+        return AttemptError::EndpointRefused(EndpointRefusal { reason, failure });
     }
     if error.is_content_filter() {
         return AttemptError::Filtered(failure);
@@ -306,8 +314,8 @@ fn is_row_specific(error: &ApiError) -> bool {
 pub(crate) struct BatchFailure {
     /// Some if more tokens are enqueued than the account allows; the inner value is the limit, if stated.
     pub over_tokens: Option<Option<u64>>,
-    /// Claim that no batch can succeed.
-    pub stop: Option<(RefusalReason, String)>,
+    /// Reason and message of an error that says that no batch can succeed.
+    pub endpoint_refusal: Option<(RefusalReason, String)>,
     /// Index, from 0, and failure of each line of the input file that the endpoint refuses.
     pub lines: Vec<(usize, RowFailure)>,
     /// First error message, or a text that says that the endpoint gave no reason.
@@ -328,7 +336,8 @@ pub(crate) fn classify_batch_failure(errors: &[BatchFileError]) -> BatchFailure 
         if error.code == "token_limit_exceeded" {
             batch_failure.over_tokens = Some(stated_limit(&error.message));
         } else if let Some(reason) = crate::client::refusal_reason::refusal_reason(error, false) {
-            batch_failure.stop.get_or_insert((reason, failure.message));
+            let refusal = (reason, failure.message);
+            batch_failure.endpoint_refusal.get_or_insert(refusal);
         } else if let Some(line) = line.and_then(|line| usize::try_from(line).ok()?.checked_sub(1))
         {
             batch_failure.lines.push((line, failure));
@@ -339,8 +348,8 @@ pub(crate) fn classify_batch_failure(errors: &[BatchFileError]) -> BatchFailure 
 
 /// Parses the number in "Limit: 90,000 enqueued tokens".
 fn stated_limit(message: &str) -> Option<u64> {
-    let (_, rest) = message.split_once("Limit: ")?;
-    let digits = rest.chars().take_while(|char| !char.is_whitespace());
+    let (_, after) = message.split_once("Limit: ")?;
+    let digits = after.chars().take_while(|char| !char.is_whitespace());
     let digits: String = digits.filter(char::is_ascii_digit).collect();
     digits.parse().ok()
 }

@@ -13,7 +13,7 @@ use crate::client::transport::TransportError;
 /// Reader of the rows of a results file.
 pub(crate) struct ResultRows {
     lines: FileLines,
-    /// Text so far of an object that has not ended yet.
+    /// Text read so far of an object that spans several lines.
     open: BytesMut,
     braces: Braces,
     /// Rows that `next` returns before it reads more lines.
@@ -49,6 +49,7 @@ impl ResultRows {
         self.lines.skipped
     }
 
+    /// Adds a line: to the open object if there is one or the line begins one, otherwise to `ready`.
     fn push_line(&mut self, line: Bytes) {
         let text = line.trim_ascii();
         let is_row = text.starts_with(b"{") && find(text, CUSTOM_ID).is_some();
@@ -68,17 +69,17 @@ impl ResultRows {
     /// Adds a line to the open object. Moves each object that the line completes to `ready`.
     fn join(&mut self, line: Bytes) {
         let mut start = 0;
-        for (at, byte) in line.iter().enumerate() {
+        for (index, byte) in line.iter().enumerate() {
             let before = self.braces.depth;
             if !self.braces.push(*byte) {
                 continue;
             }
             if before == 0 {
-                start = at;
+                start = index;
             } else if self.braces.depth == 0 {
-                self.open.extend_from_slice(&line[start..=at]);
+                self.open.extend_from_slice(&line[start..=index]);
                 self.flush_object();
-                start = at + 1;
+                start = index + 1;
             }
         }
         self.braces.end_line();

@@ -22,7 +22,7 @@ use crate::plan::queue::QueuedRow;
 /// Delay in seconds before each search for a batch whose creation had no reply. A new batch may be listed late.
 const LOOKUP_DELAYS_S: [u64; 4] = [0, 5, 15, 40];
 
-/// Number of times that an uploaded file may be "not found" before a second upload, and before the upstream stops.
+/// Numbers of times that an uploaded file may be "not found": before a second upload, and before the upstream stops.
 const FILE_NOT_FOUND_LIMITS: [u32; 2] = [6, 12];
 
 /// Maximum clock skew in seconds: the search for a nonce covers batches created up to this long before its part.
@@ -33,23 +33,23 @@ impl BatchRun<'_> {
     pub(super) fn plan_part(&mut self, upstream: usize) -> Result<Option<usize>> {
         let sizes: Vec<RowSize> = {
             let waiting = self.upstreams[upstream].waiting.iter();
-            let most = self.settings.batch.max_requests;
+            // One more row shows whether the part is full.
             waiting
-                .take(most + 1)
+                .take(self.settings.batch.max_requests + 1)
                 .map(|entry| self.size(upstream, entry.row))
                 .collect()
         };
-        let enqueued: u64 = self
+        let enqueued_tokens: u64 = self
             .parts_of(upstream)
             .into_iter()
             .map(|index| self.journal.parts[index].tokens)
             .sum();
-        let first = sizes.first().map_or(0, |size| size.tokens);
+        let first_tokens = sizes.first().map_or(0, |size| size.tokens);
         let tokens = self.upstreams[upstream].token_limit.map(|limit| {
-            let available = limit.saturating_sub(enqueued);
+            let available = limit.saturating_sub(enqueued_tokens);
             // If nothing is enqueued, one row is always tried, because the token count is an estimate.
-            if enqueued == 0 {
-                available.max(first)
+            if enqueued_tokens == 0 {
+                available.max(first_tokens)
             } else {
                 available
             }
@@ -59,11 +59,11 @@ impl BatchRun<'_> {
             tokens,
             self.run_files.account.remaining().usd(),
         );
-        let (count, sum, full) = limits.take(sizes.iter().copied());
+        let (count, sum, full) = limits.fit(sizes.iter().copied());
         if count == 0 {
             match full {
                 Some(PartFull::RowTooLarge) => self.fail_too_large(upstream, sizes[0].bytes),
-                Some(PartFull::Money) => self.stop_without_money(upstream),
+                Some(PartFull::Budget) => self.stop_without_budget(upstream),
                 _ => {}
             }
             return Ok(None);
@@ -92,7 +92,7 @@ impl BatchRun<'_> {
                     .iter()
                     .map(|(entry, _)| Some(entry.row as u32))
                     .collect(),
-                held: sum.usd,
+                unsettled_usd: sum.usd,
                 ..PartProgress::default()
             },
         });
@@ -126,12 +126,12 @@ impl BatchRun<'_> {
     }
 
     /// Stops the upstream because the budget is used up, unless a part that has not ended may still release budget.
-    fn stop_without_money(&mut self, upstream: usize) {
-        let mut open = self
+    fn stop_without_budget(&mut self, upstream: usize) {
+        let mut running = self
             .upstreams
             .iter()
             .filter(|upstream| !upstream.is_stopped());
-        if open.any(|upstream| !self.parts_of(upstream.index).is_empty()) {
+        if running.any(|upstream| !self.parts_of(upstream.index).is_empty()) {
             return;
         }
         let error = crate::budget::account::budget_exhausted(&self.run_files.account);
@@ -153,13 +153,13 @@ impl BatchRun<'_> {
             {
                 return Ok(());
             }
-            let is_over = self.deadline_passed_at.is_some();
+            let is_past_deadline = self.deadline_passed_at.is_some();
             match part.state.clone() {
-                PartState::Creating { file } if part.progress.in_doubt => {
+                PartState::Creating { file } if part.progress.is_creation_unconfirmed => {
                     self.find_batch(index, file).await?
                 }
                 PartState::Planned | PartState::Uploaded { .. } | PartState::Creating { .. }
-                    if is_over =>
+                    if is_past_deadline =>
                 {
                     self.return_rows(index)?;
                 }
@@ -202,7 +202,7 @@ impl BatchRun<'_> {
             "metadata": {"nonce": self.journal.parts[index].nonce},
         });
         // Until the reply arrives, the batch may or may not exist.
-        self.journal.parts[index].progress.in_doubt = true;
+        self.journal.parts[index].progress.is_creation_unconfirmed = true;
         let reply = batches(&transport)?.create(&body).await;
         let progress = &mut self.journal.parts[index].progress;
         let reply = match batch_object::check(reply, self.clock.now().into()) {
@@ -211,8 +211,9 @@ impl BatchRun<'_> {
                 if is_file_missing(&failure)
                     && progress.input_not_found < FILE_NOT_FOUND_LIMITS[1] =>
             {
-                progress.in_doubt = false;
+                progress.is_creation_unconfirmed = false;
                 progress.input_not_found += 1;
+                // 1 s the first time, doubled each time up to 32 s.
                 let pause = Duration::from_millis(500 << progress.input_not_found.min(6));
                 progress.not_before = Some(Instant::now() + pause);
                 let state = if progress.input_not_found == FILE_NOT_FOUND_LIMITS[0] {
@@ -225,8 +226,8 @@ impl BatchRun<'_> {
             Err(error) => {
                 progress.lookups = 0;
                 // A refusal creates no batch. A connection may have broken after the batch was created.
-                progress.in_doubt = matches!(&error, AttemptError::Transient { failure, .. } if !failure.unreachable);
-                if !progress.in_doubt {
+                progress.is_creation_unconfirmed = matches!(&error, AttemptError::Transient { failure, .. } if !failure.is_unreachable);
+                if !progress.is_creation_unconfirmed {
                     self.journal.set(index, PartState::Uploaded { file })?;
                 }
                 return Err(error.into());
@@ -249,7 +250,7 @@ impl BatchRun<'_> {
         let batch = object.id;
         self.journal.set(index, PartState::Created { batch })?;
         let part = &mut self.journal.parts[index];
-        part.progress.in_doubt = false;
+        part.progress.is_creation_unconfirmed = false;
         part.progress.status = object.status;
         self.summary.requests += part.rows;
         Ok(())
@@ -293,7 +294,7 @@ impl BatchRun<'_> {
                 progress.not_before = Some(Instant::now() + Duration::from_secs(pause));
             }
             None => {
-                progress.in_doubt = false;
+                progress.is_creation_unconfirmed = false;
                 self.journal.set(index, PartState::Uploaded { file })?;
             }
         }
@@ -314,12 +315,11 @@ impl BatchRun<'_> {
         let (upstream, _) = self.upstream_of(index)?;
         let price = self.upstreams[upstream].settings.price.clone();
         let part = &mut self.journal.parts[index];
-        let held = std::mem::take(&mut part.progress.held);
+        let unsettled = Dollars::at_least(std::mem::take(&mut part.progress.unsettled_usd));
         let rows = part.rows;
-        let held = Dollars::at_least(held);
         self.run_files
             .account
-            .settle_batch(held, held, rows, Charge::Nothing, &price)?;
+            .settle_batch(unsettled, unsettled, rows, Charge::Nothing, &price)?;
         // The answers and the account are written first, because later runs do not read a part that has ended.
         self.cache.sync()?;
         self.run_files.account.tick()?;

@@ -7,13 +7,13 @@ use std::time::Duration;
 use anyhow::anyhow;
 use tokio::time::Instant;
 
-use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
-use crate::client::outcome;
+use crate::client::attempt_error::{AttemptError, EndpointRefusal, RowFailure};
 use crate::client::transport::BatchApi;
 use crate::client::transport::Transport;
 use crate::config;
 use crate::exit::Exit;
 use crate::harvest::answer_monitor::AnswerMonitor;
+use crate::harvest::backoff::backoff;
 use crate::harvest::run_error;
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
@@ -22,11 +22,15 @@ use crate::plan::run_settings::RunSettings;
 /// Number of failed calls after which an upstream stops if its address has never replied.
 const FIRST_CONTACT_CALLS: u32 = 3;
 
-/// Number of consecutive claims "no request can succeed" that are tolerated from an endpoint that has worked before.
-const MAX_CLAIMS: u32 = 4;
+/// Maximum number of consecutive endpoint refusals ([`EndpointRefusal`]) from an endpoint that has worked before. The
+/// next one stops it.
+const MAX_ENDPOINT_REFUSALS: u32 = 4;
 
 /// Number of consecutive failed batches after which the upstream stops.
 const MAX_FAILED_BATCHES: u32 = 3;
+
+/// Minimum pause after a batch of one row exceeded the limit of enqueued tokens.
+const MIN_TOKEN_LIMIT_PAUSE: Duration = Duration::from_secs(30);
 
 /// Live state of an endpoint in batch mode.
 pub(crate) struct BatchUpstream {
@@ -53,9 +57,9 @@ pub(crate) struct BatchUpstream {
     failed_batches: u32,
     /// True once the endpoint has accepted a batch.
     pub has_batches: bool,
-    /// Number of batches without answers that claimed that no request can succeed, since the last batch with answers.
-    claims: u32,
-    /// Number of calls since the last success whose reply claimed that no request can succeed.
+    /// Number of batches without answers, since the last batch with answers, that ended with an endpoint refusal.
+    refused_batches: u32,
+    /// Number of calls since the last success that were answered by an endpoint refusal.
     refused_calls: u32,
     /// Detects consecutive answers that training cannot use.
     pub monitor: AnswerMonitor,
@@ -86,7 +90,7 @@ impl BatchUpstream {
             has_replied: false,
             failed_batches: 0,
             has_batches: false,
-            claims: 0,
+            refused_batches: 0,
             refused_calls: 0,
             monitor: AnswerMonitor::from_settings(&plan.templates[index].endpoint, run),
             stopped: None,
@@ -122,8 +126,8 @@ impl BatchUpstream {
     ) -> (Duration, String) {
         let now = Instant::now();
         self.failures += 1;
-        let (least, message) = match error {
-            AttemptError::Claim(claim) => return self.claimed(claim, retry),
+        let (min_pause, message) = match error {
+            AttemptError::EndpointRefused(refusal) => return self.call_refused(refusal, retry),
             AttemptError::Refused(failure) | AttemptError::Filtered(failure) => {
                 self.stop(anyhow!(
                     "the endpoint accepts no batches ({}): set `schedule.mode = \"realtime\"`, or \
@@ -139,9 +143,9 @@ impl BatchUpstream {
             AttemptError::KeyRenewed => return (Duration::ZERO, String::new()),
             AttemptError::Unreadable { problem, .. } => (None, problem),
             AttemptError::Transient { failure, wait } => {
-                self.has_replied |= !failure.unreachable;
+                self.has_replied |= !failure.is_unreachable;
                 if !self.has_replied && self.failures >= FIRST_CONTACT_CALLS {
-                    self.stop(run_error::nothing_answers(
+                    self.stop(run_error::no_reply(
                         &self.settings.teacher,
                         &failure.message,
                     ));
@@ -149,45 +153,52 @@ impl BatchUpstream {
                 (Some(wait), failure.message)
             }
         };
-        let silence = now - self.last_success;
-        if silence >= retry.max_outage {
-            self.stop(run_error::outage(silence, &message));
+        let outage = now - self.last_success;
+        if outage >= retry.max_outage {
+            self.stop(run_error::outage(outage, &message));
         }
         // Jitter applies to the upper half of the pause only.
         let random = 0.5 + fastrand::f64() / 2.0;
-        let pause = outcome::backoff(self.failures, retry, random).max(least.unwrap_or_default());
+        let pause = backoff(self.failures, retry, random).max(min_pause.unwrap_or_default());
         self.not_before = now + pause;
         (pause, message)
     }
 
-    /// Handles a reply that claims that no request can succeed. The upstream stops at the first claim if the endpoint
-    /// has not accepted a batch yet, and otherwise after more than [`MAX_CLAIMS`] claims.
-    fn claimed(&mut self, claim: RefusalClaim, retry: &config::RetryConfig) -> (Duration, String) {
+    /// Handles an endpoint refusal in reply to a call. The upstream stops at the first one if the endpoint has not
+    /// accepted a batch yet, and otherwise after more than [`MAX_ENDPOINT_REFUSALS`] of them.
+    fn call_refused(
+        &mut self,
+        refusal: EndpointRefusal,
+        retry: &config::RetryConfig,
+    ) -> (Duration, String) {
         self.refused_calls += 1;
-        let pause = outcome::backoff(self.failures, retry, 1.0);
+        let pause = backoff(self.failures, retry, 1.0);
         self.not_before = Instant::now() + pause;
-        let message = claim.failure.message.clone();
-        self.stop_if_confirmed(claim, self.has_batches, self.refused_calls);
+        let message = refusal.failure.message.clone();
+        self.stop_if_confirmed(refusal, self.has_batches, self.refused_calls);
         (pause, message)
     }
 
-    /// Handles a batch without answers that claims that no request can succeed, like [`BatchUpstream::claimed`].
-    pub(crate) fn all_claimed(&mut self, claim: RefusalClaim, retry: &config::RetryConfig) {
-        self.claims += 1;
-        self.not_before = Instant::now() + outcome::backoff(self.claims, retry, 1.0);
-        self.stop_if_confirmed(claim, self.has_answered, self.claims);
+    /// Handles an endpoint refusal in a batch without answers. The upstream stops at the first one if no row was answered
+    /// yet, and otherwise after more than [`MAX_ENDPOINT_REFUSALS`] of them.
+    pub(crate) fn batch_refused(&mut self, refusal: EndpointRefusal, retry: &config::RetryConfig) {
+        self.refused_batches += 1;
+        self.not_before = Instant::now() + backoff(self.refused_batches, retry, 1.0);
+        self.stop_if_confirmed(refusal, self.has_answered, self.refused_batches);
     }
 
-    fn stop_if_confirmed(&mut self, claim: RefusalClaim, is_doubtful: bool, times: u32) {
-        let RefusalClaim { reason, failure } = claim;
+    /// Stops after `count` endpoint refusals, if these are enough. `has_worked` is true if the endpoint has worked before,
+    /// so that more than one is needed.
+    fn stop_if_confirmed(&mut self, refusal: EndpointRefusal, has_worked: bool, count: u32) {
+        let EndpointRefusal { reason, failure } = refusal;
         let teacher = &self.settings.teacher;
-        if !is_doubtful {
+        if !has_worked {
             self.stop(crate::client::refused::refused(
                 reason,
                 &failure.message,
                 teacher,
             ));
-        } else if times > MAX_CLAIMS {
+        } else if count > MAX_ENDPOINT_REFUSALS {
             self.stop(crate::client::refused::refused_after_answers(
                 reason,
                 &failure.message,
@@ -199,7 +210,7 @@ impl BatchUpstream {
     /// Resets the failure counts after a batch with answers or with rows that a content filter refused.
     pub(crate) fn batch_succeeded(&mut self) {
         self.failed_batches = 0;
-        self.claims = 0;
+        self.refused_batches = 0;
     }
 
     /// Handles a batch that failed as a whole.
@@ -211,7 +222,7 @@ impl BatchUpstream {
                  `[sampling]` or `[teacher]`, or set `schedule.mode = \"realtime\"`"
             ));
         }
-        self.not_before = Instant::now() + outcome::backoff(self.failed_batches, retry, 1.0);
+        self.not_before = Instant::now() + backoff(self.failed_batches, retry, 1.0);
     }
 
     /// Handles a batch of one row that exceeds the limit of enqueued tokens although no other batch is under way.
@@ -224,8 +235,8 @@ impl BatchUpstream {
             );
             self.stop(Exit::Resumable(message).into());
         }
-        let pause = outcome::backoff(self.failed_batches, retry, 1.0);
-        self.not_before = Instant::now() + pause.max(Duration::from_secs(30));
+        let pause = backoff(self.failed_batches, retry, 1.0);
+        self.not_before = Instant::now() + pause.max(MIN_TOKEN_LIMIT_PAUSE);
     }
 }
 

@@ -19,17 +19,19 @@ pub(crate) struct DispatchEnd {
 }
 
 impl Dispatcher<'_> {
+    /// Closes the run files and writes the summary. Requests still in flight count as lost attempts.
     pub(super) fn finish(mut self) -> Result<DispatchEnd> {
-        let synced = self.cache.sync();
-        synced.map_err(|error| run_error::not_recorded(error, self.cache.safe_len()))?;
+        self.cache
+            .sync()
+            .map_err(|error| run_error::not_recorded(error, self.cache.intact_len()))?;
         self.check_cache()?;
         self.record_time();
         let still_in_flight = (self.in_flight.len() + self.held_answers.take().len()) as u64;
-        let noted = self.note_suspects();
-        self.downgrade_write_error(noted)?;
+        let written = self.record_suspects();
+        self.downgrade_write_error(written)?;
         let closed = self.run_files.close(&mut self.upstreams, still_in_flight);
         self.downgrade_write_error(closed)?;
-        self.note_dollars();
+        self.update_costs();
         let mut summary = std::mem::take(&mut self.summary);
         summary.attempts_lost += still_in_flight;
         summary.pending = summary.total - summary.done();
@@ -53,7 +55,7 @@ impl Dispatcher<'_> {
     }
 
     /// Records the suspect rows, which the next run sends last, and the failed rows whose error class is new.
-    fn note_suspects(&mut self) -> Result<()> {
+    fn record_suspects(&mut self) -> Result<()> {
         for upstream in &self.upstreams {
             for row in upstream.suspects() {
                 let failure = RowFailure::new("", "");

@@ -65,10 +65,10 @@ pub(crate) struct Dispatcher<'a> {
     wake: Arc<Notify>,
     summary: HarvestSummary,
     timeline: Timeline,
-    /// Error that ends the run: no request is sent, requests in flight finish.
+    /// Error that ends the run: no more requests are sent, and the requests in flight finish.
     stop: Option<anyhow::Error>,
     /// True once a signal has arrived; the next signal stops the run immediately.
-    signalled: bool,
+    has_signal: bool,
     /// True once another process has moved or changed the files of the cache.
     is_displaced: bool,
     /// True if the request window was closed at the last check.
@@ -87,9 +87,10 @@ enum SendOutcome {
     /// The next request may be sent at this time.
     NotBefore(Instant),
     /// No request can be sent before another event: no row is waiting, all slots are in use, or the disk is full.
-    Full,
-    /// The budget does not cover the request now. It may cover it later, if requests in flight cost less than reserved.
-    NoMoney,
+    Blocked,
+    /// The budget does not cover the request now. It may cover the request later, if requests in flight cost less than
+    /// reserved.
+    NoBudget,
 }
 
 impl<'a> Dispatcher<'a> {
@@ -125,7 +126,7 @@ impl<'a> Dispatcher<'a> {
             wake: Arc::default(),
             timeline: Timeline::new(now, clock.now()),
             stop: None,
-            signalled: false,
+            has_signal: false,
             is_displaced: false,
             is_closed: false,
             started: now,
@@ -160,12 +161,12 @@ impl<'a> Dispatcher<'a> {
     /// Runs like [`Dispatcher::run`], and also returns the state that another dispatcher can reuse.
     pub(crate) async fn run_to_end(mut self, mut signals: Signals) -> Result<DispatchEnd> {
         let upstreams = self.upstreams.iter();
-        let most_in_flight = upstreams.map(|upstream| upstream.settings.limits.concurrency as u64);
+        let max_in_flight = upstreams.map(|upstream| upstream.settings.limits.concurrency as u64);
         self.run_files
             .account
-            .expect_in_flight(most_in_flight.sum())?;
-        let mut seconds = interval(Duration::from_secs(1));
-        seconds.set_missed_tick_behavior(MissedTickBehavior::Skip);
+            .expect_in_flight(max_in_flight.sum())?;
+        let mut every_second = interval(Duration::from_secs(1));
+        every_second.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
             self.summary.turns += 1;
             let wake = self.send_ready_rows()?;
@@ -177,17 +178,17 @@ impl<'a> Dispatcher<'a> {
                 Some(number) = signals.next() => {
                     // Do not delay the exit by compression.
                     self.cache.stop_compressing();
-                    if self.signalled(number) {
+                    if self.handle_signal(number) {
                         break;
                     }
                 }
                 Some(finished) = self.in_flight.join_next() => {
-                    let group = self.group(finished).await;
-                    self.handle_result(group)?;
+                    let group = self.collect_group(finished).await;
+                    self.handle_group(group)?;
                 }
                 () = sleep_until(wake.unwrap_or(self.started)), if wake.is_some() => {}
                 () = self.wake.notified() => self.poll_limiter_events(),
-                _ = seconds.tick() => self.tick()?,
+                _ = every_second.tick() => self.tick()?,
             }
         }
         self.finish()
@@ -197,8 +198,8 @@ impl<'a> Dispatcher<'a> {
         self.upstreams.iter().all(Upstream::is_done)
     }
 
-    /// Sends requests until the rows, the concurrency, the limits or the budget are used up. Returns the time of the
-    /// next attempt; None if it has to wait for another event.
+    /// Sends requests until the rows, the concurrency, the limits or the budget are used up. Returns the time at which
+    /// to try again; None if another event must come first.
     fn send_ready_rows(&mut self) -> Result<Option<Instant>> {
         if let Some(until) = self.wait_for_disk_space()? {
             return Ok(Some(until));
@@ -210,7 +211,7 @@ impl<'a> Dispatcher<'a> {
             return Ok(None);
         }
         let mut wake: Option<Instant> = None;
-        let mut is_short_of_money = false;
+        let mut is_budget_short = false;
         for index in 0..self.upstreams.len() {
             loop {
                 match self.send_next(index)? {
@@ -219,15 +220,15 @@ impl<'a> Dispatcher<'a> {
                         wake = Some(wake.map_or(until, |wake| wake.min(until)));
                         break;
                     }
-                    SendOutcome::Full => break,
-                    SendOutcome::NoMoney => {
-                        is_short_of_money = true;
+                    SendOutcome::Blocked => break,
+                    SendOutcome::NoBudget => {
+                        is_budget_short = true;
                         break;
                     }
                 }
             }
         }
-        if is_short_of_money && self.in_flight.is_empty() && wake.is_none() {
+        if is_budget_short && self.in_flight.is_empty() && wake.is_none() {
             self.stop
                 .get_or_insert(crate::budget::account::budget_exhausted(
                     &self.run_files.account,
@@ -264,14 +265,18 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
+    /// Sends the next row of an upstream, if its limits and the budget allow it.
     fn send_next(&mut self, index: usize) -> Result<SendOutcome> {
         let upstream = &mut self.upstreams[index];
         if upstream.is_done() {
-            return Ok(SendOutcome::Full);
+            return Ok(SendOutcome::Blocked);
         }
-        let entry = match upstream.free_slots().and_then(|()| upstream.next_row()) {
+        let next_row = upstream
+            .check_free_slot()
+            .and_then(|()| upstream.next_row());
+        let entry = match next_row {
             Ok(entry) => entry,
-            Err(wake) => return Ok(wake.map_or(SendOutcome::Full, SendOutcome::NotBefore)),
+            Err(wake) => return Ok(wake.map_or(SendOutcome::Blocked, SendOutcome::NotBefore)),
         };
         let bound = self.plan.bound(index, entry.row);
         let reserved = self
@@ -280,10 +285,10 @@ impl<'a> Dispatcher<'a> {
             .bound(&bound, &upstream.settings.price);
         match self.run_files.reserve(&reserved, upstream) {
             Ok(true) => {}
-            Ok(false) => return Ok(SendOutcome::NoMoney),
+            Ok(false) => return Ok(SendOutcome::NoBudget),
             Err(error) if disk_full::is_full(&error) => {
                 self.note_full_disk(&error);
-                return Ok(SendOutcome::Full);
+                return Ok(SendOutcome::Blocked);
             }
             Err(error) => return Err(error),
         }
@@ -333,7 +338,7 @@ impl<'a> Dispatcher<'a> {
 
     /// Collects the finished request and all others that are ready, up to [`MAX_GROUP`], so that one write records
     /// them all.
-    async fn group(&mut self, first: TaskResult) -> Vec<TaskResult> {
+    async fn collect_group(&mut self, first: TaskResult) -> Vec<TaskResult> {
         let mut group = vec![first];
         let mut is_growing = true;
         while std::mem::take(&mut is_growing) {
@@ -349,14 +354,17 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// Records the answers of a group by one write and settles every reply. While the disk is full, holds the replies.
-    fn handle_result(&mut self, group: Vec<TaskResult>) -> Result<()> {
+    ///
+    /// # Errors
+    /// If a task failed or a file cannot be written.
+    fn handle_group(&mut self, group: Vec<TaskResult>) -> Result<()> {
         self.check_cache()?;
         let mut finished = Vec::with_capacity(group.len());
-        let mut fault = None;
+        let mut task_error = None;
         for ended in group {
             match ended.context("a request task failed").flatten() {
                 Ok(request) => finished.push(request),
-                Err(error) => fault = Some(error),
+                Err(error) => task_error = Some(error),
             }
         }
         if self.held_answers.is_waiting() {
@@ -366,7 +374,7 @@ impl<'a> Dispatcher<'a> {
         }
         self.unless_disk_full(|run_files| run_files.account.flush())?;
         self.check_cache()?;
-        fault.map_or(Ok(()), Err)
+        task_error.map_or(Ok(()), Err)
     }
 
     /// Stops sending if another process changed the cache.
@@ -381,7 +389,7 @@ impl<'a> Dispatcher<'a> {
             self.stop_displaced(error);
             return Ok(());
         }
-        Err(run_error::not_recorded(error, self.cache.safe_len()))
+        Err(run_error::not_recorded(error, self.cache.intact_len()))
     }
 
     fn stop_displaced(&mut self, error: anyhow::Error) {
@@ -390,10 +398,6 @@ impl<'a> Dispatcher<'a> {
             self.progress.note(&format!("{error:#}"));
             self.stop = Some(error);
         }
-    }
-
-    fn tick_account(&mut self) -> Result<()> {
-        self.unless_disk_full(|run_files| run_files.account.tick())
     }
 
     /// Writes to the run files and ignores a full disk: the next reservation fails before a request is sent, and until
@@ -408,8 +412,8 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// Handles a signal. Returns true for the second signal, which stops the run immediately.
-    fn signalled(&mut self, number: u8) -> bool {
-        let is_second = std::mem::replace(&mut self.signalled, true);
+    fn handle_signal(&mut self, number: u8) -> bool {
+        let is_second = std::mem::replace(&mut self.has_signal, true);
         let in_flight = self.in_flight.len();
         if is_second {
             let message = format!(
@@ -438,12 +442,13 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
+    /// Updates the timeline, the account and the progress text, once a second.
     fn tick(&mut self) -> Result<()> {
         self.poll_limiter_events();
         self.record_time();
         self.check_cache()?;
-        self.tick_account()?;
-        self.note_dollars();
+        self.unless_disk_full(|run_files| run_files.account.tick())?;
+        self.update_costs();
         self.rates.note(Instant::now(), &self.summary);
         let rates = &self.rates;
         let summary = &self.summary;
@@ -451,6 +456,7 @@ impl<'a> Dispatcher<'a> {
         Ok(())
     }
 
+    /// Adds the time since the last call to the timeline.
     fn record_time(&mut self) {
         let now = Instant::now();
         let seconds = self.timeline.advance(now);
@@ -473,7 +479,7 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
-    fn note_dollars(&mut self) {
+    fn update_costs(&mut self) {
         let prices = self
             .upstreams
             .iter()

@@ -26,7 +26,7 @@ impl Dispatcher<'_> {
                 self.note_full_disk(&error);
                 Ok(())
             }
-            Err(error) => Err(run_error::not_recorded(error, self.cache.safe_len())),
+            Err(error) => Err(run_error::not_recorded(error, self.cache.intact_len())),
         }
     }
 
@@ -39,7 +39,7 @@ impl Dispatcher<'_> {
         }
     }
 
-    /// Retries to write the held answers. Returns the time of the next attempt if the disk is still full.
+    /// Tries again to write the held answers. Returns the time of the next attempt if the disk is still full.
     pub(super) fn wait_for_disk_space(&mut self) -> Result<Option<Instant>> {
         let Some(retry_at) = self.held_answers.retry_at() else {
             return Ok(None);
@@ -49,23 +49,23 @@ impl Dispatcher<'_> {
         if !is_last && Instant::now() < retry_at {
             return Ok(Some(retry_at));
         }
-        let held = self.held_answers.take();
-        self.record(held)?;
-        let is_held = self.held_answers.has_replies();
+        let replies = self.held_answers.take();
+        self.record(replies)?;
+        let is_disk_still_full = self.held_answers.has_replies();
         match self.run_files.account.save() {
-            Ok(()) if !is_held => {
-                self.held_answers.clear();
+            Ok(()) if !is_disk_still_full => {
+                self.held_answers.end_wait();
                 self.progress.note("the disk has space again");
                 return Ok(None);
             }
             Err(error) if !disk_full::is_full(&error) => return Err(error),
             _ => {}
         }
-        if (is_last || self.held_answers.has_waited_long())
-            && let Some((lost, error)) = self.held_answers.give_up(self.cache.safe_len())
+        if (is_last || self.held_answers.has_timed_out())
+            && let Some((lost, error)) = self.held_answers.give_up(self.cache.intact_len())
         {
             self.summary.attempts_lost += lost.len() as u64;
-            // The exit code stays that of the signal; the message reports the lost answers.
+            // The exit code still names the signal; the message reports the lost answers.
             let signal = self.stop.as_ref().and_then(Exit::signal_of);
             self.stop = Some(match signal {
                 Some(number) => {

@@ -5,7 +5,7 @@ use tokio::time::Instant;
 
 use super::Dispatcher;
 use crate::budget::account::Charge;
-use crate::client::attempt_error::{AttemptError, RefusalClaim, RowFailure};
+use crate::client::attempt_error::{AttemptError, EndpointRefusal, RowFailure};
 use crate::harvest::attempt::FinishedAttempt;
 use crate::harvest::run_error;
 use crate::harvest::upstream::RetryDecision;
@@ -37,7 +37,7 @@ impl Dispatcher<'_> {
                 self.run_files
                     .account
                     .settle(&attempt.reserved, charge, &price);
-                self.count(index, &answered.facts);
+                self.count_answer(index, &answered.facts);
                 return Ok(());
             }
             Err(error) => error,
@@ -62,21 +62,21 @@ impl Dispatcher<'_> {
         let mut paid = 0;
         if let Some(failure) = billed {
             entry.paid += 1;
-            paid = self.note_paid(entry, failure)?;
+            paid = self.record_paid_attempt(entry, failure)?;
         }
-        let has_used_attempts = paid >= self.settings.retry.max_attempts;
-        self.decide(index, entry, &attempt.ticket, error, has_used_attempts)
+        let has_used_paid_attempts = paid >= self.settings.retry.max_attempts;
+        self.decide(index, entry, &attempt.ticket, error, has_used_paid_attempts)
     }
 
-    /// Decides about a row whose attempt failed: retry the row, fail it, or stop the upstream. `has_used_attempts` is
-    /// true if the row has used up its possibly billed attempts.
+    /// Decides about a row whose attempt failed: retry the row, fail it, or stop the upstream. `has_used_paid_attempts`
+    /// is true if the row has used up its possibly billed attempts.
     fn decide(
         &mut self,
         index: usize,
         entry: QueuedRow,
         ticket: &SendTicket,
         error: AttemptError,
-        has_used_attempts: bool,
+        has_used_paid_attempts: bool,
     ) -> Result<()> {
         let upstream = &mut self.upstreams[index];
         let history = self
@@ -85,7 +85,8 @@ impl Dispatcher<'_> {
             .get(&self.plan.rows[entry.row].key);
         let failed_as = history.map_or("", |history| history.failed_as.as_str());
         let (decision, message) = match error {
-            AttemptError::Refused(failure) | AttemptError::Claim(RefusalClaim { failure, .. })
+            AttemptError::Refused(failure)
+            | AttemptError::EndpointRefused(EndpointRefusal { failure, .. })
                 if failure.class == failed_as =>
             {
                 let message = failure.message.clone();
@@ -108,17 +109,16 @@ impl Dispatcher<'_> {
             AttemptError::Transient { failure, wait } => {
                 let message = failure.message.clone();
                 match upstream.transient(entry, failure.clone(), wait) {
-                    // The row has used up its possibly billed attempts.
-                    RetryDecision::Again { .. } if has_used_attempts => {
+                    RetryDecision::Retry { .. } if has_used_paid_attempts => {
                         upstream.queue.remove(entry.row);
                         (RetryDecision::Failed(entry, failure), message)
                     }
                     decision => (decision, message),
                 }
             }
-            AttemptError::Claim(claim) => {
-                let message = claim.failure.message.clone();
-                (upstream.claimed(entry, claim, ticket), message)
+            AttemptError::EndpointRefused(refusal) => {
+                let message = refusal.failure.message.clone();
+                (upstream.endpoint_refused(entry, refusal, ticket), message)
             }
             AttemptError::KeyRenewed => {
                 upstream.key_renewed(entry);
@@ -135,10 +135,10 @@ impl Dispatcher<'_> {
                 let row = FailedRow::new(&self.plan, index, entry, failure);
                 self.summary.fail(row);
             }
-            RetryDecision::Again { pause } if pause >= SHORTEST_SHOWN_WAIT => self
+            RetryDecision::Retry { pause } if pause >= SHORTEST_SHOWN_WAIT => self
                 .progress
                 .note(&format!("waiting {}: {message}", format_duration(pause))),
-            RetryDecision::Again { .. } => {}
+            RetryDecision::Retry { .. } => {}
             RetryDecision::LongWait(wait) => {
                 let now = self.clock.now();
                 let until = now.checked_add(wait).unwrap_or(jiff::Timestamp::MAX);
@@ -153,7 +153,7 @@ impl Dispatcher<'_> {
     }
 
     /// Records an attempt that may have been billed. Returns the number of such attempts of the row over all runs.
-    fn note_paid(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
+    fn record_paid_attempt(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
         let line = UnansweredLine::new(
             &self.plan,
             entry,
@@ -182,7 +182,7 @@ impl Dispatcher<'_> {
     }
 
     /// Adds an answer to the summary. Stops the upstream after too many answers that training cannot use.
-    fn count(&mut self, index: usize, facts: &AnswerFacts) {
+    fn count_answer(&mut self, index: usize, facts: &AnswerFacts) {
         let wants_logprobs = self.plan.templates[index].wants_logprobs();
         self.summary.add(facts, wants_logprobs);
         self.timeline.hour(Instant::now()).answered += 1;

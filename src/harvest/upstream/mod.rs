@@ -6,8 +6,8 @@
 //! | `refusals` | decisions after a refusal: wait, try another row, fail the row or stop |
 //!
 //! A decision depends on the reply (`client::outcome`) and on earlier replies (`health`). The first request is sent
-//! alone, so a wrong key, model or address costs one request. During an outage one probe at a time is sent, and no
-//! row loses an attempt.
+//! alone, so a wrong key, model or address costs one request. During an outage requests are sent one at a time, as
+//! probes, and their failures do not count as attempts of the rows.
 
 pub(crate) mod refusals;
 
@@ -19,16 +19,15 @@ use tokio::time::Instant;
 
 use crate::cache::usage::Usage;
 use crate::client::attempt_error::RowFailure;
-use crate::client::outcome;
 use crate::client::transport::Transport;
 use crate::config;
+use crate::harvest::answer_monitor::AnswerMonitor;
+use crate::harvest::backoff::backoff;
 use crate::harvest::health::EndpointHealth;
 use crate::harvest::run_error;
+use crate::plan::Plan;
 use crate::plan::queue::{QueuedRow, RowQueue};
 use crate::plan::run_settings::RunSettings;
-
-use crate::harvest::answer_monitor::AnswerMonitor;
-use crate::plan::Plan;
 use crate::rate_limit::concurrency::ConcurrencyLimit;
 use crate::rate_limit::cost::RequestCost;
 use crate::rate_limit::daily::DailyLimit;
@@ -38,25 +37,31 @@ use crate::rate_limit::redis::{LimiterEvent, SharedLimits};
 use crate::rate_limit::send_ticket::SendTicket;
 use crate::terminal::format_duration;
 
+/// Longest requested wait that a run accepts. Repeated longer waits of a rate limit stop the endpoint, with the time to
+/// resume in the error; longer waits after other errors are ignored.
+pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(3_600);
+
 /// Number of failed requests after which an address that has sent no reply is given up.
 const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 
 /// Longest pause between two probes of an outage, as a multiple of `retry.max_s`.
 const OUTAGE_PAUSE_FACTOR: f64 = 5.0;
 
-/// Maximum number of remaining rows that may all be rows that always fail.
+/// Number of remaining rows up to which each of them may be a row that always fails. In an outage these rows are then
+/// tried at shorter intervals.
 const LAST_ROWS: usize = 50;
 
-/// Time within which each of the last rows is tried once during an outage; at most
-/// [`LAST_ROWS_OUTAGE_FRACTION`] of `retry.max_outage_s`.
-const LAST_ROWS_WITHIN: Duration = Duration::from_secs(60);
+/// Maximum time in which each of the last rows is tried once during an outage.
+const LAST_ROWS_TRIAL_TIME: Duration = Duration::from_secs(60);
+
+/// Maximum of the same time as a fraction of `retry.max_outage_s`. The smaller maximum applies.
 const LAST_ROWS_OUTAGE_FRACTION: f64 = 0.25;
 
 /// Interval between two notices that the daily limit is used up.
 const DAILY_LIMIT_NOTICE_INTERVAL: Duration = Duration::from_secs(3_600);
 
-/// Maximum time that other requests wait for the reply to the first one. With a budget they wait without a limit: the
-/// first answer shows whether the endpoint respects `max_tokens`.
+/// Maximum time that other requests wait for the reply to the first one. With a budget they wait without a limit,
+/// because the first answer shows whether the endpoint respects `max_tokens`.
 const FIRST_REQUEST_ALONE: Duration = Duration::from_secs(10);
 
 /// Live state of an endpoint.
@@ -86,14 +91,15 @@ pub(crate) struct Upstream {
     daily_limit_noted_at: Option<Instant>,
 }
 
-/// Builds the queue of an upstream; rows that failed in an earlier run come last.
+/// Builds the queue of an upstream; rows with the status [`RowStatus::Suspect`](crate::plan::RowStatus::Suspect) come
+/// last.
 fn build_queue(plan: &Plan, index: usize, now: Instant) -> RowQueue {
     let rows = plan.rows_by_endpoint[index].clone();
     let first_suspect = rows.end - plan.suspects[index];
     let mut queue = RowQueue::new(rows.start..first_suspect);
     for row in first_suspect..rows.end {
         let entry = QueuedRow {
-            claimed: 1,
+            endpoint_refusals: 1,
             ..QueuedRow::fresh(row)
         };
         queue.delay(entry, now);
@@ -103,8 +109,8 @@ fn build_queue(plan: &Plan, index: usize, now: Instant) -> RowQueue {
 
 /// Decision after a failed attempt.
 pub(crate) enum RetryDecision {
-    /// The row is back in the queue; the row or the whole upstream pauses.
-    Again { pause: Duration },
+    /// The row is back in the queue. `pause` is the time to report to the user during which no row is sent, or zero.
+    Retry { pause: Duration },
     /// The row ends without an answer.
     Failed(QueuedRow, RowFailure),
     /// The endpoint asks for a wait longer than [`LONGEST_WAIT`]; the row is back in the queue.
@@ -112,8 +118,8 @@ pub(crate) enum RetryDecision {
 }
 
 impl RetryDecision {
-    /// The row is back in the queue, without a pause.
-    const AGAIN: RetryDecision = RetryDecision::Again {
+    /// The row is back in the queue, and no pause is reported.
+    const RETRY: RetryDecision = RetryDecision::Retry {
         pause: Duration::ZERO,
     };
 }
@@ -123,7 +129,7 @@ impl Upstream {
         plan: &Plan,
         index: usize,
         transport: Arc<dyn Transport>,
-        day: DailyLimit,
+        daily_limit: DailyLimit,
         shared: Option<SharedLimits>,
         run: &RunSettings,
     ) -> Result<Upstream> {
@@ -131,7 +137,7 @@ impl Upstream {
         let now = Instant::now();
         let concurrency = settings.limits.concurrency;
         Ok(Upstream {
-            limiter: Pacer::new(&settings.limits, plan.largest(index), day, shared)?,
+            limiter: Pacer::new(&settings.limits, plan.largest(index), daily_limit, shared)?,
             queue: build_queue(plan, index, now),
             health: EndpointHealth::new(now),
             concurrency: ConcurrencyLimit::new(concurrency),
@@ -168,12 +174,12 @@ impl Upstream {
         self.queue.is_empty() || self.stopped.is_some()
     }
 
-    /// Checks that one more request may be in flight. During an outage, after a pause and before the first answer, at most
-    /// one request is in flight.
+    /// Checks that one more request may be in flight. At most one request is in flight during an outage, after a pause
+    /// until the next answer, and before the first answer.
     ///
     /// # Errors
     /// The time of the next check; None if a reply has to arrive first.
-    pub(crate) fn free_slots(&self) -> Result<(), Option<Instant>> {
+    pub(crate) fn check_free_slot(&self) -> Result<(), Option<Instant>> {
         if self.is_probing() {
             return if self.probe_sent_at.is_none() {
                 Ok(())
@@ -190,8 +196,8 @@ impl Upstream {
                 return Err(Some(first + FIRST_REQUEST_ALONE));
             }
         }
-        let must_drain = self.health.is_forbidding() && self.in_flight > 0;
-        if !must_drain && self.in_flight < self.concurrency.max_in_flight() {
+        let waits_for_replies = self.health.is_forbidding() && self.in_flight > 0;
+        if !waits_for_replies && self.in_flight < self.concurrency.max_in_flight() {
             Ok(())
         } else {
             Err(None)
@@ -259,20 +265,21 @@ impl Upstream {
                 "waiting: no request is sent while the shared limits cannot be read \
                  ({reason})"
             )),
-            LimiterEvent::Recovered(silence) => {
-                self.health.exclude_wait(silence);
-                let silence = format_duration(silence);
+            LimiterEvent::Recovered(outage) => {
+                self.health.exclude_wait(outage);
+                let outage = format_duration(outage);
                 Some(format!(
-                    "the shared limits can be read again, after {silence}"
+                    "the shared limits can be read again, after {outage}"
                 ))
             }
-            LimiterEvent::OutageTooLong(silence, reason) => {
-                self.stop(run_error::no_shared_limits(silence, &reason));
+            LimiterEvent::OutageTooLong(outage, reason) => {
+                self.stop(run_error::no_shared_limits(outage, &reason));
                 None
             }
         }
     }
 
+    /// Counts a request as in flight.
     pub(crate) fn request_sent(&mut self, ticket: &SendTicket) {
         self.in_flight += 1;
         if !self.health.is_proven() {
@@ -283,7 +290,7 @@ impl Upstream {
         }
     }
 
-    /// Updates the limits after a reply or a failed request.
+    /// Counts a request of `ticket` as ended, with or without a reply, and updates the limits from its headers.
     pub(crate) fn reply_received(&mut self, ticket: &SendTicket, reports: &[LimitReport]) {
         self.in_flight -= 1;
         if self.probe_sent_at == Some(ticket.sent_at) {
@@ -346,18 +353,19 @@ impl Upstream {
         wait: Duration,
     ) -> RetryDecision {
         let now = Instant::now();
-        // Servers guess the wait after an error: ignore a wait of hours.
+        // After an error, servers only guess the wait: ignore a wait of hours.
         let wait = if wait > LONGEST_WAIT {
             Duration::ZERO
         } else {
             wait
         };
+        let in_flight = self.in_flight + 1;
         self.health
-            .failure(entry.row, failure.unreachable, self.in_flight + 1, now);
+            .failure(entry.row, failure.is_unreachable, in_flight, now);
         // This row, the rows in the queue, and the rows in flight.
         let remaining = 1 + self.queue.len() + self.in_flight;
         let has_ever_answered = self.health.has_succeeded() || self.has_earlier_answers;
-        let rows_are_the_cause = has_ever_answered && !self.health.has_others(remaining);
+        let rows_are_the_cause = has_ever_answered && !self.health.has_unfailed_rows(remaining);
         if self.health.is_outage() && !self.health.never_replied() && !rows_are_the_cause {
             // The endpoint is failing: the row keeps its attempts, and one probe at a time is sent.
             let mut pause = self.backoff_pause(self.health.probes(), OUTAGE_PAUSE_FACTOR);
@@ -368,7 +376,7 @@ impl Upstream {
             let was_open = self.limiter.close_until(now + pause);
             self.queue.delay(entry, now + wait);
             self.stop_if_endpoint_is_down(&failure);
-            return RetryDecision::Again {
+            return RetryDecision::Retry {
                 pause: if was_open { pause } else { Duration::ZERO },
             };
         }
@@ -376,18 +384,18 @@ impl Upstream {
         let max_attempts = self.retry.max_attempts;
         let failures = self.health.failures() as u32;
         if self.health.never_replied() && failures >= FIRST_CONTACT_ATTEMPTS.min(max_attempts) {
-            self.stop(run_error::nothing_answers(
+            self.stop(run_error::no_reply(
                 &self.settings.teacher,
                 &failure.message,
             ));
         } else if entry.failed >= max_attempts {
-            if rows_are_the_cause || !self.health.may_be_the_endpoint(entry.failed, remaining) {
+            if rows_are_the_cause || !self.health.may_be_endpoint_fault(entry.failed, remaining) {
                 return RetryDecision::Failed(entry, failure);
             }
             // The row gets about half of its attempts back, so that one failure after the outage does not end it.
             entry.failed = (entry.failed - 1).min(max_attempts.div_ceil(2));
         }
-        let pause = outcome::backoff(entry.failed, &self.retry, fastrand::f64()).max(wait);
+        let pause = backoff(entry.failed, &self.retry, fastrand::f64()).max(wait);
         self.queue.delay(entry, now + pause);
         if !self.health.has_succeeded() && !rows_are_the_cause {
             // The first requests are sent one by one, with a pause between them.
@@ -396,16 +404,15 @@ impl Upstream {
         }
         self.stop_if_endpoint_is_down(&failure);
         let blocks_queue = self.in_flight == 0 && self.queue.peek(now).is_err();
-        RetryDecision::Again {
+        RetryDecision::Retry {
             pause: if blocks_queue { wait } else { Duration::ZERO },
         }
     }
 
     /// Returns the longest pause between the last rows in an outage, so that all of them are tried soon.
     fn max_pause_between_last_rows(&self, remaining: usize) -> Duration {
-        let part = self.retry.max_outage.mul_f64(LAST_ROWS_OUTAGE_FRACTION);
-        let within = part.min(LAST_ROWS_WITHIN);
-        within / remaining.max(1) as u32
+        let fraction_of_outage = self.retry.max_outage.mul_f64(LAST_ROWS_OUTAGE_FRACTION);
+        fraction_of_outage.min(LAST_ROWS_TRIAL_TIME) / remaining.max(1) as u32
     }
 
     /// Records that a row has ended without an answer.
@@ -429,26 +436,26 @@ impl Upstream {
             max: self.retry.max.mul_f64(max_factor),
             ..self.retry.clone()
         };
-        outcome::backoff(attempt, &retry, 0.5 + fastrand::f64() / 2.0)
+        backoff(attempt, &retry, 0.5 + fastrand::f64() / 2.0)
     }
 
     /// Stops after repeated identical server errors, or after an outage.
     fn stop_if_endpoint_is_down(&mut self, failure: &RowFailure) {
         // A server that is starting up or overloaded uses other statuses than 500.
-        let is_error =
+        let is_server_error =
             failure.class == "http 500" && !failure.is_bodyless && !self.has_earlier_answers;
-        if is_error && self.health.failed_alike(&failure.message) {
-            self.stop(run_error::failed_alike(&failure.message));
+        if is_server_error && self.health.server_failed(&failure.message) {
+            self.stop(run_error::repeated_server_error(&failure.message));
         }
         self.stop_after_outage(&failure.message);
     }
 
-    /// Stops if nothing has succeeded for `retry.max_outage_s`. Checked after a failure, not by a timer, so that a
-    /// wait requested by the endpoint is completed first.
+    /// Stops if nothing has succeeded for `retry.max_outage_s`. Called after a failure, not by a timer, so that a wait
+    /// requested by the endpoint ends first.
     fn stop_after_outage(&mut self, message: &str) {
-        let silence = self.health.time_without_success(Instant::now());
-        if silence >= self.retry.max_outage {
-            self.stop(run_error::outage(silence, message));
+        let outage = self.health.time_without_success(Instant::now());
+        if outage >= self.retry.max_outage {
+            self.stop(run_error::outage(outage, message));
         }
     }
 
@@ -457,7 +464,3 @@ impl Upstream {
         self.health.is_outage() || self.limiter.is_closed(Instant::now())
     }
 }
-
-/// Longest requested wait that a run accepts. After longer ones the endpoint is stopped, and the error has the time to
-/// resume.
-pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(3_600);

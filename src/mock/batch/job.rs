@@ -33,7 +33,8 @@ pub(crate) struct BatchJob {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PlannedResult {
     Answer,
-    /// A line of the error file, in format 0, 1 or 2.
+    /// A line of the error file. Format 0 has a response with status 500, 1 has only an error, and 2 has an empty
+    /// response.
     Error(usize),
     /// No line in either result file.
     Lost,
@@ -52,6 +53,7 @@ pub(crate) struct BatchResults {
 pub(crate) type AnswerRowFn<'a> = dyn FnMut(&[u8]) -> (u16, Bytes) + 'a;
 
 impl BatchJob {
+    /// Returns the state of the batch at the time of `context`.
     pub(crate) fn snapshot(&self, context: &BatchContext) -> BatchSnapshot {
         self.lifecycle
             .snapshot(&context.script.batch, context.virtual_now())
@@ -76,7 +78,8 @@ impl BatchJob {
         }
         for (position, &(index, planned)) in self.plan.iter().enumerate() {
             let row = &self.rows[index];
-            let id = format!("batch_req_{}_{index}", &self.id[6..]);
+            let number = self.id.trim_start_matches("batch_");
+            let id = format!("batch_req_{number}_{index}");
             let line = if position < snapshot.processed_rows {
                 match planned {
                     PlannedResult::Lost => continue,
@@ -115,6 +118,7 @@ impl BatchJob {
         (results, output, errors)
     }
 
+    /// Returns the batch object.
     pub(crate) fn to_json(&self, context: &BatchContext) -> Value {
         let snapshot = self.snapshot(context);
         let status = match (&context.script.batch.status, snapshot.status) {

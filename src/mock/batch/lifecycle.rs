@@ -10,7 +10,7 @@ pub(crate) struct BatchLifecycle {
     /// Seconds from creation to expiry.
     pub window_s: f64,
     pub rows: usize,
-    /// Whether validation fails.
+    /// True if validation fails.
     pub is_invalid: bool,
     /// Time of the client's request to cancel the batch.
     pub cancelled: Option<f64>,
@@ -56,7 +56,7 @@ impl BatchStatus {
         }
     }
 
-    /// Whether the status can no longer change.
+    /// Returns true if the status can no longer change.
     pub(crate) fn is_final(self) -> bool {
         matches!(
             self,
@@ -76,7 +76,7 @@ impl BatchLifecycle {
     /// Returns the state of the batch at `now`.
     pub(crate) fn snapshot(&self, script: &BatchScript, now: f64) -> BatchSnapshot {
         let validated = self.created + script.validating_s;
-        let (stopped, final_status) = self.stop(script, validated);
+        let (stopped, final_status) = self.end_of_processing(script, validated);
         let is_cancel = final_status == BatchStatus::Cancelled;
         let closing_s = if is_cancel {
             script.cancelling_s
@@ -123,7 +123,7 @@ impl BatchLifecycle {
     }
 
     /// Returns the time at which processing stops, and the final status that follows.
-    fn stop(&self, script: &BatchScript, validated: f64) -> (f64, BatchStatus) {
+    fn end_of_processing(&self, script: &BatchScript, validated: f64) -> (f64, BatchStatus) {
         let scripted = match script.outcome {
             _ if self.is_invalid => (validated, BatchStatus::Failed),
             ScriptedOutcome::Failed => (validated, BatchStatus::Failed),
@@ -152,7 +152,7 @@ impl BatchLifecycle {
             })
     }
 
-    /// Returns the number of rows processed until a time. A batch that is scripted to expire stops halfway.
+    /// Returns the number of rows processed by the time `until`. A batch that is scripted to expire stops halfway.
     fn processed_rows(&self, script: &BatchScript, until: f64) -> usize {
         let processing_s = until - self.created - script.validating_s;
         let share = if script.in_progress_s > 0.0 {

@@ -47,7 +47,7 @@ struct StoredFile {
     name: String,
     purpose: String,
     content: Bytes,
-    /// Real time since the start of the mock at which requests begin to find the file.
+    /// Real time, since the start of the mock, from which on requests find the file.
     visible_at: Duration,
     /// Time of creation, in virtual seconds since the start of the mock.
     created: f64,
@@ -92,12 +92,12 @@ impl BatchStore {
             Ok(upload) => upload,
             Err(problem) => return MockReply::error(400, problem, Value::Null),
         };
-        let missing = crate::mock::faults::duration_from_s(context.script.batch.missing_s);
+        let invisible_time = crate::mock::faults::duration_from_s(context.script.batch.missing_s);
         let file = StoredFile {
             name: upload.filename,
             purpose: upload.purpose,
             content: Bytes::copy_from_slice(upload.content),
-            visible_at: context.elapsed + missing,
+            visible_at: context.elapsed + invisible_time,
             created: context.virtual_now(),
         };
         let id = self.next_file_id();
@@ -182,7 +182,7 @@ impl BatchStore {
         let file = self.files.get(&input_file_id);
         let file = file.filter(|file| file.visible_at <= context.elapsed);
         let file = file.ok_or_else(|| not_found("File", &input_file_id, 400, "input_file_id"))?;
-        let (rows, mut errors) = rows::read(&file.content, &endpoint, script);
+        let (rows, mut errors) = rows::parse_input_file(&file.content, &endpoint, script);
         if script.batch.outcome == ScriptedOutcome::Failed && errors.is_empty() {
             let message = "The script fails this batch.";
             errors.push(error_entry(

@@ -31,8 +31,12 @@ struct InputLine<'a> {
     body: Option<&'a RawValue>,
 }
 
-/// Reads an input file. Returns the rows and the entries of `errors.data`. The batch fails if it has an error.
-pub(crate) fn read(file: &Bytes, endpoint: &str, script: &Script) -> (Vec<BatchRow>, Vec<Value>) {
+/// Reads an input file. Returns the rows and the entries of `errors.data`. The batch fails if there is an error.
+pub(crate) fn parse_input_file(
+    file: &Bytes,
+    endpoint: &str,
+    script: &Script,
+) -> (Vec<BatchRow>, Vec<Value>) {
     let mut errors = Vec::new();
     let mut rows = Vec::new();
     let mut ids = HashSet::new();

@@ -13,7 +13,7 @@ pub(crate) struct Upload<'a> {
 /// Parses an upload. The content is not copied, because `body` may have hundreds of megabytes.
 ///
 /// # Errors
-/// A message that says what is missing.
+/// A message that names the missing part.
 pub(crate) fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>, &'static str> {
     let boundary = content_type
         .split(';')

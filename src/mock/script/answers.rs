@@ -47,11 +47,11 @@ pub struct AnswerScript {
     pub latency_s: NumberRange,
     /// Seconds added to the latency for every token of the answer.
     pub token_s: f64,
-    /// Whether requested logprobs are sent.
+    /// True if requested logprobs are sent.
     pub logprobs: bool,
     /// Maximum `top_logprobs` of a request.
     pub top_logprobs: usize,
-    /// Whether the temperature changes the logprobs.
+    /// True if the temperature changes the logprobs.
     pub tempered: bool,
     /// Number of hidden reasoning tokens, which are billed and count against `max_tokens`.
     pub reasoning_tokens: u64,
@@ -63,9 +63,9 @@ pub struct AnswerScript {
     pub max_tokens_field: AcceptedMaxTokens,
     /// Maximum of prompt tokens and `max_tokens` together.
     pub context_tokens: Option<u64>,
-    /// Whether replies are compressed if the client accepts gzip.
+    /// True if replies are compressed if the client accepts gzip.
     pub gzip: bool,
-    /// Whether an answer is billed if its client disconnects before the reply.
+    /// True if an answer is billed if its client disconnects before the reply.
     pub bill_abandoned: bool,
 }
 

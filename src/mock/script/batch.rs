@@ -23,7 +23,8 @@ pub enum ScriptedOutcome {
 pub enum RequestCountsMode {
     /// The actual counts.
     Right,
-    /// Processed rows count as completed, and when the batch ends all rows do, whatever the files contain.
+    /// Processed rows count as completed. When the batch has ended, all rows do, even those that failed or are in no
+    /// file.
     AllCompleted,
     Zero,
     Null,

@@ -14,8 +14,8 @@ use crate::mock::script::values::{is_valid_amount, require};
 #[serde(deny_unknown_fields)]
 pub struct ScriptedFault {
     pub kind: FaultKind,
-    /// Number of attempts with the same body, from the first one on, to which the fault applies. Attempts that a rate
-    /// limit rejects do not count.
+    /// Number of attempts with the same body, counted from the first one, to which the fault applies. Attempts that a
+    /// rate limit rejects do not count.
     pub first: Option<u32>,
     /// Probability that the fault applies to a request.
     pub share: Option<f64>,
@@ -42,7 +42,7 @@ pub struct ScriptedFault {
     pub retry_after: Option<RetryAfter>,
     /// Number of seconds to wait that `retry_after` states; 1 by default.
     pub retry_after_s: Option<f64>,
-    /// Whether the request is billed. By default, corrupt answers are billed and errors are not.
+    /// True if the request is billed. By default, corrupt answers are billed and errors are not.
     pub billed: Option<bool>,
 }
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::error::nearest;
 
-/// The way in which a fault replaces a response.
+/// The way in which a fault replaces or corrupts a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum FaultKind {
@@ -48,7 +48,7 @@ pub enum FaultKind {
     NoChoices,
     /// A `content` that is null.
     NullContent,
-    /// A `finish_reason` that OpenAI does not define.
+    /// A `finish_reason` that OpenAI's API does not define.
     UnknownFinishReason,
     /// A `created` with a fraction.
     FloatCreated,

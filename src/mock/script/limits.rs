@@ -87,7 +87,7 @@ pub struct LimitScript {
     /// Number of concurrent requests above which the latency grows in proportion to their number.
     pub load_capacity: Option<u64>,
     pub counts: TokenCounting,
-    /// Whether a rejected request counts against the limits of requests per minute and per day.
+    /// True if a rejected request counts against the limits of requests per minute and per day.
     pub count_refused: bool,
     /// Capacity of a bucket, in seconds of its limit: the limit per minute times `burst_s` / 60.
     pub burst_s: f64,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Maximum age of a permit. Older ones are dropped, because they would be used in addition to permits granted later.
+/// Maximum age of a permit. Older permits are dropped: used together with newer ones, they would exceed the limit.
 pub(crate) const MAX_PERMIT_AGE: Duration = Duration::from_millis(250);
 
 /// Maximum number of permits to request per call of the script.
@@ -19,8 +19,9 @@ pub(crate) struct LocalPermits {
     /// Unused grants, oldest first.
     grants: VecDeque<Grant>,
     /// Number of permits to request per call. It doubles if the last grant was used immediately, and halves otherwise.
+    /// After a grant has expired unused, it is 1.
     batch: u64,
-    /// Time of the last grant. None if the script was called since.
+    /// Time of the last grant. None after a later call of the script.
     last_grant: Option<Instant>,
 }
 

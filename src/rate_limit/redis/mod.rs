@@ -15,13 +15,13 @@
 //! to X' = max(0, X - (t - LCT)). If X' > L the request waits for X' - L; otherwise X becomes X' + n I for a
 //! request of n units, and LCT becomes t. The amount admitted in a time w is then at most
 //! (w + L) / I plus the last request. With L = burst - largest, where `largest` is the largest request
-//! of any process, that is limit + burst in a minute. The burst is that of
-//! [`crate::rate_limit::user_limits::burst`] or the largest request, whichever is more, as for one process alone.
+//! of any process, that is limit + burst in a minute. As for one process alone, the burst is
+//! [`crate::rate_limit::user_limits::burst`] or the largest request, whichever is more.
 //! The condition does not depend on n, so a process with small requests cannot starve another one with large
 //! requests.
 //!
-//! One reply may grant several requests. Permits of an earlier reply may be unused (see [`local_permits`]); the script
-//! uses them first and charges only what they do not cover.
+//! One reply may grant several requests. If the process still has unused permits (see [`local_permits`]), the script
+//! subtracts them from the amounts that it charges.
 //!
 //! A day is counted in slots of five minutes. A slot counts until 24 hours after its end.
 //!
@@ -61,7 +61,7 @@ use crate::rate_limit::user_limits;
 /// set.
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
-/// Time after which the dispatcher checks for a reply. Usually the reply wakes it earlier.
+/// Maximum time until the dispatcher checks for a reply. Usually the reply wakes it earlier.
 const REPLY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Pause before the second attempt to reach an unavailable server. It doubles after each attempt.
@@ -138,7 +138,7 @@ impl SharedLimits {
     }
 
     /// Takes a local permit for a request of `tokens` tokens. If there is none, calls the script for more. `slots` is
-    /// the number of such requests that could be sent now.
+    /// the number of requests of this size that could be sent now.
     ///
     /// # Errors
     /// The instant at which to try again, unless a reply arrives earlier.

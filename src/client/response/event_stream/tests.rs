@@ -132,10 +132,11 @@ fn truncated_stream_is_cut_off_whatever_its_end() {
 
 #[test]
 fn complete_answer_in_one_event_is_returned() {
-    let whole = json!({"choices": [{"message": {"content": "hi"}}], "usage": {"prompt_tokens": 1}});
-    assert_eq!(stream(std::slice::from_ref(&whole), ""), whole);
-    let lines = format!("data: {whole}\ndata: [DONE]\n");
-    assert_eq!(joined(lines.as_bytes()).unwrap().unwrap(), whole);
+    let answer =
+        json!({"choices": [{"message": {"content": "hi"}}], "usage": {"prompt_tokens": 1}});
+    assert_eq!(stream(std::slice::from_ref(&answer), ""), answer);
+    let lines = format!("data: {answer}\ndata: [DONE]\n");
+    assert_eq!(joined(lines.as_bytes()).unwrap().unwrap(), answer);
 }
 
 #[test]

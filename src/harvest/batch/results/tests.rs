@@ -3,22 +3,24 @@ use serde_json::json;
 
 /// Returns the id of the row and a word for its result.
 fn classify_line(line: &str) -> Option<(String, String)> {
-    let mut read = read(&Bytes::copy_from_slice(line.as_bytes()));
-    assert!(read.len() <= 1, "{line}");
-    label_of(read.pop()??)
+    let mut row_results = parse_line(&Bytes::copy_from_slice(line.as_bytes()));
+    assert!(row_results.len() <= 1, "{line}");
+    label_of(row_results.pop()??)
 }
 
-fn label_of(outcome: RowResult) -> Option<(String, String)> {
-    let RowResult { custom_id, result } = outcome;
+fn label_of(row_result: RowResult) -> Option<(String, String)> {
+    let RowResult { custom_id, result } = row_result;
     let label = match result {
         Ok(completion) => format!("answer {}", completion.answer.text),
-        Err(AttemptError::Claim(claim)) => format!("claim {:?}", claim.reason),
+        Err(AttemptError::EndpointRefused(refusal)) => {
+            format!("endpoint refused {:?}", refusal.reason)
+        }
         Err(AttemptError::Filtered(failure)) => format!("filtered {}", failure.class),
         Err(AttemptError::Unreadable { .. }) => "unreadable".into(),
         Err(AttemptError::KeyRenewed) => "key renewed".into(),
         Err(AttemptError::Refused(failure)) => format!("refused {}", failure.class),
         Err(AttemptError::Throttled { .. }) => "throttled".into(),
-        Err(AttemptError::Transient { failure, .. }) => format!("again {}", failure.class),
+        Err(AttemptError::Transient { failure, .. }) => format!("retry {}", failure.class),
     };
     Some((custom_id, label))
 }
@@ -39,10 +41,10 @@ fn rows_in_lists_and_objects_are_read_even_if_a_body_contains_custom_id() {
         format!(r#"{{"result":{{"rows":[{}]}}}} {}"#, first("a"), last("b")),
         format!("{}{},", first("a"), first("b")),
     ] {
-        let read = read(&Bytes::copy_from_slice(line.as_bytes()));
-        let labels: Vec<_> = read
+        let row_results = parse_line(&Bytes::copy_from_slice(line.as_bytes()));
+        let labels: Vec<_> = row_results
             .into_iter()
-            .map(|one| label_of(one.unwrap()).unwrap())
+            .map(|row_result| label_of(row_result.unwrap()).unwrap())
             .collect();
         let expected = ["a", "b"].map(|id| (id.to_owned(), "answer x".to_owned()));
         assert_eq!(labels, expected, "{line}");
@@ -84,15 +86,17 @@ fn invalid_rows_are_repaired_one_by_one() {
                 format!("[{flawed},{good}]"),
                 format!(r#"{{"data":[{flawed},{good}]}}"#),
             ] {
-                let read = read(&Bytes::copy_from_slice(line.as_bytes()));
-                let labels = read.into_iter().map(|one| label_of(one.unwrap()).unwrap());
+                let row_results = parse_line(&Bytes::copy_from_slice(line.as_bytes()));
+                let labels = row_results
+                    .into_iter()
+                    .map(|row_result| label_of(row_result.unwrap()).unwrap());
                 let labels: Vec<_> = labels.collect();
                 assert_eq!(labels.len(), 2, "{line}: {labels:?}");
-                for ((id, label_of), expected) in labels.iter().zip(["a", "b"]) {
+                for ((id, label), expected) in labels.iter().zip(["a", "b"]) {
                     assert_eq!(id, expected, "{line}");
                     assert!(
-                        label_of.starts_with(&format!("answer {id} ")),
-                        "{line}: {label_of}"
+                        label.starts_with(&format!("answer {id} ")),
+                        "{line}: {label}"
                     );
                 }
             }
@@ -119,11 +123,11 @@ fn lines_of_every_shape_are_classified() {
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":200,"body":{}}}"#.into(),
-            "again malformed",
+            "retry malformed",
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":500,"body":{"error":{"message":"m"}}}}"#.into(),
-            "again http 500",
+            "retry http 500",
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":400,"body":{"error":{"message":"m"}}}}"#.into(),
@@ -131,7 +135,7 @@ fn lines_of_every_shape_are_classified() {
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":429,"body":{"error":{"message":"m","code":"insufficient_quota"}}}}"#.into(),
-            "claim Credit",
+            "endpoint refused Credit",
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":429,"body":{}}}"#.into(),
@@ -139,7 +143,7 @@ fn lines_of_every_shape_are_classified() {
         ),
         (
             r#"{"custom_id":"r","response":null,"error":{"code":"batch_expired","message":"m"}}"#.into(),
-            "again batch_expired",
+            "retry batch_expired",
         ),
         (
             r#"{"custom_id":"r","response":null,"error":{"code":"invalid_request","message":"m"}}"#.into(),
@@ -147,13 +151,13 @@ fn lines_of_every_shape_are_classified() {
         ),
         (
             r#"{"custom_id":"r","response":null,"error":{"code":"model_not_found","message":"m"}}"#.into(),
-            "claim Model",
+            "endpoint refused Model",
         ),
         (
             r#"{"custom_id":"r","response":{"status_code":0,"request_id":"","body":{}},"error":null}"#.into(),
-            "again no answer in the batch",
+            "retry no answer in the batch",
         ),
-        (r#"{"custom_id":"r"}"#.into(), "again no answer in the batch"),
+        (r#"{"custom_id":"r"}"#.into(), "retry no answer in the batch"),
         (
             format!(r#"{{"custom_id":"r","response":{{"body":{body}}},"error":{{"code":0,"message":""}}}}"#),
             "answer x",
@@ -232,9 +236,9 @@ fn several_rows_on_one_line_are_split() {
         format!("{a},{b}"),
         format!("{a} junk {b}"),
     ] {
-        let outcomes = read(&Bytes::from(line.clone())).into_iter();
-        let labels: Vec<_> = outcomes
-            .map(|outcome| label_of(outcome.unwrap()).unwrap())
+        let row_results = parse_line(&Bytes::from(line.clone())).into_iter();
+        let labels: Vec<_> = row_results
+            .map(|row_result| label_of(row_result.unwrap()).unwrap())
             .collect();
         let expected = ["a", "b"].map(|id| (id.to_owned(), format!("answer {id}")));
         assert_eq!(labels, expected, "{line}");
@@ -243,14 +247,14 @@ fn several_rows_on_one_line_are_split() {
 
 #[test]
 fn truncated_line_fails_only_its_own_row() {
-    let whole = r#"{"id":"x","custom_id":"b","response":{"status_code":200,"body":{"id":"y","choices":[{"message":{"content":"b"}}]}}}"#;
+    let complete = r#"{"id":"x","custom_id":"b","response":{"status_code":200,"body":{"id":"y","choices":[{"message":{"content":"b"}}]}}}"#;
     for broken in [
         r#"{"id":"x","custom_id":"a","response":{"status_code":200,"body":{"choices":[{"mess"#,
         r#"{"custom_id":"a","response":{"status_code":200,"body":{"choices":[{"message":{"content":"q}}"#,
     ] {
-        let line = Bytes::from(format!("{broken}{whole}"));
-        let found = read(&line).into_iter().flatten();
-        let labels: Vec<_> = found.filter_map(label_of).collect();
+        let line = Bytes::from(format!("{broken}{complete}"));
+        let row_results = parse_line(&line).into_iter().flatten();
+        let labels: Vec<_> = row_results.filter_map(label_of).collect();
         assert!(
             labels.contains(&("b".into(), "answer b".into())),
             "{labels:?}"
@@ -258,7 +262,7 @@ fn truncated_line_fails_only_its_own_row() {
         assert!(
             labels
                 .iter()
-                .all(|(id, label_of)| id == "b" || !label_of.starts_with("answer"))
+                .all(|(id, label)| id == "b" || !label.starts_with("answer"))
         );
     }
 }
@@ -283,6 +287,6 @@ fn errors_of_failed_batch_are_classified() {
     assert_eq!((lines.lines.len(), lines.lines[0].0), (1, 1));
     assert_eq!(lines.message, "bad");
     let model = classify(json!([{"code": "model_not_found", "line": 1, "message": "m"}]));
-    assert_eq!(model.stop.unwrap().0, RefusalReason::Model);
+    assert_eq!(model.endpoint_refusal.unwrap().0, RefusalReason::Model);
     assert!(classify(json!(null)).message.contains("no reason"));
 }

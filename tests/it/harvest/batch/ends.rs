@@ -22,7 +22,7 @@ async fn batch_row_errors_are_retried_or_failed_and_counted() {
         classes,
         ["http 500", "no answer in the batch", "server_error"]
     );
-    assert_eq!(summary.batches.as_ref().unwrap().asked_again, 12);
+    assert_eq!(summary.batches.as_ref().unwrap().requeued_rows, 12);
     assert_eq!(end(&summary).0, 3);
     let failures = night.run.failures();
     assert_eq!(failures.len(), 6);
@@ -321,7 +321,10 @@ async fn download_waits_until_the_date_in_retry_after() {
     let waited: Vec<_> = downloads.windows(2).map(|pair| pair[1] - pair[0]).collect();
     // The paused clock jumps ahead while the run waits for one of its threads, so the wait may be longer.
     let (least, most) = (Duration::from_secs(29), Duration::from_secs(1_200));
-    assert!(waited.len() == 1 && (least..most).contains(&waited[0]), "{waited:?}");
+    assert!(
+        waited.len() == 1 && (least..most).contains(&waited[0]),
+        "{waited:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]

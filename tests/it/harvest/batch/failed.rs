@@ -109,7 +109,7 @@ async fn rows_named_in_error_file_fail_and_rest_is_retried() {
     // Rows that were not run keep their attempts.
     let batches = summary.batches.as_ref().unwrap();
     assert_eq!(
-        (summary.attempts_lost, batches.lost, batches.asked_again),
+        (summary.attempts_lost, batches.lost, batches.requeued_rows),
         (0, 0, 4)
     );
 }

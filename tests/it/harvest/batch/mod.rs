@@ -8,9 +8,9 @@ mod tcp;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -320,7 +320,7 @@ async fn batch_rows_of_smaller_run_count_for_larger_run() {
     night.run.config.prompts.limit = Some(10);
     let summary = harvest(&night).await;
     assert_eq!((summary.total, summary.ok), (10, 10));
-    assert_eq!(summary.batches.unwrap().besides, 20);
+    assert_eq!(summary.batches.unwrap().unplanned_answers, 20);
     night.run.config.prompts.limit = None;
     let summary = harvest(&night).await;
     assert_eq!((summary.cached, summary.requests), (30, 0));
