@@ -372,8 +372,9 @@ impl GroupCounts {
             }
         }
         let settings = settings.join(" or ");
-        (!settings.is_empty())
-            .then(|| format!("set `data.groups` to {settings}, or to a list of groups, to use them"))
+        (!settings.is_empty()).then(|| {
+            format!("set `data.groups` to {settings}, or to a list of groups, to use them")
+        })
     }
 
     /// Returns one line for each group: its id and properties, the number of used records, and the number of records
