@@ -132,7 +132,7 @@ pub struct TrainArgs {
     /// Delete existing checkpoints and start over
     #[arg(long)]
     pub fresh: bool,
-    /// Also train on logprobs that do not match their answers, or of which few are usable
+    /// Train even if the logprobs do not match their answers, or few of them are usable
     #[arg(long)]
     pub force: bool,
 }

@@ -280,7 +280,8 @@ fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
         .block_on(future)
 }
 
-/// Formats a divergence. Rounding errors may leave it slightly below zero: adding 0.0 avoids `-0.0000`.
+/// Formats a divergence with four decimals. Rounding errors may leave it slightly below zero: adding 0.0 avoids
+/// `-0.0000`.
 fn four_decimals(value: f64) -> String {
     format!("{:.4}", (value * 1e4).round() / 1e4 + 0.0)
 }
@@ -325,7 +326,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_of_shipped_prompts_are_those_of_the_files() {
+    fn prompt_counts_match_the_shipped_files() {
         for (name, count) in [("prompts.jsonl", PROMPTS), ("test.jsonl", HELDOUT)] {
             let (_, bytes) = FILES.iter().find(|(file, _)| *file == name).unwrap();
             assert_eq!(

@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         Err(error) => {
             let code = Exit::code_of(&error);
             let text = format!("{error:#}");
-            // A stop by a signal is not an error.
+            // A stop by a signal is not an error. Its status is 128 plus the number of the signal.
             let prefix = if code > 128 { "" } else { "error: " };
             // If stderr is closed, the exit status still shows the failure.
             let _ = writeln!(std::io::stderr(), "{prefix}{}", terminal::sanitise(&text));

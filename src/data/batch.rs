@@ -1,5 +1,10 @@
 //! Batches: examples laid end to end for one forward pass, and the order of the examples.
 
+#![allow(
+    non_snake_case,
+    reason = "arrays carry their shape as a suffix: see the legend in `data`"
+)]
+
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
@@ -8,77 +13,81 @@ use serde::{Deserialize, Serialize};
 use crate::config;
 use crate::data::prepared::shard::ExampleView;
 
-/// B examples of T tokens in total, one after the other without padding, with N supervised positions. Attention stays
-/// inside a segment, and position ids start at 0 there: an example's result does not depend on its neighbours.
+/// B examples of T tokens in total, one after the other without padding, with N supervised positions. Each example is
+/// a segment: attention stays inside it, and its position ids start at 0. So the result of an example does not depend
+/// on its neighbours.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
-    /// Token ids (T).
-    pub input_ids: Vec<u32>,
-    /// Range of each example in `input_ids` (B).
-    pub segments: Vec<Range<usize>>,
-    /// Index in `input_ids` of each supervised position (N).
-    pub positions: Vec<u32>,
-    /// Token that each position must predict (N).
-    pub labels: Vec<u32>,
-    /// The soft labels of position n are `soft_ids[soft_offsets[n]..soft_offsets[n + 1]]`; an empty range means none
-    /// (N + 1).
-    pub soft_offsets: Vec<usize>,
-    pub soft_ids: Vec<u32>,
-    pub soft_logprobs: Vec<f32>,
-    /// Logprob of a label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels (N,
-    /// or empty if all are None).
-    pub sampled_logprob: Vec<Option<f32>>,
-    /// True if the label was sampled from the distribution of the logprobs (N, or empty if none was).
-    pub is_exact_sample: Vec<bool>,
-    /// Whether the teacher's logprobs include the end of this position's answer; None if unknown (N, or empty if all
-    /// are None).
-    pub lists_end: Vec<Option<bool>>,
-    /// Chunks, in order: ranges of positions whose text the teacher's tokenizer splits differently, and the negative
+    /// Token ids.
+    pub input_ids_T: Vec<u32>,
+    /// Range of each example in `input_ids_T`.
+    pub segments_B: Vec<Range<usize>>,
+    /// Index in `input_ids_T` of each supervised position.
+    pub positions_N: Vec<u32>,
+    /// Token that each position must predict.
+    pub labels_N: Vec<u32>,
+    /// Offsets of each position's soft labels: those of position n are `soft_offsets_N1[n]..soft_offsets_N1[n + 1]` in
+    /// `soft_ids_NK`. An empty range means that the position has none.
+    pub soft_offsets_N1: Vec<usize>,
+    pub soft_ids_NK: Vec<u32>,
+    pub soft_logprobs_NK: Vec<f32>,
+    /// Logprob of a label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels.
+    /// Empty if all are None.
+    pub sampled_logprobs_N: Vec<Option<f32>>,
+    /// True if the label was sampled from the distribution of the logprobs. Empty if all are false.
+    pub is_exact_sample_N: Vec<bool>,
+    /// Whether the teacher's logprobs include the end of this position's answer; None if unknown. Empty if all are
+    /// None.
+    pub lists_end_N: Vec<Option<bool>>,
+    /// Chunks, in order: the range of positions whose text the teacher's tokenizer splits differently, and the negative
     /// log-likelihood of the text under the teacher in nats.
-    pub chunks: Vec<(Range<usize>, f32)>,
-    /// Keys of the examples, for error messages (B).
-    pub keys: Vec<String>,
+    pub chunks_C: Vec<(Range<usize>, f32)>,
+    /// Keys of the examples, for error messages.
+    pub keys_B: Vec<String>,
 }
 
 impl Batch {
     /// Lays `examples` end to end.
     pub fn new<'a>(examples: impl IntoIterator<Item = ExampleView<'a>>) -> Self {
         let mut batch = Batch {
-            soft_offsets: vec![0],
+            soft_offsets_N1: vec![0],
             ..Batch::default()
         };
         for example in examples {
-            let start = batch.input_ids.len();
-            let soft_start = batch.soft_ids.len();
-            let first = batch.labels.len();
+            let start = batch.input_ids_T.len();
+            let soft_start = batch.soft_ids_NK.len();
+            let first = batch.labels_N.len();
             let chunks = example.chunks();
             let chunks = chunks.map(|(span, nll)| (first + span.start..first + span.end, nll));
-            batch.chunks.extend(chunks);
-            batch.input_ids.extend(example.input_ids());
-            batch.segments.push(start..batch.input_ids.len());
-            batch.keys.push(example.key().to_owned());
+            batch.chunks_C.extend(chunks);
+            batch.input_ids_T.extend(example.input_ids());
+            batch.segments_B.push(start..batch.input_ids_T.len());
+            batch.keys_B.push(example.key().to_owned());
             for position in example.positions() {
                 let index = start + position as usize;
-                batch.positions.push(index as u32);
-                batch.labels.push(batch.input_ids[index + 1]);
+                batch.positions_N.push(index as u32);
+                batch.labels_N.push(batch.input_ids_T[index + 1]);
             }
-            batch.soft_ids.extend(example.soft_ids());
-            batch.soft_logprobs.extend(example.soft_logprobs());
-            batch.sampled_logprob.extend(example.sampled_logprobs());
+            batch.soft_ids_NK.extend(example.soft_ids());
+            batch.soft_logprobs_NK.extend(example.soft_logprobs());
+            batch.sampled_logprobs_N.extend(example.sampled_logprobs());
+            let positions = batch.labels_N.len();
             batch
-                .is_exact_sample
-                .resize(batch.labels.len(), example.is_exact_sample());
-            let lists_end = example.lists_end();
-            batch.lists_end.resize(batch.labels.len(), lists_end);
+                .is_exact_sample_N
+                .resize(positions, example.is_exact_sample());
+            batch.lists_end_N.resize(positions, example.lists_end());
             let ends = example.soft_ends();
-            batch.soft_offsets.extend(ends.map(|end| soft_start + end));
+            batch
+                .soft_offsets_N1
+                .extend(ends.map(|end| soft_start + end));
         }
         batch
     }
 }
 
-/// Splits the examples of a step into micro-batches: `train.micro_batch_size` examples each, in order; or packed into
-/// at most `train.micro_batch_tokens` tokens each, except for a longer example, which is alone.
+/// Splits the examples of a step into micro-batches. If `train.micro_batch_tokens` is 0, each has
+/// `train.micro_batch_size` examples, in order. Else the examples are packed: each micro-batch has at most
+/// `train.micro_batch_tokens` tokens, and a longer example is alone in its micro-batch.
 ///
 /// Packing is first-fit decreasing: long examples come first and short ones fill the gaps. The order within a step
 /// affects only the rounding, because gradients are sums over the step.
@@ -93,16 +102,16 @@ pub fn micro_batches<'a>(
     }
     let mut sorted = examples.to_vec();
     sorted.sort_by_key(|example| std::cmp::Reverse(example.tokens()));
-    // Micro-batches with their number of tokens.
+    // Micro-batches, each after its number of tokens.
     let mut packed: Vec<(usize, Vec<ExampleView>)> = Vec::new();
     for example in sorted {
         let tokens = example.tokens();
-        match packed
+        let first_fit = packed
             .iter_mut()
-            .find(|(used, _)| used + tokens <= max_tokens)
-        {
-            Some((used, examples)) => {
-                *used += tokens;
+            .find(|(packed_tokens, _)| packed_tokens + tokens <= max_tokens);
+        match first_fit {
+            Some((packed_tokens, examples)) => {
+                *packed_tokens += tokens;
                 examples.push(example);
             }
             None => packed.push((tokens, vec![example])),
@@ -179,8 +188,10 @@ impl BatchSampler {
 /// Order of the examples in an epoch.
 fn order(examples: usize, seed: u64, epoch: u64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..examples).collect();
-    // Spreading the seed over all bits makes seed 0, epoch 1 differ from seed 1, epoch 0.
-    let spread = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    fastrand::Rng::with_seed(spread.wrapping_add(epoch)).shuffle(&mut order);
+    /// 2^64 divided by the golden ratio.
+    const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+    // The product spreads the seed over all bits, so that seed 0, epoch 1 differs from seed 1, epoch 0.
+    let spread_seed = seed.wrapping_mul(GOLDEN);
+    fastrand::Rng::with_seed(spread_seed.wrapping_add(epoch)).shuffle(&mut order);
     order
 }

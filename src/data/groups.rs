@@ -15,6 +15,8 @@ use crate::terminal::sanitise;
 
 /// Name that selects all groups of a mock teacher.
 const MOCK: &str = "mock";
+/// Prefix of an endpoint that `question::endpoint` made from a teacher's name.
+const NAME_PREFIX: &str = "name:";
 /// Number of hex digits in a group's id.
 const ID_DIGITS: usize = 8;
 
@@ -56,8 +58,9 @@ impl Group {
         if self.is_mock { ", a mock" } else { "" }
     }
 
-    /// Returns true if `name` selects this group: its id, model, endpoint or teacher. A mock uses the model name, and
-    /// perhaps the address, of the endpoint that it replaces, so these do not select its groups.
+    /// Returns true if `name` selects this group: its id, model, endpoint or teacher. A group of a mock is selected
+    /// only by its id or "mock", because a mock uses the model name, and perhaps the address, of the endpoint that it
+    /// replaces.
     pub fn is_named(&self, name: &str) -> bool {
         if name == self.id() {
             return true;
@@ -66,7 +69,7 @@ impl Group {
             return name == MOCK;
         }
         name == self.model
-            || self.endpoint.strip_prefix("name:") == Some(name)
+            || self.endpoint.strip_prefix(NAME_PREFIX) == Some(name)
             || self.endpoint == question::endpoint("", name)
     }
 }
@@ -79,7 +82,7 @@ impl fmt::Display for Group {
             sampling,
             is_mock: _,
         } = self;
-        let endpoint = endpoint.strip_prefix("name:").unwrap_or(endpoint);
+        let endpoint = endpoint.strip_prefix(NAME_PREFIX).unwrap_or(endpoint);
         let text = format!("{model} at {endpoint}{}, {sampling}", self.mock_note());
         f.write_str(&on_one_line(&text))
     }
@@ -330,12 +333,12 @@ impl GroupCounts {
     }
 
     /// Counts a record that is used.
-    pub fn used(&mut self, group: &Group) {
+    pub fn count_used(&mut self, group: &Group) {
         self.entry(group).used += 1;
     }
 
     /// Counts a record that is left out.
-    pub fn left_out(&mut self, group: &Group, reason: ExclusionReason) {
+    pub fn count_left_out(&mut self, group: &Group, reason: ExclusionReason) {
         let left_out = &mut self.entry(group).left_out;
         *left_out.entry(reason.to_string()).or_default() += 1;
     }
@@ -352,28 +355,30 @@ impl GroupCounts {
         }
     }
 
-    /// Groups with records that are used, and the number of these records.
+    /// Returns the groups that have used records, each with the number of these records.
     pub fn all_used(&self) -> impl Iterator<Item = (&Group, u64)> {
         let used = self.0.values().filter(|count| count.used > 0);
         used.map(|count| (&count.group, count.used))
     }
 
-    /// Advice on how to use the groups that are left out, if there are any.
+    /// Returns advice on how to use the groups that are left out, if there are any.
     pub fn advice(&self) -> Option<String> {
-        let mut words = Vec::new();
-        for (is_mock, word) in [(false, "\"all\""), (true, "\"mock\"")] {
+        let mut settings = Vec::new();
+        for (is_mock, setting) in [(false, "\"all\""), (true, "\"mock\"")] {
             let is_left_out =
                 |count: &GroupCount| count.group.is_mock == is_mock && !count.left_out.is_empty();
             if self.0.values().any(is_left_out) {
-                words.push(word);
+                settings.push(setting);
             }
         }
-        let words = words.join(" or ");
-        (!words.is_empty())
-            .then(|| format!("set `data.groups` to {words}, or to a list of groups, to use them"))
+        let settings = settings.join(" or ");
+        (!settings.is_empty()).then(|| {
+            format!("set `data.groups` to {settings}, or to a list of groups, to use them")
+        })
     }
 
-    /// One line for each group: its id and properties, the number of records used, and the number left out by reason.
+    /// Returns one line for each group: its id and properties, the number of used records, and the number of records
+    /// that are left out, by reason.
     pub fn lines(&self) -> Vec<String> {
         let line = |(id, count): (&String, &GroupCount)| {
             let GroupCount {

@@ -1,9 +1,10 @@
 //! Checks that the teacher's logprobs belong to the tokens that it emitted.
 //!
-//! If tokens are sampled from p, the most likely token is emitted as often as its probability p_1 predicts: the number
-//! of hits is a sum of independent trials, with mean sum(p_1) and variance sum(p_1 (1 - p_1)). Logprobs that are one
-//! position off, or that belong to another text, hit far less often. Sampling that was sharper than the logprobs (a
-//! lower temperature, a top_p that was not requested) hits far more often. The check needs no student.
+//! A hit is a position at which the teacher emitted its most likely token. If tokens are sampled from p, hits are as
+//! frequent as the probability p_1 of the most likely token predicts: the number of hits is a sum of independent
+//! trials, with mean sum(p_1) and variance sum(p_1 (1 - p_1)). If the logprobs are one position off, or belong to
+//! another text, hits are far rarer. If the sampling was sharper than the logprobs (a lower temperature, a top_p that
+//! was not requested), hits are far more frequent. The check needs no student.
 //!
 //! The trials are not independent if one seed was sent with every request: a server may then sample all answers with
 //! the same random numbers, position by position. So the variance is also estimated between positions, and the
@@ -50,14 +51,14 @@ pub struct Agreement {
 }
 
 impl Agreement {
-    /// Adds position `at` of an answer, where the probability of a hit is `p`.
-    pub fn count(&mut self, at: usize, p: f64, hit: bool) {
+    /// Adds position `position` of an answer, where the probability of a hit is `p`.
+    pub fn count(&mut self, position: usize, p: f64, is_hit: bool) {
         let p = p.clamp(0.0, 1.0);
-        let sum = &mut self.by_position[at % POSITION_SUMS];
+        let sum = &mut self.by_position[position % POSITION_SUMS];
         sum.positions += 1;
-        sum.excess += ((f64::from(u8::from(hit)) - p) * UNIT) as i64;
+        sum.excess += ((f64::from(u8::from(is_hit)) - p) * UNIT) as i64;
         self.positions += 1;
-        self.hits += u64::from(hit);
+        self.hits += u64::from(is_hit);
         self.expected += (p * UNIT) as u64;
         self.variance += (p * (1.0 - p) * UNIT) as u64;
     }
@@ -73,23 +74,24 @@ impl Agreement {
         }
     }
 
-    /// Share of positions with a hit.
+    /// Returns the share of positions with a hit.
     pub fn rate(&self) -> f64 {
         self.hits as f64 / self.positions.max(1) as f64
     }
 
-    /// Expected rate: the mean of p_1.
+    /// Returns the expected rate: the mean of p_1.
     pub fn expected(&self) -> f64 {
         self.expected as f64 / UNIT / self.positions.max(1) as f64
     }
 
-    /// Standard deviation of the rate.
+    /// Returns the standard deviation of the rate.
     pub fn deviation(&self) -> f64 {
         let independent = self.variance as f64 / UNIT;
         independent.max(self.variance_between_positions()).sqrt() / self.positions.max(1) as f64
     }
 
-    /// Variance of the number of hits, estimated from the excess of each position around the mean.
+    /// Returns the variance of the number of hits, estimated from the differences between positions: from the excess of
+    /// hits at each position, compared with the mean excess.
     fn variance_between_positions(&self) -> f64 {
         let count = self
             .by_position

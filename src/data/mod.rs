@@ -13,8 +13,9 @@
 //! | `batch` | examples laid end to end, and their order |
 //! | `text_scorer` | interface to a teacher that scores given texts |
 //!
-//! Shapes, as suffixes of arrays: B examples, T tokens, N supervised positions, K top-k, C chunks. Arrays of shape NK
-//! are ragged and flat: the labels of position after position, with an array of ends or offsets beside them.
+//! Shapes, as suffixes of arrays: B examples, T tokens, N supervised positions, N1 one more than N, K top-k, C chunks.
+//! Arrays of shape NK are flat, and each position may have another number of labels (K): the labels of the first
+//! position, then those of the second, and so on. A separate array has the end or the offset of each position's labels.
 //!
 //! Invariants:
 //! - The examples depend only on the content of the source and on the settings, not on the number of threads.

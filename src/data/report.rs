@@ -41,15 +41,15 @@ pub struct DataReport {
     /// Number of supervised answers whose reasoning the chat template leaves out, by what is done with it.
     #[serde(default)]
     pub thinking: BTreeMap<String, u64>,
-    /// Number of answers before the last one of a conversation that became examples of their own, because the text
-    /// before them in the rendered conversation differs from the generation prompt.
+    /// Number of earlier answers of conversations that became separate examples, because the text before the answer in
+    /// the rendered conversation differs from the generation prompt.
     #[serde(default)]
     pub split: u64,
-    /// Number of all answers whose text before them in the rendered conversation differs from the generation prompt.
-    /// Their examples contain the generation prompt.
+    /// Number of answers that follow the generation prompt in their example, although the text before the answer in the
+    /// rendered conversation differs from it.
     #[serde(default)]
     pub prefix_differs: u64,
-    /// Number of these answers, by how the two texts end.
+    /// `prefix_differs` by the ends of the two texts.
     #[serde(default)]
     pub differences: BTreeMap<String, u64>,
     /// Number of positions at which the teacher's probabilities sum to more than 1. They have no soft labels.
@@ -77,15 +77,15 @@ pub struct DataReport {
     /// Mean share of the teacher's probability that lies on student tokens, over positions with soft labels. The
     /// remaining probability is the tail.
     pub mean_mapped_mass: f64,
-    /// How often the teacher emitted its most likely token, and how often its probabilities predict that. The JSON keeps
-    /// the name of earlier versions.
+    /// Check of the teacher's logprobs: the number of positions at which it emitted its most likely token, and the
+    /// number that its probabilities predict. The JSON keeps the name of earlier versions.
     #[serde(default, rename = "gate")]
     pub logprob_check: LogprobCheck,
 }
 
 impl DataReport {
-    /// Adds the counts of `other`, except `train`, `validation` and `mean_mapped_mass`, which the caller computes once all
-    /// examples are known.
+    /// Adds the counts of `other`, except `train`, `validation` and `mean_mapped_mass`, which the caller computes once
+    /// all examples are known.
     pub fn add(&mut self, other: DataReport) {
         self.records += other.records;
         self.groups.add(other.groups);
@@ -102,13 +102,13 @@ impl DataReport {
         self.ends += other.ends;
         self.ends_listed += other.ends_listed;
         self.logprob_check.add(other.logprob_check);
-        for (mine, others) in [
+        for (totals, counts) in [
             (&mut self.dropped, other.dropped),
             (&mut self.ce_only, other.ce_only),
             (&mut self.thinking, other.thinking),
         ] {
-            for (reason, count) in others {
-                *mine.entry(reason).or_default() += count;
+            for (reason, count) in counts {
+                *totals.entry(reason).or_default() += count;
             }
         }
         for (endings, count) in other.differences {
@@ -116,14 +116,14 @@ impl DataReport {
         }
     }
 
-    /// Returns true if more than half of the answers with soft labels and an end-of-turn token have no soft label for that
-    /// token. Most endpoints return no logprobs for it.
+    /// Returns true if more than half of the answers with soft labels and an end-of-turn token have no soft label for
+    /// that token. Most endpoints return no logprobs for it.
     pub fn misses_ends(&self) -> bool {
         2 * self.ends_listed < self.ends
     }
 
-    /// Counts answers with this pair of prompt endings. After [`MAX_ENDINGS`] distinct pairs all others share one entry,
-    /// because a date or an id may make each pair distinct.
+    /// Counts answers with this pair of prompt endings. After [`MAX_ENDINGS`] distinct pairs all others share one
+    /// entry, because a date or an id may make each pair distinct.
     pub fn count_difference(&mut self, endings: String, count: u64) {
         self.prefix_differs += count;
         let has_room = self.differences.len() < MAX_ENDINGS;

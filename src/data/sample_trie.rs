@@ -28,8 +28,8 @@ impl SampleTrie {
         }
     }
 
-    /// Returns soft labels for `answer`: at each position, the shares of the next tokens among the answers that begin
-    /// with the same tokens. None if the prompt has fewer than two answers.
+    /// Returns soft labels for `answer`: at each position, the shares of the next tokens among the answers that agree
+    /// with `answer` up to this position. None if the prompt has fewer than two answers.
     pub(crate) fn soft_labels(&self, prompt: &[u32], answer: &[u32]) -> Option<Aligned> {
         let answers = self.by_prompt.get(&hash(prompt))?;
         let mut with_prefix: Vec<&[u32]> = answers.iter().map(|answer| &**answer).collect();
@@ -37,14 +37,14 @@ impl SampleTrie {
             return None;
         }
         let mut aligned = Aligned::default();
-        for (at, token) in answer.iter().enumerate() {
+        for (position, token) in answer.iter().enumerate() {
             if with_prefix.len() < 2 {
                 break;
             }
             aligned.push(&shares(
-                with_prefix.iter().filter_map(|answer| answer.get(at)),
+                with_prefix.iter().filter_map(|answer| answer.get(position)),
             ));
-            with_prefix.retain(|answer| answer.get(at) == Some(token));
+            with_prefix.retain(|answer| answer.get(position) == Some(token));
         }
         Some(aligned)
     }
@@ -87,20 +87,20 @@ mod tests {
         others.add(&[8], answers[0]);
         samples.merge(others);
         let labels = samples.soft_labels(&[7], answers[1]).unwrap();
-        let at = |at: usize| {
-            let (ids, logprobs) = labels.soft(at);
+        let labels_at = |position: usize| {
+            let (ids, logprobs) = labels.soft(position);
             let shares = logprobs.iter().map(|l| l.exp());
             ids.iter().copied().zip(shares).collect::<Vec<_>>()
         };
-        let close = |found: Vec<(u32, f32)>, expected: &[(u32, f32)]| {
+        let assert_close = |found: Vec<(u32, f32)>, expected: &[(u32, f32)]| {
             assert_eq!(found.len(), expected.len(), "{found:?}");
             for (found, expected) in found.iter().zip(expected) {
                 assert!(found.0 == expected.0 && (found.1 - expected.1).abs() < 1e-6);
             }
         };
-        close(at(0), &[(1, 0.75), (5, 0.25)]);
-        close(at(1), &[(2, 2.0 / 3.0), (4, 1.0 / 3.0)]);
-        close(at(2), &[(3, 0.5), (9, 0.5)]);
+        assert_close(labels_at(0), &[(1, 0.75), (5, 0.25)]);
+        assert_close(labels_at(1), &[(2, 2.0 / 3.0), (4, 1.0 / 3.0)]);
+        assert_close(labels_at(2), &[(3, 0.5), (9, 0.5)]);
         assert!(!labels.is_soft(3), "a single answer gives no soft labels");
         assert!(samples.soft_labels(&[8], answers[0]).is_none());
         assert!(samples.soft_labels(&[9], answers[0]).is_none());

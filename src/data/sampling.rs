@@ -18,11 +18,13 @@ impl SamplingKind {
     ///
     /// If the request has no temperature, the server chooses an unknown one.
     pub fn from_params(params: &Value) -> Self {
-        let neutral = |name: &str, values: &[f64]| match params.get(name) {
+        let is_neutral = |name: &str, neutral_values: &[f64]| match params.get(name) {
             None | Some(Value::Null) => true,
-            Some(value) => value.as_f64().is_some_and(|value| values.contains(&value)),
+            Some(value) => value
+                .as_f64()
+                .is_some_and(|value| neutral_values.contains(&value)),
         };
-        let absent = |name: &&str| match params.get(name) {
+        let is_absent = |name: &&str| match params.get(name) {
             None | Some(Value::Null) => true,
             Some(Value::Object(fields)) => fields.is_empty(),
             Some(Value::Array(values)) => values.is_empty(),
@@ -31,18 +33,18 @@ impl SamplingKind {
         let Some(temperature) = params.get("temperature").and_then(Value::as_f64) else {
             return Self::Unknown;
         };
-        let penalised = !(neutral("frequency_penalty", &[0.0])
-            && neutral("presence_penalty", &[0.0])
-            && neutral("repetition_penalty", &[1.0]));
-        if temperature > 1.0 || penalised || !CONSTRAINTS.iter().all(absent) {
+        let is_penalised = !(is_neutral("frequency_penalty", &[0.0])
+            && is_neutral("presence_penalty", &[0.0])
+            && is_neutral("repetition_penalty", &[1.0]));
+        if temperature > 1.0 || is_penalised || !CONSTRAINTS.iter().all(is_absent) {
             return Self::Unknown;
         }
-        let truncated = !(neutral("top_p", &[1.0])
-            && neutral("top_k", &[0.0, -1.0])
-            && neutral("min_p", &[0.0])
-            && neutral("top_a", &[0.0])
-            && neutral("typical_p", &[1.0]));
-        if temperature == 1.0 && !truncated {
+        let is_truncated = !(is_neutral("top_p", &[1.0])
+            && is_neutral("top_k", &[0.0, -1.0])
+            && is_neutral("min_p", &[0.0])
+            && is_neutral("top_a", &[0.0])
+            && is_neutral("typical_p", &[1.0]));
+        if temperature == 1.0 && !is_truncated {
             Self::Exact
         } else {
             Self::Sharper

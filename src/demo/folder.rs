@@ -1,4 +1,4 @@
-//! The run folder of the demo, in which no file is overwritten that the demo did not write.
+//! The run folder of the demo. The demo overwrites only files that it wrote itself.
 //!
 //! `demo.json` holds the hash of every content that the demo has written to each file. It is updated before the file,
 //! so that a demo that was killed at any moment recognises its own files and resumes.
@@ -33,8 +33,8 @@ impl DemoFolder {
     /// that every version of the demo has written.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if the folder contains files that the demo did not write, or a file of `names` was changed. Without
-    /// a manifest, the folder of an earlier version is recognised by its shipped files.
+    /// [`Exit::Usage`] if the folder contains files that the demo did not write, or a file of `names` was changed.
+    /// Without a manifest, the folder of an earlier version is recognised by its shipped files.
     pub(super) fn open<'a>(
         dir: &Path,
         names: impl Iterator<Item = &'a str>,
@@ -43,7 +43,7 @@ impl DemoFolder {
         let path = dir.join(MANIFEST);
         if !path.exists() {
             let is_shipped = |(name, bytes): &(&str, &[u8])| {
-                std::fs::read(dir.join(name)).is_ok_and(|found| found == *bytes)
+                std::fs::read(dir.join(name)).is_ok_and(|content| content == *bytes)
             };
             let mut files = BTreeMap::new();
             if shipped.iter().all(is_shipped) {
@@ -75,8 +75,8 @@ impl DemoFolder {
         Ok(folder)
     }
 
-    /// Writes a file. Leaves a file that has this content already. A file that no manifest knows is copied to
-    /// `NAME.previous` before it is replaced.
+    /// Writes a file, unless it already has this content. If the manifest does not contain the hash of the file's
+    /// present content, the file is copied to `NAME.previous` before it is replaced.
     ///
     /// # Errors
     /// If a file cannot be written.

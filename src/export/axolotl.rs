@@ -38,8 +38,8 @@ use crate::export::rows::{ExportReport, ExportRow, ExportRows, ExportSettings, w
 use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
 
-/// Logprob of the tokens that fill an entry with fewer than k alternatives: so small that they have no weight, and large
-/// enough that its exponential is not zero in f32, whose logarithm would be infinite.
+/// Logprob of the tokens that fill an entry with fewer than k alternatives. It is so small that these tokens have no
+/// weight. It is large enough that its exponential is not zero in f32, because the logarithm of zero is infinite.
 const FILLER: f32 = -50.0;
 
 /// Reason to leave out an answer whose tokens differ from the teacher's.
@@ -86,7 +86,7 @@ fn line(
 ) -> Result<AxolotlRow, String> {
     let logprobs = row.record.logprobs.take().ok_or("no logprobs")?;
     if tokenizer.contains_control(&row.record.answer.text) {
-        // axolotl tokenizes the name as that token, which would shift all earlier entries.
+        // axolotl tokenizes the name as the control token, which would shift all earlier entries.
         return Err("the answer contains the name of a control token".into());
     }
     let date = Timing::date(&row.record.timing.sent_at);
@@ -132,7 +132,7 @@ impl TokenEntry {
     }
 }
 
-/// Returns the entries of a conversation that ends with an answer. The first entry is that of the token before the
+/// Returns the entries of a conversation that ends with an answer. The first entry belongs to the token before the
 /// answer, because each entry is the distribution of the next token.
 fn entries(
     messages: &[Message],

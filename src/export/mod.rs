@@ -89,8 +89,8 @@ pub fn write(
     }
 }
 
-/// Refuses to replace anything without `force`. With `force`, files may be replaced, and folders that are an `hf`
-/// export by another `hf` export.
+/// Refuses to replace anything without `force`. With `force`, an export may replace a file, and an `hf` export may
+/// replace the folder of another `hf` export.
 fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
     let path = out.display();
     let Ok(metadata) = out.symlink_metadata() else {

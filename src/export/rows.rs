@@ -1,4 +1,4 @@
-//! Selects the records to export, and counts those that are left out.
+//! Selects the records to export, and counts the records that are left out.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -43,7 +43,7 @@ impl ExportRow {
     }
 }
 
-/// Iterates over the records that `distill train` would use. Counts the others by reason.
+/// Iterates over the records that `distill train` would use. Counts the other records by reason.
 pub struct ExportRows<'a, R> {
     pub(crate) records: R,
     pub(crate) settings: &'a config::DataConfig,
@@ -55,11 +55,11 @@ pub struct ExportRows<'a, R> {
 impl<R: Iterator<Item = Result<Record>>> ExportRows<'_, R> {
     pub(crate) fn next(&mut self) -> Result<Option<ExportRow>> {
         while let Some(record) = self.records.next().transpose()? {
-            let identity = RecordProperties::from_record(&record);
-            let group = &identity.group;
-            if let Err(difference) = self.selection.check(&identity) {
-                self.groups.left_out(group, difference);
-                self.leave_out(format!("{difference}: group {} ({group})", group.id()));
+            let properties = RecordProperties::from_record(&record);
+            let group = &properties.group;
+            if let Err(exclusion) = self.selection.check(&properties) {
+                self.groups.count_left_out(group, exclusion);
+                self.leave_out(format!("{exclusion}: group {} ({group})", group.id()));
                 continue;
             }
             match prompt_of(&record, self.settings) {

@@ -3,6 +3,11 @@
 //! When an answer ends, the next prompt can take its slot in the following pass.
 //! [`super::generate::batch`] and the server both use the [`Batcher`], which does not use channels or HTTP.
 
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
+
 use std::collections::VecDeque;
 
 use anyhow::{Result, ensure};
@@ -18,7 +23,7 @@ use crate::tokenizer::Tokenizer;
 /// Maximum number of prompt tokens per forward pass, so that a long prompt does not delay running answers.
 const PROMPT_TOKENS_PER_STEP: usize = 512;
 
-/// Options of one answer.
+/// Options for the generation of one answer.
 #[derive(Debug, Clone)]
 pub struct GenerateOptions {
     /// Maximum number of sampled tokens, at least 1. The model's context length also ends the answer.
@@ -171,6 +176,7 @@ impl<'a> Batcher<'a> {
     /// the caller must [`clear`](Self::clear) them.
     pub fn step(&mut self) -> Result<Vec<TokenUpdate>> {
         let mut budget = PROMPT_TOKENS_PER_STEP;
+        // Running answers that take part in this step, each with its new tokens.
         let mut active: Vec<(&mut Sequence, Vec<u32>)> = Vec::new();
         for sequence in &mut self.sequences {
             let tokens = sequence.next_tokens(&mut budget);
@@ -185,13 +191,13 @@ impl<'a> Batcher<'a> {
             .iter_mut()
             .map(|(sequence, tokens)| (tokens.as_slice(), &mut sequence.cache))
             .unzip();
-        let logits = self.model.step(&tokens, &mut caches)?;
+        let logits_BV = self.model.step(&tokens, &mut caches)?;
         let updates: Vec<TokenUpdate> = active
             .into_par_iter()
-            .zip(logits.par_chunks_exact(self.model.config().vocab_size))
+            .zip(logits_BV.par_chunks_exact(self.model.config().vocab_size))
             .filter(|((sequence, _), _)| sequence.pending.is_empty())
-            .map(|((sequence, _), row)| {
-                sequence.sample_next(&row[..self.vocabulary], self.tokenizer)
+            .map(|((sequence, _), logits_V)| {
+                sequence.sample_next(&logits_V[..self.vocabulary], self.tokenizer)
             })
             .collect::<Result<_>>()?;
         for update in &updates {
@@ -204,8 +210,8 @@ impl<'a> Batcher<'a> {
 }
 
 impl Sequence {
-    /// Takes the tokens for this step. The number of prompt tokens is limited by `budget` and subtracted
-    /// from it.
+    /// Takes the tokens for this step: the last sampled token, or as many prompt tokens as `budget` allows, which are
+    /// subtracted from it. A single pending token is always taken.
     fn next_tokens(&mut self, budget: &mut usize) -> Vec<u32> {
         if self.pending.len() == 1 {
             return std::mem::take(&mut self.pending);
@@ -215,13 +221,13 @@ impl Sequence {
         self.pending.drain(..count).collect()
     }
 
-    /// Samples the next token from the logits (V) after the last token.
-    fn sample_next(&mut self, logits: &[f32], tokenizer: &Tokenizer) -> Result<TokenUpdate> {
+    /// Samples the next token from the logits after the last token.
+    fn sample_next(&mut self, logits_V: &[f32], tokenizer: &Tokenizer) -> Result<TokenUpdate> {
         ensure!(
-            logits.iter().all(|logit| logit.is_finite()),
+            logits_V.iter().all(|logit| logit.is_finite()),
             "the model's logits are not finite; its weights are damaged, or its training diverged"
         );
-        let token = self.sampler.sample(logits);
+        let token = self.sampler.sample(logits_V);
         self.remaining -= 1;
         let begin = self.text.received();
         let finish_reason = if tokenizer.stop_ids().contains(&token) {
@@ -237,12 +243,12 @@ impl Sequence {
                 None
             }
         };
-        // As in vLLM, the token that ends the turn has logprobs, too.
+        // The token that ends the turn also has logprobs, as in vLLM.
         if let Some(k) = self.top_logprobs {
             self.unreported.push_back(UnreportedToken {
                 begin,
                 end: self.text.received(),
-                logprobs: TokenLogprobs::from_logits(logits, token, k),
+                logprobs: TokenLogprobs::from_logits(logits_V, token, k),
             });
         }
         let text = match finish_reason {
@@ -258,9 +264,8 @@ impl Sequence {
         })
     }
 
-    /// Takes the logprobs of the tokens whose text is released. At the end of the answer, takes all that are
-    /// left, or all up to the token in which a stop string begins. That token is included if it has a byte
-    /// before the stop string.
+    /// Takes the logprobs of the tokens whose text is released. At the end of the answer, takes all remaining logprobs,
+    /// or, if there is a stop string, those of the tokens that have a byte before it.
     fn take_reportable(&mut self, is_finished: bool) -> Vec<TokenLogprobs> {
         let released = self.text.released();
         let reportable = self

@@ -24,13 +24,14 @@ use crate::model::config::shape::{Architecture, ModelConfig};
 
 /// The weights of a decoder.
 pub struct Decoder {
-    /// Token embedding (V x D).
-    embedding: Tensor,
+    /// Token embedding.
+    embedding_VD: Tensor,
     /// Learned position embedding (positions x D), in architectures that have one.
     position_embedding: Option<Tensor>,
     layers: Vec<DecoderLayer>,
     final_norm: Norm,
-    head: Tensor,
+    /// Weight of the LM head: the token embedding, if both are tied.
+    head_VD: Tensor,
 }
 
 enum DecoderLayer {
@@ -45,7 +46,7 @@ impl Decoder {
     /// Builds a decoder from `tensors`. Tensors that are variables are trainable.
     ///
     /// # Errors
-    /// Where a tensor is missing or its shape does not match `config`: names the first.
+    /// Where a tensor is missing or its shape does not match `config`. The error names the first such tensor.
     pub fn new(config: &ModelConfig, tensors: &Tensors) -> Result<Self> {
         let weights = CheckedWeights::new(config, tensors)?;
         let new_layer = |index| {
@@ -57,14 +58,14 @@ impl Decoder {
             })
         };
         let names = config.names();
-        let head = if config.tie_word_embeddings {
+        let head_name = if config.tie_word_embeddings {
             names.embedding
         } else {
             LM_HEAD
         };
         let position_embedding = names.position_embedding;
         Ok(Self {
-            embedding: weights.get(names.embedding)?,
+            embedding_VD: weights.get(names.embedding)?,
             position_embedding: position_embedding
                 .map(|name| weights.get(name))
                 .transpose()?,
@@ -72,27 +73,27 @@ impl Decoder {
                 .map(new_layer)
                 .collect::<Result<_>>()?,
             final_norm: weights.norm(names.final_norm, names.final_norm_has_bias)?,
-            head: weights.get(head)?,
+            head_VD: weights.get(head_name)?,
         })
     }
 
     /// Returns the weight of the LM head (V x D). Logits are hidden states times its transpose.
     pub fn head(&self) -> &Tensor {
-        &self.head
+        &self.head_VD
     }
 
-    /// Runs the decoder over the tokens `input_ids` (T), up to the final norm. Returns the hidden states
-    /// (N x D) at `positions` (N), which index `input_ids`.
+    /// Runs the decoder over `input_ids_T`, up to the final norm. Returns the hidden states (N x D) at
+    /// `positions_N`, which are indices in `input_ids_T`.
     ///
     /// # Errors
     /// Where an id is outside the vocabulary, or the graph fails.
     pub fn hidden<G: Graph>(
         &self,
         graph: &mut G,
-        input_ids: &[u32],
-        positions: &[u32],
+        input_ids_T: &[u32],
+        positions_N: &[u32],
     ) -> Result<G::Value> {
-        let mut x_TD = graph.embed(&self.embedding, input_ids)?;
+        let mut x_TD = graph.embed(&self.embedding_VD, input_ids_T)?;
         if let Some(table) = &self.position_embedding {
             x_TD = graph.add_positions(x_TD, table)?;
         }
@@ -103,7 +104,7 @@ impl Decoder {
                 DecoderLayer::Gpt2(layer) => layer.forward(graph, x_TD)?,
             };
         }
-        let x_ND = graph.select_rows(x_TD, positions)?;
+        let x_ND = graph.select_rows(x_TD, positions_N)?;
         self.final_norm.forward(graph, &x_ND)
     }
 }

@@ -51,18 +51,18 @@ impl Model {
         self.check_segments(&input)?;
         let mut tape = Tape::new(
             self.tape_settings(),
-            input.segments,
+            input.segments_B,
             KeyValueSource::Batch,
             activations,
         );
         let root = self
             .decoder
-            .hidden(&mut tape, input.input_ids, input.positions)?;
+            .hidden(&mut tape, input.input_ids_T, input.positions_N)?;
         let hidden_ND = tape.value(&root)?;
         let head = self.head_layer();
         let mut dhidden_ND = self.arena.take(hidden_ND.len())?;
         let outputs = {
-            let mut logits_chunk = self.logits_chunk(input.positions.len())?;
+            let mut logits_chunk = self.logits_chunk(input.positions_N.len())?;
             let dweight_VD = gradients.accumulator(self.decoder.head())?;
             let weight_VD = CpuValues::new(self.decoder.head())?;
             head_loss(
@@ -94,13 +94,13 @@ impl Model {
             self.check_segments(&input)?;
             let mut tape = Tape::new(
                 self.tape_settings(),
-                input.segments,
+                input.segments_B,
                 KeyValueSource::Batch,
                 Activations::Discard,
             );
             let root = self
                 .decoder
-                .hidden(&mut tape, input.input_ids, input.positions)?;
+                .hidden(&mut tape, input.input_ids_T, input.positions_N)?;
             HiddenData::Tape(tape.value(&root)?)
         };
         Ok(HiddenStates { model: self, data })
@@ -117,7 +117,7 @@ impl Model {
         visitor: &mut R,
     ) -> Result<Vec<R::Output>> {
         let hidden = self.hidden(input)?;
-        let count = input.positions.len();
+        let count = input.positions_N.len();
         let vocabulary = self.config.vocab_size;
         let mut logits_chunk = self.logits_chunk(count)?;
         let mut outputs = Vec::with_capacity(count);
@@ -161,12 +161,12 @@ impl Model {
         let mut graph = CandleGraph::new(
             self.config.heads,
             self.rope.as_ref(),
-            input.segments,
+            input.segments_B,
             dtype,
             self.head().device(),
         )?;
         self.decoder
-            .hidden(&mut graph, input.input_ids, input.positions)
+            .hidden(&mut graph, input.input_ids_T, input.positions_N)
     }
 
     /// Allocates the logits of one chunk of `positions`.
@@ -180,7 +180,7 @@ impl Model {
     fn check_segments(&self, input: &ModelInput) -> Result<()> {
         let context = self.config.max_position_embeddings;
         let mut covered = 0;
-        for segment in input.segments {
+        for segment in input.segments_B {
             if segment.start != covered || segment.len() > context {
                 bail!(
                     "segment {segment:?} must begin at {covered} and fit the model's context of {context} tokens"
@@ -188,10 +188,10 @@ impl Model {
             }
             covered = segment.end;
         }
-        if covered != input.input_ids.len() {
+        if covered != input.input_ids_T.len() {
             bail!(
                 "segments cover {covered} of {} tokens",
-                input.input_ids.len()
+                input.input_ids_T.len()
             );
         }
         Ok(())
@@ -227,9 +227,9 @@ impl HiddenStates<'_> {
             HiddenData::Candle(hidden_ND) => {
                 let hidden_nD = hidden_ND.narrow(0, range.start, range.len())?;
                 let weight_VD = self.model.head().detach().to_dtype(hidden_nD.dtype())?;
-                let logits = hidden_nD.matmul(&weight_VD.t()?)?.to_dtype(DType::F32)?;
-                let logits = logits.to_device(&Device::Cpu)?.flatten_all()?;
-                logits_nV.copy_from_slice(&CpuValues::new(&logits)?);
+                let device_logits_nV = hidden_nD.matmul(&weight_VD.t()?)?.to_dtype(DType::F32)?;
+                let cpu_logits_nV = device_logits_nV.to_device(&Device::Cpu)?.flatten_all()?;
+                logits_nV.copy_from_slice(&CpuValues::new(&cpu_logits_nV)?);
             }
         }
         Ok(())

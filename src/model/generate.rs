@@ -32,8 +32,8 @@ impl Generated {
 /// Generates an answer to each of `prompts` (token ids), up to `batch_size` at a time. Returns the answers in
 /// the order of the prompts.
 ///
-/// The seed of each answer is derived from the seed in `options` and the index of its prompt. A prompt that
-/// fills the model's context gets an empty answer with [`FinishReason::Length`].
+/// The seed of each answer is derived from the seed in `options` and the index of its prompt. The answer to a prompt
+/// that fills the model's context is empty, with [`FinishReason::Length`].
 ///
 /// # Errors
 /// Where a prompt is empty, or a forward pass fails.

@@ -74,7 +74,7 @@ fn module_name(layer: usize, module: &str) -> String {
     format!("{PREFIX}h.{layer}.{module}")
 }
 
-/// Returns the name that the weight `name` in memory has in the files.
+/// Returns the name in the files of the weight that is called `name` in memory.
 pub(super) fn stored_name(name: String) -> String {
     let part = QKV_PARTS.iter().find(|part| name.contains(*part));
     part.map_or(name.clone(), |part| name.replace(part, FUSED_QKV))

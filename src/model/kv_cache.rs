@@ -1,15 +1,26 @@
 //! The key/value cache of incremental decoding.
 
-/// Keys and values of one sequence, per layer (len x G C each). The rotary embedding is already applied to
-/// the keys.
+/// Keys and values of one sequence of S tokens.
 #[derive(Default)]
 pub struct KvCache {
-    pub(super) layers: Vec<(Vec<f32>, Vec<f32>)>,
+    pub(super) layers: Vec<LayerCache>,
+    /// S. While a step runs, the layers may already contain its tokens.
     pub(super) len: usize,
 }
 
+/// Keys and values of one layer. The rotary embedding is already applied to the keys.
+#[allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
+#[derive(Clone, Default)]
+pub(super) struct LayerCache {
+    pub k_SGC: Vec<f32>,
+    pub v_SGC: Vec<f32>,
+}
+
 impl KvCache {
-    /// Number of tokens in the cache.
+    /// Returns the number of tokens in the cache.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -17,11 +28,5 @@ impl KvCache {
     /// Returns true if the cache holds no tokens.
     pub fn is_empty(&self) -> bool {
         self.len == 0
-    }
-
-    /// Returns the keys and values of a layer.
-    pub(super) fn layer(&mut self, layer: usize) -> (&mut Vec<f32>, &mut Vec<f32>) {
-        let (keys, values) = &mut self.layers[layer];
-        (keys, values)
     }
 }

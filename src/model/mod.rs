@@ -28,10 +28,12 @@
 //! 6. Tests: add a case to `tests/python/make_gradient_golden.py`, which writes the golden files in
 //!    `tests/it/golden/gradients/`, and its name to `CASES` in `tests/it/gradients/torch.rs`.
 //!
-//! Tensor names end in their shape: B batch, T tokens (all segments of a batch, end to end), D model
-//! width, H heads, G key/value heads, C head width, F feed-forward width, N supervised positions, V
-//! vocabulary, K top-k, L layers; I and O are the inputs and outputs of a linear layer, R the rank of
-//! its adapter. A lower-case letter is a part of its dimension: `logits_nV` are n of N rows.
+//! Tensor names end in their shape: B batch, T tokens (all segments of a batch, end to end), S tokens of one
+//! sequence, D model width, H heads, G key/value heads, C head width, F feed-forward width, N supervised
+//! positions, V vocabulary, K top-k, L layers; I and O are the inputs and outputs of a linear layer, R the rank
+//! of its adapter. W is any width of a row: D, F, H C or G C. A lower-case letter is a part of its dimension:
+//! `logits_nV` are n of N rows, c is C / 2. The prefix `d` marks the gradient of the loss with respect to a
+//! tensor: `dy_TW` for `y_TW`.
 
 pub mod batcher;
 pub mod candle_graph;
@@ -93,14 +95,18 @@ pub enum Backend {
 }
 
 /// Tokens of one or more sequences, end to end, and the positions whose outputs are needed.
+#[allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend above"
+)]
 #[derive(Debug, Clone, Copy)]
 pub struct ModelInput<'a> {
-    /// Token ids (T).
-    pub input_ids: &'a [u32],
-    /// Sequences, which cover `input_ids` in order. Attention does not cross their bounds.
-    pub segments: &'a [Range<usize>],
-    /// Positions (N) among all tokens.
-    pub positions: &'a [u32],
+    /// Token ids.
+    pub input_ids_T: &'a [u32],
+    /// Ranges of the sequences, which cover `input_ids_T` in order. Attention does not cross their bounds.
+    pub segments_B: &'a [Range<usize>],
+    /// Indices in `input_ids_T` of the positions whose outputs are needed.
+    pub positions_N: &'a [u32],
 }
 
 impl Model {

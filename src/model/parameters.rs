@@ -117,7 +117,7 @@ impl<'a> CheckedWeights<'a> {
     /// Checks `tensors` against `config`.
     ///
     /// # Errors
-    /// Where a tensor is missing or its shape does not match: names the first.
+    /// Where a tensor is missing or its shape does not match. The error names the first such tensor.
     pub(super) fn new(config: &ModelConfig, tensors: &'a Tensors) -> Result<Self> {
         for ParameterSpec { name, shape, .. } in config.parameters() {
             let Some(tensor) = tensors.get(&name) else {

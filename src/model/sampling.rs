@@ -2,17 +2,22 @@
 //!
 //! A row has V logits, one per token of the vocabulary, at the index of the token id.
 
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
+
 use std::cmp::Ordering;
 
 use crate::ops::math;
 
-/// Parameters of sampling.
+/// Sampling parameters.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// 0 selects the most likely token; 1 samples from the model's own distribution.
     pub temperature: f64,
-    /// Probability mass of the tokens to sample from, most likely first, 0 to 1 (nucleus sampling, Holtzman
-    /// et al. 2020).
+    /// Probability mass of the most likely tokens, from which the sampler chooses: 0 to 1 (nucleus sampling, Holtzman
+    /// et al., arXiv 1904.09751).
     pub top_p: f64,
     /// Seed of the random numbers. The same seed, prompt and parameters give the same answer.
     pub seed: u64,
@@ -37,16 +42,18 @@ impl SamplingParams {
         for id in prompt {
             hash.update(&id.to_le_bytes());
         }
-        let [a, b, c, d, e, f, g, h, ..] = *hash.finalize().as_bytes();
+        let hash = hash.finalize();
+        let first_word = hash.as_bytes().first_chunk().copied().unwrap_or_default();
         Self {
-            seed: self.seed ^ u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+            seed: self.seed ^ u64::from_le_bytes(first_word),
             ..self.clone()
         }
     }
 
-    /// Returns the parameters with a seed for the answer `index` of several that share one seed. Answer 0
-    /// keeps the seed. The other seeds are far from the small numbers that users choose.
+    /// Returns the parameters for answer `index` of several answers to requests with one seed. Each answer has its own
+    /// seed; answer 0 keeps the seed of the requests. The other seeds are far from the small numbers that users choose.
     pub fn for_answer(&self, index: usize) -> Self {
+        /// 2^64 divided by the golden ratio.
         const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
         Self {
             seed: self.seed ^ GOLDEN.wrapping_mul(index as u64),
@@ -67,14 +74,14 @@ pub struct TokenLogprobs {
 
 impl TokenLogprobs {
     /// Computes the logprobs of `id` and of the `k` most likely tokens from a row of finite logits.
-    pub fn from_logits(logits: &[f32], id: u32, k: usize) -> Self {
-        let log_z = log_sum_exp(logits);
+    pub fn from_logits(logits_V: &[f32], id: u32, k: usize) -> Self {
+        let log_z = log_sum_exp(logits_V);
         // The sum is in f64 and at least exp(max), so that no logprob is rounded to a number above 0.
         let logprob = |logit: f32| (f64::from(logit) - log_z) as f32;
         Self {
             id,
-            logprob: logprob(logits[id as usize]),
-            top: top_k(logits, k)
+            logprob: logprob(logits_V[id as usize]),
+            top: top_k(logits_V, k)
                 .into_iter()
                 .map(|(id, logit)| (id, logprob(logit)))
                 .collect(),
@@ -99,37 +106,37 @@ impl Sampler {
     }
 
     /// Samples the next token from a row of finite logits.
-    pub fn sample(&mut self, logits: &[f32]) -> u32 {
+    pub fn sample(&mut self, logits_V: &[f32]) -> u32 {
         let SamplingParams {
             temperature, top_p, ..
         } = self.sampling;
         if temperature == 0.0 {
-            return argmax(logits);
+            return argmax(logits_V);
         }
-        let max = math::max(logits);
+        let max = math::max(logits_V);
         let inverse = (1.0 / temperature).min(f64::from(f32::MAX)) as f32;
-        let weights: Vec<f32> = logits
+        let weights_V: Vec<f32> = logits_V
             .iter()
             .map(|logit| ((logit - max) * inverse).exp())
             .collect();
         let share = self.rng.f64();
         if top_p < 1.0 {
-            sample_weighted(nucleus(&weights, top_p).iter().copied(), share)
+            sample_weighted(nucleus(&weights_V, top_p).iter().copied(), share)
         } else {
-            sample_weighted((0..).zip(weights.iter().copied()), share)
+            sample_weighted((0..).zip(weights_V.iter().copied()), share)
         }
     }
 }
 
 /// Returns the id of the largest logit, and the lowest id among equal ones.
-fn argmax(logits: &[f32]) -> u32 {
-    top_k(logits, 1).first().map_or(0, |best| best.0)
+fn argmax(logits_V: &[f32]) -> u32 {
+    top_k(logits_V, 1).first().map_or(0, |best| best.0)
 }
 
 /// Returns ln(sum(exp(logits))).
-fn log_sum_exp(logits: &[f32]) -> f64 {
-    let max = math::max(logits);
-    let sum: f64 = logits
+fn log_sum_exp(logits_V: &[f32]) -> f64 {
+    let max = math::max(logits_V);
+    let sum: f64 = logits_V
         .iter()
         .map(|logit| f64::from((logit - max).exp()))
         .sum();
@@ -139,10 +146,10 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
 /// Returns the `k` largest logits with their ids, largest first. Of equal logits, the lower id is first.
 ///
 /// Takes one pass over the logits. Nearly all are below the k-th largest so far and cost one comparison.
-fn top_k(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
+fn top_k(logits_V: &[f32], k: usize) -> Vec<(u32, f32)> {
     let mut best: Vec<(u32, f32)> = Vec::with_capacity(k + 1);
     let mut threshold = f32::NEG_INFINITY;
-    for (id, &logit) in (0..).zip(logits) {
+    for (id, &logit) in (0..).zip(logits_V) {
         if best.len() == k && logit <= threshold {
             continue;
         }
@@ -154,15 +161,20 @@ fn top_k(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
     best
 }
 
+/// Number of tokens that the first round of [`nucleus`] ranks.
+const FIRST_ROUND: usize = 64;
+/// Factor by which the number of ranked tokens grows with each round.
+const ROUND_GROWTH: usize = 4;
+
 /// Returns the smallest set of tokens that holds a share of `top_p` of the total weight, heaviest first. The
 /// set has at least one token.
-fn nucleus(weights: &[f32], top_p: f64) -> Vec<(u32, f32)> {
+fn nucleus(weights_V: &[f32], top_p: f64) -> Vec<(u32, f32)> {
     let heaviest_first =
         |a: &(u32, f32), b: &(u32, f32)| -> Ordering { b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)) };
-    let total: f64 = weights.iter().copied().map(f64::from).sum();
-    let mut ranked: Vec<(u32, f32)> = (0..).zip(weights.iter().copied()).collect();
+    let total: f64 = weights_V.iter().copied().map(f64::from).sum();
+    let mut ranked: Vec<(u32, f32)> = (0..).zip(weights_V.iter().copied()).collect();
     let mut start = 0;
-    let mut size = 64;
+    let mut size = FIRST_ROUND;
     let mut mass = 0.0;
     // The nucleus is usually small, so each round ranks a few more tokens, not the whole vocabulary.
     while start < ranked.len() {
@@ -179,12 +191,12 @@ fn nucleus(weights: &[f32], top_p: f64) -> Vec<(u32, f32)> {
             }
         }
         start = end;
-        size *= 4;
+        size *= ROUND_GROWTH;
     }
     ranked
 }
 
-/// Returns the token at which the cumulative weight exceeds `share` (0 to 1) of the total weight.
+/// Returns the first token at which the cumulative weight exceeds `share` (0 to 1) of the total weight.
 fn sample_weighted(weights: impl Iterator<Item = (u32, f32)> + Clone, share: f64) -> u32 {
     let total: f64 = weights.clone().map(|token| f64::from(token.1)).sum();
     let mut remaining = share * total;

@@ -1,5 +1,10 @@
 //! Scores texts: computes the logprob of every token.
 
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
+
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
@@ -10,7 +15,7 @@ use super::{Model, ModelInput};
 /// A text to score.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ScoreInput<'a> {
-    /// Token ids (T).
+    /// Token ids (S).
     pub ids: &'a [u32],
     /// Number of most likely tokens (K) to report at each position.
     pub top_k: usize,
@@ -22,9 +27,9 @@ struct ScoredToken {
     top_k: usize,
 }
 
-/// Returns the logprobs of the tokens of each text, without the first token, which has no context (T - 1 per
-/// text). All texts share one forward pass. Ids of `vocabulary` and above are padding of the model's
-/// embedding and excluded from the softmax.
+/// Returns the logprobs of the tokens of each text, except the first token, which has no context (S - 1 per text). All
+/// texts share one forward pass. Ids of `vocabulary` and above are padding of the model's embedding, and excluded from
+/// the softmax.
 ///
 /// # Errors
 /// Where a text does not fit the model, or its logits are not finite.
@@ -33,18 +38,18 @@ pub(crate) fn score(
     vocabulary: usize,
     texts: &[ScoreInput],
 ) -> Result<Vec<Vec<TokenLogprobs>>> {
-    let mut input_ids = Vec::new();
-    let mut segments = Vec::new();
-    let mut positions = Vec::new();
+    let mut input_ids_T = Vec::new();
+    let mut segments_B = Vec::new();
+    let mut positions_N = Vec::new();
     let mut scored_tokens = Vec::new();
     for &ScoreInput { ids, top_k } in texts.iter().filter(|text| !text.ids.is_empty()) {
-        let start = input_ids.len();
-        input_ids.extend(ids);
-        segments.push(Range {
+        let start = input_ids_T.len();
+        input_ids_T.extend(ids);
+        segments_B.push(Range {
             start,
-            end: input_ids.len(),
+            end: input_ids_T.len(),
         });
-        positions.extend(start as u32..input_ids.len() as u32 - 1);
+        positions_N.extend(start as u32..input_ids_T.len() as u32 - 1);
         scored_tokens.extend(ids[1..].iter().map(|&id| ScoredToken { id, top_k }));
     }
     let in_vocabulary = scored_tokens
@@ -54,19 +59,19 @@ pub(crate) fn score(
         in_vocabulary,
         "the text has token ids outside the vocabulary of {vocabulary}"
     );
-    if positions.is_empty() {
+    if positions_N.is_empty() {
         return Ok(vec![Vec::new(); texts.len()]);
     }
     let input = ModelInput {
-        input_ids: &input_ids,
-        segments: &segments,
-        positions: &positions,
+        input_ids_T: &input_ids_T,
+        segments_B: &segments_B,
+        positions_N: &positions_N,
     };
-    let logprobs = model.map_logits(input, |index, logits| {
+    let logprobs = model.map_logits(input, |index, logits_V| {
         let ScoredToken { id, top_k } = scored_tokens[index];
-        let logits = &logits[..vocabulary];
-        let is_finite = logits.iter().all(|logit| logit.is_finite());
-        is_finite.then(|| TokenLogprobs::from_logits(logits, id, top_k))
+        let logits_V = &logits_V[..vocabulary];
+        let is_finite = logits_V.iter().all(|logit| logit.is_finite());
+        is_finite.then(|| TokenLogprobs::from_logits(logits_V, id, top_k))
     })?;
     let logprobs: Option<Vec<TokenLogprobs>> = logprobs.into_iter().collect();
     let Some(logprobs) = logprobs else {

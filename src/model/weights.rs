@@ -25,15 +25,15 @@ struct WeightIndex {
 /// The tensors of a model folder.
 #[derive(Debug, Default)]
 pub struct LoadedTensors {
-    /// Tensors by the names that the caller of [`load`] chose.
+    /// Tensors by the full names that the caller of [`load`] returned.
     pub tensors: Tensors,
-    /// Names in the files of the tensors that the caller did not use.
+    /// Tensors without a full name, by their names in the files.
     pub unused: BTreeSet<String>,
 }
 
 /// Reads the tensors of a model folder as f32, from `model.safetensors` or from the shards that
-/// `model.safetensors.index.json` lists. `full_name` maps the name of a tensor in the files to its name in
-/// memory, or to None if the tensor is not used. Unused tensors are not read and may have any type.
+/// `model.safetensors.index.json` lists. `full_name` maps the name of a tensor in the files to its full name, or to
+/// None if the tensor is not used. Unused tensors are not read and may have any type.
 ///
 /// # Errors
 /// Where a file is missing or malformed, the index lists a file outside the folder, or two tensors have
@@ -83,11 +83,11 @@ pub fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
     texts.collect()
 }
 
-/// Checks that no tensor belongs to a layer past the `layers` of the decoder, which would be ignored.
+/// Checks that no unused tensor belongs to a layer after the last of the decoder's `layers` layers.
 ///
 /// # Errors
 /// Where the number of a tensor's layer is `layers` or more.
-pub fn check_layers(names: &BTreeSet<String>, layers: usize) -> Result<()> {
+pub fn check_layers(unused: &BTreeSet<String>, layers: usize) -> Result<()> {
     let layer_index = |name: &str| -> Option<usize> {
         let prefixes = ["model.", "transformer."];
         let name = prefixes
@@ -97,14 +97,14 @@ pub fn check_layers(names: &BTreeSet<String>, layers: usize) -> Result<()> {
         let name = name.strip_prefix("layers.").or(name.strip_prefix("h."))?;
         name.split('.').next()?.parse().ok()
     };
-    match names
+    match unused
         .iter()
         .find(|name| layer_index(name).is_some_and(|index| index >= layers))
     {
         None => Ok(()),
         Some(name) => bail!(
-            "config.json has `num_hidden_layers` = {layers}, but the weights contain {name}: set it to the \
-             number of layers in the weights"
+            "config.json has `num_hidden_layers` = {layers} (`n_layer` in gpt2), but the weights contain {name}: set it \
+             to the number of layers in the weights"
         ),
     }
 }
@@ -255,6 +255,9 @@ pub fn write(path: &Path, entries: BTreeMap<String, TensorEntry>) -> Result<()> 
     })
 }
 
+/// Number of values that [`hash`] hashes at a time.
+const HASHED_VALUES: usize = 1 << 16;
+
 /// Returns the BLAKE3 hash of names and values, in hexadecimal.
 ///
 /// # Errors
@@ -263,7 +266,7 @@ pub fn hash(tensors: &Tensors) -> Result<String> {
     let mut hash = blake3::Hasher::new();
     for (name, tensor) in tensors {
         hash.update(name.as_bytes());
-        for values in CpuValues::new(&tensor.to_device(&Device::Cpu)?)?.chunks(1 << 16) {
+        for values in CpuValues::new(&tensor.to_device(&Device::Cpu)?)?.chunks(HASHED_VALUES) {
             hash.update_rayon(&le_bytes(values));
         }
     }
@@ -275,13 +278,13 @@ pub fn hash(tensors: &Tensors) -> Result<String> {
 /// # Errors
 /// Where the device runs out of memory.
 pub fn to_device(tensors: &Tensors, device: &Device) -> Result<Tensors> {
-    let moved = |(name, tensor): (&String, &Tensor)| -> Result<_> {
+    let copy = |(name, tensor): (&String, &Tensor)| -> Result<_> {
         Ok((name.clone(), tensor.to_device(device)?))
     };
-    tensors.iter().map(moved).collect()
+    tensors.iter().map(copy).collect()
 }
 
-/// Returns entries that are written as `dtype`.
+/// Returns the entries of `tensors` for [`write`], which writes them as `dtype`.
 ///
 /// # Errors
 /// Where a tensor is not contiguous f32 on the CPU.
@@ -323,6 +326,7 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
         .collect()
 }
 
+/// Decodes little-endian values of `dtype` to f32.
 fn to_f32(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
     fn read<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
         bytes.as_chunks::<N>().0.iter().map(|b| value(*b)).collect()

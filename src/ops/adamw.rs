@@ -30,7 +30,8 @@ impl AdamWStep {
     }
 }
 
-/// Updates `parameter` and both moments in place from the gradient.
+/// Updates `parameter` and both moments in place. `gradient` and the moments have one value per value of the
+/// parameter.
 ///
 /// # Errors
 /// Where the parameter is not a contiguous f32 tensor on the CPU, or the sizes differ.
@@ -90,7 +91,7 @@ impl InplaceOp1 for AdamW<'_> {
     }
 }
 
-/// [`adamw`] in candle's own operations, for a parameter on any device.
+/// Updates `parameter` and `moments` like [`adamw`], in candle's own operations, on any device.
 ///
 /// # Errors
 /// Where the device fails.
@@ -101,8 +102,8 @@ pub fn adamw_candle(
     step: AdamWStep,
 ) -> Result<()> {
     let gradient = (gradient * f64::from(step.gradient_scale))?;
-    let moving_average = |old: &Tensor, beta: f32, new: Tensor| -> Result<Tensor> {
-        (old * f64::from(beta))? + (new * f64::from(1.0 - beta))?
+    let moving_average = |average: &Tensor, beta: f32, value: Tensor| -> Result<Tensor> {
+        (average * f64::from(beta))? + (value * f64::from(1.0 - beta))?
     };
     let first = moving_average(&moments[0], step.beta1, gradient.clone())?;
     let second = moving_average(&moments[1], step.beta2, gradient.sqr()?)?;
@@ -116,11 +117,14 @@ pub fn adamw_candle(
     Ok(())
 }
 
-/// Returns the sum of squares. Eight partial sums let the compiler use vector registers.
+/// Number of partial sums of [`sum_of_squares`], which lets the compiler use vector registers.
+const LANES: usize = 8;
+
+/// Returns the sum of the squares of `values`.
 pub fn sum_of_squares(values: &[f32]) -> f64 {
     simd!(|values: &[f32]| -> f64 {
-        let mut sums = [0.0f64; 8];
-        let (chunks, tail) = values.as_chunks::<8>();
+        let mut sums = [0.0f64; LANES];
+        let (chunks, tail) = values.as_chunks::<LANES>();
         for chunk in chunks {
             for (sum, value) in sums.iter_mut().zip(chunk) {
                 *sum += f64::from(*value) * f64::from(*value);
@@ -131,8 +135,8 @@ pub fn sum_of_squares(values: &[f32]) -> f64 {
     })
 }
 
-/// Updates the moments m and v and the parameter p from the gradient g, in step t:
-/// m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
+/// Updates the moments m and v and the parameter p from the gradient g, in step t, with the learning rate lr
+/// and the weight decay wd: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
 /// p = p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), with m^ = m / (1 - b1^t), v^ = v / (1 - b2^t).
 #[inline(always)]
 fn update(

@@ -33,7 +33,9 @@ struct ArenaBlock {
 /// A range of values in an arena, which is freed when the buffer is dropped.
 pub struct Buffer {
     arena: Arena,
+    /// Index of the block in the arena.
     block: usize,
+    /// Start of the range in its block, in values.
     start: usize,
     len: usize,
     values: NonNull<f32>,
@@ -132,13 +134,13 @@ impl ArenaBlock {
 
     /// Frees a range and merges it with free neighbours.
     fn free_range(&mut self, mut start: usize, mut size: usize) {
-        if let Some(next) = self.free.remove(&(start + size)) {
-            size += next;
+        if let Some(next_len) = self.free.remove(&(start + size)) {
+            size += next_len;
         }
-        if let Some((&before, &len)) = self.free.range(..start).next_back()
-            && before + len == start
+        if let Some((&previous, &len)) = self.free.range(..start).next_back()
+            && previous + len == start
         {
-            start = before;
+            start = previous;
             size += len;
         }
         self.free.insert(start, size);

@@ -5,6 +5,8 @@
 //! itself and the rows before it; with a sliding window of w, only the last w of these. Queries are
 //! processed in blocks, so no (T x T) matrix is stored. The backward pass recomputes the
 //! probabilities of a block from the log-sum-exp of its scores (Dao et al., arXiv 2205.14135).
+//!
+//! Shapes in addition to the legend in `ops`: t rows of a block, s keys that these rows see.
 
 #![allow(
     non_snake_case,
@@ -55,7 +57,7 @@ impl Heads {
         self.query / self.key_value
     }
 
-    /// First column of query head `head`, and of the key/value head that it reads.
+    /// Returns the first column of query head `head` and the first column of its key/value head.
     fn columns(&self, head: usize) -> (usize, usize) {
         (head * self.head_dim, head / self.group() * self.head_dim)
     }
@@ -95,21 +97,22 @@ impl Attention<'_> {
     ) {
         let q_width = self.heads.query_width();
         let kv_width = self.heads.key_value_width();
-        let outs = split_segments(out_THC, self.segments, q_width);
-        let lses = split_segments(lse_TH, self.segments, self.heads.query);
+        let segment_outputs = split_segments(out_THC, self.segments, q_width);
+        let segment_lses = split_segments(lse_TH, self.segments, self.heads.query);
         self.segments
             .par_iter()
-            .zip(outs)
-            .zip(lses)
-            .for_each(|((segment, out), lse)| {
-                let cached = CachedAttention {
+            .zip(segment_outputs)
+            .zip(segment_lses)
+            .for_each(|((segment, out_SHC), lse_SH)| {
+                let attention = CachedAttention {
                     heads: self.heads,
                     window: self.window,
                     precision: self.precision,
                     k_SGC: segment_rows(k_TGC, segment, kv_width),
                     v_SGC: segment_rows(v_TGC, segment, kv_width),
                 };
-                cached.attend(segment_rows(q_THC, segment, q_width), out, Some(lse));
+                let q_SHC = segment_rows(q_THC, segment, q_width);
+                attention.attend(q_SHC, out_SHC, Some(lse_SH));
             });
     }
 
@@ -146,19 +149,20 @@ impl Attention<'_> {
             .for_each(|(segment, head, scratch)| {
                 self.backward_head(&forward, dout_THC, segment, head, scratch);
             });
-        self.gather(scratch, 1, 0, q_width, dq_THC);
-        self.gather(scratch, self.heads.group(), 1, kv_width, dk_TGC);
-        self.gather(scratch, self.heads.group(), 2, kv_width, dv_TGC);
+        let group = self.heads.group();
+        self.gather(scratch, ScratchPart::Query, 1, q_width, dq_THC);
+        self.gather(scratch, ScratchPart::Key, group, kv_width, dk_TGC);
+        self.gather(scratch, ScratchPart::Value, group, kv_width, dv_TGC);
     }
 
-    /// Number of scratch values that a backward pass over T tokens needs: 3 T H C.
+    /// Returns the number of scratch values that a backward pass over T tokens needs: 3 T H C.
     pub fn scratch_len(&self) -> usize {
         let tokens = self.segments.last().map_or(0, |last| last.end);
         3 * tokens * self.heads.query_width()
     }
 
-    /// Computes dQ, dK and dV of one query head over one segment (t x C each), and writes them to `scratch`
-    /// in this order.
+    /// Computes dQ, dK and dV of one query head over one segment (S x C each), and writes them to `scratch`
+    /// in the order of [`ScratchPart`].
     fn backward_head(
         &self,
         forward: &AttentionForward,
@@ -175,11 +179,11 @@ impl Attention<'_> {
         let (column, kv_column) = heads.columns(head);
         let rows = segment.len();
         scratch.fill(0.0);
-        let (dq, rest) = scratch.split_at_mut(rows * head_dim);
-        let (dk, dv) = rest.split_at_mut(rows * head_dim);
-        let span = keys_of_block(BLOCK.min(rows), rows, rows, self.window).len();
-        let mut p = vec![0.0; BLOCK.min(rows) * span];
-        let mut ds = p.clone();
+        let (dq_SC, dkv_SC) = scratch.split_at_mut(rows * head_dim);
+        let (dk_SC, dv_SC) = dkv_SC.split_at_mut(rows * head_dim);
+        let max_keys = keys_of_block(BLOCK.min(rows), rows, rows, self.window).len();
+        let mut p_ts = vec![0.0; BLOCK.min(rows) * max_keys];
+        let mut ds_ts = p_ts.clone();
         let product = |out: MatMut, a: Mat, b: Mat, add: bool| {
             matmul(out, a, b, add, Threads::One, self.precision);
         };
@@ -190,53 +194,54 @@ impl Attention<'_> {
             let count = keys.len();
             let q_start = (segment.start + start) * q_width + column;
             let kv_start = (segment.start + first) * kv_width + kv_column;
-            let (p, ds) = (&mut p[..block * count], &mut ds[..block * count]);
-            let q = Mat::strided(&forward.q_THC[q_start..], block, head_dim, q_width);
-            let k = Mat::strided(&forward.k_TGC[kv_start..], count, head_dim, kv_width);
-            let v = Mat::strided(&forward.v_TGC[kv_start..], count, head_dim, kv_width);
-            let dout_block = Mat::strided(&dout_THC[q_start..], block, head_dim, q_width);
-            product(MatMut::new(p, count), q, k.t(), false);
-            product(MatMut::new(ds, count), dout_block, v.t(), false);
-            let block_rows = p.chunks_exact_mut(count).zip(ds.chunks_exact_mut(count));
-            for (row, (p, ds)) in block_rows.enumerate() {
+            let p_ts = &mut p_ts[..block * count];
+            let ds_ts = &mut ds_ts[..block * count];
+            let q_tC = Mat::strided(&forward.q_THC[q_start..], block, head_dim, q_width);
+            let k_sC = Mat::strided(&forward.k_TGC[kv_start..], count, head_dim, kv_width);
+            let v_sC = Mat::strided(&forward.v_TGC[kv_start..], count, head_dim, kv_width);
+            let dout_tC = Mat::strided(&dout_THC[q_start..], block, head_dim, q_width);
+            product(MatMut::new(p_ts, count), q_tC, k_sC.t(), false);
+            product(MatMut::new(ds_ts, count), dout_tC, v_sC.t(), false);
+            let block_rows = p_ts
+                .chunks_exact_mut(count)
+                .zip(ds_ts.chunks_exact_mut(count));
+            for (row, (p_s, ds_s)) in block_rows.enumerate() {
                 let lse = forward.lse_TH[(segment.start + start + row) * heads.query + head];
                 let row_channels = q_start + row * q_width..q_start + row * q_width + head_dim;
                 let visible = keys_of_row(start + row, first, self.window);
                 softmax_backward(
-                    &mut p[visible.clone()],
-                    &mut ds[visible.clone()],
+                    &mut p_s[visible.clone()],
+                    &mut ds_s[visible.clone()],
                     &dout_THC[row_channels.clone()],
                     &forward.out_THC[row_channels],
                     scale,
                     lse,
                 );
-                for values in [p, ds] {
+                for values in [p_s, ds_s] {
                     values[..visible.start].fill(0.0);
                     values[visible.end..].fill(0.0);
                 }
             }
-            let (p, ds) = (Mat::new(p, count), Mat::new(ds, count));
-            let keys = first * head_dim..(first + count) * head_dim;
-            product(
-                MatMut::new(&mut dv[keys.clone()], head_dim),
-                p.t(),
-                dout_block,
-                true,
-            );
-            product(MatMut::new(&mut dk[keys], head_dim), ds.t(), q, true);
-            let dq = &mut dq[start * head_dim..(start + block) * head_dim];
-            product(MatMut::new(dq, head_dim), ds, k, false);
+            let p_ts = Mat::new(p_ts, count);
+            let ds_ts = Mat::new(ds_ts, count);
+            let key_channels = first * head_dim..(first + count) * head_dim;
+            let dv_sC = MatMut::new(&mut dv_SC[key_channels.clone()], head_dim);
+            product(dv_sC, p_ts.t(), dout_tC, true);
+            let dk_sC = MatMut::new(&mut dk_SC[key_channels], head_dim);
+            product(dk_sC, ds_ts.t(), q_tC, true);
+            let dq_tC = &mut dq_SC[start * head_dim..(start + block) * head_dim];
+            product(MatMut::new(dq_tC, head_dim), ds_ts, k_sC, false);
         }
     }
 
-    /// Copies gradient `part` (0: dQ, 1: dK, 2: dV) of all query heads from `scratch` to the rows of
-    /// `gradient`, of `width` values each. Sums over groups of `group` query heads: 1 for dQ, and H / G for
-    /// dK and dV, whose query heads share a key/value head.
+    /// Copies the gradient `part` of all query heads from `scratch` to the rows of `gradient`, of `width` values
+    /// each. Sums over groups of `group` query heads: 1 for dQ, and H / G for dK and dV, because H / G query heads
+    /// share a key/value head.
     fn gather(
         &self,
         scratch: &[f32],
+        part: ScratchPart,
         group: usize,
-        part: usize,
         width: usize,
         gradient: GradientMut,
     ) {
@@ -248,7 +253,7 @@ impl Attention<'_> {
         {
             let scratch = segment_rows(scratch, segment, scratch_width);
             let head_gradient = |head: usize| {
-                let start = (3 * head + part) * segment.len() * head_dim;
+                let start = (3 * head + part as usize) * segment.len() * head_dim;
                 &scratch[start..start + segment.len() * head_dim]
             };
             rows.par_chunks_mut(width)
@@ -270,6 +275,14 @@ impl Attention<'_> {
                 });
         }
     }
+}
+
+/// The gradients of one query head, in their order in the scratch space of [`Attention::backward`].
+#[derive(Clone, Copy)]
+enum ScratchPart {
+    Query,
+    Key,
+    Value,
 }
 
 /// Attention over the keys and values of one sequence of S tokens. The keys carry the rotary
@@ -299,88 +312,97 @@ impl CachedAttention<'_> {
             .zip(q_tHC.par_chunks(BLOCK * q_width))
             .zip(lse_tH.par_chunks_mut(BLOCK * self.heads.query))
             .enumerate()
-            .for_each(|(index, ((out, q), lse))| {
-                self.attend_block(q, index * BLOCK, rows, out, lse)
+            .for_each(|(index, ((out_tHC, q_tHC), lse_tH))| {
+                self.attend_block(q_tHC, index * BLOCK, rows, out_tHC, lse_tH)
             });
     }
 
-    /// Computes the output of the block `q` of queries. The queries belong to the last `rows` rows of
+    /// Computes the output of the block `q_tHC` of queries. The queries belong to the last `rows` rows of
     /// the sequence; the block begins `start` rows after the first of these.
-    fn attend_block(&self, q: &[f32], start: usize, rows: usize, out: &mut [f32], lse: &mut [f32]) {
+    fn attend_block(
+        &self,
+        q_tHC: &[f32],
+        start: usize,
+        rows: usize,
+        out_tHC: &mut [f32],
+        lse_tH: &mut [f32],
+    ) {
         let heads = self.heads;
         let q_width = heads.query_width();
         let kv_width = heads.key_value_width();
-        let block = q.len() / q_width;
+        let block = q_tHC.len() / q_width;
         let all_keys = self.k_SGC.len() / kv_width;
         let first_row = all_keys - rows + start;
         let keys = keys_of_block(block, first_row + block, all_keys, self.window);
         let first = keys.start;
         let count = keys.len();
-        let mut scores = vec![0.0; block * count];
+        let mut scores_ts = vec![0.0; block * count];
         for head in 0..heads.query {
             let (column, kv_column) = heads.columns(head);
             let kv_start = first * kv_width + kv_column;
-            let q = Mat::strided(&q[column..], block, heads.head_dim, q_width);
-            let k = Mat::strided(&self.k_SGC[kv_start..], count, heads.head_dim, kv_width);
-            let v = Mat::strided(&self.v_SGC[kv_start..], count, heads.head_dim, kv_width);
+            let q_tC = Mat::strided(&q_tHC[column..], block, heads.head_dim, q_width);
+            let k_sC = Mat::strided(&self.k_SGC[kv_start..], count, heads.head_dim, kv_width);
+            let v_sC = Mat::strided(&self.v_SGC[kv_start..], count, heads.head_dim, kv_width);
             let product = |out: MatMut, a: Mat, b: Mat| {
                 matmul(out, a, b, false, Threads::One, self.precision);
             };
-            product(MatMut::new(&mut scores, count), q, k.t());
-            for (row, scores) in scores.chunks_exact_mut(count).enumerate() {
+            product(MatMut::new(&mut scores_ts, count), q_tC, k_sC.t());
+            for (row, scores_s) in scores_ts.chunks_exact_mut(count).enumerate() {
                 let visible = keys_of_row(first_row + row, first, self.window);
-                lse[row * heads.query + head] =
-                    softmax(&mut scores[visible.clone()], heads.scale());
-                scores[..visible.start].fill(0.0);
-                scores[visible.end..].fill(0.0);
+                lse_tH[row * heads.query + head] =
+                    softmax(&mut scores_s[visible.clone()], heads.scale());
+                scores_s[..visible.start].fill(0.0);
+                scores_s[visible.end..].fill(0.0);
             }
-            let out = MatMut::strided(&mut out[column..], q_width);
-            product(out, Mat::new(&scores, count), v);
+            let out_tC = MatMut::strided(&mut out_tHC[column..], q_width);
+            product(out_tC, Mat::new(&scores_ts, count), v_sC);
         }
     }
 }
 
-/// Returns the keys, out of `all_keys`, that are visible to the `block` rows before row `end`.
+/// Returns the keys, out of `all_keys`, that at least one of the `block` rows before row `end` sees.
 fn keys_of_block(block: usize, end: usize, all_keys: usize, window: Option<usize>) -> Range<usize> {
     let first = window.map_or(0, |window| (end + 1).saturating_sub(block + window));
     first..end.min(all_keys)
 }
 
-/// Returns the keys visible to `row`, counted from key `first`.
+/// Returns the keys that `row` sees, as indices relative to key `first`.
 fn keys_of_row(row: usize, first: usize, window: Option<usize>) -> Range<usize> {
     let start = window.map_or(0, |window| (row + 1).saturating_sub(window));
     start - first..row + 1 - first
 }
 
-/// Recomputes the probabilities of one query from its unscaled scores `p`, and turns their gradients
-/// `ds` into the gradients of the unscaled scores, both in place. `dout` and `out` are the rows of dO
-/// and O of the query.
+/// Replaces the unscaled scores `p_s` of one query by its probabilities P, and the gradients `ds_s` of P by the
+/// gradients of the unscaled scores. `dout_C` and `out_C` are the rows of dO and O of the query.
 fn softmax_backward(
-    p: &mut [f32],
-    ds: &mut [f32],
-    dout: &[f32],
-    out: &[f32],
+    p_s: &mut [f32],
+    ds_s: &mut [f32],
+    dout_C: &[f32],
+    out_C: &[f32],
     scale: f32,
     lse: f32,
 ) {
-    simd!(
-        |p: &mut [f32], ds: &mut [f32], dout: &[f32], out: &[f32], scale: f32, lse: f32| {
-            let delta = dot(dout, out);
-            for (p, ds) in p.iter_mut().zip(ds) {
-                *p = exp(*p * scale - lse);
-                *ds = *p * (*ds - delta) * scale;
-            }
+    simd!(|p_s: &mut [f32],
+           ds_s: &mut [f32],
+           dout_C: &[f32],
+           out_C: &[f32],
+           scale: f32,
+           lse: f32| {
+        let delta = dot(dout_C, out_C);
+        for (p, ds) in p_s.iter_mut().zip(ds_s) {
+            *p = exp(*p * scale - lse);
+            *ds = *p * (*ds - delta) * scale;
         }
-    );
+    });
 }
 
-/// Computes the softmax of `scale * scores` in place and returns the log-sum-exp.
-fn softmax(scores: &mut [f32], scale: f32) -> f32 {
-    simd!(|scores: &mut [f32], scale: f32| -> f32 {
-        let max = math::max(scores) * scale;
-        let total = math::exp_sum(scores, scale, max);
+/// Computes the softmax of `scale * scores_s` in place and returns the log-sum-exp.
+fn softmax(scores_s: &mut [f32], scale: f32) -> f32 {
+    simd!(|scores_s: &mut [f32], scale: f32| -> f32 {
+        let max = math::max(scores_s) * scale;
+        let total = math::exp_sum(scores_s, scale, max);
         let inverse = 1.0 / total;
-        scores.iter_mut().for_each(|p| *p *= inverse);
+        scores_s.iter_mut().for_each(|p| *p *= inverse);
         max + total.ln()
     })
 }

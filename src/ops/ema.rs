@@ -1,4 +1,4 @@
-//! An exponential moving average, in place.
+//! The exponential moving average of a tensor, updated in place.
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor};
 use rayon::prelude::*;

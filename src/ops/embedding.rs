@@ -1,49 +1,58 @@
 //! Table lookup by row index: token embeddings, position embeddings, and the selection of the
 //! supervised positions.
 
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `ops`"
+)]
+
 use rayon::prelude::*;
 
 use super::GradientMut;
 
-/// Copies rows `ids` (T) of `table` (V x D) to `y` (T x D).
+/// Values per task that fills a gradient with zeros.
+const ZEROS_PER_TASK: usize = 1 << 16;
+
+/// Copies rows `ids_T` of `table_VD` to `y_TD`. `width` is D.
 ///
 /// # Panics
 /// Where an id is outside the table.
-pub(crate) fn forward(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
-    for (y, &id) in y.chunks_mut(width).zip(ids) {
-        y.copy_from_slice(row(table, id, width));
+pub(crate) fn forward(table_VD: &[f32], ids_T: &[u32], width: usize, y_TD: &mut [f32]) {
+    for (y_D, &id) in y_TD.chunks_mut(width).zip(ids_T) {
+        y_D.copy_from_slice(row(table_VD, id, width));
     }
 }
 
-/// Adds rows `ids` (T) of `table` to `y` (T x D).
+/// Adds rows `ids_T` of `table_VD` to `y_TD`. `width` is D.
 ///
 /// # Panics
 /// Where an id is outside the table.
-pub(crate) fn add(table: &[f32], ids: &[u32], width: usize, y: &mut [f32]) {
-    for (y, &id) in y.chunks_mut(width).zip(ids) {
-        for (y, x) in y.iter_mut().zip(row(table, id, width)) {
+pub(crate) fn add(table_VD: &[f32], ids_T: &[u32], width: usize, y_TD: &mut [f32]) {
+    for (y_D, &id) in y_TD.chunks_mut(width).zip(ids_T) {
+        for (y, x) in y_D.iter_mut().zip(row(table_VD, id, width)) {
             *y += x;
         }
     }
 }
 
-/// Computes the gradient of the table: `dtable[id]` is the sum of the rows of dy that read row `id`.
-pub(crate) fn backward(dy: &[f32], ids: &[u32], width: usize, dtable: GradientMut) {
-    if !dtable.add {
-        dtable
+/// Computes the gradient of the table: row `id` is the sum of the rows of `dy_TD` at the tokens `id`.
+pub(crate) fn backward(dy_TD: &[f32], ids_T: &[u32], width: usize, dtable_VD: GradientMut) {
+    if !dtable_VD.add {
+        dtable_VD
             .values
-            .par_chunks_mut(1 << 16)
-            .for_each(|part| part.fill(0.0));
+            .par_chunks_mut(ZEROS_PER_TASK)
+            .for_each(|values| values.fill(0.0));
     }
-    for (dy, &id) in dy.chunks(width).zip(ids) {
+    for (dy_D, &id) in dy_TD.chunks(width).zip(ids_T) {
         let start = id as usize * width;
-        for (sum, d) in dtable.values[start..start + width].iter_mut().zip(dy) {
-            *sum += d;
+        let dtable_D = &mut dtable_VD.values[start..start + width];
+        for (sum, dy) in dtable_D.iter_mut().zip(dy_D) {
+            *sum += dy;
         }
     }
 }
 
-fn row(table: &[f32], id: u32, width: usize) -> &[f32] {
+fn row(table_VD: &[f32], id: u32, width: usize) -> &[f32] {
     let start = id as usize * width;
-    &table[start..start + width]
+    &table_VD[start..start + width]
 }

@@ -66,8 +66,8 @@ pub struct PositionGroups {
 }
 
 impl PositionGroups {
-    /// Groups `positions` (N): each of `spans` is one group, every other position is its own.
-    /// `spans` are in order, disjoint, and at most 128 positions long.
+    /// Groups `positions` (N) positions: each of `spans` is one group, and every other position is a group of its
+    /// own. `spans` are in order, disjoint, and at most `MIN_CHUNK_ROWS` positions long.
     pub fn new(positions: usize, spans: &[Range<usize>]) -> Self {
         let mut ends = Vec::with_capacity(positions);
         let mut spans = spans.iter().peekable();
@@ -82,15 +82,15 @@ impl PositionGroups {
         Self { ends }
     }
 
-    /// Cuts the groups into consecutive chunks of whole groups, each of at most `rows` positions.
+    /// Cuts the groups into consecutive chunks of whole groups. Each chunk has at most `rows` positions.
     pub fn chunks(&self, rows: usize) -> impl Iterator<Item = PositionGroups> {
         let mut remaining = &self.ends[..];
         let mut start = 0;
         std::iter::from_fn(move || {
             let count = remaining.partition_point(|&end| end <= start + rows);
-            let (chunk, rest) = remaining.split_at(count);
+            let (chunk, later_ends) = remaining.split_at(count);
             let ends = chunk.iter().map(|end| end - start).collect();
-            remaining = rest;
+            remaining = later_ends;
             start = *chunk.last()?;
             Some(PositionGroups { ends })
         })
@@ -113,10 +113,10 @@ impl PositionGroups {
         let mut start = 0;
         let mut groups = Vec::with_capacity(self.ends.len());
         for &end in &self.ends {
-            let (logits_nV, rest) =
+            let (logits_nV, later_logits) =
                 std::mem::take(&mut logits_NV).split_at_mut((end - start) * vocabulary);
             groups.push((first + start..first + end, logits_nV));
-            logits_NV = rest;
+            logits_NV = later_logits;
             start = end;
         }
         let outputs = groups
@@ -156,8 +156,9 @@ pub(crate) struct HeadGradients<'a> {
     pub dweight_VD: Option<GradientMut<'a>>,
 }
 
-/// Computes the loss of `hidden_ND` under the LM head `weight_VD`, a linear layer from D to V, and
-/// both gradients. `visitor` turns each chunk of logits into their gradient.
+/// Computes the loss of `hidden_ND` under the LM head `weight_VD`, a linear layer from D to V, and the gradients of
+/// `hidden_ND` and `weight_VD`. `visitor` turns each chunk of logits into its gradient and returns the loss of each
+/// position.
 ///
 /// `logits_chunk` is scratch space for [`chunk_rows`] rows of logits, or N rows if that is less.
 ///

@@ -1,46 +1,52 @@
 //! LayerNorm (Ba, Kiros and Hinton, arXiv 1607.06450):
 //! `y = (x - mean(x)) / sqrt(var(x) + eps) * w + b`.
 
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `ops`"
+)]
+
 use rayon::prelude::*;
 
 use super::math::{dot, sum};
-use super::{GradientMut, ROWS_PER_TASK, simd, sum_partials};
+use super::{GradientMut, NormTask, ROWS_PER_TASK, norm_backward, simd};
 
-/// Normalises the rows of `x` (T x D), scales them by `weight` (D) and adds `bias` (D).
+/// Number of statistics per row: the mean and the scale.
+pub(crate) const STATISTICS: usize = 2;
+
+/// Normalises the rows of `x_TD`, scales them by `weight_D` and adds `bias_D`.
 ///
-/// Stores the mean and 1 / sqrt(var + eps) of each row in `statistics` (T x 2), for the backward
-/// pass.
+/// Stores the mean and 1 / sqrt(var + eps) of each row in `statistics_T2`, for the backward pass.
 pub(crate) fn forward(
-    x: &[f32],
-    weight: &[f32],
-    bias: &[f32],
+    x_TD: &[f32],
+    weight_D: &[f32],
+    bias_D: &[f32],
     epsilon: f32,
-    y: &mut [f32],
-    statistics: &mut [f32],
+    y_TD: &mut [f32],
+    statistics_T2: &mut [f32],
 ) {
-    let width = weight.len();
-    let task = width * ROWS_PER_TASK;
-    y.par_chunks_mut(task)
-        .zip(x.par_chunks(task))
-        .zip(statistics.par_chunks_mut(2 * ROWS_PER_TASK))
-        .for_each(|((y, x), statistics)| {
-            simd!(|y: &mut [f32],
-                   x: &[f32],
-                   statistics: &mut [f32],
-                   weight: &[f32],
-                   bias: &[f32],
+    let task = weight_D.len() * ROWS_PER_TASK;
+    y_TD.par_chunks_mut(task)
+        .zip(x_TD.par_chunks(task))
+        .zip(statistics_T2.par_chunks_mut(STATISTICS * ROWS_PER_TASK))
+        .for_each(|((y_tD, x_tD), statistics_t2)| {
+            simd!(|y_tD: &mut [f32],
+                   x_tD: &[f32],
+                   statistics_t2: &mut [f32],
+                   weight_D: &[f32],
+                   bias_D: &[f32],
                    epsilon: f32| {
-                let width = weight.len();
-                let rows = y.chunks_mut(width).zip(x.chunks(width));
-                for ((y, x), statistics) in rows.zip(statistics.chunks_mut(2)) {
-                    let mean = sum(x) / width as f32;
-                    for (y, x) in y.iter_mut().zip(x) {
+                let width = weight_D.len();
+                let rows = y_tD.chunks_mut(width).zip(x_tD.chunks(width));
+                for ((y_D, x_D), statistics) in rows.zip(statistics_t2.chunks_mut(STATISTICS)) {
+                    let mean = sum(x_D) / width as f32;
+                    for (y, x) in y_D.iter_mut().zip(x_D) {
                         *y = x - mean;
                     }
                     // From the differences: mean(x^2) - mean^2 would lose precision by cancellation.
-                    let scale = 1.0 / (dot(y, y) / width as f32 + epsilon).sqrt();
+                    let scale = 1.0 / (dot(y_D, y_D) / width as f32 + epsilon).sqrt();
                     statistics.copy_from_slice(&[mean, scale]);
-                    for ((y, w), b) in y.iter_mut().zip(weight).zip(bias) {
+                    for ((y, w), b) in y_D.iter_mut().zip(weight_D).zip(bias_D) {
                         *y = *y * scale * w + b;
                     }
                 }
@@ -49,63 +55,64 @@ pub(crate) fn forward(
 }
 
 /// Computes the gradients of x and w. With r the scale of a row, n = (x - mean) r and g = dy * w:
-/// dx = r (g - mean(g) - n mean(g n)), dw = sum over rows of dy n; the gradient of b is
+/// dx = r (g - mean(g) - n mean(g n)), dw = sum over rows of dy n. The gradient of b is
 /// [`sum_rows`](super::sum_rows) of dy.
 pub(crate) fn backward(
-    x: &[f32],
-    weight: &[f32],
-    statistics: &[f32],
-    dy: &[f32],
-    dx: GradientMut,
-    dweight: Option<GradientMut>,
+    x_TD: &[f32],
+    weight_D: &[f32],
+    statistics_T2: &[f32],
+    dy_TD: &[f32],
+    dx_TD: GradientMut,
+    dweight_D: Option<GradientMut>,
 ) {
-    let width = weight.len();
-    let task = width * ROWS_PER_TASK;
-    let add = dx.add;
-    let partials: Vec<Vec<f32>> = dx
-        .values
-        .par_chunks_mut(task)
-        .zip(x.par_chunks(task))
-        .zip(dy.par_chunks(task))
-        .zip(statistics.par_chunks(2 * ROWS_PER_TASK))
-        .map(|(((dx, x), dy), statistics)| {
-            let mut partial = vec![0.0; width];
-            let dweight = &mut partial[..];
-            simd!(|dx: &mut [f32],
-                   x: &[f32],
-                   dy: &[f32],
-                   statistics: &[f32],
-                   weight: &[f32],
-                   dweight: &mut [f32],
+    let statistics = (statistics_T2, STATISTICS);
+    norm_backward(
+        x_TD,
+        dy_TD,
+        statistics,
+        dx_TD,
+        dweight_D,
+        weight_D,
+        |task| {
+            let NormTask {
+                x_tD,
+                dy_tD,
+                statistics: statistics_t2,
+                dx_tD,
+                add,
+                dweight_D,
+            } = task;
+            simd!(|dx_tD: &mut [f32],
+                   x_tD: &[f32],
+                   dy_tD: &[f32],
+                   statistics_t2: &[f32],
+                   weight_D: &[f32],
+                   dweight_D: &mut [f32],
                    add: bool| {
-                let width = weight.len();
-                let rows = dx
+                let width = weight_D.len();
+                let rows = dx_tD
                     .chunks_mut(width)
-                    .zip(x.chunks(width))
-                    .zip(dy.chunks(width))
-                    .zip(statistics.chunks(2));
-                let mut g = vec![0.0; width];
-                let mut n = vec![0.0; width];
-                for (((dx, x), dy), statistics) in rows {
+                    .zip(x_tD.chunks(width))
+                    .zip(dy_tD.chunks(width))
+                    .zip(statistics_t2.chunks(STATISTICS));
+                let mut g_D = vec![0.0; width];
+                let mut n_D = vec![0.0; width];
+                for (((dx_D, x_D), dy_D), statistics) in rows {
                     let mean = statistics[0];
                     let scale = statistics[1];
                     for i in 0..width {
-                        n[i] = (x[i] - mean) * scale;
-                        g[i] = dy[i] * weight[i];
-                        dweight[i] += dy[i] * n[i];
+                        n_D[i] = (x_D[i] - mean) * scale;
+                        g_D[i] = dy_D[i] * weight_D[i];
+                        dweight_D[i] += dy_D[i] * n_D[i];
                     }
-                    let mean_g = sum(&g) / width as f32;
-                    let mean_gn = dot(&g, &n) / width as f32;
-                    for ((dx, g), n) in dx.iter_mut().zip(&g).zip(&n) {
+                    let mean_g = sum(&g_D) / width as f32;
+                    let mean_gn = dot(&g_D, &n_D) / width as f32;
+                    for ((dx, g), n) in dx_D.iter_mut().zip(&g_D).zip(&n_D) {
                         let d = (g - mean_g - n * mean_gn) * scale;
                         *dx = if add { *dx + d } else { d };
                     }
                 }
             });
-            partial
-        })
-        .collect();
-    if let Some(dweight) = dweight {
-        sum_partials(&partials, dweight);
-    }
+        },
+    );
 }

@@ -6,8 +6,8 @@ const LANES: usize = 8;
 /// e^x with a relative error of about 1e-7, in operations that the compiler can vectorise. libm's `expf`
 /// would be a call per value.
 ///
-/// x = n ln 2 + f with |f| <= ln 2 / 2, e^x = 2^n e^f; e^f by a polynomial of degree 6
-/// (coefficients of Cephes' `expf`).
+/// x = n ln 2 + f with |f| <= ln 2 / 2, so e^x = 2^n e^f. A polynomial of degree 6 with the coefficients of
+/// Cephes' `expf` computes e^f. x is limited to -87 .. 88, where e^x is a normal f32.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
@@ -114,8 +114,8 @@ pub(crate) fn sum_of_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) ->
     let common = a.len().min(b.len());
     let a_chunks = a[..common].chunks_exact(LANES);
     let b_chunks = b[..common].chunks_exact(LANES);
-    let rest = a_chunks.remainder().iter().zip(b_chunks.remainder());
-    let tail: f32 = rest.map(|(&a, &b)| f(a, b)).sum();
+    let remainder = a_chunks.remainder().iter().zip(b_chunks.remainder());
+    let tail: f32 = remainder.map(|(&a, &b)| f(a, b)).sum();
     for (a, b) in a_chunks.zip(b_chunks) {
         for lane in 0..LANES {
             sums[lane] += f(a[lane], b[lane]);

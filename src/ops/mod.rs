@@ -20,8 +20,9 @@
 //! Tensor names end in their shape: B batch, T tokens (all segments of a batch, end to end), D model
 //! width, H heads, G key/value heads, C head width, F feed-forward width, N supervised positions, V
 //! vocabulary, K top-k, L layers, S tokens of one sequence; I and O are the inputs and outputs of a
-//! linear layer, R the rank of its adapter. A lower-case letter is a part of its dimension:
-//! `logits_nV` are n of N rows. The prefix `d` is the gradient of the loss: `dy_TO` of `y_TO`.
+//! linear layer, R the rank of its adapter. A lower-case letter is a part of its dimension: `logits_nV`
+//! are n of N rows. The prefix `d` marks the gradient of the loss with respect to a tensor: `dy_TO` for
+//! `y_TO`. Element-wise code on parts of flattened tensors has names without a shape.
 
 pub mod adamw;
 pub mod arena;
@@ -52,13 +53,66 @@ use rayon::prelude::*;
 const ROWS_PER_TASK: usize = 64;
 
 /// Values per task of an element-wise operation.
-const VALUES_PER_TASK: usize = 1 << 14;
+pub(crate) const VALUES_PER_TASK: usize = 1 << 14;
 
 /// A gradient that an operation writes.
 pub struct GradientMut<'a> {
     pub values: &'a mut [f32],
     /// Add to the values instead of overwriting them.
     pub add: bool,
+}
+
+/// One task of [`norm_backward`]: t of T rows.
+#[allow(non_snake_case, reason = "tensor names end in their shape")]
+struct NormTask<'a> {
+    x_tD: &'a [f32],
+    dy_tD: &'a [f32],
+    /// The values that the forward pass stored for these rows.
+    statistics: &'a [f32],
+    dx_tD: &'a mut [f32],
+    /// Add to `dx_tD` instead of overwriting it.
+    add: bool,
+    /// The task's part of the gradient of the weight. Contains zeros when the task starts.
+    dweight_D: &'a mut [f32],
+}
+
+/// Runs the backward pass of a normalisation over rows of the width of `weight_D`. `kernel` computes one task.
+/// `statistics` are the values that the forward pass stored, with their number per row.
+#[allow(non_snake_case, reason = "tensor names end in their shape")]
+fn norm_backward(
+    x_TD: &[f32],
+    dy_TD: &[f32],
+    (statistics, statistics_per_row): (&[f32], usize),
+    dx_TD: GradientMut,
+    dweight_D: Option<GradientMut>,
+    weight_D: &[f32],
+    kernel: impl Fn(NormTask) + Sync,
+) {
+    let width = weight_D.len();
+    let task_len = width * ROWS_PER_TASK;
+    let add = dx_TD.add;
+    let partials: Vec<Vec<f32>> = dx_TD
+        .values
+        .par_chunks_mut(task_len)
+        .zip(x_TD.par_chunks(task_len))
+        .zip(dy_TD.par_chunks(task_len))
+        .zip(statistics.par_chunks(statistics_per_row * ROWS_PER_TASK))
+        .map(|(((dx_tD, x_tD), dy_tD), statistics)| {
+            let mut partial_D = vec![0.0; width];
+            kernel(NormTask {
+                x_tD,
+                dy_tD,
+                statistics,
+                dx_tD,
+                add,
+                dweight_D: &mut partial_D,
+            });
+            partial_D
+        })
+        .collect();
+    if let Some(dweight_D) = dweight_D {
+        sum_partials(&partials, dweight_D);
+    }
 }
 
 /// Sums the partial gradients of all tasks, in order.
@@ -73,19 +127,20 @@ fn sum_partials(partials: &[Vec<f32>], gradient: GradientMut) {
     }
 }
 
-/// Computes the gradient of a bias: the sum over the rows of `dy`, of `width` values each.
-pub fn sum_rows(dy: &[f32], width: usize, dbias: GradientMut) {
-    let partials: Vec<Vec<f32>> = dy
+/// Computes the gradient of a bias: the sum over the rows of `dy_TO`, of `width` (O) values each.
+#[allow(non_snake_case, reason = "tensor names end in their shape")]
+pub fn sum_rows(dy_TO: &[f32], width: usize, dbias_O: GradientMut) {
+    let partials: Vec<Vec<f32>> = dy_TO
         .par_chunks(width * ROWS_PER_TASK)
-        .map(|dy| {
-            let mut sum = vec![0.0; width];
-            for dy in dy.chunks(width) {
-                sum.iter_mut().zip(dy).for_each(|(sum, dy)| *sum += dy);
+        .map(|dy_tO| {
+            let mut sum_O = vec![0.0; width];
+            for dy_O in dy_tO.chunks(width) {
+                sum_O.iter_mut().zip(dy_O).for_each(|(sum, dy)| *sum += dy);
             }
-            sum
+            sum_O
         })
         .collect();
-    sum_partials(&partials, dbias);
+    sum_partials(&partials, dbias_O);
 }
 
 /// Runs a block compiled for the widest vector instructions of this CPU. The parameters are the
@@ -156,7 +211,11 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// Returns the rows of one segment, of `width` values each.
-fn segment_rows<'a>(values: &'a [f32], segment: &Range<usize>, width: usize) -> &'a [f32] {
+pub(crate) fn segment_rows<'a>(
+    values: &'a [f32],
+    segment: &Range<usize>,
+    width: usize,
+) -> &'a [f32] {
     &values[segment.start * width..segment.end * width]
 }
 
@@ -169,8 +228,9 @@ pub(crate) fn split_segments<'a>(
     segments
         .iter()
         .map(|segment| {
-            let (rows, rest) = std::mem::take(&mut values).split_at_mut(segment.len() * width);
-            values = rest;
+            let (rows, later_rows) =
+                std::mem::take(&mut values).split_at_mut(segment.len() * width);
+            values = later_rows;
             rows
         })
         .collect()

@@ -1,20 +1,23 @@
 //! Rotary position embedding (Su et al., arXiv 2104.09864), in the half-split layout of Hugging
 //! Face: channel i is rotated with channel i + C/2.
 
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `ops`"
+)]
+
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::simd;
 
-/// cos and sin of the angle of every position and frequency.
+/// cos and sin of the angle of each of S positions and c = C/2 frequencies.
 #[derive(Debug, Clone)]
 pub struct RopeTable {
-    /// (positions x C/2)
-    cos: Vec<f32>,
-    /// (positions x C/2)
-    sin: Vec<f32>,
-    /// C/2
+    cos_Sc: Vec<f32>,
+    sin_Sc: Vec<f32>,
+    /// c = C/2
     half: usize,
 }
 
@@ -26,23 +29,27 @@ pub enum Rotation {
 }
 
 impl RopeTable {
-    /// Computes the table from `inverse_frequencies` (C/2), in radians per position. Angles are
-    /// computed in f32, because the models were trained that way.
-    pub fn new(inverse_frequencies: &[f32], positions: usize) -> Self {
-        let angles: Vec<f32> = (0..positions)
-            .flat_map(|position| inverse_frequencies.iter().map(move |f| position as f32 * f))
+    /// Computes the table from `inverse_frequencies_c`, in radians per position. Angles are computed in f32,
+    /// because the models were trained that way.
+    pub fn new(inverse_frequencies_c: &[f32], positions: usize) -> Self {
+        let angles_Sc: Vec<f32> = (0..positions)
+            .flat_map(|position| {
+                inverse_frequencies_c
+                    .iter()
+                    .map(move |frequency| position as f32 * frequency)
+            })
             .collect();
         Self {
-            cos: angles.iter().map(|a| a.cos()).collect(),
-            sin: angles.iter().map(|a| a.sin()).collect(),
-            half: inverse_frequencies.len(),
+            cos_Sc: angles_Sc.iter().map(|angle| angle.cos()).collect(),
+            sin_Sc: angles_Sc.iter().map(|angle| angle.sin()).collect(),
+            half: inverse_frequencies_c.len(),
         }
     }
 
     /// Returns cos and sin of the angles at `position` (C/2 each).
     pub fn cos_sin(&self, position: usize) -> (&[f32], &[f32]) {
         let range = position * self.half..(position + 1) * self.half;
-        (&self.cos[range.clone()], &self.sin[range])
+        (&self.cos_Sc[range.clone()], &self.sin_Sc[range])
     }
 
     /// Rotates rows of `width` channels (a multiple of C) in place. Positions start at 0 in each of

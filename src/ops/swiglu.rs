@@ -1,15 +1,20 @@
 //! SwiGLU (Shazeer, arXiv 2002.05202): `y = silu(gate) * up`, with silu(z) = z sigmoid(z).
 
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `ops`"
+)]
+
 use rayon::prelude::*;
 
 use super::math::sigmoid;
 use super::{VALUES_PER_TASK, simd};
 
-/// Computes `y` (T x F) from `gate` and `up` (T x F).
-pub(crate) fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
-    y.par_chunks_mut(VALUES_PER_TASK)
-        .zip(gate.par_chunks(VALUES_PER_TASK))
-        .zip(up.par_chunks(VALUES_PER_TASK))
+/// Computes `y_TF` from `gate_TF` and `up_TF`.
+pub(crate) fn forward(gate_TF: &[f32], up_TF: &[f32], y_TF: &mut [f32]) {
+    y_TF.par_chunks_mut(VALUES_PER_TASK)
+        .zip(gate_TF.par_chunks(VALUES_PER_TASK))
+        .zip(up_TF.par_chunks(VALUES_PER_TASK))
         .for_each(|((y, gate), up)| {
             simd!(|y: &mut [f32], gate: &[f32], up: &[f32]| {
                 for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
@@ -19,12 +24,13 @@ pub(crate) fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) {
         });
 }
 
-/// Overwrites `gate` and `up` with their gradients:
+/// Overwrites `gate_TF` and `up_TF` with their gradients:
 /// dup = dy silu(gate), dgate = dy up s (1 + gate (1 - s)) with s = sigmoid(gate).
-pub(crate) fn backward(gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
-    gate.par_chunks_mut(VALUES_PER_TASK)
-        .zip(up.par_chunks_mut(VALUES_PER_TASK))
-        .zip(dy.par_chunks(VALUES_PER_TASK))
+pub(crate) fn backward(gate_TF: &mut [f32], up_TF: &mut [f32], dy_TF: &[f32]) {
+    gate_TF
+        .par_chunks_mut(VALUES_PER_TASK)
+        .zip(up_TF.par_chunks_mut(VALUES_PER_TASK))
+        .zip(dy_TF.par_chunks(VALUES_PER_TASK))
         .for_each(|((gate, up), dy)| {
             simd!(|gate: &mut [f32], up: &mut [f32], dy: &[f32]| {
                 for ((gate, up), dy) in gate.iter_mut().zip(up).zip(dy) {

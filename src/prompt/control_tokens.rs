@@ -3,9 +3,11 @@
 /// Returns true if `name` is a control token of a widely used tokenizer.
 pub(crate) fn is_control_name(name: &str) -> bool {
     const OTHERS: [&str; 4] = ["<s>", "<bos>", "<pad>", "<unk>"];
+    // "<||>" is not a name.
+    const MIN_LENGTH: usize = 5;
     is_end_of_turn_name(name)
         || OTHERS.contains(&name)
-        || (name.starts_with("<|") && name.ends_with("|>") && name.len() > 4)
+        || (name.starts_with("<|") && name.ends_with("|>") && name.len() >= MIN_LENGTH)
         || (name.starts_with("<｜") && name.ends_with("｜>"))
 }
 

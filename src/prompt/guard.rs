@@ -58,11 +58,11 @@ impl Drop for MemoryGuard {
 
 fn watch(row: &AtomicU64, template: &Path) {
     let mut last_row = IDLE;
-    let mut bytes_before = 0;
+    let mut bytes_at_start = 0;
     loop {
         std::thread::sleep(CHECK_INTERVAL);
         let row = row.load(Ordering::Relaxed);
-        // Without a report of the memory there is nothing to watch.
+        // On a system that does not report the memory, there is nothing to watch.
         let Some(bytes) = process::resident_bytes() else {
             return;
         };
@@ -70,9 +70,9 @@ fn watch(row: &AtomicU64, template: &Path) {
             STOP => return,
             row if row == IDLE || row != last_row => {
                 last_row = row;
-                bytes_before = bytes;
+                bytes_at_start = bytes;
             }
-            row if bytes > bytes_before + MAX_GROWTH_BYTES => exit_over_limit(row - 1, template),
+            row if bytes > bytes_at_start + MAX_GROWTH_BYTES => exit_over_limit(row - 1, template),
             _ => {}
         }
     }

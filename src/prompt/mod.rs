@@ -35,7 +35,7 @@ use serde_json::Value;
 use crate::config;
 use crate::exit::Exit;
 
-/// A conversation that the teacher is asked to continue.
+/// A conversation that the teacher continues.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompt {
     /// `id` of the row, or the hash of the prompt if the row has none.
@@ -68,11 +68,11 @@ impl Prompt {
 /// Maximum number of field names in the warning about unsent fields.
 const MAX_LISTED_FIELDS: usize = 8;
 
-/// Loads the prompts of a run, in the order of the source. `check` is called for each row; its error, for example after
-/// Ctrl-C, ends the load.
+/// Loads the prompts of a run, in the order of the source. Calls `check` for each row; an error of `check`, for example
+/// after Ctrl-C, stops the loading.
 ///
 /// # Errors
-/// [`Exit::Usage`] with file, line and what to change; and the errors of `check`.
+/// [`Exit::Usage`] with the file, the line and the change to make; and the errors of `check`.
 pub fn load(
     settings: &config::PromptsConfig,
     check: impl Fn() -> Result<()>,

@@ -68,16 +68,16 @@ pub(crate) fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), Str
     let mut is_plain = true;
     let mut messages = Vec::with_capacity(list.len());
     for (index, message) in list.iter().enumerate() {
-        let problem = |problem: String| format!("`messages[{index}]` {problem}");
+        let error = |problem: String| format!("`messages[{index}]` {problem}");
         let fields = message
             .as_object()
-            .ok_or_else(|| problem("is not an object with `role` and `content`".into()))?;
+            .ok_or_else(|| error("is not an object with `role` and `content`".into()))?;
         let role = match fields.get("role") {
             Some(Value::String(role)) => role.as_str(),
-            None | Some(Value::Null) => return Err(problem("has no `role`".into())),
-            Some(_) => return Err(problem("has a `role` that is not a string".into())),
+            None | Some(Value::Null) => return Err(error("has no `role`".into())),
+            Some(_) => return Err(error("has a `role` that is not a string".into())),
         };
-        let content = content(fields).map_err(problem)?;
+        let content = content(fields).map_err(error)?;
         is_plain &= fields.len() == 2 && fields.get("content").is_some_and(Value::is_string);
         messages.push(Message::new(role, content));
     }
@@ -86,6 +86,7 @@ pub(crate) fn messages(row: &Value) -> Result<(Vec<Message>, Option<Value>), Str
 
 /// Describes a row that has neither `messages` nor a `text` to send.
 fn without_conversation(row: &Value) -> String {
+    /// Maximum number of field names in the message.
     const MAX_LISTED: usize = 10;
     let names = row.as_object().into_iter().flat_map(Map::keys);
     let names: Vec<_> = names
@@ -129,7 +130,11 @@ fn part_text(part: &Value) -> Result<String, String> {
 }
 
 /// Returns the `id` of the row, if it has one.
+///
+/// # Errors
+/// A message for the user, without the location of the row.
 pub(crate) fn id(row: &Value) -> Result<Option<String>, String> {
+    /// Maximum length of an id.
     const MAX_BYTES: usize = 1_000;
     match row.get("id") {
         None | Some(Value::Null) => Ok(None),

@@ -52,7 +52,7 @@ impl Template {
             .map_err(|error| Exit::Usage(format!("the template {place} is invalid: {error}")))?;
 
         let mut environment = Environment::new();
-        // A field that is missing in a row must not become an empty prompt that is paid for.
+        // A field that is missing in a row must not become an empty prompt, which would cost money.
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         // An endless loop must fail instead of blocking the run.
         environment.set_fuel(Some(FUEL));
@@ -74,8 +74,8 @@ impl Template {
         })
     }
 
-    /// Renders the conversation of one row: the system message, the examples, the user message. `row_number` is
-    /// named by the message of the memory limit.
+    /// Renders the conversation of one row: the system message, the examples, the user message. The message of the
+    /// memory limit names `row_number`.
     ///
     /// # Errors
     /// [`Exit::Usage`], without the location of the row: an undefined variable, or another error of the template.
@@ -125,7 +125,7 @@ impl Template {
     }
 }
 
-/// Returns those of the variables (`a` or `a.b`) that the row does not have, sorted.
+/// Returns the variables (`a` or `a.b`) that the row does not have, sorted.
 fn missing_variables<'a>(
     variables: &'a std::collections::HashSet<String>,
     row: &Value,

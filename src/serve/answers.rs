@@ -59,7 +59,7 @@ fn reserve(
         })
 }
 
-/// Waits for `count` answers. Returns them and the number of their tokens.
+/// Waits for `count` answers. Returns the answers and the total number of their tokens.
 ///
 /// # Errors
 /// 500 if the model fails.

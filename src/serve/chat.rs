@@ -193,6 +193,7 @@ impl ChatStream {
         events
     }
 
+    /// Appends the event with the usage, if it was requested, and the event that ends the stream.
     fn push_closing_events(&self, events: &mut Vec<Result<Event, axum::Error>>) {
         if self.include_usage {
             let usage = TokenUsage::new(self.chat.prompt_tokens, self.completion_tokens);

@@ -27,10 +27,10 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 struct CompletionRequest {
     model: String,
     prompts: Vec<PromptInput>,
-    /// `max_tokens` is 0 only with `echo`: then the answer is the prompt alone.
+    /// `max_tokens` may be 0 only with `echo`; then the response contains the prompt alone.
     options: GenerateOptions,
     n: usize,
-    /// Whether the answer begins with the prompt.
+    /// Whether the text of the response begins with the prompt.
     echo: bool,
     /// See [`RequestFields::prompt_logprobs`].
     prompt_logprobs: Option<usize>,
@@ -118,7 +118,7 @@ impl CompletionRequest {
         self.prompts.iter().map(encode).collect()
     }
 
-    /// Number of most likely tokens to compute at each prompt position, or `None` if the request does
+    /// Returns the number of most likely tokens to compute at each prompt position, or `None` if the request does
     /// not need the logprobs of the prompts.
     fn prompt_top_logprobs(&self) -> Option<usize> {
         let for_echo = self.options.top_logprobs.filter(|_| self.echo);

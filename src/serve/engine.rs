@@ -10,7 +10,7 @@ use crate::model::sampling::TokenLogprobs;
 use crate::model::score::{self, ScoreInput};
 use crate::tokenizer::Tokenizer;
 
-/// Maximum number of tokens scored in one forward pass. A longer text gets a pass of its own.
+/// Number of tokens at which a scoring pass is full: no further text is added. The last text may exceed it.
 const SCORED_TOKENS_PER_PASS: usize = 4096;
 
 /// A job for the model.
@@ -80,14 +80,14 @@ struct Engine<'a> {
     batcher: Batcher<'a>,
     /// Jobs of the next scoring pass.
     score_jobs: Vec<ScoreJob>,
-    /// Index and channel of each running answer, by the id that the batcher gave it.
+    /// Index within its request and reply channel of each running answer, by its id in the batcher.
     clients: HashMap<u64, (usize, mpsc::UnboundedSender<AnswerUpdate>)>,
     jobs: mpsc::Receiver<EngineJob>,
 }
 
 impl Engine<'_> {
-    /// Takes jobs from the channel while slots are free. Blocks while the engine has no jobs. Returns false
-    /// once every sender is dropped and all jobs are finished.
+    /// Takes jobs from the channel while slots are free and the scoring pass is not full. Blocks while the engine has
+    /// no jobs. Returns false once every sender is dropped and all jobs are finished.
     fn admit(&mut self) -> bool {
         while self.batcher.has_free_slot() && self.tokens_to_score() < SCORED_TOKENS_PER_PASS {
             let job = if self.batcher.is_idle() && self.score_jobs.is_empty() {

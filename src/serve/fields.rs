@@ -3,6 +3,8 @@
 //! Unknown fields are ignored, because clients send many. A field of a wrong type or with a value out
 //! of range is rejected with an error that names the field.
 
+use std::fmt::Display;
+
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -63,7 +65,7 @@ impl RequestFields {
     /// Returns the value of a field, or `None` if it is absent or null.
     ///
     /// # Errors
-    /// 400 if the value is not from `min` to `max`.
+    /// 400 if the value has a wrong type, or is not from `min` to `max`.
     pub(crate) fn in_range<T>(
         &self,
         name: &'static str,
@@ -71,41 +73,53 @@ impl RequestFields {
         max: T,
     ) -> Result<Option<T>, ErrorResponse>
     where
-        T: DeserializeOwned + PartialOrd + std::fmt::Display,
+        T: DeserializeOwned + PartialOrd + Display,
     {
-        match self.get(name)? {
-            Some(value) if value < min || value > max => {
-                let message = format!("`{name}` is {value}; it must be from {min} to {max}");
-                Err(ErrorResponse::bad_field(name, message))
-            }
-            value => Ok(value),
-        }
+        let is_valid = |value: &T| (&min..=&max).contains(&value);
+        self.get_checked(name, is_valid, format_args!("from {min} to {max}"))
     }
 
     /// Returns the value of a field, or `None` if it is absent or null.
     ///
     /// # Errors
-    /// 400 if the value is less than `min`.
+    /// 400 if the value has a wrong type, or is less than `min`.
     pub(crate) fn at_least(
         &self,
         name: &'static str,
         min: usize,
     ) -> Result<Option<usize>, ErrorResponse> {
+        self.get_checked(
+            name,
+            |&value| value >= min,
+            format_args!("{min} or greater"),
+        )
+    }
+
+    /// Returns the value of a field, or `None` if it is absent or null.
+    ///
+    /// # Errors
+    /// 400 if `is_valid` returns false for the value; the message says that it must be `expected`.
+    fn get_checked<T: DeserializeOwned + Display>(
+        &self,
+        name: &'static str,
+        is_valid: impl Fn(&T) -> bool,
+        expected: impl Display,
+    ) -> Result<Option<T>, ErrorResponse> {
         match self.get(name)? {
-            Some(value) if value < min => {
-                let message = format!("`{name}` is {value}; it must be {min} or greater");
+            Some(value) if !is_valid(&value) => {
+                let message = format!("`{name}` is {value}; it must be {expected}");
                 Err(ErrorResponse::bad_field(name, message))
             }
             value => Ok(value),
         }
     }
 
-    /// Number of answers to each prompt.
+    /// Returns the number of answers to each prompt.
     pub(crate) fn n(&self) -> Result<usize, ErrorResponse> {
         Ok(self.in_range("n", 1, MAX_CHOICES)?.unwrap_or(1))
     }
 
-    /// Sampling parameters. The default seed is random.
+    /// Returns the sampling parameters. The default seed is random.
     pub(crate) fn sampling(&self) -> Result<SamplingParams, ErrorResponse> {
         let seed: Option<i64> = self.get("seed")?;
         Ok(SamplingParams {
@@ -115,7 +129,7 @@ impl RequestFields {
         })
     }
 
-    /// Stop strings, from a string or a list.
+    /// Returns the stop strings, from a string or a list.
     pub(crate) fn stop(&self) -> Result<Vec<String>, ErrorResponse> {
         let stop = match self.get("stop")? {
             Some(StopField::One(stop)) => vec![stop],
@@ -129,7 +143,7 @@ impl RequestFields {
         Ok(stop)
     }
 
-    /// vLLM's `prompt_logprobs`: number of most likely tokens to return at each prompt position.
+    /// Returns vLLM's `prompt_logprobs`: the number of most likely tokens to report at each prompt position.
     pub(crate) fn prompt_logprobs(&self) -> Result<Option<usize>, ErrorResponse> {
         self.in_range("prompt_logprobs", 0, MAX_TOP_LOGPROBS)
     }

@@ -1,7 +1,7 @@
 //! An OpenAI-compatible server over a local model.
 //!
-//! Two threads: one runs HTTP (axum), the other owns the model, whose forward passes all requests
-//! share. The server has neither authentication nor TLS: listen on loopback, or use a proxy.
+//! The server has two threads: one runs HTTP (axum), the other owns the model, whose forward passes all
+//! requests share. It has neither authentication nor TLS: listen on loopback, or use a proxy.
 //!
 //! | file | content |
 //! |---|---|
@@ -49,6 +49,9 @@ use tokio_util::sync::CancellationToken;
 use crate::model::Model;
 use crate::serve::state::AppState;
 use crate::tokenizer::Tokenizer;
+
+/// Number of hex digits of the model's fingerprint.
+const FINGERPRINT_DIGITS: usize = 12;
 
 /// Time limit of running answers after the beginning of a shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -101,6 +104,9 @@ struct ShutdownTokens {
 
 /// Loads the model in `model_dir` (a Hugging Face folder), serves it, and returns once the server
 /// accepts connections.
+///
+/// # Errors
+/// If the address cannot be used, or the model or its tokenizer does not load.
 pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
     let model_name = match options.model_name {
         Some(name) => name,
@@ -248,5 +254,8 @@ fn fingerprint(model_dir: &Path) -> Result<String> {
         io::copy(&mut file, &mut hasher)
             .with_context(|| format!("cannot read {}", path.display()))?;
     }
-    Ok(format!("fp_{}", &hasher.finalize().to_hex()[..12]))
+    Ok(format!(
+        "fp_{}",
+        &hasher.finalize().to_hex()[..FINGERPRINT_DIGITS]
+    ))
 }

@@ -154,7 +154,7 @@ impl<'a> TokenLogprob<'a> {
 }
 
 /// The logprobs of a prompt in vLLM's format: an object for each position, with token ids as keys.
-/// The prompt's own token comes first, then the most likely ones. The first position is null, because
+/// The prompt's own token comes first, then the most likely tokens. The first position is null, because
 /// the first token has no context.
 #[derive(Debug, Serialize)]
 #[serde(transparent)]
@@ -167,7 +167,7 @@ struct PromptPosition<'a>(Vec<(u32, PromptToken<'a>)>);
 #[derive(Debug, Serialize)]
 struct PromptToken<'a> {
     logprob: f32,
-    /// Rank by probability, from 1; null if the token is not among the returned most likely ones.
+    /// Rank by probability, from 1; null if the token is not one of the `top_k` most likely tokens.
     rank: Option<usize>,
     decoded_token: Cow<'a, str>,
 }
@@ -186,16 +186,19 @@ impl<'a> PromptLogprobs<'a> {
         top_k: usize,
         tokenizer: &'a Tokenizer,
     ) -> Self {
-        let position = |own: &TokenLogprobs| {
-            let likeliest = &own.top[..top_k.min(own.top.len())];
+        let position = |prompt_token: &TokenLogprobs| {
+            let likeliest = &prompt_token.top[..top_k.min(prompt_token.top.len())];
             let rank = |id: u32| {
                 likeliest
                     .iter()
                     .position(|token| token.0 == id)
                     .map(|index| index + 1)
             };
-            let others = likeliest.iter().filter(|token| token.0 != own.id);
-            let tokens = std::iter::once((own.id, own.logprob)).chain(others.copied());
+            let others = likeliest
+                .iter()
+                .filter(|token| token.0 != prompt_token.id)
+                .copied();
+            let tokens = std::iter::once((prompt_token.id, prompt_token.logprob)).chain(others);
             let tokens = tokens.map(|(id, logprob)| {
                 let TokenLogprob { token, logprob, .. } = TokenLogprob::new(id, logprob, tokenizer);
                 let token = PromptToken {

@@ -47,9 +47,9 @@ pub(crate) fn add_missing(tokenizer: &mut TokenizerJson, files: &TokenizerFiles)
         variables.any(|variable| files.token(variable) == Some(name) && template.contains(variable))
     };
     for name in files.special_tokens() {
-        let is_known = index_by_name.contains_key(name) || tokenizer.id(name).is_some();
+        let has_id = index_by_name.contains_key(name) || tokenizer.id(name).is_some();
         let is_used = template.contains(name) || is_used_by_variable(name);
-        if is_known || name.is_empty() || !is_used {
+        if has_id || name.is_empty() || !is_used {
             continue;
         }
         index_by_name.insert(name.to_owned(), added.len());

@@ -33,15 +33,15 @@ pub struct AnswerTokens {
     pub content: Range<usize>,
     /// First token after the thinking, or the first of `tokens` in an answer without thinking.
     pub after_thinking: usize,
-    /// True if the ids before `tokens` equal the generation prompt, and the answer is rendered as at the end of a
-    /// conversation. Also true if the template rejects conversations that end before the answer.
+    /// True if the ids before `tokens` equal the generation prompt, and the template renders the answer in the same way
+    /// at the end of a conversation. Also true if the template rejects conversations that end before the answer.
     pub follows_generation_prompt: bool,
     /// Set if the template does not print the thinking of the message.
     pub thinking: Option<ThinkingChange>,
 }
 
 impl AnswerTokens {
-    /// Returns an answer without tokens: it cannot be trained as a part of this conversation.
+    /// Returns an answer without tokens, which cannot be trained as a part of this conversation.
     pub(crate) fn without_tokens(message: usize) -> AnswerTokens {
         AnswerTokens {
             message,

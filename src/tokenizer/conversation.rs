@@ -1,8 +1,8 @@
 //! Encodes conversations and finds the tokens of their answers.
 //!
-//! Text between two control tokens is encoded in one piece, template text and contents together. The ids are then those
-//! of the whole rendered conversation, as in pre-training and in all servers. Only answers are encoded separately, from
-//! the end of the generation prompt to the end of the content, as a model generates them.
+//! Text between two control tokens is encoded in one piece, template text and contents together. The ids therefore
+//! equal the ids of the whole rendered conversation, as in pre-training and in all servers. Only answers are encoded
+//! separately, from the end of the generation prompt to the end of the content, as a model generates them.
 
 use std::ops::Range;
 
@@ -20,8 +20,8 @@ use crate::tokenizer::chat_template::{
 use crate::tokenizer::encoder::ConversationEncoder;
 
 impl Tokenizer {
-    /// Tokens with which the chat template ends a turn: it writes them after an answer, up to the first control token
-    /// that is a stop token, or else up to the first control token.
+    /// Returns the tokens with which the chat template ends a turn. These are the tokens after an answer, up to the
+    /// first control token that is a stop token, or, if there is none, up to the first control token.
     pub(super) fn find_end_of_turn(&mut self) -> Option<Box<[u32]>> {
         let template = self.template.clone()?;
         // The end of turn does not depend on the date.
@@ -32,12 +32,12 @@ impl Tokenizer {
         let conversation = self.last_answer(&messages);
         self.template = Some(template);
         let conversation = conversation.ok()?;
-        let after = &conversation.ids[conversation.answers.last()?.tokens.end..];
+        let following_ids = &conversation.ids[conversation.answers.last()?.tokens.end..];
         let is_control = |id: &u32| self.is_special(*id);
-        let is_end = |id: &u32| is_control(id) && self.stop_ids.contains(id);
-        let end = after.iter().position(is_end);
-        let end = end.or_else(|| after.iter().position(is_control))?;
-        Some(after[..=end].into())
+        let is_stop = |id: &u32| is_control(id) && self.stop_ids.contains(id);
+        let end = following_ids.iter().position(is_stop);
+        let end = end.or_else(|| following_ids.iter().position(is_control))?;
+        Some(following_ids[..=end].into())
     }
 
     /// Ids of a conversation with its generation prompt.
@@ -48,8 +48,8 @@ impl Tokenizer {
         encode_prompt(self, &self.template()?.with_date(None), messages)
     }
 
-    /// Ids of a conversation that ends inside its last message, an answer that the model will continue. Also returns the
-    /// range of the ids that spell this answer.
+    /// Ids of a conversation that ends inside its last message, an answer that the model will continue. Also returns
+    /// the range of the ids that spell this answer.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`], and if the last message is not the assistant's.
@@ -97,8 +97,8 @@ impl Tokenizer {
         self.conversation_at(messages, false, None)
     }
 
-    /// Encodes a conversation as [`Self::conversation`] does, or, without `every_answer`, as [`Self::last_answer`] does.
-    /// `date` is the date of the conversation's record.
+    /// Encodes a conversation as [`Self::conversation`] does, or, without `every_answer`, as [`Self::last_answer`]
+    /// does. `date` is the date of the conversation's record.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
@@ -169,14 +169,14 @@ pub(crate) fn encode(
             && (prompt_end.is_none() || is_restored)
             && let Some(prompt) = &prompt
         {
-            let before = &text[..answer.start];
+            let text_before = &text[..answer.start];
             let mut output = encode_after_prompt(tokenizer, template, messages, &spans, answer)?;
             let earlier = answers[..number].iter();
             let earlier = earlier.map(|answer| AnswerTokens::without_tokens(answer.message));
             output.answers.splice(0..0, earlier);
             output.difference = prompt_end.is_none().then(|| PromptDifference {
-                generation: difference(prompt, before, answer.template_start),
-                conversation: difference(before, prompt, answer.template_start),
+                generation: difference(prompt, text_before, answer.template_start),
+                conversation: difference(text_before, prompt, answer.template_start),
             });
             return Ok(output);
         }
@@ -204,9 +204,9 @@ pub(crate) fn encode(
                 .sum::<usize>();
         let is_blank = messages[answer.message].content.trim().is_empty();
         let (answer_text, following) = from_answer.split_at(length);
-        let is_trained_here = is_last
+        let is_encoded_separately = is_last
             || follows_prompt && !is_blank && encoder.can_cut_around(answer_text, following)?;
-        if !is_trained_here {
+        if !is_encoded_separately {
             // Encoding this answer separately would change the prompts of later answers, which must equal their
             // generation prompts.
             encoder.push_template(lead)?;
@@ -261,13 +261,18 @@ fn encode_after_prompt(
     Ok(encoder.output)
 }
 
-/// Returns true if the generation prompt ends with the end of a block of thinking.
+/// Number of bytes before a difference that [`difference`] includes.
+const CONTEXT_BYTES: usize = 20;
+/// Maximum number of characters that [`difference`] returns.
+const MAX_CHARACTERS: usize = 60;
+
+/// Returns true if the generation prompt ends with the closing tag of thinking.
 fn closes_thinking(prompt: &str) -> bool {
     prompt.trim_end().ends_with(THINKING_TAGS.1)
 }
 
-/// Returns `tag`, the opening tag of an answer with the white space around it, without the part that the generation
-/// prompt ends with.
+/// Returns `tag`, the opening tag of an answer with the white space around it, without its part that already stands at
+/// the end of the generation prompt.
 fn unwritten_tag<'a>(tag: &'a str, prompt: &str) -> &'a str {
     let trimmed_prompt = prompt.trim_end();
     if !trimmed_prompt.ends_with(THINKING_TAGS.0) {
@@ -281,10 +286,9 @@ fn unwritten_tag<'a>(tag: &'a str, prompt: &str) -> &'a str {
 }
 
 /// Returns the part of `text` that differs from `other`, shortened. It starts after the shared messages, which end at
-/// `content_end`, or else a little before the first difference.
+/// `content_end`. If the texts already differ before `content_end`, it starts [`CONTEXT_BYTES`] before the first
+/// difference.
 fn difference(text: &str, other: &str, content_end: usize) -> String {
-    const CONTEXT_BYTES: usize = 20;
-    const MAX_CHARACTERS: usize = 60;
     let common = text.bytes().zip(other.bytes()).take_while(|(a, b)| a == b);
     let common = common.count();
     let start = if common >= content_end {
@@ -353,7 +357,8 @@ fn rendered_answers(spans: &[RenderedSpan], messages: &[Message]) -> Vec<Rendere
                     last.spans.end = index + 1;
                 }
                 _ if messages[*message].role == "assistant" => {
-                    // A template may print an answer twice, first in a summary. Only its turn counts.
+                    // A template may print an answer twice, first in a summary. Only the answer in its own turn is
+                    // used.
                     answers.retain(|answer| answer.message != *message);
                     answers.push(RenderedAnswer {
                         message: *message,

@@ -9,8 +9,9 @@ use crate::tokenizer::answer_tokens::{AnswerTokens, EncodedConversation};
 use crate::tokenizer::chat_template::{RenderedSpan, answer_start};
 use crate::tokenizer::{TextPosition, Tokenizer, added};
 
-/// Number of bytes after a cut that can affect the tokens at the cut: more than a token has. Before a cut, all bytes of
-/// the text can affect them, because the split of a run of equal characters depends on its length.
+/// Number of bytes after a cut that can affect the tokens at the cut: more than the length of any usual token. Before a
+/// cut, all bytes of the text can affect the tokens, because the split of a run of equal characters depends on its
+/// length.
 const BYTES_AFTER_CUT: usize = 64;
 
 /// Encodes the spans of a conversation in order.
@@ -104,8 +105,8 @@ impl<'a> ConversationEncoder<'a> {
         Ok(separate == self.tokenizer.encode_at(&together, position)?)
     }
 
-    /// Appends text of the template, with its control tokens. The first stop token ends the turn of an answer directly
-    /// before the text.
+    /// Appends text of the template, with its control tokens. If the text directly follows an answer, its first stop
+    /// token ends the answer's turn.
     pub(crate) fn push_template(&mut self, text: &str) -> Result<()> {
         let controls = control_tokens(self.tokenizer, text);
         let is_stop = |id: u32| self.tokenizer.stop_ids().contains(&id);
@@ -190,8 +191,8 @@ fn suffix_start(tokenizer: &Tokenizer, ids: &[u32], tokens: &Range<usize>, bytes
     start
 }
 
-/// Returns the byte range of the longest part of `content` that is a suffix of `written`, the encoded text of the answer.
-/// `last` is the last span of `written`.
+/// Returns the byte range of the longest part of `content` that is a suffix of `written`, the encoded text of the
+/// answer. `last` is the last span of `written`.
 fn written_range(content: &str, written: &str, last: &str) -> Range<usize> {
     let end = content.rfind(last).unwrap_or(0) + last.len();
     let common = content[..end].chars().rev().zip(written.chars().rev());

@@ -116,7 +116,7 @@ impl TokenizerFiles {
         tokens.into_iter().map(|(_, token)| token).collect()
     }
 
-    /// Ids of the tokens that end an answer, if a model config names them.
+    /// Ids of the tokens that end an answer, if `generation_config.json` or `config.json` names them.
     pub(crate) fn eos_token_ids(&self) -> Option<Vec<u32>> {
         [&self.generation_config, &self.config]
             .into_iter()
@@ -139,8 +139,8 @@ fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value["content"].as_str())
 }
 
-/// Returns the template in `chat_template`: the field is the template, or a list of named templates, of which `default`
-/// is for chats.
+/// Returns the template in `chat_template`. The field is the template itself, or a list of named templates, of which
+/// `default`, or else the first one, is used.
 fn select_template(field: &Value) -> Option<String> {
     if let Some(list) = field.as_array() {
         let default = list.iter().find(|entry| entry["name"] == "default");

@@ -129,7 +129,8 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         .filter(|(_, token)| adds_space && (is_metaspace || !token.normalized))
         .map(|(id, _)| *id)
         .collect();
-    // The bytes of a token that is also in the vocabulary, such as Gemma's runs of spaces, follow from its spelling there.
+    // An added token that is also in the vocabulary, such as Gemma's runs of spaces, gets its bytes from its spelling
+    // in the vocabulary.
     plain_added
         .retain(|(id, token)| !special.contains(id) && vocabulary.get(&token.content) != Some(id));
     let bytes = TokenByteMap::new(&json, &vocabulary, &plain_added, |id| special.contains(&id));
@@ -170,8 +171,8 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// Marks the control tokens in `added_tokens` as special, and adds entries for those that only the other files name.
-/// Returns the ids of all these tokens.
+/// Marks the control tokens in `added_tokens` as special, and adds entries for control tokens that only the other files
+/// name. Returns the ids of all marked and added tokens.
 fn mark_control_tokens(tokenizer: &mut TokenizerJson, files: &TokenizerFiles) -> HashSet<u32> {
     let special_names: HashSet<&str> = files.special_tokens().into_iter().collect();
     let stop_ids: HashSet<u64> = files

@@ -43,7 +43,7 @@ pub use crate::tokenizer::answer_tokens::{
     AnswerTokens, EncodedConversation, PromptDifference, ThinkingChange,
 };
 use crate::tokenizer::chat_template::{ChatTemplate, TemplateClock};
-use crate::tokenizer::pieces::PieceCache;
+use crate::tokenizer::pieces::{BYTES_PER_TOKEN, PieceCache};
 use crate::tokenizer::token_bytes::TokenByteMap;
 
 /// A tokenizer with its chat template.
@@ -86,14 +86,14 @@ pub struct Tokenizer {
     pieces: Option<PieceCache>,
 }
 
-/// Position of a text after other tokens, which decides whether the text gets the prefix space.
+/// Position of a text relative to other tokens, which decides whether the text gets the prefix space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TextPosition {
     /// No token precedes the text.
     First,
-    /// A control token precedes the text.
+    /// The text follows a control token, or another added token after which the tokenizer adds a prefix space.
     AfterControl,
-    /// Other text precedes the text.
+    /// The text follows other text.
     AfterText,
 }
 
@@ -174,7 +174,8 @@ impl Tokenizer {
         self.text.id_to_token(id).unwrap_or_default()
     }
 
-    /// Smallest id that is another token in `other`, or a control token in only one of the two.
+    /// Returns the smallest id that stands for another token in `other`, or for a control token in only one of the two
+    /// tokenizers.
     pub fn first_difference(&self, other: &Self) -> Option<u32> {
         let largest = self.vocab_size.max(other.vocab_size) as u32;
         let differs = |id: &u32| {
@@ -289,7 +290,7 @@ impl Tokenizer {
         if !is_cut || !self.may_contain_added(text) {
             return self.encode_between_added(text, position);
         }
-        let mut ids = Vec::with_capacity(text.len() / 3);
+        let mut ids = Vec::with_capacity(text.len() / BYTES_PER_TOKEN);
         let mut start = 0;
         let mut position = position;
         for (range, id) in self.find_added(text, position) {
@@ -315,7 +316,7 @@ impl Tokenizer {
         self.continuing.is_some() && !has_space
     }
 
-    /// Position of the text after these ids.
+    /// Returns the position of the text after `ids`.
     fn position_after(&self, ids: &[u32]) -> TextPosition {
         match ids.last() {
             Some(id) if self.before_space.contains(id) => TextPosition::AfterControl,
@@ -378,8 +379,8 @@ impl Tokenizer {
         self.encode_without_control(text, position, special, ids)
     }
 
-    /// Encodes a text which the model's own vocabulary would encode with the control token `special`, as `ids`. Cuts the
-    /// name of the token into two parts, which are encoded separately.
+    /// Encodes a text that contains the name of the control token `special` in the model's own vocabulary. Cuts the
+    /// name into two parts, which are encoded separately. `ids` is the encoding with the control token.
     fn encode_without_control(
         &self,
         text: &str,

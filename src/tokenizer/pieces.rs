@@ -1,8 +1,8 @@
 //! A cache of encoded pieces of text.
 //!
-//! Some pre-tokenizers always end a word between a non-space and a space that a letter follows, and between a letter and
-//! a punctuation mark. A text can be cut at these places: the ids of the pieces, joined, are those of the text. Nearly
-//! all pieces occur repeatedly, and a look-up takes a tenth of the time of encoding.
+//! Some pre-tokenizers always end a word before a space that stands between a non-space and a letter, and between a
+//! letter and a punctuation mark after it. A text can be cut at these places: the joined ids of the pieces equal the
+//! ids of the text. Nearly all pieces occur repeatedly, and a look-up takes a tenth of the time of encoding.
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
@@ -10,6 +10,9 @@ use std::sync::{PoisonError, RwLock};
 use anyhow::Result;
 use foldhash::fast::FixedState;
 use serde_json::Value;
+
+/// Low estimate of the number of bytes per token, for the capacity of buffers.
+pub(crate) const BYTES_PER_TOKEN: usize = 3;
 
 /// Maximum number of cached pieces: enough for the common words of a language.
 const MAX_PIECES: usize = 1 << 17;
@@ -39,9 +42,9 @@ impl PieceCache {
             let content = token["content"].as_str().unwrap_or_default();
             !strips && !content.contains(' ') && token["single_word"] != true
         });
-        let cuts = cuts(&tokenizer["pre_tokenizer"]);
+        let ends_words = ends_words_at_cuts(&tokenizer["pre_tokenizer"]) == Some(true);
         let is_bpe = tokenizer["model"]["type"] == "BPE";
-        (keeps_words && is_independent && is_bpe && cuts == Some(true)).then(Self::default)
+        (keeps_words && is_independent && is_bpe && ends_words).then(Self::default)
     }
 
     /// Encodes `text`; `encode` encodes pieces that are not cached.
@@ -53,7 +56,7 @@ impl PieceCache {
         text: &str,
         encode: impl Fn(&str) -> Result<Vec<u32>>,
     ) -> Result<Vec<u32>> {
-        let mut ids = Vec::with_capacity(text.len() / 3);
+        let mut ids = Vec::with_capacity(text.len() / BYTES_PER_TOKEN);
         let mut new_pieces: Vec<(&str, Vec<u32>)> = Vec::new();
         let read = || self.0.read().unwrap_or_else(PoisonError::into_inner);
         let mut cache = read();
@@ -86,7 +89,7 @@ impl PieceCache {
 }
 
 /// Returns true if this pre-tokenizer ends a word at each cut of [`pieces`]. None for unknown pre-tokenizers.
-fn cuts(part: &Value) -> Option<bool> {
+fn ends_words_at_cuts(part: &Value) -> Option<bool> {
     match part["type"].as_str()? {
         "ByteLevel" => (part["add_prefix_space"] == false).then(|| part["use_regex"] != false),
         "Digits" => Some(false),
@@ -99,27 +102,27 @@ fn cuts(part: &Value) -> Option<bool> {
         }
         "Sequence" => {
             let parts = part["pretokenizers"].as_array()?;
-            let cuts: Option<Vec<bool>> = parts.iter().map(cuts).collect();
-            Some(cuts?.contains(&true))
+            let results: Option<Vec<bool>> = parts.iter().map(ends_words_at_cuts).collect();
+            Some(results?.contains(&true))
         }
         _ => None,
     }
 }
 
-/// Cuts a text before each single space between a non-space and a letter, and between each letter and a punctuation mark
-/// after it.
+/// Cuts a text before each single space between a non-space and a letter, and between each letter and a punctuation
+/// mark after it.
 fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let bytes = text.as_bytes();
     let mut start = 0;
     let is_cut = move |index: &usize| {
-        let before = bytes[index - 1];
+        let previous = bytes[index - 1];
         let byte = bytes[*index];
         match byte {
             b' ' => {
-                before.is_ascii_graphic()
+                previous.is_ascii_graphic()
                     && bytes.get(index + 1).is_some_and(u8::is_ascii_alphabetic)
             }
-            _ => before.is_ascii_alphabetic() && byte.is_ascii_punctuation(),
+            _ => previous.is_ascii_alphabetic() && byte.is_ascii_punctuation(),
         }
     };
     let cuts = (1..bytes.len()).filter(is_cut);

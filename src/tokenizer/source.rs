@@ -1,7 +1,7 @@
 //! Parses `tokenizer.json`: its model, and all other fields as a JSON value that can be changed.
 //!
-//! Nearly the whole file is vocabulary and merges, up to 30 MB. They are parsed directly into the model, because as JSON
-//! values they would take many times that memory.
+//! Nearly the whole file is vocabulary and merges, up to 30 MB. They are parsed directly into the model, because as
+//! JSON values they would take many times that memory.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -29,7 +29,7 @@ pub(crate) struct TokenizerJson {
 /// Fields of the model that the loader reads, in addition to the parsed model.
 const MODEL_SETTINGS: [&str; 4] = ["type", "byte_fallback", "unk_token", "unk_id"];
 
-/// Fields that the library's parser of BPE models knows. It fails on other fields, which future versions may add.
+/// Fields that the library's parser of BPE models accepts. It fails on other fields, which future versions may add.
 const BPE_FIELDS: [&str; 9] = [
     "dropout",
     "unk_token",
@@ -119,8 +119,8 @@ pub(crate) fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tok
     Ok(tokenizer)
 }
 
-/// Splits a JSON object into its fields, without parsing their values. Of several fields with the same name, the last
-/// one counts.
+/// Splits a JSON object into its fields, without parsing their values. Of several fields with the same name, returns
+/// the last one.
 fn fields(text: &str) -> Result<RawFields<'_>> {
     serde_json::from_str(text).map_err(|error| {
         if error.is_data() {

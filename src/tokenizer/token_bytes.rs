@@ -18,6 +18,11 @@ enum Alphabet {
     SentencePiece,
 }
 
+/// Ranks of tokens: of several tokens with the same bytes, the token with the lowest rank is found.
+const ORDINARY_RANK: u8 = 0;
+const FALLBACK_RANK: u8 = 1;
+const ADDED_RANK: u8 = 2;
+
 /// Maps between tokens and their bytes. Control tokens have no bytes.
 #[derive(Debug, Default)]
 pub(crate) struct TokenByteMap {
@@ -39,6 +44,7 @@ impl TokenByteMap {
             return Self::default();
         };
         let byte_fallback = tokenizer["model"]["byte_fallback"] == true;
+        // Each token with its bytes and its rank among tokens with the same bytes.
         let mut tokens: Vec<(u32, Box<[u8]>, u8)> = Vec::with_capacity(vocabulary.len());
         for (token, &id) in vocabulary {
             let fallback = fallback_byte(token).filter(|_| byte_fallback);
@@ -51,7 +57,12 @@ impl TokenByteMap {
                 (Alphabet::SentencePiece, _) => token.replace('▁', " ").into_bytes(),
             };
             if !is_control(id) {
-                tokens.push((id, bytes.into(), u8::from(fallback.is_some())));
+                let rank = if fallback.is_some() {
+                    FALLBACK_RANK
+                } else {
+                    ORDINARY_RANK
+                };
+                tokens.push((id, bytes.into(), rank));
             }
         }
         for (id, token) in added {
@@ -60,7 +71,7 @@ impl TokenByteMap {
                 Alphabet::SentencePiece if token.normalized => token.content.replace('▁', " "),
                 _ => token.content.clone(),
             };
-            tokens.push((*id, text.into_bytes().into(), 2));
+            tokens.push((*id, text.into_bytes().into(), ADDED_RANK));
         }
         // Of several tokens with the same bytes, `by_bytes` holds an ordinary one, which the tokenizer would produce.
         tokens.sort_by_key(|&(id, _, rank)| (rank, id));
@@ -140,14 +151,14 @@ fn fallback_byte(token: &str) -> Option<u8> {
 /// characters from U+0100 on, in order (`bytes_to_unicode` in GPT-2's `encoder.py`).
 fn byte_of_character() -> HashMap<char, u8> {
     let is_printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let mut next = 0x100;
+    let mut next_code = 0x100;
     (0..=255u8)
         .filter_map(|byte| {
             let code = if is_printable(byte) {
                 u32::from(byte)
             } else {
-                next += 1;
-                next - 1
+                next_code += 1;
+                next_code - 1
             };
             Some((char::from_u32(code)?, byte))
         })

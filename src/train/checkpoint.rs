@@ -49,7 +49,7 @@ pub struct TrainingState {
 }
 
 impl TrainingState {
-    /// The state before the first step.
+    /// Creates the state before the first step.
     ///
     /// # Errors
     /// If a model does not load, or a pattern is not valid.
@@ -70,13 +70,13 @@ impl TrainingState {
         })
     }
 
-    /// The model to evaluate: the moving average if there is one, else the student.
+    /// Returns the model to evaluate: the moving average if there is one, else the student.
     pub fn eval_model(&self) -> &Model {
         let average = self.ema.as_ref().map(|ema| &ema.model);
         average.unwrap_or(&self.student.model)
     }
 
-    /// The student and the local teacher.
+    /// Returns the student and the local teacher.
     pub fn models(&self) -> ModelPair<'_> {
         ModelPair {
             student: &self.student.model,
@@ -84,13 +84,13 @@ impl TrainingState {
         }
     }
 
-    /// Model of the local teacher.
+    /// Returns the model of the local teacher.
     pub fn teacher_model(&self) -> Option<&Model> {
         let teacher = self.teacher.as_ref()?;
         Some(&teacher.trainable.model)
     }
 
-    /// Weights and optimizer of a co-trained teacher.
+    /// Returns the weights and the optimizer of a co-trained teacher.
     fn cotrained_teacher(&mut self) -> Option<(&TrainableModel, &mut Optimizer)> {
         let teacher = self.teacher.as_mut()?;
         let training = teacher.training.as_mut()?;
@@ -103,11 +103,11 @@ impl TrainingState {
 pub struct CheckpointState {
     /// Format version.
     pub version: u32,
-    /// Number of steps so far.
+    /// Number of completed steps.
     pub step: u64,
     /// Position of the first example of the next step.
     pub cursor: Cursor,
-    /// Number of tokens so far.
+    /// Number of tokens in the completed steps.
     pub tokens: u64,
     #[serde(rename = "best")]
     pub early_stopping: EarlyStopping,
@@ -177,8 +177,9 @@ pub fn save(
     })?;
     let best = state.early_stopping.best.map(|(step, _)| step);
     let steps = list(dir)?;
-    let old = steps.len().saturating_sub(keep.max(1));
-    for (_, path) in steps[..old].iter().filter(|(step, _)| Some(*step) != best) {
+    let old_count = steps.len().saturating_sub(keep.max(1));
+    let old = steps[..old_count].iter();
+    for (_, path) in old.filter(|(step, _)| Some(*step) != best) {
         fs::remove_dir_all(path)?;
     }
     Ok(())
@@ -207,7 +208,7 @@ pub fn load_weights(dir: &Path, step: u64) -> Result<Tensors> {
     load().map_err(|error| damaged(&folder, &error))
 }
 
-/// Path of the newest checkpoint in `dir`; None if there is no checkpoint.
+/// Returns the path of the newest checkpoint in `dir`; None if there is no checkpoint.
 ///
 /// # Errors
 /// If the folder cannot be read.
@@ -282,10 +283,11 @@ pub fn load(
     Ok(state)
 }
 
-/// Adds hashes of data and weights to `settings`, which come from [`Config::checkpoint_inputs`]. The trained weights
-/// depend on nothing else.
+/// Adds hashes of data and weights to `settings`, which come from [`Config::checkpoint_inputs`]. The result contains
+/// all inputs of the trained weights.
 ///
-/// `data` is the hash of the examples, `training` the state before the first step. The order of the fields is hashed.
+/// `data` is the hash of the examples, `training` the state before the first step. The fingerprint depends on the order
+/// of the fields.
 ///
 /// # Errors
 /// If a device fails.
@@ -301,7 +303,7 @@ pub fn fingerprint_inputs(
     Ok(settings)
 }
 
-/// Hash of [`fingerprint_inputs`].
+/// Returns the hash of [`fingerprint_inputs`].
 pub fn fingerprint(inputs: &Value) -> String {
     blake3::hash(inputs.to_string().as_bytes())
         .to_hex()
@@ -309,15 +311,15 @@ pub fn fingerprint(inputs: &Value) -> String {
 }
 
 /// Describes the differences between two values of [`fingerprint_inputs`] or [`Config::example_settings`].
-fn describe_changes(before: &Value, now: &Value) -> Vec<String> {
+fn describe_changes(old_inputs: &Value, new_inputs: &Value) -> Vec<String> {
     let mut changes = Vec::new();
-    for (section, value) in now.as_object().into_iter().flatten() {
-        let old = before.get(section).unwrap_or(&Value::Null);
-        match (old.as_object(), value.as_object()) {
-            _ if old == value => {}
-            (Some(old), Some(new)) => changes.extend(new.iter().filter_map(|(key, value)| {
+    for (section, new) in new_inputs.as_object().into_iter().flatten() {
+        let old = old_inputs.get(section).unwrap_or(&Value::Null);
+        match (old.as_object(), new.as_object()) {
+            _ if old == new => {}
+            (Some(old), Some(new)) => changes.extend(new.iter().filter_map(|(key, new)| {
                 let old = old.get(key).unwrap_or(&Value::Null);
-                (old != value).then(|| format!("{section}.{key} was {old} and is {value}"))
+                (old != new).then(|| format!("{section}.{key} was {old} and is {new}"))
             })),
             _ => changes.push(format!("the {section}")),
         }
@@ -325,13 +327,14 @@ fn describe_changes(before: &Value, now: &Value) -> Vec<String> {
     changes
 }
 
-/// Path of the checkpoint to resume from; None for a new run.
+/// Returns the path of the checkpoint to resume from; None for a new run. Removes all checkpoints if `start` is
+/// [`StartMode::Fresh`].
 ///
 /// # Errors
-/// [`Exit::Usage`] if `start` does not fit the existing checkpoints.
+/// [`Exit::Usage`] if `start` is [`StartMode::New`] and a checkpoint exists, or [`StartMode::Resume`] and none exists.
 pub fn find(dir: &Path, start: StartMode) -> Result<Option<PathBuf>> {
-    let found = latest(dir)?;
-    match (start, &found) {
+    let newest = latest(dir)?;
+    match (start, &newest) {
         (StartMode::New, Some(path)) => bail!(Exit::Usage(format!(
             "{} exists: pass --resume to resume from it, or --fresh to start over",
             path.display()
@@ -344,11 +347,11 @@ pub fn find(dir: &Path, start: StartMode) -> Result<Option<PathBuf>> {
             fs::remove_dir_all(dir)?;
             Ok(None)
         }
-        _ => Ok(found),
+        _ => Ok(newest),
     }
 }
 
-/// Hashes of the files in a folder.
+/// Returns the hashes of the files in a folder, by name.
 fn hashes(folder: &Path) -> Result<BTreeMap<String, String>> {
     let mut hashes = BTreeMap::new();
     for entry in std::fs::read_dir(folder)? {
@@ -404,12 +407,12 @@ fn damaged(path: &Path, error: &anyhow::Error) -> anyhow::Error {
     .into()
 }
 
-/// Steps and paths of the checkpoints, oldest first.
+/// Returns the steps and paths of the checkpoints, oldest first.
 fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     if !dir.exists() {
         return Ok(Vec::new());
     }
-    let mut found = Vec::new();
+    let mut checkpoints = Vec::new();
     let entries =
         std::fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
     for entry in entries {
@@ -417,9 +420,9 @@ fn list(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
         let name = entry.file_name();
         let step = name.to_str().and_then(|name| name.strip_prefix("step-"));
         if let Some(step) = step.and_then(|step| step.parse().ok()) {
-            found.push((step, entry.path()));
+            checkpoints.push((step, entry.path()));
         }
     }
-    found.sort();
-    Ok(found)
+    checkpoints.sort();
+    Ok(checkpoints)
 }

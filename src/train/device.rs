@@ -29,11 +29,11 @@ pub(crate) fn open(train: &TrainConfig) -> Result<Device> {
                 .into()
         ));
     }
-    let (built, name) = match kind {
+    let (is_built, name) = match kind {
         config::Device::Metal => (cfg!(feature = "metal"), "metal"),
         _ => (cfg!(feature = "cuda"), "cuda"),
     };
-    if !built {
+    if !is_built {
         bail!(Exit::Usage(format!(
             "`train.device = \"{name}\"`, but this program was built without it: run \
              `cargo build --release --features {name}`"
@@ -49,7 +49,7 @@ pub(crate) fn open(train: &TrainConfig) -> Result<Device> {
     })
 }
 
-/// First line of an error; the others may be a backtrace.
+/// Returns the first line of an error. The other lines may be a backtrace.
 fn first_line(error: &candle_core::Error) -> String {
     let text = error.to_string();
     text.lines().next().unwrap_or_default().to_owned()
@@ -86,11 +86,11 @@ fn device_kind(train: &TrainConfig) -> config::Device {
     if train.device != Auto {
         return train.device;
     }
-    for (built, kind) in [
+    for (is_built, kind) in [
         (cfg!(feature = "cuda"), Cuda),
         (cfg!(feature = "metal"), Metal),
     ] {
-        match built.then(|| open_gpu(kind)) {
+        match is_built.then(|| open_gpu(kind)) {
             Some(Ok(_)) => return kind,
             Some(Err(error)) => {
                 tracing::warn!("no usable GPU, training on the CPU: {}", first_line(&error))
@@ -101,7 +101,7 @@ fn device_kind(train: &TrainConfig) -> config::Device {
     Cpu
 }
 
-/// Precision of [`resolved`] settings.
+/// Returns the precision of [`resolved`] settings.
 pub(crate) fn precision(train: &TrainConfig) -> Precision {
     match train.dtype {
         ComputeDtype::Bf16 => Precision::Bf16,
@@ -109,7 +109,7 @@ pub(crate) fn precision(train: &TrainConfig) -> Precision {
     }
 }
 
-/// Suffix of the opening line: " on CUDA" or " on Metal", empty for the CPU.
+/// Returns the suffix of the opening line: " on CUDA" or " on Metal", empty for the CPU.
 pub(crate) fn label(train: &TrainConfig) -> &'static str {
     match train.device {
         config::Device::Cuda => " on CUDA",

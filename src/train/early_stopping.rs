@@ -1,4 +1,4 @@
-//! Early stopping: the best validation so far, and whether to stop because no later validation was better.
+//! Early stopping: remembers the best validation, and decides when to stop because no later validation was better.
 
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};

@@ -28,17 +28,17 @@ impl Ema {
         for (name, var) in &student.vars {
             vars.insert(name.clone(), Var::from_tensor(&var.as_tensor().copy()?)?);
         }
-        let all = student.with(trainable::tensors(&vars));
+        let weights = student.with(trainable::tensors(&vars));
         Ok(Self {
             decay,
             vars,
-            model: student.model.with_weights(&all)?,
+            model: student.model.with_weights(&weights)?,
         })
     }
 
-    /// Updates the average with the student's weights: `average = decay * average + (1 - decay) * weights`. `step` is the
-    /// number of optimizer steps so far.
-    /// Early steps use a smaller decay, so that the initial weights lose their influence soon.
+    /// Updates the average with the student's weights: `average = decay * average + (1 - decay) * weights`. `step` is
+    /// the number of completed optimizer steps. The decay is at most (1 + step) / (10 + step), so that the initial
+    /// weights lose their influence within a few steps.
     ///
     /// # Errors
     /// If the student lacks a weight of the average, or the device fails.
@@ -60,7 +60,7 @@ impl Ema {
         Ok(())
     }
 
-    /// Copies of the averages on the CPU.
+    /// Returns copies of the averages on the CPU.
     ///
     /// # Errors
     /// If the device fails.

@@ -1,4 +1,4 @@
-//! Files of a student's folder except the weights. transformers 4 and 5 read them as the same model.
+//! Files of a student's folder, without the weights. transformers 4 and 5 read the same model from them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -36,8 +36,8 @@ pub(crate) struct StudentFiles {
     pub changes: Vec<String>,
 }
 
-/// Makes the files of a model whose weights have the type `dtype`. The tokenizer's files are read from `dir`; `card` is
-/// the text of the README.
+/// Returns the files of a model whose weights have the type `dtype`. The tokenizer's files are read from `dir`; `card`
+/// is the text of the README.
 ///
 /// # Errors
 /// If a file cannot be read.
@@ -47,9 +47,9 @@ pub(crate) fn files(
     (dir, tokenizer): (&Path, &Tokenizer),
     card: &str,
 ) -> Result<StudentFiles> {
-    let (config, changed) = shape.to_json(dtype);
-    let changed = changed.into_iter();
-    let mut changes: Vec<String> = changed
+    let (config, config_changes) = shape.to_json(dtype);
+    let mut changes: Vec<String> = config_changes
+        .into_iter()
         .map(|change| format!("config.json: {change}"))
         .collect();
     let config = serde_json::to_vec_pretty(&config)?;
@@ -73,30 +73,34 @@ pub(crate) fn files(
     }
     for (name, bytes) in &mut files {
         if *name == TOKENIZER_CONFIG {
-            changes.extend(set_class(bytes)?);
+            changes.extend(rewrite_tokenizer_config(bytes)?);
         }
     }
     Ok(StudentFiles { files, changes })
 }
 
+/// Parses a JSON object, the content of the file `name`.
 fn object(name: &str, bytes: &[u8]) -> Result<Map<String, Value>> {
     serde_json::from_slice(bytes)
         .map_err(|error| Exit::Usage(format!("{name} is not a valid JSON object: {error}")).into())
 }
 
-/// Rewrites tokenizer settings of transformers 5 so that version 4 can read them.
-fn set_class(bytes: &mut Vec<u8>) -> Result<Option<String>> {
-    /// Class of any `tokenizer.json`: its name in version 5, and the name that both versions accept.
-    const CLASSES: [&str; 2] = ["TokenizersBackend", "PreTrainedTokenizerFast"];
+/// Rewrites tokenizer settings of transformers 5 so that version 4 can read them. Returns a description of the change,
+/// or None if no change is needed.
+fn rewrite_tokenizer_config(bytes: &mut Vec<u8>) -> Result<Option<String>> {
+    /// Class of any `tokenizer.json` in version 5.
+    const NEW_CLASS: &str = "TokenizersBackend";
+    /// The same class by the name that both versions accept.
+    const OLD_CLASS: &str = "PreTrainedTokenizerFast";
     const EXTRA: &str = "extra_special_tokens";
     let mut settings = object(TOKENIZER_CONFIG, bytes)?;
-    let is_new = settings.get("tokenizer_class").and_then(Value::as_str) == Some(CLASSES[0]);
+    let has_new_class = settings.get("tokenizer_class").and_then(Value::as_str) == Some(NEW_CLASS);
     let has_list = settings.get(EXTRA).is_some_and(Value::is_array);
-    if !is_new && !has_list {
+    if !has_new_class && !has_list {
         return Ok(None);
     }
-    if is_new {
-        settings.insert("tokenizer_class".into(), CLASSES[1].into());
+    if has_new_class {
+        settings.insert("tokenizer_class".into(), OLD_CLASS.into());
     }
     if has_list && let Some(tokens) = settings.remove(EXTRA) {
         settings.insert("additional_special_tokens".into(), tokens);
@@ -160,13 +164,13 @@ fn set_stop_ids(files: &mut Vec<(&str, Vec<u8>)>, stop_ids: &[u32]) -> Result<bo
         None | Some(Value::Null) => Vec::new(),
         Some(id) => vec![id],
     };
-    let listed_before = ids.len();
+    let old_count = ids.len();
     for id in stop_ids.iter().copied().map(Value::from) {
         if !ids.contains(&id) {
             ids.push(id);
         }
     }
-    if ids.len() == listed_before && index.is_some() {
+    if ids.len() == old_count && index.is_some() {
         return Ok(false);
     }
     settings.insert("eos_token_id".into(), ids.into());

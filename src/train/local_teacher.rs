@@ -1,7 +1,7 @@
-//! Local teacher: a model folder (`teacher.local`) whose whole distributions are the soft labels.
+//! Local teacher: a model folder (`teacher.local`) whose distributions over the whole vocabulary are the soft labels.
 //!
-//! The teacher is frozen, or co-trained: trained by cross-entropy on the examples of the student, which adapts it to
-//! their text.
+//! The teacher is frozen or co-trained. A co-trained teacher is trained by cross-entropy on the student's examples,
+//! which adapts it to their text.
 
 use std::path::{Path, PathBuf};
 
@@ -82,7 +82,7 @@ impl LocalTeacher {
         }))
     }
 
-    /// Hash of the weights before training.
+    /// Returns the hash of the weights before training.
     pub fn hash(&self) -> &str {
         &self.hash
     }
@@ -155,7 +155,7 @@ fn check_tokenizer(dir: &Path, student: &Tokenizer) -> Result<()> {
         return Ok(());
     };
     let name = |tokenizer: &Tokenizer| match tokenizer.token_name(id) {
-        name if name.is_empty() => "nothing".to_owned(),
+        name if name.is_empty() => "undefined".to_owned(),
         name => format!("{name:?}"),
     };
     bail!(Exit::Usage(format!(

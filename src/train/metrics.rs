@@ -9,9 +9,10 @@ use serde_json::{Value, json};
 use crate::fs::LogFile;
 use crate::train::loss::position::PositionLoss;
 
-/// Sums of metrics over supervised positions.
+/// Sums of metrics over supervised positions. See [`MetricMeans`] for the metrics.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MetricSums {
+    /// Number of positions.
     pub positions: u64,
     pub ce: f64,
     /// Number of positions whose most likely token is the label.
@@ -23,6 +24,7 @@ pub struct MetricSums {
     pub kl: f64,
     /// Number of positions whose most likely token is the teacher's.
     pub teacher_hits: u64,
+    /// Number of chunks.
     pub chunks: u64,
     /// Loss term of the chunks.
     pub alm: f64,
@@ -49,22 +51,22 @@ impl MetricSums {
             self.ce += f64::from(row.ce);
             self.label_hits += u64::from(row.top1_is_label);
             let confidence = f64::from(row.confidence);
-            let bin = (confidence * BINS as f64) as usize;
-            let bin = &mut self.calibration[bin.min(BINS - 1)];
+            let bin_index = (confidence * BINS as f64) as usize;
+            let bin = &mut self.calibration[bin_index.min(BINS - 1)];
             bin.confidence += confidence;
             bin.hits += u64::from(row.top1_is_label);
             self.chunks += u64::from(row.alm.is_some());
             self.alm += f64::from(row.alm.unwrap_or_default());
-            if let (Some(kd), Some(kl), Some(hit)) = (row.kd, row.kl, row.top1_is_teachers) {
+            if let (Some(kd), Some(kl), Some(is_hit)) = (row.kd, row.kl, row.top1_is_teachers) {
                 self.soft_positions += 1;
                 self.kd += f64::from(kd);
                 self.kl += f64::from(kl);
-                self.teacher_hits += u64::from(hit);
+                self.teacher_hits += u64::from(is_hit);
             }
         }
     }
 
-    /// Means of the metrics.
+    /// Returns the means of the metrics.
     pub fn means(&self) -> MetricMeans {
         let error = |bin: &CalibrationBin| (bin.confidence - bin.hits as f64).abs();
         let calibration_error: f64 = self.calibration.iter().map(error).sum();
@@ -114,16 +116,18 @@ pub struct MetricMeans {
 pub(crate) struct MetricsLog(LogFile);
 
 impl MetricsLog {
-    /// Opens the file and drops the lines after step `step`, because these steps will be repeated.
+    /// Opens the file and removes the lines of later steps than `step`, because these steps will be repeated.
     ///
     /// # Errors
     /// If the file cannot be opened.
     pub(crate) fn open(path: &Path, step: u64) -> Result<Self> {
-        let kept = |line: &str| {
+        let is_kept = |line: &str| {
             let line: Value = serde_json::from_str(line).unwrap_or_default();
-            line["step"].as_u64().is_some_and(|s| s <= step)
+            line["step"]
+                .as_u64()
+                .is_some_and(|line_step| line_step <= step)
         };
-        Ok(Self(LogFile::open(path, kept)?))
+        Ok(Self(LogFile::open(path, is_kept)?))
     }
 
     /// Writes the line of an optimizer step.

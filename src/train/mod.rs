@@ -1,9 +1,9 @@
 //! Training. This file is the training loop and reads from top to bottom.
 //!
-//! A step processes `batch_size` examples in micro-batches. With N the supervised positions of the whole step, and
-//! lambda = `loss.kd_weight` at positions with soft labels and 0 elsewhere, it minimises
-//! L = (1/N) sum \[(1 - lambda) CE + lambda KD\], and the terms of chunks (see [`loss::chunk`]). N is counted over the
-//! step, not over a micro-batch, so the gradient does not depend on `micro_batch_size`.
+//! A step processes `batch_size` examples in micro-batches. With N the number of supervised positions of the whole
+//! step, and kd the weight of the soft labels (`loss.kd_weight`; 0 at positions without soft labels), it minimises
+//! L = (1/N) sum \[(1 - kd) CE + kd KD\], and the terms of chunks (see [`loss::chunk`]). N is counted over the step,
+//! not over a micro-batch, so the gradient does not depend on `micro_batch_size`.
 //!
 //! | file | content |
 //! |---|---|
@@ -18,7 +18,7 @@
 //! - A resumed run ends with the same bytes as an uninterrupted one.
 //! - No sum depends on the number of threads.
 //! - Nothing is updated unless loss and gradient are finite, and every trainable parameter has a gradient.
-//! - A remote teacher is reached through [`TextScorer`] alone; nothing here uses the network.
+//! - Nothing in this room uses the network: [`TextScorer`] is the only access to a remote teacher.
 
 pub mod checkpoint;
 pub(crate) mod device;
@@ -66,13 +66,14 @@ use step::{StepBatch, Stepper};
 use summary::{StartMode, TrainSummary};
 use trainable::TrainableModel;
 
+/// Context of an error that stops the run after a checkpoint was written.
 const RESUME: &str = "the checkpoint is written: resume with --resume";
 
 /// Options of a training run.
 #[derive(Debug, Clone)]
 pub struct TrainOptions {
     pub start: StartMode,
-    /// Which records of the cache to train on.
+    /// Selection of the records of the cache to train on.
     pub selection: Selection,
     /// Warn, instead of failing, if the soft labels do not belong to their answers or do not support the loss.
     pub force: bool,
@@ -208,10 +209,9 @@ fn train(
         settings.seed,
         cursor,
     )?;
-    // Number of steps of earlier sessions.
-    let first_step = training.optimizer.step();
+    let earlier_steps = training.optimizer.step();
     fs::create_dir_all(&config.run_dir)?;
-    let mut metrics = MetricsLog::open(&config.run_dir.join("metrics.jsonl"), first_step)?;
+    let mut metrics = MetricsLog::open(&config.run_dir.join("metrics.jsonl"), earlier_steps)?;
 
     let mut progress = Progress::new("train", total_steps, quiet);
     progress.note(&opening_line(
@@ -219,7 +219,7 @@ fn train(
         train_examples.len(),
         total_steps,
         settings,
-        first_step,
+        earlier_steps,
     ));
     progress.note(&sanitise(&data.report.to_string()));
     let warmup_note = schedule::warmup_note(settings, total_steps);
@@ -227,7 +227,7 @@ fn train(
         progress.note(note);
     }
     let session_start = Instant::now();
-    let first_tokens = tokens;
+    let earlier_tokens = tokens;
     // The cast shortens the lifetime of the trait object to that of the tokenizer.
     let scorer = scorer.map(|scorer| scorer as &mut dyn TextScorer);
     let mut on_policy = on_policy_generator(config, &selection, &tokenizer, scorer)?;
@@ -260,16 +260,16 @@ fn train(
         let examples: Vec<ExampleView> = indices.iter().map(|&i| train_examples.get(i)).collect();
         let mut batch = StepBatch::from_examples(&examples);
         if let Some(on_policy) = &mut on_policy {
-            let (unchanged, answered) = on_policy.split(&examples);
-            match on_policy.generate(&training.student.model, step, answered, &stop) {
+            let (unchanged, to_answer) = on_policy.split(&examples);
+            match on_policy.generate(&training.student.model, step, to_answer, &stop) {
                 Ok(generated) => {
                     batch = StepBatch {
                         examples: unchanged,
                         on_policy: generated,
                     };
                 }
-                Err(error) if step - 1 == first_step => return Err(error),
-                // The teacher cannot score, or a signal stopped the run: save the steps of this session.
+                Err(error) if step - 1 == earlier_steps => return Err(error),
+                // The teacher cannot score, or a signal stopped the run: save the completed steps of this session.
                 Err(error) => {
                     save_checkpoint(&mut training, step - 1, cursor, tokens, early_stopping)?;
                     return Err(error.context(RESUME));
@@ -313,8 +313,8 @@ fn train(
         progress.update(step, || {
             let elapsed = session_start.elapsed();
             let remaining =
-                elapsed.div_f64((step - first_step) as f64) * (total_steps - step) as u32;
-            let tokens_per_s = (tokens - first_tokens) as f64 / elapsed.as_secs_f64();
+                elapsed.div_f64((step - earlier_steps) as f64) * (total_steps - step) as u32;
+            let tokens_per_s = (tokens - earlier_tokens) as f64 / elapsed.as_secs_f64();
             let kl = means.kl.map_or(String::new(), |kl| format!(", KL {kl:.4}"));
             format!(
                 "loss {:.4}, CE {:.4}{kl}, lr {learning_rate:.1e}, {tokens_per_s:.0} tokens/s, {} left",
@@ -326,18 +326,18 @@ fn train(
 
         // Validate and save.
         let is_due = |interval: u64| interval > 0 && step.is_multiple_of(interval);
-        let mut improved = false;
+        let mut is_best = false;
         last_validation = None;
         if is_due(settings.eval_every) || step == total_steps {
             let means = evaluate(&training, training.eval_model())?;
             metrics.validation(step, &means)?;
             progress.note(&validation_line(step, last_loss, &means));
-            improved = early_stopping.record(settings.best, step, &means);
+            is_best = early_stopping.record(settings.best, step, &means);
             last_validation = Some(means);
         }
-        let stopped = stop.check();
+        let not_stopped = stop.check();
         let is_last = step == total_steps || early_stopping.is_exhausted(settings.patience);
-        if is_due(settings.checkpoint_every) || improved || is_last || stopped.is_err() {
+        if is_due(settings.checkpoint_every) || is_best || is_last || not_stopped.is_err() {
             save_checkpoint(
                 &mut training,
                 step,
@@ -346,7 +346,7 @@ fn train(
                 early_stopping,
             )?;
         }
-        stopped.context(RESUME)?;
+        not_stopped.context(RESUME)?;
     }
     drop(progress);
 
@@ -377,7 +377,7 @@ fn train(
         best_step,
         tokens,
         seconds,
-        tokens_per_s: (tokens - first_tokens) as f64 / seconds,
+        tokens_per_s: (tokens - earlier_tokens) as f64 / seconds,
         last_loss,
         validation,
         loss: soft_labels.describe(&data.report, training.teacher.is_some()),
@@ -450,9 +450,9 @@ fn opening_line(
     examples: usize,
     total_steps: u64,
     settings: &TrainConfig,
-    first_step: u64,
+    earlier_steps: u64,
 ) -> String {
-    let resumed = match first_step {
+    let resumed = match earlier_steps {
         0 => String::new(),
         step => format!(", from step {step}"),
     };
@@ -471,7 +471,7 @@ fn opening_line(
     )
 }
 
-/// Number of steps: `train.steps`, or enough for `train.epochs`.
+/// Returns the number of steps: `train.steps`, or, if it is not set, as many as `train.epochs` needs.
 fn total_steps(settings: &TrainConfig, examples: usize) -> u64 {
     settings.steps.unwrap_or_else(|| {
         let steps = settings.epochs * examples as f64 / settings.batch_size as f64;

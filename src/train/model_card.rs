@@ -6,9 +6,10 @@ use crate::data::groups::GroupCounts;
 use crate::terminal::format_count;
 use crate::train::summary::TrainSummary;
 
+/// Metadata of the card, in YAML.
 const HEAD: &str = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- distillation\n---\n\n";
 
-/// Hugging Face model card of the student.
+/// Returns the Hugging Face model card of the student.
 pub(crate) fn student_card(
     local_teacher: Option<&Path>,
     batch_size: usize,
@@ -39,8 +40,9 @@ pub(crate) fn student_card(
     )
 }
 
-/// Names of the models that gave the answers of a cache, with the number of answers.
+/// Names the models whose answers were used, with the number of answers.
 fn teachers(groups: &GroupCounts) -> String {
+    /// Maximum number of groups that are named.
     const SHOWN: usize = 8;
     let mut used: Vec<String> = groups
         .all_used()
@@ -64,7 +66,7 @@ fn teachers(groups: &GroupCounts) -> String {
     }
 }
 
-/// Model card of a co-trained teacher that was loaded from `dir`.
+/// Returns the model card of a co-trained teacher that was loaded from `dir`.
 pub(crate) fn teacher_card(dir: &Path, architecture: &str) -> String {
     let source_name = dir.file_name();
     format!(

@@ -1,5 +1,10 @@
 //! Forward pass and loss of a batch: with gradients for training, without for evaluation.
 
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
+
 use std::ops::Range;
 
 use anyhow::Result;
@@ -24,7 +29,7 @@ pub struct ModelPair<'a> {
 }
 
 impl ModelPair<'_> {
-    /// Maximum length of an example that both models can read, in tokens.
+    /// Returns the maximum length of an example that both models can read, in tokens.
     pub fn context(&self) -> usize {
         let models = [Some(self.student), self.teacher].into_iter().flatten();
         let contexts = models.map(|model| model.config().max_position_embeddings);
@@ -55,7 +60,7 @@ pub fn gradients<'a>(
 ) -> Result<(f64, Vec<PositionLoss>)> {
     let models = models.into();
     let mut objective = Objective::new(models, batch, weights)?;
-    let groups = PositionGroups::new(batch.labels.len(), &objective.spans);
+    let groups = PositionGroups::new(batch.labels_N.len(), &objective.spans);
     let rows = models.student.forward_backward(
         input(batch),
         &groups,
@@ -77,31 +82,31 @@ struct Objective<'a> {
     teacher: Option<TeacherLogits<'a>>,
 }
 
-/// Logits of a local teacher at the current positions: those of the last call of `prepare`.
+/// Logits of a local teacher at the current positions: the n positions of the last call of `prepare`.
 struct TeacherLogits<'a> {
     hidden: HiddenStates<'a>,
     vocab_size: usize,
     /// First of the current positions.
     start: usize,
-    /// Logits of the current positions, row by row.
-    logits: Vec<f32>,
+    /// Logits of the current positions, row by row. May have unused rows at the end.
+    logits_nV: Vec<f32>,
 }
 
 impl<'a> Objective<'a> {
     fn new(models: ModelPair<'a>, batch: &'a Batch, weights: LossWeights) -> Result<Self> {
-        let rows = chunk_rows(models.student.config().vocab_size).min(batch.labels.len());
+        let rows = chunk_rows(models.student.config().vocab_size).min(batch.labels_N.len());
         let teacher = models.teacher.map(|teacher| -> Result<_> {
             let vocab_size = teacher.config().vocab_size;
             Ok(TeacherLogits {
                 hidden: teacher.hidden(input(batch))?,
                 vocab_size,
                 start: 0,
-                logits: vec![0.0; rows * vocab_size],
+                logits_nV: vec![0.0; rows * vocab_size],
             })
         });
         let teacher = teacher.transpose()?;
         let spans = if weights.alm > 0.0 && teacher.is_none() {
-            batch.chunks.iter().map(|chunk| chunk.0.clone()).collect()
+            batch.chunks_C.iter().map(|chunk| chunk.0.clone()).collect()
         } else {
             Vec::new()
         };
@@ -113,14 +118,14 @@ impl<'a> Objective<'a> {
         })
     }
 
-    /// Training target of supervised position `n`.
+    /// Returns the training target of supervised position `n`.
     fn target(&self, n: usize) -> PositionTarget<'_> {
-        let teacher_logits = self.teacher.as_ref().map(|teacher| {
+        let teacher_logits_V = self.teacher.as_ref().map(|teacher| {
             let row = n - teacher.start;
-            &teacher.logits[row * teacher.vocab_size..(row + 1) * teacher.vocab_size]
+            &teacher.logits_nV[row * teacher.vocab_size..(row + 1) * teacher.vocab_size]
         });
         PositionTarget {
-            teacher_logits_V: teacher_logits,
+            teacher_logits_V,
             ..target(self.batch, n)
         }
     }
@@ -132,23 +137,23 @@ impl LogitsVisitor for Objective<'_> {
     fn prepare(&mut self, positions: Range<usize>) -> candle_core::Result<()> {
         if let Some(teacher) = &mut self.teacher {
             teacher.start = positions.start;
-            let logits = &mut teacher.logits[..positions.len() * teacher.vocab_size];
-            teacher.hidden.logits(positions, logits)?;
+            let logits_nV = &mut teacher.logits_nV[..positions.len() * teacher.vocab_size];
+            teacher.hidden.logits(positions, logits_nV)?;
         }
         Ok(())
     }
 
     #[inline(always)]
-    fn visit(&self, positions: Range<usize>, logits: &mut [f32]) -> Vec<PositionLoss> {
-        let chunks = &self.batch.chunks;
-        let chunk_index = chunks.binary_search_by_key(&positions.start, |chunk| chunk.0.start);
+    fn visit(&self, positions: Range<usize>, logits_nV: &mut [f32]) -> Vec<PositionLoss> {
+        let chunks_C = &self.batch.chunks_C;
+        let chunk_index = chunks_C.binary_search_by_key(&positions.start, |chunk| chunk.0.start);
         match chunk_index {
             Ok(index) if !self.spans.is_empty() => {
                 let targets: Vec<PositionTarget> = positions.map(|n| self.target(n)).collect();
-                loss::chunk(logits, &targets, chunks[index].1, self.weights)
+                loss::chunk(logits_nV, &targets, chunks_C[index].1, self.weights)
             }
             _ => vec![loss::position(
-                logits,
+                logits_nV,
                 self.target(positions.start),
                 self.weights,
             )],
@@ -158,27 +163,27 @@ impl LogitsVisitor for Objective<'_> {
 
 fn input(batch: &Batch) -> ModelInput<'_> {
     ModelInput {
-        input_ids: &batch.input_ids,
-        segments: &batch.segments,
-        positions: &batch.positions,
+        input_ids_T: &batch.input_ids_T,
+        segments_B: &batch.segments_B,
+        positions_N: &batch.positions_N,
     }
 }
 
-/// Training target of supervised position `n` of a batch, without a local teacher.
+/// Returns the training target of supervised position `n` of a batch, without a local teacher.
 fn target(batch: &Batch, n: usize) -> PositionTarget<'_> {
-    let soft = batch.soft_offsets[n]..batch.soft_offsets[n + 1];
+    let soft = batch.soft_offsets_N1[n]..batch.soft_offsets_N1[n + 1];
     PositionTarget {
-        label: batch.labels[n],
-        soft_ids_K: &batch.soft_ids[soft.clone()],
-        soft_logprobs_K: &batch.soft_logprobs[soft],
-        sampled_logprob: batch.sampled_logprob.get(n).copied().flatten(),
-        is_exact_sample: batch.is_exact_sample.get(n).copied().unwrap_or_default(),
-        lists_end: batch.lists_end.get(n).copied().flatten(),
+        label: batch.labels_N[n],
+        soft_ids_K: &batch.soft_ids_NK[soft.clone()],
+        soft_logprobs_K: &batch.soft_logprobs_NK[soft],
+        sampled_logprob: batch.sampled_logprobs_N.get(n).copied().flatten(),
+        is_exact_sample: batch.is_exact_sample_N.get(n).copied().unwrap_or_default(),
+        lists_end: batch.lists_end_N.get(n).copied().flatten(),
         ..PositionTarget::default()
     }
 }
 
-/// Mean metrics of a model on examples, without gradients.
+/// Returns the mean metrics of a model on examples, without gradients.
 ///
 /// # Errors
 /// If an example does not fit a model.

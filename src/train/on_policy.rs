@@ -33,6 +33,10 @@ use crate::prompt::message::Message;
 use crate::signal::StopFlag;
 use crate::tokenizer::Tokenizer;
 
+/// Multiplier of the step number in the seeds of its answers. It differs from the multiplier of the answer's index
+/// ([`SamplingParams::for_answer`]), so that answers of different steps practically never share a seed.
+const SEED_SPREAD: u64 = 0xd134_2543_de82_ef95;
+
 /// Generator of the student's own answers.
 pub struct OnPolicy<'a> {
     settings: &'a OnPolicyConfig,
@@ -74,7 +78,7 @@ struct GeneratedAnswer<'a> {
 }
 
 impl<'a> OnPolicy<'a> {
-    /// `remote` scores the answers, unless the teacher is local.
+    /// Creates a generator. `remote` scores the answers; None with a local teacher.
     pub(crate) fn new(
         settings: &'a OnPolicyConfig,
         train: &TrainConfig,
@@ -95,7 +99,7 @@ impl<'a> OnPolicy<'a> {
         self.counts
     }
 
-    /// Divergences for generated answers.
+    /// Returns the divergences for generated answers.
     pub fn divergence(&self, settings: &LossConfig) -> Option<[Divergence; 2]> {
         Divergence::from_config(&LossConfig {
             kd: self.settings.kd,
@@ -103,7 +107,8 @@ impl<'a> OnPolicy<'a> {
         })
     }
 
-    /// Splits the examples of a step into those that are used unchanged and those whose prompts the student answers.
+    /// Splits the examples of a step in two: the first are used unchanged, and the student answers the prompts of the
+    /// others.
     pub fn split<'e, 'v>(
         &self,
         examples: &'e [ExampleView<'v>],
@@ -130,8 +135,7 @@ impl<'a> OnPolicy<'a> {
             sampling: SamplingParams {
                 temperature: self.settings.temperature,
                 top_p: 1.0,
-                // The answers of a step have neighbouring seeds, so the seeds of steps must be far apart.
-                seed: self.seed ^ step.wrapping_mul(0xd134_2543_de82_ef95),
+                seed: self.seed ^ step.wrapping_mul(SEED_SPREAD),
             },
             ..GenerateOptions::default()
         };
@@ -150,25 +154,27 @@ impl<'a> OnPolicy<'a> {
             Some(remote) => Some(remote.soft_labels(self.tokenizer, &generated, stop)?),
             None => None,
         };
-        let is_scored = |at: &usize| {
+        let is_scored = |index: &usize| {
             soft_labels
                 .as_ref()
-                .is_none_or(|labels| labels[*at].is_some())
+                .is_none_or(|labels| labels[*index].is_some())
         };
         self.counts.generated += generated.len() as u64;
         self.counts.scored += (0..generated.len()).filter(is_scored).count() as u64;
         let mut batches = Vec::new();
         for start in (0..generated.len()).step_by(self.batch_size) {
             let mut batch = Batch {
-                soft_offsets: vec![0],
+                soft_offsets_N1: vec![0],
                 ..Batch::default()
             };
             let end = generated.len().min(start + self.batch_size);
-            for at in (start..end).filter(is_scored) {
-                let labels = soft_labels.as_ref().and_then(|labels| labels[at].as_ref());
-                push_answer(&mut batch, &generated[at], labels);
+            for index in (start..end).filter(is_scored) {
+                let labels = soft_labels
+                    .as_ref()
+                    .and_then(|labels| labels[index].as_ref());
+                push_answer(&mut batch, &generated[index], labels);
             }
-            if !batch.labels.is_empty() {
+            if !batch.labels_N.is_empty() {
                 batches.push(batch);
             }
         }
@@ -177,7 +183,10 @@ impl<'a> OnPolicy<'a> {
 }
 
 impl RemoteTeacher<'_> {
-    /// Soft labels of each answer; None for an answer without any.
+    /// Returns the soft labels of each answer; None for an answer without soft labels.
+    ///
+    /// # Errors
+    /// If the prompt of an answer is missing, or [`TextScorer::score`] fails.
     fn soft_labels(
         &mut self,
         tokenizer: &Tokenizer,
@@ -187,7 +196,7 @@ impl RemoteTeacher<'_> {
         let mut soft_labels: Vec<Option<Aligned>> = generated.iter().map(|_| None).collect();
         let mut requests = Vec::new();
         let mut texts = Vec::new();
-        for (at, answer) in generated.iter().enumerate() {
+        for (index, answer) in generated.iter().enumerate() {
             let (text, ids) = text_prefix(tokenizer, answer.ids);
             if text.is_empty() {
                 continue;
@@ -206,15 +215,15 @@ impl RemoteTeacher<'_> {
                 content: text.clone(),
             });
             texts.push(Prompt::plain(answer.key.to_owned(), messages));
-            requests.push((at, text, ids));
+            requests.push((index, text, ids));
         }
         let scored = self.scorer.score(texts, stop)?;
-        for ((at, text, ids), logprobs) in requests.into_iter().zip(scored) {
+        for ((index, text, ids), logprobs) in requests.into_iter().zip(scored) {
             let Some(logprobs) = logprobs else { continue };
             let aligned = self
                 .mapper
                 .align(&logprobs, text.as_bytes(), 0..text.len(), ids, None);
-            soft_labels[at] = aligned
+            soft_labels[index] = aligned
                 .ok()
                 .filter(|labels| (0..labels.len()).any(|at| labels.is_soft(at)));
         }
@@ -222,8 +231,8 @@ impl RemoteTeacher<'_> {
     }
 }
 
-/// Longest prefix of an answer that is text, and its tokens. It ends before the end of the turn, another control token,
-/// or an incomplete character.
+/// Returns the longest prefix of an answer that is text, and its tokens. The prefix ends before the end of the turn,
+/// another control token, or an incomplete character.
 fn text_prefix<'a>(tokenizer: &Tokenizer, ids: &'a [u32]) -> (String, &'a [u32]) {
     let mut bytes = Vec::new();
     let mut text = String::new();
@@ -242,7 +251,7 @@ fn text_prefix<'a>(tokenizer: &Tokenizer, ids: &'a [u32]) -> (String, &'a [u32])
     (text, &ids[..count])
 }
 
-/// Tokens before the last answer of an example.
+/// Returns the tokens before the last answer of an example.
 fn prompt(example: ExampleView) -> Vec<u32> {
     let mut start = 0;
     let mut previous = None;
@@ -258,25 +267,25 @@ fn prompt(example: ExampleView) -> Vec<u32> {
 /// Appends a prompt and its answer to the batch. The supervised positions are those with soft labels, or all tokens of
 /// the answer if `soft_labels` is None (local teacher).
 fn push_answer(batch: &mut Batch, answer: &GeneratedAnswer, soft_labels: Option<&Aligned>) {
-    let first = batch.input_ids.len();
-    batch.input_ids.extend(answer.prompt);
-    batch.input_ids.extend(answer.ids);
-    let end = batch.input_ids.len();
-    batch.segments.push(Range { start: first, end });
-    batch.keys.push(answer.key.to_owned());
+    let first = batch.input_ids_T.len();
+    batch.input_ids_T.extend(answer.prompt);
+    batch.input_ids_T.extend(answer.ids);
+    let end = batch.input_ids_T.len();
+    batch.segments_B.push(Range { start: first, end });
+    batch.keys_B.push(answer.key.to_owned());
     for (at, token) in answer.ids.iter().enumerate() {
         if let Some(labels) = soft_labels {
             if !labels.is_soft(at) {
                 continue;
             }
             let (ids, logprobs) = labels.soft(at);
-            batch.soft_ids.extend(ids);
-            batch.soft_logprobs.extend(logprobs);
-            batch.sampled_logprob.push(labels.sampled_logprob(at));
+            batch.soft_ids_NK.extend(ids);
+            batch.soft_logprobs_NK.extend(logprobs);
+            batch.sampled_logprobs_N.push(labels.sampled_logprob(at));
         }
         let position = first + answer.prompt.len() + at - 1;
-        batch.positions.push(position as u32);
-        batch.labels.push(*token);
-        batch.soft_offsets.push(batch.soft_ids.len());
+        batch.positions_N.push(position as u32);
+        batch.labels_N.push(*token);
+        batch.soft_offsets_N1.push(batch.soft_ids_NK.len());
     }
 }

@@ -1,4 +1,5 @@
-//! AdamW over named parameters, with global-norm clipping. Unlike candle's optimizer, its state can be saved.
+//! AdamW over named parameters, with clipping of the gradients by their global norm. Unlike the state of candle's
+//! optimizer, its state can be saved.
 
 use std::collections::BTreeMap;
 
@@ -16,13 +17,16 @@ use crate::model::weights::{SafetensorsFile, TensorEntry};
 use crate::ops::arena::{Arena, Buffer};
 use crate::ops::{CpuValues, adamw};
 
+/// Prefixes of the names of the moments in a checkpoint.
 const FIRST_MOMENT: &str = "first_moment";
 const SECOND_MOMENT: &str = "second_moment";
+/// Values per block of the gradient norm. Fixed, so that the sum does not depend on the number of threads.
+const VALUES_PER_BLOCK: usize = 1 << 16;
 
 /// Parameters and their moments.
 pub struct Optimizer {
     parameters: Vec<Parameter>,
-    /// Number of steps so far.
+    /// Number of completed steps.
     step: u64,
 }
 
@@ -76,12 +80,12 @@ impl Optimizer {
         })
     }
 
-    /// Number of steps so far.
+    /// Returns the number of completed steps.
     pub fn step(&self) -> u64 {
         self.step
     }
 
-    /// Global norm of the gradients.
+    /// Returns the global norm of the gradients.
     ///
     /// # Errors
     /// If a parameter received no gradient, which means that the loss does not depend on it.
@@ -90,8 +94,8 @@ impl Optimizer {
         for parameter in &self.parameters {
             sum += match parameter.gradient(gradients)? {
                 GradientRef::Tape(values) => {
-                    // Blocks of a fixed size: the sum does not depend on the number of threads.
-                    let blocks = values.par_chunks(1 << 16).map(adamw::sum_of_squares);
+                    let blocks = values.par_chunks(VALUES_PER_BLOCK);
+                    let blocks = blocks.map(adamw::sum_of_squares);
                     blocks.collect::<Vec<f64>>().iter().sum::<f64>()
                 }
                 GradientRef::Candle(tensor) => {
@@ -145,7 +149,7 @@ impl Optimizer {
         Ok(())
     }
 
-    /// The moments, named `first_moment.NAME` and `second_moment.NAME`.
+    /// Returns the moments, named `first_moment.NAME` and `second_moment.NAME`.
     ///
     /// # Errors
     /// If a device fails.

@@ -2,8 +2,8 @@
 
 use crate::config::{LrSchedule, TrainConfig};
 
-/// Learning rate of step `step` (from 1) of `total`: a linear warmup to `train.learning_rate`, then the schedule down
-/// to `min_learning_rate_ratio` times that rate.
+/// Returns the learning rate of step `step` (from 1) of `total`: a linear warmup to `train.learning_rate`, then the
+/// schedule down to `min_learning_rate_ratio` times `train.learning_rate`.
 pub(crate) fn learning_rate(train: &TrainConfig, step: u64, total: u64) -> f64 {
     let peak = train.learning_rate;
     let warmup = train.warmup_steps.min(total);
@@ -35,8 +35,8 @@ pub(crate) fn warmup_note(train: &TrainConfig, total: u64) -> Option<String> {
     })
 }
 
-/// Factor of the warmup-stable-decay schedule (Hu et al., arXiv 2404.06395): 1, then linear to the floor over the last
-/// `decay_share` of the steps.
+/// Returns the factor of the warmup-stable-decay schedule (Hu et al., arXiv 2404.06395): 1, then linear to
+/// `min_learning_rate_ratio` over the last `decay_share` of the steps.
 fn wsd_factor(train: &TrainConfig, step: u64, total: u64) -> f64 {
     let decay_steps = (train.decay_share * total as f64).max(1.0);
     let share = ((total - step) as f64 / decay_steps).min(1.0);

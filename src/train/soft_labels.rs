@@ -11,7 +11,8 @@ use crate::terminal::format_count;
 use crate::tokenizer::Tokenizer;
 use crate::train::loss::position::{EndToken, SoftTerm};
 
-/// At least one in this many answers with logprobs must have soft labels.
+/// Minimum share of usable answers, as its reciprocal: of the answers with logprobs, at least 1 / 20 must have soft
+/// labels.
 const MIN_USABLE_ONE_IN: u64 = 20;
 
 /// Loss terms for the soft labels of a data set.
@@ -43,7 +44,8 @@ pub fn check_tokenizer(tokenizer: &Tokenizer) -> Result<()> {
     )))
 }
 
-/// Weight of a term if `loss.kd_weight` is not set: the best weight in the measurements of `tests/bench/softlabels.sh`.
+/// Returns the weight of a term if `loss.kd_weight` is not set: the best weight in the measurements of
+/// `tests/bench/softlabels.sh`.
 pub fn default_weight(divergence: Divergence) -> f32 {
     match divergence {
         // The damped term already contains the cross-entropy on the emitted token.
@@ -129,11 +131,11 @@ pub fn choose(
     }
     let exact_samples = report.exact_samples;
     let with_soft_labels = report.with_soft_labels;
-    let too_sharp = report.logprob_check.is_too_sharp();
+    let is_too_sharp = report.logprob_check.is_too_sharp();
     let misses_tail = report.logprob_check.misses_tail();
     let name = settings.kd.name();
     match settings.kd {
-        KdMode::Auto if too_sharp => {
+        KdMode::Auto if is_too_sharp => {
             choice.terms = Some([inexact_term; 2]);
             choice.notes.push(format!(
                 "`loss.kd = \"auto\"`: {inexact_term}, because the answers were sampled from a sharper distribution than their \
@@ -174,7 +176,7 @@ pub fn choose(
             format_count(with_soft_labels - exact_samples),
             format_count(with_soft_labels)
         ))?,
-        KdMode::Unbiased | KdMode::Damped if too_sharp => refuse(format!(
+        KdMode::Unbiased | KdMode::Damped if is_too_sharp => refuse(format!(
             "`loss.kd = \"{name}\"` needs exact samples of the logprobs, but these answers were sampled at a lower \
              temperature: {}. Set `loss.kd` to \"tail\"",
             top1_evidence(&report.logprob_check.exact)

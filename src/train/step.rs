@@ -36,7 +36,7 @@ pub(crate) struct StepBatch<'a> {
 }
 
 impl<'a> StepBatch<'a> {
-    /// A step without generated answers.
+    /// Creates the data of a step without generated answers.
     pub(crate) fn from_examples(examples: &'a [ExampleView<'a>]) -> Self {
         Self {
             examples,
@@ -44,20 +44,24 @@ impl<'a> StepBatch<'a> {
         }
     }
 
-    /// Number of supervised positions.
+    /// Returns the number of supervised positions.
     fn position_count(&self) -> usize {
         let examples: usize = self
             .examples
             .iter()
             .map(|example| example.supervised())
             .sum();
-        let on_policy: usize = self.on_policy.iter().map(|batch| batch.labels.len()).sum();
+        let on_policy: usize = self
+            .on_policy
+            .iter()
+            .map(|batch| batch.labels_N.len())
+            .sum();
         examples + on_policy
     }
 
     fn keys(&self) -> Vec<String> {
         let examples = self.examples.iter().map(|example| example.key().to_owned());
-        let on_policy = self.on_policy.iter().flat_map(|batch| batch.keys.clone());
+        let on_policy = self.on_policy.iter().flat_map(|batch| batch.keys_B.clone());
         examples.chain(on_policy).collect()
     }
 }
@@ -119,7 +123,7 @@ impl Stepper {
     /// batch.
     ///
     /// # Errors
-    /// If a loss or gradient is not finite: the error names the examples, and no parameter has changed.
+    /// If a loss or gradient is not finite. The error names the examples, and no parameter has changed.
     pub(crate) fn run(
         &mut self,
         (student, optimizer): (&TrainableModel, &mut Optimizer),
@@ -150,10 +154,10 @@ impl Stepper {
                     &mut self.gradients,
                 )?;
                 if !loss.is_finite() {
-                    bail!(not_finite("loss", step, &micro_batch.keys));
+                    bail!(not_finite("loss", step, &micro_batch.keys_B));
                 }
                 result.loss += loss;
-                result.tokens += micro_batch.input_ids.len() as u64;
+                result.tokens += micro_batch.input_ids_T.len() as u64;
                 sums.add(&rows);
                 Ok(())
             };

@@ -102,7 +102,7 @@ impl TrainableModel {
     ) -> Result<Self> {
         let mut vars = BTreeMap::new();
         let mut frozen = Tensors::new();
-        let all_weights_train = adapters.is_empty();
+        let has_adapters = !adapters.is_empty();
         let names = config
             .parameters()
             .into_iter()
@@ -113,8 +113,8 @@ impl TrainableModel {
             .map(|weight| (false, weight))
             .chain(adapters.into_iter().map(|adapter| (true, adapter)))
         {
-            let trains = all_weights_train || is_adapter;
-            if trains && !is_frozen(&name) {
+            let is_trained = !has_adapters || is_adapter;
+            if is_trained && !is_frozen(&name) {
                 vars.insert(name, Var::from_tensor(&tensor)?);
             } else {
                 frozen.insert(name, tensor);
@@ -129,7 +129,7 @@ impl TrainableModel {
         })
     }
 
-    /// Current values of the trained weights, on the CPU.
+    /// Returns the current values of the trained weights, on the CPU.
     ///
     /// # Errors
     /// If the device fails.
@@ -137,14 +137,14 @@ impl TrainableModel {
         weights::to_device(&tensors(&self.vars), &Device::Cpu)
     }
 
-    /// All weights: the frozen ones and `trained`.
+    /// Returns all weights: the frozen weights and `trained`.
     pub fn with(&self, trained: Tensors) -> Tensors {
         let mut all = self.frozen.clone();
         all.extend(trained);
         all
     }
 
-    /// Hash of the frozen weights.
+    /// Returns the hash of the frozen weights.
     ///
     /// # Errors
     /// If a weight is not a contiguous f32 tensor, or the device fails.
@@ -193,7 +193,7 @@ impl TrainableModel {
     }
 }
 
-/// The tensors that the variables hold, by name.
+/// Returns the tensors of the variables, by name.
 pub fn tensors(vars: &BTreeMap<String, Var>) -> Tensors {
     let tensor = |(name, var): (&String, &Var)| (name.clone(), var.as_tensor().clone());
     vars.iter().map(tensor).collect()

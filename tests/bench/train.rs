@@ -125,26 +125,26 @@ impl Case {
     fn random_batch(&self) -> Batch {
         let mut random = fastrand::Rng::with_seed(0);
         let mut batch = Batch {
-            soft_offsets: vec![0],
+            soft_offsets_N1: vec![0],
             ..Batch::default()
         };
         let first = (self.prompt * self.length as f64) as usize;
         for sequence in 0..self.batch {
             let start = sequence * self.length;
-            batch.segments.push(start..start + self.length);
-            batch.keys.push(sequence.to_string());
+            batch.segments_B.push(start..start + self.length);
+            batch.keys_B.push(sequence.to_string());
             for at in 0..self.length {
-                batch.input_ids.push(random.u32(0..self.vocabulary as u32));
+                batch.input_ids_T.push(random.u32(0..self.vocabulary as u32));
                 if at < first {
                     continue;
                 }
-                batch.positions.push((start + at) as u32);
-                batch.labels.push(random.u32(0..self.vocabulary as u32));
+                batch.positions_N.push((start + at) as u32);
+                batch.labels_N.push(random.u32(0..self.vocabulary as u32));
                 let soft = random.choose_multiple(0..self.vocabulary as u32, self.k);
                 let share = 0.95 / self.k.max(1) as f32;
-                batch.soft_logprobs.extend(soft.iter().map(|_| share.ln()));
-                batch.soft_ids.extend(soft);
-                batch.soft_offsets.push(batch.soft_ids.len());
+                batch.soft_logprobs_NK.extend(soft.iter().map(|_| share.ln()));
+                batch.soft_ids_NK.extend(soft);
+                batch.soft_offsets_N1.push(batch.soft_ids_NK.len());
             }
         }
         batch
@@ -173,7 +173,7 @@ fn time(case: &Case) -> Result<()> {
             divergence: Divergence::Tail,
             weight: 0.5,
         }; 2],
-        scale: 1.0 / batch.positions.len() as f32,
+        scale: 1.0 / batch.positions_N.len() as f32,
         ..LossWeights::default()
     };
     let mut seconds = Vec::new();

@@ -154,9 +154,9 @@ fn model(bytes: &[u8]) {
     let ids: Vec<u32> = (0..vocabulary.min(context).min(3) as u32).collect();
     let segment = 0..ids.len();
     let input = ModelInput {
-        input_ids: &ids,
-        segments: std::slice::from_ref(&segment),
-        positions: &[0],
+        input_ids_T: &ids,
+        segments_B: std::slice::from_ref(&segment),
+        positions_N: &[0],
     };
     let logits = model.map_logits(input, |_, logits| logits.len()).unwrap();
     assert_eq!(logits, [vocabulary]);

@@ -42,9 +42,9 @@ fn stored(dir: &Path) -> Tensors {
 fn logits(model: &Model) -> Vec<f32> {
     let ids: Vec<u32> = (0..20).map(|id| id * 7 % 200).collect();
     let input = ModelInput {
-        input_ids: &ids,
-        segments: std::slice::from_ref(&(0..20)),
-        positions: &[19],
+        input_ids_T: &ids,
+        segments_B: std::slice::from_ref(&(0..20)),
+        positions_N: &[19],
     };
     let rows = model.map_logits(input, |_, row| row.to_vec()).unwrap();
     rows.into_iter().next().unwrap()

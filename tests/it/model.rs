@@ -47,9 +47,9 @@ fn logits_at(
     positions: &[u32],
 ) -> Vec<Vec<f32>> {
     let input = ModelInput {
-        input_ids,
-        segments,
-        positions,
+        input_ids_T: input_ids,
+        segments_B: segments,
+        positions_N: positions,
     };
     model
         .map_logits(input, |_, logits| logits.to_vec())

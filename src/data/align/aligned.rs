@@ -20,7 +20,7 @@ pub struct Aligned {
     pub(super) ends_N: Vec<usize>,
     /// See [`Aligned::sampled_logprob`]; NaN stands for None.
     pub(super) sampled_logprob_N: Vec<f32>,
-    pub(super) chunks: Vec<Chunk>,
+    pub(super) chunks_C: Vec<Chunk>,
     /// The teacher's mass on student tokens, summed over the positions that have soft labels.
     pub mapped_mass: f64,
     /// Positions whose emitted token is in the top-k; the expected rate is the probability mass of the top-k.
@@ -73,7 +73,7 @@ impl Aligned {
         };
         let start = position
             .checked_sub(1)
-            .map_or(0, |before| self.ends_N[before]);
+            .map_or(0, |previous| self.ends_N[previous]);
         (&self.ids_NK[start..end], &self.logprobs_NK[start..end])
     }
 
@@ -88,7 +88,7 @@ impl Aligned {
 
     /// The chunks, in order.
     pub fn chunks(&self) -> &[Chunk] {
-        &self.chunks
+        &self.chunks_C
     }
 
     /// Returns true if the position has soft labels.
@@ -112,23 +112,26 @@ impl Aligned {
         self.sampled_logprob_N.resize(positions, f32::NAN);
     }
 
-    /// Completes the position whose labels were appended from index `start` of `ids_NK` on. If `is_vague`, the labels
-    /// are removed and the position has no soft labels.
+    /// Completes the position whose labels start at index `start` of `ids_NK`. If `is_unreliable`, the labels are
+    /// removed and the position has no soft labels.
     pub(super) fn finish_position(
         &mut self,
         start: usize,
         sampled_logprob: f32,
         mapped_mass: f64,
-        is_vague: bool,
+        is_unreliable: bool,
     ) {
-        if is_vague {
+        if is_unreliable {
             self.ids_NK.truncate(start);
             self.logprobs_NK.truncate(start);
         }
         let position = self.ends_N.len();
         self.ends_N.push(self.ids_NK.len());
-        self.sampled_logprob_N
-            .push(if is_vague { f32::NAN } else { sampled_logprob });
+        self.sampled_logprob_N.push(if is_unreliable {
+            f32::NAN
+        } else {
+            sampled_logprob
+        });
         if self.is_soft(position) {
             self.mapped_mass += mapped_mass;
         }

@@ -21,7 +21,7 @@ pub struct Candidates {
     pub sampled: SampledToken,
 }
 
-/// Place of the emitted token in the list.
+/// Position of the emitted token in the list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SampledToken {
     /// One of the top-k.
@@ -32,14 +32,14 @@ pub enum SampledToken {
     NotListed,
 }
 
-/// Fills `listed` with the teacher's tokens at a position that have usable logprobs. If there are more than `most`,
-/// or more than `top_logprobs` (the number in the request), only the most likely ones are kept. The emitted token is
-/// appended if it is not among them and its logprob is usable. Probabilities that sum to slightly more than 1 are
-/// normalised.
+/// Fills `listed` with the teacher's tokens at a position that have usable logprobs. If there are more than
+/// `max_candidates`, or more than `top_logprobs` (the number in the request), only the most likely ones are kept. The
+/// emitted token is appended if it is not one of them and its logprob is usable. Probabilities that sum to slightly
+/// more than 1 are normalised.
 ///
-/// Some servers append the emitted token to their list if it is outside the top-k. So the rank of a
-/// token decides whether it belongs to the top-k, not its presence in the list. Other servers replace the last token of
-/// the top-k with the emitted token; `LogprobCheck` detects this over many answers.
+/// Some servers append the emitted token to their list if it is outside the top-k. So a token belongs to the top-k
+/// because of its rank, not because it is listed. Other servers replace the last token of the top-k with the emitted
+/// token; `LogprobCheck` detects this over many answers.
 ///
 /// Returns None if the probabilities sum to more than 1 + [`EXCESS`].
 pub fn list_candidates<'t>(
@@ -103,13 +103,13 @@ pub(super) fn agreement(teacher: &LogprobsView, spans: &[TeacherSpan]) -> Agreem
         let mut best: Option<(f32, &[u8])> = None;
         for (bytes, logprob) in top.iter().zip(logprobs) {
             let logprob = logprob.filter(is_usable);
-            if let Some(logprob) = logprob.filter(|l| best.is_none_or(|(most, _)| *l > most)) {
+            if let Some(logprob) = logprob.filter(|l| best.is_none_or(|(max, _)| *l > max)) {
                 best = Some((logprob, bytes));
             }
         }
         if let Some((logprob, bytes)) = best {
-            let hit = *bytes == *teacher.token[position];
-            agreement.count(position, f64::from(logprob).exp(), hit);
+            let is_hit = *bytes == *teacher.token[position];
+            agreement.count(position, f64::from(logprob).exp(), is_hit);
         }
     }
     agreement
@@ -120,7 +120,7 @@ pub fn is_usable(logprob: &f32) -> bool {
     logprob.is_finite() && *logprob > HIGHEST_SENTINEL_LOGPROB
 }
 
-/// Sum of the probabilities of these logprobs.
+/// Returns the sum of the probabilities of `logprobs`.
 pub(super) fn mass(logprobs: impl Iterator<Item = f32>) -> f64 {
     logprobs.map(|logprob| f64::from(logprob).exp()).sum()
 }

@@ -46,7 +46,7 @@ use teacher::teacher_spans;
 pub use tokens::is_stop;
 use tokens::{TokenLookup, ends_turn};
 
-/// Maximum number of student tokens in a chunk. Longer ones train on cross-entropy.
+/// Maximum number of student tokens in a chunk. The positions of longer texts train on cross-entropy.
 const MAX_CHUNK: usize = 64;
 /// A position of a split teacher token has soft labels only if at least this probability is known to map to student
 /// tokens.
@@ -92,9 +92,9 @@ impl<'a> Mapper<'a> {
         Self { teacher, ..self }
     }
 
-    /// Returns the soft labels of `student`, the N tokens of an answer. `kept` is the range of the answer's bytes that
-    /// the student's template keeps. The tokens spell these bytes; tokens of template text may come before, and the
-    /// token that ends the answer may follow. `top_logprobs` is the number of alternatives in the request.
+    /// Returns the soft labels of `student`, the N tokens of an answer. `kept_bytes` is the range of the answer's bytes
+    /// that the student's template keeps. The tokens spell these bytes; tokens of template text may come before, and
+    /// the token that ends the answer may follow. `top_logprobs` is the number of alternatives in the request.
     ///
     /// # Errors
     /// If the tokens of one side do not spell the answer, or the teacher's tokens are ids and its tokenizer is not set.
@@ -102,7 +102,7 @@ impl<'a> Mapper<'a> {
         &mut self,
         teacher: &LogprobsView,
         answer: &[u8],
-        kept: Range<usize>,
+        kept_bytes: Range<usize>,
         student: &[u32],
         top_logprobs: Option<usize>,
     ) -> Result<Aligned, Mismatch> {
@@ -113,17 +113,16 @@ impl<'a> Mapper<'a> {
         } else {
             teacher
         };
-        // Check 1: the teacher's tokens spell the answer.
         let is_stop = |bytes: &[u8]| is_stop(self.tokenizer, bytes);
         let (spans, teacher) =
-            teacher_spans(teacher, answer, &kept, is_stop).ok_or(Mismatch::Teacher)?;
+            teacher_spans(teacher, answer, &kept_bytes, is_stop).ok_or(Mismatch::Teacher)?;
         let teacher = teacher.as_ref();
-        let (end, student_ends) = self.split_end(student, answer, kept.clone())?;
+        let (end, student_ends) = self.split_end(student, answer, kept_bytes.clone())?;
         let text = &student[..student_ends.len()];
         // Teacher tokens of text that the template removes and student tokens of text that it adds have no counterpart.
-        let skipped = spans.partition_point(|span| span.end <= kept.start);
+        let skipped = spans.partition_point(|span| span.end <= kept_bytes.start);
         let teacher_ends: Vec<usize> = spans.iter().map(|span| span.end).collect();
-        let template_tokens = student_ends.partition_point(|&end| end <= kept.start);
+        let template_tokens = student_ends.partition_point(|&end| end <= kept_bytes.start);
 
         let capacity = teacher.top.total() + student.len();
         let mut aligned = Aligned::with_capacity(capacity, student.len());
@@ -133,8 +132,8 @@ impl<'a> Mapper<'a> {
             common_groups(&teacher_ends[skipped..], &student_ends[template_tokens..])
         {
             let spelled_by = &spans[skipped + teacher_group.start..skipped + teacher_group.end];
-            let at = template_tokens + student_group.start;
-            let labels = &student[at..at + student_group.len()];
+            let start = template_tokens + student_group.start;
+            let labels = &student[start..start + student_group.len()];
             if spelled_by.iter().any(|span| span.kind == SpanKind::Partial) {
                 continue;
             }
@@ -143,17 +142,17 @@ impl<'a> Mapper<'a> {
             };
             let position = first.tokens.start;
             if spelled_by.len() > 1 || first.kind == SpanKind::Unknown {
-                let is_known = spelled_by.iter().all(|span| span.kind == SpanKind::Token);
+                let has_known_bytes = spelled_by.iter().all(|span| span.kind == SpanKind::Token);
                 let tokens = position..last.tokens.end;
-                let chunk = self.chunk(teacher, tokens, at, labels, is_known);
-                aligned.chunks.extend(chunk);
+                let chunk = self.chunk(teacher, tokens, start, labels, has_known_bytes);
+                aligned.chunks_C.extend(chunk);
                 continue;
             }
             let bytes = &*teacher.token[position];
             if !self.spells(labels, bytes) {
                 continue;
             }
-            aligned.fill(at);
+            aligned.fill(start);
             let candidates =
                 self.candidates_at(teacher, position, top_logprobs, &mut listed, &mut aligned);
             let Some(candidates) = candidates else {
@@ -194,8 +193,8 @@ impl<'a> Mapper<'a> {
         Ok(aligned)
     }
 
-    /// Fills `listed` with the candidates at a position, and adds the position to the counts of `to`. Returns None if
-    /// the probabilities sum to more than 1; the other positions of the answer stay usable.
+    /// Fills `listed` with the candidates at a position, and adds the position to the counts of `aligned`. Returns None
+    /// if the probabilities sum to more than 1; the other positions of the answer stay usable.
     fn candidates_at<'t>(
         &self,
         teacher: &'t LogprobsView,
@@ -219,8 +218,8 @@ impl<'a> Mapper<'a> {
         Some(candidates)
     }
 
-    /// Makes a chunk of the teacher's `tokens` and the student tokens `labels`, the first of which is at `start`.
-    /// `is_known` is true if the bytes of all teacher tokens are known.
+    /// Returns the chunk of the teacher's `tokens` and the student tokens `labels`, the first of which is at `start`.
+    /// `has_known_bytes` is true if the bytes of all teacher tokens are known.
     ///
     /// Returns None if the logprob of a teacher token is missing, there are more than `MAX_CHUNK` student tokens, or
     /// the student tokens do not spell the known bytes.
@@ -230,7 +229,7 @@ impl<'a> Mapper<'a> {
         tokens: Range<usize>,
         start: usize,
         labels: &[u32],
-        is_known: bool,
+        has_known_bytes: bool,
     ) -> Option<Chunk> {
         let logprobs = teacher.logprob.get(tokens.clone())?;
         let nll = logprobs
@@ -238,7 +237,7 @@ impl<'a> Mapper<'a> {
             .map(|logprob| logprob.filter(is_usable).map(|logprob| -logprob))
             .sum::<Option<f32>>()?;
         let spells = || self.spells(labels, &teacher.token[tokens].concat());
-        let fits = labels.len() <= MAX_CHUNK && (!is_known || spells());
+        let fits = labels.len() <= MAX_CHUNK && (!has_known_bytes || spells());
         fits.then_some(Chunk {
             start,
             len: labels.len(),
@@ -248,17 +247,17 @@ impl<'a> Mapper<'a> {
 
     /// Returns true if the student tokens spell exactly `bytes`.
     fn spells(&self, student: &[u32], bytes: &[u8]) -> bool {
-        let mut rest = bytes;
+        let mut remaining = bytes;
         student.iter().all(|&id| {
             let token = self.tokenizer.token_bytes(id).unwrap_or_default();
-            match rest.strip_prefix(token) {
-                Some(left) => {
-                    rest = left;
+            match remaining.strip_prefix(token) {
+                Some(after_token) => {
+                    remaining = after_token;
                     !token.is_empty()
                 }
                 None => false,
             }
-        }) && rest.is_empty()
+        }) && remaining.is_empty()
     }
 
     /// Appends the soft labels of `label`, the first student token of an emitted teacher token. `is_split` is true if
@@ -280,14 +279,14 @@ impl<'a> Mapper<'a> {
         };
         let start = aligned.ids_NK.len();
         let mapped = self.push_mapped(top, candidates.mass, emitted, label, aligned);
-        let is_vague = is_split && mapped < MIN_SHARE;
-        aligned.finish_position(start, sampled_logprob, mapped, is_vague);
+        let is_unreliable = is_split && mapped < MIN_SHARE;
+        aligned.finish_position(start, sampled_logprob, mapped, is_unreliable);
     }
 
-    /// Appends the soft labels of `label`, a later student token of the teacher token `emitted`, whose first `written`
-    /// bytes are already spelled. The soft labels are the candidates that extend these bytes, renormalised over all
-    /// candidates that start with them. `unlisted` is the probability of the tokens that are not listed; any of them
-    /// may start with these bytes.
+    /// Appends the soft labels of `label`, a later student token of the teacher token `emitted`. The earlier student
+    /// tokens spell the first `spelled_bytes` bytes of `emitted`. The soft labels are the candidates that extend these
+    /// bytes, renormalised over all candidates that start with them. `unlisted` is the probability of the tokens that
+    /// are not listed; any of them may start with these bytes.
     fn push_later(
         &mut self,
         listed: &[(&[u8], f32)],
@@ -309,68 +308,77 @@ impl<'a> Mapper<'a> {
         // A candidate that ends here does not predict the next bytes.
         let extending: Vec<(&[u8], f32)> = with_prefix
             .into_iter()
-            .filter(|(rest, _)| !rest.is_empty())
-            .map(|(rest, logprob)| (rest, logprob - log_shared_mass))
+            .filter(|(next_bytes, _)| !next_bytes.is_empty())
+            .map(|(next_bytes, logprob)| (next_bytes, logprob - log_shared_mass))
             .collect();
         let mass = mass(extending.iter().map(|&(_, logprob)| logprob)).min(1.0);
         let start = aligned.ids_NK.len();
         let mapped = self.push_mapped(&extending, mass, &emitted[spelled_bytes..], label, aligned);
-        let is_vague = mapped * listed_share < MIN_SHARE;
-        aligned.finish_position(start, f32::NAN, mapped, is_vague);
+        let is_unreliable = mapped * listed_share < MIN_SHARE;
+        aligned.finish_position(start, f32::NAN, mapped, is_unreliable);
     }
 
-    /// Splits off the token that ends the answer. Returns it, if there is one, and [`Self::student_token_ends`] of the
-    /// other tokens.
+    /// Splits off the token that ends the answer. Returns this token, if there is one, and the ends of the other
+    /// tokens, as [`Self::student_token_ends`] computes them.
     fn split_end(
         &self,
         student: &[u32],
         answer: &[u8],
-        kept: Range<usize>,
+        kept_bytes: Range<usize>,
     ) -> Result<(Option<u32>, Vec<usize>), Mismatch> {
         let Some((&last, text)) = student.split_last() else {
-            return Ok((None, self.student_token_ends(student, answer, kept)?));
+            return Ok((None, self.student_token_ends(student, answer, kept_bytes)?));
         };
         if self.tokenizer.is_special(last) && self.tokenizer.stop_ids().contains(&last) {
-            return Ok((Some(last), self.student_token_ends(text, answer, kept)?));
+            return Ok((
+                Some(last),
+                self.student_token_ends(text, answer, kept_bytes)?,
+            ));
         }
-        let ends = self.student_token_ends(student, answer, kept.clone());
+        let ends = self.student_token_ends(student, answer, kept_bytes.clone());
         // The last token may be text that the template writes before the end of the turn.
         if ends.is_err() && Some(last) == self.tokenizer.end_of_answer() {
-            return Ok((Some(last), self.student_token_ends(text, answer, kept)?));
+            return Ok((
+                Some(last),
+                self.student_token_ends(text, answer, kept_bytes)?,
+            ));
         }
         Ok((None, ends?))
     }
 
-    /// Check 2: the bytes of `student` end with the kept bytes of the answer; template text may come before. Returns
-    /// the end of each token, in bytes of the answer (N).
+    /// Returns the end of each token of `student`, in bytes of the answer (N). The tokens spell the kept bytes of the
+    /// answer; template text may come before.
+    ///
+    /// # Errors
+    /// If the bytes of the tokens do not end with the kept bytes.
     fn student_token_ends(
         &self,
         student: &[u32],
         answer: &[u8],
-        kept: Range<usize>,
+        kept_bytes: Range<usize>,
     ) -> Result<Vec<usize>, Mismatch> {
-        let spelled: Option<Vec<Cow<'_, [u8]>>> = student
+        let spellings: Option<Vec<Cow<'_, [u8]>>> = student
             .iter()
             .map(|&id| self.tokenizer.spelling(id))
             .collect();
-        let spelled = spelled.ok_or(Mismatch::Student)?;
-        let all = spelled.concat();
-        let template_bytes = all
-            .strip_suffix(&answer[kept.clone()])
+        let spellings = spellings.ok_or(Mismatch::Student)?;
+        let student_bytes = spellings.concat();
+        let template_bytes = student_bytes
+            .strip_suffix(&answer[kept_bytes.clone()])
             .ok_or(Mismatch::Student)?
             .len();
-        let mut at = 0;
-        let ends = spelled.iter().map(|bytes| {
-            at += bytes.len();
+        let mut end = 0;
+        let ends = spellings.iter().map(|bytes| {
+            end += bytes.len();
             // Template text ends at the start of the answer.
-            kept.start + at.saturating_sub(template_bytes)
+            kept_bytes.start + end.saturating_sub(template_bytes)
         });
         Ok(ends.collect())
     }
 
-    /// Appends the candidates at a position as student tokens, best first. `emitted` is the token that the teacher
-    /// emitted there, and `label` its student token. Returns `mass` minus the probabilities of the candidates that have
-    /// no student token.
+    /// Appends the candidates at a position as student tokens, best first. `emitted` is the teacher's token at this
+    /// position, and `label` its student token. `mass` is the probability of the candidates and of an emitted token
+    /// from outside the top-k. Returns `mass` minus the probabilities of the candidates that have no student token.
     fn push_mapped(
         &mut self,
         candidates: &[(&[u8], f32)],
@@ -382,16 +390,16 @@ impl<'a> Mapper<'a> {
         let start = aligned.ids_NK.len();
         let mut mapped = mass;
         // All look-ups in one loop, so that their cache misses overlap: the table exceeds the processor's cache.
-        let mut found = std::mem::take(&mut self.candidate_ids);
-        found.clear();
-        found.extend(candidates.iter().map(|&(bytes, _)| {
+        let mut candidate_ids = std::mem::take(&mut self.candidate_ids);
+        candidate_ids.clear();
+        candidate_ids.extend(candidates.iter().map(|&(bytes, _)| {
             if bytes == emitted {
                 Some(label)
             } else {
                 self.tokens.student_id(bytes)
             }
         }));
-        for (&(_, logprob), id) in candidates.iter().zip(&found) {
+        for (&(_, logprob), id) in candidates.iter().zip(&candidate_ids) {
             let Some(id) = *id else {
                 mapped -= f64::from(logprob).exp();
                 continue;
@@ -400,8 +408,8 @@ impl<'a> Mapper<'a> {
                 .iter()
                 .position(|&other| other == id)
             {
-                Some(at) => {
-                    let merged = &mut aligned.logprobs_NK[start + at];
+                Some(index) => {
+                    let merged = &mut aligned.logprobs_NK[start + index];
                     *merged = logaddexp(*merged, logprob);
                 }
                 None => {
@@ -410,15 +418,15 @@ impl<'a> Mapper<'a> {
                 }
             }
         }
-        self.candidate_ids = found;
+        self.candidate_ids = candidate_ids;
         let ids = &mut aligned.ids_NK[start..];
         let logprobs = &mut aligned.logprobs_NK[start..];
         if !logprobs.is_sorted_by(|a, b| a >= b) {
             let mut sorted: Vec<(u32, f32)> = ids.iter().copied().zip(logprobs.to_vec()).collect();
             sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
-            for (at, (id, logprob)) in sorted.into_iter().enumerate() {
-                ids[at] = id;
-                logprobs[at] = logprob;
+            for (index, (id, logprob)) in sorted.into_iter().enumerate() {
+                ids[index] = id;
+                logprobs[index] = logprob;
             }
         }
         mapped

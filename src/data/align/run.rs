@@ -43,17 +43,17 @@ pub(crate) enum SpanKind {
     Partial,
 }
 
-/// Finds the teacher tokens that spell the answer, or the part `kept` that the student's template keeps. Returns
-/// None if there is no such run. `is_stop` identifies tokens that may follow an answer.
+/// Finds the teacher tokens that spell the answer, or only the bytes `kept_bytes`, which the student's template keeps.
+/// Returns None if there is no such run. `is_stop` identifies tokens that may follow an answer.
 pub(crate) fn find(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
-    kept: Range<usize>,
+    kept_bytes: Range<usize>,
     is_stop: impl Fn(&[u8]) -> bool,
 ) -> Option<Vec<TeacherSpan>> {
     match_whole_answer(tokens, answer, &is_stop)
-        .or_else(|| find_text(tokens, &answer[kept.clone()], kept.start))
-        .or_else(|| around_unknown(tokens, answer, &is_stop))
+        .or_else(|| find_text(tokens, &answer[kept_bytes.clone()], kept_bytes.start))
+        .or_else(|| match_around_unknown(tokens, answer, &is_stop))
 }
 
 /// Matches the whole answer, from the first token on. Only stop tokens may follow.
@@ -77,9 +77,10 @@ fn match_whole_answer(
     (offset == answer.len()).then_some(spans)
 }
 
-/// Finds `text` near the end of the bytes of all tokens. If it occurs several times, the order of preference is: whole
-/// tokens from the first token on, whole tokens, the start of a token, the last occurrence. `start` is the index of
-/// the text's first byte in the answer.
+/// Finds `text` near the end of the bytes of all tokens. `start` is the index of the text's first byte in the answer.
+///
+/// If the text occurs several times, the first of these rules that applies selects an occurrence: it starts at the
+/// first token and ends with a token; it starts and ends with tokens; it starts with a token; it is the last one.
 fn find_text(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<TeacherSpan>> {
     if text.is_empty() {
         return None;
@@ -93,13 +94,18 @@ fn find_text(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<
     }
     boundaries[all.len()] = true;
     let is_near_the_end = |from: &usize| all.len() - from - text.len() <= MAX_TRAILING_BYTES;
-    let found = memchr::memmem::find_iter(&all, text).filter(is_near_the_end);
-    let text_start = found.max_by_key(|from| {
-        let starts = boundaries[*from];
-        let ends = boundaries[from + text.len()];
-        (*from == 0 && ends, starts && ends, starts, *from)
+    let occurrences = memchr::memmem::find_iter(&all, text).filter(is_near_the_end);
+    let text_start = occurrences.max_by_key(|from| {
+        let starts_token = boundaries[*from];
+        let ends_token = boundaries[from + text.len()];
+        (
+            *from == 0 && ends_token,
+            starts_token && ends_token,
+            starts_token,
+            *from,
+        )
     })?;
-    let to = text_start + text.len();
+    let text_end = text_start + text.len();
     let mut spans = Vec::new();
     let mut offset = 0;
     for (index, bytes) in tokens.iter().enumerate() {
@@ -108,13 +114,13 @@ fn find_text(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<
         if range.end <= text_start || range.is_empty() {
             continue;
         }
-        if range.start >= to {
+        if range.start >= text_end {
             break;
         }
-        let is_inside = range.start >= text_start && range.end <= to;
+        let is_inside = range.start >= text_start && range.end <= text_end;
         spans.push(TeacherSpan {
             tokens: index..index + 1,
-            end: start + range.end.min(to) - text_start,
+            end: start + range.end.min(text_end) - text_start,
             kind: if is_inside {
                 SpanKind::Token
             } else {
@@ -126,19 +132,21 @@ fn find_text(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<
     has_complete_token.then_some(spans)
 }
 
+/// Returns true if the server did not report the bytes of a token.
 fn is_unknown(bytes: &[u8]) -> bool {
     bytes.is_empty() || memchr::memmem::find(bytes, REPLACEMENT).is_some()
 }
 
 /// Matches the tokens with known bytes in order. Bytes of the answer between two matches belong to the tokens of
 /// unknown bytes between them.
-fn around_unknown(
+fn match_around_unknown(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
     is_stop: impl Fn(&[u8]) -> bool,
 ) -> Option<Vec<TeacherSpan>> {
     let mut spans = Vec::new();
     let mut offset = 0;
+    // The first of the tokens of unknown bytes since the last match.
     let mut unknown: Option<usize> = None;
     // The end of the turn may follow tokens of unknown bytes.
     let is_end = |bytes: &Cow<'_, [u8]>| !is_unknown(bytes) && is_stop(bytes);
@@ -186,8 +194,8 @@ fn around_unknown(
         _ if remaining_bytes > 0 => return None,
         _ => {}
     }
-    let has_known = spans.iter().any(|span| span.kind == SpanKind::Token);
-    has_known.then_some(spans)
+    let has_known_token = spans.iter().any(|span| span.kind == SpanKind::Token);
+    has_known_token.then_some(spans)
 }
 
 #[cfg(test)]

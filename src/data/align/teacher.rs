@@ -20,11 +20,11 @@ pub fn spells(teacher: &LogprobsView, answer: &[u8]) -> bool {
 pub(super) fn teacher_spans<'t>(
     teacher: &'t LogprobsView<'t>,
     answer: &[u8],
-    kept: &Range<usize>,
+    kept_bytes: &Range<usize>,
     is_stop: impl Fn(&[u8]) -> bool,
 ) -> Option<(Vec<TeacherSpan>, Cow<'t, LogprobsView<'t>>)> {
-    let find = |tokens: &[Cow<'_, [u8]>]| run::find(tokens, answer, kept.clone(), &is_stop);
-    let decoded = |decode: Decode| {
+    let find = |tokens: &[Cow<'_, [u8]>]| run::find(tokens, answer, kept_bytes.clone(), &is_stop);
+    let find_decoded = |decode: Decode| {
         let decoded = teacher.map_tokens(|bytes| {
             let text = std::str::from_utf8(bytes).ok()?;
             (!is_control_name(text)).then(|| decode(text))?
@@ -33,12 +33,12 @@ pub(super) fn teacher_spans<'t>(
     };
     // The emitted tokens may match the answer both as raw entries and as text, while candidates differ. So the tokens
     // are decoded first if any of them looks raw.
-    let plain = || Some((find(&teacher.token)?, Cow::Borrowed(teacher)));
+    let find_plain = || Some((find(&teacher.token)?, Cow::Borrowed(teacher)));
     // A short raw answer may contain no `Ġ`, `Ċ` or `▁`.
     raw_spelling(teacher)
-        .and_then(decoded)
-        .or_else(plain)
-        .or_else(|| decoded(token_bytes::byte_level))
+        .and_then(find_decoded)
+        .or_else(find_plain)
+        .or_else(|| find_decoded(token_bytes::byte_level))
 }
 
 /// Decodes a raw vocabulary entry to its bytes.
@@ -47,8 +47,8 @@ type Decode = fn(&str) -> Option<Vec<u8>>;
 /// Returns a decoder if the tokens may be raw vocabulary entries: these contain `Ġ`, `Ċ` or `▁`, and no space. The
 /// names of control tokens are ignored, because some contain `▁`.
 fn raw_spelling(teacher: &LogprobsView) -> Option<Decode> {
-    // Number of positions to inspect. Few are enough, because nearly every position has a candidate that begins with a
-    // space.
+    /// Number of positions to inspect. Few are enough, because nearly every position has a candidate that begins with a
+    /// space.
     const POSITIONS: usize = 16;
     let positions = 0..teacher.top.lists().min(POSITIONS);
     let candidates = positions.flat_map(|at| teacher.top.get(at));

@@ -40,11 +40,11 @@ impl<'a> TokenLookup<'a> {
             Some(key) => *self
                 .short
                 .entry(key)
-                .or_insert_with(|| find(tokenizer, bytes)),
+                .or_insert_with(|| find_student_id(tokenizer, bytes)),
             None => match self.long.get(bytes) {
                 Some(&id) => id,
                 None => {
-                    let id = find(tokenizer, bytes);
+                    let id = find_student_id(tokenizer, bytes);
                     self.long.insert(bytes.into(), id);
                     id
                 }
@@ -57,7 +57,8 @@ impl<'a> TokenLookup<'a> {
 /// number would stall on store forwarding, which doubles the time of a look-up.
 fn short_key(bytes: &[u8]) -> Option<u128> {
     let length = bytes.len();
-    let low = |part: &[u8; 8]| u128::from(u64::from_le_bytes(*part));
+    let u32_word = |part: &[u8; 4]| u128::from(u32::from_le_bytes(*part));
+    let u64_word = |part: &[u8; 8]| u128::from(u64::from_le_bytes(*part));
     let key = match length {
         0 => 0,
         // With 1 or 2 bytes, some of the three indices are equal, which sets the same bits twice.
@@ -65,23 +66,25 @@ fn short_key(bytes: &[u8]) -> Option<u128> {
             .into_iter()
             .fold(0, |key, at| key | u128::from(bytes[at]) << (8 * at)),
         4..=7 => {
-            let word = |part: &[u8; 4]| u128::from(u32::from_le_bytes(*part));
             // The two words overlap; the bits in the overlap are equal.
-            word(bytes.first_chunk()?) | word(bytes.last_chunk()?) << (8 * (length - 4))
+            u32_word(bytes.first_chunk()?) | u32_word(bytes.last_chunk()?) << (8 * (length - 4))
         }
-        8..=15 => low(bytes.first_chunk()?) | low(bytes.last_chunk()?) << (8 * (length - 8)),
+        8..=15 => {
+            u64_word(bytes.first_chunk()?) | u64_word(bytes.last_chunk()?) << (8 * (length - 8))
+        }
         _ => return None,
     };
+    // The length takes the highest of the 16 bytes.
     Some(key | (length as u128) << 120)
 }
 
-fn find(tokenizer: &Tokenizer, bytes: &[u8]) -> Option<u32> {
+fn find_student_id(tokenizer: &Tokenizer, bytes: &[u8]) -> Option<u32> {
     // Some servers write U+FFFD for a part of a character, so the bytes of the token are unknown.
     if memchr::memmem::find(bytes, REPLACEMENT).is_some() {
         return None;
     }
-    if let Some(same) = tokenizer.id_of_bytes(bytes) {
-        return Some(same);
+    if let Some(id) = tokenizer.id_of_bytes(bytes) {
+        return Some(id);
     }
     if !is_stop(tokenizer, bytes) {
         return tokenizer.first_id_of(bytes);

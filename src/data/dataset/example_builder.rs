@@ -21,6 +21,7 @@ use crate::tokenizer::Tokenizer;
 use crate::tokenizer::answer_tokens::{AnswerTokens, PromptDifference, ThinkingChange};
 use crate::tokenizer::chat_template::answer_start;
 
+/// Reason to leave out a row without an answer to train on.
 const EMPTY: &str = "the answer is empty";
 
 /// Converts rows to examples on one thread, and counts them.
@@ -54,7 +55,7 @@ pub(super) struct TokenizedRow {
     answers: u64,
     /// Number of supervised answers without an end-of-turn token.
     without_end: u64,
-    /// How supervised answers are trained whose thinking the chat template does not print.
+    /// Treatment of each supervised answer whose thinking the chat template leaves out.
     thinking: Vec<ThinkingChange>,
     pub(super) difference: Option<PromptDifference>,
     /// Indices of the messages that become separate examples: answers whose prefix in the conversation differs from the
@@ -92,8 +93,8 @@ impl<'a> ExampleBuilder<'a> {
         }
     }
 
-    /// Counts row `number` and writes its example. Returns further rows for those of its answers that become separate
-    /// examples.
+    /// Counts row `number` and writes its example. Returns one row for each earlier answer that becomes a separate
+    /// example.
     pub(super) fn add<'r>(
         &mut self,
         number: u64,
@@ -116,7 +117,8 @@ impl<'a> ExampleBuilder<'a> {
             answer: tokenized.answer,
             is_exact_sample: row.sampling == SamplingKind::Exact,
         };
-        // Examples of a file are ordered by line and message, those of a cache by key.
+        // Examples of a file are ordered by line and message, those of a cache by key. The message takes the low 16
+        // bits.
         let order = if self.is_file { "" } else { &*row.key };
         let message = row.message.unwrap_or(0).min(u16::MAX.into()) as u64;
         writer.push(
@@ -131,14 +133,16 @@ impl<'a> ExampleBuilder<'a> {
 
     fn count_skipped(&mut self, skipped: SkippedRow) {
         match (&skipped.group, skipped.exclusion) {
-            (Some(group), Some(exclusion)) => self.report.groups.left_out(group, exclusion),
+            (Some(group), Some(exclusion)) => self.report.groups.count_left_out(group, exclusion),
             _ => increment(&mut self.report.dropped, skipped.reason),
         }
     }
 
     fn count_example(&mut self, row: &TrainingRow, tokenized: &TokenizedRow) {
         let report = &mut self.report;
-        row.group.iter().for_each(|group| report.groups.used(group));
+        if let Some(group) = &row.group {
+            report.groups.count_used(group);
+        }
         report.kept += 1;
         report.tokens += tokenized.input_ids.len() as u64;
         report.positions += tokenized.labels.iter().map(|l| l.len() as u64).sum::<u64>();
@@ -178,7 +182,7 @@ impl<'a> ExampleBuilder<'a> {
         report.ends_listed += u64::from(tokenized.soft.lists_end == Some(true));
     }
 
-    /// Tokenises a row. Returns the row too.
+    /// Tokenises a row. Returns the row with its tokens.
     ///
     /// # Errors
     /// The skipped row with the reason, if it makes no example.
@@ -198,7 +202,10 @@ impl<'a> ExampleBuilder<'a> {
         }
     }
 
-    /// Tokenises a row. Returns the reason if it makes no example.
+    /// Tokenises a row.
+    ///
+    /// # Errors
+    /// The reason, if the row makes no example.
     fn try_tokenize(&mut self, row: &TrainingRow) -> Result<TokenizedRow, String> {
         let conversation =
             self.tokenizer
@@ -225,7 +232,7 @@ impl<'a> ExampleBuilder<'a> {
                 }
             }
         }
-        let end = if row.ended {
+        let end = if row.is_complete {
             last.supervised.end
         } else {
             last.tokens.end
@@ -251,7 +258,7 @@ impl<'a> ExampleBuilder<'a> {
             .filter_map(|answer| answer.thinking)
             .collect();
         let without_end = supervised_earlier
-            .chain(row.ended.then_some(last))
+            .chain(row.is_complete.then_some(last))
             .filter(|answer| answer.supervised.end == answer.tokens.end)
             .count() as u64;
 
@@ -266,8 +273,8 @@ impl<'a> ExampleBuilder<'a> {
             }
             kept_text.start = kept_text.start.max(start);
         }
-        // If the prompt closes a block of thinking, the template drops the thinking of the answer: an answer that is all
-        // thinking becomes empty.
+        // If the prompt closes a block of thinking, the template drops the thinking of the answer: an answer that is
+        // all thinking becomes empty.
         if content[kept_text.clone()].trim().is_empty() {
             return Err(EMPTY.into());
         }

@@ -23,11 +23,11 @@ pub(crate) struct TrainingRow<'a> {
     /// Rows with the same id are either all for training or all for validation.
     pub prompt_id: String,
     pub messages: Vec<Message>,
-    /// True if every answer is supervised, false if only the last: the earlier answers of a record are part of its prompt,
-    /// such as few-shot examples.
+    /// True if every answer is supervised, false if only the last one is. The earlier answers of a record, such as
+    /// few-shot examples, are part of its prompt.
     pub every_answer: bool,
     /// True if the teacher ended its answer. The student must not learn to end where an answer was truncated.
-    pub ended: bool,
+    pub is_complete: bool,
     /// How the last answer was sampled.
     pub sampling: SamplingKind,
     /// `top_logprobs` of the request.
@@ -51,7 +51,7 @@ impl<'a> TrainingRow<'a> {
             prompt_id: self.prompt_id.clone(),
             messages: self.messages[..=message].to_vec(),
             every_answer: false,
-            ended: true,
+            is_complete: true,
             sampling: SamplingKind::Unknown,
             top_logprobs: None,
             group: None,
@@ -61,7 +61,7 @@ impl<'a> TrainingRow<'a> {
         }
     }
 
-    /// Key of the row for an earlier answer.
+    /// Returns the key of the row for the earlier answer `message`.
     pub(crate) fn key_of(&self, message: usize) -> String {
         format!("{}:{message}", self.key)
     }
@@ -89,7 +89,10 @@ fn drop_thinking(messages: &mut [Message], settings: &config::DataConfig) {
     }
 }
 
-/// Converts a record to a row. Returns the reason if it is left out.
+/// Converts a record to a row.
+///
+/// # Errors
+/// The skipped row with the reason, if the record is left out.
 pub(crate) fn from_record<'a>(
     record: RecordView<'a>,
     settings: &config::DataConfig,
@@ -97,11 +100,11 @@ pub(crate) fn from_record<'a>(
 ) -> Result<TrainingRow<'a>, Box<SkippedRow>> {
     let params = record.params();
     let properties = RecordProperties::from_view(&record, &params);
-    let checked = selection.check(&properties);
+    let selected = selection.check(&properties);
     let key = record.key.clone();
     let prompt_id = record.prompt_id.clone();
     let group = properties.group;
-    let row = match checked {
+    let row = match selected {
         Ok(()) => row(record, &params, settings),
         Err(exclusion) => Err(exclusion.to_string()),
     };
@@ -114,7 +117,7 @@ pub(crate) fn from_record<'a>(
             key,
             prompt_id,
             group: Some(group),
-            exclusion: checked.err(),
+            exclusion: selected.err(),
             reason,
         })),
     }
@@ -133,7 +136,7 @@ fn row<'a>(
     let messages =
         messages.or_else(|request| messages_of_request(&request).ok_or(NO_TEXT.to_owned()));
     let mut messages = messages?;
-    let ended = !matches!(
+    let is_complete = !matches!(
         record.answer.finish_reason.as_str(),
         "length" | "max_tokens"
     );
@@ -148,7 +151,7 @@ fn row<'a>(
         prompt_id: record.prompt_id,
         messages,
         every_answer: false,
-        ended,
+        is_complete,
         sampling,
         top_logprobs: top_logprobs.and_then(|count| usize::try_from(count).ok()),
         group: None,
@@ -158,7 +161,10 @@ fn row<'a>(
     })
 }
 
-/// Returns the prompt of a record whose answer is to be trained on. Returns the reason if the record is left out.
+/// Returns the prompt of a record.
+///
+/// # Errors
+/// The reason, if the record is left out of the training.
 pub(crate) fn prompt_of(
     record: &Record,
     settings: &config::DataConfig,
@@ -167,9 +173,13 @@ pub(crate) fn prompt_of(
     messages_of_request(&record.request).ok_or_else(|| NO_TEXT.into())
 }
 
+/// Reason to leave out a record with images, for example.
 const NO_TEXT: &str = "the request has messages that are not text";
 
-/// Checks status and finish reason of an answer. Returns the reason if the answer is left out.
+/// Checks status and finish reason of an answer.
+///
+/// # Errors
+/// The reason, if the answer is left out.
 fn check_answer(
     status: Status,
     finish_reason: &str,
@@ -178,8 +188,8 @@ fn check_answer(
     if status != Status::Ok {
         return Err("quarantined".into());
     }
-    let mut kept = settings.keep_finish_reasons.iter();
-    if kept.any(|reason| reason == finish_reason) {
+    let mut accepted = settings.keep_finish_reasons.iter();
+    if accepted.any(|reason| reason == finish_reason) {
         Ok(())
     } else {
         Err(format!(
@@ -229,7 +239,7 @@ struct MessageLine {
 
 /// Fields of rows and messages for tool calls, as other programs and servers name them.
 const TOOL_FIELDS: [&str; 4] = ["tools", "functions", "tool_calls", "function_call"];
-/// Fields of messages for reasoning. In a row, a field of this name may be a flag, so it is accepted there.
+/// Fields of messages for reasoning. Rows may have fields of these names, because they may be flags there.
 const REASONING_FIELDS: [&str; 5] = [
     "reasoning_content",
     "reasoning",
@@ -298,7 +308,7 @@ pub(crate) fn from_line(
         prompt_id,
         messages,
         every_answer: true,
-        ended: true,
+        is_complete: true,
         sampling: SamplingKind::Unknown,
         top_logprobs: None,
         group: None,

@@ -46,10 +46,11 @@ pub struct ShownToken {
     pub soft_labels: Vec<ShownLabel>,
     /// Probability outside the soft labels.
     pub tail: Option<f64>,
-    /// Probability of the emitted token if it was outside the teacher's top-k. None if unknown.
+    /// Probability of the emitted token if it is outside the teacher's top-k; None if it is in the top-k, or if the
+    /// probability is unknown.
     pub emitted: Option<f64>,
-    /// Set on the first token of a text that the teacher's tokenizer splits differently: the likelihood of the text under
-    /// the teacher, and its number of student tokens.
+    /// Set on the first token of a text that the teacher's tokenizer splits differently: the likelihood of the text
+    /// under the teacher, and its number of student tokens.
     pub chunk: Option<(f64, usize)>,
 }
 
@@ -61,8 +62,9 @@ pub struct ShownLabel {
     pub probability: f64,
 }
 
-/// Returns at most `limit` rows: with `id`, those whose key, prefix of a key, line number or prompt id it is; without, the
-/// first rows that make an example. Also returns the number of rows that make no example, by reason.
+/// Returns at most `limit` rows. With `id`, these are the rows whose key, line number or prompt id is `id`, or whose
+/// key starts with `id` (at least [`MIN_KEY_DIGITS`] digits). Without `id`, these are the first rows that make an
+/// example. Also returns the number of other rows that make no example, by reason.
 ///
 /// # Errors
 /// If the source or the teacher's tokenizer cannot be read.
@@ -219,7 +221,7 @@ fn shown_example(row: TrainingRow, tokenized: TokenizedRow, tokenizer: &Tokenize
     }
 }
 
-/// Text of a token, or its name if it has no text.
+/// Returns the text of a token, or its name if it has no text.
 pub fn text_of(tokenizer: &Tokenizer, id: u32) -> String {
     match tokenizer.spelling(id) {
         Some(bytes) => String::from_utf8_lossy(&bytes).into_owned(),

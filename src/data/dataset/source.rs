@@ -21,7 +21,7 @@ const MAX_CHUNK_LINES: usize = 64;
 /// Number of bytes that are hashed at a time.
 const HASH_BUFFER_BYTES: usize = 4 << 20;
 
-/// Where the rows come from.
+/// Source of the rows.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum DataSource {
     /// A cache folder.
@@ -32,7 +32,7 @@ pub(crate) enum DataSource {
 }
 
 impl DataSource {
-    /// Returns `data.source`, or the cache of the run if it is not set.
+    /// Returns the file `data.source`, or the cache of the run if `data.source` is not set.
     pub(crate) fn new(settings: &config::DataConfig, run_dir: &Path) -> Self {
         match &settings.source {
             None => Self::Cache(settings.cache_folder(run_dir)),
@@ -53,7 +53,7 @@ impl DataSource {
         }
     }
 
-    /// Size of the files in bytes, without those that do not exist.
+    /// Returns the size of the files that exist, in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         let sizes = self.files().into_iter().filter_map(|path| {
             let metadata = path.metadata().ok()?;
@@ -137,7 +137,7 @@ impl DataSource {
             lines,
             number: 0,
             bytes: 0,
-            at_end: false,
+            is_at_end: false,
         })
     }
 }
@@ -169,7 +169,7 @@ pub(crate) struct SourceReader {
     /// Number of bytes read; for a compressed file, of uncompressed bytes.
     bytes: u64,
     /// True after the last line.
-    at_end: bool,
+    is_at_end: bool,
 }
 
 enum LineReader {
@@ -209,7 +209,9 @@ impl SourceReader {
     pub(crate) fn next(&mut self, chunk: &mut LineChunk) -> Result<bool> {
         chunk.text.clear();
         chunk.lines.clear();
-        while !self.at_end && chunk.text.len() < CHUNK_BYTES && chunk.lines.len() < MAX_CHUNK_LINES
+        while !self.is_at_end
+            && chunk.text.len() < CHUNK_BYTES
+            && chunk.lines.len() < MAX_CHUNK_LINES
         {
             self.read_line(chunk)?;
         }
@@ -222,7 +224,7 @@ impl SourceReader {
             LineReader::Cache(lines) => {
                 if !lines.advance().map_err(|error| lines.refuse_scan(error))? {
                     lines.warn_of_torn();
-                    self.at_end = true;
+                    self.is_at_end = true;
                     return Ok(());
                 }
                 text.extend_from_slice(lines.line());
@@ -233,7 +235,7 @@ impl SourceReader {
                 let length = lines.read_until(b'\n', text);
                 let length =
                     length.with_context(|| format!("reading `data.source` {}", path.display()))?;
-                self.at_end = length == 0;
+                self.is_at_end = length == 0;
                 self.bytes += length as u64;
                 None
             }
@@ -310,10 +312,11 @@ fn parse_line(
     rows::from_line(line, number, settings).map(Some)
 }
 
-/// Called with the number of bytes read and the total number of bytes. An error stops the reading.
+/// Callback for progress: its arguments are the number of bytes read and the total number of bytes. An error stops the
+/// reading.
 pub(crate) type OnProgress<'a> = &'a mut (dyn FnMut(u64, u64) -> Result<()> + Send);
 
-/// Hash of a prompt id. It decides whether the answers to the prompt are for training or for validation.
+/// Returns the hash of a prompt id, which decides whether the answers to the prompt are for training or for validation.
 pub(crate) fn prompt_hash(prompt_id: &str) -> u32 {
     let [a, b, c, d, ..] = *blake3::hash(prompt_id.as_bytes()).as_bytes();
     u32::from_be_bytes([a, b, c, d])

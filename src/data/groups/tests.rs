@@ -11,7 +11,7 @@ fn group(endpoint: &str, model: &str, temperature: f64) -> Group {
     }
 }
 
-fn identity(group: &Group, key: &str, cut_at: u32) -> RecordProperties {
+fn properties(group: &Group, key: &str, cut_at: u32) -> RecordProperties {
     RecordProperties::new(group.clone(), key, cut_at)
 }
 
@@ -42,7 +42,7 @@ fn config_selection_names_the_first_difference() {
     let [ours, other] = ["1", "2"].map(|digit| digit.repeat(64));
     let [answered, open] = ["1", "5"].map(|digit| digit.repeat(64));
     let [answered, open] = [answered, open].map(|key| question::question_fingerprint(&key));
-    let known = config_selection(Some(PlannedRows {
+    let with_prompts = config_selection(Some(PlannedRows {
         keys: KeySet::from_iter([crate::cache::fingerprint::fingerprint(&ours)]),
         answered: KeySet::from_iter([answered]),
         questions: KeySet::from_iter([answered, open]),
@@ -69,13 +69,15 @@ fn config_selection_names_the_first_difference() {
         (&cooler, &other, 0, Err(ExclusionReason::Sampling)),
     ];
     for (group, key, cut_at, expected) in cases {
-        let found = known.check(&identity(group, key, cut_at));
+        let found = with_prompts.check(&properties(group, key, cut_at));
         assert_eq!(found, expected, "{group} {key}");
     }
-    // Without the prompts.
-    let unknown = config_selection(None);
-    assert_eq!(unknown.check(&identity(&named, &other, 0)), Ok(()));
-    let found = unknown.check(&identity(&model, &other, 0));
+    let without_prompts = config_selection(None);
+    assert_eq!(
+        without_prompts.check(&properties(&named, &other, 0)),
+        Ok(())
+    );
+    let found = without_prompts.check(&properties(&model, &other, 0));
     assert_eq!(found, Err(ExclusionReason::Model));
 }
 
@@ -84,7 +86,7 @@ fn groups_are_selected_by_id_model_endpoint_and_teacher() {
     let [plain, named, mock] = variants();
     let is_in = |name: &str, group| {
         let selection = Selection::Named(vec![name.into()]);
-        selection.check(&identity(group, "", 0)).is_ok()
+        selection.check(&properties(group, "", 0)).is_ok()
     };
     assert!(is_in(&plain.id(), &plain) && is_in("m", &plain) && is_in("http://a/v1", &plain));
     assert!(is_in("mine", &named) && !is_in("mine", &plain) && !is_in("mock", &plain));
@@ -92,7 +94,7 @@ fn groups_are_selected_by_id_model_endpoint_and_teacher() {
     assert!(is_in("http://127.0.0.1:80/v1", &local));
     assert!(is_in("mock", &mock) && is_in(&mock.id(), &mock) && !is_in(&plain.id(), &mock));
     assert!(!is_in("m", &mock) && !is_in("http://a/v1", &mock));
-    let all = |group| Selection::All.check(&identity(group, "", 0));
+    let all = |group| Selection::All.check(&properties(group, "", 0));
     assert_eq!(all(&mock), Err(ExclusionReason::Mock));
     assert_eq!(all(&named), Ok(()));
 }

@@ -89,7 +89,8 @@ impl ExampleColumns {
         self.input_ends_B.len()
     }
 
-    /// Approximate size of the file in bytes.
+    /// Returns the approximate size of the file in bytes. Counts only the columns of 32-bit words per token, position
+    /// or soft label, and the keys.
     pub(crate) fn bytes(&self) -> usize {
         let words =
             self.input_ids_T.len() + 3 * self.positions_N.len() + 2 * self.soft_ids_NK.len();
@@ -126,10 +127,10 @@ impl ExampleColumns {
         self.input_ends_B.push(self.input_ids_T.len() as u32);
         let first_chunk = self.chunk_starts_C.len();
         let mut chunks = example.soft.chunks().iter().peekable();
-        for at in example.labels.iter().cloned().flatten() {
-            self.positions_N.push(at as u32 - 1);
+        for label_index in example.labels.iter().cloned().flatten() {
+            self.positions_N.push(label_index as u32 - 1);
             let mut sampled_logprob = None;
-            if let Some(at) = at.checked_sub(example.answer) {
+            if let Some(at) = label_index.checked_sub(example.answer) {
                 if let Some(chunk) = chunks.next_if(|chunk| chunk.start == at) {
                     self.chunk_starts_C
                         .push((self.positions_N.len() - first_target - 1) as u32);
@@ -178,7 +179,7 @@ impl ExampleColumns {
         hash.0.finalize()
     }
 
-    /// Writes a safetensors file, with token ids of 16 bits if `narrow`, else of 32 bits.
+    /// Writes a safetensors file, with token ids of 16 bits if `uses_u16_ids`, else of 32 bits.
     ///
     /// # Errors
     /// If `out` cannot be written.
@@ -242,6 +243,7 @@ impl ExampleColumns {
 #[derive(Default)]
 pub(crate) struct SafetensorsHeader {
     tensors: Map<String, serde_json::Value>,
+    /// End of the last column, in bytes after the header.
     end: usize,
 }
 
@@ -267,14 +269,17 @@ impl SafetensorsHeader {
     }
 }
 
+/// Number of values that [`write_all`] encodes at a time.
+const VALUES_PER_WRITE: usize = 1 << 12;
+
 /// Writes numbers in little-endian order, as the format requires.
 pub(crate) fn write_all<T: Copy, const N: usize>(
     out: &mut dyn Write,
     values: &[T],
     bytes: impl Fn(T) -> [u8; N],
 ) -> io::Result<()> {
-    let mut buffer = Vec::with_capacity(N << 12);
-    for values in values.chunks(1 << 12) {
+    let mut buffer = Vec::with_capacity(N * VALUES_PER_WRITE);
+    for values in values.chunks(VALUES_PER_WRITE) {
         buffer.clear();
         buffer.extend(values.iter().flat_map(|&value| bytes(value)));
         out.write_all(&buffer)?;

@@ -44,6 +44,9 @@ use shard::{ExampleView, PreparedShard, ShardBytes};
 /// Number of folders that are kept: the one in use, and the previous one, in case the user reverts a setting.
 const KEPT_FOLDERS: usize = 2;
 
+/// Number of bytes that [`verify`] reads at a time.
+const VERIFY_BUFFER_BYTES: usize = 1 << 20;
+
 /// Prepared examples, mapped or in memory.
 #[derive(Debug)]
 pub struct Prepared {
@@ -188,12 +191,13 @@ impl Prepared {
     }
 }
 
-/// Verifies the size and checksum of a file. Reads the file, because a mapping would count as memory of this process.
+/// Verifies the size and checksum of a file. Reads the file instead of mapping it, because mapped pages count as memory
+/// of this process.
 fn verify(path: &Path, file: &FileChecksum) -> Result<()> {
     let mut reader = std::fs::File::open(path)?;
     let mut bytes = 0;
     let mut crc32c = 0;
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = vec![0; VERIFY_BUFFER_BYTES];
     loop {
         match reader.read(&mut buffer)? {
             0 => break,

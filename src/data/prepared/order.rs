@@ -1,4 +1,4 @@
-//! Order of the examples: the place of each in the shards, and the hash of its prompt.
+//! Order of the examples: the place of each example in the shards, and the hash of its prompt.
 
 use std::io::{self, Write};
 

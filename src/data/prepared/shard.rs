@@ -40,6 +40,7 @@ struct ColumnView {
 }
 
 impl ColumnView {
+    /// Finds the column `name`, which must have one of `dtypes`. `data` is the offset of all columns in the file.
     fn find(metadata: &Metadata, data: usize, name: &str, dtypes: &[Dtype]) -> Result<Self> {
         let info = metadata
             .info(name)
@@ -80,7 +81,7 @@ impl ColumnView {
     fn span(&self, bytes: &[u8], at: usize) -> Range<usize> {
         let start = at
             .checked_sub(1)
-            .map_or(0, |before| self.get(bytes, before));
+            .map_or(0, |previous| self.get(bytes, previous));
         start as usize..self.get(bytes, at) as usize
     }
 }
@@ -123,7 +124,9 @@ impl PreparedShard {
     /// If the header is invalid or a column is missing.
     pub fn new(bytes: ShardBytes) -> Result<Self> {
         let (length, metadata) = SafeTensors::read_metadata(bytes.all())?;
-        let column = |name, dtypes: &[Dtype]| ColumnView::find(&metadata, 8 + length, name, dtypes);
+        // The file begins with the length of the header, in 8 bytes.
+        let data = 8 + length;
+        let column = |name, dtypes: &[Dtype]| ColumnView::find(&metadata, data, name, dtypes);
         let words = |name| column(name, &[Dtype::U32]);
         let ids = |name| column(name, &[Dtype::U16, Dtype::U32]);
         let shard = Self {

@@ -53,9 +53,11 @@ struct WrittenFiles {
 /// Place of a written example, and the values that `PreparedWriter::finish` combines over all examples.
 #[derive(Debug)]
 pub(crate) struct ExampleEntry {
-    key: Box<str>,
-    source: u64,
+    /// Examples are sorted by `order`, then by `source_position`.
+    order: Box<str>,
+    source_position: u64,
     shard: u32,
+    /// Index in the shard.
     index: u32,
     prompt_hash: u32,
     content: blake3::Hash,
@@ -102,13 +104,13 @@ impl PreparedWriter {
             bytes: out.bytes,
             crc32c: out.crc32c,
         };
-        match out.to {
+        match out.output {
             Output::Memory(bytes) => {
                 self.written().memory.insert(name.into(), bytes);
             }
-            Output::File(to) => {
-                let to = to.into_inner().map_err(|error| error.into_error())?;
-                let syncing = std::thread::spawn(move || to.sync_all());
+            Output::File(buffered) => {
+                let file = buffered.into_inner().map_err(|error| error.into_error())?;
+                let syncing = std::thread::spawn(move || file.sync_all());
                 self.written().syncing.push(syncing);
             }
         }
@@ -130,8 +132,8 @@ impl PreparedWriter {
         Ok(number)
     }
 
-    /// Writes the order of the examples and, last of all, the index. `entries` are those of all shard writers. Returns
-    /// the files of [`OutputSink::Memory`].
+    /// Writes the order of the examples and, last of all, the index. `entries` are the entries of all shard writers.
+    /// Returns the files by name if the sink is [`OutputSink::Memory`], else nothing.
     ///
     /// # Errors
     /// If a file cannot be written.
@@ -142,7 +144,9 @@ impl PreparedWriter {
         mut report: DataReport,
     ) -> Result<BTreeMap<String, Vec<u8>>> {
         // Answers arrive in a different order each time, which must not affect the training.
-        entries.sort_unstable_by(|a, b| (&a.key, a.source).cmp(&(&b.key, b.source)));
+        entries.sort_unstable_by(|a, b| {
+            (&a.order, a.source_position).cmp(&(&b.order, b.source_position))
+        });
         // A sum in fixed order does not depend on the timing of threads.
         let mapped: f64 = entries.iter().map(|entry| entry.mapped_mass).sum();
         report.mean_mapped_mass = mapped / report.soft_positions.max(1) as f64;
@@ -195,14 +199,14 @@ pub(crate) struct ShardWriter<'w> {
 }
 
 impl ShardWriter<'_> {
-    /// Adds an example. [`PreparedWriter::finish`] sorts the examples by `order`, then by `source`, the place in the
-    /// source, and sums `mapped_mass` for the report.
+    /// Adds an example. [`PreparedWriter::finish`] sorts the examples by `order`, then by `source_position`, and sums
+    /// `mapped_mass` for the report.
     ///
     /// # Errors
     /// If a shard cannot be written.
     pub(crate) fn push(
         &mut self,
-        (order, source): (&str, u64),
+        (order, source_position): (&str, u64),
         prompt_hash: u32,
         mapped_mass: f64,
         example: &Example,
@@ -210,8 +214,8 @@ impl ShardWriter<'_> {
         let index = self.columns.len() as u32;
         let content = self.columns.push(example);
         self.entries.push(ExampleEntry {
-            key: order.into(),
-            source,
+            order: order.into(),
+            source_position,
             shard: 0,
             index,
             prompt_hash,
@@ -253,15 +257,15 @@ enum Output {
 
 /// Counts and checksums the bytes that are written.
 struct ChecksummedOutput {
-    to: Output,
+    output: Output,
     bytes: u64,
     crc32c: u32,
 }
 
 impl ChecksummedOutput {
-    fn new(to: Output) -> Self {
+    fn new(output: Output) -> Self {
         Self {
-            to,
+            output,
             bytes: 0,
             crc32c: 0,
         }
@@ -270,7 +274,7 @@ impl ChecksummedOutput {
 
 impl Write for ChecksummedOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match &mut self.to {
+        match &mut self.output {
             Output::File(file) => file.write_all(bytes)?,
             Output::Memory(memory) => memory.extend_from_slice(bytes),
         }
@@ -280,7 +284,7 @@ impl Write for ChecksummedOutput {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match &mut self.to {
+        match &mut self.output {
             Output::File(file) => file.flush(),
             Output::Memory(_) => Ok(()),
         }

@@ -35,10 +35,10 @@ pub struct CandleGraph<'a> {
     /// The sequences, as ranges that cover all rows in order.
     segments: &'a [Range<usize>],
     dtype: DType,
-    /// The position of each row in its sequence (T).
-    positions: Tensor,
-    /// cos and sin of each row's angles (T x 1 x C/2), in models with a rotary embedding.
-    angles: Option<[Tensor; 2]>,
+    /// The position of each row in its sequence.
+    positions_T: Tensor,
+    /// cos and sin of each row's angles, in models with a rotary embedding.
+    cos_sin_T1c: Option<[Tensor; 2]>,
 }
 
 impl<'a> CandleGraph<'a> {
@@ -54,7 +54,7 @@ impl<'a> CandleGraph<'a> {
         device: &Device,
     ) -> Result<Self> {
         let positions = || segments.iter().flat_map(|segment| 0..segment.len());
-        let angles = |rope: &RopeTable| -> Result<[Tensor; 2]> {
+        let cos_sin = |rope: &RopeTable| -> Result<[Tensor; 2]> {
             let (cos, sin): (Vec<&[f32]>, Vec<&[f32]>) =
                 positions().map(|position| rope.cos_sin(position)).unzip();
             let tensor = |rows: Vec<&[f32]>| -> Result<Tensor> {
@@ -67,14 +67,14 @@ impl<'a> CandleGraph<'a> {
             heads,
             segments,
             dtype,
-            positions: Tensor::from_iter(positions().map(|position| position as u32), device)?,
-            angles: rope.map(angles).transpose()?,
+            positions_T: Tensor::from_iter(positions().map(|position| position as u32), device)?,
+            cos_sin_T1c: rope.map(cos_sin).transpose()?,
         })
     }
 
     /// Returns the attention mask (1 x t x t): 0 where row i sees key j, minus infinity elsewhere. It has
-    /// the device and data type of `scores`.
-    fn mask(rows: usize, window: Option<usize>, scores: &Tensor) -> Result<Tensor> {
+    /// the device and data type of `scores_Htt`.
+    fn mask(rows: usize, window: Option<usize>, scores_Htt: &Tensor) -> Result<Tensor> {
         let is_visible = |i: usize, j: usize| j <= i && window.is_none_or(|w| i - j < w);
         let values: Vec<f32> = (0..rows * rows)
             .map(|index| {
@@ -85,8 +85,8 @@ impl<'a> CandleGraph<'a> {
                 }
             })
             .collect();
-        let mask = Tensor::from_vec(values, (1, rows, rows), scores.device())?;
-        Ok(mask.to_dtype(scores.dtype())?)
+        let mask_1tt = Tensor::from_vec(values, (1, rows, rows), scores_Htt.device())?;
+        Ok(mask_1tt.to_dtype(scores_Htt.dtype())?)
     }
 }
 
@@ -94,8 +94,8 @@ impl Graph for CandleGraph<'_> {
     type Value = Tensor;
 
     fn embed(&mut self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
-        let rows = table.index_select(&Tensor::new(ids, table.device())?, 0)?;
-        Ok(rows.to_dtype(self.dtype)?)
+        let rows_TD = table.index_select(&Tensor::new(ids, table.device())?, 0)?;
+        Ok(rows_TD.to_dtype(self.dtype)?)
     }
 
     fn select_rows(&mut self, x: Tensor, positions: &[u32]) -> Result<Tensor> {
@@ -154,25 +154,27 @@ impl Graph for CandleGraph<'_> {
     }
 
     fn add_positions(&mut self, x: Tensor, table: &Tensor) -> Result<Tensor> {
-        let rows = table.index_select(&self.positions, 0)?;
-        Ok((x + rows.to_dtype(self.dtype)?)?)
+        let rows_TD = table.index_select(&self.positions_T, 0)?;
+        Ok((x + rows_TD.to_dtype(self.dtype)?)?)
     }
 
     fn rope(&mut self, x: Tensor) -> Result<Tensor> {
-        let [cos, sin] = self.angles.as_ref().context(NO_ROPE)?;
+        let [cos_T1c, sin_T1c] = self.cos_sin_T1c.as_ref().context(NO_ROPE)?;
         let (rows, width) = x.dims2()?;
         let half = self.heads.head_dim / 2;
-        let heads = x.reshape((rows, width / self.heads.head_dim, 2 * half))?;
-        let (a, b) = (heads.narrow(2, 0, half)?, heads.narrow(2, half, half)?);
-        let rotated_a = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
-        let rotated_b = (b.broadcast_mul(cos)? + a.broadcast_mul(sin)?)?;
-        Ok(Tensor::cat(&[rotated_a, rotated_b], 2)?.reshape((rows, width))?)
+        let x_THC = x.reshape((rows, width / self.heads.head_dim, 2 * half))?;
+        let a_THc = x_THC.narrow(2, 0, half)?;
+        let b_THc = x_THC.narrow(2, half, half)?;
+        let rotated_a_THc = (a_THc.broadcast_mul(cos_T1c)? - b_THc.broadcast_mul(sin_T1c)?)?;
+        let rotated_b_THc = (b_THc.broadcast_mul(cos_T1c)? + a_THc.broadcast_mul(sin_T1c)?)?;
+        let rotated_THC = Tensor::cat(&[rotated_a_THc, rotated_b_THc], 2)?;
+        Ok(rotated_THC.reshape((rows, width))?)
     }
 
     fn attention(
         &mut self,
         _layer: usize,
-        [q, k, v]: [Tensor; 3],
+        [q_THC, k_TGC, v_TGC]: [Tensor; 3],
         window: Option<usize>,
     ) -> Result<Tensor> {
         let Heads {
@@ -196,9 +198,9 @@ impl Graph for CandleGraph<'_> {
                 let x = x.broadcast_as((key_value, self.heads.group(), rows, head_dim))?;
                 Ok(x.contiguous()?.reshape((query, rows, head_dim))?)
             };
-            let q_HtC = heads_first(&q, query)?;
-            let k_HtC = repeat_heads(&k)?;
-            let v_HtC = repeat_heads(&v)?;
+            let q_HtC = heads_first(&q_THC, query)?;
+            let k_HtC = repeat_heads(&k_TGC)?;
+            let v_HtC = repeat_heads(&v_TGC)?;
             let scores_Htt = (q_HtC.matmul(&k_HtC.t()?)? * f64::from(self.heads.scale()))?;
             let mask_1tt = Self::mask(rows, window, &scores_Htt)?;
             let scores_Htt = scores_Htt.broadcast_add(&mask_1tt)?;

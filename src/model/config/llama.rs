@@ -124,9 +124,9 @@ fn heads(fields: &LlamaFields) -> Result<Heads> {
     })
 }
 
-/// Returns the sliding window of each layer, by the rules of transformers. All layers of mistral have the
-/// window. With `use_sliding_window`, the layers of qwen have it that `layer_types` lists, or without
-/// `layer_types` the layers from `max_window_layers` on. Other layers have none.
+/// Returns the sliding window of each layer, by the rules of transformers. All layers of mistral have the window. In
+/// qwen with `use_sliding_window`, the layers have it that are "sliding_attention" in `layer_types`; without
+/// `layer_types`, the layers from number `max_window_layers` on have it. All other layers have none.
 fn windows(fields: &LlamaFields, json: &Map<String, Value>) -> Result<Vec<Option<usize>>> {
     let layers = fields.num_hidden_layers;
     let window = match json.get("sliding_window") {

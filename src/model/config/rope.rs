@@ -9,8 +9,9 @@ use crate::model::config::fields::config_error;
 /// Settings of the rotary embedding.
 #[derive(Debug, Clone)]
 pub struct Rope {
+    /// Base of the frequencies.
     pub theta: f64,
-    /// The scaling of Llama 3; None for plain rotary embedding.
+    /// The scaling of Llama 3; None if the frequencies are not scaled.
     pub llama3: Option<Llama3Scaling>,
 }
 
@@ -48,6 +49,7 @@ impl Rope {
             .flatten()
             .filter(|value| !value.is_null());
         let theta = match thetas.next() {
+            // The default of transformers.
             None => 10_000.0,
             Some(value) => match value.as_f64() {
                 Some(theta) => theta,
@@ -74,7 +76,7 @@ impl Rope {
         Ok(Self { theta, llama3 })
     }
 
-    /// Writes the settings in both spellings: `rope_theta` and `rope_scaling` for transformers 4,
+    /// Writes the settings to `json` in two forms: `rope_theta` and `rope_scaling` for transformers 4, and
     /// `rope_parameters` for transformers 5. Returns true if this changed `json`.
     pub(super) fn write(&self, json: &mut Map<String, Value>) -> bool {
         let before = json.clone();
@@ -101,7 +103,7 @@ impl Rope {
         *json != before
     }
 
-    /// Returns the angle per position of each channel pair (C / 2), in radians.
+    /// Returns the frequency of each of the `channels` / 2 channel pairs: the angle per position, in radians.
     pub fn inverse_frequencies(&self, channels: usize) -> Vec<f32> {
         (0..channels / 2)
             .map(|pair| {

@@ -18,28 +18,31 @@ use crate::model::projection::Projection;
 use crate::ops::arena::Buffer;
 use crate::ops::attention::AttentionForward;
 use crate::ops::rope::Rotation;
-use crate::ops::{CpuValues, GradientMut, embedding, gelu, layer_norm, rms_norm, sum_rows, swiglu};
+use crate::ops::{
+    CpuValues, GradientMut, VALUES_PER_TASK, embedding, gelu, layer_norm, rms_norm, sum_rows,
+    swiglu,
+};
 
 impl Tape<'_, '_> {
-    /// Computes the gradients of all variables from `droot`, the gradient of the value of `root`, and adds
-    /// them to `gradients`.
+    /// Computes the gradients of all variables from `droot_NW`, the gradient of the value of `root`, and adds them to
+    /// `gradients`.
     ///
     /// # Errors
     /// Where memory runs out.
     pub fn backward(
         mut self,
         root: NodeHandle,
-        droot: Buffer,
+        droot_NW: Buffer,
         gradients: &mut Gradients,
     ) -> Result<()> {
         if self.activations == Activations::Discard {
             bail!("a backward pass needs the activations of the forward pass");
         }
-        self.nodes[*root.0].gradient = Some(droot);
+        self.nodes[*root.0].gradient = Some(droot_NW);
         for id in (0..self.nodes.len()).rev() {
-            let dy = self.nodes[id].gradient.take();
-            if let Some(dy) = dy.filter(|_| self.nodes[id].requires_grad) {
-                self.backward_node(id, dy, gradients)?;
+            let dy_TW = self.nodes[id].gradient.take();
+            if let Some(dy_TW) = dy_TW.filter(|_| self.nodes[id].requires_grad) {
+                self.backward_node(id, dy_TW, gradients)?;
             }
             let node = &mut self.nodes[id];
             node.value = None;
@@ -48,109 +51,115 @@ impl Tape<'_, '_> {
         Ok(())
     }
 
-    /// Runs the backward pass of one operation, where `dy` is the gradient of its value.
-    fn backward_node(&mut self, id: usize, dy: Buffer, gradients: &mut Gradients) -> Result<()> {
+    /// Runs the backward pass of one operation, where `dy_TW` is the gradient of its value.
+    fn backward_node(&mut self, id: usize, dy_TW: Buffer, gradients: &mut Gradients) -> Result<()> {
         let arena = self.settings.arena;
         let op = Rc::clone(&self.nodes[id].op);
         let width = self.nodes[id].width;
         match &*op {
             Op::Embed { table, ids } => {
-                if let Some(dtable) = gradients.accumulator(table)? {
-                    embedding::backward(&dy, ids, width, dtable);
+                if let Some(dtable_VD) = gradients.accumulator(table)? {
+                    embedding::backward(&dy_TW, ids, width, dtable_VD);
                 }
             }
             Op::SelectRows { x, positions } => {
                 // Rows that were not selected have a zero gradient.
                 let rows = self.segments.last().map_or(0, |last| last.end);
-                self.accumulate_gradient_with(*x, rows * width, |dx| {
-                    embedding::backward(&dy, positions, width, dx);
+                self.accumulate_gradient_with(*x, rows * width, |dx_TD| {
+                    embedding::backward(&dy_TW, positions, width, dx_TD);
                 })?;
             }
             Op::RmsNorm { x, weight, .. } => {
-                let values = self.value_or_recompute(*x)?;
+                // The norm is over rows (T x D) or heads (T H x C), as in the forward pass.
+                let x_values = self.value_or_recompute(*x)?;
                 let scale = self.saved_values(id)?;
-                let weights = CpuValues::new(weight)?;
+                let weight_values = CpuValues::new(weight)?;
                 let dweight = gradients.accumulator(weight)?;
-                self.accumulate_gradient_with(*x, values.len(), |dx| {
-                    rms_norm::backward(&values, &weights, &scale, &dy, dx, dweight);
+                self.accumulate_gradient_with(*x, x_values.len(), |dx| {
+                    rms_norm::backward(&x_values, &weight_values, &scale, &dy_TW, dx, dweight);
                 })?;
             }
             Op::LayerNorm {
                 x, weight, bias, ..
             } => {
-                let values = self.value_or_recompute(*x)?;
-                let statistics = self.saved_values(id)?;
-                let weights = CpuValues::new(weight)?;
-                let dweight = gradients.accumulator(weight)?;
-                self.accumulate_gradient_with(*x, values.len(), |dx| {
-                    layer_norm::backward(&values, &weights, &statistics, &dy, dx, dweight);
+                let x_TD = self.value_or_recompute(*x)?;
+                let statistics_T2 = self.saved_values(id)?;
+                let weight_D = CpuValues::new(weight)?;
+                let dweight_D = gradients.accumulator(weight)?;
+                self.accumulate_gradient_with(*x, x_TD.len(), |dx_TD| {
+                    layer_norm::backward(
+                        &x_TD,
+                        &weight_D,
+                        &statistics_T2,
+                        &dy_TW,
+                        dx_TD,
+                        dweight_D,
+                    );
                 })?;
-                if let Some(dbias) = gradients.accumulator(bias)? {
-                    sum_rows(&dy, width, dbias);
+                if let Some(dbias_D) = gradients.accumulator(bias)? {
+                    sum_rows(&dy_TW, width, dbias_D);
                 }
             }
             Op::Linear { x, layer, residual } => {
-                self.backward_linear(id, *x, layer, &dy, gradients)?;
+                self.backward_linear(id, *x, layer, &dy_TW, gradients)?;
                 if let Some(residual) = residual {
-                    self.accumulate_gradient(*residual, dy);
+                    self.accumulate_gradient(*residual, dy_TW);
                 }
             }
             Op::Gelu { x } => {
-                let values = self.value_or_recompute(*x)?;
+                let x_TF = self.value_or_recompute(*x)?;
                 // No other operation needs the input: its buffer is overwritten with the gradient.
                 self.nodes[*x].value = None;
-                let mut dx = self.make_writable(values)?;
-                gelu::backward(&mut dx, &dy);
-                self.accumulate_gradient(*x, dx);
+                let mut dx_TF = self.make_writable(x_TF)?;
+                gelu::backward(&mut dx_TF, &dy_TW);
+                self.accumulate_gradient(*x, dx_TF);
             }
             Op::SwiGlu { gate, up } => {
-                let gate_values = self.value_or_recompute(*gate)?;
-                let up_values = self.value_or_recompute(*up)?;
+                let gate_TF = self.value_or_recompute(*gate)?;
+                let up_TF = self.value_or_recompute(*up)?;
                 // No other operation needs the inputs: their buffers are overwritten with the gradients.
                 self.nodes[*gate].value = None;
                 self.nodes[*up].value = None;
-                let mut dgate = self.make_writable(gate_values)?;
-                let mut dup = self.make_writable(up_values)?;
-                swiglu::backward(&mut dgate, &mut dup, &dy);
-                self.accumulate_gradient(*gate, dgate);
-                self.accumulate_gradient(*up, dup);
+                let mut dgate_TF = self.make_writable(gate_TF)?;
+                let mut dup_TF = self.make_writable(up_TF)?;
+                swiglu::backward(&mut dgate_TF, &mut dup_TF, &dy_TW);
+                self.accumulate_gradient(*gate, dgate_TF);
+                self.accumulate_gradient(*up, dup_TF);
             }
             Op::AddPositions { x, table, .. } => {
-                if let Some(dtable) = gradients.accumulator(table)? {
-                    embedding::backward(&dy, &self.positions(), width, dtable);
+                if let Some(dtable_SD) = gradients.accumulator(table)? {
+                    embedding::backward(&dy_TW, &self.positions(), width, dtable_SD);
                 }
-                self.accumulate_gradient(*x, dy);
+                self.accumulate_gradient(*x, dy_TW);
             }
             Op::Rope { x, .. } => {
-                let mut dx = dy;
-                self.rotate(&mut dx, width, Rotation::Backward)?;
-                self.accumulate_gradient(*x, dx);
+                let mut dx_TW = dy_TW;
+                self.rotate(&mut dx_TW, width, Rotation::Backward)?;
+                self.accumulate_gradient(*x, dx_TW);
             }
             Op::Attention { qkv, window, .. } => {
                 let [q, k, v] = *qkv;
-                let out = self.value_or_recompute(id)?;
-                let lse = self.saved_values(id)?;
-                let [q_values, k_values, v_values] = [
-                    self.value_or_recompute(q)?,
-                    self.value_or_recompute(k)?,
-                    self.value_or_recompute(v)?,
-                ];
+                let out_THC = self.value_or_recompute(id)?;
+                let lse_TH = self.saved_values(id)?;
+                let q_THC = self.value_or_recompute(q)?;
+                let k_TGC = self.value_or_recompute(k)?;
+                let v_TGC = self.value_or_recompute(v)?;
                 let attention = self.attention_layer(*window);
                 let mut scratch = arena.take(attention.scratch_len())?;
-                let mut dq = arena.take(q_values.len())?;
-                let mut dk = arena.take(k_values.len())?;
-                let mut dv = arena.take(v_values.len())?;
+                let mut dq_THC = arena.take(q_THC.len())?;
+                let mut dk_TGC = arena.take(k_TGC.len())?;
+                let mut dv_TGC = arena.take(v_TGC.len())?;
                 let forward = AttentionForward {
-                    q_THC: &q_values,
-                    k_TGC: &k_values,
-                    v_TGC: &v_values,
-                    out_THC: &out,
-                    lse_TH: &lse,
+                    q_THC: &q_THC,
+                    k_TGC: &k_TGC,
+                    v_TGC: &v_TGC,
+                    out_THC: &out_THC,
+                    lse_TH: &lse_TH,
                 };
-                let dqkv =
-                    [&mut dq, &mut dk, &mut dv].map(|values| GradientMut { values, add: false });
-                attention.backward(forward, &dy, &mut scratch, dqkv);
-                for (input, gradient) in [(q, dq), (k, dk), (v, dv)] {
+                let dqkv = [&mut dq_THC, &mut dk_TGC, &mut dv_TGC]
+                    .map(|values| GradientMut { values, add: false });
+                attention.backward(forward, &dy_TW, &mut scratch, dqkv);
+                for (input, gradient) in [(q, dq_THC), (k, dk_TGC), (v, dv_TGC)] {
                     self.accumulate_gradient(input, gradient);
                 }
             }
@@ -229,8 +238,8 @@ impl Tape<'_, '_> {
             .context("internal error: the saved values of an operation are missing")
     }
 
-    /// Adds to the gradient of a node of `len` values: calls `backward`, which adds its result to the
-    /// gradient, or overwrites the buffer if the node has no gradient yet.
+    /// Calls `backward` with the gradient of a node of `len` values. `backward` adds its result to the gradient, or
+    /// overwrites the buffer if the node has no gradient yet.
     fn accumulate_gradient_with(
         &mut self,
         id: usize,
@@ -253,7 +262,7 @@ impl Tape<'_, '_> {
         match &mut self.nodes[id].gradient {
             Some(sums) => sums
                 .par_iter_mut()
-                .with_min_len(1 << 14)
+                .with_min_len(VALUES_PER_TASK)
                 .zip(&*gradient)
                 .for_each(|(sum, value)| *sum += value),
             none => *none = Some(gradient),

@@ -1,5 +1,10 @@
 //! The forward pass of each operation.
 
+#![allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend in `model`"
+)]
+
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -8,11 +13,13 @@ use rayon::prelude::*;
 
 use super::{Activations, KeyValueSource, Op, Tape, TapeSettings, linear_layer, lora_layer};
 use crate::model::graph::NO_ROPE;
-use crate::model::kv_cache::KvCache;
+use crate::model::kv_cache::{KvCache, LayerCache};
 use crate::ops::arena::Buffer;
 use crate::ops::attention::{Attention, CachedAttention};
 use crate::ops::rope::Rotation;
-use crate::ops::{CpuValues, embedding, gelu, layer_norm, rms_norm, split_segments, swiglu};
+use crate::ops::{
+    CpuValues, embedding, gelu, layer_norm, rms_norm, segment_rows, split_segments, swiglu,
+};
 
 impl<'a> Tape<'a, '_> {
     /// Computes the value of a node from the values of its inputs.
@@ -25,16 +32,17 @@ impl<'a> Tape<'a, '_> {
         let mut saved = None;
         let value = match &*op {
             Op::Embed { table, ids } => {
-                let mut y = arena.take(ids.len() * width)?;
-                embedding::forward(&CpuValues::new(table)?, ids, width, &mut y);
-                y
+                let mut y_TD = arena.take(ids.len() * width)?;
+                embedding::forward(&CpuValues::new(table)?, ids, width, &mut y_TD);
+                y_TD
             }
             Op::SelectRows { x, positions } => {
-                let mut y = arena.take(positions.len() * width)?;
-                embedding::forward(&self.node_value(*x)?, positions, width, &mut y);
-                y
+                let mut y_ND = arena.take(positions.len() * width)?;
+                embedding::forward(&self.node_value(*x)?, positions, width, &mut y_ND);
+                y_ND
             }
             Op::RmsNorm { x, weight, epsilon } => {
+                // The norm is over rows (T x D) or heads (T H x C): as many rows as the weight's length fits.
                 let x = self.node_value(*x)?;
                 let mut y = arena.take(x.len())?;
                 let mut scale = arena.take(x.len() / weight.elem_count())?;
@@ -48,71 +56,87 @@ impl<'a> Tape<'a, '_> {
                 bias,
                 epsilon,
             } => {
-                let x = self.node_value(*x)?;
-                let mut y = arena.take(x.len())?;
-                let mut statistics = arena.take(2 * x.len() / width)?;
-                let (weight, bias) = (CpuValues::new(weight)?, CpuValues::new(bias)?);
-                layer_norm::forward(&x, &weight, &bias, *epsilon, &mut y, &mut statistics);
-                saved = Some(statistics);
-                y
+                let x_TD = self.node_value(*x)?;
+                let mut y_TD = arena.take(x_TD.len())?;
+                let rows = x_TD.len() / width;
+                let mut statistics_T2 = arena.take(layer_norm::STATISTICS * rows)?;
+                layer_norm::forward(
+                    &x_TD,
+                    &CpuValues::new(weight)?,
+                    &CpuValues::new(bias)?,
+                    *epsilon,
+                    &mut y_TD,
+                    &mut statistics_T2,
+                );
+                saved = Some(statistics_T2);
+                y_TD
             }
             Op::Linear { x, layer, residual } => {
-                let x = self.node_value(*x)?;
+                let x_TI = self.node_value(*x)?;
                 let linear = linear_layer(&layer.weight, precision)?;
-                let mut y = arena.take(x.len() / linear.inputs * linear.outputs)?;
+                let mut y_TO = arena.take(x_TI.len() / linear.inputs * linear.outputs)?;
                 if let Some(residual) = residual {
-                    y.copy_from_slice(&self.node_value(*residual)?);
+                    y_TO.copy_from_slice(&self.node_value(*residual)?);
                 }
-                let weight = CpuValues::new(&layer.weight)?;
-                let bias = layer.bias.as_ref().map(CpuValues::new).transpose()?;
-                linear.forward(&x, &weight, bias.as_deref(), &mut y, residual.is_some());
+                let weight_OI = CpuValues::new(&layer.weight)?;
+                let bias_O = layer.bias.as_ref().map(CpuValues::new).transpose()?;
+                linear.forward(
+                    &x_TI,
+                    &weight_OI,
+                    bias_O.as_deref(),
+                    &mut y_TO,
+                    residual.is_some(),
+                );
                 if let Some(adapter) = &layer.adapter {
                     let lora = lora_layer(adapter, precision)?;
-                    let mut xa = arena.take(x.len() / lora.inputs * lora.rank)?;
-                    let (a, b) = (CpuValues::new(&adapter.a)?, CpuValues::new(&adapter.b)?);
-                    lora.forward(&x, &a, &b, &mut xa, &mut y);
-                    saved = Some(xa);
+                    let mut xa_TR = arena.take(x_TI.len() / lora.inputs * lora.rank)?;
+                    let a_RI = CpuValues::new(&adapter.a)?;
+                    let b_OR = CpuValues::new(&adapter.b)?;
+                    lora.forward(&x_TI, &a_RI, &b_OR, &mut xa_TR, &mut y_TO);
+                    saved = Some(xa_TR);
                 }
-                y
+                y_TO
             }
             Op::Gelu { x } => {
-                let x = self.node_value(*x)?;
-                let mut y = arena.take(x.len())?;
-                gelu::forward(&x, &mut y);
-                y
+                let x_TF = self.node_value(*x)?;
+                let mut y_TF = arena.take(x_TF.len())?;
+                gelu::forward(&x_TF, &mut y_TF);
+                y_TF
             }
             Op::SwiGlu { gate, up } => {
-                let (gate, up) = (self.node_value(*gate)?, self.node_value(*up)?);
-                let mut y = arena.take(gate.len())?;
-                swiglu::forward(&gate, &up, &mut y);
-                y
+                let gate_TF = self.node_value(*gate)?;
+                let up_TF = self.node_value(*up)?;
+                let mut y_TF = arena.take(gate_TF.len())?;
+                swiglu::forward(&gate_TF, &up_TF, &mut y_TF);
+                y_TF
             }
             Op::AddPositions { x, table, in_place } => {
-                let mut y = self.take_input(*x, *in_place)?;
-                embedding::add(&CpuValues::new(table)?, &self.positions(), width, &mut y);
-                y
+                let mut y_TD = self.take_input(*x, *in_place)?;
+                let table = CpuValues::new(table)?;
+                embedding::add(&table, &self.positions(), width, &mut y_TD);
+                y_TD
             }
             Op::Rope { x, in_place } => {
-                let mut y = self.take_input(*x, *in_place)?;
-                self.rotate(&mut y, width, Rotation::Forward)?;
-                y
+                let mut y_TW = self.take_input(*x, *in_place)?;
+                self.rotate(&mut y_TW, width, Rotation::Forward)?;
+                y_TW
             }
             Op::Attention { layer, qkv, window } => {
-                let [q, k, v] = [
-                    self.node_value(qkv[0])?,
-                    self.node_value(qkv[1])?,
-                    self.node_value(qkv[2])?,
-                ];
-                let mut out = arena.take(q.len())?;
+                let [q, k, v] = *qkv;
+                let q_THC = self.node_value(q)?;
+                let k_TGC = self.node_value(k)?;
+                let v_TGC = self.node_value(v)?;
+                let mut out_THC = arena.take(q_THC.len())?;
                 let attention = self.attention_layer(*window);
                 if let KeyValueSource::Caches(caches) = &mut self.key_value_source {
-                    attend_caches(attention, *layer, [&q, &k, &v], caches, &mut out);
+                    let qkv = [&**q_THC, &**k_TGC, &**v_TGC];
+                    attend_caches(attention, *layer, qkv, caches, &mut out_THC);
                 } else {
-                    let mut lse = arena.take(q.len() / self.settings.heads.head_dim)?;
-                    attention.forward(&q, &k, &v, &mut out, &mut lse);
-                    saved = Some(lse);
+                    let mut lse_TH = arena.take(q_THC.len() / self.settings.heads.head_dim)?;
+                    attention.forward(&q_THC, &k_TGC, &v_TGC, &mut out_THC, &mut lse_TH);
+                    saved = Some(lse_TH);
                 }
-                out
+                out_THC
             }
         };
         let node = &mut self.nodes[id];
@@ -143,15 +167,15 @@ impl<'a> Tape<'a, '_> {
         }
     }
 
-    /// Applies the rotary embedding to rows of `width` channels, in place.
-    pub(super) fn rotate(&self, rows: &mut [f32], width: usize, rotation: Rotation) -> Result<()> {
+    /// Applies the rotary embedding to `x_TW`, rows of `width` channels, in place.
+    pub(super) fn rotate(&self, x_TW: &mut [f32], width: usize, rotation: Rotation) -> Result<()> {
         let rope = self.settings.rope.context(NO_ROPE)?;
         match &self.key_value_source {
-            KeyValueSource::Batch => rope.rotate_segments(rows, width, self.segments, rotation),
+            KeyValueSource::Batch => rope.rotate_segments(x_TW, width, self.segments, rotation),
             KeyValueSource::Caches(caches) => {
                 for (segment, cache) in self.segments.iter().zip(caches.iter()) {
-                    let rows = &mut rows[segment.start * width..segment.end * width];
-                    rope.rotate_rows(rows, width, cache.len(), rotation);
+                    let x_tW = &mut x_TW[segment.start * width..segment.end * width];
+                    rope.rotate_rows(x_tW, width, cache.len(), rotation);
                 }
             }
         }
@@ -164,9 +188,9 @@ impl<'a> Tape<'a, '_> {
 fn attend_caches(
     attention: Attention,
     layer: usize,
-    [q, k, v]: [&[f32]; 3],
+    [q_THC, k_TGC, v_TGC]: [&[f32]; 3],
     caches: &mut [&mut KvCache],
-    out: &mut [f32],
+    out_THC: &mut [f32],
 ) {
     let Attention {
         heads,
@@ -176,26 +200,22 @@ fn attend_caches(
     } = attention;
     let q_width = heads.query_width();
     let kv_width = heads.key_value_width();
-    let outs = split_segments(out, segments, q_width);
+    let segment_outputs = split_segments(out_THC, segments, q_width);
     segments
         .par_iter()
         .zip(caches.par_iter_mut())
-        .zip(outs)
-        .for_each(|((segment, cache), out)| {
-            let (keys, values) = cache.layer(layer);
-            keys.extend_from_slice(&k[segment.start * kv_width..segment.end * kv_width]);
-            values.extend_from_slice(&v[segment.start * kv_width..segment.end * kv_width]);
+        .zip(segment_outputs)
+        .for_each(|((segment, cache), out_tHC)| {
+            let LayerCache { k_SGC, v_SGC } = &mut cache.layers[layer];
+            k_SGC.extend_from_slice(segment_rows(k_TGC, segment, kv_width));
+            v_SGC.extend_from_slice(segment_rows(v_TGC, segment, kv_width));
             let attention = CachedAttention {
                 heads,
                 window,
                 precision,
-                k_SGC: keys,
-                v_SGC: values,
+                k_SGC,
+                v_SGC,
             };
-            attention.attend(
-                &q[segment.start * q_width..segment.end * q_width],
-                out,
-                None,
-            );
+            attention.attend(segment_rows(q_THC, segment, q_width), out_tHC, None);
         });
 }

@@ -1,5 +1,5 @@
-//! The graph on the CPU. Each fused operation runs immediately and is recorded; the backward pass goes
-//! through the record in reverse order.
+//! The graph on the CPU. Each fused operation runs immediately and is recorded; the backward pass visits the
+//! recorded operations in reverse order.
 //!
 //! | file | content |
 //! |---|---|
@@ -74,7 +74,7 @@ pub struct Tape<'a, 'c> {
     droppable: Vec<Rc<usize>>,
 }
 
-/// The index of a node. The number of references tells whether a later operation can read the node.
+/// The index of a node. A later operation can read the node as long as a handle exists.
 #[derive(Clone)]
 pub struct NodeHandle(Rc<usize>);
 
@@ -128,7 +128,7 @@ enum Op {
     AddPositions {
         x: usize,
         table: Tensor,
-        /// Overwrite x, which no other operation needs.
+        /// True if no other operation needs x, so that it can be overwritten.
         in_place: bool,
     },
     Rope {

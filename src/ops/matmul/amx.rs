@@ -43,27 +43,31 @@ pub(crate) struct Amx(());
 impl Amx {
     /// Detects AMX and requests permission to use it, once per process.
     pub(crate) fn detect() -> Option<Self> {
-        static FOUND: OnceLock<bool> = OnceLock::new();
-        FOUND.get_or_init(is_usable).then_some(Self(()))
+        static IS_USABLE: OnceLock<bool> = OnceLock::new();
+        IS_USABLE.get_or_init(is_usable).then_some(Self(()))
     }
 }
 
 #[cfg(target_os = "linux")]
 fn is_usable() -> bool {
+    /// Bits of CPUID leaf 7, register EDX.
     const AMX_BF16: u32 = 1 << 22;
     const AMX_TILE: u32 = 1 << 24;
+    /// `ARCH_REQ_XCOMP_PERM` of Linux.
     const REQUEST_PERMISSION: libc::c_long = 0x1023;
+    /// `XFEATURE_XTILE_DATA`: the contents of the tiles.
     const TILE_DATA: libc::c_long = 18;
-    let vectors = is_x86_feature_detected!("avx512f")
+    let has_vectors = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512bf16");
     // Every CPU with AVX-512 has this CPUID leaf.
-    let tiles = vectors && __cpuid_count(7, 0).edx & (AMX_BF16 | AMX_TILE) == AMX_BF16 | AMX_TILE;
+    let has_tiles =
+        has_vectors && __cpuid_count(7, 0).edx & (AMX_BF16 | AMX_TILE) == AMX_BF16 | AMX_TILE;
     // Linux saves the tiles of a process only on request, since 5.16.
     // SAFETY: the call only changes the permissions of this process.
-    tiles && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) } == 0
+    has_tiles && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) } == 0
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -124,8 +128,8 @@ fn pack<const PAIRS: bool>(part: FactorPart, packed: &mut [TileRow]) {
     }
 }
 
-/// Returns the tile of 16 lanes from `lane` and 32 terms from `term`. Each row holds one pair of terms
-/// with `PAIRS`, else one lane. Values past the end are zero.
+/// Returns the tile of the 16 lanes that begin at `lane` and the 32 terms that begin at `term`. With `PAIRS`, each
+/// row holds one pair of terms of all lanes; else, all terms of one lane. Values past the end are zero.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 #[inline]
 fn packed_tile<const PAIRS: bool>(part: FactorPart, lane: usize, term: usize) -> Tile {
@@ -203,6 +207,7 @@ fn bf16_row(values: __m512) -> __m512i {
     _mm512_cvtepu16_epi32(unsafe { std::mem::transmute::<__m256bh, __m256i>(rounded) })
 }
 
+/// Reinterprets 32 bf16 values as 16 integers of 32 bits.
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
 fn bits(values: __m512bh) -> __m512i {
@@ -210,7 +215,7 @@ fn bits(values: __m512bh) -> __m512i {
     unsafe { std::mem::transmute(values) }
 }
 
-/// Transposes a tile of 16 x 16 32-bit values, in rounds of one, two, four and eight.
+/// Transposes a tile of 16 x 16 32-bit values, in four rounds that exchange 1, 2, 4 and 8 values.
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn transposed(tile: Tile) -> Tile {
@@ -244,7 +249,7 @@ fn transposed(tile: Tile) -> Tile {
     a
 }
 
-/// The tile configuration of the CPU: eight tiles of 16 rows of 64 bytes.
+/// The tile configuration that the CPU loads: eight tiles of 16 rows of 64 bytes.
 #[repr(C, align(64))]
 struct TileConfig {
     palette: u8,
@@ -262,12 +267,14 @@ static TILE_CONFIG: TileConfig = TileConfig {
     rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
 };
 
+/// See [`Kernel::multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 fn multiply(rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip) {
     // SAFETY: the configuration is valid. Tiles belong to this thread, and are released below.
     unsafe {
         asm!("ldtilecfg [{}]", in(reg) &raw const TILE_CONFIG, options(nostack, readonly, preserves_flags));
     }
+    // The sums at the edge of the output, where fewer than 32 rows or columns are left.
     let mut edge = [[0.0f32; KERNEL_SIDE]; KERNEL_SIDE];
     for (j, cols) in cols.chunks_exact(depth * KERNEL_SIDE).enumerate() {
         let width = KERNEL_SIDE.min(strip.cols - j * KERNEL_SIDE);
@@ -295,7 +302,7 @@ fn multiply(rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip
             for (line, sums) in out.chunks_mut(strip.stride).take(height).zip(&edge) {
                 let mut remaining = &mut line[..width];
                 for sums in sums.chunks_exact(TILE_ROWS) {
-                    let (half, rest) = remaining.split_at_mut(TILE_ROWS.min(remaining.len()));
+                    let (half, next_half) = remaining.split_at_mut(TILE_ROWS.min(remaining.len()));
                     let sum = load(sums);
                     let sum = if strip.add {
                         _mm512_add_ps(load(half), sum)
@@ -304,7 +311,7 @@ fn multiply(rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip
                     };
                     // SAFETY: the mask selects as many values as `half` has.
                     unsafe { _mm512_mask_storeu_ps(half.as_mut_ptr(), mask(half.len()), sum) };
-                    remaining = rest;
+                    remaining = next_half;
                 }
             }
         }
@@ -327,7 +334,9 @@ unsafe fn tile(
     stride: usize,
     add: bool,
 ) {
-    // SAFETY: the accessed memory is that of the caller's contract.
+    // Sums: tmm0 and tmm1 in the upper 16 rows, tmm2 and tmm3 in the lower ones. A row of a tile has 64 bytes, a
+    // tile 1024. Each round of the loop reads the next two tiles of both factors, 2048 bytes each.
+    // SAFETY: the code reads and writes only the memory that the caller's contract describes.
     unsafe {
         let below = out.wrapping_add(TILE_ROWS * stride);
         asm!(

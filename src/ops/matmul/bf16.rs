@@ -51,6 +51,7 @@ mod x86 {
     use super::super::blocks::{FactorPart, Kernel, OutputStrip};
     use super::pack_pairs;
 
+    /// Rows and columns of a tile: 28 vectors of sums, which leave 4 of the 32 registers for the factors.
     const ROWS: usize = 14;
     const COLS: usize = 32;
     /// Number of f32 sums in a vector, and of bf16 pairs.
@@ -136,12 +137,12 @@ mod x86 {
                         let pointer = half.as_mut_ptr();
                         // SAFETY: the mask selects as many values as `half` has.
                         unsafe {
-                            let before = if strip.add {
+                            let previous = if strip.add {
                                 _mm512_maskz_loadu_ps(mask, pointer)
                             } else {
                                 _mm512_setzero_ps()
                             };
-                            _mm512_mask_storeu_ps(pointer, mask, _mm512_add_ps(before, sum));
+                            _mm512_mask_storeu_ps(pointer, mask, _mm512_add_ps(previous, sum));
                         }
                     }
                 }

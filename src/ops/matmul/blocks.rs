@@ -10,7 +10,7 @@ use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
 
 /// Approximate number of rows of a strip: its packed rows must stay in the second-level cache.
 const STRIP_ROWS: usize = 96;
-/// Maximum number of columns of the right factor packed at a time.
+/// Maximum number of columns of the right factor that are packed at a time.
 const MAX_COLUMNS: usize = 2048;
 /// Number of panels of the right factor packed by one task.
 const PANELS_PER_TASK: usize = 8;
@@ -24,12 +24,12 @@ pub(crate) struct Product<'a> {
     pub threads: Threads,
 }
 
-/// Computes tiles of [`Kernel::ROWS`] x [`Kernel::COLS`] values from packed panels.
+/// A kernel, which computes tiles of [`Kernel::ROWS`] x [`Kernel::COLS`] values from packed panels.
 ///
-/// A lane is a row of the left factor or a column of the right one. A panel holds [`Kernel::ROWS`] lanes of
-/// the left factor or [`Kernel::COLS`] lanes of the right one. Every [`Kernel::STEP`] terms of the sum form
-/// one element per lane, and the elements of all lanes of a panel are adjacent. Lanes and terms past the end
-/// of a factor are zero.
+/// A lane is a row of the left factor or a column of the right one. A term is an index of the inner dimension. A
+/// panel holds [`Kernel::ROWS`] lanes of the left factor or [`Kernel::COLS`] lanes of the right one. An element
+/// holds [`Kernel::STEP`] consecutive terms of one lane. Elements with the same terms are adjacent, lane after
+/// lane. Lanes and terms past the end of a factor are zero.
 pub(crate) trait Kernel: Copy + Sync {
     /// Rows of a tile.
     const ROWS: usize;
@@ -197,8 +197,8 @@ fn strips<K: Kernel>(
             let range = end(strip)..end(strip + 1);
             // The last row may be shorter than the stride.
             let len = (range.len() * stride).min(values.len());
-            let (strip, rest) = std::mem::take(&mut values).split_at_mut(len);
-            values = rest;
+            let (strip, later_rows) = std::mem::take(&mut values).split_at_mut(len);
+            values = later_rows;
             (range, strip)
         })
         .collect()

@@ -106,12 +106,13 @@ pub(crate) fn pack<const L: usize>(part: FactorPart, packed: &mut [f32]) {
             transpose::<L>(std::array::from_fn(lane), packed);
         }
     }
-    let done = if lane_stride == 1 || term_stride == 1 {
+    let packed_panels = if lane_stride == 1 || term_stride == 1 {
         full_panels
     } else {
         0
     };
-    for (index, packed) in packed.chunks_exact_mut(panel).enumerate().skip(done) {
+    let panels = packed.chunks_exact_mut(panel).enumerate();
+    for (index, packed) in panels.skip(packed_panels) {
         packed.fill(0.0);
         let first = index * L;
         for (t, packed) in packed.chunks_exact_mut(L).enumerate() {
@@ -126,16 +127,17 @@ pub(crate) fn pack<const L: usize>(part: FactorPart, packed: &mut [f32]) {
 #[inline(always)]
 fn transpose<const L: usize>(lanes: [&[f32]; L], packed: &mut [f32]) {
     let terms = packed.len() / L;
-    let mut done = 0;
+    let mut transposed_terms = 0;
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx") {
-        done = terms / RUN * RUN;
-        for start in (0..done).step_by(RUN) {
+        transposed_terms = terms / RUN * RUN;
+        for start in (0..transposed_terms).step_by(RUN) {
             // SAFETY: the feature was detected.
             unsafe { transpose_run(&lanes, start, &mut packed[start * L..(start + RUN) * L]) };
         }
     }
-    for (t, packed) in packed.chunks_exact_mut(L).enumerate().skip(done) {
+    let packed_terms = packed.chunks_exact_mut(L).enumerate();
+    for (t, packed) in packed_terms.skip(transposed_terms) {
         for (packed, lane) in packed.iter_mut().zip(lanes) {
             *packed = lane[t];
         }
@@ -240,12 +242,12 @@ impl<const R: usize, const C: usize> WithSimd for Multiply<'_, R, C> {
                     if width == C {
                         let (line, _) = S::as_mut_simd_f32s(line);
                         for (value, sum) in line.iter_mut().zip(sums) {
-                            let before = if strip.add {
+                            let previous = if strip.add {
                                 *value
                             } else {
                                 simd.splat_f32s(0.0)
                             };
-                            *value = simd.add_f32s(before, *sum);
+                            *value = simd.add_f32s(previous, *sum);
                         }
                     } else {
                         let mut padded = [0.0; C];
@@ -290,15 +292,18 @@ fn tile<S: Simd, const R: usize>(simd: S, rows: &[f32], cols: &[S::f32s]) -> [[S
 #[derive(Clone, Copy)]
 pub(crate) struct ScalarKernel;
 
+/// Rows and columns of a tile of [`ScalarKernel`].
+const SCALAR_SIDE: usize = 4;
+
 impl Kernel for ScalarKernel {
-    const ROWS: usize = 4;
-    const COLS: usize = 4;
+    const ROWS: usize = SCALAR_SIDE;
+    const COLS: usize = SCALAR_SIDE;
     const STEP: usize = 1;
     const DEPTH: usize = 256;
     type Element = f32;
 
     fn pack_rows(self, part: FactorPart, packed: &mut [f32]) {
-        pack::<4>(part, packed);
+        pack::<SCALAR_SIDE>(part, packed);
         packed.iter_mut().for_each(|value| *value = round(*value));
     }
 
@@ -307,21 +312,23 @@ impl Kernel for ScalarKernel {
     }
 
     fn multiply(self, rows: &[f32], cols: &[f32], depth: usize, strip: OutputStrip) {
-        for (j, cols) in cols.chunks_exact(depth * 4).enumerate() {
-            let width = 4.min(strip.cols - j * 4);
-            for (i, rows) in rows.chunks_exact(depth * 4).enumerate() {
-                let height = 4.min(strip.rows - i * 4);
-                let mut sums = [[0.0f32; 4]; 4];
-                for (row, col) in rows.chunks_exact(4).zip(cols.chunks_exact(4)) {
+        for (j, cols) in cols.chunks_exact(depth * SCALAR_SIDE).enumerate() {
+            let width = SCALAR_SIDE.min(strip.cols - j * SCALAR_SIDE);
+            for (i, rows) in rows.chunks_exact(depth * SCALAR_SIDE).enumerate() {
+                let height = SCALAR_SIDE.min(strip.rows - i * SCALAR_SIDE);
+                let mut sums = [[0.0f32; SCALAR_SIDE]; SCALAR_SIDE];
+                let col_terms = cols.chunks_exact(SCALAR_SIDE);
+                for (row, col) in rows.chunks_exact(SCALAR_SIDE).zip(col_terms) {
                     for (sums, row) in sums.iter_mut().zip(row) {
                         for (sum, col) in sums.iter_mut().zip(col) {
                             *sum += row * col;
                         }
                     }
                 }
-                let lines = strip.values[i * 4 * strip.stride..].chunks_mut(strip.stride);
+                let first_row = i * SCALAR_SIDE;
+                let lines = strip.values[first_row * strip.stride..].chunks_mut(strip.stride);
                 for (line, sums) in lines.take(height).zip(sums) {
-                    let line = &mut line[strip.first + j * 4..][..width];
+                    let line = &mut line[strip.first + j * SCALAR_SIDE..][..width];
                     for (value, sum) in line.iter_mut().zip(sums) {
                         *value = if strip.add { *value + sum } else { sum };
                     }

@@ -133,8 +133,10 @@ fn matmul_by_gemm(product: Product) {
             b.values.as_ptr(),
             b.col_stride as isize,
             b.row_stride as isize,
+            // Factors of the previous output and of the product.
             1.0f32,
             1.0f32,
+            // No complex conjugates.
             false,
             false,
             false,

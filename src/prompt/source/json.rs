@@ -55,19 +55,19 @@ fn read_array(path: &Path, file: &mut dyn BufRead, on_row: OnRow<'_>) -> Result<
     }
 }
 
-/// Returns the first byte that is not white space, without consuming it.
+/// Returns the first byte that is not white space, without consuming it. May consume white space before it.
 fn first_byte(file: &mut dyn BufRead) -> Option<u8> {
     loop {
         let buffer = file.fill_buf().ok()?;
-        let blank = buffer
+        let white_space = buffer
             .iter()
-            .take_while(|b| b.is_ascii_whitespace())
+            .take_while(|byte| byte.is_ascii_whitespace())
             .count();
-        match buffer.get(blank) {
+        match buffer.get(white_space) {
             Some(byte) => return Some(*byte),
             None if buffer.is_empty() => return None,
             // Consuming it is safe: white space before the first row has no meaning in either format.
-            None => file.consume(blank),
+            None => file.consume(white_space),
         }
     }
 }

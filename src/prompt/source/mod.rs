@@ -23,8 +23,8 @@ use anyhow::Result;
 use crate::prompt::source::rows::{OnRow, usage};
 
 /// Calls `on_row` for each row of `path`, as a JSON object: a line of plain text becomes `{"text": line}`, and every
-/// field of a table is a string. The file name's suffix determines the format. Files in all formats but Parquet may be
-/// compressed with gzip, with `.gz` after that suffix.
+/// field of a CSV or TSV file is a string. The suffix of the file name determines the format. Files of all formats
+/// except Parquet may be compressed with gzip; their names have `.gz` after the suffix.
 ///
 /// # Errors
 /// [`Exit::Usage`](crate::exit::Exit::Usage), with the line where it is known, if the content does not match the
@@ -71,6 +71,11 @@ fn read_parquet(path: &Path, _: OnRow<'_>) -> Result<()> {
     )))
 }
 
+/// Byte order mark of UTF-8.
+const UTF8_MARK: &[u8] = &[0xef, 0xbb, 0xbf];
+/// Byte order marks of UTF-16, little-endian and big-endian.
+const UTF16_MARKS: [[u8; 2]; 2] = [[0xff, 0xfe], [0xfe, 0xff]];
+
 /// Opens a text file, which may be compressed, and skips a UTF-8 byte order mark. Refuses pipes, devices and UTF-16.
 fn open(path: &Path) -> Result<Box<dyn BufRead + Send>> {
     let read_error = |error: std::io::Error| {
@@ -88,15 +93,15 @@ fn open(path: &Path) -> Result<Box<dyn BufRead + Send>> {
         )));
     }
     let mut file = crate::fs::open_data(path).map_err(read_error)?;
-    match file.fill_buf().map_err(read_error)? {
-        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => Err(usage(format!(
+    let start = file.fill_buf().map_err(read_error)?;
+    if UTF16_MARKS.iter().any(|mark| start.starts_with(mark)) {
+        return Err(usage(format!(
             "{} is saved as UTF-16: save it as UTF-8",
             path.display()
-        ))),
-        [0xef, 0xbb, 0xbf, ..] => {
-            file.consume(3);
-            Ok(file)
-        }
-        _ => Ok(file),
+        )));
     }
+    if start.starts_with(UTF8_MARK) {
+        file.consume(UTF8_MARK.len());
+    }
+    Ok(file)
 }

@@ -5,10 +5,11 @@ use serde_json::Value;
 
 use crate::exit::Exit;
 
-/// Callback for each row. Its number, counted from 1, is the line at which the row starts, or the index of the row in a
-/// JSON array or a Parquet file.
+/// Callback for each row, with the number of the row and the row. The number, counted from 1, is the line at which the
+/// row starts, or the index of the row in a JSON array or a Parquet file.
 pub(crate) type OnRow<'a> = &'a mut dyn FnMut(usize, Value) -> Result<()>;
 
+/// Returns a usage error.
 pub(crate) fn usage(message: String) -> anyhow::Error {
     Exit::Usage(message).into()
 }

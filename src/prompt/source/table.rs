@@ -103,7 +103,8 @@ enum FieldState {
 }
 
 /// Reader that records the line at which each row starts, and whether a quoted field is open at the end. The `csv`
-/// crate reports neither: its line is that of the previous row's end, which differs after `\r\n` and blank lines.
+/// crate reports neither: its line is the line at which the previous row ends, which differs after `\r\n` and blank
+/// lines.
 struct RowTracker<R> {
     file: R,
     delimiter: u8,
@@ -138,7 +139,7 @@ impl<R> RowTracker<R> {
         self.is_at_end && self.state == FieldState::Quoted
     }
 
-    /// Follows the same rules as the `csv` crate.
+    /// Updates the state for the next byte, by the rules of the `csv` crate.
     fn advance(&mut self, byte: u8) {
         let is_line_end = matches!(byte, b'\n' | b'\r');
         if self.state == FieldState::RowStart && !is_line_end {

@@ -251,9 +251,10 @@ fn apply_operator(
     charge_result(state, result)
 }
 
-/// Cost of a filter or a method in bytes: the data that it reads, and its result if that can be much larger.
+/// Returns the cost of a filter or a method in bytes: the size of the data that it reads, plus the size of its result
+/// if the result can be much larger.
 fn cost(name: &str, value: &Value, options: &[Value]) -> Result<usize, Error> {
-    let read = match name {
+    let read_bytes = match name {
         "count" | "d" | "default" | "first" | "items" | "keys" | "last" | "length" | "list"
         | "get" | "reverse" | "values" => shallow_size(value),
         _ => deep_size(value),
@@ -267,23 +268,27 @@ fn cost(name: &str, value: &Value, options: &[Value]) -> Result<usize, Error> {
     match name {
         "replace" => {
             let matches = value.as_str().unwrap_or_default().matches(text(0)).count();
-            Ok(read.saturating_add(matches.saturating_mul(text(1).len())))
+            Ok(read_bytes.saturating_add(matches.saturating_mul(text(1).len())))
         }
         // The method is called on the separator, the filter on the list.
         "join" if value.as_str().is_some() => {
-            let list = options.first().map_or(0, deep_size);
-            Ok(list.saturating_add((list / ELEMENT).saturating_mul(read)))
+            let list_bytes = options.first().map_or(0, deep_size);
+            Ok(list_bytes.saturating_add((list_bytes / ELEMENT).saturating_mul(read_bytes)))
         }
-        "join" => Ok(read.saturating_add((read / ELEMENT).saturating_mul(text(0).len()))),
-        "split" | "splitlines" | "lines" => Ok(read.saturating_mul(ELEMENT) / 4),
+        "join" => {
+            let separators = (read_bytes / ELEMENT).saturating_mul(text(0).len());
+            Ok(read_bytes.saturating_add(separators))
+        }
+        // An estimate, for parts of four bytes. `charge_result` charges for the real number of parts.
+        "split" | "splitlines" | "lines" => Ok(read_bytes.saturating_mul(ELEMENT) / 4),
         "format" => Err(refusal("it calls `format`")),
         "map" => match text(0) {
             "" | "int" | "length" | "list" | "lower" | "string" | "title" | "trim" | "upper" => {
-                Ok(read)
+                Ok(read_bytes)
             }
             other => Err(refusal(&format!("it maps the filter `{other}`"))),
         },
-        _ => Ok(read),
+        _ => Ok(read_bytes),
     }
 }
 
@@ -333,11 +338,11 @@ fn deep_size(value: &Value) -> usize {
             Some(text) => text.len(),
             None => ELEMENT,
         });
-        let nested = matches!(
+        let is_container = matches!(
             value.kind(),
             ValueKind::Seq | ValueKind::Map | ValueKind::Iterable
         );
-        let (true, Ok(elements)) = (nested, value.try_iter()) else {
+        let (true, Ok(elements)) = (is_container, value.try_iter()) else {
             return;
         };
         for element in elements {
@@ -358,7 +363,8 @@ fn deep_size(value: &Value) -> usize {
     total
 }
 
-/// Returns the error of a template that does something forbidden: `action`, a clause with `it`.
+/// Returns the error of a template that does something forbidden. `action` says what, as a clause that begins with
+/// `it`.
 pub(crate) fn refusal(action: &str) -> Error {
     Error::new(
         ErrorKind::InvalidOperation,

@@ -1,9 +1,9 @@
 //! Renders a model's chat template, and keeps template text and message contents apart.
 //!
-//! The two are tokenised differently: `<|im_end|>` is a control token where the template wrote it, and ten characters of
-//! text in a message. To separate them, the conversation is rendered twice: once unchanged, and once with a marker in
-//! place of each content. The second rendering shows where the template puts the contents, the first how it changes
-//! them.
+//! Template text and contents are tokenised differently: `<|im_end|>` is a control token where the template wrote it,
+//! and ten characters of text in a message. To separate them, the conversation is rendered twice: once unchanged, and
+//! once with a marker in place of each content. The second rendering shows where the template puts the contents, and
+//! the first rendering shows how the template changes them.
 //!
 //! | file | content |
 //! |---|---|
@@ -271,7 +271,7 @@ impl ChatTemplate {
     }
 }
 
-/// Begin and end of a marker: private-use characters, which no template searches for.
+/// First and last character of a marker: private-use characters, which no template searches for.
 const MARKER_START: char = '\u{F8F0}';
 const MARKER_END: char = '\u{F8F1}';
 
@@ -296,8 +296,8 @@ struct ContentPart<'a> {
 /// The opening and the closing tag of thinking.
 pub const THINKING_TAGS: (&str, &str) = ("<think>", "</think>");
 
-/// Splits an answer that begins with thinking into tags, thinking and answer, because some templates parse, move or drop
-/// thinking. Any other message is one part.
+/// Splits an answer that begins with thinking into tags, thinking and answer, because some templates parse, move or
+/// drop thinking. Any other message is one part.
 fn split_thinking<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
     let text = |text: &'a str| ContentPart {
         text,
@@ -323,8 +323,8 @@ struct ThinkingBlock {
     answer: usize,
 }
 
-/// Finds thinking at the beginning of a message, between its tags. The opening tag may be missing, as after a prompt that
-/// ends with it. The closing tag may be missing, as in a truncated answer.
+/// Finds thinking at the beginning of a message, between its tags. The opening tag is missing if the prompt ends with
+/// it; the closing tag is missing in an answer that was truncated.
 fn find_thinking(content: &str) -> Option<ThinkingBlock> {
     let (open, close) = THINKING_TAGS;
     let trimmed = content.trim_start();
@@ -343,10 +343,10 @@ fn find_thinking(content: &str) -> Option<ThinkingBlock> {
         Some(parts) => parts,
         None => (opened?, ""),
     };
-    let breaks = ['\n', '\r'];
-    let before = opened.map_or(0, |_| open.len()) + content.len() - trimmed.len();
-    let start = before + inside.len() - inside.trim_start_matches(breaks).len();
-    let inner = inside.trim_matches(breaks);
+    let line_breaks = ['\n', '\r'];
+    let inside_start = opened.map_or(0, |_| open.len()) + content.len() - trimmed.len();
+    let start = inside_start + inside.len() - inside.trim_start_matches(line_breaks).len();
+    let inner = inside.trim_matches(line_breaks);
     Some(ThinkingBlock {
         inner: start..start + inner.len(),
         answer: content.len() - answer.trim_start().len(),
@@ -358,8 +358,8 @@ pub fn answer_start(content: &str) -> usize {
     find_thinking(content).map_or(0, |thinking| thinking.answer)
 }
 
-/// Splits an answer that begins with thinking, as a model writes it, into four spans: tag, thinking, tag, answer. None for
-/// any other message.
+/// Splits an answer that begins with thinking, as a model writes it, into four spans: tag, thinking, tag, answer. None
+/// for any other message.
 pub fn thinking_spans(message: usize, content: &str) -> Option<[RenderedSpan; 4]> {
     let parts = split_thinking("assistant", content);
     let spans = parts.into_iter().map(|part| {
@@ -373,8 +373,8 @@ pub fn thinking_spans(message: usize, content: &str) -> Option<[RenderedSpan; 4]
     spans.collect::<Vec<_>>().try_into().ok()
 }
 
-/// Splits `unmarked` at the places of the markers in `marked`, which hold indices into `parts` (message index and text).
-/// Returns None if the two renderings also differ in other places.
+/// Splits `unmarked` at the places of the markers in `marked`, which hold indices into `parts` (message index and
+/// text). Returns None if the two renderings also differ in other places.
 fn split_at_markers(
     unmarked: &str,
     marked: &str,
@@ -383,7 +383,7 @@ fn split_at_markers(
 ) -> Option<Vec<RenderedSpan>> {
     let mut pieces = marked.split(marker);
     let first = pieces.next().unwrap_or_default();
-    let mut rest = unmarked.strip_prefix(first)?;
+    let mut remaining = unmarked.strip_prefix(first)?;
     let mut spans = Vec::new();
     push_template(&mut spans, first);
     let mut pieces = pieces.peekable();
@@ -392,7 +392,7 @@ fn split_at_markers(
         let &(message, content) = parts.get(number.parse::<usize>().ok()?)?;
         let is_last = pieces.peek().is_none();
         let (text, after) = printed_forms(content).into_iter().find_map(|form| {
-            let after = rest.strip_prefix(form)?.strip_prefix(template)?;
+            let after = remaining.strip_prefix(form)?.strip_prefix(template)?;
             (!is_last || after.is_empty()).then_some((form, after))
         })?;
         spans.push(RenderedSpan::Content {
@@ -400,9 +400,9 @@ fn split_at_markers(
             text: text.into(),
         });
         push_template(&mut spans, template);
-        rest = after;
+        remaining = after;
     }
-    rest.is_empty().then_some(spans)
+    remaining.is_empty().then_some(spans)
 }
 
 fn push_template(spans: &mut Vec<RenderedSpan>, text: &str) {
@@ -425,24 +425,24 @@ fn printed_forms(content: &str) -> [&str; 7] {
 }
 
 /// Replaces the `generation` tags of `transformers`, which mark the assistant's part and print nothing, by an `if` that
-/// is always true. Both strip the same white space.
+/// is always true. An `if` strips the same white space.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else {
+    let mut remaining = source;
+    while let Some(start) = remaining.find("{%") {
+        let Some(length) = remaining[start..].find("%}") else {
             break;
         };
-        let tag = &rest[start + 2..start + length];
-        out.push_str(&rest[..start + 2]);
+        let tag = &remaining[start + 2..start + length];
+        out.push_str(&remaining[..start + 2]);
         match tag.trim_matches(['-', '+', ' ', '\t', '\n']) {
             "generation" => out.push_str(&tag.replace("generation", "if true")),
             "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
             _ => out.push_str(tag),
         }
-        rest = &rest[start + length..];
+        remaining = &remaining[start + length..];
     }
-    out.push_str(rest);
+    out.push_str(remaining);
     out
 }
 

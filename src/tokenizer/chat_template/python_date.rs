@@ -10,16 +10,16 @@ use minijinja::{Error, ErrorKind};
 /// For a directive that Python does not document.
 pub(crate) fn format(format: &str, date: DateTime) -> Result<String, Error> {
     let mut text = String::new();
-    let mut rest = format;
-    while let Some(start) = rest.find('%') {
-        text.push_str(&rest[..start]);
-        rest = &rest[start..];
-        let flag_length = usize::from(rest[1..].starts_with('-'));
-        let Some(letter) = rest[1 + flag_length..].chars().next() else {
-            return Err(unknown(rest));
+    let mut remaining = format;
+    while let Some(start) = remaining.find('%') {
+        text.push_str(&remaining[..start]);
+        remaining = &remaining[start..];
+        let flag_length = usize::from(remaining[1..].starts_with('-'));
+        let Some(letter) = remaining[1 + flag_length..].chars().next() else {
+            return Err(unknown(remaining));
         };
         let end = 1 + flag_length + letter.len_utf8();
-        let directive = &rest[..end];
+        let directive = &remaining[..end];
         // jiff's format of the directive.
         let jiff_format = match letter {
             'a' | 'A' | 'b' | 'B' | 'd' | 'e' | 'F' | 'H' | 'I' | 'j' | 'm' | 'M' | 'p' | 'S'
@@ -36,9 +36,9 @@ pub(crate) fn format(format: &str, date: DateTime) -> Result<String, Error> {
         text.push_str(
             &part.map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))?,
         );
-        rest = &rest[end..];
+        remaining = &remaining[end..];
     }
-    text.push_str(rest);
+    text.push_str(remaining);
     Ok(text)
 }
 

@@ -7,6 +7,9 @@ use minijinja::{Error, ErrorKind, Value};
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
+/// Maximum indent, which limits the size of the result.
+const MAX_INDENT: usize = 16;
+
 /// Filter `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`
 /// of `transformers`.
 pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
@@ -15,8 +18,10 @@ pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
         Some(indent) => Some(indent),
         None => options.get::<Option<usize>>("indent")?,
     };
-    if indent.is_some_and(|width| width > 16) {
-        return Err(invalid("tojson supports an indent of at most 16 spaces"));
+    if indent.is_some_and(|width| width > MAX_INDENT) {
+        return Err(invalid(&format!(
+            "tojson supports an indent of at most {MAX_INDENT} spaces"
+        )));
     }
     let separators: Option<Vec<String>> = options.get("separators")?;
     let (item_separator, key_separator) = match separators.as_deref() {

@@ -29,15 +29,15 @@ impl Softmax {
         }
     }
 
-    /// Logarithm of e^((z - max) / tau), the unnormalised probability.
+    /// Returns the logarithm of e^((z - max) / tau), the unnormalised probability.
     #[inline(always)]
     fn log(self, logit: f32) -> f32 {
         (logit - self.max) * self.sharpness
     }
 }
 
-/// Computes the same as [`super::position()`], with the teacher's logits (V, or the size of the teacher's vocabulary)
-/// in place of its top-k.
+/// Computes the loss and the gradient like [`super::position()`], from the teacher's logits instead of its top-k. Their
+/// number is V or the size of the teacher's vocabulary.
 ///
 /// `tail`, `unbiased`, `damped` and both kinds of `renormalize` are identical here: the KL divergence. `temperature` is
 /// the loss of Hinton et al. (arXiv 1503.02531).
@@ -84,13 +84,13 @@ pub(crate) fn position(
             };
             let student_factor = scale * kd * tau / soft_student.sum;
             let teacher_factor = scale * kd * tau / soft_teacher.sum;
-            for (at, z) in logits_V.iter_mut().enumerate() {
+            for (id, z) in logits_V.iter_mut().enumerate() {
                 let student_term = ce_factor * math::exp(student.log(*z))
                     + student_factor * math::exp(soft_student.log(*z));
-                let teacher_logit = teacher_logits_V.get(at);
-                *z = student_term
-                    - teacher_logit
-                        .map_or(0.0, |l| teacher_factor * math::exp(soft_teacher.log(*l)));
+                let teacher_term = teacher_logits_V
+                    .get(id)
+                    .map_or(0.0, |l| teacher_factor * math::exp(soft_teacher.log(*l)));
+                *z = student_term - teacher_term;
             }
             value
         }
@@ -112,9 +112,9 @@ pub(crate) fn position(
             };
             let term = pair.term(divergence);
             let tail_factor = scale * kd * term.tail_slope / student.sum;
-            for (at, z) in logits_V.iter_mut().enumerate() {
+            for (id, z) in logits_V.iter_mut().enumerate() {
                 let e = math::exp(student.log(*z));
-                let slope = term.slopes_K.get(at);
+                let slope = term.slopes_K.get(id);
                 *z = ce_factor * e + slope.map_or(tail_factor * e, |slope| scale * kd * slope);
             }
             term.value
@@ -133,7 +133,7 @@ pub(crate) fn position(
     }
 }
 
-/// KL divergence from the teacher to the student.
+/// Returns the KL divergence from the teacher to the student.
 #[inline(always)]
 fn kl(logits_V: &[f32], teacher_logits_V: &[f32], student: Softmax, teacher: Softmax) -> f32 {
     let difference = math::sum_of_pairs(teacher_logits_V, logits_V, |l, z| {

@@ -31,8 +31,8 @@ use std::fmt;
 use crate::config::{KdMode, LossConfig};
 use crate::ops::math;
 
-/// Smallest tail of the teacher that is not rounding error. A smaller tail counts as 0 where it is a factor, and as
-/// this value in a logarithm.
+/// Smallest tail of the teacher that is not a rounding error. A smaller tail counts as 0 in a product, and as this
+/// value in a logarithm.
 const MIN_TAIL: f32 = 1e-6;
 
 /// Lower bound of the student's tail; it bounds the gradient.
@@ -157,7 +157,7 @@ struct EventProbs {
 /// may be 0.
 type ValueAndSlope = (f32, f32);
 
-/// P, the sum of the probabilities on K, and the tail 1 - P, which is 0 if it is mere rounding error.
+/// Returns P, the sum of the probabilities on K, and the tail 1 - P. A tail below [`MIN_TAIL`] is returned as 0.
 pub fn masses(teacher_logprobs_K: &[f32]) -> (f32, f32) {
     let mass: f64 = teacher_logprobs_K.iter().map(|l| f64::from(*l).exp()).sum();
     let tail = (1.0 - mass) as f32;
@@ -169,7 +169,7 @@ impl DistributionPair<'_> {
         self.tail.max(MIN_STUDENT_TAIL)
     }
 
-    /// The events of K, and the event of the tail.
+    /// Returns the events of K, and the event of the tail.
     fn events(&self) -> (impl Iterator<Item = EventProbs>, EventProbs) {
         let student = self.logits_K.iter().zip(self.probs_K);
         let inside = self
@@ -192,7 +192,7 @@ impl DistributionPair<'_> {
         (inside, tail)
     }
 
-    /// Value and gradient of `divergence`.
+    /// Computes the value and the gradient of `divergence`.
     pub fn term(&self, divergence: Divergence) -> DivergenceTerm {
         match divergence {
             Divergence::Damped(lambda) => self.damped(lambda),
@@ -200,60 +200,73 @@ impl DistributionPair<'_> {
             _ if self.teacher_logprobs_K.is_empty() => self.sum_over_events(forward_kl),
             Divergence::Tail => self.sum_over_events(forward_kl),
             Divergence::Temperature(tau) => self.tempered(tau),
-            Divergence::ReverseKl => self.sum_over_events(|b| {
-                let ratio = b.log_s - b.log_t;
-                (b.s * ratio, b.s * (ratio + 1.0))
+            Divergence::ReverseKl => self.sum_over_events(
+                |EventProbs {
+                     s, log_s, log_t, ..
+                 }| {
+                    let log_ratio = log_s - log_t;
+                    (s * log_ratio, s * (log_ratio + 1.0))
+                },
+            ),
+            Divergence::Jsd(beta) => self.sum_over_events(|EventProbs { t, log_t, s, log_s }| {
+                let log_m = log(beta * t + (1.0 - beta) * s);
+                let student_term = (1.0 - beta) * s * (log_s - log_m);
+                let teacher_term = weighted(beta * t, log_t - log_m);
+                (teacher_term + student_term, student_term)
             }),
-            Divergence::Jsd(beta) => self.sum_over_events(|b| {
-                let log_m = log(beta * b.t + (1.0 - beta) * b.s);
-                let of_student = (1.0 - beta) * b.s * (b.log_s - log_m);
-                let of_teacher = weighted(beta * b.t, b.log_t - log_m);
-                (of_teacher + of_student, of_student)
-            }),
-            Divergence::SkewKl(alpha) => self.sum_over_events(|b| {
-                let m = (alpha * b.t + (1.0 - alpha) * b.s).max(MIN_PROBABILITY);
-                let value = weighted(b.t, b.log_t - m.ln());
-                (value, -(1.0 - alpha) * b.t * (b.s / m))
-            }),
-            Divergence::SkewReverseKl(alpha) => self.sum_over_events(|b| {
-                let m = ((1.0 - alpha) * b.t + alpha * b.s).max(MIN_PROBABILITY);
-                let ratio = b.log_s - m.ln();
-                (b.s * ratio, b.s * (ratio + 1.0 - alpha * b.s / m))
-            }),
-            Divergence::Tvd => self.sum_over_events(|b| {
-                let sign = match b.s.total_cmp(&b.t) {
+            Divergence::SkewKl(alpha) => {
+                self.sum_over_events(|EventProbs { t, log_t, s, .. }| {
+                    let m = (alpha * t + (1.0 - alpha) * s).max(MIN_PROBABILITY);
+                    let value = weighted(t, log_t - m.ln());
+                    (value, -(1.0 - alpha) * t * (s / m))
+                })
+            }
+            Divergence::SkewReverseKl(alpha) => {
+                self.sum_over_events(|EventProbs { t, s, log_s, .. }| {
+                    let m = ((1.0 - alpha) * t + alpha * s).max(MIN_PROBABILITY);
+                    let log_ratio = log_s - m.ln();
+                    (s * log_ratio, s * (log_ratio + 1.0 - alpha * s / m))
+                })
+            }
+            Divergence::Tvd => self.sum_over_events(|EventProbs { t, s, .. }| {
+                let sign = match s.total_cmp(&t) {
                     std::cmp::Ordering::Less => -1.0,
                     std::cmp::Ordering::Equal => 0.0,
                     std::cmp::Ordering::Greater => 1.0,
                 };
-                (0.5 * (b.t - b.s).abs(), 0.5 * sign * b.s)
+                (0.5 * (t - s).abs(), 0.5 * sign * s)
             }),
             Divergence::Renormalize => self.renormalized(),
             Divergence::RenormalizeBoth => self.renormalized_both(),
         }
     }
 
-    /// The sum over the events of a function of t and s. With g_j its derivative with respect to s_j, the derivative
-    /// with respect to z_j is s_j g_j - s_j (sum_i s_i g_i); in the tail, q_j replaces s_j.
+    /// Sums `summand`, a function of t and s, over the events. With g_j its derivative with respect to s_j, the
+    /// derivative of the sum with respect to z_j is s_j g_j - s_j (sum_i s_i g_i) for j in K. For a token j outside K,
+    /// it is q_j g - q_j (sum_i s_i g_i), where g is the derivative with respect to the tail.
     fn sum_over_events(&self, summand: impl Fn(EventProbs) -> ValueAndSlope) -> DivergenceTerm {
         let (inside, tail) = self.events();
         let (mut value, tail_slope) = summand(tail);
-        let mut mean = tail_slope;
-        let mut slopes: Vec<(f32, f32)> = Vec::with_capacity(self.teacher_logprobs_K.len());
+        let mut slope_sum = tail_slope;
+        let mut slopes_and_s_K: Vec<(f32, f32)> = Vec::with_capacity(self.teacher_logprobs_K.len());
         for event in inside {
-            let (more, slope) = summand(event);
-            value += more;
-            mean += slope;
-            slopes.push((slope, event.s));
+            let (event_value, slope) = summand(event);
+            value += event_value;
+            slope_sum += slope;
+            slopes_and_s_K.push((slope, event.s));
         }
         DivergenceTerm {
             value,
-            slopes_K: slopes.iter().map(|(slope, s)| slope - s * mean).collect(),
-            tail_slope: tail_slope / tail.s - mean,
+            slopes_K: slopes_and_s_K
+                .iter()
+                .map(|(slope, s)| slope - s * slope_sum)
+                .collect(),
+            tail_slope: tail_slope / tail.s - slope_sum,
             label_slope: 0.0,
         }
     }
 
+    /// `damped` and, with `lambda` = 1, `unbiased`.
     fn damped(&self, lambda: f32) -> DivergenceTerm {
         let mut term = self.sum_over_events(forward_kl);
         if let Some(sample) = self.tail_sample {
@@ -270,23 +283,25 @@ impl DistributionPair<'_> {
         term
     }
 
+    /// `temperature`.
     fn tempered(&self, tau: f32) -> DivergenceTerm {
-        let teacher = softmax(self.teacher_logprobs_K, tau);
-        let student = softmax(self.logits_K, tau);
+        let teacher_K = softmax(self.teacher_logprobs_K, tau);
+        let student_K = softmax(self.logits_K, tau);
         let (mass, tail) = self.masses;
         let student_tail = self.student_tail();
         let student_mass = self.probs_K.iter().sum::<f32>().max(MIN_PROBABILITY);
-        let within: f32 = teacher
+        let kl_within_K: f32 = teacher_K
             .iter()
-            .zip(&student)
+            .zip(&student_K)
             .map(|((t, log_t), (_, log_s))| weighted(*t, log_t - log_s))
             .sum();
-        let between = mass * (mass / student_mass).ln() + weighted(tail, log(tail / student_tail));
+        let kl_of_masses =
+            mass * (mass / student_mass).ln() + weighted(tail, log(tail / student_tail));
         let total_mass = mass + tail;
         let mass_ratio = mass / student_mass;
-        let inside = teacher.iter().zip(&student).zip(self.probs_K);
+        let inside = teacher_K.iter().zip(&student_K).zip(self.probs_K);
         DivergenceTerm {
-            value: tau * tau * mass * within + between,
+            value: tau * tau * mass * kl_within_K + kl_of_masses,
             slopes_K: inside
                 .map(|(((t, _), (s, _)), q)| tau * mass * (s - t) + q * (total_mass - mass_ratio))
                 .collect(),
@@ -295,14 +310,15 @@ impl DistributionPair<'_> {
         }
     }
 
+    /// `renormalize`.
     fn renormalized(&self) -> DivergenceTerm {
-        let teacher = softmax(self.teacher_logprobs_K, 1.0);
-        let logits = teacher.iter().zip(self.logits_K);
+        let teacher_K = softmax(self.teacher_logprobs_K, 1.0);
+        let teacher_and_logits = teacher_K.iter().zip(self.logits_K);
         DivergenceTerm {
-            value: logits
+            value: teacher_and_logits
                 .map(|((t, log_t), z)| weighted(*t, log_t - (z - self.lse)))
                 .sum(),
-            slopes_K: teacher
+            slopes_K: teacher_K
                 .iter()
                 .zip(self.probs_K)
                 .map(|((t, _), q)| q - t)
@@ -312,16 +328,17 @@ impl DistributionPair<'_> {
         }
     }
 
+    /// `renormalize_both`.
     fn renormalized_both(&self) -> DivergenceTerm {
-        let teacher = softmax(self.teacher_logprobs_K, 1.0);
-        let student = softmax(self.logits_K, 1.0);
-        let parts = teacher.iter().zip(&student);
+        let teacher_K = softmax(self.teacher_logprobs_K, 1.0);
+        let student_K = softmax(self.logits_K, 1.0);
+        let events = teacher_K.iter().zip(&student_K);
         DivergenceTerm {
-            value: parts
+            value: events
                 .clone()
                 .map(|((t, log_t), (_, log_s))| weighted(*t, log_t - log_s))
                 .sum(),
-            slopes_K: parts.map(|((t, _), (s, _))| s - t).collect(),
+            slopes_K: events.map(|((t, _), (s, _))| s - t).collect(),
             tail_slope: 0.0,
             label_slope: 0.0,
         }
@@ -329,11 +346,15 @@ impl DistributionPair<'_> {
 }
 
 /// t log(t / s)
-fn forward_kl(b: EventProbs) -> ValueAndSlope {
-    (weighted(b.t, b.log_t - b.log_s), -b.t)
+fn forward_kl(
+    EventProbs {
+        t, log_t, log_s, ..
+    }: EventProbs,
+) -> ValueAndSlope {
+    (weighted(t, log_t - log_s), -t)
 }
 
-/// `weight * factor`, and 0 for a weight of 0 even if the factor is infinite.
+/// Returns `weight * factor`, and 0 for a weight of 0 even if the factor is infinite.
 fn weighted(weight: f32, factor: f32) -> f32 {
     if weight == 0.0 { 0.0 } else { weight * factor }
 }
@@ -342,10 +363,10 @@ fn log(probability: f32) -> f32 {
     probability.max(MIN_PROBABILITY).ln()
 }
 
-/// Pairs of softmax(values / tau) and its logarithm.
-fn softmax(values: &[f32], tau: f32) -> Vec<(f32, f32)> {
-    let max = math::max(values);
-    let sum: f32 = values.iter().map(|v| ((v - max) / tau).exp()).sum();
-    let logs = values.iter().map(|v| (v - max) / tau - sum.ln());
+/// Returns softmax(values_K / tau) and its logarithm, as a pair for each value.
+fn softmax(values_K: &[f32], tau: f32) -> Vec<(f32, f32)> {
+    let max = math::max(values_K);
+    let sum: f32 = values_K.iter().map(|v| ((v - max) / tau).exp()).sum();
+    let logs = values_K.iter().map(|v| (v - max) / tau - sum.ln());
     logs.map(|log| (log.exp(), log)).collect()
 }

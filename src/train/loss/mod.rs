@@ -1,8 +1,8 @@
 //! Loss of one supervised position, and its gradient with respect to the position's logits.
 //!
 //! With q = softmax(z) the student's distribution and y the emitted token, CE = -log q_y. The term KD of the soft
-//! labels is a [`divergence`]. All functions are pure and replace the logits with their gradient. They cost a few
-//! passes over the logits.
+//! labels is a [`divergence`]. All functions are pure, replace the logits with their gradient, and pass over the logits
+//! a few times.
 //!
 //! | file | content |
 //! |---|---|
@@ -47,10 +47,11 @@ use divergence::{DistributionPair, Divergence, DivergenceTerm, TailSample};
 /// # Unlisted end tokens
 /// If the teacher's logprobs leave out the end token ([`LossWeights::end`]), only positions where the answer did not
 /// end have soft labels. KD on these positions would teach the end token as part of the tail, and cross-entropy at the
-/// ends would teach it a second time. Therefore both distributions are compared without the end token, and KD gains the
-/// term -log(1 - q_end). Together with -log q_end at the ends, this is the likelihood of ending or not ending. The sum
-/// has its fixed point where the student equals the teacher. The teacher's probability of an end token outside the
-/// top-k is unknown: the student's probability is used instead, limited by the teacher's tail.
+/// ends of answers would teach it a second time. Therefore KD compares both distributions without the end token, and
+/// adds the term -log(1 - q_end). Together with the cross-entropy -log q_end at the ends of answers, this is the
+/// negative log-likelihood of the decision to end. The expected gradient of the sum is zero where the student equals
+/// the teacher. The teacher's probability of an end token outside the top-k is unknown: the student's probability is
+/// used instead, limited by the teacher's tail.
 ///
 /// `logits_V` has V entries; every id must be below V.
 #[inline(always)]
@@ -82,9 +83,9 @@ pub fn position(
         .map(|end| end.token)
         .filter(|&end| has_soft_labels && end != target.label);
     let teacher_end_in_K = end.and_then(|end| {
-        let at = ids_K.iter().position(|&id| id == end)?;
-        ids_K.swap_remove(at);
-        Some(logprobs_K.swap_remove(at).exp())
+        let index = ids_K.iter().position(|&id| id == end)?;
+        ids_K.swap_remove(index);
+        Some(logprobs_K.swap_remove(index).exp())
     });
     // With K masked, the sum over the vocabulary is the tail itself: no cancellation in 1 - Q.
     let logits_K: Vec<f32> = ids_K.iter().map(|&id| logits_V[id as usize]).collect();

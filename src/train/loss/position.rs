@@ -5,13 +5,13 @@ use std::fmt;
 use crate::ops::math;
 use crate::train::loss::divergence::Divergence;
 
-/// Lower bound of a negative log-likelihood, in nats; it bounds the ratio of two of them.
+/// Lower bound of the negative log-likelihoods of a chunk, in nats; it bounds their ratio.
 pub(crate) const MIN_NLL: f32 = 1e-6;
 
 /// Lower bound of the teacher's total probability of all tokens except the end token.
 pub(crate) const MIN_NON_END_MASS: f32 = 1e-6;
 
-/// Divergence of the soft labels (KD in the loss), and its weight kd.
+/// The loss term of the soft labels: a divergence (KD in the formula of [`LossWeights`]) and its weight (kd).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SoftTerm {
     pub divergence: Divergence,
@@ -88,8 +88,8 @@ pub struct PositionTarget<'a> {
 }
 
 impl PositionTarget<'_> {
-    /// The set K and the teacher's logprobs on it. Adds a label that the teacher sampled from outside its top-k,
-    /// except for `damped`, which treats this label as a sample of the tail.
+    /// Returns the set K and the teacher's logprobs on it. K includes a label that the teacher sampled from outside its
+    /// top-k, except for `damped`, which treats this label as a sample of the tail.
     pub(crate) fn candidates(&self, divergence: Divergence) -> (Vec<u32>, Vec<f32>) {
         let mut ids_K = self.soft_ids_K.to_vec();
         let mut logprobs_K = self.soft_logprobs_K.to_vec();
@@ -100,7 +100,9 @@ impl PositionTarget<'_> {
         {
             match ids_K.iter().position(|&id| id == self.label) {
                 // Two different tokens of the teacher may begin with the same token of the student.
-                Some(at) => logprobs_K[at] = math::logaddexp(logprobs_K[at], sampled),
+                Some(index) => {
+                    logprobs_K[index] = math::logaddexp(logprobs_K[index], sampled);
+                }
                 None => {
                     ids_K.push(self.label);
                     logprobs_K.push(sampled);
@@ -144,7 +146,7 @@ pub(crate) fn subtract_label(gradient_V: &mut [f32], label: usize, smoothing: f3
     gradient_V[label] -= weight * (1.0 - smoothing);
 }
 
-/// The teacher's most likely token.
+/// Returns the teacher's most likely token.
 pub(crate) fn most_likely(ids_K: &[u32], logprobs_K: &[f32]) -> Option<u32> {
     ids_K
         .iter()
@@ -153,7 +155,7 @@ pub(crate) fn most_likely(ids_K: &[u32], logprobs_K: &[f32]) -> Option<u32> {
         .map(|(&id, _)| id)
 }
 
-/// Index and value of the largest logit; the first one if several are equal.
+/// Returns index and value of the largest logit; the first one if several are equal.
 #[inline(always)]
 pub(crate) fn argmax(logits_V: &[f32]) -> (usize, f32) {
     let max = math::max(logits_V);
@@ -161,7 +163,7 @@ pub(crate) fn argmax(logits_V: &[f32]) -> (usize, f32) {
     (index, max)
 }
 
-/// Mean of the logits, needed for label smoothing alone; 0 without smoothing.
+/// Returns the mean of the logits, which only label smoothing needs; 0 without smoothing.
 #[inline(always)]
 pub(crate) fn mean_logit(logits_V: &[f32], smoothing: f32) -> f32 {
     if smoothing > 0.0 {

@@ -79,26 +79,26 @@ fn micro_batches_contain_each_example_once_within_the_limit() {
             let batch = Batch::new(micro.iter().copied());
             match tokens {
                 0 => assert!(micro.len() <= 7),
-                _ => assert!(batch.input_ids.len() <= tokens || micro.len() == 1),
+                _ => assert!(batch.input_ids_T.len() <= tokens || micro.len() == 1),
             }
             // Examples are unchanged, one after the other.
             let mut start = 0;
             let mut targets = 0;
-            for (example, segment) in micro.iter().zip(&batch.segments) {
+            for (example, segment) in micro.iter().zip(&batch.segments_B) {
                 let alone = Batch::new([*example]);
-                assert_eq!(*segment, start..start + alone.input_ids.len());
-                assert_eq!(batch.input_ids[segment.clone()], alone.input_ids);
-                for (at, position) in alone.positions.iter().enumerate() {
-                    assert_eq!(batch.positions[targets + at], start as u32 + position);
+                assert_eq!(*segment, start..start + alone.input_ids_T.len());
+                assert_eq!(batch.input_ids_T[segment.clone()], alone.input_ids_T);
+                for (at, position) in alone.positions_N.iter().enumerate() {
+                    assert_eq!(batch.positions_N[targets + at], start as u32 + position);
                 }
                 start = segment.end;
-                targets += alone.positions.len();
+                targets += alone.positions_N.len();
             }
             assert_eq!(
                 (start, targets),
-                (batch.input_ids.len(), batch.labels.len())
+                (batch.input_ids_T.len(), batch.labels_N.len())
             );
-            keys.extend(batch.keys);
+            keys.extend(batch.keys_B);
         }
         match tokens {
             0 => assert_eq!(cut.len(), 60usize.div_ceil(7)),

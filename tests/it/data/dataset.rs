@@ -113,21 +113,21 @@ fn examples_of_records_are_in_the_order_of_their_keys() {
     let soft = batch(2);
     let end = tokenizer.stop_ids()[0];
     // The few-shot answer in the prompt is not supervised.
-    assert_eq!(soft.labels, [ids.as_slice(), &[end]].concat());
+    assert_eq!(soft.labels_N, [ids.as_slice(), &[end]].concat());
     assert_eq!(
-        soft.input_ids[soft.positions[0] as usize + 1..],
-        soft.labels
+        soft.input_ids_T[soft.positions_N[0] as usize + 1..],
+        soft.labels_N
     );
     for (at, expected) in expected_soft.iter().enumerate() {
-        let range = soft.soft_offsets[at]..soft.soft_offsets[at + 1];
-        assert_eq!(soft.soft_ids[range.clone()], expected.ids);
+        let range = soft.soft_offsets_N1[at]..soft.soft_offsets_N1[at + 1];
+        assert_eq!(soft.soft_ids_NK[range.clone()], expected.ids);
         // Logprobs are kept bit by bit.
-        assert_eq!(soft.soft_logprobs[range], expected.logprobs);
+        assert_eq!(soft.soft_logprobs_NK[range], expected.logprobs);
     }
-    assert_eq!(soft.soft_offsets.len(), ids.len() + 2);
-    assert_eq!(soft.soft_offsets[ids.len() + 1], soft.soft_ids.len());
-    assert!(shifted.soft_ids.is_empty());
-    assert_eq!(cut.labels, ids, "a truncated answer has no end of turn");
+    assert_eq!(soft.soft_offsets_N1.len(), ids.len() + 2);
+    assert_eq!(soft.soft_offsets_N1[ids.len() + 1], soft.soft_ids_NK.len());
+    assert!(shifted.soft_ids_NK.is_empty());
+    assert_eq!(cut.labels_N, ids, "a truncated answer has no end of turn");
     assert_eq!(report.soft_positions, ids.len() as u64);
     assert_eq!(report.positions, 3 * ids.len() as u64 + 2);
     let expected = HashMap::from([
@@ -271,8 +271,8 @@ fn answers_to_one_prompt_are_merged_into_soft_labels() {
     for example in data.train().iter() {
         let batch = Batch::new([example]);
         let soft = |n: usize| {
-            let range = batch.soft_offsets[n]..batch.soft_offsets[n + 1];
-            (&batch.soft_ids[range.clone()], &batch.soft_logprobs[range])
+            let range = batch.soft_offsets_N1[n]..batch.soft_offsets_N1[n + 1];
+            (&batch.soft_ids_NK[range.clone()], &batch.soft_logprobs_NK[range])
         };
         let (first, logprobs) = soft(0);
         match example.key() {
@@ -286,12 +286,12 @@ fn answers_to_one_prompt_are_merged_into_soft_labels() {
                 assert!((logprobs[0] - 0.6f32.ln()).abs() < 1e-6);
                 assert!((logprobs[1] - 0.4f32.ln()).abs() < 1e-6);
                 // The answers are equal to the end, including the end-of-turn token.
-                let last = batch.labels.len() - 1;
+                let last = batch.labels_N.len() - 1;
                 let (ids, logprobs) = soft(last);
                 match sample {
-                    "0" | "1" => assert_eq!((ids, logprobs), (&batch.labels[last..], &[0.0][..])),
+                    "0" | "1" => assert_eq!((ids, logprobs), (&batch.labels_N[last..], &[0.0][..])),
                     "2" => assert!(ids.is_empty()),
-                    _ => assert_eq!(ids, &batch.labels[last..]),
+                    _ => assert_eq!(ids, &batch.labels_N[last..]),
                 }
             }
         }

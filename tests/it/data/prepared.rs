@@ -115,16 +115,16 @@ fn prepared_examples_match_their_answers() {
         let batch = Batch::new([example]);
         let ids = run.tokenizer.encode_text(&record.answer.text).unwrap();
         let end = run.tokenizer.stop_ids()[0];
-        assert_eq!(batch.labels, [ids.as_slice(), &[end]].concat());
+        assert_eq!(batch.labels_N, [ids.as_slice(), &[end]].concat());
         let expected = match record.logprobs {
             Some(_) => same_tokenizer(&run.tokenizer, &ids, 5).1,
             None => Vec::new(),
         };
         let logprobs: Vec<f32> = expected.iter().flat_map(|l| l.logprobs.clone()).collect();
         let soft: Vec<u32> = expected.iter().flat_map(|l| l.ids.clone()).collect();
-        assert_eq!(batch.soft_ids, soft);
+        assert_eq!(batch.soft_ids_NK, soft);
         let bits = |l: &[f32]| l.iter().map(|l| l.to_bits()).collect::<Vec<_>>();
-        assert_eq!(bits(&batch.soft_logprobs), bits(&logprobs));
+        assert_eq!(bits(&batch.soft_logprobs_NK), bits(&logprobs));
     }
 }
 

@@ -172,7 +172,7 @@ fn train(backend: Backend) -> TrainingResult {
             divergence: Divergence::Tail,
             weight: 0.5,
         }; 2],
-        scale: 1.0 / batch.positions.len() as f32,
+        scale: 1.0 / batch.positions_N.len() as f32,
         ..LossWeights::default()
     };
     let mut step = |number: u64| {

@@ -74,7 +74,7 @@ impl Trainable {
         kd: f32,
         activations: Activations,
     ) -> (f64, BTreeMap<String, Vec<f32>>) {
-        let positions: usize = batches.iter().map(|batch| batch.positions.len()).sum();
+        let positions: usize = batches.iter().map(|batch| batch.positions_N.len()).sum();
         let weights = LossWeights {
             soft: [SoftTerm {
                 divergence: Divergence::Tail,
@@ -112,19 +112,19 @@ impl Trainable {
     /// formula, the gradients from autograd.
     pub fn reference(&self, batch: &Batch, kd: f32) -> (f64, BTreeMap<String, Vec<f32>>) {
         let input = ModelInput {
-            input_ids: &batch.input_ids,
-            segments: &batch.segments,
-            positions: &batch.positions,
+            input_ids_T: &batch.input_ids_T,
+            segments_B: &batch.segments_B,
+            positions_N: &batch.positions_N,
         };
         let hidden = self.model.candle_hidden(input).unwrap();
         let logits = hidden.matmul(&self.model.head().t().unwrap()).unwrap();
         let logq = log_softmax(&logits, D::Minus1).unwrap();
         let mut terms = Vec::new();
-        for n in 0..batch.positions.len() {
+        for n in 0..batch.positions_N.len() {
             let logq = logq.get(n).unwrap();
             let logprob = |id: u32| logq.get(id as usize).unwrap();
-            let ce = logprob(batch.labels[n]).neg().unwrap();
-            let soft = batch.soft_offsets[n]..batch.soft_offsets[n + 1];
+            let ce = logprob(batch.labels_N[n]).neg().unwrap();
+            let soft = batch.soft_offsets_N1[n]..batch.soft_offsets_N1[n + 1];
             if soft.is_empty() {
                 terms.push(ce);
                 continue;
@@ -133,8 +133,8 @@ impl Trainable {
             let mut student_mass = Tensor::zeros((), DType::F32, &Device::Cpu).unwrap();
             let mut kl = student_mass.clone();
             for i in soft {
-                let l = batch.soft_logprobs[i] as f64;
-                let logq = logprob(batch.soft_ids[i]);
+                let l = batch.soft_logprobs_NK[i] as f64;
+                let logq = logprob(batch.soft_ids_NK[i]);
                 mass += l.exp();
                 student_mass = (student_mass + logq.exp().unwrap()).unwrap();
                 kl = (kl + (logq.neg().unwrap() + l).unwrap() * l.exp()).unwrap();
@@ -146,10 +146,10 @@ impl Trainable {
             terms.push((ce.affine(1.0 - kd, 0.0).unwrap() + kl.affine(kd, 0.0)).unwrap());
         }
         let mut loss = Tensor::stack(&terms, 0).unwrap().sum_all().unwrap();
-        for (span, nll) in &batch.chunks {
+        for (span, nll) in &batch.chunks_C {
             let label_loss = |n: usize| {
                 let logq = logq.get(n).unwrap();
-                logq.get(batch.labels[n] as usize).unwrap().neg().unwrap()
+                logq.get(batch.labels_N[n] as usize).unwrap().neg().unwrap()
             };
             let label_losses: Vec<Tensor> = span.clone().map(label_loss).collect();
             let b = Tensor::stack(&label_losses, 0).unwrap().sum_all().unwrap();
@@ -157,7 +157,7 @@ impl Trainable {
             let log = b.log().unwrap().affine(-a, a * a.ln() - a).unwrap();
             loss = (loss + ((b + log).unwrap() * ALM_WEIGHT).unwrap()).unwrap();
         }
-        let loss = (loss / batch.positions.len() as f64).unwrap();
+        let loss = (loss / batch.positions_N.len() as f64).unwrap();
         let store = loss.backward().unwrap();
         let get = |(name, var): (&String, &Var)| {
             let gradient = store
@@ -181,27 +181,27 @@ fn examples() -> Vec<Example> {
     let example = |(row, &length): (usize, &usize)| {
         let ids: Vec<u32> = (0..length + 1).map(|_| random.u32(..VOCABULARY)).collect();
         let mut batch = Batch {
-            segments: std::iter::once(0..length + 1).collect(),
-            keys: vec![row.to_string()],
-            soft_offsets: vec![0],
+            segments_B: std::iter::once(0..length + 1).collect(),
+            keys_B: vec![row.to_string()],
+            soft_offsets_N1: vec![0],
             ..Batch::default()
         };
         for position in random.usize(0..length)..length {
-            batch.positions.push(position as u32);
-            batch.labels.push(ids[position + 1]);
-            let number = batch.positions.len() - 1;
+            batch.positions_N.push(position as u32);
+            batch.labels_N.push(ids[position + 1]);
+            let number = batch.positions_N.len() - 1;
             if position % 5 == 3 && number > 0 {
-                batch.chunks.push((number - 1..number + 1, 2.5));
+                batch.chunks_C.push((number - 1..number + 1, 2.5));
             }
             if position % 5 < 2 || position % 5 == 4 {
                 batch
-                    .soft_ids
+                    .soft_ids_NK
                     .extend([3, ids[position + 1].max(10) - 6, 59]);
-                batch.soft_logprobs.extend([-1.2, -0.9, -2.5]);
+                batch.soft_logprobs_NK.extend([-1.2, -0.9, -2.5]);
             }
-            batch.soft_offsets.push(batch.soft_ids.len());
+            batch.soft_offsets_N1.push(batch.soft_ids_NK.len());
         }
-        batch.input_ids = ids;
+        batch.input_ids_T = ids;
         batch
     };
     let lengths = [70, 13, 1, 33, 2, 64, 65, 40];
@@ -211,29 +211,29 @@ fn examples() -> Vec<Example> {
 /// Concatenates examples to one batch.
 fn joined<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Batch {
     let mut batch = Batch {
-        soft_offsets: vec![0],
+        soft_offsets_N1: vec![0],
         ..Batch::default()
     };
     for example in examples {
-        let (token, soft) = (batch.input_ids.len(), batch.soft_ids.len());
-        let first = batch.labels.len();
-        let chunks = example.chunks.iter();
+        let (token, soft) = (batch.input_ids_T.len(), batch.soft_ids_NK.len());
+        let first = batch.labels_N.len();
+        let chunks = example.chunks_C.iter();
         let chunks = chunks.map(|(span, nll)| (first + span.start..first + span.end, *nll));
-        batch.chunks.extend(chunks);
-        batch.input_ids.extend(&example.input_ids);
-        batch.segments.push(token..batch.input_ids.len());
-        batch.keys.extend(example.keys.clone());
-        let positions = example.positions.iter();
+        batch.chunks_C.extend(chunks);
+        batch.input_ids_T.extend(&example.input_ids_T);
+        batch.segments_B.push(token..batch.input_ids_T.len());
+        batch.keys_B.extend(example.keys_B.clone());
+        let positions = example.positions_N.iter();
         batch
-            .positions
+            .positions_N
             .extend(positions.map(|position| position + token as u32));
-        batch.labels.extend(&example.labels);
-        let offsets = example.soft_offsets[1..].iter();
+        batch.labels_N.extend(&example.labels_N);
+        let offsets = example.soft_offsets_N1[1..].iter();
         batch
-            .soft_offsets
+            .soft_offsets_N1
             .extend(offsets.map(|offset| offset + soft));
-        batch.soft_ids.extend(&example.soft_ids);
-        batch.soft_logprobs.extend(&example.soft_logprobs);
+        batch.soft_ids_NK.extend(&example.soft_ids_NK);
+        batch.soft_logprobs_NK.extend(&example.soft_logprobs_NK);
     }
     batch
 }

@@ -61,28 +61,28 @@ impl Golden {
     /// Returns all sequences as one batch. The last token of each sequence is a label, not an input.
     fn batch(&self) -> Batch {
         let mut batch = Batch {
-            soft_offsets: vec![0],
+            soft_offsets_N1: vec![0],
             ..Batch::default()
         };
         for sequence in self.json["sequences"].as_array().unwrap() {
             let ids: Vec<u32> = serde_json::from_value(sequence["ids"].clone()).unwrap();
-            let start = batch.input_ids.len();
-            batch.input_ids.extend(&ids[..ids.len() - 1]);
-            batch.segments.push(start..batch.input_ids.len());
-            batch.keys.push(String::new());
+            let start = batch.input_ids_T.len();
+            batch.input_ids_T.extend(&ids[..ids.len() - 1]);
+            batch.segments_B.push(start..batch.input_ids_T.len());
+            batch.keys_B.push(String::new());
             let first = sequence["first"].as_u64().unwrap() as usize;
             for (index, soft) in sequence["soft"].as_array().unwrap().iter().enumerate() {
                 let position = first + index;
-                batch.positions.push((start + position) as u32);
-                batch.labels.push(ids[position + 1]);
+                batch.positions_N.push((start + position) as u32);
+                batch.labels_N.push(ids[position + 1]);
                 if !soft.is_null() {
                     let ids: Vec<u32> = serde_json::from_value(soft["ids"].clone()).unwrap();
                     let logprobs = soft["logprobs"].clone();
                     let logprobs: Vec<f32> = serde_json::from_value(logprobs).unwrap();
-                    batch.soft_ids.extend(ids);
-                    batch.soft_logprobs.extend(logprobs);
+                    batch.soft_ids_NK.extend(ids);
+                    batch.soft_logprobs_NK.extend(logprobs);
                 }
-                batch.soft_offsets.push(batch.soft_ids.len());
+                batch.soft_offsets_N1.push(batch.soft_ids_NK.len());
             }
         }
         batch
@@ -99,15 +99,15 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
     for name in CASES {
         let golden = Golden::load(name);
         let batch = golden.batch();
-        let positions: Vec<u32> = (0..batch.input_ids.len() as u32).collect();
+        let positions: Vec<u32> = (0..batch.input_ids_T.len() as u32).collect();
         let input = ModelInput {
-            input_ids: &batch.input_ids,
-            segments: &batch.segments,
-            positions: &positions,
+            input_ids_T: &batch.input_ids_T,
+            segments_B: &batch.segments_B,
+            positions_N: &positions,
         };
         let model = &golden.student.model;
         let logits = model.map_logits(input, |_, row| row.to_vec()).unwrap();
-        for (index, segment) in batch.segments.iter().enumerate() {
+        for (index, segment) in batch.segments_B.iter().enumerate() {
             let expected = golden.values(&format!("logits.{index}"));
             let ours = logits[segment.clone()].concat();
             let worst = ours.iter().zip(&expected).map(|(a, b)| (a - b).abs());
@@ -178,10 +178,10 @@ fn kv_cache_gives_the_logits_of_one_pass_in_every_architecture() {
         let model = &golden.student.model;
         let batch = golden.batch();
         // The two longest sequences. The second starts while the first decodes.
-        let a = batch.segments[0].clone();
-        let b = batch.segments[3].clone();
-        let first = &batch.input_ids[a];
-        let second = &batch.input_ids[b];
+        let a = batch.segments_B[0].clone();
+        let b = batch.segments_B[3].clone();
+        let first = &batch.input_ids_T[a];
+        let second = &batch.input_ids_T[b];
         let first_logits = golden.values("logits.0");
         let second_logits = golden.values("logits.3");
         let mut cache = model.new_cache();

@@ -57,9 +57,9 @@ fn reported_kl_equals_the_kl_of_both_models() {
     for example in data.validation().iter() {
         let batch = distill::data::batch::Batch::new([example]);
         let input = ModelInput {
-            input_ids: &batch.input_ids,
-            segments: &batch.segments,
-            positions: &batch.positions,
+            input_ids_T: &batch.input_ids_T,
+            segments_B: &batch.segments_B,
+            positions_N: &batch.positions_N,
         };
         let logits = |model: &Model| model.map_logits(input, |_, row| row.to_vec()).unwrap();
         for (student, teacher) in logits(&student).iter().zip(&logits(&teacher)) {

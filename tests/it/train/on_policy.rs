@@ -192,9 +192,9 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
         let positions: Vec<u32> = answer.clone().map(|at| at as u32 - 1).collect();
         let whole = 0..ids.len();
         let input = ModelInput {
-            input_ids: &ids,
-            segments: std::slice::from_ref(&whole),
-            positions: &positions,
+            input_ids_T: &ids,
+            segments_B: std::slice::from_ref(&whole),
+            positions_N: &positions,
         };
         let logprobs =
             |model: &Model| model.map_logits(input, |_, row| log_softmax(&row[..vocabulary]));
