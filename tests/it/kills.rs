@@ -1,7 +1,6 @@
 //! The real binary is killed, interrupted or started twice, at random moments.
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use distill::cache;
@@ -154,4 +153,5 @@ fn second_signal_stops_immediately() {
     assert_eq!(status.code(), Some(130), "{errors}");
     let elapsed = second_signal.elapsed();
     assert!(elapsed < Duration::from_secs(8), "{elapsed:?}");
+    assert!(!fixture.cache().join("responses.torn").exists());
 }
