@@ -134,7 +134,9 @@ impl Case {
             batch.segments_B.push(start..start + self.length);
             batch.keys_B.push(sequence.to_string());
             for at in 0..self.length {
-                batch.input_ids_T.push(random.u32(0..self.vocabulary as u32));
+                batch
+                    .input_ids_T
+                    .push(random.u32(0..self.vocabulary as u32));
                 if at < first {
                     continue;
                 }
@@ -142,7 +144,9 @@ impl Case {
                 batch.labels_N.push(random.u32(0..self.vocabulary as u32));
                 let soft = random.choose_multiple(0..self.vocabulary as u32, self.k);
                 let share = 0.95 / self.k.max(1) as f32;
-                batch.soft_logprobs_NK.extend(soft.iter().map(|_| share.ln()));
+                batch
+                    .soft_logprobs_NK
+                    .extend(soft.iter().map(|_| share.ln()));
                 batch.soft_ids_NK.extend(soft);
                 batch.soft_offsets_N1.push(batch.soft_ids_NK.len());
             }

@@ -25,7 +25,7 @@ fn stdout(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-/// Checks the exit status, and that stderr contains all of `parts`.
+/// Checks the exit status, and that stderr contains all of `parts` and no panic.
 #[track_caller]
 fn assert_refused(output: &Output, status: i32, parts: &[&str]) {
     let errors = String::from_utf8_lossy(&output.stderr);
@@ -72,7 +72,7 @@ impl Drop for Teacher {
     }
 }
 
-/// Creates a folder with a model, ten prompts and a config. Also returns the path of the config.
+/// Creates a folder with a model, ten prompts and a config. Returns the folder and the path of the config.
 fn run_folder(base_url: &str) -> (tempfile::TempDir, String) {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
@@ -132,17 +132,17 @@ fn harvest_train_and_eval_from_one_config() {
     let (dir, config) = run_folder(&teacher.base_url);
 
     let harvest = ["--json", "harvest", "-c", &config];
-    let first: serde_json::Value = serde_json::from_str(&stdout(&run(&harvest))).unwrap();
+    let harvested: serde_json::Value = serde_json::from_str(&stdout(&run(&harvest))).unwrap();
     assert_eq!(
-        (&first["ok"], &first["cached"]),
+        (&harvested["ok"], &harvested["cached"]),
         (&10.into(), &0.into()),
-        "{first}"
+        "{harvested}"
     );
-    let again: serde_json::Value = serde_json::from_str(&stdout(&run(&harvest))).unwrap();
+    let rerun: serde_json::Value = serde_json::from_str(&stdout(&run(&harvest))).unwrap();
     assert_eq!(
-        (&again["requests"], &again["cached"]),
+        (&rerun["requests"], &rerun["cached"]),
         (&0.into(), &10.into()),
-        "{again}"
+        "{rerun}"
     );
 
     let stats = stdout(&run(&["--json", "cache", "stats", "-c", &config]));
@@ -163,8 +163,7 @@ fn harvest_train_and_eval_from_one_config() {
     assert_eq!(report["truth"]["rows"], 10, "{report}");
     assert_eq!(report["teacher"]["kl"], validation["kl"], "{report}");
 
-    // The teacher on its own answers: the logprobs from HTTP and the cache are those of the model, so the
-    // divergence is almost 0.
+    // The divergence of the teacher from its own answers is almost 0, because HTTP and the cache preserve its logprobs.
     let model = format!("eval.model={}", teacher_model.display());
     let report = stdout(&run(&["--json", "eval", "-c", &config, "--set", &model]));
     let report: serde_json::Value = serde_json::from_str(&report).unwrap();
@@ -202,7 +201,7 @@ fn invalid_input_is_refused_with_a_hint() {
     assert_refused(&set("teacher.api_key_env=NO_SUCH_KEY"), 2, &["NO_SUCH_KEY"]);
     assert_refused(&set("teacher.model="), 2, &["teacher.model"]);
     assert_refused(&set("prompts.source=missing.jsonl"), 2, &["missing.jsonl"]);
-    // Port 9 is closed.
+    // Nothing listens on port 9.
     assert_refused(&set("limits.concurrency=1"), 1, &["http://127.0.0.1:9/v1"]);
     // `.invalid` is reserved for host names that do not exist.
     assert_refused(
@@ -255,8 +254,8 @@ fn damaged_or_newer_cache_is_refused() {
     std::fs::create_dir_all(&cache).unwrap();
     let golden = include_str!("golden/cache-v1.jsonl");
     let file = cache.join("responses.jsonl");
-    let first = golden.lines().next().unwrap().as_bytes();
-    let mut newer = distill::cache::line::decode(first).unwrap();
+    let first_line = golden.lines().next().unwrap().as_bytes();
+    let mut newer = distill::cache::line::decode(first_line).unwrap();
     newer.v = 99;
     std::fs::write(&file, distill::cache::line::encode(&newer).unwrap()).unwrap();
     assert_refused(
@@ -276,11 +275,8 @@ fn damaged_or_newer_cache_is_refused() {
 #[test]
 fn cache_lock_error_names_the_process() {
     let (dir, config) = run_folder("http://127.0.0.1:9/v1");
-    let cache = distill::cache::Cache::open(
-        &dir.path().join("run/cache"),
-        &distill::config::CacheConfig::default(),
-    );
-    let cache = cache.unwrap();
+    let settings = distill::config::CacheConfig::default();
+    let cache = distill::cache::Cache::open(&dir.path().join("run/cache"), &settings).unwrap();
     let pid = std::process::id().to_string();
     assert_refused(
         &run(&["harvest", "-c", &config]),

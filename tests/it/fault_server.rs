@@ -1,7 +1,7 @@
 //! A scripted HTTP/1.1 server on loopback that can also break the protocol.
 //!
-//! It writes to the TCP socket itself, since an HTTP library would refuse to produce these faults: a reset in the middle
-//! of a body, or a wrong `content-length`.
+//! It writes to the TCP socket itself, since an HTTP library would refuse to produce these faults: a reset in the
+//! middle of a body, or a wrong `content-length`.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -19,7 +19,7 @@ pub struct RecordedRequest {
     /// Number of earlier requests with the same body.
     pub repeat: usize,
     pub path: String,
-    /// Names in lower case.
+    /// Names in lower case, and values.
     pub headers: Vec<(String, String)>,
     pub body: Value,
     pub at: Instant,
@@ -27,8 +27,8 @@ pub struct RecordedRequest {
 
 impl RecordedRequest {
     pub fn header(&self, name: &str) -> Option<&str> {
-        let found = self.headers.iter().find(|(other, _)| other == name);
-        found.map(|(_, value)| value.as_str())
+        let header = self.headers.iter().find(|(other, _)| other == name);
+        header.map(|(_, value)| value.as_str())
     }
 
     /// Returns the content of the last message.
@@ -41,6 +41,7 @@ impl RecordedRequest {
 /// Reaction of the server to a request.
 #[derive(Debug, Clone)]
 pub enum Reaction {
+    /// Sends a complete reply: status, headers and body.
     Reply(u16, Vec<(&'static str, String)>, Vec<u8>),
     /// Waits before another reaction.
     After(Duration, Box<Reaction>),
@@ -105,6 +106,7 @@ pub fn answer(request: &RecordedRequest) -> Reaction {
     )
 }
 
+/// A running server, with the requests that it has received.
 pub struct FaultServer {
     pub base_url: String,
     requests: Arc<Mutex<Vec<RecordedRequest>>>,
@@ -183,11 +185,11 @@ async fn serve(
     Ok(())
 }
 
-/// Returns true if the connection can be used for another request.
+/// Reacts to a request. Returns true if the connection can be used for another one.
 async fn react(stream: &mut TcpStream, mut reaction: Reaction) -> std::io::Result<bool> {
-    while let Reaction::After(wait, then) = reaction {
+    while let Reaction::After(wait, next) = reaction {
         tokio::time::sleep(wait).await;
-        reaction = *then;
+        reaction = *next;
     }
     match reaction {
         Reaction::Reply(status, headers, body) => {
@@ -228,6 +230,7 @@ async fn send_half(stream: &mut TcpStream, body: &[u8]) -> std::io::Result<()> {
     stream.write_all(&body[..body.len() / 2]).await
 }
 
+/// Path, headers and JSON body of a request.
 type Request = (String, Vec<(String, String)>, Value);
 
 /// Reads the next request. Returns None if the client closed the connection.

@@ -1,4 +1,4 @@
-//! Model folders as transformers 4 and 5 write them, and what training writes.
+//! Model folders as transformers 4 and 5 write them, and the student folders that training writes.
 
 use std::collections::HashMap;
 use std::fs;
@@ -27,18 +27,18 @@ fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
     fs::write(path, value.to_string()).unwrap();
 }
 
-/// A model folder.
+/// Creates a model folder.
 fn folder() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     tiny::write_model(dir.path(), 1, 64);
     dir
 }
 
-fn stored(dir: &Path) -> Tensors {
+fn stored_weights(dir: &Path) -> Tensors {
     weights::load_file(&dir.join("model.safetensors")).unwrap()
 }
 
-/// Logits after a few tokens.
+/// Returns the logits after 20 tokens.
 fn logits(model: &Model) -> Vec<f32> {
     let ids: Vec<u32> = (0..20).map(|id| id * 7 % 200).collect();
     let input = ModelInput {
@@ -51,24 +51,25 @@ fn logits(model: &Model) -> Vec<f32> {
 }
 
 #[test]
-fn weights_without_the_prefix_of_a_headed_model_are_found() {
+fn weights_without_the_prefix_model_are_loaded() {
     let dir = folder();
     let expected = logits(&Model::load(dir.path()).unwrap());
-    let without = stored(dir.path()).into_iter().map(|(name, tensor)| {
+    let weights = stored_weights(dir.path()).into_iter();
+    let without_prefix = weights.map(|(name, tensor)| {
         let name = name.strip_prefix("model.").unwrap_or(&name).to_owned();
         (name, tensor)
     });
-    tiny::write_weights(dir.path(), &without.collect());
+    tiny::write_weights(dir.path(), &without_prefix.collect());
     assert_eq!(logits(&Model::load(dir.path()).unwrap()), expected);
 }
 
-/// Buffers of masks and the like, of a type that no weight has: they are named, and not read.
+/// Some folders contain buffers, such as attention masks, of a data type that weights do not have.
 #[test]
-fn tensors_that_no_one_uses_are_named_and_not_read() {
+fn unused_tensors_are_reported_and_not_read() {
     let dir = folder();
     let expected = logits(&Model::load(dir.path()).unwrap());
     let path = dir.path().join("model.safetensors");
-    let mut tensors = stored(dir.path());
+    let mut tensors = stored_weights(dir.path());
     let mask = Tensor::ones((4, 4), DType::U8, &Device::Cpu).unwrap();
     for layer in 0..2 {
         let name = format!("model.layers.{layer}.self_attn.bias");
@@ -80,20 +81,21 @@ fn tensors_that_no_one_uses_are_named_and_not_read() {
     candle_core::safetensors::save(&tensors, &path).unwrap();
     assert_eq!(logits(&Model::load(dir.path()).unwrap()), expected);
 
-    let done = Command::new(env!("CARGO_BIN_EXE_distill"))
+    let output = Command::new(env!("CARGO_BIN_EXE_distill"))
         .args(["generate", "--max-tokens", "2", "--model"])
         .arg(dir.path())
         .arg("hello")
         .output()
         .unwrap();
-    let told = String::from_utf8(done.stderr).unwrap();
-    assert!(done.status.success(), "{told}");
-    assert_eq!(told.matches("score.weight").count(), 1, "{told}");
-    assert!(told.contains("model.layers.*.self_attn.bias (2)"), "{told}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    assert_eq!(stderr.matches("score.weight").count(), 1, "{stderr}");
+    let buffers = "model.layers.*.self_attn.bias (2)";
+    assert!(stderr.contains(buffers), "{stderr}");
 }
 
 #[test]
-fn settings_that_are_null_are_as_good_as_absent() {
+fn null_settings_equal_missing_settings() {
     let dir = folder();
     let expected = logits(&Model::load(dir.path()).unwrap());
     edit(&dir.path().join("config.json"), |config| {
@@ -111,7 +113,7 @@ fn settings_that_are_null_are_as_good_as_absent() {
 }
 
 #[test]
-fn an_adapter_beside_the_weights_is_refused() {
+fn adapter_beside_the_weights_is_refused() {
     let dir = folder();
     fs::write(dir.path().join("adapter_config.json"), "{}").unwrap();
     let error = decoder::load(dir.path()).unwrap_err();
@@ -123,8 +125,8 @@ fn an_adapter_beside_the_weights_is_refused() {
     );
 }
 
-/// A run that takes a step with the model in `dir`.
-fn trained(dir: &Path) -> (Config, distill::train::summary::TrainSummary) {
+/// Trains the model in `dir` for one step at a learning rate of 0, so the weights stay the same.
+fn train_one_step(dir: &Path) -> (Config, distill::train::summary::TrainSummary) {
     let rows =
         r#"{"messages":[{"role":"user","content":"the"},{"role":"assistant","content":"in"}]}"#;
     fs::write(dir.join("rows.jsonl"), rows).unwrap();
@@ -147,7 +149,7 @@ fn trained(dir: &Path) -> (Config, distill::train::summary::TrainSummary) {
 }
 
 #[test]
-fn rope_settings_are_written_as_both_versions_read_them() {
+fn rope_settings_are_written_for_both_versions_of_transformers() {
     let llama3 = json!({
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
@@ -157,30 +159,29 @@ fn rope_settings_are_written_as_both_versions_read_them() {
         settings["rope_theta"] = 5e5.into();
         settings
     };
-    let plain = json!({"rope_type": "default"});
-    // As version 4 writes them, and as 5 does.
-    for (scaling, settings) in [(Value::Null, &plain), (llama3.clone(), &llama3)] {
-        let old = json!({"rope_theta": 5e5, "rope_scaling": scaling});
-        let new = json!({"rope_parameters": with_theta(settings)});
-        for spelling in [old, new] {
+    let default = json!({"rope_type": "default"});
+    for (scaling, settings) in [(Value::Null, &default), (llama3.clone(), &llama3)] {
+        let version_4 = json!({"rope_theta": 5e5, "rope_scaling": scaling});
+        let version_5 = json!({"rope_parameters": with_theta(settings)});
+        for rope_settings in [version_4, version_5] {
             let dir = folder();
             edit(&dir.path().join("config.json"), |config| {
                 for name in ["rope_theta", "rope_scaling", "rope_parameters"] {
                     config.as_object_mut().unwrap().remove(name);
                 }
-                for (name, value) in spelling.as_object().unwrap() {
+                for (name, value) in rope_settings.as_object().unwrap() {
                     config[name] = value.clone();
                 }
             });
             let expected = logits(&Model::load(dir.path()).unwrap());
-            let (config, summary) = trained(dir.path());
+            let (config, summary) = train_one_step(dir.path());
             let written = json_of(&config.student_dir().join("config.json"));
-            assert_eq!(written["rope_theta"], 5e5, "{spelling}");
-            assert_eq!(written["rope_scaling"], scaling, "{spelling}");
+            assert_eq!(written["rope_theta"], 5e5, "{rope_settings}");
+            assert_eq!(written["rope_scaling"], scaling, "{rope_settings}");
             assert_eq!(
                 written["rope_parameters"],
                 with_theta(settings),
-                "{spelling}"
+                "{rope_settings}"
             );
             let changes = summary.changes.join("\n");
             assert!(changes.contains("config.json: rope settings"), "{changes}");
@@ -193,7 +194,7 @@ fn rope_settings_are_written_as_both_versions_read_them() {
 }
 
 #[test]
-fn what_saving_changes_is_said() {
+fn changes_of_settings_by_saving_are_reported() {
     let dir = folder();
     edit(&dir.path().join("config.json"), |config| {
         config["quantization_config"] = json!({"quant_method": "fp8"});
@@ -202,7 +203,7 @@ fn what_saving_changes_is_said() {
         config["tokenizer_class"] = "TokenizersBackend".into();
         config["extra_special_tokens"] = json!(["<|im_start|>"]);
     });
-    let (config, summary) = trained(dir.path());
+    let (config, summary) = train_one_step(dir.path());
     let student = config.student_dir();
     let written = json_of(&student.join("config.json"));
     assert_eq!(written["quantization_config"], Value::Null);
@@ -220,14 +221,13 @@ fn what_saving_changes_is_said() {
     ] {
         assert!(changes.contains(word), "{changes}");
     }
-    // A second time, there is nothing left to change.
+    // Saving the saved student again changes nothing.
     let second = dir.path().join("second");
     fs::rename(&student, &second).unwrap();
-    let (_, summary) = trained(&second);
+    let (_, summary) = train_one_step(&second);
     assert_eq!(summary.changes, [""; 0]);
 }
 
-/// Before the first step, rather than in the step whose batch they come in.
 #[test]
 fn examples_longer_than_the_context_of_the_model_are_left_out() {
     let dir = folder();
@@ -236,53 +236,57 @@ fn examples_longer_than_the_context_of_the_model_are_left_out() {
         json!({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "in"}]})
     };
     let rows = [row(1), row(200), row(2)].map(|row| row.to_string());
-    let (mut config, _) = trained(dir.path());
+    let (mut config, _) = train_one_step(dir.path());
     fs::write(dir.path().join("rows.jsonl"), rows.join("\n")).unwrap();
     config.train.batch_size = 3;
     let summary = train::run(&config, StartMode::Fresh.into()).unwrap();
     assert_eq!((summary.data.records, summary.data.kept), (3, 2));
     let shown = summary.data.to_string();
     assert!(shown.contains("1 longer than 64 tokens"), "{shown}");
-    let context = ModelConfig::load(dir.path()).unwrap();
-    assert_eq!(context.max_position_embeddings, 64);
+    let model_config = ModelConfig::load(dir.path()).unwrap();
+    assert_eq!(model_config.max_position_embeddings, 64);
 }
 
 #[test]
 fn contradictory_folders_are_refused_by_name() {
-    let rope = |value: Value| {
+    let set_rope_parameters = |value: Value| {
         move |dir: &Path| {
             edit(&dir.join("config.json"), |config| {
                 config["rope_parameters"] = value
             })
         }
     };
-    let twice = |dir: &Path| {
-        let mut tensors = stored(dir);
+    let repeat_norm = |dir: &Path| {
+        let mut tensors = stored_weights(dir);
         let norm = tensors["model.norm.weight"].clone();
         tensors.insert("norm.weight".into(), norm);
         tiny::write_weights(dir, &tensors);
     };
     type Change = Box<dyn FnOnce(&Path)>;
     let cases: [(Change, &str); 3] = [
-        (Box::new(twice), "model.norm.weight twice"),
+        (Box::new(repeat_norm), "model.norm.weight twice"),
         (
-            Box::new(rope(json!({"full_attention": {"rope_theta": 1e6}}))),
+            Box::new(set_rope_parameters(
+                json!({"full_attention": {"rope_theta": 1e6}}),
+            )),
             "per layer type",
         ),
         (
-            Box::new(rope(json!({"rope_type": "default", "rope_theta": "1e6"}))),
+            Box::new(set_rope_parameters(
+                json!({"rope_type": "default", "rope_theta": "1e6"}),
+            )),
             "expected a number",
         ),
     ];
-    for (change, word) in cases {
+    for (change, expected) in cases {
         let dir = folder();
         change(dir.path());
         let error = decoder::load(dir.path()).unwrap_err();
         let message = format!("{error:#}");
-        assert!(message.contains(word), "{message}");
+        assert!(message.contains(expected), "{message}");
         assert_eq!(Exit::code_of(&error), 2, "{message}");
     }
-    // An empty map is as good as none.
+    // An empty `rope_scaling` equals a missing one.
     let dir = folder();
     edit(&dir.path().join("config.json"), |config| {
         config["rope_scaling"] = json!({});
@@ -295,11 +299,10 @@ fn contradictory_folders_are_refused_by_name() {
     );
 }
 
-/// At the start, and not when the student is written.
 #[test]
-fn settings_that_cannot_be_written_are_refused_before_training() {
+fn settings_that_cannot_be_saved_are_refused_before_training() {
     let dir = folder();
-    let (config, _) = trained(dir.path());
+    let (config, _) = train_one_step(dir.path());
     fs::write(dir.path().join("generation_config.json"), "null").unwrap();
     fs::remove_dir_all(&config.run_dir).unwrap();
     let error = train::run(&config, StartMode::Fresh.into()).unwrap_err();

@@ -23,7 +23,7 @@ fn write_atomic_replaces_the_file_and_leaves_no_temporary_file() {
         write_atomic(&path, content.as_bytes()).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), content);
     }
-    // A reader that holds the old file keeps it: the new one is another file.
+    // A reader that has opened the old file still reads it, because the new one is another file.
     let old = fs::File::open(&path).unwrap();
     write_atomic(&path, b"third").unwrap();
     assert_eq!(std::io::read_to_string(old).unwrap(), "second");
@@ -34,11 +34,11 @@ fn write_atomic_replaces_the_file_and_leaves_no_temporary_file() {
 fn failed_write_names_its_file_and_cleans_up() {
     let dir = tempfile::tempdir().unwrap();
     // The path is a folder, so the rename fails.
-    let path = dir.path().join("taken");
+    let path = dir.path().join("folder");
     create_dir_all(&path.join("inside")).unwrap();
     let error = write_atomic(&path, b"x").unwrap_err();
-    assert!(error.to_string().contains("taken"), "{error}");
-    assert_eq!(names(dir.path()), ["taken"]);
+    assert!(error.to_string().contains("folder"), "{error}");
+    assert_eq!(names(dir.path()), ["folder"]);
     let error = write_atomic(&dir.path().join("missing/file"), b"x").unwrap_err();
     assert!(error.to_string().contains("missing/file"), "{error}");
 }
@@ -157,7 +157,7 @@ fn log_file_keeps_lines_with_invalid_utf8() {
 }
 
 #[test]
-fn files_of_others_survive_rewriting_a_folder() {
+fn foreign_files_survive_rewriting_a_folder() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("student");
     std::fs::create_dir_all(folder.join("notes")).unwrap();

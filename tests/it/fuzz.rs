@@ -1,5 +1,4 @@
-//! Row Z: the fuzz targets on their corpus, and on mutations of it. `tests/nightly.sh` runs them under
-//! libFuzzer.
+//! The fuzz targets on their corpus, and on mutations of it. `tests/nightly.sh` runs them under libFuzzer.
 
 #[path = "../fuzz/targets.rs"]
 mod targets;
@@ -8,7 +7,7 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-/// One to eight small changes.
+/// Applies one to eight random changes.
 fn mutate(bytes: &[u8], others: &[Vec<u8>], random: &mut fastrand::Rng) -> Vec<u8> {
     const WORDS: [&[u8]; 12] = [
         b"\"",
@@ -26,27 +25,27 @@ fn mutate(bytes: &[u8], others: &[Vec<u8>], random: &mut fastrand::Rng) -> Vec<u
     ];
     let mut bytes = bytes.to_vec();
     for _ in 0..random.usize(1..=8) {
-        let at = random.usize(..=bytes.len());
-        let to = random.usize(at..=bytes.len().min(at + 40));
+        let start = random.usize(..=bytes.len());
+        let end = random.usize(start..=bytes.len().min(start + 40));
         match random.u8(..7) {
-            0 if at < bytes.len() => bytes[at] ^= 1 << random.u8(..8),
-            1 => drop(bytes.splice(at..to, [])),
+            0 if start < bytes.len() => bytes[start] ^= 1 << random.u8(..8),
+            1 => drop(bytes.splice(start..end, [])),
             2 => {
                 let word = WORDS[random.usize(..WORDS.len())];
-                bytes.splice(at..at, word.iter().copied());
+                bytes.splice(start..start, word.iter().copied());
             }
             3 => {
-                let piece = bytes[at..to].to_vec();
-                let place = random.usize(..=bytes.len());
-                bytes.splice(place..place, piece);
+                let piece = bytes[start..end].to_vec();
+                let target = random.usize(..=bytes.len());
+                bytes.splice(target..target, piece);
             }
-            4 => bytes.truncate(at),
+            4 => bytes.truncate(start),
             5 => {
                 let other = &others[random.usize(..others.len())];
                 let from = random.usize(..=other.len());
-                bytes.splice(at..to, other[from..].iter().take(200).copied());
+                bytes.splice(start..end, other[from..].iter().take(200).copied());
             }
-            _ if at < bytes.len() => bytes[at] = random.u8(..),
+            _ if start < bytes.len() => bytes[start] = random.u8(..),
             _ => {}
         }
     }
@@ -54,7 +53,7 @@ fn mutate(bytes: &[u8], others: &[Vec<u8>], random: &mut fastrand::Rng) -> Vec<u
 }
 
 #[test]
-fn no_bytes_are_too_strange() {
+fn fuzz_targets_survive_their_corpus_and_mutations() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus");
     let targets: Vec<_> = fs::read_dir(corpus)
         .unwrap()
@@ -71,7 +70,7 @@ fn no_bytes_are_too_strange() {
                     .map(|entry| entry.unwrap().path())
                     .collect();
                 paths.sort();
-                assert!(paths.len() >= 3, "{name} has hardly a corpus");
+                assert!(paths.len() >= 3, "the corpus of {name} is too small");
                 let seeds: Vec<_> = paths.iter().map(|path| fs::read(path).unwrap()).collect();
                 let mut random = fastrand::Rng::with_seed(26);
                 let mutants = 3_000 / seeds.len();
@@ -90,9 +89,9 @@ fn no_bytes_are_too_strange() {
     });
 }
 
-/// The corpus is made of good files: a target that refuses everything would prove nothing.
+/// A corpus of inputs that are all refused would test only the first check of a target.
 #[test]
-fn the_corpus_reaches_what_it_is_for() {
+fn corpus_contains_valid_inputs() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus");
     let files = |name: &str| -> Vec<Vec<u8>> {
         let entries = fs::read_dir(corpus.join(name)).unwrap();
@@ -100,18 +99,18 @@ fn the_corpus_reaches_what_it_is_for() {
             .map(|entry| fs::read(entry.unwrap().path()).unwrap())
             .collect()
     };
-    let decoded = files("record");
+    let records = files("record");
     assert!(
-        decoded
+        records
             .iter()
             .any(|bytes| distill::cache::line::decode(bytes).is_ok())
     );
     let configs = files("config");
-    let parsed = configs.iter().filter(|bytes| {
+    let valid_configs = configs.iter().filter(|bytes| {
         let text = std::str::from_utf8(bytes).unwrap();
         distill::config::parse(Path::new("config.toml"), text).is_ok()
     });
-    assert!(parsed.count() >= 2);
+    assert!(valid_configs.count() >= 2);
     let caches = files("cache");
     assert!(
         caches

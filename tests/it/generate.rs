@@ -1,4 +1,4 @@
-//! Generation of answers to a list of prompts.
+//! Generation of answers to a list of prompts in batches.
 
 use distill::model::Model;
 use distill::model::batcher::{FinishReason, GenerateOptions};
@@ -46,7 +46,7 @@ fn options(temperature: f64, max_tokens: usize) -> GenerateOptions {
     }
 }
 
-/// Returns prompts of 1 to 1,401 tokens. The longest need several steps.
+/// Returns prompts of 1 to 1,401 tokens. The longest ones are encoded in several steps.
 fn prompts() -> Vec<Vec<u32>> {
     (0..8)
         .map(|index| {
@@ -95,7 +95,7 @@ fn generated_answers_are_in_order_and_report_every_token() {
         assert_eq!(answer.text, String::from_utf8_lossy(&bytes));
         assert!(
             answer.ids.iter().all(|&id| id <= end_of_turn),
-            "padding is never emitted"
+            "a padding token was emitted"
         );
     }
     for finish_reason in [FinishReason::Stop, FinishReason::Length] {

@@ -46,7 +46,7 @@ fn header(edit: impl Fn(&mut Value) + 'static) -> Box<dyn Fn(&Path)> {
     })
 }
 
-/// Replaces the weights by a shard and an index that lists `file`.
+/// Replaces the weights by a shard, and an index that lists `file`.
 fn index_with(file: &'static str) -> Box<dyn Fn(&Path)> {
     Box::new(move |dir| {
         fs::rename(dir.join("model.safetensors"), dir.join("part.safetensors")).unwrap();

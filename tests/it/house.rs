@@ -1,8 +1,8 @@
-//! The invariants of `src/lib.rs` that the source itself can show.
+//! The invariants of `src/lib.rs` that can be checked in the source.
 
 use std::path::{Path, PathBuf};
 
-/// Every source file under `src/`, as its path below it and its code without its tests.
+/// Returns the path below `src/` and the code of every source file, without comments, unit tests and `tests.rs` files.
 pub(crate) fn sources() -> Vec<(String, String)> {
     fn walk(dir: &Path, files: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(dir).unwrap() {
@@ -17,10 +17,12 @@ pub(crate) fn sources() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     walk(&root, &mut files);
-    // `mod tests;` is compiled for tests alone.
     files.retain(|path| {
         let is_tests = path.file_name().is_some_and(|name| name == "tests.rs");
-        is_tests.then(|| assert_is_for_tests(path)).is_none()
+        if is_tests {
+            assert_is_only_for_tests(path);
+        }
+        !is_tests
     });
     files
         .into_iter()
@@ -40,12 +42,12 @@ pub(crate) fn sources() -> Vec<(String, String)> {
         .collect()
 }
 
-/// The module that holds a `tests.rs` declares it for tests alone.
-fn assert_is_for_tests(path: &Path) {
+/// Checks that the parent module of a `tests.rs` compiles it only for tests.
+fn assert_is_only_for_tests(path: &Path) {
     let folder = path.parent().unwrap();
-    let holders = [folder.join("mod.rs"), folder.with_extension("rs")];
-    let holder = holders.iter().find(|path| path.exists()).unwrap();
-    let text = std::fs::read_to_string(holder).unwrap();
+    let parents = [folder.join("mod.rs"), folder.with_extension("rs")];
+    let parent = parents.iter().find(|path| path.exists()).unwrap();
+    let text = std::fs::read_to_string(parent).unwrap();
     assert!(
         text.contains("#[cfg(test)]\nmod tests;"),
         "{}",
@@ -53,8 +55,8 @@ fn assert_is_for_tests(path: &Path) {
     );
 }
 
-/// The files whose code holds one of `words`.
-fn holders(words: &[&str]) -> Vec<String> {
+/// Returns the files whose code contains one of `words`.
+fn files_with(words: &[&str]) -> Vec<String> {
     sources()
         .into_iter()
         .filter(|(_, code)| words.iter().any(|word| code.contains(word)))
@@ -62,25 +64,26 @@ fn holders(words: &[&str]) -> Vec<String> {
         .collect()
 }
 
+/// Checks that only files whose path begins with one of `rooms` contain one of `words`.
 #[track_caller]
 fn only_in(words: &[&str], rooms: &[&str]) {
-    for name in holders(words) {
-        let at_home = rooms.iter().any(|room| name.starts_with(room));
+    for name in files_with(words) {
+        let is_allowed = rooms.iter().any(|room| name.starts_with(room));
         assert!(
-            at_home,
-            "{name} holds one of {words:?}; its rooms are {rooms:?}"
+            is_allowed,
+            "{name} contains one of {words:?}, which are allowed only in {rooms:?}"
         );
     }
     assert!(
-        !holders(words).is_empty(),
-        "nothing holds {words:?}: the test is out of date"
+        !files_with(words).is_empty(),
+        "no file contains {words:?}: the test is out of date"
     );
 }
 
 #[test]
-fn tensors_and_the_network_live_apart() {
+fn tensor_and_network_crates_are_used_in_separate_rooms() {
     only_in(&["candle_"], &["model/", "ops/", "train/"]);
-    // log.rs names them to silence them; fuzz.rs reads header lines.
+    // log.rs names the crates to silence their logs; fuzz.rs parses headers.
     only_in(
         &["reqwest", "async_openai"],
         &["client/", "rate_limit/", "harvest/fuzz.rs", "log.rs"],
@@ -90,19 +93,19 @@ fn tensors_and_the_network_live_apart() {
 }
 
 #[test]
-fn unsafe_code_lives_in_ops_and_each_block_says_why() {
+fn unsafe_code_is_only_in_ops_with_a_safety_comment_per_block() {
     only_in(&["unsafe {"], &["ops/"]);
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    for name in holders(&["unsafe {"]) {
+    for name in files_with(&["unsafe {"]) {
         let text = std::fs::read_to_string(root.join(&name)).unwrap();
         let count = |word: &str| text.matches(word).count();
-        let places = count("unsafe {") + count("unsafe impl");
-        assert_eq!(places, count("// SAFETY:"), "{name}");
+        let blocks = count("unsafe {") + count("unsafe impl");
+        assert_eq!(blocks, count("// SAFETY:"), "{name}");
     }
 }
 
 #[test]
-fn files_are_written_in_two_places() {
+fn files_are_written_only_by_fs_and_cache() {
     only_in(
         &[
             "fs::write(",
@@ -119,16 +122,16 @@ fn files_are_written_in_two_places() {
 }
 
 #[test]
-fn the_key_is_exposed_in_one_expression() {
-    let exposed: usize = sources()
+fn api_key_is_exposed_in_one_expression() {
+    let expressions: usize = sources()
         .iter()
         .map(|(_, code)| code.matches("expose_secret(").count())
         .sum();
-    assert_eq!(exposed, 1);
+    assert_eq!(expressions, 1);
 }
 
 #[test]
-fn nothing_panics_on_purpose_outside_of_tests() {
+fn unwrap_expect_and_todo_are_only_in_tests() {
     for (name, code) in sources() {
         for word in [
             ".unwrap()",
@@ -137,7 +140,7 @@ fn nothing_panics_on_purpose_outside_of_tests() {
             "unimplemented!(",
             "dbg!(",
         ] {
-            assert!(!code.contains(word), "{name} holds {word}");
+            assert!(!code.contains(word), "{name} contains {word}");
         }
     }
 }

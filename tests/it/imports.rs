@@ -1,12 +1,12 @@
-//! The arrows between files, read from their `use` lines: rooms import only from rooms below them, and no files
-//! import each other in a circle.
+//! Imports between source files, read from their `use` lines and inline paths: rooms import only from rooms on lower
+//! floors, and the imports of files form no cycle.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use crate::house::sources;
 
-/// The rooms from the ground up. Rooms of one floor do not import each other.
+/// The rooms of each floor, from the lowest one. Rooms on the same floor do not import each other.
 const FLOORS: [&[&str]; 14] = [
     &["ops", "fs", "terminal", "exit", "log", "clock"],
     &["config", "signal"],
@@ -24,83 +24,95 @@ const FLOORS: [&[&str]; 14] = [
     &["main", "lib"],
 ];
 
-/// A module path below the crate, as in `["cache", "writer"]`.
+/// A module path below the crate, such as `["cache", "writer"]`.
 type ModulePath = Vec<String>;
 
-/// The source files of a crate, and who imports whom.
+/// A path that a file names.
+struct NamedPath {
+    /// The deepest module of the path.
+    module: ModulePath,
+    /// The names after the module. Empty if the path is a module.
+    names: Vec<String>,
+    /// Whether the path is in a `pub use`.
+    is_export: bool,
+}
+
+/// The source files of the crate and the imports between them.
 struct Imports {
     /// File of each module.
     files: BTreeMap<ModulePath, String>,
-    /// Names that a module exports from another one: (module, name) -> (module, name).
+    /// Re-exports: (exporting module, name) -> (defining module, name).
     exported: BTreeMap<(ModulePath, String), (ModulePath, String)>,
-    /// (importing file, imported file) -> names.
-    arrows: BTreeMap<(String, String), BTreeSet<String>>,
+    /// Imported names by (importing file, imported file).
+    edges: BTreeMap<(String, String), BTreeSet<String>>,
 }
 
 impl Imports {
-    /// Reads sources, given as path below `src/` and code without tests and comments.
+    /// Reads the imports from sources as returned by [`sources`].
     fn read(sources: &[(String, String)]) -> Imports {
         let mut imports = Imports {
             files: BTreeMap::new(),
             exported: BTreeMap::new(),
-            arrows: BTreeMap::new(),
+            edges: BTreeMap::new(),
         };
         for (file, _) in sources.iter().filter(|(file, _)| file != "main.rs") {
             imports.files.insert(module_of(file), file.clone());
         }
         for (file, code) in sources {
-            for (path, is_export) in imports.paths_of(file, code) {
-                let (module, rest) = path;
-                if is_export && let Some(name) = rest.last() {
+            for path in imports.paths_of(file, code) {
+                if path.is_export
+                    && let Some(name) = path.names.last()
+                {
                     let exported = (module_of(file), name.clone());
-                    imports.exported.insert(exported, (module, rest[0].clone()));
+                    let defined = (path.module, path.names[0].clone());
+                    imports.exported.insert(exported, defined);
                 }
             }
         }
         for (file, code) in sources {
-            for ((module, rest), is_export) in imports.paths_of(file, code) {
-                let Some(name) = rest.first().filter(|_| !is_export) else {
+            for path in imports.paths_of(file, code) {
+                let Some(name) = path.names.first().filter(|_| !path.is_export) else {
                     continue;
                 };
-                let owner = imports.owner(module, name);
+                let owner = imports.owner(path.module, name);
                 if owner != *file {
-                    let arrow = (file.clone(), owner);
-                    imports
-                        .arrows
-                        .entry(arrow)
-                        .or_default()
-                        .insert(name.clone());
+                    let edge = (file.clone(), owner);
+                    imports.edges.entry(edge).or_default().insert(name.clone());
                 }
             }
         }
         imports
     }
 
-    /// The paths that a file names, as a module and the rest, and whether it exports them.
-    fn paths_of(&self, file: &str, code: &str) -> Vec<((ModulePath, Vec<String>), bool)> {
+    /// Returns the paths of this crate that a file names in `use` statements or inline.
+    fn paths_of(&self, file: &str, code: &str) -> Vec<NamedPath> {
         let mut paths = Vec::new();
         let mut imported: BTreeMap<String, ModulePath> = BTreeMap::new();
-        let mut others = String::new();
-        let mut rest = code;
-        while let Some(start) = find_use(rest) {
-            let line = rest[..start].rfind('\n').map_or(0, |at| at + 1);
-            let end = start + rest[start..].find(';').expect("a `use` ends");
-            others.push_str(&rest[..line]);
-            let is_export = rest[line..start].contains("pub");
-            for path in expand(&rest[start + 4..end]) {
-                let module = &self.module_at(file, code, code.len() - rest.len() + start);
+        let mut code_without_use = String::new();
+        let mut unread = code;
+        while let Some(start) = find_use(unread) {
+            let line_start = unread[..start].rfind('\n').map_or(0, |at| at + 1);
+            let end = start + unread[start..].find(';').expect("a `use` ends");
+            code_without_use.push_str(&unread[..line_start]);
+            let is_export = unread[line_start..start].contains("pub");
+            for path in expand(&unread[start + "use ".len()..end]) {
+                let module = &self.module_at(file, code, code.len() - unread.len() + start);
                 if let Some((module, names)) = self.resolve(&path, module) {
                     if names.is_empty() {
                         imported.extend(module.last().map(|name| (name.clone(), module.clone())));
                     }
-                    paths.push(((module, names), is_export));
+                    paths.push(NamedPath {
+                        module,
+                        names,
+                        is_export,
+                    });
                 }
             }
-            rest = &rest[end + 1..];
+            unread = &unread[end + 1..];
         }
-        others.push_str(rest);
+        code_without_use.push_str(unread);
         let module = module_of(file);
-        for path in inline_paths(&others) {
+        for path in inline_paths(&code_without_use) {
             let path = match imported.get(&path[0]) {
                 Some(module) => ["crate".to_owned()]
                     .iter()
@@ -110,17 +122,22 @@ impl Imports {
                     .collect(),
                 None => path,
             };
-            paths.extend(self.resolve(&path, &module).map(|path| (path, false)));
+            let resolved = self.resolve(&path, &module);
+            paths.extend(resolved.map(|(module, names)| NamedPath {
+                module,
+                names,
+                is_export: false,
+            }));
         }
         paths
     }
 
-    /// The module at a byte of a file, which may hold modules itself.
+    /// Returns the module of the code at byte `at` of a file. The file may contain inline modules.
     fn module_at(&self, file: &str, code: &str, at: usize) -> ModulePath {
         let mut module = module_of(file);
         let mut from = 0;
-        while let Some(found) = code[from..at].find("mod ") {
-            let name_start = from + found + 4;
+        while let Some(offset) = code[from..at].find("mod ") {
+            let name_start = from + offset + "mod ".len();
             let line_end = name_start + code[name_start..].find(['{', ';', '\n']).unwrap_or(0);
             let is_open = code[line_end..].starts_with('{');
             let close = code[line_end..]
@@ -134,44 +151,45 @@ impl Imports {
         module
     }
 
-    /// Splits a path that is named in `module` into the deepest module and the names behind it. None for other crates.
+    /// Splits a path in the code of `module` into its deepest module and the names after it. Returns None for a path of
+    /// another crate.
     fn resolve(&self, path: &[String], module: &ModulePath) -> Option<(ModulePath, Vec<String>)> {
         let mut names = path.iter().filter(|name| *name != "self").peekable();
-        let mut at = module.clone();
+        let mut module = module.clone();
         match path[0].as_str() {
             "crate" | "distill" => {
                 names.next();
-                at.clear();
+                module.clear();
             }
             "super" => {
                 while names.next_if(|name| *name == "super").is_some() {
-                    at.pop();
+                    module.pop();
                 }
             }
             "self" => {}
             child => {
-                at.push(child.to_owned());
-                if !self.files.contains_key(&at) {
+                module.push(child.to_owned());
+                if !self.files.contains_key(&module) {
                     return None;
                 }
-                at.pop();
+                module.pop();
             }
         }
         while let Some(name) = names.peek() {
-            at.push((*name).clone());
-            if !self.files.contains_key(&at) {
-                at.pop();
+            module.push((*name).clone());
+            if !self.files.contains_key(&module) {
+                module.pop();
                 break;
             }
             names.next();
         }
-        Some((at, names.cloned().collect()))
+        Some((module, names.cloned().collect()))
     }
 
-    /// The file that defines a name, behind the modules that only export it.
+    /// Returns the file that defines a name. Follows re-exports.
     fn owner(&self, mut module: ModulePath, name: &str) -> String {
         let mut name = name.to_owned();
-        // A few steps: an export may lead to itself.
+        // Re-exports are short chains. The bound ends a chain that leads to itself.
         for _ in 0..4 {
             let exported = self.exported.get(&(module.clone(), name.clone()));
             (module, name) = exported.cloned().unwrap_or((module, name));
@@ -180,35 +198,36 @@ impl Imports {
         self.files.get(&module).cloned().unwrap_or_default()
     }
 
-    /// Arrows that do not lead down from room to room.
+    /// Describes the imports from another room that is not on a lower floor.
     fn upward(&self) -> Vec<String> {
         let floor = |file: &str| {
             let room = room_of(file);
             let floor = FLOORS.iter().position(|rooms| rooms.contains(&room));
-            floor.unwrap_or_else(|| panic!("{file}: the room `{room}` stands on no floor"))
+            floor.unwrap_or_else(|| panic!("{file}: FLOORS does not contain the room `{room}`"))
         };
-        let arrows = self.arrows.iter();
-        let upward = arrows
-            .filter(|((from, to), _)| room_of(from) != room_of(to) && floor(from) <= floor(to));
-        upward
+        let is_upward =
+            |from: &str, to: &str| room_of(from) != room_of(to) && floor(from) <= floor(to);
+        let edges = self.edges.iter();
+        edges
+            .filter(|((from, to), _)| is_upward(from, to))
             .map(|((from, to), names)| format!("{from} imports {names:?} from {to}"))
             .collect()
     }
 
-    /// Files that reach themselves by the arrows.
-    fn in_circles(&self) -> Vec<String> {
-        let mut left: BTreeSet<&String> = self.files.values().collect();
-        let mut arrows: BTreeSet<(&String, &String)> =
-            self.arrows.keys().map(|(a, b)| (a, b)).collect();
-        // A file without an arrow to or from the others is in no circle.
+    /// Returns the files that import themselves through other files, and those between two such cycles.
+    fn in_cycles(&self) -> Vec<String> {
+        let mut files: BTreeSet<&String> = self.files.values().collect();
+        let mut edges: BTreeSet<(&String, &String)> =
+            self.edges.keys().map(|(from, to)| (from, to)).collect();
+        // Removes files that import no remaining file, or that no remaining file imports, until there are none.
         loop {
-            let from: BTreeSet<&String> = arrows.iter().map(|(from, _)| *from).collect();
-            let to: BTreeSet<&String> = arrows.iter().map(|(_, to)| *to).collect();
-            let before = left.len();
-            left.retain(|file| from.contains(file) && to.contains(file));
-            arrows.retain(|(from, to)| left.contains(from) && left.contains(to));
-            if left.len() == before {
-                return left.into_iter().cloned().collect();
+            let from: BTreeSet<&String> = edges.iter().map(|(from, _)| *from).collect();
+            let to: BTreeSet<&String> = edges.iter().map(|(_, to)| *to).collect();
+            let before = files.len();
+            files.retain(|file| from.contains(file) && to.contains(file));
+            edges.retain(|(from, to)| files.contains(from) && files.contains(to));
+            if files.len() == before {
+                return files.into_iter().cloned().collect();
             }
         }
     }
@@ -227,25 +246,25 @@ fn room_of(file: &str) -> &str {
     room.unwrap_or_default().trim_end_matches(".rs")
 }
 
-/// The byte at which the next `use` statement begins.
+/// Returns the byte at which the next `use` statement begins.
 fn find_use(code: &str) -> Option<usize> {
     let mut from = 0;
-    while let Some(at) = code[from..].find("use ").map(|at| from + at) {
-        let line = code[..at].rfind('\n').map_or(0, |at| at + 1);
-        let before = code[line..at].trim();
+    while let Some(start) = code[from..].find("use ").map(|offset| from + offset) {
+        let line_start = code[..start].rfind('\n').map_or(0, |at| at + 1);
+        let before = code[line_start..start].trim();
         let is_first = before.is_empty() || (before.starts_with("pub") && !before.contains(' '));
-        // A text may contain the word at the beginning of a line.
+        // A string literal may contain the word at the beginning of a line.
         let is_of_tree = |char: char| char.is_alphanumeric() || "_:{},* \n".contains(char);
-        let tree = code[at..].split(';').next().unwrap_or_default();
+        let tree = code[start..].split(';').next().unwrap_or_default();
         if is_first && tree.chars().all(is_of_tree) {
-            return Some(at);
+            return Some(start);
         }
-        from = at + 4;
+        from = start + "use ".len();
     }
     None
 }
 
-/// The paths of a `use` tree.
+/// Returns the paths of a `use` tree.
 fn expand(tree: &str) -> Vec<Vec<String>> {
     let tree = tree.trim();
     let Some((prefix, group)) = tree.split_once('{') else {
@@ -279,10 +298,10 @@ fn expand(tree: &str) -> Vec<Vec<String>> {
         .collect()
 }
 
-/// Paths of at least two names in code without `use` statements.
+/// Returns the paths of at least two names in code without `use` statements.
 fn inline_paths(code: &str) -> Vec<Vec<String>> {
-    let is_path = |char: char| !(char.is_alphanumeric() || char == '_' || char == ':');
-    let words = code.split(is_path).filter(|word| word.contains("::"));
+    let is_separator = |char: char| !(char.is_alphanumeric() || char == '_' || char == ':');
+    let words = code.split(is_separator).filter(|word| word.contains("::"));
     let words = words.map(|word| {
         word.trim_matches(':')
             .split("::")
@@ -295,21 +314,19 @@ fn inline_paths(code: &str) -> Vec<Vec<String>> {
 }
 
 #[test]
-fn rooms_import_only_from_rooms_below_and_files_form_no_circles() {
+fn rooms_import_only_from_lower_floors_and_files_form_no_cycles() {
     let imports = Imports::read(&sources());
-    assert!(
-        imports.arrows.len() > 800,
-        "{} arrows are read",
-        imports.arrows.len()
-    );
+    // A reader that misses most imports would make this test pass.
+    let edges = imports.edges.len();
+    assert!(edges > 800, "only {edges} imports between files are read");
     assert_eq!(imports.upward(), Vec::<String>::new());
-    assert_eq!(imports.in_circles(), Vec::<String>::new());
+    assert_eq!(imports.in_cycles(), Vec::<String>::new());
 }
 
-/// Turns arrows of the real sources round.
+/// Adds reversed imports to the real sources.
 #[test]
-fn reversed_imports_are_found() {
-    let with = |file: &str, line: &str| {
+fn reversed_imports_are_detected() {
+    let imports_with = |file: &str, line: &str| {
         let mut sources = sources();
         let (_, code) = sources
             .iter_mut()
@@ -318,20 +335,20 @@ fn reversed_imports_are_found() {
         code.insert_str(0, line);
         Imports::read(&sources)
     };
-    let upward = with("cache/writer.rs", "use crate::harvest::{self, run};\n").upward();
+    let by_use = imports_with("cache/writer.rs", "use crate::harvest::{self, run};\n");
     assert_eq!(
-        upward,
+        by_use.upward(),
         ["cache/writer.rs imports {\"run\"} from harvest/mod.rs"]
     );
-    let inline = with("ops/rope.rs", "fn f() { crate::model::Model::load(); }\n").upward();
+    let inline = imports_with("ops/rope.rs", "fn f() { crate::model::Model::load(); }\n");
     assert_eq!(
-        inline,
+        inline.upward(),
         ["ops/rope.rs imports {\"Model\"} from model/mod.rs"]
     );
-    let circle = with("cache/fingerprint.rs", "use super::keys::identity;\n");
-    let files = circle.in_circles();
+    let cyclic = imports_with("cache/fingerprint.rs", "use super::keys::identity;\n");
+    let files = cyclic.in_cycles();
     for file in ["cache/fingerprint.rs", "cache/keys.rs"] {
         assert!(files.iter().any(|name| name == file), "{file}: {files:?}");
     }
-    assert_eq!(circle.upward(), Vec::<String>::new());
+    assert_eq!(cyclic.upward(), Vec::<String>::new());
 }

@@ -1,19 +1,21 @@
-//! The real binary dies, is stopped, and meets itself, at moments that nobody chose: rows K1, K7 and
-//! K8 of the promises.
+//! The real binary is killed, interrupted or started twice, at random moments.
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use distill::cache::{self};
+use distill::cache;
 
+use crate::harvest_process::{HarvestFixture, signal, wait_for_end};
 use crate::nightly;
-use crate::stage::{Stage, end, signal};
 
-/// Enough text that frames are made while it is killed.
+/// Tokens per answer, large enough that the cache compresses frames between the kills.
 const LONG: &str = "[2000, 4000]";
 
-/// Kills harvests of one run folder until all is done. Returns the number of kills.
+/// Number of kills after which a run folder is harvested to the end.
+const MAX_KILLS: u64 = 60;
+
+/// Kills harvests of one run folder at random moments until one completes, or [`MAX_KILLS`] times. Returns the number
+/// of kills.
 fn kill_until_done(
     random: &mut fastrand::Rng,
     tokens: &str,
@@ -21,47 +23,46 @@ fn kill_until_done(
     settings: &str,
 ) -> u64 {
     let script = format!("[answers]\ntokens = {tokens}\nlatency_s = [0.0, 0.05]\n");
-    let stage = Stage::new(prompts, &script, settings);
+    let fixture = HarvestFixture::new(prompts, &script, settings);
     let (mut kills, mut before) = (0, HashSet::new());
     loop {
-        let mut child = stage.start();
+        let mut child = fixture.start();
         std::thread::sleep(Duration::from_millis(random.u64(5..220)));
         let is_done = child.try_wait().unwrap().is_some();
         child.kill().unwrap();
-        let (status, errors) = end(child, Duration::from_secs(10));
+        let (status, errors) = wait_for_end(child, Duration::from_secs(10));
         assert!(!is_done || status.success(), "{errors}");
         kills += u64::from(!is_done);
-        let keys = stage.keys();
-        assert!(before.is_subset(&keys), "a record is gone");
+        let keys = fixture.keys();
+        assert!(before.is_subset(&keys), "a record is lost");
         before = keys;
-        if is_done || kills == 60 {
+        if is_done || kills == MAX_KILLS {
             break;
         }
     }
-    stage.finish();
-    assert_eq!(stage.prompt_ids().len(), prompts);
-    assert_eq!(stage.keys().len(), prompts);
+    fixture.finish();
+    assert_eq!(fixture.prompt_ids().len(), prompts);
+    assert_eq!(fixture.keys().len(), prompts);
     if tokens == LONG {
-        let frames = std::fs::metadata(cache::compressed_file(&stage.cache())).unwrap();
+        let frames = std::fs::metadata(cache::compressed_file(&fixture.cache())).unwrap();
         assert!(frames.len() > 0, "nothing was compressed");
     }
-    let twice = stage.billed() - stage.prompts as u64;
+    let bought_twice = fixture.billed() - fixture.prompts as u64;
     assert!(
-        twice <= kills * stage.concurrency,
-        "{twice} answers bought twice over {kills} kills"
+        bought_twice <= kills * fixture.concurrency,
+        "{bought_twice} answers bought twice over {kills} kills"
     );
     println!(
-        "{settings:?}, {tokens} tokens: {prompts} rows, {kills} kills, 0 lost, {twice} bought twice"
+        "{settings:?}, {tokens} tokens: {prompts} rows, {kills} kills, 0 lost, {bought_twice} bought twice"
     );
     kills
 }
 
 #[test]
 fn kills_at_random_moments_lose_no_record() {
-    let wanted = if nightly() { 1000 } else { 50 };
-    let mut random = fastrand::Rng::with_seed(4);
-    let mut kills = 0;
-    for (round, (tokens, prompts, settings)) in [
+    let min_kills = if nightly() { 1000 } else { 50 };
+    // Tokens per answer, prompts, and settings.
+    let cases = [
         ("[5, 40]", 500, ""),
         ("[5, 40]", 500, "[cache]\ndurability = \"none\""),
         (LONG, 1500, "[cache]\ncompression = \"zstd\""),
@@ -70,15 +71,13 @@ fn kills_at_random_moments_lose_no_record() {
             400,
             "[cache]\ndurability = \"record\"\ncompression = \"zstd\"",
         ),
-    ]
-    .into_iter()
-    .cycle()
-    .enumerate()
-    {
-        if kills >= wanted && round >= 4 {
-            break;
+    ];
+    let mut random = fastrand::Rng::with_seed(4);
+    let mut kills = 0;
+    while kills < min_kills {
+        for (tokens, prompts, settings) in cases {
+            kills += kill_until_done(&mut random, tokens, prompts, settings);
         }
-        kills += kill_until_done(&mut random, tokens, prompts, settings);
     }
     println!("{kills} kills");
 }
@@ -87,22 +86,21 @@ fn kills_at_random_moments_lose_no_record() {
 fn second_process_cannot_write_the_same_cache() {
     for round in 0..if nightly() { 100 } else { 10 } {
         let script = "[answers]\ntokens = [5, 40]\nlatency_s = [0.0, 0.02]\n";
-        let stage = Stage::new(60, script, "");
-        let pair = [stage.start(), stage.start()];
-        let ends = pair.map(|child| end(child, Duration::from_secs(30)));
+        let fixture = HarvestFixture::new(60, script, "");
+        let pair = [fixture.start(), fixture.start()];
+        let ends = pair.map(|child| wait_for_end(child, Duration::from_secs(30)));
         let mut refused = 0;
         for (status, errors) in &ends {
             if !status.success() {
                 refused += 1;
                 assert_eq!(status.code(), Some(1), "round {round}: {errors}");
-                // With its pid, once the first one has written that.
                 assert!(errors.contains("another process"), "{errors}");
             }
         }
-        // Both can be in order: one after the other.
+        // Both succeed if one starts after the other has ended.
         assert!(refused <= 1, "round {round}: {ends:?}");
-        assert_eq!(stage.keys().len(), 60);
-        assert_eq!(stage.billed(), 60, "round {round}");
+        assert_eq!(fixture.keys().len(), 60);
+        assert_eq!(fixture.billed(), 60, "round {round}");
     }
 }
 
@@ -116,21 +114,25 @@ fn signals_drain_requests_in_flight() {
             _ => "[cache]\ncompression = \"zstd\"",
         };
         let script = "[answers]\ntokens = [5, 40]\nlatency_s = [0.0, 0.08]\n";
-        let stage = Stage::new(300, script, settings);
-        let child = stage.start();
+        let fixture = HarvestFixture::new(300, script, settings);
+        let child = fixture.start();
         std::thread::sleep(Duration::from_millis(random.u64(60..900)));
         let (name, code) = [("INT", 130), ("TERM", 143)][round / 2 % 2];
         signal(&child, name);
-        let (status, errors) = end(child, Duration::from_secs(10));
+        let (status, errors) = wait_for_end(child, Duration::from_secs(10));
         match status.code() {
-            Some(found) if found == code => drained += 1,
-            Some(0) => assert_eq!(stage.keys().len(), 300),
+            Some(actual) if actual == code => drained += 1,
+            Some(0) => assert_eq!(fixture.keys().len(), 300),
             other => panic!("round {round}, {name}: {other:?}, {errors}"),
         }
-        // What was asked was answered, recorded, and bought once.
-        assert_eq!(stage.billed(), stage.keys().len() as u64, "round {round}");
-        stage.finish();
-        assert_eq!((stage.billed(), stage.keys().len()), (300, 300));
+        // Every billed answer is recorded.
+        assert_eq!(
+            fixture.billed(),
+            fixture.keys().len() as u64,
+            "round {round}"
+        );
+        fixture.finish();
+        assert_eq!((fixture.billed(), fixture.keys().len()), (300, 300));
     }
     assert!(drained >= 10, "{drained}");
 }
@@ -138,21 +140,18 @@ fn signals_drain_requests_in_flight() {
 #[test]
 fn second_signal_stops_immediately() {
     let script = "[answers]\ntokens = [5, 40]\nlatency_s = 30.0\n";
-    let stage = Stage::new(40, script, "");
-    let child = stage.start();
-    while stage.mock.stats().requests < stage.concurrency {
+    let fixture = HarvestFixture::new(40, script, "");
+    let child = fixture.start();
+    while fixture.mock.stats().requests < fixture.concurrency {
         std::thread::sleep(Duration::from_millis(5));
     }
     signal(&child, "INT");
     std::thread::sleep(Duration::from_millis(2_500));
-    let second = Instant::now();
+    let second_signal = Instant::now();
     signal(&child, "INT");
-    let (status, errors) = end(child, Duration::from_secs(10));
+    let (status, errors) = wait_for_end(child, Duration::from_secs(10));
     assert_eq!(status.code(), Some(130), "{errors}");
-    assert!(
-        second.elapsed() < Duration::from_secs(8),
-        "{:?}",
-        second.elapsed()
-    );
-    assert!(!Path::new(&stage.cache()).join("responses.torn").exists());
+    let elapsed = second_signal.elapsed();
+    assert!(elapsed < Duration::from_secs(8), "{elapsed:?}");
+    assert!(!fixture.cache().join("responses.torn").exists());
 }

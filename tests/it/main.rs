@@ -1,4 +1,4 @@
-//! One file per verb or promise.
+//! Integration tests: one file or folder per command or promise.
 
 // A test fails by panicking.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
@@ -25,6 +25,7 @@ mod fuzz;
 mod generate;
 mod gradients;
 mod harvest;
+mod harvest_process;
 mod hostile_models;
 mod house;
 mod imports;
@@ -33,11 +34,11 @@ mod mock;
 mod model;
 mod moved;
 mod serve;
-mod stage;
 mod tiny;
 mod train;
 
-/// Are the larger sizes of `tests/nightly.sh` wanted? Not by a `DISTILL_` variable: those are settings.
+/// Returns true if `tests/nightly.sh` runs the tests, which then use larger sizes. The variable has no prefix
+/// `DISTILL_`, because the binary reads such variables as settings.
 fn nightly() -> bool {
     std::env::var_os("NIGHTLY").is_some()
 }

@@ -1,4 +1,4 @@
-//! Models built from weights: incremental decoding, segments, and errors for weights that do not match.
+//! Models built from weights: incremental decoding, packed sequences, and errors for weights that do not match.
 
 use candle_core::{DType, Device, Tensor};
 use distill::config::StudentConfig;
@@ -6,7 +6,8 @@ use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
 use distill::model::{Model, ModelInput, parameters};
 
-/// A small decoder with grouped heads: hidden 32, 2 layers, 4 query and 2 key/value heads.
+/// Returns a small decoder with grouped-query attention: hidden size 32, 2 layers, 4 query and 2 key/value heads, and a
+/// vocabulary of 61.
 pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
     let student = StudentConfig {
         hidden_size: 32,

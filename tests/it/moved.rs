@@ -1,5 +1,4 @@
-//! Others use the disk as well, and the terminal: files that a running harvest relies on are moved, removed
-//! or changed, and signals come in other ways than Ctrl-C.
+//! A running harvest whose files another program moves, removes or changes, and one that receives SIGHUP.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,194 +7,202 @@ use std::time::Duration;
 
 use distill::cache;
 
-use crate::stage::{Stage, end, ignores_hang_ups, signal};
+use crate::harvest_process::{HarvestFixture, ignores_hang_ups, signal, wait_for_end};
 
 const PROMPTS: usize = 400;
 
 const SCRIPT: &str = "[answers]\ntokens = [5, 40]\nlatency_s = [0.02, 0.12]\n";
 
-/// A harvest that has recorded about a quarter of its answers.
-fn under_way(settings: &str) -> (Stage, Child) {
-    let stage = Stage::new(PROMPTS, SCRIPT, settings);
-    let child = stage.start();
-    while stage.billed() < PROMPTS as u64 / 4 {
+/// Starts a harvest, and waits until a quarter of its answers are billed.
+fn start_and_wait_for_quarter(settings: &str) -> (HarvestFixture, Child) {
+    let fixture = HarvestFixture::new(PROMPTS, SCRIPT, settings);
+    let child = fixture.start();
+    while fixture.billed() < PROMPTS as u64 / 4 {
         std::thread::sleep(Duration::from_millis(5));
     }
-    (stage, child)
+    (fixture, child)
 }
 
-fn plain(stage: &Stage) -> PathBuf {
-    stage.cache().join("responses.jsonl")
+fn plain_file(fixture: &HarvestFixture) -> PathBuf {
+    fixture.cache().join("responses.jsonl")
 }
 
-fn rescued(stage: &Stage) -> PathBuf {
-    stage.folder.path().join("run/cache.rescued")
+/// Returns the folder beside the cache to which a harvest rescues its records.
+fn rescued(fixture: &HarvestFixture) -> PathBuf {
+    fixture.folder.path().join("run/cache.rescued")
 }
 
-fn count(dir: &Path) -> u64 {
+/// Returns the number of records of a cache folder, which may be missing.
+fn record_count(dir: &Path) -> u64 {
     if cache::exists(dir) {
-        distill::cache::reader::read(dir).unwrap().count() as u64
+        cache::reader::read(dir).unwrap().count() as u64
     } else {
         0
     }
 }
 
-/// Takes over what was rescued, as the message says.
-fn merge(stage: &Stage) {
+/// Merges the rescued records, as the error message advises.
+fn merge_rescued(fixture: &HarvestFixture) {
     let status = std::process::Command::new(env!("CARGO_BIN_EXE_distill"))
         .args(["cache", "merge", "--dir"])
-        .args([stage.cache(), rescued(stage)])
+        .args([fixture.cache(), rescued(fixture)])
         .status();
     assert!(status.unwrap().success());
-    fs::remove_dir_all(rescued(stage)).unwrap();
+    fs::remove_dir_all(rescued(fixture)).unwrap();
 }
 
-/// Harms the files of a harvest under way, which must stop at once and say `part` of a message. `mend` does
-/// what the message says; then the same command goes on, and buys nothing again but what was `lost`.
-fn harmed(
+/// Changes files of a running harvest with `change`. The harvest must stop immediately, with `part` in its error
+/// message. `repair` follows the advice of the message. Then the command is rerun and completes, and
+/// `may_be_bought_twice` accepts the number of answers that were bought twice.
+fn check_changed_files(
     part: &str,
-    harm: impl FnOnce(&Stage),
-    mend: impl FnOnce(&Stage),
-    lost: impl FnOnce(u64) -> bool,
+    change: impl FnOnce(&HarvestFixture),
+    repair: impl FnOnce(&HarvestFixture),
+    may_be_bought_twice: impl FnOnce(u64) -> bool,
 ) {
-    let (stage, child) = under_way("");
-    harm(&stage);
-    let (status, errors) = end(child, Duration::from_secs(20));
+    let (fixture, child) = start_and_wait_for_quarter("");
+    change(&fixture);
+    let (status, errors) = wait_for_end(child, Duration::from_secs(20));
     assert_eq!(status.code(), Some(1), "{part}: {errors}");
     assert!(errors.contains(part), "{part}: {errors}");
-    let billed = stage.billed();
+    let billed = fixture.billed();
     assert!(
         billed < PROMPTS as u64 - 50,
-        "{part}: {billed} asked, and it did not stop"
+        "{part}: {billed} of {PROMPTS} answers were billed before the run stopped"
     );
-    if stage.folder.path().join("run").exists() {
-        let (status, errors) = end(stage.start(), Duration::from_secs(20));
-        // Cut or appended to, the file is where it was.
-        let is_in_place = plain(&stage).exists() && !rescued(&stage).exists();
+    if fixture.folder.path().join("run").exists() {
+        let (status, errors) = wait_for_end(fixture.start(), Duration::from_secs(20));
+        // A truncated or extended file is still in its place.
+        let is_in_place = plain_file(&fixture).exists() && !rescued(&fixture).exists();
         assert!(is_in_place || status.code() == Some(2), "{part}: {errors}");
         assert!(
-            is_in_place || stage.billed() == billed,
-            "{part}: bought again"
+            is_in_place || fixture.billed() == billed,
+            "{part}: a refused run was billed"
         );
     }
-    mend(&stage);
-    stage.finish();
-    assert_eq!(stage.keys().len(), PROMPTS, "{part}");
-    let again = stage.billed() - PROMPTS as u64;
-    assert!(lost(again), "{part}: {again} bought again");
+    repair(&fixture);
+    fixture.finish();
+    assert_eq!(fixture.keys().len(), PROMPTS, "{part}");
+    let bought_twice = fixture.billed() - PROMPTS as u64;
+    assert!(
+        may_be_bought_twice(bought_twice),
+        "{part}: {bought_twice} answers bought twice"
+    );
 }
 
 #[test]
-fn a_cache_that_is_moved_removed_or_replaced_stops_the_run_and_loses_nothing() {
-    let none = |again| again == 0;
-    let elsewhere = |stage: &Stage| stage.folder.path().join("elsewhere");
-    harmed(
+fn moved_removed_or_replaced_cache_stops_run_and_loses_nothing() {
+    let none = |bought_twice| bought_twice == 0;
+    let elsewhere = |fixture: &HarvestFixture| fixture.folder.path().join("elsewhere");
+    check_changed_files(
         "was moved to",
-        |stage| fs::rename(plain(stage), elsewhere(stage)).unwrap(),
-        |stage| fs::rename(elsewhere(stage), plain(stage)).unwrap(),
+        |fixture| fs::rename(plain_file(fixture), elsewhere(fixture)).unwrap(),
+        |fixture| fs::rename(elsewhere(fixture), plain_file(fixture)).unwrap(),
         none,
     );
-    harmed(
+    check_changed_files(
         "was moved to",
-        |stage| fs::rename(stage.cache(), elsewhere(stage)).unwrap(),
-        |stage| fs::rename(elsewhere(stage), stage.cache()).unwrap(),
+        |fixture| fs::rename(fixture.cache(), elsewhere(fixture)).unwrap(),
+        |fixture| fs::rename(elsewhere(fixture), fixture.cache()).unwrap(),
         none,
     );
-    // The books move along.
-    let run = |stage: &Stage| stage.folder.path().join("run");
-    harmed(
+    // The ledger of the budget is moved along.
+    let run = |fixture: &HarvestFixture| fixture.folder.path().join("run");
+    check_changed_files(
         "was moved to",
-        |stage| fs::rename(run(stage), elsewhere(stage)).unwrap(),
-        |stage| {
-            let _ = fs::remove_dir_all(run(stage));
-            fs::rename(elsewhere(stage), run(stage)).unwrap();
+        |fixture| fs::rename(run(fixture), elsewhere(fixture)).unwrap(),
+        |fixture| {
+            let _ = fs::remove_dir_all(run(fixture));
+            fs::rename(elsewhere(fixture), run(fixture)).unwrap();
         },
         none,
     );
-    harmed(
+    check_changed_files(
         "was removed",
-        |stage| fs::remove_file(plain(stage)).unwrap(),
-        merge,
+        |fixture| fs::remove_file(plain_file(fixture)).unwrap(),
+        merge_rescued,
         none,
     );
-    harmed(
+    check_changed_files(
         "was removed",
-        |stage| fs::remove_dir_all(stage.cache()).unwrap(),
-        merge,
+        |fixture| fs::remove_dir_all(fixture.cache()).unwrap(),
+        merge_rescued,
         none,
     );
-    harmed(
+    check_changed_files(
         "was replaced",
-        |stage| {
-            fs::copy(plain(stage), elsewhere(stage)).unwrap();
-            fs::rename(elsewhere(stage), plain(stage)).unwrap();
+        |fixture| {
+            fs::copy(plain_file(fixture), elsewhere(fixture)).unwrap();
+            fs::rename(elsewhere(fixture), plain_file(fixture)).unwrap();
         },
-        merge,
+        merge_rescued,
         none,
     );
 }
 
 #[test]
-fn a_cache_that_is_cut_or_appended_to_stops_the_run_and_says_what_is_lost() {
-    harmed(
+fn truncated_or_extended_cache_stops_run_and_loses_only_truncated_records() {
+    check_changed_files(
         "was truncated to",
-        |stage| {
-            let file = fs::OpenOptions::new().write(true).open(plain(stage));
+        |fixture| {
+            let file = fs::OpenOptions::new().write(true).open(plain_file(fixture));
             file.unwrap().set_len(0).unwrap();
         },
-        merge,
-        // What was there is gone, and no more.
-        |again| (1..PROMPTS as u64 / 2).contains(&again),
+        merge_rescued,
+        // Only the records before the truncation are lost.
+        |bought_twice| (1..PROMPTS as u64 / 2).contains(&bought_twice),
     );
-    harmed(
+    check_changed_files(
         "another program appended",
-        |stage| {
-            let file = fs::OpenOptions::new().append(true).open(plain(stage));
-            std::io::Write::write_all(&mut file.unwrap(), b"a line of somebody else").unwrap();
+        |fixture| {
+            let file = fs::OpenOptions::new()
+                .append(true)
+                .open(plain_file(fixture));
+            std::io::Write::write_all(&mut file.unwrap(), b"a line of another program").unwrap();
         },
-        |stage| {
+        |fixture| {
             let status = std::process::Command::new(env!("CARGO_BIN_EXE_distill"))
                 .args(["cache", "repair", "--dir"])
-                .arg(stage.cache())
+                .arg(fixture.cache())
                 .status();
             assert!(status.unwrap().success());
-            if rescued(stage).exists() {
-                merge(stage);
+            if rescued(fixture).exists() {
+                merge_rescued(fixture);
             }
         },
-        |again| again == 0,
+        |bought_twice| bought_twice == 0,
     );
 }
 
 #[test]
-fn what_was_rescued_is_not_bought_again() {
-    let (stage, child) = under_way("");
-    fs::remove_file(plain(&stage)).unwrap();
-    let (_, errors) = end(child, Duration::from_secs(20));
-    let billed = stage.billed();
-    assert_eq!(count(&rescued(&stage)), billed, "{errors}");
-    let (status, errors) = end(stage.start(), Duration::from_secs(20));
+fn rescued_answers_are_merged_before_anything_is_bought() {
+    let (fixture, child) = start_and_wait_for_quarter("");
+    fs::remove_file(plain_file(&fixture)).unwrap();
+    let (_, errors) = wait_for_end(child, Duration::from_secs(20));
+    let billed = fixture.billed();
+    assert_eq!(record_count(&rescued(&fixture)), billed, "{errors}");
+    let (status, errors) = wait_for_end(fixture.start(), Duration::from_secs(20));
     assert_eq!(status.code(), Some(2), "{errors}");
     assert!(errors.contains("cache merge"), "{errors}");
-    assert_eq!(stage.billed(), billed);
+    assert_eq!(fixture.billed(), billed);
 }
 
 #[test]
-fn a_hang_up_drains_and_the_signals_of_one_wish_are_one() {
+fn hang_up_drains_and_repeated_signals_count_once() {
     for (names, code) in [(&["HUP"][..], 129), (&["TERM", "TERM", "HUP"], 143)] {
         if names == ["HUP"] && ignores_hang_ups() {
             continue;
         }
-        let (stage, child) = under_way("");
+        let (fixture, child) = start_and_wait_for_quarter("");
         for name in names {
             signal(&child, name);
         }
-        let (status, errors) = end(child, Duration::from_secs(10));
+        let (status, errors) = wait_for_end(child, Duration::from_secs(10));
         assert_eq!(status.code(), Some(code), "{errors}");
-        // What was in flight was waited for.
-        assert_eq!(stage.billed(), stage.keys().len() as u64, "{names:?}");
-        assert!(stage.billed() < PROMPTS as u64);
-        stage.finish();
-        assert_eq!(stage.billed(), PROMPTS as u64);
+        // The run waited for the requests in flight.
+        assert_eq!(fixture.billed(), fixture.keys().len() as u64, "{names:?}");
+        assert!(fixture.billed() < PROMPTS as u64);
+        fixture.finish();
+        assert_eq!(fixture.billed(), PROMPTS as u64);
     }
 }

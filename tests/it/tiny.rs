@@ -1,7 +1,7 @@
 //! A tiny model folder in Hugging Face's layout, with random weights and a byte-level tokenizer.
 //!
-//! It has the features of real models: grouped-query attention, a padded vocabulary, tokens that are
-//! parts of characters, control tokens, and a chat template.
+//! The model has the features of real ones: grouped-query attention, a padded vocabulary, tokens that are parts of
+//! characters, control tokens, and a chat template.
 
 use std::fs;
 use std::path::Path;
@@ -48,7 +48,7 @@ pub fn write_model(dir: &Path, seed: u64, context: usize) {
     let config = ModelConfig::from_student(&student, PADDED_VOCABULARY, &[end_of_turn]).unwrap();
     let mut weights = parameters::random_weights(&config, seed).unwrap();
     for (name, tensor) in &mut weights {
-        // With initial weights, the distribution of the next token would be almost uniform.
+        // Enlarged, because the distribution of the next token would be almost uniform with initial weights.
         if !name.contains("norm") {
             *tensor = (&*tensor * 12.0).unwrap();
         }
@@ -62,14 +62,14 @@ fn write_json(dir: &Path, name: &str, value: &Value) {
     fs::write(dir.join(name), value.to_string()).unwrap();
 }
 
-/// Writes a tokenizer of these bytes, merges and the control tokens.
+/// Writes a tokenizer of these bytes and merges, and of the control tokens.
 pub fn write_tokenizer(dir: &Path, bytes: impl IntoIterator<Item = u8>, merges: &[(&str, &str)]) {
     write_json(dir, "tokenizer.json", &tokenizer(bytes, merges));
     let settings = json!({"eos_token": CONTROL[2], "chat_template": CHAT_TEMPLATE});
     write_json(dir, "tokenizer_config.json", &settings);
 }
 
-/// Writes the weights of the model folder `dir`.
+/// Writes the weights of the model folder `dir`. Replaces existing ones.
 pub fn write_weights(dir: &Path, weights: &weights::Tensors) {
     let entries = weights::entries(weights, DType::F32).unwrap();
     let path = dir.join("model.safetensors");

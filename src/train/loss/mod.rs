@@ -24,7 +24,7 @@
 //!    and do not serialise a new field at its default value.
 //! 4. Choose its default weight in `soft_labels::default_weight`; measure it with `tests/bench/softlabels.sh`.
 //! 5. Tests: golden values and gradients in `tests.rs` of this folder, and `SMOOTH` there if it is flat at a match;
-//!    its formula and finite differences in `tests/it/gradients/loss.rs`; its name in `tests/it/train/soft_labels.rs`.
+//!    its formula in `tests/it/gradients/formulas.rs`; its name in `tests/it/train/soft_labels.rs`.
 
 #![allow(
     non_snake_case,

@@ -1,6 +1,6 @@
-//! Tests the invariant on run folders with the compiled program, which harvests, probes, sends batches and is killed.
-//! Caches are truncated, repaired, deleted and merged, and prices are set late. A scripted teacher counts the tokens
-//! that it bills.
+//! Tests the invariant on run folders with the real binary, which harvests, probes, sends batches and is killed. Caches
+//! are truncated, repaired, deleted and merged, and prices are set late. A scripted teacher counts the tokens that it
+//! bills.
 
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
@@ -15,8 +15,8 @@ use tokio::runtime::Runtime;
 use crate::mock::server::Server;
 use crate::nightly;
 
-/// Every answer costs about as much as is reserved for it. Some attempts are billed without an answer, some answers
-/// have no usage, and batches lose rows.
+/// Script of the teacher. Every answer costs about as much as is reserved for it. Some attempts are billed without an
+/// answer, some answers have no usage, and batches lose rows.
 const TEACHER: &str = r#"
 [answers]
 tokens = 64
@@ -36,6 +36,7 @@ clock = 40000.0
 lost_rows = 2
 "#;
 
+/// A run folder with its teacher, and the state of the test.
 struct Folder {
     dir: tempfile::TempDir,
     mock: Arc<Mock>,
@@ -112,7 +113,7 @@ impl Folder {
         self.dir.path().join(name)
     }
 
-    /// Does something at random that can happen to a run folder.
+    /// Takes a random step: runs a command, or changes the cache.
     fn step(&mut self) {
         if !self.is_priced && self.random.u32(0..4) > 0 {
             self.history.push("prices".into());
@@ -121,7 +122,7 @@ impl Folder {
         if self.random.bool() {
             self.cap += 0.001;
         }
-        let sent = self.sent();
+        let sent_before = self.sent();
         match self.random.u32(0..16) {
             0..6 => self.run_command(&["harvest"]),
             6..8 => self.run_command(&["probe"]),
@@ -140,7 +141,7 @@ impl Folder {
         }
         // Requests in flight at a kill are billed a little later.
         std::thread::sleep(Duration::from_millis(60));
-        if self.is_priced && self.sent() > sent {
+        if self.is_priced && self.sent() > sent_before {
             self.is_cap_checked = true;
             self.steps_under_cap += 1;
         }
@@ -162,6 +163,7 @@ impl Folder {
         (prompts + 2.0 * billed.completion_tokens as f64) / 1e6 + self.merged
     }
 
+    /// Checks that the billed dollars are within the cap, once they must be.
     fn check(&self) {
         let billed = self.billed();
         assert!(
@@ -172,7 +174,7 @@ impl Folder {
         );
     }
 
-    /// Runs a command, which is killed after a random time in half of the cases.
+    /// Runs a command. In half of the cases, kills it after a random time.
     fn run_command(&mut self, command: &[&str]) {
         let mut child = self.start(&self.path("run"), &self.config, command);
         let kill_after_ms = self.random.u64(50..900);
@@ -275,7 +277,7 @@ impl Folder {
     }
 }
 
-/// Waits for the process, which is killed after `timeout`. Returns its output on stderr.
+/// Waits for the process, and kills it after `timeout`. Returns its output on stderr.
 fn wait_for_end(mut child: Child, timeout: Duration) -> String {
     let started = Instant::now();
     while child.try_wait().unwrap().is_none() {

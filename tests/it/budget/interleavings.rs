@@ -1,5 +1,5 @@
-//! Search over every interleaving of two processes with four requests, and a crash or a lost reply at every step.
-//! The account is the real one; its files and the endpoint are simulated.
+//! Exhaustive search over the interleavings of two processes with four requests, with a crash or a lost reply at every
+//! step. The account is the real one; its files and the endpoint are simulated.
 
 use std::collections::HashSet;
 
@@ -55,7 +55,7 @@ type Key = (
 enum Step {
     /// The process of this index opens the account.
     Open(usize),
-    /// A process sends a request.
+    /// A process (first index) sends a request (second index).
     Send(usize, usize),
     /// The endpoint bills the request: its full bound (if true), or one dollar.
     Bill(usize, bool),
@@ -65,7 +65,9 @@ enum Step {
     Answer(usize, bool),
     /// The reply is lost.
     Lose(usize),
+    /// The process closes the account and ends.
     Close(usize),
+    /// The process ends without closing the account.
     Kill(usize),
 }
 
@@ -81,6 +83,7 @@ impl World {
         }
     }
 
+    /// Returns the steps that can follow.
     fn steps(&self) -> Vec<Step> {
         let mut steps = Vec::new();
         for process in 0..2 {
@@ -211,8 +214,8 @@ impl World {
                 if let Request::InFlight { is_billed, .. } = &mut self.requests[request] {
                     *is_billed = true;
                 }
-                // The reported usage must equal the billed amount, so a request that is billed in part is answered at
-                // once.
+                // The reported usage must equal the billed amount, so a request that is billed in part is answered in
+                // the same step.
                 if !is_full {
                     return self.settle(
                         request,
@@ -316,7 +319,7 @@ impl World {
         abandoned
     }
 
-    /// Returns the dollars that are billed, plus the upper bound of those that may be billed later.
+    /// Returns the billed dollars, plus the upper bound of the dollars that may be billed later.
     fn may_be_billed(&self) -> Dollars {
         let in_flight = (0..4).filter(|&request| {
             matches!(
@@ -332,28 +335,29 @@ impl World {
         self.billed.plus(dollars(in_flight.chain(lost).sum()))
     }
 
+    /// Checks that the amount that may be billed is within the cap, within the account, and within the files.
     fn check(&self) {
-        let most = self.may_be_billed();
+        let billable = self.may_be_billed();
         assert!(
-            most <= dollars(CAP),
-            "{most} may be billed of {CAP}: {self:#?}"
+            billable <= dollars(CAP),
+            "{billable} may be billed of {CAP}: {self:#?}"
         );
         for account in self.processes.iter().flatten() {
             let covered = dollars(CAP).minus(account.remaining());
             assert!(
-                most <= covered,
-                "{most} may be billed, {covered} is spent and reserved: {self:#?}"
+                billable <= covered,
+                "{billable} may be billed, {covered} is spent and reserved: {self:#?}"
             );
         }
         let on_disk = spent_after_kill(&self.disk, CAP as f64, &PRICE, &Spent::default()).total();
         assert!(
-            most <= on_disk,
-            "{most} may be billed, {on_disk} is on the disk: {self:#?}"
+            billable <= on_disk,
+            "{billable} may be billed, {on_disk} is on the disk: {self:#?}"
         );
         assert!(on_disk <= dollars(CAP), "{self:#?}");
     }
 
-    /// Returns the key. It excludes, for example, the number of attempts lost so far.
+    /// Returns the part of the world on which all later steps depend.
     fn key(&self) -> Key {
         let account = |account: &Account<FaultyStore>| (account.spent(), account.remaining());
         let processes = self

@@ -4,8 +4,7 @@
 use distill::budget::account::{Account, Charge, Reservation};
 use distill::budget::dollars::Dollars;
 use distill::budget::ledger::{Spent, UnpricedTokens};
-use distill::budget::price;
-use distill::budget::price::TokenBound;
+use distill::budget::price::{self, TokenBound};
 use distill::cache::usage::Usage;
 use distill::config::Price;
 use proptest::prelude::*;
@@ -51,6 +50,7 @@ enum Reply {
     Refused,
 }
 
+/// A request in flight.
 #[derive(Debug, Clone, Copy)]
 struct Sent {
     bound: TokenBound,
@@ -137,7 +137,7 @@ impl World {
         bound.cost(price).map_or(Dollars::ZERO, Dollars::at_most)
     }
 
-    /// The endpoint bills a share of a bound.
+    /// Bills a share of a bound at the price with the index `price`, as the endpoint. Returns the billed tokens.
     fn bill(&mut self, bound: &TokenBound, price: usize, share: f64) -> Usage {
         let part = |tokens: u64| (tokens as f64 * share) as u64;
         let usage = Usage {
@@ -290,10 +290,10 @@ impl World {
                 price,
             });
             if let Some(cap) = self.cap() {
-                let most = self.may_be_billed();
+                let billable = self.may_be_billed();
                 assert!(
-                    most <= Dollars::at_most(cap),
-                    "{most} may be billed of {cap}"
+                    billable <= Dollars::at_most(cap),
+                    "{billable} may be billed of {cap}"
                 );
             }
         }
@@ -436,12 +436,12 @@ impl World {
             &floor,
         );
         let on_disk = on_disk.total().plus(held);
-        let most = self.may_be_billed();
+        let billable = self.may_be_billed();
         // Each amount is rounded once.
         let rounding = Dollars::at_least(1e-9);
         assert!(
-            most <= on_disk.plus(rounding),
-            "{most:?} may be billed, {on_disk:?} is on the disk"
+            billable <= on_disk.plus(rounding),
+            "{billable:?} may be billed, {on_disk:?} is on the disk"
         );
     }
 }

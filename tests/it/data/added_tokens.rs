@@ -12,7 +12,7 @@ fn added(id: usize, content: &str) -> Value {
            "single_word": false, "lstrip": false, "rstrip": false})
 }
 
-/// Returns the id that the library assigns to the next added token.
+/// Returns the id that the crate `tokenizers` assigns to the next added token.
 fn next_id(tokenizer: &Value) -> usize {
     let size = tokenizer["model"]["vocab"].as_object().unwrap().len();
     let added = tokenizer["added_tokens"].as_array().unwrap().iter();
@@ -20,7 +20,7 @@ fn next_id(tokenizer: &Value) -> usize {
     ids.max().unwrap().max(size)
 }
 
-/// Creates a folder whose tokenizer has these added tokens. Also returns their ids.
+/// Creates a folder with this tokenizer and more added tokens. Returns the folder and the ids of the added tokens.
 fn with_added(mut tokenizer: Value, tokens: &[Value]) -> (TempDir, Vec<u32>) {
     let dir = tempfile::tempdir().unwrap();
     for token in tokens {
@@ -67,7 +67,7 @@ fn added_tokens_are_matched_before_words_are_split() {
     );
 }
 
-/// The added tokens have random flags. Some texts contain them, some do not.
+/// Added tokens with random flags, and random texts with and without them.
 #[test]
 fn ids_of_texts_with_added_tokens_match_the_library() {
     let mut random = fastrand::Rng::with_seed(7);
@@ -122,7 +122,7 @@ fn ids_of_texts_with_added_tokens_match_the_library() {
                     json["normalizer"] = normalizer.clone();
                 }
             }
-            // Most vocabularies use no flags.
+            // Half of the tokenizers have added tokens without flags, which is the usual case.
             let is_plain = random.bool();
             let mut tokens = Vec::new();
             for name in names {
@@ -155,7 +155,7 @@ fn ids_of_texts_with_added_tokens_match_the_library() {
     assert!(texts_with_added > 3_000, "{texts_with_added}");
 }
 
-/// Also with tokenizers that add a prefix space, and templates that write text before the answer.
+/// The folders include tokenizers that add a prefix space, and templates that write text before the answer.
 #[test]
 fn answers_with_added_tokens_match_the_encoded_conversation() {
     for name in FOLDERS {
@@ -206,13 +206,16 @@ fn added_tokens_of_other_files_are_loaded() {
     let legacy = json!({"<|new|>": next + 1, "<idea>": next});
     let special = json!({"additional_special_tokens": ["<|new|>"]});
     for (files, name) in [
-        (vec![("tokenizer_config.json", listed)], "a list"),
+        (
+            vec![("tokenizer_config.json", listed)],
+            "tokenizer_config.json",
+        ),
         (
             vec![
                 ("added_tokens.json", legacy),
                 ("special_tokens_map.json", special),
             ],
-            "a file of its own",
+            "added_tokens.json",
         ),
     ] {
         let (dir, _) = with_added(tokenizer.clone(), &[]);
@@ -228,7 +231,7 @@ fn added_tokens_of_other_files_are_loaded() {
     }
 }
 
-/// In Gemma 3, runs of spaces are in the vocabulary and also added tokens.
+/// As in Gemma 3: runs of spaces are in the vocabulary and are added tokens as well.
 #[test]
 fn added_tokens_in_the_vocabulary_have_the_bytes_of_its_spelling() {
     let mut json = golden("sentencepiece/tokenizer.json");

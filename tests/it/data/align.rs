@@ -21,7 +21,7 @@ pub struct SoftLabels {
     pub logprobs: Vec<f32>,
 }
 
-/// Soft labels of all positions; None for positions without any.
+/// Returns the soft labels of each position, or None for a position without any.
 pub fn soft_labels(aligned: &Aligned) -> Vec<Option<SoftLabels>> {
     let labels = |at| match aligned.soft(at) {
         ([], []) => None,
@@ -33,18 +33,18 @@ pub fn soft_labels(aligned: &Aligned) -> Vec<Option<SoftLabels>> {
     (0..aligned.len()).map(labels).collect()
 }
 
-/// The teacher's logprobs of an answer.
+/// Returns the teacher's logprobs of an answer.
 pub fn logprobs(rows: &[Row]) -> Logprobs {
     Logprobs {
         token: rows.iter().map(|row| row.0.into()).collect(),
         logprob: rows.iter().map(|row| Some(row.1)).collect(),
         top: rows
             .iter()
-            .map(|row| row.2.iter().map(|a| a.0.into()).collect())
+            .map(|(_, _, top)| top.iter().map(|(token, _)| (*token).into()).collect())
             .collect(),
         top_logprob: rows
             .iter()
-            .map(|row| row.2.iter().map(|a| a.1).collect())
+            .map(|(_, _, top)| top.iter().map(|(_, logprob)| *logprob).collect())
             .collect(),
         raw: Vec::new(),
         matches_text: true,
@@ -67,7 +67,8 @@ pub fn align(
     )
 }
 
-/// Random logprobs of a teacher with the student's tokenizer, with `k` alternatives.
+/// Returns random logprobs of a teacher with the student's tokenizer and `k` alternatives, and the expected soft
+/// labels. The third alternative of each position is its token.
 pub fn same_tokenizer(tokenizer: &Tokenizer, ids: &[u32], k: usize) -> (Logprobs, Vec<SoftLabels>) {
     let ordinary: Vec<u32> = (0..tokenizer.vocab_size() as u32)
         .filter(|&id| {
@@ -76,14 +77,15 @@ pub fn same_tokenizer(tokenizer: &Tokenizer, ids: &[u32], k: usize) -> (Logprobs
         })
         .collect();
     let mut rng = fastrand::Rng::with_seed(1);
-    let mut all = Logprobs::default();
+    let mut logprobs = Logprobs::default();
     let mut expected = Vec::new();
-    let put = |all: &mut Logprobs, position: usize, rank: i32, id: u32| {
+    // Returns the text of a token. The bytes of a token that is not UTF-8 go to `raw`.
+    let token_text = |logprobs: &mut Logprobs, position: usize, rank: i32, id: u32| {
         let bytes = tokenizer.token_bytes(id).unwrap();
         std::str::from_utf8(bytes)
             .map(str::to_owned)
             .unwrap_or_else(|_| {
-                all.raw.push(RawToken {
+                logprobs.raw.push(RawToken {
                     position: position as u32,
                     rank,
                     hex: bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
@@ -93,7 +95,7 @@ pub fn same_tokenizer(tokenizer: &Tokenizer, ids: &[u32], k: usize) -> (Logprobs
     };
     for (position, &id) in ids.iter().enumerate() {
         let mut labels = SoftLabels::default();
-        let mut left = 0.99f32;
+        let mut remaining_mass = 0.99f32;
         while labels.ids.len() < k {
             let next = match labels.ids.len() {
                 2 => id,
@@ -102,24 +104,25 @@ pub fn same_tokenizer(tokenizer: &Tokenizer, ids: &[u32], k: usize) -> (Logprobs
             if labels.ids.contains(&next) || (next == id && labels.ids.len() != 2) {
                 continue;
             }
-            left *= 0.5 + 0.1 * rng.f32();
+            remaining_mass *= 0.5 + 0.1 * rng.f32();
             labels.ids.push(next);
-            labels.logprobs.push((left * 0.5).ln());
+            labels.logprobs.push((remaining_mass * 0.5).ln());
         }
         labels.logprobs.sort_by(|a, b| b.total_cmp(a));
-        let token = put(&mut all, position, -1, id);
-        all.token.push(token);
-        all.logprob.push(Some(labels.logprobs[2]));
+        let token = token_text(&mut logprobs, position, -1, id);
+        logprobs.token.push(token);
+        logprobs.logprob.push(Some(labels.logprobs[2]));
         let top = labels.ids.iter().enumerate();
         let top = top
-            .map(|(rank, &id)| put(&mut all, position, rank as i32, id))
+            .map(|(rank, &id)| token_text(&mut logprobs, position, rank as i32, id))
             .collect();
-        all.top.push(top);
-        all.top_logprob
+        logprobs.top.push(top);
+        logprobs
+            .top_logprob
             .push(labels.logprobs.iter().copied().map(Some).collect());
         expected.push(labels);
     }
-    (all, expected)
+    (logprobs, expected)
 }
 
 #[test]
@@ -130,7 +133,7 @@ fn same_tokenizer_maps_to_itself() {
         let conversation = tokenizer.conversation(&ask("Hello", answer)).unwrap();
         let range = conversation.answers[0].clone();
         let ids = &conversation.ids[range.tokens.clone()];
-        // SentencePiece's first token contains the template's space, so no teacher token equals it.
+        // The first SentencePiece token contains the space of the template, so no token of the teacher equals it.
         let skip = usize::from(name == "sentencepiece");
         let (mut teacher, expected) = same_tokenizer(&tokenizer, ids, 20);
         if skip == 1 {
@@ -188,12 +191,8 @@ fn tokens_that_do_not_spell_the_answer_are_a_mismatch() {
 fn replacement_characters_count_to_the_tail() {
     let tokenizer = tokenizer("bytelevel");
     let ids = tokenizer.encode_text("The").unwrap();
-    let rows: Vec<Row> = vec![(
-        "The",
-        -1.0,
-        &[("The", Some(-1.0)), ("\u{fffd}", Some(-1.5))],
-    )];
-    let teacher = logprobs(&rows);
+    let top = [("The", Some(-1.0)), ("\u{fffd}", Some(-1.5))];
+    let teacher = logprobs(&[("The", -1.0, &top)]);
     let aligned = align(&tokenizer, &teacher, "The", &ids).unwrap();
     assert_eq!(aligned.soft(0).1.len(), 1);
 }
@@ -234,7 +233,7 @@ fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
     let fifth = 0.2f32.ln();
     let tenth = Some(0.1f32.ln());
     let teacher = logprobs(&[
-        // " capitalism" begins with the student's " capital"; both map to that token
+        // " capitalism" begins with the student's token " capital", so both map to this token.
         (
             "The",
             half,
@@ -245,10 +244,10 @@ fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
                 ("<|im_end|>", tenth),
             ],
         ),
-        // the student splits it differently
+        // The student has other tokens.
         (" ans", -1.0, &[(" ans", Some(-1.0))]),
         ("wer", -1.0, &[("wer", Some(-1.0))]),
-        // y is outside the top-k: it has its own logprob; sentinels and control tokens are dropped
+        // The emitted token is outside the top-k and has a logprob of its own. Sentinels and empty tokens are dropped.
         (
             " is",
             fifth,
@@ -259,13 +258,13 @@ fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
                 ("", tenth),
             ],
         ),
-        // all listed twice, with a sum above 1 by a rounding error
+        // One token is listed twice, with a sum that is above 1 by a rounding error.
         (
             " two",
             half,
             &[(" two", Some(half)), (" two", Some(0.5005f32.ln()))],
         ),
-        // y itself is a sentinel
+        // The logprob of the emitted token is a sentinel.
         ("\n", -9999.0, &[]),
     ]);
     let aligned = align(&tokenizer, &teacher, answer, &ids).unwrap();
@@ -287,7 +286,7 @@ fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
         .collect();
     assert_eq!(sampled[at(" is")], Some(fifth));
     assert_eq!(sampled[at("The")], None);
-    // " ans" + "wer" are one token of the student's
+    // " ans" and "wer" are one token of the student.
     let chunk = Chunk {
         start: 1,
         len: at(" is") - 1,
@@ -303,23 +302,23 @@ fn other_tokenizer_gets_soft_labels_at_common_boundaries() {
     assert!(soft[1..at(" is")].iter().all(Option::is_none));
 
     let impossible = logprobs(&[(answer, -0.1, &[(answer, Some(-0.1)), ("x", Some(-0.5))])]);
-    let whole = align(&tokenizer, &impossible, answer, &ids).unwrap();
+    let unusable = align(&tokenizer, &impossible, answer, &ids).unwrap();
     assert_eq!(
-        (whole.positions_over_one, soft_labels(&whole)),
+        (unusable.positions_over_one, soft_labels(&unusable)),
         (1, vec![None; ids.len()])
     );
-    let mut twice = teacher.clone();
-    twice.top_logprob[0][1] = Some(0.6f32.ln());
-    // An unusable position does not affect the others.
-    let but_one = align(&tokenizer, &twice, answer, &ids).unwrap();
-    assert_eq!(but_one.positions_over_one, 1);
-    let others = soft_labels(&but_one);
-    assert_eq!(others[0], None);
-    assert_eq!(others[1..], soft[1..]);
+    // A position with a sum above 1 does not affect the others.
+    let mut first_over_one = teacher.clone();
+    first_over_one.top_logprob[0][1] = Some(0.6f32.ln());
+    let aligned = align(&tokenizer, &first_over_one, answer, &ids).unwrap();
+    assert_eq!(aligned.positions_over_one, 1);
+    let labels = soft_labels(&aligned);
+    assert_eq!(labels[0], None);
+    assert_eq!(labels[1..], soft[1..]);
 }
 
 #[test]
-fn trimmed_answers_keep_their_soft_labels() {
+fn answers_trimmed_by_the_template_keep_their_soft_labels() {
     let tokenizer = tokenizer("metaspace");
     let answer = "\n\nThe capital";
     let conversation = tokenizer.conversation(&ask("Hello", answer)).unwrap();
@@ -364,7 +363,7 @@ fn split_token_parts_get_renormalised_continuations() {
                 &[
                     (" is two", logprob(0.4)),
                     (" is three", logprob(0.2)),
-                    // ends with the first student token
+                    // Ends with the first token of the student.
                     (" is", logprob(0.1)),
                     (" was", logprob(0.3 - missing)),
                 ],
@@ -379,28 +378,32 @@ fn split_token_parts_get_renormalised_continuations() {
             .unwrap()
     };
     let aligned = align(&split(0.2));
-    let of_is = aligned.soft(ids.len() - 2);
-    let of_two = aligned.soft(ids.len() - 1);
-    let close = |found: (&[u32], &[f32]), expected: &[(u32, f32)]| {
-        let ids: Vec<u32> = expected.iter().map(|e| e.0).collect();
-        assert_eq!(found.0, ids);
-        for (logprob, (_, p)) in found.1.iter().zip(expected) {
-            assert!((logprob.exp() - p).abs() < 1e-6, "{found:?}");
+    let assert_close = |(ids, logprobs): (&[u32], &[f32]), expected: &[(u32, f32)]| {
+        let expected_ids: Vec<u32> = expected.iter().map(|(id, _)| *id).collect();
+        assert_eq!(ids, expected_ids);
+        for (logprob, (_, p)) in logprobs.iter().zip(expected) {
+            assert!((logprob.exp() - p).abs() < 1e-6, "{logprobs:?}");
         }
     };
-    close(of_is, &[(is, 0.7), (first_of(" was"), 0.1)]);
-    close(of_two, &[(two, 4.0 / 7.0), (first_of(" three"), 2.0 / 7.0)]);
+    assert_close(
+        aligned.soft(ids.len() - 2),
+        &[(is, 0.7), (first_of(" was"), 0.1)],
+    );
+    assert_close(
+        aligned.soft(ids.len() - 1),
+        &[(two, 4.0 / 7.0), (first_of(" three"), 2.0 / 7.0)],
+    );
 
-    // No labels if more than half of the mass may be other tokens.
+    // There are no labels if more than half of the mass may belong to other tokens.
     let mut vague = split(0.2);
     vague.top_logprob[1] = vec![logprob(0.2), logprob(0.1), logprob(0.1), None];
     vague.logprob[1] = logprob(0.2);
     let aligned = align(&vague);
-    let last = ids.len() - 2..ids.len();
-    assert!(last.into_iter().all(|at| !aligned.is_soft(at)));
+    let mut last_two = ids.len() - 2..ids.len();
+    assert!(last_two.all(|at| !aligned.is_soft(at)));
 }
 
-/// Prints the speed: run `cargo test --release alignment_speed -- --nocapture`.
+/// `cargo test --release alignment_speed -- --nocapture` prints the speed.
 #[test]
 fn alignment_speed() {
     let tokenizer = tokenizer("bytelevel");

@@ -6,14 +6,15 @@ use distill::data::align::{Mapper, Mismatch};
 use super::align::{Alternative, Row, align, logprobs, soft_labels};
 use super::tokenizer;
 
-/// The emitted token may be listed after the top-k, before them, or not at all.
+/// Servers list the emitted token after the top-k, before them, or not at all.
 #[test]
 fn top_k_membership_follows_the_rank() {
     let tokenizer = tokenizer("bytelevel");
     let ids = tokenizer.encode_text("T").unwrap();
     let best = [("a", Some(-0.5)), ("b", Some(-2.5))];
     let emitted = ("T", Some(-4.0));
-    let of = |top: &[Alternative], top_logprobs: usize| {
+    // Returns the logprob of the emitted token, if it is outside the top-k, and the number of soft labels.
+    let align_with = |top: &[Alternative], top_logprobs: usize| {
         let teacher = logprobs(&[("T", -4.0, top)]);
         let aligned = Mapper::new(&tokenizer, None)
             .align(&(&teacher).into(), b"T", 0..1, &ids, Some(top_logprobs))
@@ -23,36 +24,36 @@ fn top_k_membership_follows_the_rank() {
             soft_labels(&aligned)[0].clone().unwrap().ids.len(),
         )
     };
-    assert_eq!(of(&best, 2), (Some(-4.0), 2), "not listed");
+    assert_eq!(align_with(&best, 2), (Some(-4.0), 2), "not listed");
     assert_eq!(
-        of(&[best[0], best[1], emitted], 2),
+        align_with(&[best[0], best[1], emitted], 2),
         (Some(-4.0), 2),
         "appended"
     );
     assert_eq!(
-        of(&[emitted, best[0], best[1]], 2),
+        align_with(&[emitted, best[0], best[1]], 2),
         (Some(-4.0), 2),
         "listed first"
     );
     assert_eq!(
-        of(&[best[0], best[1], emitted], 3),
+        align_with(&[best[0], best[1], emitted], 3),
         (None, 3),
         "one of the best"
     );
     assert_eq!(
-        of(&[best[0], best[1], emitted, emitted], 3),
+        align_with(&[best[0], best[1], emitted, emitted], 3),
         (None, 3),
         "twice"
     );
     let better = ("T", Some(-2.0));
     assert_eq!(
-        of(&[better, best[0], best[1]], 3),
+        align_with(&[better, best[0], best[1]], 3),
         (None, 3),
         "first, and one of the best"
     );
 }
 
-/// Also if the emitted tokens are the same in both spellings.
+/// The emitted tokens do not show whether tokens are vocabulary entries (`Ġa` for " a"), but an alternative does.
 #[test]
 fn raw_alternatives_of_plain_tokens_are_decoded() {
     let tokenizer = tokenizer("bytelevel");
@@ -64,7 +65,7 @@ fn raw_alternatives_of_plain_tokens_are_decoded() {
         soft_labels(&aligned)[0].clone().unwrap().ids,
         [ids[0], space]
     );
-    // A space in another alternative shows that the tokens are not raw.
+    // A space in an alternative shows that the tokens are text.
     let mixed = [("T", Some(-1.0)), ("Ġa", Some(-2.0)), (" a", Some(-3.0))];
     let aligned = align(&tokenizer, &logprobs(&[("T", -1.0, &mixed)]), "T", &ids).unwrap();
     let first = soft_labels(&aligned)[0].clone().unwrap();
@@ -96,7 +97,7 @@ fn raw_vocabulary_entries_are_decoded() {
     }
 }
 
-/// As in DeepSeek's logprobs: answers may have no space, and control tokens contain `▁`.
+/// In DeepSeek's logprobs, control tokens contain `▁`. Answers may contain no space.
 #[test]
 fn byte_level_vocabulary_is_detected_beside_metaspace_control_tokens() {
     let tokenizer = tokenizer("bytelevel");
@@ -110,7 +111,7 @@ fn byte_level_vocabulary_is_detected_beside_metaspace_control_tokens() {
         let aligned = align(&tokenizer, &logprobs(&rows), answer, &ids);
         assert!(aligned.is_ok(), "{pieces:?}: {:?}", aligned.err());
     }
-    // Without a line break, no token contains a mark.
+    // Without a line feed, no token of the text contains a `Ċ` or `Ġ`.
     let rows: Vec<Row> = ["Ã¼", "<｜end▁of▁sentence｜>"]
         .iter()
         .map(|piece| (*piece, -1.0, &[][..]))
@@ -119,7 +120,7 @@ fn byte_level_vocabulary_is_detected_beside_metaspace_control_tokens() {
     assert!(align(&tokenizer, &logprobs(&rows), "ü", &ids).is_ok());
 }
 
-/// With thinking, white space or a stop string around it.
+/// The logprobs also cover thinking, white space or a stop string around the answer.
 #[test]
 fn answer_is_aligned_inside_longer_logprobs() {
     let tokenizer = tokenizer("bytelevel");
@@ -138,15 +139,18 @@ fn answer_is_aligned_inside_longer_logprobs() {
         (vec!["\n"], vec![" ", "\n"]),
         (vec![], vec!["STOP"]),
     ] {
-        let all = [&before[..], &tokens, &after].concat();
-        let rows: Vec<Row> = all.iter().map(|token| (*token, -1.0, &[][..])).collect();
+        let emitted = [&before[..], &tokens, &after].concat();
+        let rows: Vec<Row> = emitted
+            .iter()
+            .map(|token| (*token, -1.0, &[][..]))
+            .collect();
         let teacher = logprobs(&rows);
         let aligned = align(&tokenizer, &teacher, answer, &ids).unwrap();
-        assert!((0..ids.len()).all(|at| aligned.is_soft(at)), "{all:?}");
+        assert!((0..ids.len()).all(|at| aligned.is_soft(at)), "{emitted:?}");
     }
 }
 
-/// vLLM's `return_tokens_as_token_ids`, with another tokenizer than the student's.
+/// As with `return_tokens_as_token_ids` of vLLM, with another tokenizer than the student's.
 #[test]
 fn token_ids_are_decoded_with_the_teacher_tokenizer() {
     let student = tokenizer("bytelevel");
@@ -155,11 +159,11 @@ fn token_ids_are_decoded_with_the_teacher_tokenizer() {
     let ids = student.encode_text(answer).unwrap();
     let emitted = teacher.encode_text(answer).unwrap();
     let other = teacher.encode_text("Lyon").unwrap()[0];
-    let name = |id: u32| format!("token_id:{id}");
-    let spelled = |id: u32| String::from_utf8(teacher.token_bytes(id).unwrap().to_vec()).unwrap();
-    let of = |naming: &dyn Fn(u32) -> String| {
-        let names: Vec<_> = emitted.iter().map(|id| naming(*id)).collect();
-        let other = naming(other);
+    let id_name = |id: u32| format!("token_id:{id}");
+    let text = |id: u32| String::from_utf8(teacher.token_bytes(id).unwrap().to_vec()).unwrap();
+    let logprobs_named_by = |name: &dyn Fn(u32) -> String| {
+        let names: Vec<_> = emitted.iter().map(|id| name(*id)).collect();
+        let other = name(other);
         let top: Vec<_> = names
             .iter()
             .map(|name| [(name.as_str(), Some(-0.5)), (other.as_str(), Some(-1.5))])
@@ -171,58 +175,58 @@ fn token_ids_are_decoded_with_the_teacher_tokenizer() {
             .collect();
         logprobs(&rows)
     };
-    let by_id = of(&name);
+    let by_id = logprobs_named_by(&id_name);
     let align = |teacher_tokenizer, logprobs: &Logprobs| {
         let mut mapper = Mapper::new(&student, None).with_teacher(teacher_tokenizer);
-        let whole = 0..answer.len();
-        mapper.align(&logprobs.into(), answer.as_bytes(), whole, &ids, Some(2))
+        let range = 0..answer.len();
+        mapper.align(&logprobs.into(), answer.as_bytes(), range, &ids, Some(2))
     };
     let aligned = align(Some(&teacher), &by_id).unwrap();
     assert!((0..aligned.len()).any(|at| aligned.is_soft(at)));
-    let by_text = align(None, &of(&spelled)).unwrap();
-    assert_eq!(soft_labels(&aligned), soft_labels(&by_text));
+    let expected = align(None, &logprobs_named_by(&text)).unwrap();
+    assert_eq!(soft_labels(&aligned), soft_labels(&expected));
     let error = align(None, &by_id).unwrap_err();
     assert_eq!(error, Mismatch::TokenIds);
-    // The tokenizer of another model.
-    let unknown = of(&|id| name(id + 1_000_000));
+    // Ids that the configured tokenizer does not have.
+    let unknown = logprobs_named_by(&|id| id_name(id + 1_000_000));
     let error = align(Some(&teacher), &unknown).unwrap_err();
     assert_eq!(error, Mismatch::Teacher);
 }
 
-/// vLLM lists the token that ends the turn after those of the text, and as an alternative at other positions.
+/// vLLM lists the end-of-turn token after the tokens of the text, and as an alternative at other positions.
 #[test]
-fn listed_ends_of_turns_have_soft_labels() {
+fn listed_end_of_turn_token_has_soft_labels() {
     let tokenizer = tokenizer("bytelevel");
     let end = tokenizer.end_of_turn().unwrap();
     let mut ids = tokenizer.encode_text("T").unwrap();
     ids.push(end);
     let other = tokenizer.encode_text("a").unwrap()[0];
-    let of = |name: &str, listed: bool| {
+    let align_with_end = |name: &str, is_listed: bool| {
         let text = ("T", -0.1, &[("T", Some(-0.1)), (name, Some(-3.0))][..]);
         let last = (name, -0.5, &[(name, Some(-0.5)), ("a", Some(-1.0))][..]);
         let rows = [text, last];
-        let teacher = logprobs(&rows[..1 + usize::from(listed)]);
+        let teacher = logprobs(&rows[..1 + usize::from(is_listed)]);
         align(&tokenizer, &teacher, "T", &ids).unwrap()
     };
-    // The student's own name of the token, and names in other models.
+    // The name of the token in the student's tokenizer, and names in other tokenizers.
     for name in ["<|im_end|>", "<|eot_id|>", "</s>", "<end_of_turn>"] {
-        let aligned = of(name, true);
+        let aligned = align_with_end(name, true);
         assert_eq!(aligned.len(), 2);
         assert_eq!(aligned.soft(0), (&[ids[0], end][..], &[-0.1, -3.0][..]));
         assert_eq!(aligned.soft(1), (&[end, other][..], &[-0.5, -1.0][..]));
-        let aligned = of(name, false);
+        let aligned = align_with_end(name, false);
         assert_eq!((aligned.len(), aligned.is_soft(1)), (2, false));
     }
-    // A control token that does not end turns is not an end; a token without a name may be any.
+    // Neither a control token that does not end turns nor a token without a name counts as the end of the turn.
     for name in ["<|im_start|>", ""] {
-        assert!(!of(name, true).is_soft(1), "{name:?}");
+        assert!(!align_with_end(name, true).is_soft(1), "{name:?}");
     }
-    let aligned = of("<|im_start|>", false);
+    let aligned = align_with_end("<|im_start|>", false);
     let start = tokenizer.id_of_control("<|im_start|>").unwrap();
     assert_eq!(aligned.soft(0).0, [ids[0], start]);
 }
 
-/// Control tokens whose names contain `▁`, beside plain tokens without a space.
+/// The names of control tokens contain `▁`, and the tokens of the text contain no space.
 #[test]
 fn control_token_names_are_not_taken_for_a_raw_vocabulary() {
     let tokenizer = tokenizer("bytelevel");
@@ -236,7 +240,8 @@ fn control_token_names_are_not_taken_for_a_raw_vocabulary() {
     assert_eq!(aligned.soft(1), (&[end][..], &[-0.2][..]));
 }
 
-/// The teacher chose the end after text that was truncated, which the student does not have.
+/// The teacher emitted the end after more text than the record has, so its logprobs do not apply to the student's
+/// position.
 #[test]
 fn end_of_turn_after_a_partial_token_has_no_soft_labels() {
     let tokenizer = tokenizer("bytelevel");

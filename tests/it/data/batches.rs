@@ -11,18 +11,18 @@ use super::{ask, tokenizer};
 #[test]
 fn epochs_take_each_example_once_in_different_orders() {
     let mut batches = BatchSampler::new(10, 4, 3, Cursor::default()).unwrap();
-    let taken: Vec<usize> = (0..5).flat_map(|_| batches.next_step()).collect();
-    let (first, second) = taken.split_at(10);
+    let indices: Vec<usize> = (0..5).flat_map(|_| batches.next_step()).collect();
+    let (first, second) = indices.split_at(10);
     for epoch in [first, second] {
         let mut sorted = epoch.to_vec();
         sorted.sort();
         assert_eq!(sorted, (0..10).collect::<Vec<_>>());
     }
     assert_ne!(first, second);
-    let other = BatchSampler::new(10, 10, 4, Cursor::default())
+    let with_other_seed = BatchSampler::new(10, 10, 4, Cursor::default())
         .unwrap()
         .next_step();
-    assert_ne!(first, other);
+    assert_ne!(first, with_other_seed);
 }
 
 #[test]
@@ -30,8 +30,8 @@ fn resumed_batches_match_uninterrupted_ones() {
     let run = |batches: &mut BatchSampler, steps: usize| -> Vec<Vec<usize>> {
         (0..steps).map(|_| batches.next_step()).collect()
     };
-    let mut whole = BatchSampler::new(7, 3, 5, Cursor::default()).unwrap();
-    let expected = run(&mut whole, 12);
+    let mut uninterrupted = BatchSampler::new(7, 3, 5, Cursor::default()).unwrap();
+    let expected = run(&mut uninterrupted, 12);
     for stop in 0..12 {
         let mut before = BatchSampler::new(7, 3, 5, Cursor::default()).unwrap();
         run(&mut before, stop);
@@ -44,7 +44,7 @@ fn resumed_batches_match_uninterrupted_ones() {
     assert!(BatchSampler::new(0, 3, 5, Cursor::default()).is_err());
 }
 
-/// Each split of a step has every example once, no micro-batch over the limit, and separate segments.
+/// Also checks that the segments and positions of a micro-batch are those of its examples, one after another.
 #[test]
 fn micro_batches_contain_each_example_once_within_the_limit() {
     let dir = tempfile::tempdir().unwrap();
@@ -73,18 +73,17 @@ fn micro_batches_contain_each_example_once_within_the_limit() {
             micro_batch_tokens: tokens,
             ..TrainConfig::default()
         };
-        let cut = micro_batches(&examples, &settings);
+        let micro_batches = micro_batches(&examples, &settings);
         let mut keys = Vec::new();
-        for micro in &cut {
-            let batch = Batch::new(micro.iter().copied());
+        for micro_batch in &micro_batches {
+            let batch = Batch::new(micro_batch.iter().copied());
             match tokens {
-                0 => assert!(micro.len() <= 7),
-                _ => assert!(batch.input_ids_T.len() <= tokens || micro.len() == 1),
+                0 => assert!(micro_batch.len() <= 7),
+                _ => assert!(batch.input_ids_T.len() <= tokens || micro_batch.len() == 1),
             }
-            // Examples are unchanged, one after the other.
             let mut start = 0;
             let mut targets = 0;
-            for (example, segment) in micro.iter().zip(&batch.segments_B) {
+            for (example, segment) in micro_batch.iter().zip(&batch.segments_B) {
                 let alone = Batch::new([*example]);
                 assert_eq!(*segment, start..start + alone.input_ids_T.len());
                 assert_eq!(batch.input_ids_T[segment.clone()], alone.input_ids_T);
@@ -101,10 +100,10 @@ fn micro_batches_contain_each_example_once_within_the_limit() {
             keys.extend(batch.keys_B);
         }
         match tokens {
-            0 => assert_eq!(cut.len(), 60usize.div_ceil(7)),
-            1 => assert_eq!(cut.len(), 60),
+            0 => assert_eq!(micro_batches.len(), 60usize.div_ceil(7)),
+            1 => assert_eq!(micro_batches.len(), 60),
             // First fit leaves at most one micro-batch that is at most half full.
-            _ => assert!(tokens < longest || cut.len() <= 2 * total.div_ceil(tokens)),
+            _ => assert!(tokens < longest || micro_batches.len() <= 2 * total.div_ceil(tokens)),
         }
         keys.sort();
         let mut expected: Vec<&str> = examples.iter().map(|e| e.key()).collect();

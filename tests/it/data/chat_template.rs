@@ -1,4 +1,4 @@
-//! Chat templates, real and hostile.
+//! Chat templates of real models, and hostile ones.
 
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ fn rendered_templates_match_transformers() {
             .render_text(&messages, prompt)
             .unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(text, case["text"].as_str().unwrap(), "{name}");
-        // The texts of the spans, joined, equal the text, unless the template changes contents in an unsupported way.
+        // The concatenated spans equal the text. A template that changes contents in an unsupported way is an error.
         match template.render(&messages, prompt) {
             Ok(spans) => {
                 let joined: String = spans
@@ -43,8 +43,11 @@ fn rendered_templates_match_transformers() {
                         .contains("other than by stripping white space"),
                     "{name}: {e}"
                 );
-                let reasoning = text.contains("Because") || text.contains("So.");
-                assert!(["tojson", "methods"].contains(&name) || reasoning, "{name}");
+                let has_reasoning = text.contains("Because") || text.contains("So.");
+                assert!(
+                    ["tojson", "methods"].contains(&name) || has_reasoning,
+                    "{name}"
+                );
             }
         }
     }
@@ -85,7 +88,7 @@ fn template_text_and_content_are_separate_spans() {
     assert!(error.to_string().contains("only user first"), "{error}");
 }
 
-/// The expected values are the output of jinja2.
+/// The expected texts are the output of jinja2.
 #[test]
 fn string_methods_and_tests_match_jinja2() {
     for (source, expected) in [
@@ -218,7 +221,7 @@ fn hostile_templates_fail_within_limits() {
     }
 }
 
-/// Peak resident memory of this process in bytes.
+/// Returns the peak resident memory of this process in bytes, or 0 on systems other than Linux.
 fn peak_memory() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

@@ -1,6 +1,5 @@
-//! Examples from records and conversations.
+//! Datasets of examples from records and conversations.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use distill::cache::record::{Answer, Record, Status, Timing};
@@ -16,6 +15,7 @@ use serde_json::json;
 use super::align::same_tokenizer;
 use super::{ask, tokenizer};
 
+/// Returns a record with one few-shot example in its prompt.
 pub fn record(prompt: &str, answer: &str) -> Record {
     Record {
         v: 1,
@@ -48,20 +48,30 @@ pub fn record(prompt: &str, answer: &str) -> Record {
     }
 }
 
-/// Writes a cache of `records`.
+/// Appends records to a cache, which is created if it is missing.
 pub fn write_cache(dir: &Path, records: &[Record]) {
     let cache = Cache::open(dir, &config::CacheConfig::default()).unwrap();
     for record in records {
-        let sealed = EncodedRecord::new(record).unwrap();
-        cache.append_group(&[sealed]).unwrap();
+        let encoded = EncodedRecord::new(record).unwrap();
+        cache.append_group(&[encoded]).unwrap();
     }
 }
 
+/// Loads the dataset of all records.
 pub fn load(config: &config::Config, tokenizer: &Tokenizer) -> anyhow::Result<Dataset> {
+    load_selected(config, &Selection::All, tokenizer)
+}
+
+/// Loads the dataset of the selected records.
+pub fn load_selected(
+    config: &config::Config,
+    selection: &Selection,
+    tokenizer: &Tokenizer,
+) -> anyhow::Result<Dataset> {
     dataset::load(
         &config.data,
         &config.run_dir,
-        &Selection::All,
+        selection,
         tokenizer,
         &mut |_, _| Ok(()),
     )
@@ -91,14 +101,15 @@ fn examples_of_records_are_in_the_order_of_their_keys() {
         }),
         ..record("shifted", answer)
     };
-    let mut cut = record("cut", answer);
-    cut.answer.finish_reason = "length".into();
+    let mut truncated = record("cut", answer);
+    truncated.answer.finish_reason = "length".into();
     let mut filtered = record("filtered", answer);
     filtered.answer.finish_reason = "content_filter".into();
-    let mut bad = record("bad", answer);
-    bad.status = Status::Quarantined;
+    let mut quarantined = record("bad", answer);
+    quarantined.status = Status::Quarantined;
     let long = record("long", &answer.repeat(10));
-    write_cache(dir.path(), &[soft, shifted, bad, cut, filtered, long]);
+    let records = [soft, shifted, quarantined, truncated, filtered, long];
+    write_cache(dir.path(), &records);
     let data = dataset::held_out(dir.path(), &settings, &tokenizer).unwrap();
     let examples = data.validation();
     let report = &data.report;
@@ -107,10 +118,7 @@ fn examples_of_records_are_in_the_order_of_their_keys() {
     assert_eq!(keys, ["key of cut", "key of shifted", "key of soft"]);
     assert_eq!((report.records, report.kept), (6, 3));
     assert_eq!(report.dropped.values().sum::<u64>(), 3);
-    let batch = |at| Batch::new([examples.get(at)]);
-    let cut = batch(0);
-    let shifted = batch(1);
-    let soft = batch(2);
+    let [truncated, shifted, soft] = [0, 1, 2].map(|at| Batch::new([examples.get(at)]));
     let end = tokenizer.stop_ids()[0];
     // The few-shot answer in the prompt is not supervised.
     assert_eq!(soft.labels_N, [ids.as_slice(), &[end]].concat());
@@ -121,27 +129,25 @@ fn examples_of_records_are_in_the_order_of_their_keys() {
     for (at, expected) in expected_soft.iter().enumerate() {
         let range = soft.soft_offsets_N1[at]..soft.soft_offsets_N1[at + 1];
         assert_eq!(soft.soft_ids_NK[range.clone()], expected.ids);
-        // Logprobs are kept bit by bit.
         assert_eq!(soft.soft_logprobs_NK[range], expected.logprobs);
     }
     assert_eq!(soft.soft_offsets_N1.len(), ids.len() + 2);
     assert_eq!(soft.soft_offsets_N1[ids.len() + 1], soft.soft_ids_NK.len());
     assert!(shifted.soft_ids_NK.is_empty());
-    assert_eq!(cut.labels_N, ids, "a truncated answer has no end of turn");
+    // A truncated answer has no end of turn.
+    assert_eq!(truncated.labels_N, ids);
     assert_eq!(report.soft_positions, ids.len() as u64);
     assert_eq!(report.positions, 3 * ids.len() as u64 + 2);
-    let expected = HashMap::from([
-        ("no logprobs".to_owned(), 1),
-        ("the teacher's tokens do not spell the answer".to_owned(), 1),
-    ]);
-    assert_eq!(
-        report
-            .ce_only
-            .clone()
-            .into_iter()
-            .collect::<HashMap<_, _>>(),
-        expected
-    );
+    let ce_only: Vec<(&str, u64)> = report
+        .ce_only
+        .iter()
+        .map(|(reason, count)| (reason.as_str(), *count))
+        .collect();
+    let expected = [
+        ("no logprobs", 1),
+        ("the teacher's tokens do not spell the answer", 1),
+    ];
+    assert_eq!(ce_only, expected);
     let text = report.to_string();
     assert!(
         text.starts_with("6 records, 3 kept") && text.contains("quarantined"),
@@ -168,14 +174,15 @@ fn validation_split_is_by_prompt_and_independent_of_the_seed() {
     config.run_dir = dir.path().join("run");
     let dataset = load(&config, &tokenizer).unwrap();
     config.train.seed = 7;
-    let again = load(&config, &tokenizer).unwrap();
+    let with_other_seed = load(&config, &tokenizer).unwrap();
+    // The key of an example is the number of its line.
     let numbers = |examples: Examples| -> Vec<usize> {
         examples.iter().map(|e| e.key().parse().unwrap()).collect()
     };
-    assert_eq!(numbers(again.train()), numbers(dataset.train()));
+    assert_eq!(numbers(with_other_seed.train()), numbers(dataset.train()));
     let train = numbers(dataset.train());
     let validation = numbers(dataset.validation());
-    assert!(train.is_sorted(), "in the order of the file");
+    assert!(train.is_sorted(), "not in the order of the file");
     assert_eq!(validation.len() + train.len(), 400);
     assert!(
         (60..140).contains(&validation.len()),
@@ -183,12 +190,11 @@ fn validation_split_is_by_prompt_and_independent_of_the_seed() {
         validation.len()
     );
     for line in &validation {
-        // The other answer to its prompt.
-        let other = ((line - 1) ^ 1) + 1;
-        assert!(validation.contains(&other), "{line}");
+        // Lines 1 and 2 have the answers to one prompt, 3 and 4 to the next one, and so on.
+        let other_answer = ((line - 1) ^ 1) + 1;
+        assert!(validation.contains(&other_answer), "{line}");
     }
-    let validation = validation.len();
-    assert_eq!(dataset.report.validation, validation as u64);
+    assert_eq!(dataset.report.validation, validation.len() as u64);
 
     let cases = [
         (r#"{"messages": [{"role": "user"}]}"#, "train.jsonl:401"),
@@ -247,7 +253,7 @@ fn answers_to_one_prompt_are_merged_into_soft_labels() {
         })
         .collect();
     records.push(record("alone", "Paris is it."));
-    // An answer with logprobs keeps them.
+    // An answer with logprobs keeps its own soft labels.
     let ids = tokenizer.encode_text("Berlin.").unwrap();
     let (logprobs, expected) = same_tokenizer(&tokenizer, &ids, 4);
     records.push(Record {
@@ -262,8 +268,8 @@ fn answers_to_one_prompt_are_merged_into_soft_labels() {
     };
     config.data.cache = Some(dir.path().join("cache"));
     config.data.validation_share = 0.0;
-    let without = load(&config, &tokenizer).unwrap();
-    assert_eq!(without.report.soft_positions, ids.len() as u64);
+    let unmerged = load(&config, &tokenizer).unwrap();
+    assert_eq!(unmerged.report.soft_positions, ids.len() as u64);
     config.data.sample_trie = true;
     let data = load(&config, &tokenizer).unwrap();
     assert!(data.is_new);
@@ -272,20 +278,24 @@ fn answers_to_one_prompt_are_merged_into_soft_labels() {
         let batch = Batch::new([example]);
         let soft = |n: usize| {
             let range = batch.soft_offsets_N1[n]..batch.soft_offsets_N1[n + 1];
-            (&batch.soft_ids_NK[range.clone()], &batch.soft_logprobs_NK[range])
+            (
+                &batch.soft_ids_NK[range.clone()],
+                &batch.soft_logprobs_NK[range],
+            )
         };
         let (first, logprobs) = soft(0);
         match example.key() {
             "key of alone" => assert!(first.is_empty()),
             "with logprobs" => assert_eq!(first, expected[0].ids),
             sample => {
-                // Three of five answers are Paris, two are Berlin.
+                // Of the five answers, three begin with Paris, two with Berlin.
                 let paris = tokenizer.encode_text("Paris").unwrap()[0];
                 let berlin = tokenizer.encode_text("Berlin.").unwrap()[0];
                 assert_eq!(first, [paris, berlin], "{sample}");
                 assert!((logprobs[0] - 0.6f32.ln()).abs() < 1e-6);
                 assert!((logprobs[1] - 0.4f32.ln()).abs() < 1e-6);
-                // The answers are equal to the end, including the end-of-turn token.
+                // At the end-of-turn token, the soft labels come from the answers with the same text. "Paris is near."
+                // has no other one.
                 let last = batch.labels_N.len() - 1;
                 let (ids, logprobs) = soft(last);
                 match sample {

@@ -1,4 +1,4 @@
-//! Tokenizer, chat templates, alignment, datasets and batches.
+//! Tokenizers, chat templates, alignment, datasets and batches.
 
 mod added_tokens;
 mod align;
@@ -6,10 +6,15 @@ mod align_servers;
 mod batches;
 mod chat_template;
 pub mod dataset;
+mod end_of_turn;
 mod prepared;
 mod prompts;
 mod show;
+mod template_date;
+mod templates;
+mod thinking;
 mod tokenizer;
+mod unsupported_fields;
 
 use std::path::PathBuf;
 
@@ -17,8 +22,8 @@ use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
 use serde_json::Value;
 
-/// Small tokenizers in the formats of real models. `tests/python/make_tokenizer_fixtures.py` makes them and their golden
-/// values.
+/// Folders of small tokenizers in the formats of real models. `tests/python/make_tokenizer_fixtures.py` makes them and
+/// their golden values.
 const FOLDERS: [&str; 3] = ["bytelevel", "sentencepiece", "metaspace"];
 
 fn folder(name: &str) -> PathBuf {
@@ -51,6 +56,7 @@ fn message(role: &str, content: &str) -> Message {
     }
 }
 
+/// Returns a conversation of one turn.
 fn ask(prompt: &str, answer: &str) -> Vec<Message> {
     vec![message("user", prompt), message("assistant", answer)]
 }

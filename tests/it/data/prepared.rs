@@ -1,4 +1,4 @@
-//! Prepared examples are mapped by later runs, and prepared again after changes and damage.
+//! Prepared examples are reused by later runs, and prepared again after changes and damage.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +22,7 @@ const ANSWERS: [&str; 3] = [
     "A \"quoted\" line\nand a \\ \u{1}",
 ];
 
-/// `count` records with soft labels, not sorted by key.
+/// Returns records that are not sorted by key. Four of five have soft labels.
 fn records(tokenizer: &Tokenizer, count: usize) -> Vec<Record> {
     (0..count)
         .map(|n| {
@@ -37,6 +37,7 @@ fn records(tokenizer: &Tokenizer, count: usize) -> Vec<Record> {
         .collect()
 }
 
+/// A run folder whose cache has records.
 struct Run {
     _dir: tempfile::TempDir,
     config: Config,
@@ -60,6 +61,7 @@ fn run(count: usize) -> Run {
 }
 
 impl Run {
+    /// Loads the dataset. `is_new` is whether its examples must be prepared instead of reused.
     #[track_caller]
     fn load(&self, is_new: bool) -> Dataset {
         let data = load(&self.config, &self.tokenizer).unwrap();
@@ -67,19 +69,20 @@ impl Run {
         data
     }
 
-    /// The folders of prepared examples.
+    /// Returns the folders of prepared examples.
     fn folders(&self) -> Vec<PathBuf> {
         let entries = std::fs::read_dir(self.config.run_dir.join("prepared")).unwrap();
         entries.map(|entry| entry.unwrap().path()).collect()
     }
 }
 
+/// Returns all training examples as one batch, and all validation examples.
 fn batches(data: &Dataset) -> [Batch; 2] {
     [data.train(), data.validation()].map(|examples| Batch::new(examples.iter()))
 }
 
 #[test]
-fn second_run_maps_the_prepared_examples() {
+fn second_run_reuses_the_prepared_examples() {
     let run = run(40);
     let first = run.load(true);
     let second = run.load(false);
@@ -87,7 +90,7 @@ fn second_run_maps_the_prepared_examples() {
     assert_eq!(batches(&first), batches(&second));
     assert_eq!(first.report, second.report);
     assert_eq!(first.fingerprint(), second.fingerprint());
-    // In memory: the same examples in the same order, whatever the number of threads and shards.
+    // A dataset in memory has the same examples, sorted by key, for any number of threads.
     let cache = run.config.run_dir.join("cache");
     for threads in [1, 3] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
@@ -95,12 +98,12 @@ fn second_run_maps_the_prepared_examples() {
         let data = pool.unwrap().install(held_out);
         let keys: Vec<&str> = data.validation().iter().map(|e| e.key()).collect();
         assert!(keys.len() == 40 && keys.is_sorted());
-        let [_, all] = batches(&data);
-        let mut parts = [first.train(), first.validation()]
+        let [_, in_memory] = batches(&data);
+        let mut prepared = [first.train(), first.validation()]
             .map(|examples| examples.iter().collect::<Vec<_>>())
             .concat();
-        parts.sort_by_key(|example| example.key());
-        assert_eq!(Batch::new(parts), all);
+        prepared.sort_by_key(|example| example.key());
+        assert_eq!(Batch::new(prepared), in_memory);
         assert_eq!(data.report.mean_mapped_mass, first.report.mean_mapped_mass);
     }
 }
@@ -109,9 +112,9 @@ fn second_run_maps_the_prepared_examples() {
 fn prepared_examples_match_their_answers() {
     let run = run(20);
     let data = run.load(true);
-    let all = records(&run.tokenizer, 20);
+    let records = records(&run.tokenizer, 20);
     for example in data.train().iter() {
-        let record = all.iter().find(|r| r.key == example.key()).unwrap();
+        let record = records.iter().find(|r| r.key == example.key()).unwrap();
         let batch = Batch::new([example]);
         let ids = run.tokenizer.encode_text(&record.answer.text).unwrap();
         let end = run.tokenizer.stop_ids()[0];
@@ -128,8 +131,8 @@ fn prepared_examples_match_their_answers() {
     }
 }
 
-/// For each change alone: whether examples are prepared again, and whether the training differs. It does not if the
-/// examples are equal.
+/// A change may require new examples, and it may change the training. If the new examples are equal, the training is,
+/// too.
 #[test]
 fn examples_are_prepared_again_only_after_relevant_changes() {
     type Change = fn(&mut Run);
@@ -149,6 +152,7 @@ fn examples_are_prepared_again_only_after_relevant_changes() {
         std::fs::write(copy.join("chat_template.jinja"), template).unwrap();
         run.tokenizer = Tokenizer::load(&copy).unwrap();
     };
+    // Name of the change, the change, whether examples are prepared again, and whether the training differs.
     let cases: [(&str, Change, bool, bool); 6] = [
         ("nothing", |_| {}, false, false),
         (
@@ -172,43 +176,43 @@ fn examples_are_prepared_again_only_after_relevant_changes() {
         ("cache", grow, true, true),
         ("template", other_tokenizer, true, true),
     ];
-    for (name, change, prepares, differs) in cases {
+    for (name, change, prepares_again, training_differs) in cases {
         let mut run = run(20);
         let before = run.load(true);
         change(&mut run);
         let after = load(&run.config, &run.tokenizer).unwrap();
-        assert_eq!(after.is_new, prepares, "{name}");
-        let is_other = before.fingerprint() != after.fingerprint();
-        assert_eq!(is_other, differs, "{name}");
+        assert_eq!(after.is_new, prepares_again, "{name}");
+        let fingerprints_differ = before.fingerprint() != after.fingerprint();
+        assert_eq!(fingerprints_differ, training_differs, "{name}");
     }
 }
 
 #[test]
 fn order_of_answers_does_not_change_the_training() {
-    let other = run(0);
+    let reversed_run = run(0);
     let run = run(20);
-    let mut backwards = records(&run.tokenizer, 20);
-    backwards.reverse();
-    write_cache(&other.config.run_dir.join("cache"), &backwards);
-    let a = run.load(true);
-    let b = other.load(true);
+    let mut reversed = records(&run.tokenizer, 20);
+    reversed.reverse();
+    write_cache(&reversed_run.config.run_dir.join("cache"), &reversed);
+    let data = run.load(true);
+    let reversed_data = reversed_run.load(true);
+    // The folders have different names, because the cache files differ.
     assert_ne!(
         run.folders()[0].file_name(),
-        other.folders()[0].file_name(),
-        "the files differ"
+        reversed_run.folders()[0].file_name()
     );
-    assert_eq!(a.fingerprint(), b.fingerprint());
-    assert_eq!(batches(&a), batches(&b));
+    assert_eq!(data.fingerprint(), reversed_data.fingerprint());
+    assert_eq!(batches(&data), batches(&reversed_data));
 }
 
 #[test]
 fn damaged_examples_are_prepared_again() {
     type Damage = fn(&Path);
-    let cut: Damage = |file| {
+    let truncate: Damage = |file| {
         let bytes = std::fs::read(file).unwrap();
         std::fs::write(file, &bytes[..bytes.len() - 1]).unwrap();
     };
-    let flip: Damage = |file| {
+    let flip_bit: Damage = |file| {
         let mut bytes = std::fs::read(file).unwrap();
         let middle = bytes.len() * 2 / 3;
         bytes[middle] ^= 1;
@@ -218,11 +222,12 @@ fn damaged_examples_are_prepared_again() {
     let run = run(20);
     let expected = batches(&run.load(true));
     for name in ["shard-00000.safetensors", "order.safetensors", "index.json"] {
-        for damage in [cut, flip, remove] {
-            // A flipped bit in the report would not matter.
-            if name == "index.json" && damage as usize == flip as usize {
-                continue;
-            }
+        // A flipped bit in the report of the index would change no example.
+        let damages = match name {
+            "index.json" => vec![truncate, remove],
+            _ => vec![truncate, flip_bit, remove],
+        };
+        for damage in damages {
             damage(&run.folders()[0].join(name));
             assert_eq!(batches(&run.load(true)), expected, "{name}");
             assert_eq!(batches(&run.load(false)), expected, "{name}");
@@ -230,28 +235,24 @@ fn damaged_examples_are_prepared_again() {
     }
 }
 
-/// A run that is killed between two shards, or before the index, leaves a folder of another name. Even under the final
-/// name, an incomplete folder is detected.
+/// A run that is killed before it writes the index leaves a folder with a temporary name. An incomplete folder is also
+/// detected under its final name.
 #[test]
-fn incomplete_folder_is_prepared_again() {
+fn incomplete_folder_is_removed_and_prepared_again() {
     let run = run(20);
     let expected = batches(&run.load(true));
-    let whole = run.folders().remove(0);
-    // A folder of other settings, so that it is not written again.
-    let half = whole.with_file_name(".0123456789abcdef.new");
-    std::fs::rename(&whole, &half).unwrap();
-    std::fs::remove_file(half.join("index.json")).unwrap();
+    let folder = run.folders().remove(0);
+    // The temporary name belongs to other settings, so this run does not write the folder.
+    let incomplete = folder.with_file_name(".0123456789abcdef.new");
+    std::fs::rename(&folder, &incomplete).unwrap();
+    std::fs::remove_file(incomplete.join("index.json")).unwrap();
     assert_eq!(batches(&run.load(true)), expected);
-    assert_eq!(
-        run.folders(),
-        std::slice::from_ref(&whole),
-        "and is removed"
-    );
-    std::fs::remove_file(whole.join("index.json")).unwrap();
+    assert_eq!(run.folders(), std::slice::from_ref(&folder));
+    std::fs::remove_file(folder.join("index.json")).unwrap();
     assert_eq!(batches(&run.load(true)), expected);
 
-    // A run that stops during the preparation leaves nothing.
-    std::fs::remove_dir_all(&whole).unwrap();
+    // A run that stops during the preparation leaves no folder.
+    std::fs::remove_dir_all(&folder).unwrap();
     let stopped = dataset::load(
         &run.config.data,
         &run.config.run_dir,
@@ -266,52 +267,44 @@ fn incomplete_folder_is_prepared_again() {
 #[test]
 fn two_newest_folders_are_kept() {
     let mut run = run(20);
-    let mut lengths = Vec::new();
-    for length in [100, 200, 300, 400] {
-        run.config.data.max_length = length;
+    for (max_length, folders) in [(100, 1), (200, 2), (300, 2), (400, 2)] {
+        run.config.data.max_length = max_length;
         run.load(true);
-        lengths.push(length);
-        assert_eq!(run.folders().len(), lengths.len().min(2));
+        assert_eq!(run.folders().len(), folders);
     }
     run.config.data.max_length = 300;
     run.load(false);
 }
 
-/// The fast reader of lines gives the same result as the general JSON parser, which reads the same line with an
-/// additional space.
+/// An additional space after `"logprobs":` makes the general JSON parser read the line.
 #[test]
 fn fast_line_reader_matches_the_json_parser() {
     let tokenizer = tokenizer("bytelevel");
-    let mut all = records(&tokenizer, 9);
-    let odd = all[0].logprobs.as_mut().unwrap();
-    odd.logprob[0] = None;
-    odd.top_logprob[1][2] = None;
-    odd.top_logprob[2].truncate(1);
-    odd.top[3].clear();
-    odd.top[4][0].clear();
-    odd.raw.push(RawToken {
+    let mut records = records(&tokenizer, 9);
+    let irregular = records[0].logprobs.as_mut().unwrap();
+    irregular.logprob[0] = None;
+    irregular.top_logprob[1][2] = None;
+    irregular.top_logprob[2].truncate(1);
+    irregular.top[3].clear();
+    irregular.top[4][0].clear();
+    irregular.raw.push(RawToken {
         position: 4,
         rank: 0,
         hex: "c3".into(),
     });
     // A text that contains the beginning of the logprobs field.
-    all[1].answer.text = ",\"logprobs\":{\"token\":[".into();
-    for record in &all {
+    records[1].answer.text = ",\"logprobs\":{\"token\":[".into();
+    for record in &records {
         let line = distill::cache::line::encode(record).unwrap();
         let line = std::str::from_utf8(&line).unwrap().trim_end();
-        let spaced = line.replacen("\"logprobs\":", "\"logprobs\": ", 1);
-        let spaced = if spaced.len() == line.len() {
-            line.to_owned()
-        } else {
-            spaced
-        };
-        let quick = RecordView::from_line(line.as_bytes()).unwrap();
-        let other = RecordView::from_line(spaced.as_bytes()).unwrap();
-        assert_eq!(quick.logprobs, other.logprobs);
+        let with_space = line.replacen("\"logprobs\":", "\"logprobs\": ", 1);
+        let fast = RecordView::from_line(line.as_bytes()).unwrap();
+        let general = RecordView::from_line(with_space.as_bytes()).unwrap();
+        assert_eq!(fast.logprobs, general.logprobs);
         let expected = record.logprobs.as_ref().map(LogprobsView::from);
-        assert_eq!(quick.logprobs, expected);
+        assert_eq!(fast.logprobs, expected);
         assert_eq!(
-            (&quick.key, &quick.answer.text),
+            (&fast.key, &fast.answer.text),
             (&record.key, &record.answer.text)
         );
     }

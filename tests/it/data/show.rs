@@ -10,6 +10,7 @@ use super::align::same_tokenizer;
 use super::dataset::{record, write_cache};
 use super::{folder, tokenizer};
 
+/// Runs the binary. Returns its exit status and its output.
 fn distill(dir: &Path, arguments: &[&str]) -> (i32, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_distill"))
         .args(arguments)
@@ -27,15 +28,15 @@ fn data_show_prints_examples_token_by_token() {
     let answer = "It is Paris.";
     let ids = student.encode_text(answer).unwrap();
     let (logprobs, soft) = same_tokenizer(&student, &ids, 3);
-    let good = Record {
+    let usable = Record {
         logprobs: Some(logprobs),
         ..record("good", answer)
     };
-    let bad = Record {
+    let quarantined = Record {
         status: Status::Quarantined,
         ..record("bad", answer)
     };
-    write_cache(&dir.path().join("cache"), &[bad, good]);
+    write_cache(&dir.path().join("cache"), &[quarantined, usable]);
     let config = format!(
         "[student]\npath = {:?}\n[data]\ncache = \"cache\"\ngroups = \"all\"\n",
         folder("bytelevel")
@@ -51,7 +52,8 @@ fn data_show_prints_examples_token_by_token() {
     let shown: Value = serde_json::from_str(&printed).unwrap();
     assert_eq!(shown["version"], 1);
     let examples = shown["examples"].as_array().unwrap();
-    assert_eq!(examples.len(), 1, "the first row that makes an example");
+    // By default, the first usable record is shown.
+    assert_eq!(examples.len(), 1);
     assert_eq!(examples[0]["prompt_id"], "good");
     let tokens = examples[0]["tokens"].as_array().unwrap();
     let supervised: Vec<&Value> = tokens
@@ -71,12 +73,12 @@ fn data_show_prints_examples_token_by_token() {
             .collect();
         let expected_ids: Vec<u64> = expected.ids.iter().map(|id| u64::from(*id)).collect();
         assert_eq!(ids, expected_ids);
-        let known: f64 = labels
+        let listed: f64 = labels
             .iter()
             .map(|label| label["probability"].as_f64().unwrap())
             .sum();
         let tail = token["tail"].as_f64().unwrap();
-        assert!((known + tail - 1.0).abs() < 1e-6, "{token}");
+        assert!((listed + tail - 1.0).abs() < 1e-6, "{token}");
     }
     assert_eq!(supervised.last().unwrap()["soft_labels"], json!([]));
 
@@ -91,11 +93,11 @@ fn data_show_prints_examples_token_by_token() {
         "{printed}"
     );
     // A prompt with several records shows all of them.
-    let twin = Record {
+    let second_record = Record {
         key: "key of twin".into(),
         ..record("good", answer)
     };
-    write_cache(&dir.path().join("cache"), &[twin]);
+    write_cache(&dir.path().join("cache"), &[second_record]);
     let (status, printed) = show(&["--id", "good"]);
     assert_eq!((status, printed.matches("prompt good").count()), (0, 2));
     let (_, printed) = show(&["--id", "good", "--limit", "1"]);
@@ -140,7 +142,7 @@ fn tokenize_prints_the_tokens_of_a_text() {
     );
 }
 
-/// Answers to one prompt, without logprobs.
+/// The records are two answers to one prompt, without logprobs.
 #[test]
 fn data_show_prints_labels_of_merged_samples() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Ids and bytes of tokens, compared with transformers.
+//! Ids and bytes of tokens, compared with transformers and with the crate `tokenizers` ("the library").
 
 use distill::exit::Exit;
 use distill::tokenizer::Tokenizer;
@@ -24,7 +24,7 @@ fn text_ids_match_transformers() {
     }
 }
 
-/// The library encodes each text in one piece.
+/// The library encodes a text as a whole. Ours splits it into pieces and caches their ids.
 #[test]
 fn piece_cache_gives_the_ids_of_the_whole_text() {
     let parts = [
@@ -98,7 +98,7 @@ pub fn random_text(random: &mut fastrand::Rng, parts: &[&str], max: usize) -> St
         .collect()
 }
 
-/// The pre-tokenizer of Llama 3 and Qwen 2, which differ in their pattern of digits.
+/// Returns the pre-tokenizer of Llama 3 or Qwen 2, which differ only in their pattern of digits.
 pub fn split_as_llama_3(digits: &str) -> Value {
     let pattern = format!(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -109,9 +109,9 @@ pub fn split_as_llama_3(digits: &str) -> Value {
     ]})
 }
 
-/// An answer is encoded separately, as a model generates it. transformers encodes the rendered conversation in one piece.
-/// The ids differ only if an answer starts or ends with white space, which the pre-tokenizer of GPT-2 joins with the white
-/// space of the template. The golden file has no such conversations.
+/// Our tokenizer encodes an answer separately, as a model generates it. transformers encodes the rendered conversation
+/// as a whole. The ids differ only if an answer starts or ends with white space, which the pre-tokenizer of GPT-2 joins
+/// with the white space of the template. The golden file has no such conversations.
 #[test]
 fn conversation_ids_match_transformers() {
     let mut compared = 0;
@@ -152,7 +152,7 @@ fn only_answers_and_their_ends_of_turn_are_supervised() {
             assert_eq!(tokenizer.decode(supervised).unwrap(), text, "{name}");
             assert_eq!(tokenizer.stop_ids(), [last], "{name}: {end}");
         }
-        // The ids of the prompt are those before the answer.
+        // The prompt of an answer has the ids before the answer.
         let prompt = tokenizer.encode_prompt(&messages[..3]).unwrap();
         assert_eq!(prompt, ids[..ranges[1].start], "{name}");
         let prompt = tokenizer.encode_prompt(&messages[..1]).unwrap();
@@ -191,23 +191,29 @@ fn control_token_names_in_messages_are_text() {
             );
             assert_eq!(tokenizer.decode(&plain).unwrap(), text, "{name}");
 
-            let harmless = tokenizer
-                .encode_conversation(&ask("Hello", "Hello"))
-                .unwrap()
-                .0;
-            let hostile = tokenizer.encode_conversation(&ask(text, text)).unwrap();
-            let count = |ids: &[u32]| ids.iter().filter(|&&id| tokenizer.is_special(id)).count();
-            assert_eq!(count(&hostile.0), count(&harmless), "{name}: {text}");
-            let (last, answer) = hostile.0[hostile.1[0].clone()].split_last().unwrap();
+            let encode = |content| {
+                let messages = ask(content, content);
+                tokenizer.encode_conversation(&messages).unwrap()
+            };
+            let (harmless_ids, _) = encode("Hello");
+            let (ids, answers) = encode(text);
+            let special_count =
+                |ids: &[u32]| ids.iter().filter(|&&id| tokenizer.is_special(id)).count();
+            assert_eq!(
+                special_count(&ids),
+                special_count(&harmless_ids),
+                "{name}: {text}"
+            );
+            let (last, answer) = ids[answers[0].clone()].split_last().unwrap();
             assert!(tokenizer.is_special(*last));
-            assert_eq!(count(answer), 0, "{name}: {text}");
+            assert_eq!(special_count(answer), 0, "{name}: {text}");
             assert_eq!(tokenizer.decode(answer).unwrap().trim_end(), text, "{name}");
         }
     }
 }
 
-/// The vocabulary of a Unigram model may contain the name of a control token. The library then encodes the name in plain
-/// text as the control token.
+/// The vocabulary of a Unigram model may contain the name of a control token. The library then encodes the name in
+/// plain text as the control token.
 #[test]
 fn control_tokens_in_the_vocabulary_are_not_made_from_text() {
     let dir = tempfile::tempdir().unwrap();
@@ -259,9 +265,9 @@ fn control_tokens_in_the_vocabulary_do_not_deadlock_the_piece_cache() {
             .flat_map(|&id| ours.token_bytes(id).unwrap().to_vec());
         sender.send((bytes.collect(), ids)).unwrap();
     });
-    let limit = std::time::Duration::from_secs(20);
+    let timeout = std::time::Duration::from_secs(20);
     let (bytes, ids): (Vec<u8>, Vec<u32>) = receiver
-        .recv_timeout(limit)
+        .recv_timeout(timeout)
         .expect("the piece cache deadlocked");
     assert_eq!(String::from_utf8(bytes).unwrap(), text);
     assert!(!ids.contains(&id), "{ids:?}");

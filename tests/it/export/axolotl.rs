@@ -1,4 +1,5 @@
-//! The rows for axolotl's KD plugin: entries at the right positions, and answers that are left out.
+//! Rows for the KD plugin of axolotl: the distribution of the next token at each position, and answers that are left
+//! out.
 
 use std::path::Path;
 
@@ -15,7 +16,7 @@ use super::{assert_counts, rows};
 use crate::cache_samples::sample;
 use crate::tiny;
 
-/// The tokens of an answer: bytes, logprob, alternatives.
+/// Tokens of an answer: bytes, logprob, and alternatives with their logprobs.
 type AnswerTokens<'a> = &'a [(&'a [u8], f32, &'a [(&'a [u8], Option<f32>)])];
 
 /// Returns a record with this answer, which has logprobs if `tokens` is not empty.
@@ -54,7 +55,7 @@ fn answered(id: &str, text: &str, tokens: AnswerTokens) -> Record {
     record
 }
 
-/// The tokenizer of `tiny`: bytes in the order of GPT-2's alphabet, six merges, three control tokens.
+/// Writes a model of `tiny` to `dir`, and loads its tokenizer: single bytes, six merges and three control tokens.
 fn tiny_tokenizer(dir: &Path) -> Tokenizer {
     tiny::write_model(dir, 1, 64);
     Tokenizer::load(dir).unwrap()
@@ -75,14 +76,14 @@ fn export_axolotl(
 }
 
 #[test]
-fn axolotl_entries_hold_the_distribution_of_the_next_token() {
+fn axolotl_entries_are_the_distribution_of_the_next_token() {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = tiny_tokenizer(dir.path());
     let id = |bytes: &[u8]| tokenizer.id_of_bytes(bytes).unwrap();
     let end = tokenizer.id_of_control("<|im_end|>").unwrap();
     let newline = id(b"\n");
-    // "the€": the tokens are "the", the first two bytes of the sign, and its last byte. The alternatives of the
-    // second token are a control token, bytes that are not a token, one token twice, and a missing logprob.
+    // The tokens of "the€" are "the", the first two bytes of the sign, and its last byte. The alternatives of the
+    // second token are a control token, bytes that are not a token, one token twice, and one without a logprob.
     let record = answered(
         "row",
         "the€",
@@ -117,8 +118,8 @@ fn axolotl_entries_hold_the_distribution_of_the_next_token() {
     assert_eq!(messages[1].content, "the€");
     let ids: Vec<Vec<u32>> = serde_json::from_value(row["target_token_ids"].clone()).unwrap();
     let logprobs: Vec<Vec<f32>> = serde_json::from_value(row["logprobs"].clone()).unwrap();
-    // Entries from the token before the answer on: for the three tokens of the answer, the end of the turn and
-    // the line feed of the template. The last entry has no next token.
+    // The first entry is at the token before the answer. The entries are for the three tokens of the answer, the end of
+    // the turn and the line feed of the template. The last entry has no next token.
     let (sign, last) = (id(b"\xe2\x82"), id(b"\xac"));
     let expected: [(&[u32], &[f32]); 6] = [
         (&[id(b"the"), id(b"he")], &[-0.25, -1.75]),
@@ -134,7 +135,7 @@ fn axolotl_entries_hold_the_distribution_of_the_next_token() {
         let count = expected_ids.len();
         assert_eq!(&ids[..count], expected_ids, "position {position}");
         assert_eq!(&logprobs[..count], expected_logprobs, "position {position}");
-        // Every entry is filled to k = 3, with other tokens of almost no weight.
+        // Every entry is filled up to k = 3 with other tokens, whose logprob is -50.
         assert_eq!((ids.len(), logprobs.len()), (3, 3));
         assert!(logprobs[count..].iter().all(|&logprob| logprob == -50.0));
         let mut distinct = ids.clone();
@@ -183,7 +184,7 @@ fn axolotl_rows_with_mismatched_tokens_are_left_out() {
             OTHER,
             answered("b", "in", &[(b"i", -0.5, &[]), (b"n", -0.5, &[])]),
         ),
-        // The teacher emitted more tokens than the text has.
+        // The tokens of the teacher are longer than the text.
         (
             OTHER,
             answered("c", "in", &[(b"in", -0.5, &[]), (b"!", -0.5, &[])]),

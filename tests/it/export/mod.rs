@@ -29,7 +29,7 @@ fn finished(n: u64, finish_reason: &str) -> Record {
     record
 }
 
-/// Returns usable and unusable records. 5 are usable, one of which has its text in parts.
+/// Returns nine records, of which five are usable. One of them has its text in parts.
 fn varied() -> Vec<Record> {
     vec![
         sample(0),
@@ -84,7 +84,7 @@ fn names(folder: &Path) -> Vec<PathBuf> {
     names
 }
 
-/// Checks the number of rows, and the reasons and numbers of records left out.
+/// Checks the number of rows, and the number of left out records by reason.
 #[track_caller]
 fn assert_counts(report: &ExportReport, rows: u64, reasons: &[(&str, u64)]) {
     let reasons = reasons
@@ -211,7 +211,7 @@ fn missing_settings_and_empty_caches_are_usage_errors() {
     assert!(names(dir.path()).is_empty());
 }
 
-/// Every format that this build writes.
+/// Formats that this build writes without a tokenizer.
 const FORMATS: &[Format] = &[
     Format::Hf,
     Format::OpenaiFt,
@@ -269,7 +269,7 @@ fn existing_export_is_replaced_only_with_force() {
         assert_eq!(report.rows, 2);
         assert_eq!(names(dir.path()), std::slice::from_ref(&out));
 
-        // A folder that an export did not write is never replaced.
+        // A folder that was not written by an export is not replaced, even with `force`.
         let folder = dir.path().join("folder");
         fs::create_dir(&folder).unwrap();
         fs::write(folder.join("thesis.tex"), "years of work").unwrap();
@@ -279,7 +279,7 @@ fn existing_export_is_replaced_only_with_force() {
     }
 }
 
-/// Creates a cache folder with these records.
+/// Creates a folder with a folder `cache` of these records.
 fn write_cache(records: Vec<Record>) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("cache")).unwrap();
@@ -334,6 +334,7 @@ fn export_command_counts_rows_left_out() {
 #[test]
 fn export_command_refuses_bad_arguments_before_writing() {
     let dir = write_cache(varied());
+    // Arguments, exit status, and a part of the message.
     let cases: &[(&[&str], i32, &str)] = &[
         (
             &["--to", "axolotl", "--dir", "cache", "-o", "x"],

@@ -1,4 +1,4 @@
-//! The Parquet file, read by the reader of the `parquet` crate with the schema in the file.
+//! The Parquet export, read with the `parquet` crate and the schema in the file.
 
 use std::fs;
 
@@ -42,19 +42,19 @@ fn row_json(row: &parquet::record::Row) -> Value {
 fn parquet_keeps_all_training_data() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.parquet");
-    // The emoji in `sample(0)` gives tokens of partial characters, missing logprobs and lists of one element.
-    let mut bare = sample(6);
-    let logprobs = bare.logprobs.as_mut().unwrap();
+    // `sample(0)` has tokens that are parts of an emoji, missing logprobs, and lists of one element.
+    let mut without_top = sample(6);
+    let logprobs = without_top.logprobs.as_mut().unwrap();
     logprobs.top = vec![Vec::new(); 3];
     logprobs.top_logprob = vec![Vec::new(); 3];
     logprobs.raw.clear();
-    let mut none = sample(4);
-    none.cost_usd = None;
-    none.sample = u32::MAX;
+    let mut without_cost = sample(4);
+    without_cost.cost_usd = None;
+    without_cost.sample = u32::MAX;
     let mut empty = sample(9);
     empty.logprobs = Some(Logprobs::default());
     empty.request["messages"] = json!([]);
-    let records = vec![sample(0), none, bare, empty, sample(3)];
+    let records = vec![sample(0), without_cost, without_top, empty, sample(3)];
     let expected: Vec<Record> = records.iter().take(4).cloned().collect();
     assert_eq!(records[4].status, Status::Quarantined);
     let report = export(records, Format::Parquet, &out).unwrap();
@@ -90,12 +90,13 @@ fn parquet_keeps_all_training_data() {
 }
 
 #[test]
-fn parquet_holds_one_row_group_at_a_time() {
+fn parquet_row_groups_are_limited_in_size() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.parquet");
     let records = (0..5).map(|n| {
         let mut record = sample(n * 2);
         record.status = Status::Ok;
+        // Two of these answers fill a row group.
         record.answer.text = "x".repeat(20 << 20);
         Ok(record)
     });
@@ -136,7 +137,7 @@ fn parquet_file_is_a_prompt_source() {
             .collect()
     };
     assert_eq!(contents(Some(&template)), ids);
-    let asked =
+    let prompts =
         [sample(0), sample(1)].map(|record| record.request["messages"][0]["content"].clone());
-    assert_eq!(json!(contents(None)), json!(asked));
+    assert_eq!(json!(contents(None)), json!(prompts));
 }

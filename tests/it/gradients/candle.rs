@@ -1,5 +1,5 @@
-//! The fused operations of the CPU, compared with the candle operations that other devices use: single
-//! operations, a training run, and optimizer updates.
+//! The fused operations of the CPU, compared with the candle operations of other devices: single operations, a training
+//! run, and optimizer updates.
 
 use std::ops::Range;
 
@@ -27,7 +27,7 @@ use distill::train::trainable::TrainableModel;
 use super::{VOCABULARY, difference, examples, joined};
 use crate::model::tiny;
 
-/// A tiny model with features that the decoders of the other tests do not use.
+/// The variables of a tiny model with features that the decoders of the other tests do not use.
 struct TinyGraphModel(Vec<Var>);
 
 impl TinyGraphModel {
@@ -72,7 +72,7 @@ impl TinyGraphModel {
             ..Projection::new(weight)
         };
         let q = graph.linear(&x, &with_bias(q, q_bias)).unwrap();
-        // The norm of every head, as in qwen3.
+        // A norm per head, as in Qwen 3.
         let q = graph.rms_norm(&q, head_norm, 1e-5).unwrap();
         let k = graph.linear(&x, &Projection::new(k)).unwrap();
         let v = graph.linear(&x, &Projection::new(v)).unwrap();
@@ -145,10 +145,12 @@ fn windows_biases_and_qk_norms_agree_with_candle() {
     }
 }
 
-/// The results of a training run.
+/// Results of a training run.
 struct TrainingResult {
     losses: Vec<f64>,
+    /// Moving average of the weights.
     average: Tensors,
+    /// State of the optimizer.
     moments: Tensors,
 }
 
@@ -189,7 +191,7 @@ fn train(backend: Backend) -> TrainingResult {
     };
     let losses = (1..=8).map(&mut step).collect();
 
-    // The state of the optimizer, written and read again, must not change.
+    // The state of the optimizer is the same after it was written and read.
     let dir = tempfile::tempdir().unwrap();
     let [path, restored_path] = ["a", "b"].map(|name| dir.path().join(name));
     weights::write(&path, optimizer.state().unwrap()).unwrap();
@@ -209,7 +211,10 @@ fn training_on_candle_agrees_with_training_on_tape() {
     let (tape, candle) = (train(Backend::CpuTape), train(Backend::Candle));
     assert!(tape.losses[5] < 0.9 * tape.losses[0], "{:?}", tape.losses);
     for (tape, candle) in tape.losses.iter().zip(&candle.losses) {
-        assert!((tape - candle).abs() < 1e-3 * tape, "{tape} and {candle}");
+        assert!(
+            (tape - candle).abs() < 1e-3 * tape,
+            "losses {tape} and {candle}"
+        );
     }
     for (tape, candle) in [
         (&tape.average, &candle.average),

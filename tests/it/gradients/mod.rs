@@ -1,13 +1,14 @@
-//! Every hand-written backward pass, compared with candle's autograd and with finite differences of the
-//! forward pass.
+//! Every hand-written backward pass, compared with candle's autograd and with finite differences of the forward pass.
 //!
 //! | file | content |
 //! |---|---|
 //! | `torch.rs` | logits, loss and gradients of every architecture, compared with PyTorch |
 //! | `candle.rs` | operations, training and updates, compared with candle |
-//! | `loss.rs` | the gradient of the loss by divergence, compared with finite differences |
+//! | `loss.rs` | the loss of a position by divergence and its gradient, compared with `formulas.rs` |
+//! | `formulas.rs` | the formulas of the losses in f64 |
 
 mod candle;
+mod formulas;
 mod loss;
 mod torch;
 
@@ -29,7 +30,7 @@ use crate::model::tiny;
 
 const VOCABULARY: u32 = 61;
 
-/// The weight of the ALM loss of chunks.
+/// Weight of the ALM loss of chunks.
 const ALM_WEIGHT: f64 = 0.3;
 
 /// A trainable model with its variables by name.
@@ -43,7 +44,7 @@ impl Trainable {
         Self::with_frozen(config, tensors, |_| false)
     }
 
-    /// Makes the weights selected by `frozen` constants.
+    /// As [`Trainable::new`], without variables for the weights that `frozen` selects by their name.
     pub fn with_frozen(
         config: &ModelConfig,
         tensors: &Tensors,
@@ -71,14 +72,14 @@ impl Trainable {
     pub fn gradients(
         &self,
         batches: &[Batch],
-        kd: f32,
+        kd_weight: f32,
         activations: Activations,
     ) -> (f64, BTreeMap<String, Vec<f32>>) {
         let positions: usize = batches.iter().map(|batch| batch.positions_N.len()).sum();
         let weights = LossWeights {
             soft: [SoftTerm {
                 divergence: Divergence::Tail,
-                weight: kd,
+                weight: kd_weight,
             }; 2],
             alm: ALM_WEIGHT as f32,
             scale: 1.0 / positions as f32,
@@ -94,6 +95,7 @@ impl Trainable {
         (loss, self.named(&gradients))
     }
 
+    /// Returns the gradient of each variable by name.
     fn named(&self, gradients: &Gradients) -> BTreeMap<String, Vec<f32>> {
         let get = |(name, var): (&String, &Var)| {
             let tape = gradients.get_tape(var.as_tensor()).map(<[f32]>::to_vec);
@@ -108,9 +110,9 @@ impl Trainable {
         self.vars.iter().map(get).collect()
     }
 
-    /// Returns the loss of `batch` and the gradient of each variable, computed with candle: the loss from its
-    /// formula, the gradients from autograd.
-    pub fn reference(&self, batch: &Batch, kd: f32) -> (f64, BTreeMap<String, Vec<f32>>) {
+    /// As [`Trainable::gradients`] for one batch, computed with candle: the loss from its formula, the gradients from
+    /// autograd.
+    pub fn reference(&self, batch: &Batch, kd_weight: f32) -> (f64, BTreeMap<String, Vec<f32>>) {
         let input = ModelInput {
             input_ids_T: &batch.input_ids_T,
             segments_B: &batch.segments_B,
@@ -133,17 +135,20 @@ impl Trainable {
             let mut student_mass = Tensor::zeros((), DType::F32, &Device::Cpu).unwrap();
             let mut kl = student_mass.clone();
             for i in soft {
-                let l = batch.soft_logprobs_NK[i] as f64;
+                let teacher_logprob = batch.soft_logprobs_NK[i] as f64;
+                let probability = teacher_logprob.exp();
                 let logq = logprob(batch.soft_ids_NK[i]);
-                mass += l.exp();
+                mass += probability;
                 student_mass = (student_mass + logq.exp().unwrap()).unwrap();
-                kl = (kl + (logq.neg().unwrap() + l).unwrap() * l.exp()).unwrap();
+                let log_ratio = (logq.neg().unwrap() + teacher_logprob).unwrap();
+                kl = (kl + log_ratio * probability).unwrap();
             }
             let tail = 1.0 - mass;
             let log_student_tail = student_mass.affine(-1.0, 1.0).unwrap().log().unwrap();
             let kl = (kl + log_student_tail.affine(-tail, tail * tail.ln()).unwrap()).unwrap();
-            let kd = f64::from(kd);
-            terms.push((ce.affine(1.0 - kd, 0.0).unwrap() + kl.affine(kd, 0.0)).unwrap());
+            let kd_weight = f64::from(kd_weight);
+            let weighted_ce = ce.affine(1.0 - kd_weight, 0.0).unwrap();
+            terms.push((weighted_ce + kl.affine(kd_weight, 0.0)).unwrap());
         }
         let mut loss = Tensor::stack(&terms, 0).unwrap().sum_all().unwrap();
         for (span, nll) in &batch.chunks_C {
@@ -152,6 +157,8 @@ impl Trainable {
                 logq.get(batch.labels_N[n] as usize).unwrap().neg().unwrap()
             };
             let label_losses: Vec<Tensor> = span.clone().map(label_loss).collect();
+            // The ALM loss is b - a + a log(a / b) for the negative log-likelihoods a of the teacher and b of the
+            // student.
             let b = Tensor::stack(&label_losses, 0).unwrap().sum_all().unwrap();
             let a = f64::from(*nll);
             let log = b.log().unwrap().affine(-a, a * a.ln() - a).unwrap();
@@ -171,11 +178,11 @@ impl Trainable {
     }
 }
 
-/// An example: a batch of one sequence.
+/// A batch of one sequence.
 type Example = Batch;
 
-/// Returns eight examples of different lengths. Some positions belong to the prompt. Some supervised positions
-/// have no soft labels, and some pairs of positions are chunks.
+/// Returns eight examples of different lengths. Some positions belong to the prompt. Some supervised positions have no
+/// soft labels, and some pairs of positions are chunks.
 fn examples() -> Vec<Example> {
     let mut random = fastrand::Rng::with_seed(5);
     let example = |(row, &length): (usize, &usize)| {
@@ -278,9 +285,9 @@ fn tape_gradients_agree_with_candle_autograd() {
 fn activation_recomputation_gives_identical_gradients() {
     let student = Trainable::tiny(true);
     let batches = [joined(&examples())];
-    let kept = student.gradients(&batches, 0.5, Activations::Keep);
+    let without_recomputation = student.gradients(&batches, 0.5, Activations::Keep);
     let recomputed = student.gradients(&batches, 0.5, Activations::Recompute);
-    assert_eq!(kept, recomputed);
+    assert_eq!(without_recomputation, recomputed);
 }
 
 #[test]
@@ -314,8 +321,8 @@ fn gradients_do_not_depend_on_micro_batch_size_or_order() {
     assert_same(&expected, &other, 1e-5);
 }
 
-/// Moves each parameter along a random direction. The slope of the loss along the direction must equal the
-/// product of gradient and direction.
+/// Moves each parameter along a random direction. The slope of the loss along the direction must equal the product of
+/// gradient and direction.
 #[test]
 fn tape_gradients_agree_with_finite_differences() {
     let (config, tensors) = tiny(true);
@@ -325,7 +332,7 @@ fn tape_gradients_agree_with_finite_differences() {
     let mut random = fastrand::Rng::with_seed(3);
     for (name, gradient) in &gradients {
         let norm = norm(gradient);
-        // Partly along the gradient, so that the change of the loss is well above rounding errors.
+        // The direction is partly the one of the gradient, so that the loss changes by more than rounding errors.
         let direction: Vec<f32> = gradient
             .iter()
             .map(|g| {
@@ -353,7 +360,7 @@ fn tape_gradients_agree_with_finite_differences() {
         let error = (measured - expected).abs() / expected.abs();
         assert!(
             error < 0.02,
-            "{name}: differences give {measured}, backward {expected}"
+            "{name}: the finite difference is {measured}, the backward pass gives {expected}"
         );
     }
 }

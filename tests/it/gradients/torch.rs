@@ -1,5 +1,5 @@
-//! Logits, loss and the gradient of every parameter, compared with PyTorch. The golden files were made by
-//! `tests/python/make_gradient_golden.py`.
+//! Logits, loss and the gradient of every parameter, compared with PyTorch. `tests/python/make_gradient_golden.py` made
+//! the golden files.
 
 use std::path::Path;
 
@@ -54,7 +54,7 @@ impl Golden {
         self.tensors[name].flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    fn kd(&self) -> f32 {
+    fn kd_weight(&self) -> f32 {
         self.json["lambda"].as_f64().unwrap() as f32
     }
 
@@ -89,10 +89,16 @@ impl Golden {
     }
 }
 
-/// The golden cases: every architecture, tied and untied.
+/// Golden cases: every architecture, tied and untied embeddings, biases and LoRA.
 const CASES: [&str; 8] = [
     "tied", "untied", "biases", "mistral", "qwen2", "qwen3", "gpt2", "lora",
 ];
+
+/// Returns the largest absolute difference of two values at the same index.
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    differences.fold(0.0, f32::max)
+}
 
 #[test]
 fn logits_loss_and_gradients_agree_with_pytorch() {
@@ -110,21 +116,21 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
         for (index, segment) in batch.segments_B.iter().enumerate() {
             let expected = golden.values(&format!("logits.{index}"));
             let ours = logits[segment.clone()].concat();
-            let worst = ours.iter().zip(&expected).map(|(a, b)| (a - b).abs());
-            let worst = worst.fold(0.0, f32::max);
+            let difference = largest_difference(&ours, &expected);
             assert!(
-                worst < 1e-4,
-                "{name}: logits of {index} differ by {worst:e}"
+                difference < 1e-4,
+                "{name}: logits of sequence {index} differ by {difference:e}"
             );
         }
         let batches = [batch];
-        let (loss, gradients) = golden
-            .student
-            .gradients(&batches, golden.kd(), Activations::Keep);
+        let (loss, gradients) =
+            golden
+                .student
+                .gradients(&batches, golden.kd_weight(), Activations::Keep);
         let expected = golden.json["loss"].as_f64().unwrap();
         assert!(
             (loss - expected).abs() < 1e-5 * expected,
-            "{name}: {loss} and {expected}"
+            "{name}: the loss is {loss} instead of {expected}"
         );
         assert_eq!(gradients.len(), golden.gradients.len());
         for (parameter, gradient) in &gradients {
@@ -145,27 +151,29 @@ fn candle_graph_agrees_with_tape_in_every_architecture() {
     for name in CASES {
         let mut golden = Golden::load(name);
         let batch = golden.batch();
-        let (loss, expected) = golden.student.reference(&batch, golden.kd());
+        let (loss, expected) = golden.student.reference(&batch, golden.kd_weight());
         for activations in [Activations::Keep, Activations::Recompute] {
-            let (ours, gradients) =
-                golden
-                    .student
-                    .gradients(std::slice::from_ref(&batch), golden.kd(), activations);
+            let (ours, gradients) = golden.student.gradients(
+                std::slice::from_ref(&batch),
+                golden.kd_weight(),
+                activations,
+            );
             assert!(
                 (loss - ours).abs() < 1e-5 * loss,
-                "{name}: {loss} and {ours}"
+                "{name}: the loss is {ours} instead of {loss}"
             );
             assert_same(&gradients, &expected, 1e-4);
         }
-        // The backend of other devices, in two micro-batches.
+        // The candle backend, in two micro-batches.
         golden.student.model.set_backend(Backend::Candle);
         let batches = [batch.clone(), batch];
-        let (ours, gradients) = golden
-            .student
-            .gradients(&batches, golden.kd(), Activations::Keep);
+        let (ours, gradients) =
+            golden
+                .student
+                .gradients(&batches, golden.kd_weight(), Activations::Keep);
         assert!(
             (loss - ours).abs() < 1e-5 * loss,
-            "{name}: {loss} and {ours}"
+            "{name}: the loss is {ours} instead of {loss}"
         );
         assert_same(&gradients, &expected, 1e-4);
     }
@@ -177,11 +185,9 @@ fn kv_cache_gives_the_logits_of_one_pass_in_every_architecture() {
         let golden = Golden::load(name);
         let model = &golden.student.model;
         let batch = golden.batch();
-        // The two longest sequences. The second starts while the first decodes.
-        let a = batch.segments_B[0].clone();
-        let b = batch.segments_B[3].clone();
-        let first = &batch.input_ids_T[a];
-        let second = &batch.input_ids_T[b];
+        // The two longest sequences. The second one starts while the first one decodes.
+        let first = &batch.input_ids_T[batch.segments_B[0].clone()];
+        let second = &batch.input_ids_T[batch.segments_B[3].clone()];
         let first_logits = golden.values("logits.0");
         let second_logits = golden.values("logits.3");
         let mut cache = model.new_cache();
@@ -201,9 +207,8 @@ fn kv_cache_gives_the_logits_of_one_pass_in_every_architecture() {
                 .zip([(&first_logits, next.0), (&second_logits, next.1)])
             {
                 let expected = &expected[(length - 1) * vocabulary..length * vocabulary];
-                let worst = ours.iter().zip(expected).map(|(a, b)| (a - b).abs());
-                let worst = worst.fold(0.0, f32::max);
-                assert!(worst < 1e-4, "{name}, token {length}: {worst:e}");
+                let difference = largest_difference(ours, expected);
+                assert!(difference < 1e-4, "{name}, token {length}: {difference:e}");
             }
             lengths = next;
         }

@@ -1,4 +1,4 @@
-//! Row X1 of the test matrix: the API key is in no output, log or file, although servers repeat it.
+//! The API key is in no output, log or file, although servers repeat it in their replies.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,30 +17,30 @@ use crate::fault_server::{FaultServer, Reaction};
 const VARIABLE: &str = "CANARY_KEY";
 const KEY: &str = "sk-canary+/=0123456789abcdefghijklmnop";
 
-/// Returns the key plain, URL-encoded, and in base64 at each offset within a longer text.
-fn forms() -> Vec<String> {
-    let mut forms = vec![
+/// Returns the key in plain text, URL-encoded, and in base64 at each offset within a longer text.
+fn encoded_keys() -> Vec<String> {
+    let mut encoded_keys = vec![
         KEY.to_string(),
         KEY.replace('+', "%2B")
             .replace('/', "%2F")
             .replace('=', "%3D"),
     ];
-    forms.extend((0..3).map(|shift| {
+    encoded_keys.extend((0..3).map(|shift| {
         let text = STANDARD_NO_PAD.encode(format!("{}{KEY}", &"xxx"[..shift]));
         // Leave out the characters that depend on the neighbouring bytes.
         text[2 * shift..text.len() - 2].to_string()
     }));
-    forms
+    encoded_keys
 }
 
 #[track_caller]
 fn assert_clean(place: &str, bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
-    for form in forms() {
-        if let Some(start) = text.find(&form) {
-            let around: String = text[..start].chars().rev().take(200).collect();
-            let around: String = around.chars().rev().collect();
-            panic!("{place} contains the key as {form}, after: {around}");
+    for encoded_key in encoded_keys() {
+        if let Some(start) = text.find(&encoded_key) {
+            let reversed: String = text[..start].chars().rev().take(200).collect();
+            let before: String = reversed.chars().rev().collect();
+            panic!("{place} contains the key as {encoded_key}, after: {before}");
         }
     }
 }
@@ -64,6 +64,7 @@ fn teacher(script: &str) -> MockServer {
     distill::mock::server::start(script, [127, 0, 0, 1].into(), 0).unwrap()
 }
 
+/// Returns the script lines of a fault whose headers contain the key, and whose body does if the fault is an error.
 fn fault(kind: &str, conditions: &str) -> String {
     let is_error = ["http", "html", "insufficient", "redirect", "error"]
         .iter()
@@ -86,7 +87,7 @@ fn fault(kind: &str, conditions: &str) -> String {
     )
 }
 
-/// Makes a folder with a config for the given number of prompts.
+/// Creates a folder with a config and a number of prompts. `more` is appended to the section `[retry]` of the config.
 fn folder(base_url: &str, prompts: usize, more: &str) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let lines: String = (0..prompts).map(|n| format!("number-{n:03}\n")).collect();
@@ -127,15 +128,15 @@ fn errors(output: &Output) -> String {
 fn api_key_is_in_no_output_under_faults() {
     let answers = format!("[answers]\ntext = {{ fixed = \"your key is {KEY} I think\" }}\n");
     let (mut stopping, mut passing) = (BTreeSet::new(), BTreeSet::new());
-    for (spelled, always) in FAULTS {
-        let kind = spelled.split('"').nth(1).unwrap();
+    for (lines, always) in FAULTS {
+        let kind = lines.split('"').nth(1).unwrap();
         match always {
             Always::Stops(..) => stopping.insert(kind),
             _ => passing.insert(kind),
         };
     }
 
-    // Faults that do not end a run: each occurs twice, at a row of its own.
+    // Faults that do not stop a run: each occurs twice, at a row of its own.
     let script: String = passing
         .iter()
         .enumerate()
@@ -155,14 +156,14 @@ fn api_key_is_in_no_output_under_faults() {
         let output = run(dir, arguments);
         assert!(output.status.success(), "{}", errors(&output));
     }
-    let kept = fs::read_to_string(dir.join("run/cache/responses.jsonl"))
-        .unwrap_or_else(|_| panic!("nothing was kept: {}", errors(&output)));
+    let cached = fs::read_to_string(dir.join("run/cache/responses.jsonl"))
+        .unwrap_or_else(|_| panic!("nothing was recorded: {}", errors(&output)));
     assert!(
-        kept.contains("your key is [key] I think"),
+        cached.contains("your key is [key] I think"),
         "the teacher does not repeat the key"
     );
 
-    // Faults that end a run.
+    // Faults that stop a run.
     for kind in stopping {
         let server = teacher(&format!("{answers}{}", fault(kind, "")));
         let dir = folder(&server.base_url(), 3, "");
@@ -173,7 +174,7 @@ fn api_key_is_in_no_output_under_faults() {
         }
     }
 
-    // Batch mode: the files repeat the key, too.
+    // In batch mode, the result files repeat the key.
     let script = fault("http 500", "path = \"/content\"\nfirst = 1");
     let server = teacher(&format!(
         "{answers}{script}[batch]\nclock = 86400.0\nerror_rows = 2\n"
@@ -181,9 +182,9 @@ fn api_key_is_in_no_output_under_faults() {
     let more = "[schedule]\nmode = \"batch\"\n[batch]\npoll_s = 0.05\n";
     let dir = folder(&server.base_url(), 8, more);
     let output = run(dir.path(), &["harvest"]);
-    let kept = fs::read_to_string(dir.path().join("run/cache/responses.jsonl"))
-        .unwrap_or_else(|_| panic!("nothing was kept: {}", errors(&output)));
-    assert!(kept.contains("your key is [key] I think"), "{kept}");
+    let cached = fs::read_to_string(dir.path().join("run/cache/responses.jsonl"))
+        .unwrap_or_else(|_| panic!("nothing was recorded: {}", errors(&output)));
+    assert!(cached.contains("your key is [key] I think"), "{cached}");
 
     // A wrong key.
     let server = teacher("");
@@ -193,33 +194,39 @@ fn api_key_is_in_no_output_under_faults() {
         "a prompt\nand another one\n",
     )
     .unwrap();
-    let other = KEY.replace("canary", "finch_");
+    let other_key = KEY.replace("canary", "finch_");
     let output = Command::new(env!("CARGO_BIN_EXE_distill"))
         .args(["harvest", "-c", "run.toml"])
         .current_dir(dir.path())
-        .env(VARIABLE, &other)
+        .env(VARIABLE, &other_key)
         .env("DISTILL_LOG", "trace")
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
-    assert!(errors(&output).contains(VARIABLE) && !errors(&output).contains(&other));
+    assert!(errors(&output).contains(VARIABLE) && !errors(&output).contains(&other_key));
 }
 
-/// Returns replies that contain the key in encoded forms and in different places.
+/// Returns replies that contain the key in several encodings and places.
 fn replies_with_encoded_key() -> Vec<Reaction> {
     let escaped: String = KEY.bytes().map(|b| format!("\\u{b:04x}")).collect();
-    let in_part = KEY.replacen('c', "\\u0063", 1);
-    let twice = KEY.replace('a', "\\\\u0061");
-    let address: String = KEY.bytes().map(|b| format!("%{b:02X}")).collect();
-    let basic = STANDARD_NO_PAD.encode(format!("Bearer {KEY}"));
+    let partly_escaped = KEY.replacen('c', "\\u0063", 1);
+    let twice_escaped = KEY.replace('a', "\\\\u0061");
+    let url_encoded: String = KEY.bytes().map(|b| format!("%{b:02X}")).collect();
+    let base64 = STANDARD_NO_PAD.encode(format!("Bearer {KEY}"));
     let mut reactions = Vec::new();
-    for form in [KEY, &escaped, &in_part, &twice, &address, &basic] {
-        let error = format!(r#"{{"error":{{"message":"no: {form}"}}}}"#);
+    for key in [
+        KEY,
+        &escaped,
+        &partly_escaped,
+        &twice_escaped,
+        &url_encoded,
+        &base64,
+    ] {
+        let error = format!(r#"{{"error":{{"message":"no: {key}"}}}}"#);
         let answer = format!(
-            r#"{{"choices":[{{"message":{{"content":"it is {form}"}},"finish_reason":"stop"}}],"odd":"{form}","usage":{{"prompt_tokens":1,"completion_tokens":9}}}}"#
+            r#"{{"choices":[{{"message":{{"content":"it is {key}"}},"finish_reason":"stop"}}],"odd":"{key}","usage":{{"prompt_tokens":1,"completion_tokens":9}}}}"#
         );
-        // Half of an answer, and text that is not an answer.
-        let half = format!(r#"{{"choices":[{{"message":{{"content":"it is {form}"#);
+        let half = format!(r#"{{"choices":[{{"message":{{"content":"it is {key}"#);
         for (status, body) in [
             (200, &answer),
             (400, &error),
@@ -234,12 +241,12 @@ fn replies_with_encoded_key() -> Vec<Reaction> {
                 body.clone().into_bytes(),
             ));
         }
-        if !form.contains('\\') {
-            let location = vec![("location", format!("http://elsewhere/?key={form}"))];
+        if !key.contains('\\') {
+            let location = vec![("location", format!("http://elsewhere/?key={key}"))];
             reactions.push(Reaction::Reply(302, location, Vec::new()));
         }
     }
-    // The key split into pieces.
+    // A stream whose events split the key.
     let delta = |text: &str| {
         let delta = json!({"choices": [{"index": 0, "delta": {"content": text}}]});
         format!("data: {delta}\n\n")
@@ -254,7 +261,7 @@ fn replies_with_encoded_key() -> Vec<Reaction> {
     reactions
 }
 
-/// Decodes the JSON escapes.
+/// Decodes `\u` escapes of JSON.
 fn unescaped(text: &str) -> String {
     let mut parts = text.split("\\u");
     let mut plain = parts.next().unwrap().to_string();
@@ -275,8 +282,7 @@ async fn api_key_in_any_encoding_is_in_no_output() {
     for reaction in replies_with_encoded_key() {
         let context = format!("{reaction:?}");
         let server = FaultServer::start(move |_| reaction.clone()).await;
-        let more = "max_attempts = 2\n";
-        let dir = folder(&server.base_url, 2, more);
+        let dir = folder(&server.base_url, 2, "max_attempts = 2\n");
         let path = dir.path().to_owned();
         let output = tokio::task::spawn_blocking(move || run(&path, &["harvest"]));
         let output = output.await.unwrap();
@@ -289,8 +295,8 @@ async fn api_key_in_any_encoding_is_in_no_output() {
         let is_half = texts.iter().any(|text| text.contains("ends early"));
         assert!(is_shown || is_half, "{context}: {texts:?}");
         for text in texts {
-            let plain = unescaped(&unescaped(&text.replace("\\\\", "\\")));
-            assert_clean(&context, plain.as_bytes());
+            let twice_unescaped = unescaped(&unescaped(&text.replace("\\\\", "\\")));
+            assert_clean(&context, twice_unescaped.as_bytes());
         }
     }
 }
@@ -300,7 +306,8 @@ fn api_key_in_place_of_variable_name_is_not_shown() {
     let dir = folder("http://127.0.0.1:9/v1", 1, "");
     let config = fs::read_to_string(dir.path().join("run.toml")).unwrap();
     let key = "sk-canary-0123456789abcdefghijklmnop";
-    let places = [
+    // Key of the config whose line is replaced, and the new line.
+    let changes = [
         ("api_key_env", format!("api_key_env = \"{key}\"")),
         ("api_key_env", format!("api_key_env = {key}")),
         ("api_key_env", format!("api_key = \"{key}\"")),
@@ -319,9 +326,9 @@ fn api_key_in_place_of_variable_name_is_not_shown() {
         ),
         ("timeout_s", format!("timeout_s = \"{key}\"")),
     ];
-    for (place, line) in places {
+    for (config_key, line) in changes {
         let lines = config.lines().map(|old| {
-            if old.starts_with(place) {
+            if old.starts_with(config_key) {
                 line.as_str()
             } else {
                 old
@@ -378,11 +385,11 @@ async fn api_key_is_removed_from_logprobs() {
         let path = dir.path().to_owned();
         let output = tokio::task::spawn_blocking(move || run(&path, &["harvest"]));
         assert_eq!(output.await.unwrap().status.code(), Some(0));
-        let kept = fs::read_to_string(dir.path().join("run/cache/responses.jsonl")).unwrap();
+        let cached = fs::read_to_string(dir.path().join("run/cache/responses.jsonl")).unwrap();
         assert!(
-            kept.contains("it is [key]") && kept.contains("the answer held the key"),
-            "{kept}"
+            cached.contains("it is [key]") && cached.contains("the answer held the key"),
+            "{cached}"
         );
-        assert!(!kept.contains(&KEY[..4]), "{kept}");
+        assert!(!cached.contains(&KEY[..4]), "{cached}");
     }
 }

@@ -1,26 +1,23 @@
-//! Whether a reply ends the run, fails the row or is retried, depending on earlier answers.
+//! Replies that end the run, fail their row or are retried, depending on the answers to other requests.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{Run, end, outcome};
+use super::{Run, exit_of, outcome};
 use crate::fault_server::{
     FaultServer, Reaction, RecordedRequest, answer, error, reply, reply_with,
 };
 
-/// Prompts `p0`, `p1`, ...
+/// Creates a run with the prompts `p0`, `p1`, ... and without logprobs.
 fn run_of(server: &FaultServer, prompts: usize) -> Run {
-    let prompts: Vec<_> = (0..prompts).map(|number| format!("p{number}")).collect();
-    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
-    let mut run = Run::new(server, &prompts);
+    let mut run = Run::with_numbered_prompts(server, prompts);
     run.config.sampling.top_logprobs = 0;
     run
 }
 
-/// A server that answers each prompt except `p5`, whose first `times` requests get `reaction`.
-async fn amid_answers(times: usize, reaction: Reaction) -> FaultServer {
+/// Starts a server that answers each request, except the first `times` requests of `p5`, which get `reaction`.
+async fn teacher_with_one_bad_row(times: usize, reaction: Reaction) -> FaultServer {
     FaultServer::start(move |seen| match seen.prompt() {
         "p5" if seen.repeat < times => reaction.clone(),
         _ => answer(seen),
@@ -52,7 +49,7 @@ async fn first_request_is_sent_alone() {
         let context = format!("{mistake:?}");
         let server = FaultServer::start(move |_| mistake.clone()).await;
         let summary = run_of(&server, 50).harvest().await;
-        assert_eq!((end(&summary).0, summary.pending), (1, 50), "{context}");
+        assert_eq!((exit_of(&summary).0, summary.pending), (1, 50), "{context}");
         assert_eq!(server.count(), 1, "{context}");
     }
 }
@@ -66,18 +63,18 @@ async fn wrong_base_url_path_is_reported() {
     .await;
     let mut run = run_of(&server, 3);
     run.config.teacher.base_url = server.base_url.replace("/v1", "");
-    let (code, message) = end(&run.harvest().await);
+    let (code, message) = exit_of(&run.harvest().await);
     assert_eq!(code, 1);
-    let asked = format!("{}/chat/completions", run.config.teacher.base_url);
+    let requested_url = format!("{}/chat/completions", run.config.teacher.base_url);
     assert!(
-        message.contains(&asked) && message.contains("/v1"),
+        message.contains(&requested_url) && message.contains("/v1"),
         "{message}"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn single_refusal_between_answers_is_retried() {
-    let passing = [
+    let refusals = [
         reply(401, error("Incorrect API key provided", "invalid_api_key")),
         reply(
             404,
@@ -101,12 +98,12 @@ async fn single_refusal_between_answers_is_retried() {
         Reaction::Reply(403, Vec::new(), Vec::new()),
         reply_with(302, "location", "/login", json!({})),
     ];
-    for reaction in passing {
+    for reaction in refusals {
         let context = format!("{reaction:?}");
-        let server = amid_answers(1, reaction).await;
+        let server = teacher_with_one_bad_row(1, reaction).await;
         let summary = run_of(&server, 10).harvest().await;
         assert_eq!(
-            (summary.ok, end(&summary).0),
+            (summary.ok, exit_of(&summary).0),
             (10, 0),
             "{context}: {summary:?}"
         );
@@ -122,7 +119,7 @@ async fn always_forbidden_row_fails_alone() {
         reply(403, error("not for you", "")),
         reply(404, json!({"detail": "Not Found"})),
     ] {
-        let server = amid_answers(usize::MAX, reaction).await;
+        let server = teacher_with_one_bad_row(usize::MAX, reaction).await;
         let run = run_of(&server, 10);
         let summary = run.harvest().await;
         assert_eq!(outcome(&summary), (9, 1, 3), "{summary:?}");
@@ -132,7 +129,7 @@ async fn always_forbidden_row_fails_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn contradicted_claim_fails_only_its_row() {
-    let server = amid_answers(usize::MAX, reply(401, json!({}))).await;
+    let server = teacher_with_one_bad_row(usize::MAX, reply(401, json!({}))).await;
     let mut run = run_of(&server, 60);
     run.config.limits.concurrency = 2;
     let summary = run.harvest().await;
@@ -162,17 +159,16 @@ async fn exhausted_or_locked_account_exits_resumable() {
         let context = format!("{reaction:?}");
         let server = FaultServer::start(move |seen| match seen.number {
             0..10 => answer(seen),
-            // After the answers in flight.
+            // The delay lets the answers in flight arrive first.
             _ => Reaction::After(Duration::from_millis(50), Box::new(reaction.clone())),
         })
         .await;
         let mut run = run_of(&server, 60);
         run.config.limits.concurrency = 4;
         let summary = run.harvest().await;
-        let (code, message) = end(&summary);
+        let (code, message) = exit_of(&summary);
         assert_eq!((code, summary.ok), (4, 10), "{context}: {message}");
-        // Five equal refusals end the run. On a busy machine an answer may still come late, and three of them may
-        // each reset the count.
+        // Five equal refusals end the run. On a busy machine, each of up to three late answers may reset the count.
         assert!(
             summary.failed <= 20 && summary.requests < 60,
             "{context}: {summary:?}"
@@ -199,7 +195,7 @@ async fn content_filter_refusals_are_recorded_and_not_retried() {
             json!({"error": {"code": "content_filter", "message": "filtered"}}),
         ),
     ] {
-        // The first rows of the source are refused, one request at a time.
+        // The endpoint refuses the first rows of the source. The run sends one request at a time.
         let server = FaultServer::start(move |seen| {
             let number: usize = seen.prompt()[1..].parse().unwrap();
             if number < 8 {
@@ -216,7 +212,7 @@ async fn content_filter_refusals_are_recorded_and_not_retried() {
             (
                 summary.ok,
                 summary.quarantines["content_filter"],
-                end(&summary).0
+                exit_of(&summary).0
             ),
             (12, 8, 0),
             "{summary:?}"
@@ -226,8 +222,8 @@ async fn content_filter_refusals_are_recorded_and_not_retried() {
             (run.failures().len(), &run.failures()[0]["class"]),
             (8, &json!("content_filter"))
         );
-        let again = run.harvest().await;
-        assert_eq!((again.requests, again.cached), (0, 20));
+        let second = run.harvest().await;
+        assert_eq!((second.requests, second.cached), (0, 20));
     }
 }
 
@@ -246,19 +242,16 @@ async fn burst_of_refusals_waits_for_requests_in_flight() {
     assert_eq!((summary.ok, summary.failed), (24, 8), "{summary:?}");
 }
 
-/// Throttles the first `times` requests. Returns how long the run took, in seconds.
-async fn throttled(times: usize, reaction: Reaction) -> f64 {
-    let server = FaultServer::start(move |seen: &RecordedRequest| {
-        if seen.number < times {
-            reaction.clone()
-        } else {
-            answer(seen)
-        }
+/// Sends `reaction` for the first request of a run. Returns the duration of the run in seconds.
+async fn seconds_with_first_reaction(reaction: Reaction) -> f64 {
+    let server = FaultServer::start(move |seen: &RecordedRequest| match seen.number {
+        0 => reaction.clone(),
+        _ => answer(seen),
     })
     .await;
     let started = Instant::now();
     let summary = run_of(&server, 5).harvest().await;
-    assert_eq!((summary.ok, end(&summary).0), (5, 0), "{summary:?}");
+    assert_eq!((summary.ok, exit_of(&summary).0), (5, 0), "{summary:?}");
     started.elapsed().as_secs_f64()
 }
 
@@ -269,7 +262,7 @@ async fn every_retry_after_format_is_respected() {
         json!([{"error": {"code": 429, "message": message, "status": "RESOURCE_EXHAUSTED"}}]);
     let details = json!([{"error": {"code": 429, "message": "Resource has been exhausted.", "status": "RESOURCE_EXHAUSTED",
         "details": [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.6s"}]}}]);
-    let forms = [
+    let reactions = [
         reply(429, gemini),
         reply(429, details),
         reply(
@@ -283,10 +276,10 @@ async fn every_retry_after_format_is_respected() {
         reply_with(429, "retry-after", "0.6, 0.6", json!({})),
         reply_with(503, "retry-after-ms", "600", json!({})),
     ];
-    for form in forms {
-        let context = format!("{form:?}");
-        let took = throttled(1, form).await;
-        assert!((0.6..3.0).contains(&took), "{context}: {took} s");
+    for reaction in reactions {
+        let context = format!("{reaction:?}");
+        let seconds = seconds_with_first_reaction(reaction).await;
+        assert!((0.6..3.0).contains(&seconds), "{context}: {seconds} s");
     }
 }
 
@@ -300,7 +293,7 @@ async fn zero_retry_after_uses_backoff() {
         run.config.retry.max = Duration::from_secs_f64(0.2);
         run.config.retry.max_outage = Duration::from_secs_f64(2.0);
         let summary = run.harvest().await;
-        assert_eq!((end(&summary).0, summary.pending), (4, 10), "{value}");
+        assert_eq!((exit_of(&summary).0, summary.pending), (4, 10), "{value}");
         assert!(
             summary.requests < 30,
             "{value}: {} requests in 2 s",
@@ -311,18 +304,18 @@ async fn zero_retry_after_uses_backoff() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn reset_hours_away_stops_run_with_time() {
-    let in_ten_hours = jiff::Timestamp::now().as_millisecond() + 36_000_000;
-    let limit = |reset: String| {
+    let in_ten_hours_ms = jiff::Timestamp::now().as_millisecond() + 36_000_000;
+    let daily_limit = {
         let headers = vec![
             ("x-ratelimit-limit", "50".to_owned()),
             ("x-ratelimit-remaining", "0".to_owned()),
-            ("x-ratelimit-reset", reset),
+            ("x-ratelimit-reset", in_ten_hours_ms.to_string()),
         ];
         let body = error("Rate limit exceeded: free-models-per-day", "429");
         Reaction::Reply(429, headers, body.to_string().into_bytes())
     };
-    let forms = [
-        limit(in_ten_hours.to_string()),
+    let reactions = [
+        daily_limit,
         reply_with(429, "retry-after", "36000", json!({})),
         reply(
             429,
@@ -332,15 +325,15 @@ async fn reset_hours_away_stops_run_with_time() {
             ),
         ),
     ];
-    for form in forms {
-        let context = format!("{form:?}");
+    for reaction in reactions {
+        let context = format!("{reaction:?}");
         for answered in [0, 3] {
-            let form = form.clone();
+            let reaction = reaction.clone();
             let server = FaultServer::start(move |seen| {
                 if seen.number < answered {
                     answer(seen)
                 } else {
-                    form.clone()
+                    reaction.clone()
                 }
             })
             .await;
@@ -348,7 +341,7 @@ async fn reset_hours_away_stops_run_with_time() {
             run.config.limits.concurrency = 1;
             run.config.schedule.timezone = Some("UTC".parse().unwrap());
             let summary = run.harvest().await;
-            let (code, message) = end(&summary);
+            let (code, message) = exit_of(&summary);
             assert_eq!(
                 (code, summary.ok),
                 (4, answered as u64),
@@ -368,17 +361,18 @@ async fn reset_hours_away_stops_run_with_time() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn single_absurd_wait_between_answers_is_ignored() {
-    let took = throttled(1, reply_with(429, "retry-after", "99999999", json!({}))).await;
-    assert!(took < 2.0, "{took} s");
+    let reaction = reply_with(429, "retry-after", "99999999", json!({}));
+    let seconds = seconds_with_first_reaction(reaction).await;
+    assert!(seconds < 2.0, "{seconds} s");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn last_failing_rows_end_within_seconds() {
-    let poison = |seen: &RecordedRequest| match seen.prompt()[1..].parse::<usize>().unwrap() {
+    let script = |seen: &RecordedRequest| match seen.prompt()[1..].parse::<usize>().unwrap() {
         20.. => reply(500, error("boom", "")),
         _ => answer(seen),
     };
-    let server = FaultServer::start(poison).await;
+    let server = FaultServer::start(script).await;
     let mut run = run_of(&server, 25);
     run.config.retry.max_attempts = 3;
     run.config.retry.max_outage = Duration::from_secs_f64(600.0);
@@ -387,7 +381,7 @@ async fn last_failing_rows_end_within_seconds() {
         let summary = run.harvest().await;
         let context = format!("round {round}: {summary:?}");
         assert_eq!(
-            (end(&summary).0, summary.failed, summary.pending),
+            (exit_of(&summary).0, summary.failed, summary.pending),
             (3, 5, 0),
             "{context}"
         );
@@ -398,11 +392,11 @@ async fn last_failing_rows_end_within_seconds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn failing_first_rows_do_not_block_other_rows() {
     for concurrency in [1, 3, 4, 32] {
-        let poison = |seen: &RecordedRequest| match seen.prompt()[1..].parse::<usize>().unwrap() {
+        let script = |seen: &RecordedRequest| match seen.prompt()[1..].parse::<usize>().unwrap() {
             0..4 => reply(502, error("boom", "")),
             _ => answer(seen),
         };
-        let server = FaultServer::start(poison).await;
+        let server = FaultServer::start(script).await;
         let mut run = run_of(&server, 40);
         run.config.limits.concurrency = concurrency;
         run.config.retry.max_outage = Duration::from_secs_f64(600.0);
@@ -417,16 +411,12 @@ async fn failing_first_rows_do_not_block_other_rows() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn identical_server_errors_stop_run() {
-    let count = AtomicUsize::new(0);
-    let server = FaultServer::start(move |_| {
-        count.fetch_add(1, Ordering::Relaxed);
-        reply(500, error("response_format is not supported", ""))
-    })
-    .await;
+    let reaction = reply(500, error("response_format is not supported", ""));
+    let server = FaultServer::start(move |_| reaction.clone()).await;
     let mut run = run_of(&server, 50);
     run.config.retry.max_outage = Duration::from_secs_f64(600.0);
     let summary = run.harvest().await;
-    let (code, message) = end(&summary);
+    let (code, message) = exit_of(&summary);
     assert_eq!((code, summary.failed), (1, 0), "{message}");
     assert!(
         message.contains("response_format is not supported"),
@@ -437,7 +427,7 @@ async fn identical_server_errors_stop_run() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn error_message_with_status_200_is_shown() {
-    for (body, words) in [
+    for (body, message) in [
         (
             json!({"choices": null, "base_resp": {"status_code": 1000, "status_msg": "unknown error, please retry"}}),
             "unknown error",
@@ -456,7 +446,7 @@ async fn error_message_with_status_200_is_shown() {
         let mut run = run_of(&server, 2);
         run.config.retry.max_attempts = 2;
         let summary = run.harvest().await;
-        let context = format!("{} {:?}", end(&summary).1, run.failures());
-        assert!(context.contains(words), "{words} is not in: {context}");
+        let output = format!("{} {:?}", exit_of(&summary).1, run.failures());
+        assert!(output.contains(message), "{message} is not in: {output}");
     }
 }

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use distill::cache::record::Record;
 use serde_json::{Value, json};
 
-use super::{Run, at_first, end};
+use super::{Run, at_first, exit_of};
 use crate::fault_server::{FaultServer, Reaction, answer, completion, error, reply, reply_with};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -40,7 +41,7 @@ async fn retry_after_pauses_all_rows_without_an_attempt() {
 #[tokio::test(flavor = "multi_thread")]
 async fn transient_failures_are_retried_and_counted() {
     let good = completion("A", 20).to_string();
-    let cut = good.as_bytes()[..good.find("finish_reason").unwrap()].to_vec();
+    let truncated = good.as_bytes()[..good.find("finish_reason").unwrap()].to_vec();
     let faults = [
         reply(500, json!("oops")),
         Reaction::Reply(502, Vec::new(), b"<html>bad gateway</html>".to_vec()),
@@ -49,16 +50,16 @@ async fn transient_failures_are_retried_and_counted() {
         Reaction::Reset,
         Reaction::ResetInBody(good.clone().into_bytes()),
         Reaction::ShortBody(good.clone().into_bytes()),
-        Reaction::UnfinishedChunks(cut.clone()),
+        Reaction::UnfinishedChunks(truncated.clone()),
         Reaction::Stall,
-        Reaction::Reply(200, Vec::new(), cut),
+        Reaction::Reply(200, Vec::new(), truncated),
         Reaction::Reply(200, Vec::new(), b"".to_vec()),
         Reaction::Reply(200, Vec::new(), vec![0xff; 10]),
         reply(200, json!({"choices": []})),
         reply(200, json!({"error": {"code": 502, "message": "upstream"}})),
     ];
     for fault in faults {
-        let name = format!("{fault:?}");
+        let context = format!("{fault:?}");
         let server = FaultServer::start(at_first(2, fault)).await;
         let mut run = Run::new(&server, &["a"]);
         run.config.teacher.timeout = Duration::from_secs(1);
@@ -67,19 +68,19 @@ async fn transient_failures_are_retried_and_counted() {
         assert_eq!(
             (summary.ok, summary.requests),
             (1, 3),
-            "{name}: {summary:?}"
+            "{context}: {summary:?}"
         );
-        assert_eq!(run.records()[0].timing.attempts, 3, "{name}");
+        assert_eq!(run.records()[0].timing.attempts, 3, "{context}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn body_cut_off_after_the_answer_is_requested_once() {
     let good = completion("A", 20).to_string();
-    let cut = good.as_bytes()[..good.find("usage").unwrap()].to_vec();
+    let truncated = good.as_bytes()[..good.find("usage").unwrap()].to_vec();
     for fault in [
-        Reaction::UnfinishedChunks(cut.clone()),
-        Reaction::Reply(200, Vec::new(), cut),
+        Reaction::UnfinishedChunks(truncated.clone()),
+        Reaction::Reply(200, Vec::new(), truncated),
     ] {
         let server = FaultServer::start(at_first(1, fault)).await;
         let run = Run::new(&server, &["a"]);
@@ -100,7 +101,7 @@ async fn failing_row_uses_its_attempts_and_others_continue() {
     let summary = run.harvest().await;
     assert_eq!((summary.ok, summary.failed, summary.requests), (2, 1, 8));
     assert_eq!(summary.failures["http 500"], 1);
-    assert_eq!(end(&summary).0, 3);
+    assert_eq!(exit_of(&summary).0, 3);
     assert_eq!(run.failures()[0]["attempts"], 6);
 }
 
@@ -114,7 +115,7 @@ async fn refused_row_fails_and_others_finish() {
     let run = Run::new(&server, &["bad", "a", "b"]);
     let summary = run.harvest().await;
     assert_eq!((summary.ok, summary.failed, summary.requests), (2, 1, 3));
-    let (code, message) = end(&summary);
+    let (code, message) = exit_of(&summary);
     assert_eq!(code, 3);
     assert!(
         message.contains("1 of 3") && message.contains("failures.jsonl"),
@@ -126,7 +127,7 @@ async fn refused_row_fails_and_others_finish() {
 
     // The file lists the failures of the last run only.
     run.write("prompts.txt", "a\nb");
-    assert_eq!(end(&run.harvest().await).0, 0);
+    assert_eq!(exit_of(&run.harvest().await).0, 0);
     assert!(run.failures().is_empty());
 }
 
@@ -155,7 +156,7 @@ async fn fatal_replies_stop_run_immediately() {
         let mut run = Run::new(&server, &["a", "b", "c", "d"]);
         run.config.limits.concurrency = 1;
         let summary = run.harvest().await;
-        let (code, message) = end(&summary);
+        let (code, message) = exit_of(&summary);
         assert_eq!(
             (code, summary.requests, summary.pending),
             (1, 1, 4),
@@ -172,17 +173,15 @@ async fn fatal_replies_stop_run_immediately() {
 async fn identical_refusals_stop_run_after_few_rows() {
     let refusal = reply(400, error("unknown parameter: top_logprobs", ""));
     let server = FaultServer::start(at_first(usize::MAX, refusal)).await;
-    let prompts: Vec<_> = (0..50).map(|number| format!("p{number}")).collect();
-    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
-    let mut run = Run::new(&server, &prompts);
+    let mut run = Run::with_numbered_prompts(&server, 50);
     run.config.limits.concurrency = 2;
     let summary = run.harvest().await;
-    let (code, message) = end(&summary);
+    let (code, message) = exit_of(&summary);
     assert!(
         code == 1 && message.contains("unknown parameter: top_logprobs"),
         "{message}"
     );
-    assert!(summary.requests < 10, "{}", summary.requests);
+    assert!(summary.requests < 10, "{} requests", summary.requests);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -195,43 +194,41 @@ async fn oversized_body_is_cut_off_and_quarantined() {
         (summary.quarantines["unreadable"], summary.requests),
         (1, 1)
     );
-    // The answer may have been paid for, and a retry would return it again.
+    // The answer may have been billed, and a retry would return it again.
     assert_eq!(run.harvest().await.requests, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn redirect_is_reported_and_not_followed() {
-    let other = FaultServer::start(answer).await;
-    let target = format!("{}/chat/completions", other.base_url);
+    let target_server = FaultServer::start(answer).await;
+    let target = format!("{}/chat/completions", target_server.base_url);
     let server = {
         let target = target.clone();
         FaultServer::start(move |_| reply_with(307, "location", &target, json!({}))).await
     };
     let summary = Run::new(&server, &["a"]).harvest().await;
-    let (code, message) = end(&summary);
+    let (code, message) = exit_of(&summary);
     assert_eq!(code, 1);
     assert!(
         message.contains(&target) && message.contains("`teacher.base_url`"),
         "{message}"
     );
-    assert_eq!(other.count(), 0);
+    assert_eq!(target_server.count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unreachable_address_is_given_up_after_few_attempts() {
     let server = FaultServer::start(answer).await;
     // More rows than the concurrency: the failures must not be treated as an outage to wait out.
-    let prompts: Vec<_> = (0..50).map(|number| format!("p{number}")).collect();
-    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
-    let mut run = Run::new(&server, &prompts);
-    // Bound and dropped, so that no other process listens there.
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    run.config.teacher.base_url = format!("http://{}/v1", free.local_addr().unwrap());
-    drop(free);
+    let mut run = Run::with_numbered_prompts(&server, 50);
+    // The port was free a moment ago, so nothing listens there.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    run.config.teacher.base_url = format!("http://{}/v1", listener.local_addr().unwrap());
+    drop(listener);
     run.config.retry.max_outage = Duration::from_secs_f64(600.0);
     run.config.retry.max = Duration::from_secs_f64(60.0);
     let summary = run.harvest().await;
-    let (code, message) = end(&summary);
+    let (code, message) = exit_of(&summary);
     assert_eq!((code, summary.pending), (1, 50));
     assert!(
         message.contains(&run.config.teacher.base_url) && message.contains("refused"),
@@ -246,13 +243,11 @@ async fn outage_fails_no_row_and_exits_resumable() {
         _ => reply(503, json!({})),
     })
     .await;
-    let prompts: Vec<_> = (0..120).map(|number| format!("p{number}")).collect();
-    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
-    let mut run = Run::new(&server, &prompts);
+    let mut run = Run::with_numbered_prompts(&server, 120);
     run.config.limits.concurrency = 3;
     run.config.retry.max_attempts = 2;
     let summary = run.harvest().await;
-    let (code, message) = end(&summary);
+    let (code, message) = exit_of(&summary);
     assert_eq!(
         (code, summary.ok, summary.pending),
         (4, 1, 119),
@@ -264,7 +259,7 @@ async fn outage_fails_no_row_and_exits_resumable() {
     );
     assert!(
         summary.requests < 100,
-        "{} requests is no probing",
+        "{} requests during an outage",
         summary.requests
     );
 }
@@ -276,9 +271,7 @@ async fn rows_survive_a_temporary_outage() {
         _ => answer(seen),
     })
     .await;
-    let prompts: Vec<_> = (0..120).map(|number| format!("p{number}")).collect();
-    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
-    let mut run = Run::new(&server, &prompts);
+    let mut run = Run::with_numbered_prompts(&server, 120);
     run.config.limits.concurrency = 3;
     run.config.retry.max = Duration::from_secs_f64(0.01);
     run.config.retry.max_outage = Duration::from_secs_f64(20.0);
@@ -320,25 +313,20 @@ async fn unusual_answers_are_recorded_with_their_fields() {
     assert_eq!(summary.without_logprobs, 2);
     assert_eq!(summary.quarantines["refusal"], 1);
     assert_eq!(summary.quarantines["empty: length"], 1);
-    assert_eq!(end(&summary).0, 0);
+    assert_eq!(exit_of(&summary).0, 0);
 
-    let of = |prompt: &str| {
-        let found = run
-            .records()
-            .into_iter()
-            .find(|record| record.request["messages"][0]["content"] == prompt);
-        found.unwrap()
+    let record_of = |prompt: &str| {
+        let mut records = run.records().into_iter();
+        let is_answer = |record: &Record| record.request["messages"][0]["content"] == prompt;
+        records.find(is_answer).unwrap()
     };
-    assert_eq!(of("finish").answer.finish_reason, "model_length");
-    assert_eq!(of("finish").extra["service_tier"], "on_demand");
-    assert!(of("logprobs").extra.contains_key("logprobs_dropped"));
-    assert_eq!(of("refusal").answer.refusal, "no");
-    assert_eq!(of("thinking").answer.reasoning, "hm");
-    assert_eq!(of("usage").usage, None);
+    assert_eq!(record_of("finish").answer.finish_reason, "model_length");
+    assert_eq!(record_of("finish").extra["service_tier"], "on_demand");
+    assert!(record_of("logprobs").extra.contains_key("logprobs_dropped"));
+    assert_eq!(record_of("refusal").answer.refusal, "no");
+    assert_eq!(record_of("thinking").answer.reasoning, "hm");
+    assert_eq!(record_of("usage").usage, None);
 
-    assert_eq!(
-        run.harvest().await.requests,
-        0,
-        "none of them is bought again"
-    );
+    let second = run.harvest().await;
+    assert_eq!(second.requests, 0, "a recorded answer was bought again");
 }

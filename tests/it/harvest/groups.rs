@@ -1,39 +1,34 @@
-//! Groups of answers in a cache: only those that match the config are trained on.
+//! Groups of answers in a cache: training uses only the groups that match the config.
 
 use distill::config::{Config, Groups};
-use distill::data::dataset::{self, Dataset};
+use distill::data::dataset::Dataset;
 use distill::data::groups::Selection;
 use distill::exit::Exit;
 
-use super::nights::Night;
-use super::{Run, adopt, end};
-use crate::data::tokenizer;
+use super::nights::SimulatedRun;
+use super::{Run, adopt, exit_of};
+use crate::data::{dataset, tokenizer};
 use crate::fault_server::{FaultServer, Reaction, answer, completion};
 
 fn load(config: &Config) -> anyhow::Result<Dataset> {
     let selection = distill::plan::questions::selection(config)?;
-    dataset::load(
-        &config.data,
-        &config.run_dir,
-        &selection,
-        &tokenizer("bytelevel"),
-        &mut |_, _| Ok(()),
-    )
+    dataset::load_selected(config, &selection, &tokenizer("bytelevel"))
 }
 
-async fn harvested(run: &mut Run) {
+/// Harvests all rows, for a dataset without a validation split.
+async fn harvest_all(run: &mut Run) {
     run.config.data.validation_share = 0.0;
     let summary = run.harvest().await;
-    assert_eq!(end(&summary).0, 0, "{:?}", end(&summary));
+    assert_eq!(exit_of(&summary), (0, String::new()));
 }
 
-/// Number of examples, and the lines about groups.
+/// Returns the number of examples, and the lines about groups in the report.
 fn kept(config: &Config) -> (u64, Vec<String>) {
     let report = load(config).unwrap().report;
     (report.kept, report.groups.lines())
 }
 
-/// Exit code and message.
+/// Returns the exit code and the message of an error.
 fn refused(config: &Config) -> (u8, String) {
     let error = load(config).unwrap_err();
     (Exit::code_of(&error), format!("{error:#}"))
@@ -44,12 +39,12 @@ async fn groups_of_other_settings_are_used_only_by_name() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
     run.config.sampling.temperature = Some(1.0);
-    harvested(&mut run).await;
+    harvest_all(&mut run).await;
     let (count, lines) = kept(&run.config);
     assert_eq!((count, lines.len()), (3, 1), "{lines:?}");
     assert!(lines[0].contains("m at http://localhost"), "{lines:?}");
 
-    // No answer has these settings.
+    // After each of these changes, no answer matches the config.
     type Change = fn(&mut Config);
     let changes: [(Change, &str); 3] = [
         (
@@ -77,7 +72,7 @@ async fn groups_of_other_settings_are_used_only_by_name() {
     }
 
     run.config.sampling.temperature = Some(0.5);
-    harvested(&mut run).await;
+    harvest_all(&mut run).await;
     let (count, lines) = kept(&run.config);
     assert_eq!(count, 3);
     let left_out: Vec<_> = lines
@@ -87,14 +82,14 @@ async fn groups_of_other_settings_are_used_only_by_name() {
     assert_eq!((lines.len(), left_out.len()), (2, 1), "{lines:?}");
     run.config.data.groups = Groups::All;
     assert_eq!(kept(&run.config).0, 6);
-    // Selected by the displayed id.
-    let (_, rest) = left_out[0].split_once("group ").unwrap();
-    let id = rest.split(' ').next().unwrap();
+    // A group can be selected by its id in the report.
+    let (_, after) = left_out[0].split_once("group ").unwrap();
+    let id = after.split(' ').next().unwrap();
     run.config.data.groups = Groups::Named(vec![id.into()]);
     assert_eq!(kept(&run.config).0, 3);
     run.config.data.groups = Groups::Named(vec!["m".into()]);
     assert_eq!(kept(&run.config).0, 6);
-    // A misspelled name next to a valid one.
+    // One misspelled name is an error, even next to a valid one.
     run.config.data.groups = Groups::Named(vec!["m".into(), "gpt".into()]);
     let (status, message) = refused(&run.config);
     assert_eq!(status, 2);
@@ -108,7 +103,7 @@ async fn groups_of_other_settings_are_used_only_by_name() {
 async fn answers_to_changed_prompts_are_left_out() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
-    harvested(&mut run).await;
+    harvest_all(&mut run).await;
     run.write("prompts.txt", "one\nfour");
     let (count, lines) = kept(&run.config);
     assert_eq!(count, 1);
@@ -117,9 +112,9 @@ async fn answers_to_changed_prompts_are_left_out() {
         shown.contains("1 used; 2 left out: other prompts"),
         "{shown}"
     );
-    harvested(&mut run).await;
+    harvest_all(&mut run).await;
     assert_eq!(kept(&run.config).0, 2);
-    // Without the prompts, the other settings decide.
+    // Without a prompt source, only the other settings must match.
     std::fs::remove_file(run.dir.path().join("prompts.txt")).unwrap();
     assert_eq!(kept(&run.config).0, 4);
 }
@@ -128,7 +123,7 @@ async fn answers_to_changed_prompts_are_left_out() {
 async fn cache_of_another_run_is_used_if_it_has_one_group() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
-    harvested(&mut run).await;
+    harvest_all(&mut run).await;
     let dir = tempfile::tempdir().unwrap();
     let mut config = Config {
         run_dir: dir.path().join("run"),
@@ -137,17 +132,17 @@ async fn cache_of_another_run_is_used_if_it_has_one_group() {
     config.data.cache = Some(run.config.own_cache());
     config.data.validation_share = 0.0;
     assert_eq!(kept(&config).0, 3);
-    // With the same teachers the prompts decide, however few are shared.
-    let mut other = run.config.clone();
-    other.run_dir = dir.path().join("other");
-    other.data.cache = Some(run.config.own_cache());
+    // With the same teachers, only answers to the prompts of the config are used.
+    let mut same_teacher = run.config.clone();
+    same_teacher.run_dir = dir.path().join("other");
+    same_teacher.data.cache = Some(run.config.own_cache());
     std::fs::write(dir.path().join("prompts.txt"), "four").unwrap();
-    other.prompts.source = dir.path().join("prompts.txt");
-    assert!(refused(&other).1.contains("other prompts"));
+    same_teacher.prompts.source = dir.path().join("prompts.txt");
+    assert!(refused(&same_teacher).1.contains("other prompts"));
     std::fs::write(dir.path().join("prompts.txt"), "four\none").unwrap();
-    assert_eq!(kept(&other).0, 1);
+    assert_eq!(kept(&same_teacher).0, 1);
     run.config.teacher.model = "n".into();
-    harvested(&mut run).await;
+    harvest_all(&mut run).await;
     let (status, message) = refused(&config);
     assert_eq!(status, 2);
     assert!(
@@ -160,9 +155,9 @@ async fn cache_of_another_run_is_used_if_it_has_one_group() {
 
 #[tokio::test(start_paused = true)]
 async fn mock_answers_are_used_only_by_name() {
-    let mut night = Night::new("", 5, |config| config.data.validation_share = 0.0);
-    night.harvest().await;
-    let config = &mut night.run.config;
+    let mut simulated = SimulatedRun::new("", 5, |config| config.data.validation_share = 0.0);
+    simulated.harvest().await;
+    let config = &mut simulated.run.config;
     for groups in [Groups::Asked, Groups::All] {
         config.data.groups = groups;
         let (status, message) = refused(config);
@@ -185,7 +180,7 @@ async fn mock_answers_are_used_only_by_name() {
         (0, 5, 0)
     );
     config.teacher.base_url = address;
-    // Not even as the only group of another run.
+    // They are not used as the only group of another run either.
     let dir = tempfile::tempdir().unwrap();
     config.data.cache = Some(config.own_cache());
     config.run_dir = dir.path().join("run");
@@ -195,12 +190,12 @@ async fn mock_answers_are_used_only_by_name() {
     assert!(matches!(selection, Selection::Config(_)));
 }
 
-/// Training uses the answers that the harvest counts as cached.
+/// Settings that keep an answer cached for the harvest also keep it in the dataset.
 #[tokio::test(flavor = "multi_thread")]
-async fn harvested_answers_are_trained_on() {
+async fn cached_answers_are_trained_on() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
-    harvested(&mut run).await;
+    harvest_all(&mut run).await;
     let config = &mut run.config;
     config.teacher.name = "mine".into();
     assert_eq!(kept(config).0, 3, "named later");
@@ -217,8 +212,8 @@ async fn harvested_answers_are_trained_on() {
     assert_eq!(kept(config).0, 3, "adopted");
 }
 
-/// A run that trains on truncated answers, and a server that sends only such answers.
-async fn truncated() -> (FaultServer, Run) {
+/// Returns a server that sends only truncated answers, and a run that trains on them.
+async fn truncating_teacher() -> (FaultServer, Run) {
     let server = FaultServer::start(|seen| {
         let mut body = completion(&format!("answer to {}", seen.prompt()), 0);
         body["choices"][0]["finish_reason"] = "length".into();
@@ -232,8 +227,8 @@ async fn truncated() -> (FaultServer, Run) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn truncated_answers_are_used_until_max_tokens_is_raised() {
-    let (_server, mut run) = truncated().await;
-    harvested(&mut run).await;
+    let (_server, mut run) = truncating_teacher().await;
+    harvest_all(&mut run).await;
     assert_eq!(kept(&run.config).0, 3);
     run.config.sampling.max_tokens = 8;
     assert_eq!(kept(&run.config).0, 3);
@@ -246,13 +241,12 @@ async fn truncated_answers_are_used_until_max_tokens_is_raised() {
     );
 }
 
-/// One answer per row is used, although the cache has several to the same question.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_of_several_answers_to_a_row_is_trained_on() {
-    let (_server, mut run) = truncated().await;
+    let (_server, mut run) = truncating_teacher().await;
     for max_tokens in [16, 32] {
         run.config.sampling.max_tokens = max_tokens;
-        harvested(&mut run).await;
+        harvest_all(&mut run).await;
     }
     assert_eq!(run.records().len(), 6);
     for max_tokens in [8, 16, 32] {

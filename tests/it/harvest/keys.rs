@@ -13,27 +13,30 @@ use distill::harvest::options::HarvestOptions;
 use distill::report::summary::HarvestSummary;
 use serde_json::json;
 
-use super::{Run, adopt, end, quietly};
+use super::{Run, adopt, exit_of, quiet_options};
 use crate::cache_samples;
 use crate::data::dataset::write_cache;
 use crate::fault_server::{
     FaultServer, Reaction, RecordedRequest, answer, completion, error, reply,
 };
 
-/// Answers up to `max_tokens`: `long` prompts need 100 tokens.
+/// Truncates the answers to prompts with the word `long` if `max_tokens` is below 100.
 fn teacher(seen: &RecordedRequest) -> Reaction {
     let fields = ["max_tokens", "max_completion_tokens"];
-    let most = fields.iter().find_map(|name| seen.body[name].as_u64());
-    let is_cut = seen.prompt().contains("long") && most.unwrap() < 100;
+    let max_tokens = fields.iter().find_map(|name| seen.body[name].as_u64());
+    let is_truncated = seen.prompt().contains("long") && max_tokens.unwrap() < 100;
     let mut body = completion("some text", 0);
-    body["choices"][0]["finish_reason"] = json!(if is_cut { "length" } else { "stop" });
+    body["choices"][0]["finish_reason"] = json!(if is_truncated { "length" } else { "stop" });
     Reaction::Reply(200, Vec::new(), body.to_string().into_bytes())
 }
 
 const PROMPTS: [&str; 4] = ["short one", "long one", "short two", "long two"];
 
-/// A server that refuses `prompt` with `refusal` while the flag is set.
-async fn refusing(prompt: &'static str, refusal: Reaction) -> (FaultServer, Arc<AtomicBool>) {
+/// Starts [`teacher`] on a server that sends `refusal` to `prompt` while the returned flag is set.
+async fn refusing_teacher(
+    prompt: &'static str,
+    refusal: Reaction,
+) -> (FaultServer, Arc<AtomicBool>) {
     let refuses = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&refuses);
     let server = FaultServer::start(move |seen| {
@@ -46,21 +49,23 @@ async fn refusing(prompt: &'static str, refusal: Reaction) -> (FaultServer, Arc<
     (server.await, refuses)
 }
 
-/// Second halves of the keys, which identify the question.
-fn halves(keys: &[String]) -> Vec<&str> {
+/// Returns the second halves of the keys, which identify the question.
+fn question_halves(keys: &[String]) -> Vec<&str> {
     keys.iter().map(|key| &key[32..]).collect()
 }
 
-async fn requests(run: &Run) -> (u64, u64) {
+/// Harvests without an error. Returns the number of cached rows and of requests.
+async fn cached_and_requests(run: &Run) -> (u64, u64) {
     let summary = run.harvest().await;
-    assert_eq!(end(&summary).0, 0, "{:?}", end(&summary));
+    assert_eq!(exit_of(&summary), (0, String::new()));
     (summary.cached, summary.requests)
 }
 
-async fn again(run: &Run, words: &[&str]) -> anyhow::Result<HarvestSummary> {
+/// Runs `harvest --again` for the rows selected by `words`.
+async fn harvest_again(run: &Run, words: &[&str]) -> anyhow::Result<HarvestSummary> {
     let options = HarvestOptions {
         again: words.iter().map(|word| word.to_string()).collect(),
-        ..quietly()
+        ..quiet_options()
     };
     let (_sender, receiver) = tokio::sync::mpsc::unbounded_channel();
     let signals = distill::signal::Signals::from_channel(receiver);
@@ -71,20 +76,28 @@ async fn again(run: &Run, words: &[&str]) -> anyhow::Result<HarvestSummary> {
 async fn raised_max_tokens_requests_only_truncated_answers() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &PROMPTS);
-    assert_eq!(requests(&run).await, (0, 4));
-    assert_eq!(requests(&run).await, (4, 0));
+    assert_eq!(cached_and_requests(&run).await, (0, 4));
+    assert_eq!(cached_and_requests(&run).await, (4, 0));
     run.config.sampling.max_tokens_field = MaxTokensField::MaxTokens;
-    assert_eq!(requests(&run).await, (4, 0), "the name of the field");
+    assert_eq!(
+        cached_and_requests(&run).await,
+        (4, 0),
+        "another name of the field"
+    );
     run.config.sampling.max_tokens = 8;
-    assert_eq!(requests(&run).await, (4, 0), "a smaller one");
+    assert_eq!(cached_and_requests(&run).await, (4, 0), "a smaller limit");
     run.config.sampling.max_tokens = 64;
-    assert_eq!(requests(&run).await, (2, 2), "a larger one");
-    assert_eq!(requests(&run).await, (4, 0));
+    assert_eq!(cached_and_requests(&run).await, (2, 2), "a larger limit");
+    assert_eq!(cached_and_requests(&run).await, (4, 0));
     run.config.sampling.max_tokens = 100;
-    assert_eq!(requests(&run).await, (2, 2), "enough");
+    assert_eq!(
+        cached_and_requests(&run).await,
+        (2, 2),
+        "a sufficient limit"
+    );
     run.config.sampling.max_tokens = 1_000;
-    assert_eq!(requests(&run).await, (4, 0));
-    // Every answer was kept.
+    assert_eq!(cached_and_requests(&run).await, (4, 0));
+    // The truncated answers are still in the cache.
     assert_eq!(run.records().len(), 8);
 }
 
@@ -92,14 +105,18 @@ async fn raised_max_tokens_requests_only_truncated_answers() {
 async fn endpoint_identity_is_its_name_or_normalised_url() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a", "b"]);
-    assert_eq!(requests(&run).await, (0, 2));
+    assert_eq!(cached_and_requests(&run).await, (0, 2));
     let spelled = server.base_url.replace("127.0.0.1", "LOCALHOST");
     run.config.teacher.base_url = format!("{spelled}/");
-    assert_eq!(requests(&run).await, (2, 0));
+    assert_eq!(cached_and_requests(&run).await, (2, 0));
     run.config.teacher.name = "mine".into();
-    assert_eq!(requests(&run).await, (2, 0), "it got a name");
+    assert_eq!(
+        cached_and_requests(&run).await,
+        (2, 0),
+        "the endpoint got a name"
+    );
     run.write("prompts.txt", "a\nb\nc");
-    assert_eq!(requests(&run).await, (2, 1));
+    assert_eq!(cached_and_requests(&run).await, (2, 1));
     // A named endpoint keeps its identity at another URL.
     let moved = FaultServer::start(answer).await;
     run.config.teacher.base_url.clone_from(&moved.base_url);
@@ -111,7 +128,7 @@ async fn endpoint_identity_is_its_name_or_normalised_url() {
 async fn answers_of_another_url_are_reported_and_adopted() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &PROMPTS);
-    assert_eq!(requests(&run).await, (0, 4));
+    assert_eq!(cached_and_requests(&run).await, (0, 4));
     let moved = FaultServer::start(teacher).await;
     run.config.teacher.base_url.clone_from(&moved.base_url);
     run.write(
@@ -120,7 +137,7 @@ async fn answers_of_another_url_are_reported_and_adopted() {
     );
     let dry = HarvestOptions {
         dry_run: true,
-        ..quietly()
+        ..quiet_options()
     };
     let summary = harvest::run(&run.config, dry.clone()).await.unwrap();
     let estimate = summary.estimate.as_ref().unwrap();
@@ -134,10 +151,10 @@ async fn answers_of_another_url_are_reported_and_adopted() {
     assert!(table.contains("\"content\": \"short one\""), "{table}");
     let adopted = adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.questions), (4, 5));
-    assert_eq!(requests(&run).await, (4, 1));
+    assert_eq!(cached_and_requests(&run).await, (4, 1));
     run.config.sampling.max_tokens = 100;
-    assert_eq!(requests(&run).await, (3, 2));
-    // Answers to other settings and other prompts.
+    assert_eq!(cached_and_requests(&run).await, (3, 2));
+    // The dry run counts the answers with other settings and to other prompts.
     run.config.sampling.temperature = Some(0.5);
     run.write("prompts.txt", "short one\nnew");
     let summary = harvest::run(&run.config, dry).await.unwrap();
@@ -150,107 +167,116 @@ async fn answers_of_another_url_are_reported_and_adopted() {
 async fn again_requests_only_named_rows_and_keeps_old_answers() {
     let server = FaultServer::start(teacher).await;
     let run = Run::new(&server, &PROMPTS);
-    assert_eq!(requests(&run).await, (0, 4));
+    assert_eq!(cached_and_requests(&run).await, (0, 4));
     run.write(
         "prompts.txt",
         "short one\nlong one\nshort two\nlong two\nnew",
     );
-    let summary = again(&run, &["length"]).await.unwrap();
+    let summary = harvest_again(&run, &["length"]).await.unwrap();
     assert_eq!((summary.total, summary.requests), (2, 2));
     let replaced = run.config.run_dir.join("cache/responses.replaced.jsonl");
     let replaced = std::fs::read_to_string(replaced).unwrap();
     assert_eq!(replaced.lines().count(), 2);
     assert_eq!(run.records().len(), 4);
-    let error = again(&run, &["refusal"]).await.err().unwrap();
+    let error = harvest_again(&run, &["refusal"]).await.err().unwrap();
     assert_eq!(distill::exit::Exit::code_of(&error), 2);
     assert!(error.to_string().contains("\"length\" (2)"), "{error}");
-    assert_eq!(requests(&run).await, (4, 1), "the others are as they were");
+    assert_eq!(
+        cached_and_requests(&run).await,
+        (4, 1),
+        "other rows were requested again"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn again_skips_truncated_answer_with_complete_one() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &PROMPTS);
-    assert_eq!(requests(&run).await, (0, 4));
+    assert_eq!(cached_and_requests(&run).await, (0, 4));
     run.write("prompts.txt", "short one\nlong one\nshort two");
     run.config.sampling.max_tokens = 100;
-    assert_eq!(requests(&run).await, (2, 1));
+    assert_eq!(cached_and_requests(&run).await, (2, 1));
     run.write("prompts.txt", "short one\nlong one\nshort two\nlong two");
     // `long one` has a complete answer, `long two` a truncated one.
     let dry = HarvestOptions {
         dry_run: true,
         again: vec!["length".into()],
-        ..quietly()
+        ..quiet_options()
     };
     let summary = harvest::run(&run.config, dry).await.unwrap();
     assert_eq!((summary.cached, summary.pending), (1, 1));
-    assert_eq!(run.records().len(), 5, "a dry run moves nothing");
-    let summary = again(&run, &["length"]).await.unwrap();
+    assert_eq!(run.records().len(), 5, "the dry run moved a record");
+    let summary = harvest_again(&run, &["length"]).await.unwrap();
     assert_eq!((summary.total, summary.requests), (1, 1));
     let replaced = run.config.run_dir.join("cache/responses.replaced.jsonl");
     let replaced = std::fs::read_to_string(replaced).unwrap();
     assert_eq!(replaced.lines().count(), 1);
     assert_eq!(run.records().len(), 5);
-    // All answers are complete: a rerun has nothing to do.
-    let summary = again(&run, &["length"]).await.unwrap();
-    assert_eq!((end(&summary).0, summary.requests), (0, 0));
+    // All answers are complete, so a rerun sends nothing.
+    let summary = harvest_again(&run, &["length"]).await.unwrap();
+    assert_eq!((exit_of(&summary).0, summary.requests), (0, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn truncated_answer_after_a_failure_is_not_bought_again() {
     let refusal = reply(404, error("no such thing", "not_found"));
-    let (server, is_missing) = refusing("long two", refusal).await;
+    let (server, is_missing) = refusing_teacher("long two", refusal).await;
     is_missing.store(true, Relaxed);
     let mut run = Run::new(&server, &PROMPTS);
     run.config.limits.concurrency = 1;
     let summary = run.harvest().await;
     assert_eq!((summary.ok, summary.failed), (3, 1));
     is_missing.store(false, Relaxed);
-    assert_eq!(requests(&run).await, (3, 1));
-    assert_eq!(requests(&run).await, (4, 0), "its answer is in the cache");
+    assert_eq!(cached_and_requests(&run).await, (3, 1));
+    assert_eq!(
+        cached_and_requests(&run).await,
+        (4, 0),
+        "the answer was bought again"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn again_killed_after_its_last_answer_does_not_start_over() {
+async fn again_killed_after_its_last_answer_requests_nothing() {
     let server = FaultServer::start(teacher).await;
     let run = Run::new(&server, &PROMPTS);
-    assert_eq!(requests(&run).await, (0, 4));
+    assert_eq!(cached_and_requests(&run).await, (0, 4));
     let marker = run.config.run_dir.join("again.json");
-    let first = again(&run, &["length"]).await.unwrap();
+    let first = harvest_again(&run, &["length"]).await.unwrap();
     assert_eq!((first.requests, marker.exists()), (2, false));
-    // The file as it was before the run removed it.
+    // Restores the marker, as if the run had been killed before it removed the file.
     let keys: Vec<String> = run
         .records()
         .into_iter()
         .filter(|record| record.answer.finish_reason == "length")
         .map(|record| record.key)
         .collect();
-    let begun = json!({"words": ["length"], "keys": halves(&keys)});
-    std::fs::write(&marker, begun.to_string()).unwrap();
-    let summary = again(&run, &["length"]).await.unwrap();
+    let content = json!({"words": ["length"], "keys": question_halves(&keys)});
+    std::fs::write(&marker, content.to_string()).unwrap();
+    let summary = harvest_again(&run, &["length"]).await.unwrap();
     assert_eq!(
-        (end(&summary).0, summary.requests, marker.exists()),
+        (exit_of(&summary).0, summary.requests, marker.exists()),
         (0, 0, false)
     );
-    let anew = again(&run, &["length"]).await.unwrap();
-    assert_eq!(anew.requests, 2, "from the beginning");
+    // Without a marker, all selected rows are requested.
+    let restarted = harvest_again(&run, &["length"]).await.unwrap();
+    assert_eq!(restarted.requests, 2);
 }
 
-/// The run is killed after the old answers were moved, before it is marked as started.
+/// The run is killed after it moved the old answers, before it writes the marker.
 #[tokio::test(flavor = "multi_thread")]
-async fn again_killed_before_it_is_marked_asks_each_row_once() {
+async fn again_killed_before_its_marker_requests_each_row_once() {
     let refusal = reply(401, error("Incorrect API key provided", "invalid_api_key"));
-    let (server, is_locked) = refusing("long two", refusal).await;
+    let (server, is_locked) = refusing_teacher("long two", refusal).await;
     let run = Run::new(&server, &PROMPTS);
-    assert_eq!(requests(&run).await, (0, 4));
+    assert_eq!(cached_and_requests(&run).await, (0, 4));
     is_locked.store(true, Relaxed);
-    let stopped = again(&run, &["length"]).await.unwrap();
-    assert_eq!(end(&stopped).0, 4);
+    let stopped = harvest_again(&run, &["length"]).await.unwrap();
+    assert_eq!(exit_of(&stopped).0, 4);
     std::fs::remove_file(run.config.run_dir.join("again.json")).unwrap();
     is_locked.store(false, Relaxed);
-    let left = stopped.pending;
-    assert_eq!(requests(&run).await, (4 - left, left));
-    assert_eq!(requests(&run).await, (4, 0));
+    let pending = stopped.pending;
+    assert_eq!(cached_and_requests(&run).await, (4 - pending, pending));
+    assert_eq!(cached_and_requests(&run).await, (4, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -258,57 +284,70 @@ async fn adopt_prefers_complete_answers() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &["long one", "long two"]);
     run.config.sampling.max_tokens = 50;
-    assert_eq!(requests(&run).await, (0, 2));
+    assert_eq!(cached_and_requests(&run).await, (0, 2));
     let moved = FaultServer::start(teacher).await;
     run.config.teacher.base_url.clone_from(&moved.base_url);
     run.config.sampling.max_tokens = 1_000;
-    assert_eq!(requests(&run).await, (0, 2));
-    // The first endpoint has truncated answers to both, the second one complete ones.
+    assert_eq!(cached_and_requests(&run).await, (0, 2));
+    // The cache has truncated answers of the first endpoint, and complete ones of the second.
     run.config.teacher.base_url.clone_from(&server.base_url);
     let adopted = adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.answered), (2, 2));
-    assert_eq!(requests(&run).await, (2, 0));
+    assert_eq!(cached_and_requests(&run).await, (2, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn again_after_a_stop_skips_answered_rows() {
     let refusal = reply(401, error("Incorrect API key provided", "invalid_api_key"));
-    let (server, is_locked) = refusing("long two", refusal).await;
+    let (server, is_locked) = refusing_teacher("long two", refusal).await;
     let mut run = Run::new(&server, &PROMPTS);
     run.config.limits.concurrency = 1;
-    assert_eq!(requests(&run).await, (0, 4));
+    assert_eq!(cached_and_requests(&run).await, (0, 4));
     is_locked.store(true, Relaxed);
-    let stopped = again(&run, &["length"]).await.unwrap();
-    assert_eq!((end(&stopped).0, stopped.ok, stopped.pending), (4, 1, 1));
+    let stopped = harvest_again(&run, &["length"]).await.unwrap();
+    assert_eq!(
+        (exit_of(&stopped).0, stopped.ok, stopped.pending),
+        (4, 1, 1)
+    );
     let marker = run.config.run_dir.join("again.json");
     assert!(marker.exists());
     is_locked.store(false, Relaxed);
-    // The new answer of `long one` is truncated too, and stays.
-    let rest = again(&run, &["length"]).await.unwrap();
-    assert_eq!((end(&rest).0, rest.requests, rest.ok), (0, 1, 1));
+    // The new answer to `long one` is truncated too, but is not requested a second time.
+    let resumed = harvest_again(&run, &["length"]).await.unwrap();
+    assert_eq!(
+        (exit_of(&resumed).0, resumed.requests, resumed.ok),
+        (0, 1, 1)
+    );
     assert!(!marker.exists());
-    let anew = again(&run, &["length"]).await.unwrap();
-    assert_eq!(anew.requests, 2, "from the beginning");
+    // Without a marker, all selected rows are requested.
+    let restarted = harvest_again(&run, &["length"]).await.unwrap();
+    assert_eq!(restarted.requests, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn again_failed_requests_given_up_rows() {
+async fn again_failed_requests_failed_rows() {
     let broken = Reaction::ShortBody(completion("x", 0).to_string().into_bytes());
-    let (server, is_broken) = refusing("bad", broken).await;
+    let (server, is_broken) = refusing_teacher("bad", broken).await;
     is_broken.store(true, Relaxed);
     let mut run = Run::new(&server, &["a", "bad", "b"]);
     run.config.retry.max_attempts = 2;
     let summary = run.harvest().await;
-    assert_eq!((summary.ok, summary.failed), (2, 1), "{:?}", end(&summary));
+    assert_eq!(
+        (summary.ok, summary.failed),
+        (2, 1),
+        "{:?}",
+        exit_of(&summary)
+    );
     is_broken.store(false, Relaxed);
     let summary = run.harvest().await;
-    assert_eq!((summary.requests, summary.failed), (0, 1), "it is given up");
-    let summary = again(&run, &["failed"]).await.unwrap();
+    // Both attempts may have been billed, so a plain rerun makes no further one.
+    assert_eq!((summary.requests, summary.failed), (0, 1));
+    let summary = harvest_again(&run, &["failed"]).await.unwrap();
     assert_eq!((summary.total, summary.ok), (1, 1));
 }
 
-/// The cache of commit 31d146c, whose records have schema 1.
-fn old(run: &mut Run) {
+/// Copies the cache of commit 31d146c, whose records have schema 1, with its prompts and settings.
+fn restore_schema_1_run(run: &mut Run) {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden/harvest-v1.jsonl");
     let cache = run.config.run_dir.join("cache");
     std::fs::create_dir_all(&cache).unwrap();
@@ -331,60 +370,46 @@ fn old(run: &mut Run) {
 async fn cache_of_earlier_version_stays_valid() {
     let server = FaultServer::start(teacher).await;
     let mut run = Run::new(&server, &[]);
-    old(&mut run);
-    assert_eq!(requests(&run).await, (12, 0));
+    restore_schema_1_run(&mut run);
+    assert_eq!(cached_and_requests(&run).await, (12, 0));
     let before = run.records();
-    // With a new setting the records are unused until they are adopted.
+    // After `max_tokens` changes, the records are unused until they are adopted.
     run.config.sampling.max_tokens = 40;
     let adopted = adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.questions), (12, 12));
     let after = run.records();
-    let what = |records: &[Record]| -> Vec<_> {
-        let parts = records.iter().map(|record| {
-            let logprobs = record.logprobs.clone();
-            (
-                record.prompt_id.clone(),
-                record.sample,
-                record.answer.clone(),
-                logprobs,
-                record.request.clone(),
-            )
-        });
-        parts.collect()
-    };
-    assert_eq!(what(&before), what(&after));
+    assert_eq!(before.len(), after.len());
+    for (before, after) in before.iter().zip(&after) {
+        assert_eq!(before.prompt_id, after.prompt_id);
+        assert_eq!(before.sample, after.sample);
+        assert_eq!(before.answer, after.answer);
+        assert_eq!(before.logprobs, after.logprobs);
+        assert_eq!(before.request, after.request);
+    }
     run.config.teacher.base_url.clone_from(&server.base_url);
-    // These answers come from a mock.
+    // The answers come from a mock, so another endpoint does not adopt them.
     assert_eq!(adopt(&run.config).unwrap().records, 0);
-    let others = after.into_iter().map(|record| Record {
+    let without_mock = after.into_iter().map(|record| Record {
         fingerprint: "fp_real".into(),
         ..record
     });
     let cache = run.config.run_dir.join("cache");
     std::fs::remove_dir_all(&cache).unwrap();
-    write_cache(&cache, &others.collect::<Vec<_>>());
+    write_cache(&cache, &without_mock.collect::<Vec<_>>());
     assert_eq!(adopt(&run.config).unwrap().records, 12);
-    // Eight were cut off at 24 tokens.
-    assert_eq!(requests(&run).await, (4, 8));
+    // Eight answers are truncated at 24 tokens.
+    assert_eq!(cached_and_requests(&run).await, (4, 8));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn again_removes_only_selected_records_and_resumes() {
-    let is_locked = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let locked = std::sync::Arc::clone(&is_locked);
-    let server = FaultServer::start(move |seen| {
-        if locked.load(std::sync::atomic::Ordering::Relaxed) {
-            crate::fault_server::reply(401, crate::fault_server::error("no", ""))
-        } else {
-            teacher(seen)
-        }
-    })
-    .await;
+    let refusal = reply(401, error("no", ""));
+    let (server, is_locked) = refusing_teacher("long one", refusal).await;
     let mut run = Run::new(&server, &PROMPTS);
-    assert_eq!(requests(&run).await, (0, 4));
-    let whole = run.records();
-    // Other settings, other prompts, no budget, a passed deadline: no record is removed.
-    let good = run.config.clone();
+    assert_eq!(cached_and_requests(&run).await, (0, 4));
+    let all_records = run.records();
+    // With other settings, a small budget or a passed deadline, the run is refused and no record is removed.
+    let valid_config = run.config.clone();
     type Change = fn(&mut distill::config::Config);
     let changes: [(Change, u8); 4] = [
         (|config| config.sampling.temperature = Some(0.5), 2),
@@ -405,22 +430,19 @@ async fn again_removes_only_selected_records_and_resumes() {
     ];
     for (change, code) in changes {
         change(&mut run.config);
-        let error = again(&run, &["length"]).await.err().unwrap();
+        let error = harvest_again(&run, &["length"]).await.err().unwrap();
         assert_eq!(distill::exit::Exit::code_of(&error), code, "{error:#}");
-        assert_eq!(run.records(), whole, "{error:#}");
-        run.config = good.clone();
+        assert_eq!(run.records(), all_records, "{error:#}");
+        run.config = valid_config.clone();
     }
     run.write("prompts.txt", "short one\nlong one");
-    is_locked.store(true, std::sync::atomic::Ordering::Relaxed);
-    let summary = again(&run, &["length"]).await.unwrap();
-    assert_eq!((end(&summary).0, summary.ok), (1, 0));
-    assert_eq!(
-        run.records().len(),
-        3,
-        "the one that this run asks has left"
-    );
-    is_locked.store(false, std::sync::atomic::Ordering::Relaxed);
-    let summary = again(&run, &["length"]).await.unwrap();
+    is_locked.store(true, Relaxed);
+    let summary = harvest_again(&run, &["length"]).await.unwrap();
+    assert_eq!((exit_of(&summary).0, summary.ok), (1, 0));
+    // Only the record of the requested row was removed.
+    assert_eq!(run.records().len(), 3);
+    is_locked.store(false, Relaxed);
+    let summary = harvest_again(&run, &["length"]).await.unwrap();
     assert_eq!((summary.total, summary.requests, summary.ok), (1, 1, 1));
     assert_eq!(run.records().len(), 4);
 }
@@ -434,21 +456,21 @@ async fn adopt_skips_answers_of_another_configured_teacher() {
         ..run.config.teacher.clone()
     };
     run.config.teachers = vec![teacher("A"), teacher("B")];
-    assert_eq!(requests(&run).await, (0, 6));
+    assert_eq!(cached_and_requests(&run).await, (0, 6));
     run.config.prompts.teachers = distill::config::Assignment::All;
     assert_eq!(adopt(&run.config).unwrap().records, 0);
     let dry = HarvestOptions {
         dry_run: true,
-        ..quietly()
+        ..quiet_options()
     };
     let summary = harvest::run(&run.config, dry).await.unwrap();
     assert_eq!((summary.cached, summary.pending), (6, 6));
     assert!(summary.estimate.unwrap().cached.adoptable.is_empty());
 }
 
-/// A dry run of a large cache takes under a second.
+/// The number of records is limited, so that a dry run with a large cache stays fast.
 #[tokio::test]
-async fn dry_run_counts_unused_answers_of_the_first_records() {
+async fn dry_run_counts_unused_answers_of_the_first_20_000_records() {
     let server = FaultServer::start(teacher).await;
     let run = Run::new(&server, &PROMPTS);
     let dir = run.config.own_cache();
@@ -457,7 +479,7 @@ async fn dry_run_counts_unused_answers_of_the_first_records() {
     std::fs::write(cache::plain_file(&dir), cache_samples::encode(records)).unwrap();
     let dry = HarvestOptions {
         dry_run: true,
-        ..quietly()
+        ..quiet_options()
     };
     let summary = harvest::run(&run.config, dry).await.unwrap();
     let cached = &summary.estimate.as_ref().unwrap().cached;

@@ -18,40 +18,40 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 use tokio::time::{Instant, sleep};
 
-use super::nights::{Night, paused};
-use super::{Run, quietly};
+use super::nights::{SimulatedRun, paused_runtime};
+use super::{Run, quiet_options};
 use crate::fault_server::completion;
 
-/// Times and sizes of the requests sent.
+/// Send time of a request, and its tokens as the limits count them.
 #[derive(Debug, Clone, Copy)]
-struct Departure {
+struct SentRequest {
     at: Instant,
     tokens: u64,
 }
 
-/// A teacher that records its requests, answers after `latency`, and refuses every `refuse`-th request with a
-/// `Retry-After`.
-struct Watching {
-    departures: Mutex<Vec<Departure>>,
-    /// Time at which each `Retry-After` allows the next request.
-    closed: Mutex<Vec<(Instant, Instant)>>,
+/// A teacher that records its requests and answers after `latency`. It refuses each request whose number is a multiple
+/// of `refuse`, with a `Retry-After`.
+struct RecordingTeacher {
+    sent: Mutex<Vec<SentRequest>>,
+    /// Start and end of the wait that each `Retry-After` demands.
+    waits: Mutex<Vec<(Instant, Instant)>>,
     latency: Duration,
     refuse: usize,
     retry_after: Duration,
 }
 
-impl Transport for Watching {
+impl Transport for RecordingTeacher {
     fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let at = Instant::now();
             let number = {
-                let mut departures = self.departures.lock().unwrap();
+                let mut sent = self.sent.lock().unwrap();
                 let max_tokens = body["max_completion_tokens"].as_u64().unwrap();
-                departures.push(Departure {
+                sent.push(SentRequest {
                     at,
                     tokens: (body.to_string().len() as u64).div_ceil(4) + max_tokens,
                 });
-                departures.len()
+                sent.len()
             };
             sleep(self.latency).await;
             let reply = |status, headers, body: Value| {
@@ -63,10 +63,8 @@ impl Transport for Watching {
             };
             if number.is_multiple_of(self.refuse) {
                 let now = Instant::now();
-                self.closed
-                    .lock()
-                    .unwrap()
-                    .push((now, now + self.retry_after));
+                let wait = (now, now + self.retry_after);
+                self.waits.lock().unwrap().push(wait);
                 let mut headers = HeaderMap::new();
                 let milliseconds = self.retry_after.as_millis().to_string();
                 headers.insert("retry-after-ms", milliseconds.parse().unwrap());
@@ -81,32 +79,31 @@ impl Transport for Watching {
 async fn harvest(run: &Run, transports: Vec<Arc<dyn Transport>>) -> anyhow::Result<HarvestSummary> {
     let (_sender, receiver) = unbounded_channel();
     let signals = Signals::from_channel(receiver);
-    let world = Environment {
+    let environment = Environment {
         transports,
         clock: WallClock::system(),
         storage: distill::cache::plain_storage(),
     };
-    harvest::run_in(world, &run.config, quietly(), signals).await
+    harvest::run_in(environment, &run.config, quiet_options(), signals).await
 }
 
-/// Largest amount sent in any minute.
-fn busiest_minute(departures: &[Departure], weight: impl Fn(&Departure) -> u64) -> u64 {
-    let (mut first, mut sum, mut most) = (0, 0, 0);
-    for departure in departures {
-        sum += weight(departure);
-        while departure.at - departures[first].at >= Duration::from_secs(60) {
-            sum -= weight(&departures[first]);
+/// Returns the largest sum of `weight` over the requests of any minute.
+fn busiest_minute(sent: &[SentRequest], weight: impl Fn(&SentRequest) -> u64) -> u64 {
+    let (mut first, mut sum, mut largest_sum) = (0, 0, 0);
+    for request in sent {
+        sum += weight(request);
+        while request.at - sent[first].at >= Duration::from_secs(60) {
+            sum -= weight(&sent[first]);
             first += 1;
         }
-        most = most.max(sum);
+        largest_sum = largest_sum.max(sum);
     }
-    most
+    largest_sum
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
-    /// Row L1 of the test matrix.
     #[test]
     fn minute_limits_and_waits_are_respected(
         requests_per_minute in proptest::option::of(1u32..2_000),
@@ -129,39 +126,37 @@ proptest! {
         run.config.limits.tokens_per_minute = tokens_per_minute;
         run.config.limits.concurrency = concurrency;
         run.config.retry.max_outage = Duration::from_secs_f64(1e6);
-        let teacher = Arc::new(Watching {
-            departures: Mutex::default(),
-            closed: Mutex::default(),
+        let teacher = Arc::new(RecordingTeacher {
+            sent: Mutex::default(),
+            waits: Mutex::default(),
             latency: Duration::from_millis(latency),
             refuse,
             retry_after: Duration::from_millis(retry_after),
         });
-        let summary = paused().block_on(harvest(&run, vec![teacher.clone()])).unwrap();
+        let summary = paused_runtime().block_on(harvest(&run, vec![teacher.clone()])).unwrap();
         prop_assert_eq!(summary.ok, rows as u64);
-        let departures = teacher.departures.lock().unwrap();
-        let largest = departures.iter().map(|departure| departure.tokens).max().unwrap();
+        let sent = teacher.sent.lock().unwrap();
+        let largest = sent.iter().map(|request| request.tokens).max().unwrap();
+        // A limit allows a burst of one second, or of one request if that is larger.
         if let Some(limit) = requests_per_minute.map(u64::from) {
-            let most = busiest_minute(&departures, |_| 1);
-            prop_assert!(most <= limit + (limit / 60).max(1), "{} of {}", most, limit);
+            let requests = busiest_minute(&sent, |_| 1);
+            prop_assert!(requests <= limit + (limit / 60).max(1), "{} of {}", requests, limit);
         }
         if let Some(limit) = tokens_per_minute.map(u64::from) {
-            let most = busiest_minute(&departures, |departure| departure.tokens);
-            prop_assert!(most <= limit + (limit / 60).max(largest), "{} of {}", most, limit);
+            let tokens = busiest_minute(&sent, |request| request.tokens);
+            prop_assert!(tokens <= limit + (limit / 60).max(largest), "{} of {}", tokens, limit);
         }
-        for (refused_at, until) in teacher.closed.lock().unwrap().iter() {
-            let early = departures
-                .iter()
-                .filter(|departure| departure.at > *refused_at && departure.at < *until);
+        for (start, end) in teacher.waits.lock().unwrap().iter() {
+            let early = sent.iter().filter(|request| request.at > *start && request.at < *end);
             prop_assert_eq!(early.count(), 0);
         }
     }
 }
 
-/// Row L2: the limits are fully used.
 #[tokio::test(start_paused = true)]
 async fn rate_limit_is_fully_used() {
     for (requests, tokens) in [(3_000, None), (3_000, Some(100_000)), (60, None)] {
-        let night = Night::new(
+        let simulated = SimulatedRun::new(
             "[answers]\nlatency_s = 2.0",
             requests as usize * 10,
             |config| {
@@ -171,7 +166,7 @@ async fn rate_limit_is_fully_used() {
                 config.sampling.max_tokens = 16;
             },
         );
-        let summary = night.harvest().await;
+        let summary = simulated.harvest().await;
         assert_eq!(summary.ok, u64::from(requests) * 10);
         let share = summary.used[0].share().unwrap();
         assert!(
@@ -181,7 +176,7 @@ async fn rate_limit_is_fully_used() {
     }
 }
 
-/// Limits that are not in the config are learned from the headers of the server and followed when they change.
+/// A run reads limits that the config does not set from the headers of the server, and follows their changes.
 #[tokio::test(start_paused = true)]
 async fn rate_limit_headers_prevent_refusals() {
     for dialect in ["openai", "groq", "anthropic", "together", "fireworks"] {
@@ -195,18 +190,18 @@ async fn rate_limit_headers_prevent_refusals() {
             changes = [{{ at_s = 300.0, factor = 0.5 }}, {{ at_s = 600.0, factor = 1.0 }}]
             "#
         );
-        let night = Night::new(&script, 8_000, |config| config.limits.concurrency = 200);
-        let summary = night.harvest().await;
+        let simulated = SimulatedRun::new(&script, 8_000, |config| config.limits.concurrency = 200);
+        let summary = simulated.harvest().await;
         assert_eq!(summary.ok, 8_000, "{dialect}");
-        let stats = night.mock.stats();
+        let stats = simulated.mock.stats();
         let refused = stats.throttled as f64 / stats.requests as f64;
         // When a limit halves, the requests in flight exceed it.
         assert!(refused < 0.02, "{dialect}: {refused} {stats:?}");
-        // 600 in the bucket, 600 per minute except for five minutes.
-        let least = (8_000.0 - 600.0 + 1_500.0) / 600.0 * 60.0;
+        // A full bucket has 600 requests. Then 600 requests per minute are admitted, and half of that for five minutes.
+        let min_seconds = (8_000.0 - 600.0 + 1_500.0) / 600.0 * 60.0;
         assert!(
-            stats.seconds < 1.15 * least + 60.0,
-            "{dialect}: {} s, {least}",
+            stats.seconds < 1.15 * min_seconds + 60.0,
+            "{dialect}: {} s, at least {min_seconds} s are needed",
             stats.seconds
         );
     }
@@ -228,40 +223,41 @@ async fn server_limits_without_headers_are_adapted_to() {
                 "[answers]\nlatency_s = [0.5, 1.5]\n[limits]\nheaders = \"none\"\n\
                  retry_after = \"{retry_after}\"\n{limit}"
             );
-            let night = Night::new(&script, 2_000, |config| config.limits.concurrency = 64);
-            let summary = night.harvest().await;
+            let simulated =
+                SimulatedRun::new(&script, 2_000, |config| config.limits.concurrency = 64);
+            let summary = simulated.harvest().await;
             assert_eq!(summary.ok, 2_000, "{script}");
-            let stats = night.mock.stats();
-            assert_eq!(night.bought_twice(&stats), 0, "{script}");
-            let wasted = stats.throttled as f64 / stats.requests as f64;
-            assert!(wasted < 0.35, "{script}: {wasted} {stats:?}");
+            let stats = simulated.mock.stats();
+            assert_eq!(simulated.bought_twice(&stats), 0, "{script}");
+            let refused = stats.throttled as f64 / stats.requests as f64;
+            assert!(refused < 0.35, "{script}: {refused} {stats:?}");
         }
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn daily_limit_holds_over_restarts() {
-    let night = Night::new("[answers]\nlatency_s = 1.0", 1_000, |config| {
+    let simulated = SimulatedRun::new("[answers]\nlatency_s = 1.0", 1_000, |config| {
         config.limits.requests_per_day = Some(300);
         config.limits.concurrency = 10;
     });
     let mut kills = 0;
-    let begun = Instant::now();
+    let started = Instant::now();
     let summary = loop {
-        let time = (kills < 20).then_some(Duration::from_secs(5));
-        if let Some(summary) = night.harvest_for(time).await {
+        let kill_after = (kills < 20).then_some(Duration::from_secs(5));
+        if let Some(summary) = simulated.harvest_until_kill(kill_after).await {
             break summary;
         }
         kills += 1;
-        let day = (Instant::now() - begun).as_secs() / 86_400 + 1;
-        assert!(night.mock.stats().requests <= 300 * day);
+        let days = started.elapsed().as_secs() / 86_400 + 1;
+        assert!(simulated.mock.stats().requests <= 300 * days);
     };
-    // Waits for the daily limit do not lower the concurrency.
+    // Waits for the daily limit do not count as time in which requests could be sent.
     assert!(summary.seconds > 100_000.0 && summary.used[0].open_s < 10_000.0);
-    let stats = night.mock.stats();
+    let stats = simulated.mock.stats();
     let days = stats.seconds / 86_400.0;
     assert!((2.9..3.6).contains(&days), "{days} days");
-    assert_eq!(night.run.records().len(), 1_000);
+    assert_eq!(simulated.run.records().len(), 1_000);
 }
 
 #[tokio::test(start_paused = true)]
@@ -270,17 +266,17 @@ async fn request_over_server_limit_fails_with_reason() {
         [limits]
         tokens_per_minute = 2000
     "#;
-    let night = Night::new(script, 20, |config| {
+    let simulated = SimulatedRun::new(script, 20, |config| {
         config.sampling.max_tokens = 100;
         config.limits.concurrency = 2;
     });
     let long = "word ".repeat(4_000);
     let prompts = format!("short\n{long}\nanother");
-    std::fs::write(&night.run.config.prompts.source, prompts).unwrap();
-    let summary = night.harvest().await;
+    std::fs::write(&simulated.run.config.prompts.source, prompts).unwrap();
+    let summary = simulated.harvest().await;
     assert_eq!((summary.ok, summary.failed), (2, 1), "{summary:?}");
     assert_eq!(summary.failures["over the limit"], 1);
-    let message = night.run.failures()[0]["message"]
+    let message = simulated.run.failures()[0]["message"]
         .as_str()
         .unwrap()
         .to_string();
@@ -288,18 +284,21 @@ async fn request_over_server_limit_fails_with_reason() {
     assert_eq!(Exit::code_of(summary.error.as_ref().unwrap()), 3);
 }
 
-/// A config that was not validated sends no unlimited requests.
+/// Without the feature `redis`, a config that was not validated does not lead to unlimited requests.
 #[cfg(not(feature = "redis"))]
 #[tokio::test(start_paused = true)]
 async fn shared_limits_without_redis_feature_are_an_error() {
-    let night = Night::new("", 3, |config| {
+    let simulated = SimulatedRun::new("", 3, |config| {
         config.limits.requests_per_minute = Some(60);
         config.limits.shared = Some("redis://localhost".into());
     });
-    let teacher: Arc<dyn Transport> = Arc::new(night.teacher());
-    let error = harvest(&night.run, vec![teacher]).await.unwrap_err();
+    let teacher: Arc<dyn Transport> = Arc::new(simulated.teacher());
+    let error = harvest(&simulated.run, vec![teacher]).await.unwrap_err();
     assert!(error.to_string().contains("--features redis"), "{error}");
-    assert_eq!((Exit::code_of(&error), night.mock.stats().requests), (2, 0));
+    assert_eq!(
+        (Exit::code_of(&error), simulated.mock.stats().requests),
+        (2, 0)
+    );
 }
 
 #[test]
@@ -320,32 +319,29 @@ fn teachers_have_separate_limits_and_stop_separately() {
     run.config.teachers = vec![teacher("slow", 60), teacher("fast", 6_000)];
     run.config.prompts.teachers = distill::config::Assignment::All;
     run.config.cache.durability = Durability::None;
-    let watching = |refuse| {
-        Arc::new(Watching {
-            departures: Mutex::default(),
-            closed: Mutex::default(),
+    let recording_teacher = || {
+        Arc::new(RecordingTeacher {
+            sent: Mutex::default(),
+            waits: Mutex::default(),
             latency: Duration::from_secs(1),
-            refuse,
+            refuse: usize::MAX,
             retry_after: Duration::from_secs(1),
         })
     };
-    let (slow, fast) = (watching(usize::MAX), watching(usize::MAX));
-    let summary = paused()
+    let (slow, fast) = (recording_teacher(), recording_teacher());
+    let summary = paused_runtime()
         .block_on(harvest(&run, vec![slow.clone(), fast.clone()]))
         .unwrap();
     assert_eq!((summary.total, summary.ok), (800, 800));
-    let seconds = |teacher: &Watching| {
-        let departures = teacher.departures.lock().unwrap();
-        assert_eq!(departures.len(), 400);
-        (departures[399].at - departures[0].at).as_secs_f64()
+    let seconds = |teacher: &RecordingTeacher| {
+        let sent = teacher.sent.lock().unwrap();
+        assert_eq!(sent.len(), 400);
+        (sent[399].at - sent[0].at).as_secs_f64()
     };
-    assert!(
-        (395.0..405.0).contains(&seconds(&slow)),
-        "{}",
-        seconds(&slow)
-    );
-    // 32 at a time, a second each.
-    assert!(seconds(&fast) < 14.0, "{}", seconds(&fast));
+    let (slow, fast) = (seconds(&slow), seconds(&fast));
+    assert!((395.0..405.0).contains(&slow), "{slow} s");
+    // 32 requests at a time, of a second each.
+    assert!(fast < 14.0, "{fast} s");
     let mut models: Vec<_> = run
         .records()
         .iter()

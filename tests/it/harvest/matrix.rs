@@ -1,4 +1,4 @@
-//! Row F of the test matrix: every fault of a teacher, once, twice and always, at one row among good rows.
+//! The fault matrix: every fault of a teacher, once, twice and always, at one row among good rows.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use distill::config::Config;
 use distill::mock::script::Script;
 use distill::mock::script::fault_kind::FaultKind;
 
-use super::nights::Night;
-use super::{Run, end};
+use super::nights::SimulatedRun;
+use super::{Run, exit_of};
 
-/// Effect of a permanent fault.
+/// Effect of a fault that hits every attempt of one row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Always {
     /// The answer is kept with its fault.
@@ -20,25 +20,26 @@ pub enum Always {
     Quarantined,
     /// The row fails with this class after this number of attempts.
     Fails(&'static str, u64),
-    /// The run stops if nothing was answered before. Between answers, the row fails with this class, or is tried a few
-    /// times more before the run exits as resumable.
-    Stops(Amid),
-    /// The row fails once it is the last one, after several waits.
+    /// The run stops if nothing was answered before. Its effect between answers is given.
+    Stops(BetweenAnswers),
+    /// The row fails when it is the last one, after several waits.
     Throttled,
     /// The run waits as requested, and exits as resumable when no other row is left.
     Waits,
 }
 
-/// Effect between answers of a claim that no request can succeed.
+/// Effect of a reply that no request can succeed, if other requests are answered before and after it.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Amid {
+pub enum BetweenAnswers {
+    /// The row fails with this class.
     Fails(&'static str),
+    /// The row is requested a few times more, then the run exits as resumable.
     Waits,
 }
 
 use Always::{Fails, Kept, Quarantined, Stops, Throttled, Waits};
 
-/// Name of each fault in the script, and its effect.
+/// Lines of a fault in the script, and its effect.
 pub const FAULTS: [(&str, Always); 56] = [
     ("kind = \"http 429\"\nretry_after = \"none\"", Throttled),
     (
@@ -76,7 +77,10 @@ pub const FAULTS: [(&str, Always); 56] = [
         Throttled,
     ),
     ("kind = \"html 429\"", Throttled),
-    ("kind = \"insufficient_quota\"", Stops(Amid::Waits)),
+    (
+        "kind = \"insufficient_quota\"",
+        Stops(BetweenAnswers::Waits),
+    ),
     ("kind = \"html 502\"", Fails("http 502", 6)),
     ("kind = \"http 500\"", Fails("http 500", 6)),
     ("kind = \"http 503\"", Fails("http 503", 6)),
@@ -87,13 +91,19 @@ pub const FAULTS: [(&str, Always); 56] = [
     ("kind = \"http 409\"", Fails("http 409", 6)),
     ("kind = \"http 425\"", Fails("http 425", 6)),
     ("kind = \"http 400\"", Fails("http 400", 1)),
-    ("kind = \"http 401\"", Stops(Amid::Waits)),
-    ("kind = \"http 402\"", Stops(Amid::Waits)),
-    ("kind = \"http 403\"", Stops(Amid::Fails("http 403"))),
-    ("kind = \"http 404\"", Stops(Amid::Fails("http 404"))),
+    ("kind = \"http 401\"", Stops(BetweenAnswers::Waits)),
+    ("kind = \"http 402\"", Stops(BetweenAnswers::Waits)),
+    (
+        "kind = \"http 403\"",
+        Stops(BetweenAnswers::Fails("http 403")),
+    ),
+    (
+        "kind = \"http 404\"",
+        Stops(BetweenAnswers::Fails("http 404")),
+    ),
     ("kind = \"http 413\"", Fails("http 413", 1)),
     ("kind = \"http 422\"", Fails("http 422", 1)),
-    ("kind = \"redirect\"", Stops(Amid::Waits)),
+    ("kind = \"redirect\"", Stops(BetweenAnswers::Waits)),
     ("kind = \"refused\"", Fails("unreachable", 6)),
     ("kind = \"reset\"", Fails("connection lost", 6)),
     ("kind = \"stall\"", Fails("timeout", 6)),
@@ -122,10 +132,11 @@ pub const FAULTS: [(&str, Always); 56] = [
     ("kind = \"logprobs sentinel\"", Kept),
 ];
 
-fn night(fault: &str, when: &str) -> Night {
+/// Creates a run of four prompts, of which the second one gets `fault` under the condition `when`.
+fn simulated_run(fault: &str, when: &str) -> SimulatedRun {
     let script =
         format!("[answers]\nlatency_s = 1.0\n[[faults]]\nmatching = \"number 1\"\n{fault}\n{when}");
-    Night::new(&script, 4, |config: &mut Config| {
+    SimulatedRun::new(&script, 4, |config: &mut Config| {
         config.limits.concurrency = 2;
         config.sampling.top_logprobs = 5;
         config.teacher.timeout = Duration::from_secs_f64(60.0);
@@ -136,24 +147,24 @@ fn night(fault: &str, when: &str) -> Night {
 async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
     for (fault, always) in FAULTS {
         for (times, when) in [(1, "first = 1"), (2, "first = 2")] {
-            let night = night(fault, when);
-            let summary = night.harvest().await;
+            let simulated = simulated_run(fault, when);
+            let summary = simulated.harvest().await;
             let context = format!("{times} x {fault}: {summary:?}");
             match always {
-                Stops(Amid::Fails(_)) | Fails(_, 1) => {
+                Stops(BetweenAnswers::Fails(_)) | Fails(_, 1) => {
                     assert_eq!((summary.ok, summary.failed), (3, 1), "{context}");
                 }
                 Kept | Quarantined => assert_eq!(summary.requests, 4, "{context}"),
                 Stops(..) | Fails(..) | Throttled | Waits => {
-                    assert_eq!((summary.ok, end(&summary).0), (4, 0), "{context}");
+                    assert_eq!((summary.ok, exit_of(&summary).0), (4, 0), "{context}");
                     assert_eq!(summary.requests, 4 + times, "{context}");
                 }
             }
         }
 
-        let night = night(fault, "");
-        let summary = night.harvest().await;
-        let (code, _) = end(&summary);
+        let simulated = simulated_run(fault, "");
+        let summary = simulated.harvest().await;
+        let (code, _) = exit_of(&summary);
         let context = format!("always {fault}: {summary:?}");
         match always {
             Kept => assert_eq!((summary.ok, code), (4, 0), "{context}"),
@@ -163,14 +174,14 @@ async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
                 assert_eq!(summary.failures.get(class), Some(&1), "{context}");
                 assert_eq!(summary.requests, 3 + attempts, "{context}");
             }
-            Stops(Amid::Fails(class)) => {
+            Stops(BetweenAnswers::Fails(class)) => {
                 assert_eq!((summary.ok, summary.failed, code), (3, 1, 3), "{context}");
                 assert_eq!(summary.failures.get(class), Some(&1), "{context}");
                 assert_eq!(summary.requests, 4, "{context}");
             }
-            Stops(Amid::Waits) => {
+            Stops(BetweenAnswers::Waits) => {
                 assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{context}");
-                // Up to two more attempts for each answer in between.
+                // Five to eight attempts at the row: up to two more for each answer in between.
                 assert!((8..=11).contains(&summary.requests), "{context}");
             }
             Throttled => {
@@ -183,7 +194,7 @@ async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
                 assert!(summary.requests < 200, "{context}");
             }
         }
-        let stats = night.mock.stats();
+        let stats = simulated.mock.stats();
         assert!(
             stats.bodies_by_times_billed.keys().all(|times| *times <= 6),
             "{context}"
@@ -191,29 +202,26 @@ async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
     }
 }
 
-/// Faults of the mock that are not in the table have tests of their own.
+/// Every kind of fault is in the table or has a test of its own.
 #[test]
 fn fault_matrix_covers_every_fault() {
-    let elsewhere = [
+    let tested_separately = [
         "huge body",
         "logprobs fewer",
         "logprobs inf",
         "logprobs duplicates",
         "logprobs without chosen",
     ];
-    let known: BTreeSet<String> = FAULTS
-        .iter()
-        .map(|(fault, _)| fault.split('"').nth(1).unwrap().to_string())
-        .chain(elsewhere.map(String::from))
-        .collect();
+    let kinds = FAULTS.map(|(fault, _)| fault.split('"').nth(1).unwrap());
+    let tested: BTreeSet<&str> = kinds.into_iter().chain(tested_separately).collect();
     for kind in FaultKind::all() {
         let name = serde_json::to_value(kind).unwrap();
-        let name = name.as_str().unwrap().to_string();
-        assert!(known.contains(&name), "{name} is in no test");
+        let name = name.as_str().unwrap();
+        assert!(tested.contains(name), "{name} is in no test");
     }
 }
 
-/// Below HTTP, over real TCP: each of these costs one attempt.
+/// Faults of the connection or the body over real TCP, each at one attempt.
 #[tokio::test(flavor = "multi_thread")]
 async fn fault_matrix_over_tcp_matches_simulation() {
     let faults = [
@@ -244,7 +252,7 @@ async fn fault_matrix_over_tcp_matches_simulation() {
         let summary = run.harvest().await;
         let context = format!("{kind}: {summary:?}");
         match kind {
-            // An answer of 64 MiB is not requested again.
+            // The answer may have been billed, so it is not requested again.
             "huge body" => assert_eq!((summary.ok, summary.quarantined), (2, 1), "{context}"),
             // The answer is complete.
             "unfinished chunks" => assert_eq!((summary.ok, summary.requests), (3, 3), "{context}"),
@@ -257,7 +265,7 @@ async fn fault_matrix_over_tcp_matches_simulation() {
 
 #[tokio::test(start_paused = true)]
 async fn broken_logprobs_are_counted_and_answer_is_kept() {
-    for (kind, without) in [
+    for (kind, without_logprobs) in [
         ("logprobs null", 1),
         ("logprobs fewer", 1),
         ("logprobs nan", 0),
@@ -266,15 +274,15 @@ async fn broken_logprobs_are_counted_and_answer_is_kept() {
         ("logprobs duplicates", 0),
         ("logprobs without chosen", 0),
     ] {
-        let night = night(&format!("kind = \"{kind}\""), "");
-        let summary = night.harvest().await;
+        let simulated = simulated_run(&format!("kind = \"{kind}\""), "");
+        let summary = simulated.harvest().await;
         assert_eq!(
             (summary.ok, summary.without_logprobs),
-            (4, without),
+            (4, without_logprobs),
             "{kind}: {:?}",
             summary.without_logprobs_because
         );
-        for record in night.run.records() {
+        for record in simulated.run.records() {
             let Some(logprobs) = record.logprobs else {
                 continue;
             };
@@ -289,14 +297,14 @@ async fn broken_logprobs_are_counted_and_answer_is_kept() {
     }
 }
 
-/// Truncated and refused answers have been paid for and are not bought again.
+/// Truncated, refused and empty answers are billed, so they are not bought again.
 #[tokio::test(start_paused = true)]
-async fn answered_rows_are_not_requested_again() {
+async fn unusual_answers_are_not_requested_again() {
     for kind in ["length", "refusal", "content_filter", "null content"] {
-        let night = night(&format!("kind = \"{kind}\""), "");
-        night.harvest().await;
-        let again = night.harvest().await;
-        assert_eq!((again.requests, again.cached), (0, 4), "{kind}");
-        assert_eq!(night.mock.stats().billed.answers, 4, "{kind}");
+        let simulated = simulated_run(&format!("kind = \"{kind}\""), "");
+        simulated.harvest().await;
+        let second = simulated.harvest().await;
+        assert_eq!((second.requests, second.cached), (0, 4), "{kind}");
+        assert_eq!(simulated.mock.stats().billed.answers, 4, "{kind}");
     }
 }

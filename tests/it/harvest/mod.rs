@@ -35,7 +35,7 @@ use tokio::sync::mpsc::unbounded_channel;
 
 use crate::fault_server::{FaultServer, Reaction, RecordedRequest, answer};
 
-/// A run folder with a config for a test server, with short retries and without a key.
+/// A run folder with a config for a test server, with short delays between retries and without a key.
 pub struct Run {
     pub dir: TempDir,
     pub config: Config,
@@ -44,6 +44,13 @@ pub struct Run {
 impl Run {
     pub fn new(server: &FaultServer, prompts: &[&str]) -> Run {
         Run::at(&server.base_url, prompts)
+    }
+
+    /// Creates a run with the prompts `p0`, `p1`, ...
+    pub fn with_numbered_prompts(server: &FaultServer, count: usize) -> Run {
+        let run = Run::new(server, &[]);
+        run.write_numbered_prompts(count);
+        run
     }
 
     pub fn at(base_url: &str, prompts: &[&str]) -> Run {
@@ -71,6 +78,12 @@ impl Run {
         std::fs::write(self.dir.path().join(name), content).unwrap();
     }
 
+    /// Writes the prompts `p0`, `p1`, ...
+    pub fn write_numbered_prompts(&self, count: usize) {
+        let lines: String = (0..count).map(|number| format!("p{number}\n")).collect();
+        self.write("prompts.txt", &lines);
+    }
+
     pub async fn harvest(&self) -> HarvestSummary {
         let (_sender, receiver) = unbounded_channel();
         self.try_harvest(Signals::from_channel(receiver))
@@ -78,8 +91,16 @@ impl Run {
             .unwrap()
     }
 
+    /// Returns the error of a harvest that is refused before its first request.
+    pub async fn harvest_error(&self) -> anyhow::Error {
+        let (_sender, receiver) = unbounded_channel();
+        self.try_harvest(Signals::from_channel(receiver))
+            .await
+            .unwrap_err()
+    }
+
     pub async fn try_harvest(&self, signals: Signals) -> anyhow::Result<HarvestSummary> {
-        let run = harvest::run_until(&self.config, quietly(), signals);
+        let run = harvest::run_until(&self.config, quiet_options(), signals);
         let summary = tokio::time::timeout(Duration::from_secs(20), run)
             .await
             .expect("the run hangs")?;
@@ -98,6 +119,7 @@ impl Run {
             .collect()
     }
 
+    /// Returns the texts of all recorded answers, sorted.
     pub fn texts(&self) -> Vec<String> {
         let mut texts: Vec<_> = self
             .records()
@@ -124,14 +146,14 @@ pub fn adopt(config: &Config) -> anyhow::Result<Adopted> {
 }
 
 /// Returns options without progress output.
-pub fn quietly() -> HarvestOptions {
+pub fn quiet_options() -> HarvestOptions {
     HarvestOptions {
         quiet: true,
         ..HarvestOptions::default()
     }
 }
 
-/// Checks that every row has exactly one outcome.
+/// Checks that the counts of the possible outcomes add up to the number of rows.
 #[track_caller]
 pub fn assert_adds_up(summary: &HarvestSummary) {
     let parts = [
@@ -144,8 +166,8 @@ pub fn assert_adds_up(summary: &HarvestSummary) {
     assert_eq!(parts.iter().sum::<u64>(), summary.total, "{summary:?}");
 }
 
-/// Returns the exit code and the message of a run.
-pub fn end(summary: &HarvestSummary) -> (u8, String) {
+/// Returns the exit code of a run, and its error message, which is empty on success.
+pub fn exit_of(summary: &HarvestSummary) -> (u8, String) {
     match &summary.error {
         Some(error) => (Exit::code_of(error), format!("{error:#}")),
         None => (0, String::new()),
@@ -154,10 +176,10 @@ pub fn end(summary: &HarvestSummary) -> (u8, String) {
 
 /// Returns the number of answered rows, of failed rows, and the exit code.
 pub fn outcome(summary: &HarvestSummary) -> (u64, u64, u8) {
-    (summary.ok, summary.failed, end(summary).0)
+    (summary.ok, summary.failed, exit_of(summary).0)
 }
 
-/// Sends `fault` for the first `times` requests of each body, then answers.
+/// Returns a script that sends `fault` for the first `times` requests of each body, then answers.
 pub fn at_first(times: usize, fault: Reaction) -> impl Fn(&RecordedRequest) -> Reaction {
     move |seen| {
         if seen.repeat < times {

@@ -1,5 +1,5 @@
-//! Simulated runs of a night against a scripted teacher, on the paused clock, with faults and kills. All invariants
-//! must hold at the end.
+//! Simulated harvests against a scripted teacher, on the paused clock, with faults and kills. All invariants must hold
+//! at the end.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -10,7 +10,7 @@ use distill::config::{Config, Durability};
 use distill::harvest::{self, Environment};
 use distill::mock::Mock;
 use distill::mock::request::MockRequest;
-use distill::mock::response::MockResponse;
+use distill::mock::response::{MockReply, MockResponse};
 use distill::mock::script::Script;
 use distill::mock::stats::MockStats;
 use distill::report::summary::HarvestSummary;
@@ -22,21 +22,21 @@ use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::{Instant, sleep};
 
-use super::{Run, assert_adds_up, quietly};
+use super::{Run, assert_adds_up, exit_of, quiet_options};
 
-/// A scripted teacher that replaces the network.
-pub struct Simulated {
+/// A transport that replaces the network by a scripted teacher.
+pub struct SimulatedTeacher {
     pub mock: Arc<Mock>,
     pub timeout: Duration,
 }
 
-impl Transport for Simulated {
+impl Transport for SimulatedTeacher {
     fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let body = body.to_string();
             let answer = async {
                 match self.mock.respond(MockRequest::chat(body.as_bytes())).await {
-                    MockResponse::Complete(reply) => Ok(whole(reply)),
+                    MockResponse::Complete(reply) => Ok(http_reply(reply)),
                     MockResponse::Refused => {
                         Err(TransportError::Unreachable("connection refused".into()))
                     }
@@ -47,7 +47,7 @@ impl Transport for Simulated {
                         interval,
                     } => {
                         sleep(interval * slow as u32).await;
-                        Ok(whole(reply))
+                        Ok(http_reply(reply))
                     }
                     MockResponse::Reset
                     | MockResponse::ResetInBody(_)
@@ -64,7 +64,8 @@ impl Transport for Simulated {
     }
 }
 
-pub fn whole(reply: distill::mock::response::MockReply) -> HttpReply {
+/// Converts a reply of the mock to a complete reply of the transport.
+pub fn http_reply(reply: MockReply) -> HttpReply {
     let mut headers = HeaderMap::new();
     for (name, value) in &reply.headers {
         let name: reqwest::header::HeaderName = name.parse().unwrap();
@@ -73,17 +74,18 @@ pub fn whole(reply: distill::mock::response::MockReply) -> HttpReply {
     HttpReply::complete(reply.status, headers, reply.body)
 }
 
-/// A simulated night: the run folder, the teacher, and a wall clock that follows tokio's clock.
-pub struct Night {
+/// A simulated harvest: the run folder, the teacher, and a wall clock that follows tokio's clock.
+pub struct SimulatedRun {
     pub run: Run,
     pub mock: Arc<Mock>,
     pub clock: WallClock,
 }
 
-pub const EVENING: &str = "2026-11-22T20:00:00Z";
+/// Wall-clock time at which each simulation starts.
+const EVENING: &str = "2026-11-22T20:00:00Z";
 
-impl Night {
-    pub fn new(script: &str, prompts: usize, change: impl FnOnce(&mut Config)) -> Night {
+impl SimulatedRun {
+    pub fn new(script: &str, prompts: usize, change: impl FnOnce(&mut Config)) -> SimulatedRun {
         let script = Script::parse("night.toml".as_ref(), script).unwrap();
         let prompts: Vec<_> = (0..prompts)
             .map(|number| format!("prompt number {number}"))
@@ -101,38 +103,38 @@ impl Night {
             let elapsed = jiff::SignedDuration::try_from(start.elapsed()).unwrap();
             evening.checked_add(elapsed).unwrap()
         });
-        Night {
+        SimulatedRun {
             run,
             mock: Arc::new(Mock::with_wall_start(script, SystemTime::from(evening))),
             clock,
         }
     }
 
-    /// Runs until the harvest ends, or drops it after `life`, like `kill -9`. Returns None if it was killed.
-    pub async fn harvest_for(&self, life: Option<Duration>) -> Option<HarvestSummary> {
+    /// Runs a harvest to its end, or drops it after `kill_after`, like `kill -9`. Returns None if it was killed.
+    pub async fn harvest_until_kill(&self, kill_after: Option<Duration>) -> Option<HarvestSummary> {
         let (_sender, receiver) = unbounded_channel();
-        self.harvest_over(self.teacher(), life, receiver)
+        self.harvest_over(self.teacher(), kill_after, receiver)
             .await
             .unwrap()
     }
 
-    /// Runs like [`Night::harvest_for`], with another transport.
+    /// As [`SimulatedRun::harvest_until_kill`], with another transport and with signals.
     pub async fn harvest_over(
         &self,
         transport: impl Transport + 'static,
-        life: Option<Duration>,
+        kill_after: Option<Duration>,
         signals: UnboundedReceiver<u8>,
     ) -> anyhow::Result<Option<HarvestSummary>> {
-        let world = Environment {
+        let environment = Environment {
             transports: vec![Arc::new(transport)],
             clock: self.clock.clone(),
             storage: distill::cache::plain_storage(),
         };
         let signals = Signals::from_channel(signals);
-        let run = harvest::run_in(world, &self.run.config, quietly(), signals);
-        let summary = match life {
+        let run = harvest::run_in(environment, &self.run.config, quiet_options(), signals);
+        let summary = match kill_after {
             None => run.await?,
-            Some(life) => match tokio::time::timeout(life, run).await {
+            Some(kill_after) => match tokio::time::timeout(kill_after, run).await {
                 Ok(summary) => summary?,
                 Err(_) => return Ok(None),
             },
@@ -141,38 +143,42 @@ impl Night {
         Ok(Some(summary))
     }
 
-    pub fn teacher(&self) -> Simulated {
-        Simulated {
+    pub fn teacher(&self) -> SimulatedTeacher {
+        SimulatedTeacher {
             mock: Arc::clone(&self.mock),
             timeout: self.run.config.teacher.timeout,
         }
     }
 
     pub async fn harvest(&self) -> HarvestSummary {
-        self.harvest_for(None).await.unwrap()
+        self.harvest_until_kill(None).await.unwrap()
     }
 
-    /// Number of answers billed in excess of one per row.
+    /// Returns the number of billed answers in excess of one per record.
     pub fn bought_twice(&self, stats: &MockStats) -> u64 {
         stats.billed.answers - self.run.records().len() as u64
     }
 }
 
-/// Totals of a night, over all its processes.
+/// Totals of a simulation over all its processes.
 #[derive(Debug, Default)]
 struct Totals {
     requests: u64,
     turns: u64,
-    lost: u64,
+    attempts_lost: u64,
     kills: u64,
-    lives: u64,
+    processes: u64,
 }
 
-async fn night(seed: u64) {
+/// Number of processes after which a simulation ends even if rows are pending or failed.
+const MAX_PROCESSES: u64 = 200;
+
+/// Harvests 20,000 prompts with random faults, limits and kills, and checks the invariants.
+async fn simulate_night(seed: u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     let prompts = 20_000;
     let requests_per_minute = 100 + random.u32(0..400);
-    let outage = random.u32(600..6_000);
+    let outage_start = random.u32(600..6_000);
     let script = format!(
         r#"
         seed = {seed}
@@ -186,7 +192,7 @@ async fn night(seed: u64) {
         changes = [{{ at_s = 2000.0, factor = 0.5 }}, {{ at_s = 3000.0, factor = 1.0 }}]
         [[faults]]
         kind = "{outage_kind}"
-        from_s = {outage}.0
+        from_s = {outage_start}.0
         to_s = {outage_end}.0
         [[faults]]
         kind = "http 500"
@@ -208,10 +214,10 @@ async fn night(seed: u64) {
         headers = random.choice(["openai", "none", "groq"]).unwrap(),
         retry_after = random.choice(["seconds", "none", "ms"]).unwrap(),
         outage_kind = random.choice(["http 503", "refused", "stall"]).unwrap(),
-        outage_end = outage + 1_800,
+        outage_end = outage_start + 1_800,
         share = random.f64() * 0.02,
     );
-    let night = Night::new(&script, prompts, |config| {
+    let simulated = SimulatedRun::new(&script, prompts, |config| {
         config.limits.concurrency = 16 + random.usize(0..64);
         config.limits.requests_per_minute = random.bool().then_some(requests_per_minute);
         config.teacher.timeout = Duration::from_secs_f64(120.0);
@@ -221,88 +227,95 @@ async fn night(seed: u64) {
         config.price.as_of = Some("2026-11-22".parse().unwrap());
         config.budget.usd = Some(50.0);
     });
-    let concurrency = night.run.config.limits.concurrency as u64;
+    let concurrency = simulated.run.config.limits.concurrency as u64;
     let mut totals = Totals::default();
     let last = loop {
-        totals.lives += 1;
-        let life = random
+        totals.processes += 1;
+        let kill_after = random
             .bool()
             .then(|| Duration::from_secs(random.u64(60..4_000)));
-        let Some(summary) = night.harvest_for(life).await else {
+        let Some(summary) = simulated.harvest_until_kill(kill_after).await else {
             totals.kills += 1;
             continue;
         };
         totals.requests += summary.requests;
         totals.turns += summary.turns;
-        totals.lost += summary.attempts_lost;
-        // In some nights one row meets six faults: rerun the command for it.
-        if summary.pending + summary.failed == 0 || totals.lives > 200 {
+        totals.attempts_lost += summary.attempts_lost;
+        // With some seeds one row gets six faults and fails, so the command is rerun.
+        if summary.pending + summary.failed == 0 || totals.processes > MAX_PROCESSES {
             break summary;
         }
     };
-    let stats = night.mock.stats();
+    let stats = simulated.mock.stats();
     let context = format!("seed {seed}: {totals:?} {last:?} {stats:?}");
 
     // Every row has exactly one answer.
-    let records = night.run.records();
+    let records = simulated.run.records();
     let mut ids: Vec<_> = records.iter().map(|record| &record.prompt_id).collect();
     ids.sort();
     ids.dedup();
     assert_eq!((ids.len(), records.len()), (prompts, prompts), "{context}");
-    // Only answers in flight at a kill, or lost by the network, are bought twice.
-    let twice = night.bought_twice(&stats);
+    // Only answers in flight at a kill, or hit by a fault, are bought twice.
+    let bought_twice = simulated.bought_twice(&stats);
     assert!(
-        twice <= totals.kills * concurrency + stats.faults.values().sum::<u64>(),
+        bought_twice <= totals.kills * concurrency + stats.faults.values().sum::<u64>(),
         "{context}"
     );
-    // The bill is within the budget and within the reported cost.
-    let bill =
+    // The billed amount is within the reported cost, and the reported cost is within the budget.
+    let billed_usd =
         (stats.billed.prompt_tokens as f64 + 4.0 * stats.billed.completion_tokens as f64) / 1e6;
-    let said = last.run_folder_usd.unwrap();
+    let reported_usd = last.run_folder_usd.unwrap();
     assert!(
-        bill <= said + 1e-9 && said <= 50.0,
-        "{bill} {said} {context}"
+        billed_usd <= reported_usd + 1e-9 && reported_usd <= 50.0,
+        "${billed_usd} billed, ${reported_usd} reported: {context}"
     );
-    // The configured limit holds, retries included, and limits reported by the server are followed.
-    let is_paced = night.run.config.limits.requests_per_minute.is_some();
+    // A configured limit holds, retries included, up to the requests of a second and one request per process.
+    let is_paced = simulated.run.config.limits.requests_per_minute.is_some();
     if is_paced {
-        let burst = u64::from(requests_per_minute.div_ceil(60)) + totals.lives;
+        let burst = u64::from(requests_per_minute.div_ceil(60)) + totals.processes;
         assert!(
             stats.most_requests_in_a_minute <= u64::from(requests_per_minute) + burst,
             "{context}"
         );
     }
-    let wasted = stats.requests - records.len() as u64;
-    assert!(wasted * 5 <= stats.requests, "{wasted} retries: {context}");
-    // No busy loop: the dispatcher iterates once per request, reply or second.
+    // At most one request in five is a retry, with or without a configured limit.
+    let retries = stats.requests - records.len() as u64;
+    assert!(
+        retries * 5 <= stats.requests,
+        "{retries} retries: {context}"
+    );
+    // No busy loop: a few iterations of the dispatcher per request, and two per second of a day.
     assert!(
         totals.turns <= 4 * totals.requests + 2 * 24 * 3_600,
         "{context}"
     );
     println!(
-        "seed {seed}: {} rows, 0 lost, {twice} bought twice over {} kills, {:.1} % retries, \
-         ${bill:.4} billed of ${said:.4} said",
+        "seed {seed}: {} rows, 0 lost, {bought_twice} bought twice over {} kills, {:.1} % retries, \
+         ${billed_usd:.4} billed of ${reported_usd:.4} reported",
         records.len(),
         totals.kills,
-        100.0 * wasted as f64 / stats.requests as f64,
+        100.0 * retries as f64 / stats.requests as f64,
     );
 }
 
-/// `DISTILL_NIGHTS=2000 cargo test nights` simulates more nights.
+/// `DISTILL_NIGHTS=2000 cargo test nights` simulates more seeds.
 #[test]
 fn simulated_nights_keep_all_invariants() {
-    on_paused_clocks(5, night);
+    for_each_seed(5, simulate_night);
 }
 
-/// Simulates one night per seed: `DISTILL_NIGHTS` seeds, or `usually` if it is unset.
-pub fn on_paused_clocks(usually: u64, night: impl AsyncFn(u64)) {
-    let nights = std::env::var("DISTILL_NIGHTS");
-    for seed in 0..nights.map_or(usually, |nights| nights.parse().unwrap()) {
-        paused().block_on(night(seed));
+/// Runs a simulation once per seed, each on a paused clock of its own: `DISTILL_NIGHTS` seeds, or `default_seeds` if
+/// the variable is unset.
+pub fn for_each_seed(default_seeds: u64, simulate: impl AsyncFn(u64)) {
+    let seeds =
+        std::env::var("DISTILL_NIGHTS").map_or(default_seeds, |seeds| seeds.parse().unwrap());
+    for seed in 0..seeds {
+        paused_runtime().block_on(simulate(seed));
     }
 }
 
-pub fn paused() -> tokio::runtime::Runtime {
+/// Returns a runtime whose clock advances only while all tasks wait.
+pub fn paused_runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .start_paused(true)
@@ -312,20 +325,21 @@ pub fn paused() -> tokio::runtime::Runtime {
 
 #[tokio::test(start_paused = true)]
 async fn requests_stay_in_window_and_deadline_ends_run() {
-    let night = Night::new("[answers]\nlatency_s = 1.0", 10_000, |config| {
+    let simulated = SimulatedRun::new("[answers]\nlatency_s = 1.0", 10_000, |config| {
         config.limits.requests_per_minute = Some(10);
         config.schedule.window = Some("22:00-02:00".parse().unwrap());
         config.schedule.deadline = Some("2026-11-24 23:00".parse().unwrap());
     });
-    let summary = night.harvest().await;
-    let error = summary.error.as_ref().unwrap();
-    assert_eq!(distill::exit::Exit::code_of(error), 4, "{error:#}");
+    let summary = simulated.harvest().await;
+    let (code, message) = exit_of(&summary);
+    assert_eq!(code, 4, "{message}");
     // Four hours in each of two nights, and one hour of the third.
     assert!((5_390..=5_410).contains(&summary.ok), "{summary:?}");
-    for record in night.run.records() {
+    for record in simulated.run.records() {
         let hour: u32 = record.timing.sent_at[11..13].parse().unwrap();
         assert!([22, 23, 0, 1].contains(&hour), "{}", record.timing.sent_at);
     }
+    // The run lasts 51 hours, from 20:00 to 23:00 two days later.
     assert!((51..=52).contains(&summary.hours.len()));
     assert!(
         summary.hours[0].closed_s > 3_590.0,
@@ -339,22 +353,22 @@ async fn requests_stay_in_window_and_deadline_ends_run() {
 #[tokio::test(start_paused = true)]
 async fn wall_clock_jumps_of_a_day_are_survived() {
     for jump in [-86_400, 86_400] {
-        let mut night = Night::new("[answers]\nlatency_s = 1.0", 3_000, |config| {
+        let mut simulated = SimulatedRun::new("[answers]\nlatency_s = 1.0", 3_000, |config| {
             config.limits.requests_per_minute = Some(20);
             config.schedule.window = Some("22:00-02:00".parse().unwrap());
         });
-        let clock = night.clock.clone();
+        let clock = simulated.clock.clone();
         let start = Instant::now();
-        night.clock = WallClock::from_fn(move || {
-            let jumped = start.elapsed() > Duration::from_secs(10_000);
-            let jump = jiff::SignedDuration::from_secs(if jumped { jump } else { 0 });
-            clock.now().checked_add(jump).unwrap()
+        simulated.clock = WallClock::from_fn(move || {
+            let has_jumped = start.elapsed() > Duration::from_secs(10_000);
+            let offset = jiff::SignedDuration::from_secs(if has_jumped { jump } else { 0 });
+            clock.now().checked_add(offset).unwrap()
         });
-        let summary = night.harvest().await;
+        let summary = simulated.harvest().await;
         assert_eq!((summary.ok, summary.pending), (3_000, 0));
         assert!(
             start.elapsed() < Duration::from_secs(20_000),
-            "it waited for a day that never was"
+            "the run waited for {jump} seconds by which only the wall clock moved"
         );
     }
 }
@@ -372,34 +386,35 @@ async fn budget_is_never_exceeded_under_faults() {
         kind = "no usage"
         share = 0.1
     "#;
-    let night = Night::new(script, 5_000, |config| {
+    let simulated = SimulatedRun::new(script, 5_000, |config| {
         config.sampling.max_tokens = 100;
         config.price.input = Some(1.0);
         config.price.output = Some(10.0);
         config.budget.usd = Some(0.5);
     });
-    let mut lives = 0;
+    let billed_usd = || {
+        let billed = simulated.mock.stats().billed;
+        (billed.prompt_tokens as f64 + 10.0 * billed.completion_tokens as f64) / 1e6
+    };
+    let mut processes = 0;
     let last = loop {
-        lives += 1;
-        assert!(lives < 100);
-        if let Some(summary) = night
-            .harvest_for((lives < 8).then_some(Duration::from_secs(7)))
-            .await
-        {
+        processes += 1;
+        assert!(processes < 100, "the budget is never used up");
+        // The first seven processes are killed.
+        let kill_after = (processes < 8).then_some(Duration::from_secs(7));
+        if let Some(summary) = simulated.harvest_until_kill(kill_after).await {
             break summary;
         }
-        let stats = night.mock.stats();
-        let bill = stats.billed.prompt_tokens as f64 + 10.0 * stats.billed.completion_tokens as f64;
-        assert!(bill / 1e6 <= 0.5, "{stats:?}");
+        assert!(billed_usd() <= 0.5, "${} billed", billed_usd());
     };
-    let stats = night.mock.stats();
-    let bill =
-        (stats.billed.prompt_tokens as f64 + 10.0 * stats.billed.completion_tokens as f64) / 1e6;
-    let error = last.error.as_ref().unwrap();
-    assert_eq!(distill::exit::Exit::code_of(error), 4);
-    assert!(error.to_string().contains("budget"), "{error}");
+    let (code, message) = exit_of(&last);
+    assert_eq!(code, 4);
+    assert!(message.contains("budget"), "{message}");
     assert!(last.pending > 1_000);
-    let said = last.run_folder_usd.unwrap();
-    assert!(bill <= said && said <= 0.5, "{bill} {said}");
-    assert!(bill > 0.3, "the budget is used: {bill}");
+    let (billed, reported) = (billed_usd(), last.run_folder_usd.unwrap());
+    assert!(
+        billed <= reported && reported <= 0.5,
+        "${billed} billed, ${reported} reported"
+    );
+    assert!(billed > 0.3, "the budget is not used: ${billed} billed");
 }

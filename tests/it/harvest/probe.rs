@@ -1,13 +1,12 @@
-//! `distill probe` against different teachers, and the use of its findings by `harvest`.
+//! `distill probe` against different teachers, and how `harvest` uses its findings.
 
 use distill::config::MaxTokensField;
 use distill::exit::Exit;
-use distill::harvest;
 use distill::mock::script::Script;
 use distill::mock::server::MockServer;
 use distill::probe::findings::{Finding, LogprobsKind, ProbedEndpoint, TokenBytes};
 
-use super::{Run, quietly};
+use super::Run;
 
 fn teacher(script: &str) -> (MockServer, Run) {
     let script = Script::parse("teacher.toml".as_ref(), script).unwrap();
@@ -17,10 +16,11 @@ fn teacher(script: &str) -> (MockServer, Run) {
     (server, run)
 }
 
+/// Probes the only endpoint of a run.
 async fn probe(run: &Run) -> ProbedEndpoint {
-    let found = distill::harvest::probe(&run.config).await.unwrap();
+    let findings = distill::harvest::probe(&run.config).await.unwrap();
     assert!(run.config.run_dir.join("endpoint.json").exists());
-    found.endpoints[0].clone()
+    findings.endpoints[0].clone()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -28,55 +28,48 @@ async fn probe_detects_all_features() {
     let (_server, run) = teacher(
         "[answers]\ntoken = \"bytes\"\n[limits]\nrequests_per_minute = 6000\ntokens_per_minute = 60000",
     );
-    let found = probe(&run).await;
-    assert!((14..=25).contains(&found.requests), "{found:?}");
-    assert_eq!(found.logprobs.largest_k, 20);
-    assert_eq!(found.logprobs.bytes, TokenBytes::Right);
-    assert_eq!(found.logprobs.kind, LogprobsKind::Raw);
+    let endpoint = probe(&run).await;
+    assert!((14..=25).contains(&endpoint.requests), "{endpoint:?}");
+    assert_eq!(endpoint.logprobs.largest_k, 20);
+    assert_eq!(endpoint.logprobs.bytes, TokenBytes::Right);
+    assert_eq!(endpoint.logprobs.kind, LogprobsKind::Raw);
     assert_eq!(
-        found.max_tokens_field,
+        endpoint.max_tokens_field,
         Some(MaxTokensField::MaxCompletionTokens)
     );
-    assert!(found.reports_usage && !found.thinks && found.refused.is_empty());
-    assert_eq!(found.structured, Finding::Ignored, "an echo is no JSON");
-    assert_eq!(found.prompt_logprobs, Finding::Ignored);
-    assert_eq!(found.limits, ["requests 6000/min", "tokens 60000/min"]);
+    assert!(endpoint.reports_usage && !endpoint.thinks && endpoint.refused.is_empty());
+    // The mock echoes the prompt, which is not JSON.
+    assert_eq!(endpoint.structured, Finding::Ignored);
+    assert_eq!(endpoint.prompt_logprobs, Finding::Ignored);
+    assert_eq!(endpoint.limits, ["requests 6000/min", "tokens 60000/min"]);
     assert!(
-        found.error_shape.contains("error object"),
+        endpoint.error_shape.contains("error object"),
         "{}",
-        found.error_shape
+        endpoint.error_shape
     );
 
     // Every record has the hash of the findings.
     run.harvest().await;
-    let hash = found.hash().unwrap();
+    let hash = endpoint.hash().unwrap();
     assert!(run.records().iter().all(|record| record.probe == hash));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn probe_detects_tempered_logprobs() {
     let (server, mut run) = teacher("[answers]\ntempered = true\ntop_logprobs = 5");
-    let found = probe(&run).await;
-    assert_eq!(found.logprobs.kind, LogprobsKind::Tempered);
-    assert_eq!(found.logprobs.largest_k, 5);
+    let endpoint = probe(&run).await;
+    assert_eq!(endpoint.logprobs.kind, LogprobsKind::Tempered);
+    assert_eq!(endpoint.logprobs.largest_k, 5);
     let before = server.mock().stats().requests;
 
     run.config.sampling.temperature = Some(0.2);
-    let (_sender, receiver) = tokio::sync::mpsc::unbounded_channel();
-    let signals = distill::signal::Signals::from_channel(receiver);
-    let error = harvest::run_until(&run.config, quietly(), signals)
-        .await
-        .unwrap_err();
+    let error = run.harvest_error().await;
     assert_eq!(Exit::code_of(&error), 2);
     assert!(
         error.to_string().contains("`sampling.temperature` = 1.0"),
         "{error}"
     );
-    assert_eq!(
-        server.mock().stats().requests,
-        before,
-        "no request was sent"
-    );
+    assert_eq!(server.mock().stats().requests, before, "a request was sent");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -85,14 +78,14 @@ async fn probe_detects_refused_parameters() {
         "[answers]\nrefuse_parameters = [\"logprobs\", \"seed\", \"temperature\"]\n\
          max_tokens_field = \"max_tokens\"\nreasoning_tokens = 8",
     );
-    let found = probe(&run).await;
-    assert_eq!(found.max_tokens_field, Some(MaxTokensField::MaxTokens));
+    let endpoint = probe(&run).await;
+    assert_eq!(endpoint.max_tokens_field, Some(MaxTokensField::MaxTokens));
     assert_eq!(
-        (found.logprobs.largest_k, found.seed),
+        (endpoint.logprobs.largest_k, endpoint.seed),
         (0, Finding::Refused)
     );
-    assert!(found.thinks);
-    let refused: Vec<_> = found.refused.keys().map(String::as_str).collect();
+    assert!(endpoint.thinks);
+    let refused: Vec<_> = endpoint.refused.keys().map(String::as_str).collect();
     assert_eq!(refused, ["logprobs", "seed", "temperature"]);
 
     // A config without the refused features works.

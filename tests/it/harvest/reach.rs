@@ -1,8 +1,8 @@
-//! Endpoints with custom headers, query parameters, key headers and expiring keys.
+//! Requests with custom headers, query parameters, key headers and expiring keys.
 
 use std::collections::BTreeMap;
 
-use super::{Run, end};
+use super::{Run, exit_of};
 use crate::fault_server::{FaultServer, answer, error, reply};
 
 fn table(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
@@ -44,7 +44,7 @@ async fn custom_headers_query_and_key_header_are_sent() {
 async fn renewal_of_expired_key_does_not_count_as_an_attempt() {
     let dir = tempfile::tempdir().unwrap();
     let count = dir.path().join("count");
-    // Each key is valid for ten answers.
+    // Each key is valid for ten requests.
     let uses_by_key = std::sync::Mutex::new(BTreeMap::<String, u32>::new());
     let server = FaultServer::start(move |seen| {
         let key = seen.header("authorization").unwrap().to_string();
@@ -68,12 +68,7 @@ async fn renewal_of_expired_key_does_not_count_as_an_attempt() {
     run.config.retry.max_attempts = 1;
     run.config.limits.concurrency = 4;
     let summary = run.harvest().await;
-    assert_eq!(
-        (end(&summary).0, summary.ok),
-        (0, 40),
-        "{:?}",
-        end(&summary)
-    );
+    assert_eq!((exit_of(&summary), summary.ok), ((0, String::new()), 40));
     let keys_read = std::fs::read_to_string(&count).unwrap().lines().count();
     assert!((4..=8).contains(&keys_read), "{keys_read} keys");
     assert!(
@@ -87,11 +82,11 @@ async fn renewal_of_expired_key_does_not_count_as_an_attempt() {
 async fn rejected_new_keys_end_the_run_after_few_requests() {
     let server = FaultServer::start(|_| reply(401, error("no", "invalid_api_key"))).await;
     let mut run = Run::new(&server, &["a", "b", "c"]);
-    // The command prints another key each time.
+    // The command prints another key at each call.
     run.config.teacher.api_key_command = Some("date +%s%N".into());
     let summary = run.harvest().await;
-    let (code, message) = end(&summary);
+    let (code, message) = exit_of(&summary);
     assert_eq!(code, 1, "{message}");
     assert!(message.contains("api_key_command"), "{message}");
-    assert!(server.requests().len() <= 4, "{}", server.requests().len());
+    assert!(server.count() <= 4, "{} requests", server.count());
 }

@@ -1,14 +1,14 @@
-//! Malformed replies: each answer in them is kept, and paid for once.
+//! Malformed replies: an answer in one is recorded, and never bought again.
 
 use std::io::Write;
 
 use distill::cache::record::{Record, Status};
 use serde_json::{Value, json};
 
-use super::{Run, end};
+use super::{Run, exit_of};
 use crate::fault_server::{FaultServer, Reaction, completion, reply};
 
-/// Harvests two prompts from a server that sends this reply. Both must be answered at the first attempt.
+/// Returns the records of two prompts whose requests get `reaction`. Both must be answered at the first attempt.
 async fn records(reaction: Reaction) -> Vec<Record> {
     let context = format!("{reaction:?}")
         .chars()
@@ -18,7 +18,7 @@ async fn records(reaction: Reaction) -> Vec<Record> {
     let run = Run::new(&server, &["a", "b"]);
     let summary = run.harvest().await;
     assert_eq!(
-        (end(&summary).0, summary.requests),
+        (exit_of(&summary).0, summary.requests),
         (0, 2),
         "{context}: {summary:?}"
     );
@@ -45,8 +45,8 @@ fn gzip(text: &str) -> Vec<u8> {
 #[tokio::test(flavor = "multi_thread")]
 async fn encoding_and_json_errors_are_repaired() {
     let body = valid_body();
-    let with = |field: &str| format!("{},{field}}}", &body[..body.len() - 1]);
-    let label = |label: &str| vec![("content-encoding", label.to_owned())];
+    let with_field = |field: &str| format!("{},{field}}}", &body[..body.len() - 1]);
+    let encoding = |encoding: &str| vec![("content-encoding", encoding.to_owned())];
     let zstd = zstd::encode_all(body.as_bytes(), 3).unwrap();
     let deep = format!("\"trace\":{}{}", "[".repeat(300), "]".repeat(300));
     let chunks = [json!({"content": "h"}), json!({"content": "i"})]
@@ -62,14 +62,14 @@ async fn encoding_and_json_errors_are_repaired() {
         reply_with_body(vec![], format!("{body}<!-- served by a proxy -->")),
         reply_with_body(vec![], format!("data: {body}\n\n")),
         reply_with_body(vec![], stream),
-        reply_with_body(vec![], with("\"timings\":{\"x\":1e400,\"y\":-inf}")),
-        reply_with_body(vec![], with(&deep)),
-        reply_with_body(vec![], with("\"choices\":null")),
-        reply_with_body(label("gzip"), gzip(&body)),
+        reply_with_body(vec![], with_field("\"timings\":{\"x\":1e400,\"y\":-inf}")),
+        reply_with_body(vec![], with_field(&deep)),
+        reply_with_body(vec![], with_field("\"choices\":null")),
+        reply_with_body(encoding("gzip"), gzip(&body)),
         reply_with_body(vec![], gzip(&body)),
-        reply_with_body(label("gzip"), body.clone()),
-        reply_with_body(label("zstd"), zstd),
-        // The body is complete, then the connection breaks.
+        reply_with_body(encoding("gzip"), body.clone()),
+        reply_with_body(encoding("zstd"), zstd),
+        // The connection breaks after the complete body.
         Reaction::UnfinishedChunks(body.into_bytes()),
     ];
     for reaction in reactions {
@@ -153,14 +153,14 @@ async fn answer_fields_are_parsed_and_unknown_fields_kept() {
         "Four."
     );
     assert_eq!(record_with_content(text).await.answer.text, "Four.");
-    let odd = json!({"answer": 4});
-    let record = record_with_content(odd.clone()).await;
+    let unknown_content = json!({"answer": 4});
+    let record = record_with_content(unknown_content.clone()).await;
     assert_eq!(
         (
             record.reason.as_str(),
             &record.extra["message"]["content"][0]
         ),
-        ("empty: stop", &odd)
+        ("empty: stop", &unknown_content)
     );
 }
 
@@ -239,12 +239,12 @@ async fn unreadable_body_is_saved_and_not_requested_again() {
             "{summary:?}"
         );
         let record = run.records().remove(0);
-        let kept = run
+        let saved = run
             .config
             .run_dir
             .join("unreadable")
             .join(format!("{}.body", record.key));
-        assert_eq!(std::fs::read(kept).unwrap(), sent);
+        assert_eq!(std::fs::read(saved).unwrap(), sent);
         assert!(record.extra["unreadable"].is_string());
         assert_eq!(run.harvest().await.requests, 0);
     }
@@ -273,24 +273,23 @@ async fn possibly_billed_attempts_are_limited_across_runs() {
             .contains("HTML page")
     );
     for _ in 0..2 {
-        let again = run.harvest().await;
+        let rerun = run.harvest().await;
         assert_eq!(
-            (again.failed, again.requests, end(&again).0),
+            (rerun.failed, rerun.requests, exit_of(&rerun).0),
             (1, 0, 3),
-            "{again:?}"
+            "{rerun:?}"
         );
         assert_eq!(run.failures()[0]["attempts"], 3);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn large_answers_are_read_two_at_a_time() {
+async fn large_answers_of_concurrent_requests_are_recorded() {
     let mut body = completion("x", 0);
+    // The run reads at most two bodies of this size at a time.
     body["choices"][0]["message"]["content"] = "z".repeat(6 << 20).into();
     let reaction = reply(200, body);
     let server = FaultServer::start(move |_| reaction.clone()).await;
-    let prompts: Vec<_> = (0..16).map(|number| format!("p{number}")).collect();
-    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
-    let summary = Run::new(&server, &prompts).harvest().await;
+    let summary = Run::with_numbered_prompts(&server, 16).harvest().await;
     assert_eq!((summary.ok, summary.requests), (16, 16));
 }

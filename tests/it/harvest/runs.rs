@@ -1,4 +1,4 @@
-//! Requests, records, limits and output of plain runs.
+//! Requests, records, limits and output of runs without faults.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use distill::report::summary::HarvestSummary;
 use distill::signal::Signals;
 use tokio::sync::mpsc::unbounded_channel;
 
-use super::{Run, end, quietly};
+use super::{Run, exit_of, quiet_options};
 use crate::fault_server::{
     FaultServer, Reaction, RecordedRequest, answer, completion, error, reply,
 };
@@ -24,7 +24,7 @@ async fn answers_are_recorded_once_with_their_logprobs() {
     run.config.price.output = Some(2.0);
 
     let summary = run.harvest().await;
-    assert_eq!(end(&summary).0, 0);
+    assert_eq!(exit_of(&summary).0, 0);
     assert_eq!((summary.total, summary.ok, summary.requests), (3, 3, 3));
     assert_eq!(
         (summary.usage.prompt_tokens, summary.usage.completion_tokens),
@@ -61,8 +61,8 @@ async fn answers_are_recorded_once_with_their_logprobs() {
     assert_eq!(seen[0].path, "/v1/chat/completions");
     assert_eq!(seen[0].header("authorization"), None);
 
-    let again = run.harvest().await;
-    assert_eq!((again.cached, again.ok, again.requests), (3, 0, 0));
+    let second = run.harvest().await;
+    assert_eq!((second.cached, second.ok, second.requests), (3, 0, 0));
     assert_eq!(server.count(), 3);
 }
 
@@ -109,7 +109,7 @@ async fn only_changed_rows_are_requested_again() {
     assert_eq!(
         run.harvest().await.requests,
         0,
-        "limits and retries are no part of the key"
+        "limits or retries are part of the key"
     );
 }
 
@@ -138,11 +138,7 @@ async fn request_over_limit_is_an_error_before_sending() {
     let mut run = Run::new(&server, &["a"]);
     run.config.limits.tokens_per_minute = Some(50);
     run.config.sampling.max_tokens = 100;
-    let (_sender, receiver) = unbounded_channel();
-    let error = run
-        .try_harvest(Signals::from_channel(receiver))
-        .await
-        .unwrap_err();
+    let error = run.harvest_error().await;
     assert_eq!(Exit::code_of(&error), 2);
     assert!(
         error
@@ -159,21 +155,19 @@ async fn concurrency_limit_is_respected() {
         Reaction::After(Duration::from_millis(20), Box::new(answer(seen)))
     })
     .await;
-    let prompts: Vec<_> = (0..20).map(|number| format!("p{number}")).collect();
-    let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
-    let mut run = Run::new(&server, &prompts);
+    let mut run = Run::with_numbered_prompts(&server, 20);
     run.config.limits.concurrency = 4;
-    let most = async {
-        let mut most = 0;
+    let observe = async {
+        let mut max_in_flight = 0;
         while server.count() < 20 {
-            most = most.max(server.in_flight());
+            max_in_flight = max_in_flight.max(server.in_flight());
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        most
+        max_in_flight
     };
-    let (summary, most) = tokio::join!(run.harvest(), most);
+    let (summary, max_in_flight) = tokio::join!(run.harvest(), observe);
     assert_eq!(summary.ok, 20);
-    assert_eq!(most, 4);
+    assert_eq!(max_in_flight, 4);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -183,15 +177,16 @@ async fn first_signal_drains_and_second_stops_immediately() {
         _ => Reaction::After(Duration::from_millis(100), Box::new(answer(seen))),
     })
     .await;
-    let signal = async |run: &Run, numbers: &[u8], in_flight: usize| {
+    // Harvests, and sends signals after the given number of requests.
+    let harvest_with_signals = async |run: &Run, signals: &[u8], requests: usize| {
         let (sender, receiver) = unbounded_channel();
         let before = server.count();
         let send = async {
-            while server.count() < before + in_flight {
+            while server.count() < before + requests {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
-            for number in numbers {
-                sender.send(*number).unwrap();
+            for signal in signals {
+                sender.send(*signal).unwrap();
             }
         };
         let (summary, ()) = tokio::join!(run.try_harvest(Signals::from_channel(receiver)), send);
@@ -200,16 +195,19 @@ async fn first_signal_drains_and_second_stops_immediately() {
 
     let mut run = Run::new(&server, &["a", "b", "c", "d", "e"]);
     run.config.limits.concurrency = 2;
-    // The first request is sent alone.
-    let drained = signal(&run, &[2], 3).await;
-    assert_eq!((end(&drained).0, drained.ok, drained.pending), (130, 3, 2));
+    // The first request is sent alone, then two at a time.
+    let drained = harvest_with_signals(&run, &[2], 3).await;
+    assert_eq!(
+        (exit_of(&drained).0, drained.ok, drained.pending),
+        (130, 3, 2)
+    );
     assert_eq!(run.records().len(), 3);
     let resumed = run.harvest().await;
     assert_eq!((resumed.cached, resumed.ok), (3, 2));
 
     let run = Run::new(&server, &["never"]);
-    let stopped = signal(&run, &[15, 15], 1).await;
-    assert_eq!((end(&stopped).0, stopped.pending), (143, 1));
+    let stopped = harvest_with_signals(&run, &[15, 15], 1).await;
+    assert_eq!((exit_of(&stopped).0, stopped.pending), (143, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -220,7 +218,7 @@ async fn dry_run_sends_and_writes_nothing() {
         dry_run: true,
         ..HarvestOptions::default()
     };
-    // A dry run reports every error of a run.
+    // A dry run reports the configuration errors that a run would report.
     type Change = fn(&mut distill::config::Config);
     let changes: [(Change, &str); 3] = [
         (
@@ -267,20 +265,21 @@ async fn dry_run_shows_remaining_budget_and_waits() {
         .map(|number| format!("prompt {number}\n"))
         .collect();
     run.write("prompts.txt", &prompts);
-    // Enough for one request, but not for a hundred.
+    // The budget covers one request, but not a hundred.
     run.config.budget.usd = Some(0.0002);
-    let hour = |hours: i64| {
+    let time_in_hours = |hours: i64| {
         let zoned = jiff::Zoned::now().in_tz("UTC").unwrap();
         let time = zoned.checked_add(jiff::SignedDuration::from_hours(hours));
         time.unwrap().strftime("%H:%M").to_string()
     };
+    let window = format!("{}-{}", time_in_hours(2), time_in_hours(3));
     run.config.schedule.timezone = Some("UTC".parse().unwrap());
-    run.config.schedule.window = Some(format!("{}-{}", hour(2), hour(3)).parse().unwrap());
+    run.config.schedule.window = Some(window.parse().unwrap());
     let ledger = run.config.run_dir.join("ledger.json");
     let before = std::fs::read(&ledger).unwrap();
     let options = HarvestOptions {
         dry_run: true,
-        ..quietly()
+        ..quiet_options()
     };
     let summary = harvest::run(&run.config, options.clone()).await.unwrap();
     assert_eq!(summary.run_folder_usd, Some(spent));
@@ -293,33 +292,34 @@ async fn dry_run_shows_remaining_budget_and_waits() {
     ] {
         assert!(table.contains(part), "{part} is not in: {table}");
     }
-    // Enough for one request alone, but not in addition to the amount spent.
-    let mut micros = 100..;
+    // The smallest accepted budget covers one request alone, but not in addition to the amount spent.
+    let mut micro_usd = 100;
     let summary = loop {
-        run.config.budget.usd = micros.next().map(|micros| f64::from(micros) / 1e6);
+        run.config.budget.usd = Some(f64::from(micro_usd) / 1e6);
         if let Ok(summary) = harvest::run(&run.config, options.clone()).await {
             break summary;
         }
+        micro_usd += 1;
     };
     let table = summary.to_table();
     assert!(table.contains("nothing would be sent"), "{table}");
     assert_eq!(std::fs::read(&ledger).unwrap(), before);
 }
 
-/// Key of [`api_key_is_sent_and_never_shown_or_stored`]. The environment of a test cannot be set without `unsafe`, and
-/// PATH is always set and long enough.
+/// Variable with the key of [`api_key_is_sent_and_never_shown_or_stored`]. A test cannot set a variable without
+/// `unsafe` code, and PATH is always set and long enough.
 const KEY_VARIABLE: &str = "PATH";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn api_key_is_sent_and_never_shown_or_stored() {
     let key = std::env::var(KEY_VARIABLE).unwrap();
-    let echo = |seen: &RecordedRequest| {
+    let received_key = |seen: &RecordedRequest| {
         seen.header("authorization").unwrap()["Bearer ".len()..].to_string()
     };
     let server = FaultServer::start(move |seen| match seen.prompt() {
-        "answer" => reply(200, completion(&echo(seen), 0)),
-        "refused" => reply(400, error(&format!("bad key {}", echo(seen)), "")),
-        _ => reply(401, error(&format!("bad key {}", echo(seen)), "")),
+        "answer" => reply(200, completion(&received_key(seen), 0)),
+        "refused" => reply(400, error(&format!("bad key {}", received_key(seen)), "")),
+        _ => reply(401, error(&format!("bad key {}", received_key(seen)), "")),
     })
     .await;
     let mut run = Run::new(&server, &["answer", "refused"]);
@@ -333,7 +333,7 @@ async fn api_key_is_sent_and_never_shown_or_stored() {
 
     run.write("prompts.txt", "stop");
     let summary = run.harvest().await;
-    let (code, message) = end(&summary);
+    let (code, message) = exit_of(&summary);
     assert_eq!(code, 1);
     assert!(
         message.contains("bad key [key]") && message.contains("`PATH`"),
@@ -349,17 +349,18 @@ async fn api_key_is_sent_and_never_shown_or_stored() {
     }
 }
 
+/// Returns the files below a folder.
 fn files(dir: &Path) -> Vec<std::path::PathBuf> {
-    let mut found = Vec::new();
+    let mut paths = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            found.extend(files(&path))
+            paths.extend(files(&path))
         } else {
-            found.push(path)
+            paths.push(path)
         }
     }
-    found
+    paths
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -381,9 +382,10 @@ async fn schema_violations_are_quarantined_and_counted() {
     assert_eq!((summary.ok, summary.quarantined), (1, 2));
     assert_eq!(summary.quarantines["schema: `/n` against `type`"], 1);
     assert_eq!(summary.quarantines["schema: no JSON"], 1);
-    let sent = &server.requests()[0].body["response_format"];
-    assert_eq!(sent["json_schema"]["name"], "call");
-    assert_eq!(run.harvest().await.requests, 0, "nothing is bought twice");
+    let response_format = &server.requests()[0].body["response_format"];
+    assert_eq!(response_format["json_schema"]["name"], "call");
+    let second = run.harvest().await;
+    assert_eq!(second.requests, 0, "a quarantined answer was bought again");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -391,25 +393,21 @@ async fn budget_needs_prices_and_covers_one_request() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["a", "b"]);
     run.config.budget.usd = Some(1.0);
-    let fails = async |run: &Run, part: &str| {
-        let (_sender, receiver) = unbounded_channel();
-        let error = run
-            .try_harvest(Signals::from_channel(receiver))
-            .await
-            .unwrap_err();
+    let assert_refused = async |run: &Run, part: &str| {
+        let error = run.harvest_error().await;
         assert_eq!(Exit::code_of(&error), 2);
         assert!(error.to_string().contains(part), "{error}");
     };
-    fails(&run, "has no price").await;
+    assert_refused(&run, "has no price").await;
     run.config.price.input = Some(1.0);
     run.config.price.output = Some(2.0);
     run.config.budget.usd = Some(0.000_001);
-    fails(&run, "lower `sampling.max_tokens` or raise the budget").await;
+    assert_refused(&run, "lower `sampling.max_tokens` or raise the budget").await;
     assert_eq!(server.count(), 0);
     run.config.budget.usd = Some(0.01);
     let summary = run.harvest().await;
     assert_eq!(summary.ok, 2);
-    let text = summary.to_table();
-    assert!(text.contains("of the budget of $0.0100"), "{text}");
+    let table = summary.to_table();
+    assert!(table.contains("of the budget of $0.0100"), "{table}");
     assert!(run.config.run_dir.join("summary.json").exists());
 }

@@ -10,7 +10,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 
-use super::{Run, end};
+use super::{Run, exit_of};
 use crate::fault_server::completion;
 
 fn golden(name: &str) -> PathBuf {
@@ -67,12 +67,12 @@ async fn unknown_certificate_authority_error_names_ca_file() {
     let mut run = Run::at(&base_url, &["a"]);
     run.config.retry.max_attempts = 2;
     let summary = run.harvest().await;
-    let (code, message) = end(&summary);
+    let (code, message) = exit_of(&summary);
     assert_eq!((code, summary.ok), (1, 0), "{message}");
     assert!(message.contains("teacher.ca_file"), "{message}");
     run.config.teacher.ca_file = Some(golden("ca.pem"));
     let summary = run.harvest().await;
-    assert_eq!((end(&summary).0, summary.ok), (0, 1), "{:?}", end(&summary));
+    assert_eq!((exit_of(&summary), summary.ok), ((0, String::new()), 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -87,7 +87,7 @@ async fn client_certificate_is_presented() {
     run.config.run_dir = run.dir.path().join("another");
     run.config.teacher.client_certificate = Some(golden("client.pem"));
     let summary = run.harvest().await;
-    assert_eq!((end(&summary).0, summary.ok), (0, 1), "{:?}", end(&summary));
+    assert_eq!((exit_of(&summary), summary.ok), ((0, String::new()), 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -99,9 +99,7 @@ async fn missing_or_malformed_certificate_file_is_a_usage_error() {
         for is_ca in [true, false] {
             run.config.teacher.ca_file = file.clone().filter(|_| is_ca);
             run.config.teacher.client_certificate = file.clone().filter(|_| !is_ca);
-            let (_sender, receiver) = tokio::sync::mpsc::unbounded_channel();
-            let signals = distill::signal::Signals::from_channel(receiver);
-            let error = run.try_harvest(signals).await.err().unwrap();
+            let error = run.harvest_error().await;
             assert_eq!(distill::exit::Exit::code_of(&error), 2, "{error:#}");
             assert!(error.to_string().contains(name), "{error:#}");
         }

@@ -1,4 +1,4 @@
-//! The batch API from upload to results, with a paused clock.
+//! The batch API of the mock from upload to results, on the paused clock.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -99,7 +99,7 @@ async fn advance_seconds(seconds: u64) {
     advance(Duration::from_secs(seconds)).await;
 }
 
-/// Returns the lines of a result file by `custom_id`. Empty if the id of the file is null.
+/// Returns the lines of a results file by `custom_id`, or none if the id of the file is null.
 async fn lines(mock: &Mock, file: &Value) -> BTreeMap<String, Value> {
     let Some(id) = file.as_str() else {
         return BTreeMap::new();
@@ -130,7 +130,8 @@ async fn batch_completes_and_is_billed_once() {
         batch["request_counts"],
         json!({"total": 0, "completed": 0, "failed": 0})
     );
-    // The status changes 60, 160 and 220 virtual seconds after the creation.
+    // The status changes 60, 160 and 220 seconds after the creation on the clock of the mock, which is ten times as
+    // fast.
     advance_seconds(11).await;
     let batch = get(&mock, &path).await;
     assert_eq!(batch["status"], "in_progress");
@@ -258,34 +259,30 @@ async fn faults_and_rejections_apply_to_batch_rows() {
 #[tokio::test(start_paused = true)]
 async fn invalid_input_file_fails_with_line_numbers() {
     let mock = mock("[batch]\nmax_rows = 3");
-    let row = |index: usize| rows(index + 1).lines().last().unwrap().to_string();
-    let without = |name: &str| {
-        let mut row: Value = serde_json::from_str(&row(0)).unwrap();
+    let row = rows(1).trim_end().to_string();
+    let row_without = |name: &str| {
+        let mut row: Value = serde_json::from_str(&row).unwrap();
         row.as_object_mut().unwrap().remove(name);
         row.to_string()
     };
     for (input, code, line) in [
         (String::new(), "empty_file", json!(null)),
+        (format!("{row}\n{{\"cut\": "), "invalid_json_line", json!(2)),
+        (format!("\n{row}\n{row}"), "duplicate_custom_id", json!(3)),
         (
-            format!("{}\n{{\"cut\": ", row(0)),
-            "invalid_json_line",
-            json!(2),
+            row_without("custom_id"),
+            "missing_required_parameter",
+            json!(1),
         ),
+        (row_without("body"), "missing_required_parameter", json!(1)),
+        (row.replace("POST", "GET"), "invalid_method", json!(1)),
         (
-            format!("\n{}\n{}", row(0), row(0)),
-            "duplicate_custom_id",
-            json!(3),
-        ),
-        (without("custom_id"), "missing_required_parameter", json!(1)),
-        (without("body"), "missing_required_parameter", json!(1)),
-        (row(0).replace("POST", "GET"), "invalid_method", json!(1)),
-        (
-            row(0).replace("/v1/chat", "/v1/other"),
+            row.replace("/v1/chat", "/v1/other"),
             "invalid_url",
             json!(1),
         ),
         (
-            row(0).replace("\"mock\"", "\"gpt\""),
+            row.replace("\"mock\"", "\"gpt\""),
             "model_not_found",
             json!(1),
         ),
@@ -336,7 +333,7 @@ async fn expired_and_cancelled_batches_have_partial_results() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn cancel_is_rejected_after_the_end() {
+async fn cancelling_an_ended_batch_is_rejected() {
     let mock = mock("");
     let (_, path) = create(&mock, &rows(4)).await;
     advance_seconds(60 + 900).await;
@@ -440,7 +437,7 @@ async fn uploaded_file_is_missing_at_first_if_scripted() {
 async fn invalid_batch_requests_are_rejected() {
     let mock = mock("");
     let file = upload(&mock, &rows(1)).await;
-    let with = |name: &str, value: Value| {
+    let create_body_with = |name: &str, value: Value| {
         let mut body: Value = serde_json::from_slice(&create_body(&file)).unwrap();
         body[name] = value;
         body.to_string().into_bytes()
@@ -448,17 +445,22 @@ async fn invalid_batch_requests_are_rejected() {
     for (method, path, body, status) in [
         ("POST", "/v1/files", b"no form".to_vec(), 400),
         ("POST", "/v1/batches", b"{".to_vec(), 400),
-        ("POST", "/v1/batches", with("endpoint", json!(null)), 400),
         (
             "POST",
             "/v1/batches",
-            with("completion_window", json!("soon")),
+            create_body_with("endpoint", json!(null)),
             400,
         ),
         (
             "POST",
             "/v1/batches",
-            with("input_file_id", json!("file-x")),
+            create_body_with("completion_window", json!("soon")),
+            400,
+        ),
+        (
+            "POST",
+            "/v1/batches",
+            create_body_with("input_file_id", json!("file-x")),
             400,
         ),
         ("GET", "/v1/batches/batch_x", Vec::new(), 404),

@@ -1,4 +1,4 @@
-//! The effect of each kind of fault on a client, and the conditions of faults.
+//! Effects of each kind of fault on a client, and the conditions under which a fault applies.
 
 use std::time::Duration;
 
@@ -22,8 +22,9 @@ async fn receive(fault: &str) -> (String, Vec<u8>, ConnectionEnd) {
         Duration::from_secs(10)
     };
     let (bytes, end) = server.exchange(&body("hello there", extra), max_wait).await;
-    let blank_line = bytes.windows(4).position(|w| w == b"\r\n\r\n");
-    let body_start = blank_line.map_or(bytes.len(), |start| start + 4);
+    let head_end = b"\r\n\r\n";
+    let blank_line = bytes.windows(4).position(|window| window == head_end);
+    let body_start = blank_line.map_or(bytes.len(), |start| start + head_end.len());
     let head = String::from_utf8(bytes[..body_start].to_vec()).unwrap();
     let faults = server.mock.stats().faults;
     assert_eq!(faults.values().sum::<u64>(), 1, "{faults:?}");
@@ -119,28 +120,21 @@ async fn connection_faults_end_the_connection_as_scripted() {
 
 #[tokio::test]
 async fn body_faults_change_only_the_body() {
+    let connection_faults = [
+        "reset in body",
+        "short body",
+        "unfinished chunks",
+        "stall in body",
+        "drip",
+    ];
     for kind in FaultKind::all().filter(|kind| kind.corrupts_answer()) {
-        if [
-            "reset in body",
-            "short body",
-            "unfinished chunks",
-            "stall in body",
-            "drip",
-        ]
-        .contains(&kind.to_string().as_str())
-        {
+        if connection_faults.contains(&kind.to_string().as_str()) {
             continue;
         }
         let (head, body, _) = receive(&format!("kind = \"{kind}\"")).await;
         assert!(head.contains(" 200 ok"), "{kind}: {head}");
-        let valid_answer = json_of(
-            &ask_with(
-                &mock(""),
-                "hello there",
-                json!({"logprobs": true, "top_logprobs": 3}),
-            )
-            .await,
-        );
+        let extra = json!({"logprobs": true, "top_logprobs": 3});
+        let valid_answer = json_of(&ask_with(&mock(""), "hello there", extra).await);
         // Unit tests of `mock::corrupt` check the body of each kind.
         assert_ne!(body, serde_json::to_vec(&valid_answer).unwrap(), "{kind}");
         if kind == FaultKind::HugeBody {

@@ -1,4 +1,4 @@
-//! The rate limits of the mock, with a paused clock.
+//! The rate limits of the mock, on the paused clock.
 
 use std::time::{Duration, SystemTime};
 
@@ -121,24 +121,16 @@ async fn load_above_capacity_increases_latency() {
 
 #[tokio::test(start_paused = true)]
 async fn tokens_are_charged_by_estimate_or_usage() {
-    // "hi" is a prompt of 5 tokens, and an answer of 1.
-    for (counts, expected) in [("estimate", 2), ("actual", 20)] {
+    // "hi" is a prompt of 5 tokens, and an answer of 1. By estimate, each request is charged 5 + 50 tokens. By usage,
+    // it is charged 6, so 114, 108, ... tokens remain, until fewer than the estimate remain.
+    for (counts, expected) in [("estimate", 2), ("actual", (120 - 55) / 6 + 1)] {
         let limits = format!("[limits]\ntokens_per_minute = 120\ncounts = \"{counts}\"");
         let mock = mock(&limits);
+        let ask = async || ask_with(&mock, "hi", json!({"max_tokens": 50})).await;
         let mut admitted = 0;
-        while ask_with(&mock, "hi", json!({"max_tokens": 50}))
-            .await
-            .status
-            == 200
-        {
+        while ask().await.status == 200 {
             admitted += 1;
         }
-        // By usage, 114, 108, ... tokens remain, until fewer than the estimate of 55 remain.
-        let expected = if counts == "actual" {
-            (120 - 55) / 6 + 1
-        } else {
-            expected
-        };
         assert_eq!(admitted, expected, "{counts}");
     }
 }
@@ -165,11 +157,11 @@ async fn request_above_the_limit_itself_is_reported_as_too_large() {
     assert!(error.contains("too large"), "{error}");
 }
 
-/// Admits one request and rejects the next, 600 ms before it would be admitted.
+/// Sends two requests, of which the second one comes 600 ms too early. Returns its reply and the message in it.
 async fn rejected_request(retry_after: &str) -> (MockReply, String) {
     let limits =
         format!("[limits]\nrequests_per_minute = 60\nburst_s = 1\nretry_after = \"{retry_after}\"");
-    // The time has a fraction of a second, so that a date must be rounded up.
+    // The start has a fraction of a second, so that a date must be rounded up.
     let wall_start = SystemTime::UNIX_EPOCH + SECOND * 1_800_000_000 + SECOND / 4;
     let mock = Mock::with_wall_start(script(&limits), wall_start);
     assert_eq!(ask(&mock, "hi").await.status, 200);

@@ -1,4 +1,5 @@
-//! The mock: answers, rejections, disconnects and counts. Its submodules test limits, faults, batches and the server.
+//! The mock teacher: answers, rejections, disconnects and counts. Submodules test its limits, faults, batches, script
+//! and server.
 
 pub mod batch;
 mod faults;
@@ -59,6 +60,7 @@ pub async fn statuses(mock: &Mock, count: usize) -> Vec<u16> {
     statuses
 }
 
+/// Returns the text of the first choice.
 pub fn text(answer: &Value) -> &str {
     answer["choices"][0]["message"]["content"].as_str().unwrap()
 }

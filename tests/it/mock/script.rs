@@ -1,4 +1,4 @@
-//! The script file of the mock: the example, and the error messages.
+//! The script file of the mock: its example and its error messages.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -115,7 +115,7 @@ fn script_error_names_line_key_and_suggestion() {
         let error = Script::parse(Path::new("script.toml"), text).unwrap_err();
         let message = format!("{error:#}");
         for part in parts {
-            assert!(message.contains(part), "{message:?} lacks {part:?}");
+            assert!(message.contains(part), "{part:?} is not in: {message:?}");
         }
         assert_eq!(Exit::code_of(&error), 2, "{message}");
     }

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use crate::tiny;
 
 const CONTEXT: usize = 2500;
-/// Time limit of a request. Answers take less, unless they are [`endless`].
+/// Time limit of a request, which only [`endless`] answers exceed.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A server over a tiny model, with a client.
@@ -163,7 +163,8 @@ async fn answer_has_openai_format() {
     assert_eq!(choice["finish_reason"], "length");
     assert_eq!(choice["logprobs"], Value::Null);
     assert_eq!(choice["message"]["role"], "assistant");
-    // <|im_start|> user \n h i <|im_end|> \n <|im_start|> assistant \n: one token per byte or control token.
+    // The prompt has one token per byte or control token: <|im_start|> user \n h i <|im_end|> \n <|im_start|> assistant
+    // \n.
     let prompt_tokens = 1 + 5 + 2 + 2 + 1 + 10;
     assert_eq!(
         answer["usage"],
@@ -256,9 +257,12 @@ async fn logprobs_match_the_text() {
     }
     assert!(
         in_top > 10,
-        "the emitted token is too rarely among the 20 likeliest: {in_top}"
+        "only {in_top} emitted tokens are among the 20 most likely ones"
     );
-    assert!(partial > 10, "too few parts of characters: {partial}");
+    assert!(
+        partial > 10,
+        "only {partial} tokens are parts of characters"
+    );
     assert_eq!(String::from_utf8_lossy(&bytes), text(&answer));
 }
 
@@ -294,7 +298,7 @@ async fn end_of_turn_token_is_counted_but_not_in_content() {
                 .contains("<|im_end|>")
         );
     }
-    assert!(stopped > 0, "no answer of 16 ended by itself");
+    assert!(stopped > 0, "none of 16 answers has an end-of-turn token");
     assert_eq!(answer["usage"]["completion_tokens"], completion_tokens);
     assert_ne!(choices[0]["message"], choices[1]["message"]);
 }
@@ -302,15 +306,15 @@ async fn end_of_turn_token_is_counted_but_not_in_content() {
 #[tokio::test]
 async fn stop_string_cuts_the_answer_before_it() {
     let fixture = start(4, 64);
-    // Any two consecutive ASCII letters of the answer.
-    let letters = |pair: &&[u8]| pair.iter().all(u8::is_ascii_alphanumeric);
+    // The stop string is two consecutive letters or digits of an answer. Tries seeds until an answer has them.
+    let is_alphanumeric = |pair: &&[u8]| pair.iter().all(u8::is_ascii_alphanumeric);
     let mut seed = 0;
     let (body, full_text, stop) = loop {
         let body = json!({"seed": seed, "temperature": 1, "max_tokens": 400});
         let full = fixture.ask(&request("tell me", body.clone())).await;
         let full_text = text(&full).to_string();
         let valid_text = full_text.split('\u{fffd}').next().unwrap();
-        if let Some(stop) = valid_text.as_bytes().windows(2).find(letters) {
+        if let Some(stop) = valid_text.as_bytes().windows(2).find(is_alphanumeric) {
             let stop = std::str::from_utf8(stop).unwrap().to_string();
             break (body, full_text, stop);
         }
@@ -391,12 +395,12 @@ async fn disconnect_frees_the_slot() {
     wait_for_first_text(&mut streaming).await;
     let mut unstreamed = endless();
     unstreamed["stream"] = false.into();
-    // Both requests are queued, and the second one times out in the queue.
-    let waiting = fixture.send(&endless()).await;
+    // Two requests wait in the queue. The client of the second one disconnects.
+    let queued = fixture.send(&endless()).await;
     let timed_out = timeout(Duration::from_millis(50), fixture.send(&unstreamed)).await;
     assert!(timed_out.is_err(), "the slot was free");
     drop(streaming);
-    drop(waiting);
+    drop(queued);
     fixture.ask(&request("hi", json!({}))).await;
 }
 
@@ -435,13 +439,6 @@ async fn shutdown_lets_running_answers_finish() {
     let remaining = timeout(TIMEOUT, response.text()).await.unwrap().unwrap();
     assert!(remaining.ends_with("data: [DONE]\n\n"), "{remaining}");
     timeout(TIMEOUT, shutdown).await.unwrap().unwrap().unwrap();
-    assert!(
-        client
-            .post(&url)
-            .json(&body)
-            .send()
-            .await
-            .unwrap_err()
-            .is_connect()
-    );
+    let error = client.post(&url).json(&body).send().await.unwrap_err();
+    assert!(error.is_connect(), "{error}");
 }

@@ -1,10 +1,11 @@
-//! Logprobs of texts in the request: `echo` and `prompt_logprobs`.
+//! Logprobs of the prompt: `echo` and `prompt_logprobs`.
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use super::{CONTEXT, request, start};
 
+/// Returns a JSON list of numbers, with None for null.
 fn floats(list: &Value) -> Vec<Option<f64>> {
     list.as_array().unwrap().iter().map(Value::as_f64).collect()
 }
@@ -42,7 +43,7 @@ async fn scores_of_generated_text_match_generation() {
     assert!(ids.len() > prompt + 10 && prompt > 2);
     assert!(choice["text"].as_str().unwrap().starts_with("the inn"));
 
-    // As a prompt, the same tokens are scored in one pass instead of token by token.
+    // As a prompt, the same tokens are scored in one forward pass instead of one pass per token.
     let body =
         json!({"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": true, "logprobs": 5});
     let scored = fixture.ask_at("/completions", &body).await;
@@ -93,30 +94,27 @@ async fn echo_and_prompt_logprobs_agree() {
     let mut logprobs = vec![None];
     let mut ids = Vec::new();
     for position in &positions[1..] {
-        // The prompt's own token comes first.
+        // The first entry is the token of the prompt. It is a fifth one if it is not among the four most likely tokens.
         let entries: Vec<(&String, &Value)> = position.as_object().unwrap().iter().collect();
-        let (id, own) = entries[0];
-        assert_eq!(entries.len(), if own["rank"].is_null() { 5 } else { 4 });
+        let (id, entry) = entries[0];
+        assert_eq!(entries.len(), if entry["rank"].is_null() { 5 } else { 4 });
         ids.push(id.parse::<u32>().unwrap());
-        logprobs.push(own["logprob"].as_f64());
+        logprobs.push(entry["logprob"].as_f64());
     }
     let decoded_token = |position: &Value| {
-        let own = position.as_object().unwrap().values().next().unwrap();
-        own["decoded_token"].as_str().unwrap().to_owned()
+        let entry = position.as_object().unwrap().values().next().unwrap();
+        entry["decoded_token"].as_str().unwrap().to_owned()
     };
-    let tail: Vec<String> = positions[positions.len() - 6..]
+    // The prompt ends with the message to continue.
+    let last_tokens: Vec<String> = positions[positions.len() - 6..]
         .iter()
         .map(decoded_token)
         .collect();
-    assert_eq!(
-        tail.concat(),
-        " inn, é",
-        "the prompt ends with the message to continue"
-    );
+    assert_eq!(last_tokens.concat(), " inn, é");
 
-    // <|im_start|>, after 256 bytes, 6 merges and <|endoftext|>.
-    let first = 256 + 6 + 1;
-    let prompt: Vec<u32> = [first].into_iter().chain(ids).collect();
+    // The id of <|im_start|>, after 256 bytes, 6 merges and <|endoftext|>.
+    let im_start = 256 + 6 + 1;
+    let prompt: Vec<u32> = [im_start].into_iter().chain(ids).collect();
     assert_eq!(answer["prompt_token_ids"], json!(prompt));
     let body = json!({"model": "tiny", "prompt": prompt, "max_tokens": 0, "echo": true, "logprobs": 0,
         "prompt_logprobs": 2});
@@ -139,12 +137,10 @@ async fn multiple_prompts_get_n_answers_each() {
         "temperature": 1, "echo": true, "logprobs": 1});
     let answer = fixture.ask_at("/completions", &body).await;
     let choices = answer["choices"].as_array().unwrap();
-    let begins: Vec<bool> = choices
-        .iter()
-        .zip(["the", "the", "inn", "inn"])
-        .map(|(choice, prompt)| choice["text"].as_str().unwrap().starts_with(prompt))
-        .collect();
-    assert_eq!(begins, [true; 4]);
+    assert_eq!(choices.len(), 4);
+    for (choice, prompt) in choices.iter().zip(["the", "the", "inn", "inn"]) {
+        assert!(choice["text"].as_str().unwrap().starts_with(prompt));
+    }
     assert_ne!(choices[0]["text"], choices[1]["text"]);
     for choice in choices {
         let offsets = floats(&choice["logprobs"]["text_offset"]);

@@ -62,9 +62,9 @@ fn lora_trains_only_adapters_and_saves_them_merged() {
 
     let checkpoint = config.run_dir.join("checkpoints/step-000012");
     let adapters = weights::load_file(&checkpoint.join("model.safetensors")).unwrap();
-    let numbers: usize = adapters.values().map(|tensor| tensor.elem_count()).sum();
-    assert_eq!(summary.trained_parameters, numbers);
-    assert!(numbers < summary.parameters / 2);
+    let parameters: usize = adapters.values().map(|tensor| tensor.elem_count()).sum();
+    assert_eq!(summary.trained_parameters, parameters);
+    assert!(parameters < summary.parameters / 2);
     let modules: BTreeSet<&str> = adapters
         .keys()
         .map(|name| name.split(".lora_").next().unwrap())
@@ -103,17 +103,17 @@ fn lora_resumes_to_the_same_bytes_and_refuses_other_frozen_weights() {
     config.train.ema_decay = 0.9;
     with_adapters(&mut config);
     train::run(&config, StartMode::New.into()).unwrap();
-    let whole = weights(&config);
+    let uninterrupted = weights(&config);
 
     for step in 6..=12 {
         let checkpoint = config.run_dir.join(format!("checkpoints/step-{step:06}"));
         std::fs::remove_dir_all(checkpoint).unwrap();
     }
     let path = base.join("model.safetensors");
-    let weights_of_base = std::fs::read(&path).unwrap();
-    let mut other = weights_of_base.clone();
-    *other.last_mut().unwrap() ^= 1;
-    std::fs::write(&path, other).unwrap();
+    let base_weights = std::fs::read(&path).unwrap();
+    let mut changed_weights = base_weights.clone();
+    *changed_weights.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, changed_weights).unwrap();
     let error = train::run(&config, StartMode::Resume.into()).err().unwrap();
     assert!(
         format!("{error:#}").contains("the frozen weights"),
@@ -121,9 +121,9 @@ fn lora_resumes_to_the_same_bytes_and_refuses_other_frozen_weights() {
     );
     assert_eq!(Exit::code_of(&error), 2);
 
-    std::fs::write(&path, weights_of_base).unwrap();
+    std::fs::write(&path, base_weights).unwrap();
     train::run(&config, StartMode::Resume.into()).unwrap();
-    assert!(weights(&config) == whole);
+    assert!(weights(&config) == uninterrupted);
 }
 
 #[test]

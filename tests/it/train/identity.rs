@@ -1,5 +1,5 @@
-//! A student that is distilled from itself over HTTP must have a zero gradient. A bias anywhere in the pipeline (tokens,
-//! template, alignment, loss, precision) would make it non-zero.
+//! A student that is distilled from itself over HTTP must have a zero gradient. A bias anywhere in the pipeline
+//! (tokens, template, alignment, loss, precision) would make the gradient non-zero.
 
 use std::path::Path;
 
@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::unbounded_channel;
 
 use crate::data::dataset;
-use crate::harvest::quietly;
+use crate::harvest::quiet_options;
 use crate::tiny;
 
 /// Maximum number of tokens of a model's input.
@@ -39,10 +39,10 @@ const SAMPLES: u32 = 2;
 const MAX_GRADIENT: f64 = 1e-5;
 /// As [`MAX_GRADIENT`], for a step in bf16 with soft labels in f32: rounding errors are correlated across positions.
 const MAX_GRADIENT_BF16: f64 = 0.5;
-/// Maximum mean of gradients whose expectation is zero, in standard errors.
+/// Maximum [`deviation`] of gradients whose expectation is zero.
 const MAX_DEVIATION: f64 = 3.0;
 
-/// `config.json` of each architecture.
+/// Returns the name and the `config.json` of each architecture.
 fn architectures(vocab_size: usize) -> [(&'static str, Value); 5] {
     let llama = |model_type: &str, other_fields: Value| {
         let mut config = json!({
@@ -134,7 +134,7 @@ async fn harvest_model(model_dir: &Path, prompts: &Path, run: &Path) -> Config {
     config.data.validation_share = 0.0;
     config.data.keep_finish_reasons = vec!["stop".into(), "length".into()];
     let (_sender, receiver) = unbounded_channel();
-    let summary = harvest::run_until(&config, quietly(), Signals::from_channel(receiver));
+    let summary = harvest::run_until(&config, quiet_options(), Signals::from_channel(receiver));
     let summary = summary.await.unwrap();
     assert_eq!(summary.failed + summary.pending, 0, "{summary:?}");
     config
@@ -199,7 +199,7 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     products.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
-/// Norm of the sum of the gradients.
+/// Returns the norm of the sum of the gradients.
 fn norm(gradients: &[Vec<f32>]) -> f64 {
     let mut sum = vec![0.0; gradients[0].len()];
     for gradient in gradients {
@@ -208,8 +208,8 @@ fn norm(gradients: &[Vec<f32>]) -> f64 {
     dot(&sum, &sum).sqrt()
 }
 
-/// Estimates the squared norm of the expected gradient, in standard errors: the mean dot product of the gradients of two
-/// examples. If the expected gradient is zero, the expected dot product is zero.
+/// Estimates the squared norm of the expected gradient, in standard errors: the mean dot product of the gradients of
+/// two examples. If the expected gradient is zero, the expected dot product is zero.
 fn deviation(gradients: &[Vec<f32>]) -> f64 {
     let mut sum = 0.0;
     let mut squares = 0.0;

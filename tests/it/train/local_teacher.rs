@@ -38,7 +38,6 @@ fn local_teacher_training_halves_the_kl_divergence() {
     assert!(last_kls[0] != last_kls[1]);
 }
 
-/// The KL divergence of the summary equals the one computed from both model folders.
 #[test]
 fn reported_kl_equals_the_kl_of_both_models() {
     let (_dir, mut config) = run_folder();
@@ -66,11 +65,8 @@ fn reported_kl_equals_the_kl_of_both_models() {
             // The student's vocabulary is not padded.
             let p = log_softmax(&teacher[..student.len()]);
             let q = log_softmax(student);
-            sum += p
-                .iter()
-                .zip(&q)
-                .map(|(p, q)| p.exp() * (p - q))
-                .sum::<f64>();
+            let terms = p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q));
+            sum += terms.sum::<f64>();
             count += 1;
         }
     }
@@ -78,7 +74,7 @@ fn reported_kl_equals_the_kl_of_both_models() {
     let expected = sum / f64::from(count);
     assert!(
         (reported - expected).abs() < 1e-4 * expected,
-        "{reported} and {expected}"
+        "{reported} is reported instead of {expected}"
     );
 
     // A student equal to its teacher has a divergence of 0.
@@ -116,7 +112,7 @@ fn cotrained_teacher_learns_the_answers_and_is_saved() {
     train::run(&slow, StartMode::New.into()).unwrap();
     let last = metrics(&slow)[59]["teacher_ce"].as_f64().unwrap();
     assert!(last > 0.5 * ce(0), "from {} to {last}", ce(0));
-    // The frozen teacher has random weights, so its soft labels are noise.
+    // The frozen teacher has random weights, so its soft labels do not help the student.
     let frozen_ce = with_frozen_teacher.validation.ce.unwrap();
     assert!(with_cotrained_teacher.validation.ce.unwrap() < 0.5 * frozen_ce);
     config.student.init = StudentInit::Pretrained;

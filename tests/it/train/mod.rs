@@ -21,7 +21,10 @@ use serde_json::json;
 
 use crate::tiny;
 
-/// A run folder with a tiny model, and conversations in which the prompt determines the answer.
+/// A ChatML template whose generation prompt contains the variable `mood`.
+const TEMPLATE_WITH_MOOD: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ mood }}: {% endif %}";
+
+/// Creates a run folder with a tiny model, and conversations in which the prompt determines the answer.
 fn run_folder() -> (tempfile::TempDir, Config) {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
@@ -66,7 +69,7 @@ fn weights(config: &Config) -> Vec<u8> {
     std::fs::read(config.student_dir().join("model.safetensors")).unwrap()
 }
 
-/// The lines of `metrics.jsonl` without `tokens_per_s`, the only value that may differ between runs.
+/// Returns the lines of `metrics.jsonl` without `tokens_per_s`, the only value that may differ between equal runs.
 fn metrics(config: &Config) -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(config.run_dir.join("metrics.jsonl")).unwrap();
     text.lines()
@@ -119,29 +122,29 @@ fn micro_batch_size_does_not_change_gradient_norms() {
 fn thread_count_does_not_change_the_weights() {
     let (_dir, mut config) = run_folder();
     train::run(&config, StartMode::New.into()).unwrap();
-    let two = weights(&config);
+    let with_two_threads = weights(&config);
     config.train.threads = 1;
     train::run(&config, StartMode::Fresh.into()).unwrap();
-    assert!(weights(&config) == two);
+    assert!(weights(&config) == with_two_threads);
 }
 
 #[test]
 fn existing_checkpoint_needs_resume_or_fresh_and_the_same_settings() {
     let (_dir, mut config) = run_folder();
-    let code = |result: anyhow::Result<distill::train::summary::TrainSummary>| {
-        let error = result.err().unwrap();
+    let error_of = |config: &Config, start: StartMode| {
+        let error = train::run(config, start.into()).err().unwrap();
         (Exit::code_of(&error), format!("{error:#}"))
     };
-    let (status, message) = code(train::run(&config, StartMode::Resume.into()));
+    let (status, message) = error_of(&config, StartMode::Resume);
     assert!(
         status == 2 && message.contains("no checkpoint"),
         "{message}"
     );
     train::run(&config, StartMode::New.into()).unwrap();
-    let (status, message) = code(train::run(&config, StartMode::New.into()));
+    let (status, message) = error_of(&config, StartMode::New);
     assert!(status == 2 && message.contains("--resume") && message.contains("--fresh"));
     config.train.learning_rate = 1e-3;
-    let (status, message) = code(train::run(&config, StartMode::Resume.into()));
+    let (status, message) = error_of(&config, StartMode::Resume);
     assert!(status == 2 && message.contains("have changed"), "{message}");
     config.train.learning_rate = 2e-2;
     let checkpoint = config
@@ -149,7 +152,7 @@ fn existing_checkpoint_needs_resume_or_fresh_and_the_same_settings() {
         .join("checkpoints/step-000012/optimizer.safetensors");
     let bytes = std::fs::read(&checkpoint).unwrap();
     std::fs::write(&checkpoint, &bytes[..bytes.len() / 2]).unwrap();
-    let (status, message) = code(train::run(&config, StartMode::Resume.into()));
+    let (status, message) = error_of(&config, StartMode::Resume);
     assert!(
         status == 5 && message.contains("optimizer.safetensors"),
         "{message}"
@@ -164,9 +167,8 @@ fn saved_student_has_the_template_arguments_and_stop_ids() {
     let generation = json!({"eos_token_id": 262, "temperature": 0.7});
     let path = config.student.path.join("generation_config.json");
     std::fs::write(path, generation.to_string()).unwrap();
-    let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ mood }}: {% endif %}";
     let path = config.student.path.join("chat_template.jinja");
-    std::fs::write(path, template).unwrap();
+    std::fs::write(path, TEMPLATE_WITH_MOOD).unwrap();
     config.student.template_args = [("mood".to_owned(), json!("kind"))].into();
     let prompt = [Message::new("user", "the")];
     let trained = Tokenizer::for_student(&config.student).unwrap();
@@ -175,8 +177,8 @@ fn saved_student_has_the_template_arguments_and_stop_ids() {
     let saved = Tokenizer::load(&config.student_dir()).unwrap();
     assert_eq!(saved.encode_prompt(&prompt).unwrap(), expected);
     assert!(saved.decode(&expected).unwrap().ends_with("kind: "));
-    let bare = Tokenizer::load(&config.student.path).unwrap();
-    assert_ne!(bare.encode_prompt(&prompt).unwrap(), expected);
+    let without_arguments = Tokenizer::load(&config.student.path).unwrap();
+    assert_ne!(without_arguments.encode_prompt(&prompt).unwrap(), expected);
     let text = std::fs::read(config.student_dir().join("generation_config.json")).unwrap();
     let generation: serde_json::Value = serde_json::from_slice(&text).unwrap();
     assert_eq!(
@@ -191,9 +193,8 @@ fn saved_student_has_the_template_arguments_and_stop_ids() {
 fn template_arguments_are_saved_in_each_template_of_a_list() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
-    let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{{ mood }}: {% endif %}";
     let templates = json!([
-        {"name": "default", "template": template},
+        {"name": "default", "template": TEMPLATE_WITH_MOOD},
         {"name": "tool_use", "template": "{{ tools }}"},
     ]);
     let path = config.student.path.join("tokenizer_config.json");
@@ -216,11 +217,14 @@ fn zero_steps_save_the_initial_student_and_f16_halves_its_size() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(0);
     train::run(&config, StartMode::New.into()).unwrap();
-    let single = weights(&config).len();
+    let f32_bytes = weights(&config).len();
     config.student.save_dtype = SaveDtype::F16;
     train::run(&config, StartMode::New.into()).unwrap();
-    let half = weights(&config).len();
-    assert!(half < single * 6 / 10, "{half} of {single} bytes");
+    let f16_bytes = weights(&config).len();
+    assert!(
+        f16_bytes < f32_bytes * 6 / 10,
+        "{f16_bytes} of {f32_bytes} bytes"
+    );
     let metadata = |file: &str| std::fs::metadata(config.student_dir().join(file)).unwrap();
     for file in [
         "config.json",

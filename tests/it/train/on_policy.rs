@@ -1,8 +1,6 @@
 //! On-policy training with a judge behind an API.
 
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Result, bail};
 use distill::cache::logprobs_view::LogprobsView;
@@ -11,6 +9,7 @@ use distill::data::text_scorer::TextScorer;
 use distill::exit::Exit;
 use distill::harvest;
 use distill::harvest::options::HarvestOptions;
+use distill::harvest::scorer::{EndpointScorer, ScoringStats};
 use distill::model::{Model, ModelInput};
 use distill::prompt::Prompt;
 use distill::prompt::message::Message;
@@ -46,12 +45,12 @@ fn serve_judge(config: &mut Config, teacher: &Path, by: ScoredBy) -> Server {
     server
 }
 
-/// The judge of the config; it counts its calls and fails at one of them.
+/// The judge of the config, which fails at one of its calls.
 struct FailingScorer {
-    judge: distill::harvest::scorer::EndpointScorer,
-    calls: Arc<AtomicUsize>,
+    judge: EndpointScorer,
+    calls: usize,
     /// Number of the call that fails; 0 for none.
-    fails: usize,
+    failing_call: usize,
 }
 
 impl TextScorer for FailingScorer {
@@ -60,36 +59,34 @@ impl TextScorer for FailingScorer {
         texts: Vec<Prompt>,
         stop: &StopFlag,
     ) -> Result<Vec<Option<LogprobsView<'static>>>> {
-        if self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.fails {
+        self.calls += 1;
+        if self.calls == self.failing_call {
             bail!("the teacher is gone");
         }
         self.judge.score(texts, stop)
     }
 }
 
-/// Trains with a judge that fails at its `fails`-th call; 0 for never.
+/// Trains with a judge whose call with the number `failing_call` fails; 0 for none.
 fn run(
     config: &Config,
     start: StartMode,
-    fails: usize,
-) -> (Result<TrainSummary>, distill::harvest::scorer::ScoringStats) {
-    let judge = distill::harvest::scorer::EndpointScorer::new(config, true)
-        .unwrap()
-        .unwrap();
-    let calls = Arc::default();
+    failing_call: usize,
+) -> (Result<TrainSummary>, ScoringStats) {
     let mut scorer = FailingScorer {
-        judge,
-        calls,
-        fails,
+        judge: EndpointScorer::new(config, true).unwrap().unwrap(),
+        calls: 0,
+        failing_call,
     };
     let summary = train::run_with_scorer(config, start.into(), Some(&mut scorer));
     (summary, scorer.judge.stats().clone())
 }
 
-fn mean(part: &[f64]) -> f64 {
-    part.iter().sum::<f64>() / part.len() as f64
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
+/// Returns the divergence from the judge of each step that has one.
 fn judged_kd(config: &Config) -> Vec<f64> {
     let lines = metrics(config);
     lines
@@ -131,7 +128,7 @@ fn start_with_trained_student(config: &mut Config) {
     config.student.path = first.student_dir();
 }
 
-/// Every dialect gives the same divergence for the same text, and it equals the one of the two models.
+/// The divergence of a text is the same with every dialect, and equals the divergence of the two models.
 #[test]
 fn judge_dialects_agree_with_each_other_and_with_the_models() {
     let (_dir, mut config) = run_folder();
@@ -140,14 +137,14 @@ fn judge_dialects_agree_with_each_other_and_with_the_models() {
     config.train.dtype = ComputeDtype::F32;
     config.train.batch_size = 12;
     start_with_trained_student(&mut config);
-    let mut judged_as = Vec::new();
-    for (by, tokenizer) in [
+    let mut divergences = Vec::new();
+    for (by, has_tokenizer) in [
         (ScoredBy::PromptLogprobs, false),
         (ScoredBy::PromptLogprobs, true),
         (ScoredBy::Echo, true),
     ] {
         let _server = serve_judge(&mut config, &teacher, by);
-        if !tokenizer {
+        if !has_tokenizer {
             config.on_policy.tokenizer = None;
         }
         let (summary, stats) = run(&config, StartMode::Fresh, 0);
@@ -156,25 +153,28 @@ fn judge_dialects_agree_with_each_other_and_with_the_models() {
             stats.texts >= 3 && stats.failed + stats.unusable == 0,
             "{by:?}: {stats:?}"
         );
-        judged_as.push(judged_kd(&config)[0]);
+        let divergence = judged_kd(&config)[0];
+        divergences.push(divergence);
         if by == ScoredBy::PromptLogprobs {
             let expected = expected_kd(&config, &teacher);
-            let found = judged_as[judged_as.len() - 1];
-            let fits = if tokenizer {
-                (found - expected).abs() < 1e-5 * expected
+            let is_as_expected = if has_tokenizer {
+                (divergence - expected).abs() < 1e-5 * expected
             } else {
-                // The text of a token does not identify a part of a character: it is counted in the tail.
-                found < expected && found > 0.9 * expected
+                // Without a tokenizer, tokens that are parts of characters count in the tail.
+                divergence < expected && divergence > 0.9 * expected
             };
-            assert!(fits, "{judged_as:?} and {expected}");
+            assert!(is_as_expected, "{divergence} instead of {expected}");
         }
         std::fs::remove_dir_all(distill::config::scores_dir(&config.run_dir)).unwrap();
     }
-    assert!((judged_as[1] - judged_as[2]).abs() < 1e-5, "{judged_as:?}");
+    assert!(
+        (divergences[1] - divergences[2]).abs() < 1e-5,
+        "{divergences:?}"
+    );
 }
 
-/// Mean reverse KL over the tokens of the judged texts, on the teacher's 20 most likely tokens, the actual token, and
-/// the rest.
+/// Computes the mean reverse KL divergence over the tokens of the judged texts, on the teacher's 20 most likely tokens,
+/// the token of the text, and the tail.
 fn expected_kd(config: &Config, teacher: &Path) -> f64 {
     let tokenizer = Tokenizer::load(teacher).unwrap();
     let [teacher, student] = [teacher, &config.student.path].map(|dir| Model::load(dir).unwrap());
@@ -190,10 +190,10 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
         assert_eq!(messages.last().unwrap().content, record.answer.text);
         let (ids, answer) = tokenizer.encode_continued(&messages).unwrap();
         let positions: Vec<u32> = answer.clone().map(|at| at as u32 - 1).collect();
-        let whole = 0..ids.len();
+        let segment = 0..ids.len();
         let input = ModelInput {
             input_ids_T: &ids,
-            segments_B: std::slice::from_ref(&whole),
+            segments_B: std::slice::from_ref(&segment),
             positions_N: &positions,
         };
         let logprobs =
@@ -207,15 +207,12 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
             if !candidates.contains(&(ids[at] as usize)) {
                 candidates.push(ids[at] as usize);
             }
-            let rest = |logprobs: &[f64]| {
+            let tail_mass = |logprobs: &[f64]| {
                 1.0 - candidates.iter().map(|&id| logprobs[id].exp()).sum::<f64>()
             };
-            let tail = rest(q) * (rest(q) / rest(p)).ln();
-            sum += tail
-                + candidates
-                    .iter()
-                    .map(|&id| q[id].exp() * (q[id] - p[id]))
-                    .sum::<f64>();
+            let tail_term = tail_mass(q) * (tail_mass(q) / tail_mass(p)).ln();
+            let terms = candidates.iter().map(|&id| q[id].exp() * (q[id] - p[id]));
+            sum += tail_term + terms.sum::<f64>();
             count += 1;
         }
     }
@@ -229,9 +226,9 @@ fn interrupted_on_policy_run_repeats_no_request_and_ends_with_the_same_bytes() {
     let _server = serve_judge(&mut config, &teacher, ScoredBy::PromptLogprobs);
     config.on_policy.share = 0.5;
     config.train.checkpoint_every = 4;
-    let (summary, whole) = run(&config, StartMode::New, 0);
+    let (summary, uninterrupted) = run(&config, StartMode::New, 0);
     summary.unwrap();
-    assert_eq!(whole.cached, 0);
+    assert_eq!(uninterrupted.cached, 0);
     let expected = (weights(&config), metrics(&config));
 
     config.run_dir = dir.path().join("cut");
@@ -249,7 +246,7 @@ fn interrupted_on_policy_run_repeats_no_request_and_ends_with_the_same_bytes() {
     summary.unwrap();
     assert_eq!((weights(&config), metrics(&config)), expected);
     assert!(second.cached > 0, "{second:?}");
-    assert_eq!(first.requests + second.requests, whole.requests);
+    assert_eq!(first.requests + second.requests, uninterrupted.requests);
 
     // A run with another teacher cannot be resumed.
     config.teacher.model = "another".into();
@@ -287,12 +284,12 @@ fn judging_spends_the_run_budget_and_stops_with_a_checkpoint() {
     };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let summary = runtime.block_on(harvest::run(&config, options)).unwrap();
-    let all = summary.run_folder_usd.unwrap();
-    assert!(summary.pending > 0 && all <= 0.05, "{all}");
+    let total = summary.run_folder_usd.unwrap();
+    assert!(summary.pending > 0 && total <= 0.05, "{total}");
     let harvested = summary.cost_usd.unwrap();
     assert!(
-        (all - spent - harvested).abs() < 1e-9,
-        "{all} is not {spent} and {harvested}"
+        (total - spent - harvested).abs() < 1e-9,
+        "{total} is not the sum of {spent} and {harvested}"
     );
 }
 
@@ -318,19 +315,17 @@ fn endpoint_without_prompt_logprobs_is_refused_at_the_first_batch() {
     assert!(stats.requests <= 2 * stats.texts, "{stats:?}");
     assert!(!config.run_dir.join("checkpoints").exists());
 
-    // After a probe it is refused before any request.
+    // After a probe, the endpoint is refused before any request.
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(distill::harvest::probe(&config)).unwrap();
-    let error = distill::harvest::scorer::EndpointScorer::new(&config, true)
-        .err()
-        .unwrap();
+    let error = EndpointScorer::new(&config, true).err().unwrap();
     assert_eq!(Exit::code_of(&error), 2, "{error:#}");
     assert!(format!("{error:#}").contains("distill probe"), "{error:#}");
     config.teacher.model = "teacher".into();
     let teacher = config.student.path.clone();
     let _server = serve_judge(&mut config, &teacher, ScoredBy::PromptLogprobs);
     runtime.block_on(distill::harvest::probe(&config)).unwrap();
-    assert!(distill::harvest::scorer::EndpointScorer::new(&config, true).is_ok());
+    assert!(EndpointScorer::new(&config, true).is_ok());
 }
 
 #[test]

@@ -30,9 +30,13 @@ fn freeze_keeps_matching_parameters_and_trains_the_others() {
         .into();
     train::run(&config, StartMode::New.into()).unwrap();
     for (name, after) in tensors(&config) {
-        let frozen =
+        let is_frozen =
             name.contains("embed_tokens") || (name.contains("layers.0.") && name.contains("proj"));
-        assert_eq!(values(&after) == values(&before[&name]), frozen, "{name}");
+        assert_eq!(
+            values(&after) == values(&before[&name]),
+            is_frozen,
+            "{name}"
+        );
     }
     config.train.freeze = vec!["".parse().unwrap()];
     let error = train::run(&config, StartMode::Fresh.into()).err().unwrap();
@@ -48,7 +52,7 @@ fn early_stopping_saves_the_best_weights_and_ends_after_patience() {
     let (_dir, mut config) = run_folder();
     config.train.steps = Some(400);
     config.train.schedule = LrSchedule::Constant;
-    // Too high to stay at the optimum.
+    // The learning rate is too high to stay at the optimum.
     config.train.learning_rate = 5e-2;
     config.train.eval_every = 2;
     config.train.keep_checkpoints = 1;
@@ -70,18 +74,19 @@ fn early_stopping_saves_the_best_weights_and_ends_after_patience() {
         .min_by(|a, b| a.1.total_cmp(&b.1))
         .unwrap();
     assert_eq!(summary.best_step, Some(best));
-    assert_eq!(summary.steps, best + 2 * 4, "four validations more");
+    // Four validations, two steps each, follow the best one.
+    assert_eq!(summary.steps, best + 2 * 4);
     assert_eq!(summary.validation.ce, Some(ce));
-    let kept = config.run_dir.join(format!("checkpoints/step-{best:06}"));
-    assert_eq!(
-        values(&tensors(&config)["model.embed_tokens.weight"]),
-        values(
-            &weights::load_file(&kept.join("model.safetensors")).unwrap()["model.embed_tokens.weight"]
-        ),
-    );
+    let checkpoint = config.run_dir.join(format!("checkpoints/step-{best:06}"));
+    let best_weights = weights::load_file(&checkpoint.join("model.safetensors")).unwrap();
+    let name = "model.embed_tokens.weight";
+    assert_eq!(values(&tensors(&config)[name]), values(&best_weights[name]));
     // Resuming a finished run takes no further step.
-    let again = train::run(&config, StartMode::Resume.into()).unwrap();
-    assert_eq!((again.steps, again.best_step), (summary.steps, Some(best)));
+    let resumed = train::run(&config, StartMode::Resume.into()).unwrap();
+    assert_eq!(
+        (resumed.steps, resumed.best_step),
+        (summary.steps, Some(best))
+    );
 }
 
 #[test]
@@ -121,14 +126,14 @@ fn weight_decay_skips_norms_and_no_decay_patterns() {
         tensors(config)
     };
     config.train.weight_decay = 0.0;
-    let without = run(&config);
+    let without_decay = run(&config);
     config.train.weight_decay = 0.5;
     config.train.no_decay = vec!["embed".parse().unwrap()];
-    for (name, decayed) in run(&config) {
-        let spared = name.contains("norm") || name.contains("embed");
+    for (name, with_decay) in run(&config) {
+        let is_excluded = name.contains("norm") || name.contains("embed");
         assert_eq!(
-            values(&decayed) == values(&without[&name]),
-            spared,
+            values(&with_decay) == values(&without_decay[&name]),
+            is_excluded,
             "{name}"
         );
     }
@@ -151,7 +156,7 @@ fn bf16_reaches_the_accuracy_of_f32() {
     }
 }
 
-/// A loss or gradient that is NaN or infinite: nothing is updated, and the error names the step and the examples.
+/// After a loss or gradient that is NaN or infinite, no weight is updated, and no checkpoint is written.
 #[test]
 fn non_finite_loss_or_gradient_stops_before_the_update() {
     let scale = |tensors: &mut Tensors, name: &str, factor: f64| {
@@ -199,8 +204,8 @@ fn non_finite_loss_or_gradient_stops_before_the_update() {
     let error = train::run(&config, StartMode::New.into()).err().unwrap();
     let message = format!("{error:#}");
     assert!(message.contains("step 2 is not finite"), "{message}");
-    let kept = config.run_dir.join("checkpoints/step-000001");
-    assert!(kept.exists() && !kept.with_file_name("step-000002").exists());
+    let first = config.run_dir.join("checkpoints/step-000001");
+    assert!(first.exists() && !first.with_file_name("step-000002").exists());
 }
 
 #[test]

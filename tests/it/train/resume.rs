@@ -1,4 +1,4 @@
-//! A run that is interrupted anywhere and resumed ends with the same bytes: rows T7, T8 and T9 of the promises.
+//! A run that is interrupted anywhere and resumed ends with the same bytes.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,9 +14,9 @@ use crate::nightly;
 
 const STEPS: u64 = 20;
 
-/// An uninterrupted run that uses all features with state: several epochs, accumulation, a moving average, a co-trained
-/// teacher, on-policy answers.
-fn whole_run() -> (tempfile::TempDir, Config) {
+/// Trains without interruption, with all features that have state: several epochs, gradient accumulation, a moving
+/// average, a co-trained teacher and on-policy answers.
+fn uninterrupted_run() -> (tempfile::TempDir, Config) {
     let (dir, mut config) = run_folder();
     config.train.steps = Some(STEPS);
     config.train.micro_batch_size = 4;
@@ -34,7 +34,7 @@ fn whole_run() -> (tempfile::TempDir, Config) {
     (dir, config)
 }
 
-/// Files of a finished run by name, and its metrics without the speed.
+/// Returns the files of a finished run by name, and its metrics.
 fn outcome(config: &Config) -> (BTreeMap<String, Vec<u8>>, Vec<serde_json::Value>) {
     let last = config.run_dir.join(format!("checkpoints/step-{STEPS:06}"));
     let mut files = BTreeMap::new();
@@ -52,30 +52,32 @@ fn outcome(config: &Config) -> (BTreeMap<String, Vec<u8>>, Vec<serde_json::Value
     (files, metrics(config))
 }
 
-fn assert_same_outcome(config: &Config, whole: &Config, when: &str) {
+fn assert_same_outcome(config: &Config, uninterrupted: &Config, context: &str) {
     let (files, lines) = outcome(config);
-    let (whole_files, whole_lines) = outcome(whole);
-    assert!(files.keys().eq(whole_files.keys()), "{when}");
+    let (expected_files, expected_lines) = outcome(uninterrupted);
+    assert!(files.keys().eq(expected_files.keys()), "{context}");
     for (name, bytes) in &files {
-        assert!(*bytes == whole_files[name], "{name}: {when}");
+        assert!(*bytes == expected_files[name], "{name}: {context}");
     }
-    assert_eq!(lines, whole_lines, "{when}");
+    assert_eq!(lines, expected_lines, "{context}");
 }
 
-/// Copies a run folder with the checkpoints up to step `last`. Its metrics are those of the whole run, as if the kill
-/// came later.
-fn killed_after(whole: &Config, last: u64) -> Config {
-    let mut config = whole.clone();
-    config.run_dir = whole.run_dir.with_file_name(format!("killed-{last}"));
+/// Copies the run folder of an uninterrupted run with the checkpoints up to step `last`, and with all its metrics, as
+/// if the run was killed before it wrote the next checkpoint.
+fn killed_after(uninterrupted: &Config, last: u64) -> Config {
+    let mut config = uninterrupted.clone();
+    config.run_dir = uninterrupted
+        .run_dir
+        .with_file_name(format!("killed-{last}"));
     let _ = std::fs::remove_dir_all(&config.run_dir);
-    let from = whole.run_dir.join("checkpoints");
+    let from = uninterrupted.run_dir.join("checkpoints");
     for step in 1..=last {
         copy_folder(
             &from.join(format!("step-{step:06}")),
             &config.run_dir.join(format!("checkpoints/step-{step:06}")),
         );
     }
-    let lines = std::fs::read_to_string(whole.run_dir.join("metrics.jsonl")).unwrap();
+    let lines = std::fs::read_to_string(uninterrupted.run_dir.join("metrics.jsonl")).unwrap();
     std::fs::write(config.run_dir.join("metrics.jsonl"), lines).unwrap();
     config
 }
@@ -90,21 +92,21 @@ fn copy_folder(from: &Path, to: &Path) {
 
 #[test]
 fn resume_after_any_step_ends_with_the_same_bytes() {
-    let (_dir, whole) = whole_run();
+    let (_dir, uninterrupted) = uninterrupted_run();
     for last in 1..STEPS {
-        let mut config = killed_after(&whole, last);
+        let mut config = killed_after(&uninterrupted, last);
         // Neither setting changes the weights.
         config.train.threads = 1 + last as usize % 3;
         config.train.activation_checkpointing = last % 2 == 0;
         train::run(&config, StartMode::Resume.into()).unwrap();
-        assert_same_outcome(&config, &whole, &format!("after a stop at {last}"));
+        assert_same_outcome(&config, &uninterrupted, &format!("after a stop at {last}"));
     }
 }
 
 #[test]
 fn resume_ignores_paths_and_reports_changed_settings() {
-    let (dir, whole) = whole_run();
-    let mut config = killed_after(&whole, 7);
+    let (dir, uninterrupted) = uninterrupted_run();
+    let mut config = killed_after(&uninterrupted, 7);
     // The same files under another path.
     let other_path = dir.path().join("other");
     std::os::unix::fs::symlink(&config.student.path, &other_path).unwrap();
@@ -112,9 +114,9 @@ fn resume_ignores_paths_and_reports_changed_settings() {
     config.teacher.local = Some(other_path);
     train::run(&config, StartMode::Resume.into()).unwrap();
     let weights = |config: &Config| std::fs::read(config.student_dir().join("model.safetensors"));
-    assert!(weights(&config).unwrap() == weights(&whole).unwrap());
+    assert!(weights(&config).unwrap() == weights(&uninterrupted).unwrap());
 
-    let mut config = killed_after(&whole, 7);
+    let mut config = killed_after(&uninterrupted, 7);
     config.train.learning_rate *= 2.0;
     config.loss.kd_weight = Some(0.25);
     let error = train::run(&config, StartMode::Resume.into()).err().unwrap();
@@ -130,8 +132,8 @@ fn resume_ignores_paths_and_reports_changed_settings() {
 
 #[test]
 fn resume_ignores_a_partly_written_checkpoint() {
-    let (_dir, whole) = whole_run();
-    let next = whole.run_dir.join("checkpoints/step-000008");
+    let (_dir, uninterrupted) = uninterrupted_run();
+    let next = uninterrupted.run_dir.join("checkpoints/step-000008");
     let files = [
         "model.safetensors",
         "ema.safetensors",
@@ -140,23 +142,24 @@ fn resume_ignores_a_partly_written_checkpoint() {
         "teacher_optimizer.safetensors",
         "state.json",
     ];
-    // Killed during the write of each file, between two files, and before the rename of the folder.
+    // The run is killed during the write of each file, between two files, or before the rename of the folder.
     for written in 0..=files.len() {
         for part in [0, 1, 2] {
-            let config = killed_after(&whole, 7);
-            let half = config.run_dir.join("checkpoints/.step-000008.new");
-            std::fs::create_dir(&half).unwrap();
+            let config = killed_after(&uninterrupted, 7);
+            let incomplete = config.run_dir.join("checkpoints/.step-000008.new");
+            std::fs::create_dir(&incomplete).unwrap();
             for file in &files[..written] {
-                std::fs::copy(next.join(file), half.join(file)).unwrap();
+                std::fs::copy(next.join(file), incomplete.join(file)).unwrap();
             }
             if let Some(file) = files.get(written) {
                 let bytes = std::fs::read(next.join(file)).unwrap();
-                std::fs::write(half.join(file), &bytes[..bytes.len() * part / 2]).unwrap();
+                let length = bytes.len() * part / 2;
+                std::fs::write(incomplete.join(file), &bytes[..length]).unwrap();
             }
             train::run(&config, StartMode::Resume.into()).unwrap();
-            let when = format!("killed with {written} files and {part}/2 written");
-            assert_same_outcome(&config, &whole, &when);
-            assert!(!half.exists());
+            let context = format!("killed after {written} files and {part}/2 of the next one");
+            assert_same_outcome(&config, &uninterrupted, &context);
+            assert!(!incomplete.exists());
         }
     }
 }
@@ -194,13 +197,13 @@ fn config_file(config: &Config) -> PathBuf {
     path
 }
 
-/// Command for `distill train` on a config; `shell` runs before it.
-fn train_command(config: &Path, start_flag: &str, shell: &str) -> Command {
+/// Returns the command `distill train` for a config file. `setup` is a shell command that runs before it.
+fn train_command(config: &Path, start_flag: &str, setup: &str) -> Command {
     let mut command = Command::new("bash");
     command
         .args([
             "-c",
-            &format!("{shell} exec \"$0\" train --json {start_flag} -c \"$1\""),
+            &format!("{setup} exec \"$0\" train --json {start_flag} -c \"$1\""),
         ])
         .arg(env!("CARGO_BIN_EXE_distill"))
         .arg(config)
@@ -217,81 +220,86 @@ fn assert_success(output: Output) {
 
 #[test]
 fn training_killed_at_random_moments_resumes_to_the_same_bytes() {
-    let (_dir, whole) = whole_run();
-    let mut config = whole.clone();
-    config.run_dir = whole.run_dir.with_file_name("killed");
+    let (_dir, uninterrupted) = uninterrupted_run();
+    let mut config = uninterrupted.clone();
+    config.run_dir = uninterrupted.run_dir.with_file_name("killed");
     let file = config_file(&config);
     let checkpoints = config.run_dir.join("checkpoints");
     let mut random = fastrand::Rng::with_seed(8);
-    let mut killed = 0;
+    let max_kills = if nightly() { 500 } else { 10 };
+    let mut kills = 0;
     for round in 0.. {
-        // A run that was killed before its first checkpoint starts over.
+        // Without a checkpoint, the run starts from the beginning.
         let has_checkpoint = std::fs::read_dir(&checkpoints).is_ok_and(|entries| {
             let names = entries.map(|entry| entry.unwrap().file_name());
             names
                 .into_iter()
                 .any(|name| !name.to_string_lossy().starts_with('.'))
         });
-        let mut command = train_command(
-            &file,
-            if has_checkpoint {
-                "--resume"
-            } else {
-                "--fresh"
-            },
-            "",
-        );
-        if killed == if nightly() { 500 } else { 10 } {
+        let start_flag = if has_checkpoint {
+            "--resume"
+        } else {
+            "--fresh"
+        };
+        let mut command = train_command(&file, start_flag, "");
+        if kills == max_kills {
             assert_success(command.output().unwrap());
-            assert_same_outcome(&config, &whole, "after kills");
+            assert_same_outcome(&config, &uninterrupted, "after kills");
             return;
         }
         let mut child = command.spawn().unwrap();
         std::thread::sleep(Duration::from_millis(random.u64(5..120)));
         child.kill().unwrap();
-        // A run that finished before the kill starts again from nothing.
+        // After a run that finished before the kill, the next one starts from the beginning.
         if child.wait().unwrap().success() {
-            assert_same_outcome(&config, &whole, &format!("round {round}"));
+            assert_same_outcome(&config, &uninterrupted, &format!("round {round}"));
             std::fs::remove_dir_all(&config.run_dir).unwrap();
         } else {
-            killed += 1;
+            kills += 1;
         }
     }
 }
 
 #[test]
 fn full_disk_keeps_the_previous_checkpoint() {
-    let (_dir, whole) = whole_run();
-    let config = killed_after(&whole, 7);
+    let (_dir, uninterrupted) = uninterrupted_run();
+    let config = killed_after(&uninterrupted, 7);
     let file = config_file(&config);
     let size = |name: &str| {
-        let path = whole.run_dir.join("checkpoints/step-000008").join(name);
+        let path = uninterrupted
+            .run_dir
+            .join("checkpoints/step-000008")
+            .join(name);
         std::fs::metadata(path).unwrap().len()
     };
-    // Enough space for the weights, but not for the moments, which are twice as large.
-    let room = size("optimizer.safetensors") / 1024 - 1;
-    assert!(room * 1024 > size("model.safetensors"));
-    let full = format!("trap '' XFSZ; ulimit -f {room};");
-    let output = train_command(&file, "--resume", &full).output().unwrap();
+    // A limit of the file size between the weights and the moments, which are twice as large.
+    let max_kib = size("optimizer.safetensors") / 1024 - 1;
+    assert!(max_kib * 1024 > size("model.safetensors"));
+    let limit_file_size = format!("trap '' XFSZ; ulimit -f {max_kib};");
+    let mut command = train_command(&file, "--resume", &limit_file_size);
+    let output = command.output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("optimizer.safetensors"), "{stderr}");
-    let left: Vec<_> = std::fs::read_dir(config.run_dir.join("checkpoints"))
+    let names: Vec<_> = std::fs::read_dir(config.run_dir.join("checkpoints"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
-    assert!(left.contains(&"step-000007".to_string()), "{left:?}");
-    assert!(!left.iter().any(|name| name.contains("000008")), "{left:?}");
+    assert!(names.contains(&"step-000007".to_string()), "{names:?}");
+    assert!(
+        !names.iter().any(|name| name.contains("000008")),
+        "{names:?}"
+    );
     assert_success(train_command(&file, "--resume", "").output().unwrap());
-    assert_same_outcome(&config, &whole, "after a full disk");
+    assert_same_outcome(&config, &uninterrupted, "after a full disk");
 }
 
-/// A flipped bit in a checkpoint is detected by its checksum.
 #[test]
 fn checkpoint_that_changed_on_disk_is_refused() {
-    let (_dir, config) = whole_run();
+    let (_dir, config) = uninterrupted_run();
     let checkpoints = config.run_dir.join("checkpoints");
     let last = checkpoints.join(format!("step-{STEPS:06}"));
+    // Flips a bit of each file.
     for name in [
         "model.safetensors",
         "optimizer.safetensors",
@@ -324,8 +332,8 @@ fn checkpoint_that_changed_on_disk_is_refused() {
 
     // The best checkpoint is verified, too.
     checkpoint::load_weights(&checkpoints, 7).unwrap();
-    let other = checkpoints.join("step-000007/ema.safetensors");
-    std::fs::copy(last.join("ema.safetensors"), other).unwrap();
+    let replaced = checkpoints.join("step-000007/ema.safetensors");
+    std::fs::copy(last.join("ema.safetensors"), replaced).unwrap();
     let error = checkpoint::load_weights(&checkpoints, 7).unwrap_err();
     assert_eq!(distill::exit::Exit::code_of(&error), 5, "{error:#}");
 }

@@ -1,4 +1,4 @@
-//! Checks of the soft labels and the choice of their loss, with the real binary.
+//! Checks of the soft labels and the choice of their divergence, with the real binary.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 use crate::data::dataset::{record, write_cache};
 use crate::tiny;
 
-/// Answers of 30 tokens by a teacher that mostly emits one of two tokens. Each position has its own distribution; its
-/// token is sampled from the distribution `shift` positions earlier, with the probability of the first token raised by
-/// `sharper`.
-fn answers(count: usize, shift: usize, sharper: f32, params: &Value) -> Vec<Record> {
+/// Returns answers of 30 tokens by a teacher that mostly emits one of two tokens. Each position has its own
+/// distribution. The token of a position is sampled from the distribution `shift` positions earlier, in which the
+/// probability of the most likely token is raised by `sharpening`. `params` are sampling parameters of the requests.
+fn answers(count: usize, shift: usize, sharpening: f32, params: &Value) -> Vec<Record> {
     let mut random = fastrand::Rng::with_seed(21);
     let tokens = ["in", "he", "a", "b"];
     let answer = |number: usize, random: &mut fastrand::Rng| {
@@ -25,22 +25,20 @@ fn answers(count: usize, shift: usize, sharper: f32, params: &Value) -> Vec<Reco
             let (first, p) = distributions[at];
             let (likely, probability) = distributions[(at + 30 - shift) % 30];
             let token = match random.f32() {
-                x if x < probability + sharper => tokens[likely],
+                x if x < probability + sharpening => tokens[likely],
                 x if x < 0.95 => tokens[1 - likely],
                 _ => tokens[2 + random.usize(..2)],
             };
             text.push_str(token);
             let top = [(tokens[first], p), (tokens[1 - first], 0.95 - p)];
-            let own = top.iter().find(|(top, _)| *top == token);
+            let listed = top.iter().find(|(listed, _)| *listed == token);
+            let token_probability = listed.map_or(0.025, |(_, probability)| *probability);
             logprobs.token.push(token.into());
-            logprobs
-                .logprob
-                .push(Some(own.map_or(0.025, |own| own.1).ln()));
-            logprobs
-                .top
-                .push(top.iter().map(|top| top.0.into()).collect());
-            let top = top.iter().map(|top| Some(top.1.ln()));
-            logprobs.top_logprob.push(top.collect());
+            logprobs.logprob.push(Some(token_probability.ln()));
+            let top_tokens = top.iter().map(|(token, _)| (*token).into());
+            logprobs.top.push(top_tokens.collect());
+            let top_logprobs = top.iter().map(|(_, probability)| Some(probability.ln()));
+            logprobs.top_logprob.push(top_logprobs.collect());
         }
         logprobs.matches_text = true;
         let mut record = Record {
@@ -106,7 +104,7 @@ fn logprobs_shifted_by_one_position_are_refused_unless_forced() {
     );
 }
 
-/// Logprobs of another text: each record gets the answer of the next one.
+/// Each record gets the answer of the next one, so its logprobs belong to another text.
 #[test]
 fn unusable_logprobs_are_refused_with_the_reason_unless_forced() {
     let mut records = answers(20, 0, 0.0, &json!({"temperature": 1.0}));
@@ -143,15 +141,15 @@ fn auto_reports_the_chosen_divergence() {
         printed.contains("tail, weight 0.8, because no answer is an exact sample"),
         "{printed}"
     );
-    // Sampled more sharply than the logprobs show.
-    let sharper = answers(40, 0, 0.3, &json!({"temperature": 1.0}));
-    let (status, printed) = train(&sharper, "auto", &[]);
+    // The answers are sampled from a sharper distribution than the logprobs.
+    let sharpened = answers(40, 0, 0.3, &json!({"temperature": 1.0}));
+    let (status, printed) = train(&sharpened, "auto", &[]);
     assert_eq!(status, 0, "{printed}");
     assert!(
         printed.contains("sampled from a sharper distribution"),
         "{printed}"
     );
-    let (status, printed) = train(&sharper, "unbiased", &[]);
+    let (status, printed) = train(&sharpened, "unbiased", &[]);
     assert_eq!(status, 2, "{printed}");
     let (status, printed) = train(&records(0.7), "unbiased", &[]);
     assert!(

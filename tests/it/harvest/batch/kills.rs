@@ -1,8 +1,10 @@
-//! Batch mode, killed repeatedly at random times.
+//! Batch mode that is killed repeatedly, at random times.
 
 use super::*;
 
-async fn live_through(seed: u64) {
+/// Harvests 300 prompts in batches, with random faults and kills, and checks that every answer is bought and recorded
+/// once.
+async fn simulate_batches_with_kills(seed: u64) {
     let mut random = fastrand::Rng::with_seed(seed);
     fastrand::seed(seed);
     let outcome = random
@@ -35,7 +37,7 @@ async fn live_through(seed: u64) {
         lost_creates = random.u32(0..20),
         missing = random.u32(0..5),
     );
-    let night = night(&script, 300, |config| {
+    let simulated = simulated_run(&script, 300, |config| {
         config.batch.max_requests = random.usize(20..120);
         config.batch.enqueued_tokens = random.bool().then_some(6_000);
         config.retry.max_attempts = 20;
@@ -44,26 +46,29 @@ async fn live_through(seed: u64) {
         config.budget.usd = Some(1.0);
     });
     let latency = Duration::from_secs_f64(random.f64() * 3.0);
-    let (mut kills, mut lives) = (0, 0);
+    let (mut kills, mut processes) = (0, 0);
     let last = loop {
-        lives += 1;
-        assert!(lives < 2_000, "seed {seed} does not come to an end");
-        // Most processes are short, so that kills hit creations and downloads.
-        let longest = random.choice([3_000, 30_000, 300_000]).unwrap();
-        let life = (lives < 40).then(|| Duration::from_millis(random.u64(10..longest)));
+        processes += 1;
+        assert!(processes < 2_000, "seed {seed} does not end");
+        // Short times, so that kills hit the creation of batches and downloads. From the 40th process on, none is
+        // killed.
+        let max_ms = random.choice([3_000, 30_000, 300_000]).unwrap();
+        let kill_after = (processes < 40).then(|| Duration::from_millis(random.u64(10..max_ms)));
         let (_sender, receiver) = unbounded_channel();
-        match harvest_with(&night, latency, life, receiver).await.unwrap() {
+        let summary = harvest_with(&simulated, latency, kill_after, receiver).await;
+        match summary.unwrap() {
             None => kills += 1,
             Some(summary) if summary.pending == 0 => break summary,
             Some(_) => {}
         }
     };
-    let (stats, records) = (night.mock.stats(), night.run.records());
+    let (stats, records) = (simulated.mock.stats(), simulated.run.records());
     let context = format!("seed {seed}, {kills} kills: {last:?} {stats:?}");
     let mut keys: Vec<_> = records.iter().map(|record| &record.key).collect();
     keys.sort();
     keys.dedup();
-    // A batch of one row that ends halfway answers none.
+    // Batches that end halfway answer half of their rows, rounded down. So a row that is alone in each of its batches
+    // fails.
     let answered = 300 - last.failed as usize;
     assert!(last.failed == 0 || outcome != "completed", "{context}");
     assert!(last.failed < 10, "{context}");
@@ -76,15 +81,18 @@ async fn live_through(seed: u64) {
         stats.billed.answers, answered as u64,
         "bought twice: {context}"
     );
-    // No answer was lost, and the account has the cost: half of the price.
-    let full =
+    // The account has the cost of every answer, at half the price of real-time requests.
+    let full_usd =
         (stats.billed.prompt_tokens as f64 + 4.0 * stats.billed.completion_tokens as f64) / 1e6;
-    let said = last.run_folder_usd.unwrap();
-    assert!((said - full / 2.0).abs() < 1e-9, "{said} {full} {context}");
+    let reported_usd = last.run_folder_usd.unwrap();
+    assert!(
+        (reported_usd - full_usd / 2.0).abs() < 1e-9,
+        "${reported_usd} reported, ${full_usd} at the full price: {context}"
+    );
 }
 
 /// `DISTILL_NIGHTS=2000 cargo test batch` runs more seeds.
 #[test]
 fn batch_kills_lose_nothing_and_buy_nothing_twice() {
-    on_paused_clocks(12, live_through);
+    for_each_seed(12, simulate_batches_with_kills);
 }

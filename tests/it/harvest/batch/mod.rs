@@ -1,4 +1,4 @@
-//! Batch mode against the files and batches of a scripted teacher, on the paused clock.
+//! Batch mode against a scripted teacher with a batch API, on the paused clock.
 
 mod ends;
 mod failed;
@@ -29,27 +29,28 @@ use tokio::time::{Instant, sleep};
 
 use crate::mock::batch::batch_request;
 
-use super::nights::{Night, Simulated, on_paused_clocks, whole};
+use super::nights::{SimulatedRun, SimulatedTeacher, for_each_seed, http_reply};
 
-/// A scripted teacher with a batch API that replaces the network.
-struct Provider {
-    chat: Simulated,
+/// A transport that replaces the network by a scripted teacher with a batch API.
+struct SimulatedBatchTeacher {
+    chat: SimulatedTeacher,
     /// Maximum latency of each call, in each direction.
     latency: Duration,
-    /// Number of downloads that end normally after half of their file.
-    halved: AtomicU32,
-    /// Downloads break off.
-    breaks_files: bool,
-    /// Changes the content of files and batch objects in transit.
+    /// Remaining number of downloads that end normally after half of their file.
+    halved_downloads: AtomicU32,
+    /// Whether the connection of each download breaks after half of the file.
+    breaks_downloads: bool,
+    /// Changes the content of downloaded files.
     change_file: fn(Bytes) -> Bytes,
+    /// Changes batch objects in replies.
     change_object: fn(Value) -> Value,
-    /// Calls for batch objects and files that are refused with 403.
-    forbidden: AtomicU32,
+    /// Remaining number of calls for batch objects and files that are refused with 403.
+    forbidden_calls: AtomicU32,
     /// Time of each download request.
     downloads: Arc<Mutex<Vec<Instant>>>,
 }
 
-impl Transport for Provider {
+impl Transport for SimulatedBatchTeacher {
     fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         self.chat.complete(body)
     }
@@ -59,38 +60,37 @@ impl Transport for Provider {
     }
 }
 
-impl Provider {
-    fn new(night: &Night) -> Provider {
-        Provider {
-            chat: night.teacher(),
+impl SimulatedBatchTeacher {
+    fn new(simulated: &SimulatedRun) -> SimulatedBatchTeacher {
+        SimulatedBatchTeacher {
+            chat: simulated.teacher(),
             latency: Duration::ZERO,
-            halved: AtomicU32::new(0),
-            breaks_files: false,
+            halved_downloads: AtomicU32::new(0),
+            breaks_downloads: false,
             change_file: |content| content,
             change_object: |object| object,
-            forbidden: AtomicU32::new(0),
+            forbidden_calls: AtomicU32::new(0),
             downloads: Arc::default(),
         }
     }
 
-    /// Returns the refusal of this call, if any.
+    /// Returns the reply 403 while `forbidden_calls` is not used up.
     fn forbid(&self) -> Option<HttpReply> {
-        let take = |left: u32| left.checked_sub(1);
-        let is_forbidden = self.forbidden.fetch_update(Relaxed, Relaxed, take).is_ok();
         let body = json!({"error": {"message": "not now"}}).to_string();
-        is_forbidden.then(|| HttpReply::complete(403, HeaderMap::new(), body.into()))
+        take_one(&self.forbidden_calls)
+            .then(|| HttpReply::complete(403, HeaderMap::new(), body.into()))
     }
 
-    async fn travel(&self) {
+    async fn wait_for_latency(&self) {
         sleep(self.latency.mul_f64(fastrand::f64())).await;
     }
 
-    async fn react(&self, method: &str, path: &str, body: &[u8]) -> MockResponse {
-        self.travel().await;
+    async fn respond(&self, method: &str, path: &str, body: &[u8]) -> MockResponse {
+        self.wait_for_latency().await;
         let request = batch_request(method, path, body);
-        let reaction = self.chat.mock.respond(request).await;
-        self.travel().await;
-        reaction
+        let response = self.chat.mock.respond(request).await;
+        self.wait_for_latency().await;
+        response
     }
 
     async fn call(
@@ -99,15 +99,15 @@ impl Provider {
         path: &str,
         body: &[u8],
     ) -> Result<HttpReply, TransportError> {
-        match self.react(method, path, body).await {
-            MockResponse::Complete(reply) => Ok(whole(reply)),
+        match self.respond(method, path, body).await {
+            MockResponse::Complete(reply) => Ok(http_reply(reply)),
             MockResponse::Refused => Err(TransportError::Unreachable("connection refused".into())),
             _ => Err(TransportError::Broken("reset".into())),
         }
     }
 }
 
-impl BatchApi for Provider {
+impl BatchApi for SimulatedBatchTeacher {
     fn upload<'a>(&'a self, file: &'a Path) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let content = std::fs::read_to_string(file).unwrap();
@@ -172,26 +172,24 @@ impl BatchApi for Provider {
                 return Ok(FileDownload::Refused(refusal));
             }
             let path = format!("/v1/files/{file}/content");
-            let (reply, breaks) = match self.react("GET", &path, b"").await {
-                MockResponse::Complete(reply) => (reply, self.breaks_files),
+            let (reply, breaks) = match self.respond("GET", &path, b"").await {
+                MockResponse::Complete(reply) => (reply, self.breaks_downloads),
                 MockResponse::ResetInBody(reply) => (reply, true),
                 _ => return Err(TransportError::Broken("reset".into())),
             };
             if reply.status != 200 {
-                return Ok(FileDownload::Refused(whole(reply)));
+                return Ok(FileDownload::Refused(http_reply(reply)));
             }
             let content = (self.change_file)(reply.body);
-            let take = |left: u32| left.checked_sub(1);
-            let is_halved = self.halved.fetch_update(Relaxed, Relaxed, take).is_ok();
-            let length = if breaks || is_halved {
+            let length = if breaks || take_one(&self.halved_downloads) {
                 content.len() / 2
             } else {
                 content.len()
             };
             let body = content.slice(..length);
             let mut pieces: Vec<Result<Bytes, TransportError>> = (0..length)
-                .step_by(777)
-                .map(|at| Ok(body.slice(at..length.min(at + 777))))
+                .step_by(PIECE_LENGTH)
+                .map(|start| Ok(body.slice(start..length.min(start + PIECE_LENGTH))))
                 .collect();
             if breaks {
                 pieces.push(Err(TransportError::Broken("reset".into())));
@@ -202,36 +200,46 @@ impl BatchApi for Provider {
     }
 }
 
-/// A simulated night in batch mode.
-fn night(script: &str, prompts: usize, change: impl FnOnce(&mut Config)) -> Night {
-    Night::new(script, prompts, |config| {
+/// Bytes per piece of a download. It splits lines and characters.
+const PIECE_LENGTH: usize = 777;
+
+/// Decrements a counter. Returns false if it is already zero.
+fn take_one(counter: &AtomicU32) -> bool {
+    counter
+        .fetch_update(Relaxed, Relaxed, |count| count.checked_sub(1))
+        .is_ok()
+}
+
+/// Creates a simulated run in batch mode.
+fn simulated_run(script: &str, prompts: usize, change: impl FnOnce(&mut Config)) -> SimulatedRun {
+    SimulatedRun::new(script, prompts, |config| {
         config.schedule.mode = RequestMode::Batch;
         change(config);
     })
 }
 
-/// Runs until the harvest ends, or until it is killed after `life`.
+/// Runs a harvest to its end, or kills it after `kill_after`. Returns None if it was killed.
 async fn harvest_with(
-    night: &Night,
+    simulated: &SimulatedRun,
     latency: Duration,
-    life: Option<Duration>,
+    kill_after: Option<Duration>,
     signals: UnboundedReceiver<u8>,
 ) -> anyhow::Result<Option<HarvestSummary>> {
-    let provider = Provider {
+    let teacher = SimulatedBatchTeacher {
         latency,
-        ..Provider::new(night)
+        ..SimulatedBatchTeacher::new(simulated)
     };
-    night.harvest_over(provider, life, signals).await
+    simulated.harvest_over(teacher, kill_after, signals).await
 }
 
-async fn harvest(night: &Night) -> HarvestSummary {
+async fn harvest(simulated: &SimulatedRun) -> HarvestSummary {
     let (_sender, receiver) = unbounded_channel();
-    let summary = harvest_with(night, Duration::from_millis(200), None, receiver).await;
+    let summary = harvest_with(simulated, Duration::from_millis(200), None, receiver).await;
     summary.unwrap().unwrap()
 }
 
-/// Number of batches by status.
-fn parts(summary: &HarvestSummary) -> Vec<(&str, u64)> {
+/// Returns the number of batches by status.
+fn batches_by_status(summary: &HarvestSummary) -> Vec<(&str, u64)> {
     let parts = &summary.batches.as_ref().unwrap().parts;
     parts
         .iter()
@@ -239,8 +247,8 @@ fn parts(summary: &HarvestSummary) -> Vec<(&str, u64)> {
         .collect()
 }
 
-/// Records by key, without times and costs, which differ between the modes.
-fn timeless(records: Vec<Record>) -> BTreeMap<String, Record> {
+/// Returns the records by key, without the fields that differ between the modes: times, costs and additional fields.
+fn comparable(records: Vec<Record>) -> BTreeMap<String, Record> {
     let records = records.into_iter().map(|mut record| {
         record.timing = Default::default();
         record.cost_usd = None;
@@ -265,96 +273,97 @@ async fn batch_records_match_real_time_at_half_price() {
         config.batch.max_requests = 40;
         priced(config);
     };
-    let batched = night(script, 60, change);
+    let batched = simulated_run(script, 60, change);
     let summary = harvest(&batched).await;
     assert!(summary.error.is_none(), "{summary:?}");
     assert_eq!(
         (summary.ok, summary.pending, summary.requests),
         (120, 0, 120)
     );
-    assert_eq!(parts(&summary), [("completed", 3)]);
+    assert_eq!(batches_by_status(&summary), [("completed", 3)]);
 
-    let direct = Night::new(script, 60, change);
-    let expected = direct.harvest().await;
+    let real_time = SimulatedRun::new(script, 60, change);
+    let real_time_summary = real_time.harvest().await;
     assert_eq!(
-        timeless(batched.run.records()),
-        timeless(direct.run.records())
+        comparable(batched.run.records()),
+        comparable(real_time.run.records())
     );
-    let (half, full) = (summary.cost_usd.unwrap(), expected.cost_usd.unwrap());
-    assert!((half - full / 2.0).abs() < 1e-12, "{half} {full}");
-    let costs = batched.run.records();
-    let costs: f64 = costs.iter().filter_map(|record| record.cost_usd).sum();
-    assert!((costs - half).abs() < 1e-12);
+    let batch_usd = summary.cost_usd.unwrap();
+    let real_time_usd = real_time_summary.cost_usd.unwrap();
+    assert!(
+        (batch_usd - real_time_usd / 2.0).abs() < 1e-12,
+        "${batch_usd} and ${real_time_usd}"
+    );
+    let records = batched.run.records();
+    let costs: f64 = records.iter().filter_map(|record| record.cost_usd).sum();
+    assert!((costs - batch_usd).abs() < 1e-12);
 
     // Cached rows are not requested again in either mode.
-    let seen = batched.mock.stats().requests;
+    let requests = batched.mock.stats().requests;
     for mode in [RequestMode::Realtime, RequestMode::Batch] {
-        let mut again = Night::new(script, 60, change);
-        again.run.config.run_dir = batched.run.config.run_dir.clone();
-        again.run.config.schedule.mode = mode;
-        let again = harvest(&Night {
-            mock: Arc::clone(&batched.mock),
-            ..again
-        })
-        .await;
-        assert_eq!((again.cached, again.requests), (120, 0));
+        let mut rerun = SimulatedRun::new(script, 60, change);
+        rerun.run.config.run_dir = batched.run.config.run_dir.clone();
+        rerun.run.config.schedule.mode = mode;
+        rerun.mock = Arc::clone(&batched.mock);
+        let summary = harvest(&rerun).await;
+        assert_eq!((summary.cached, summary.requests), (120, 0));
     }
-    assert_eq!(batched.mock.stats().requests, seen);
+    assert_eq!(batched.mock.stats().requests, requests);
     assert_eq!(batched.bought_twice(&batched.mock.stats()), 0);
-    // Only the journal remains.
-    let left = batched.run.config.run_dir.join("batches");
-    assert_eq!(left.read_dir().unwrap().count(), 0);
+    // The files of the batches are removed; only their journal remains.
+    let batch_files = batched.run.config.run_dir.join("batches");
+    assert_eq!(batch_files.read_dir().unwrap().count(), 0);
 }
 
 #[tokio::test(start_paused = true)]
-async fn batch_rows_of_smaller_run_count_for_larger_run() {
-    let mut night = night("", 30, |_| {});
+async fn batch_rows_outside_a_limited_run_are_cached_for_later_runs() {
+    let mut simulated = simulated_run("", 30, |_| {});
     let (_sender, receiver) = unbounded_channel();
     let killed = harvest_with(
-        &night,
+        &simulated,
         Duration::ZERO,
         Some(Duration::from_secs(100)),
         receiver,
     );
     assert!(killed.await.unwrap().is_none());
-    night.run.config.prompts.limit = Some(10);
-    let summary = harvest(&night).await;
+    simulated.run.config.prompts.limit = Some(10);
+    let summary = harvest(&simulated).await;
     assert_eq!((summary.total, summary.ok), (10, 10));
     assert_eq!(summary.batches.unwrap().unplanned_answers, 20);
-    night.run.config.prompts.limit = None;
-    let summary = harvest(&night).await;
+    simulated.run.config.prompts.limit = None;
+    let summary = harvest(&simulated).await;
     assert_eq!((summary.cached, summary.requests), (30, 0));
 }
 
 #[tokio::test(start_paused = true)]
 async fn signal_leaves_batches_for_next_run_to_collect() {
-    let mut night = night("", 20, |_| {});
+    let mut simulated = simulated_run("", 20, |_| {});
     let (sender, receiver) = unbounded_channel();
     tokio::spawn(async move {
         sleep(Duration::from_secs(100)).await;
         sender.send(15).unwrap();
         std::future::pending::<()>().await;
     });
-    let summary = harvest_with(&night, Duration::ZERO, None, receiver).await;
+    let summary = harvest_with(&simulated, Duration::ZERO, None, receiver).await;
     let summary = summary.unwrap().unwrap();
-    let (code, message) = super::end(&summary);
+    let (code, message) = super::exit_of(&summary);
     assert_eq!(code, 143);
     assert!(message.contains("1 batches continue"), "{message}");
     assert_eq!(
-        (summary.pending, parts(&summary)),
+        (summary.pending, batches_by_status(&summary)),
         (20, vec![("in_progress", 1)])
     );
 
-    // Real-time requests would buy the answers twice.
-    night.run.config.schedule.mode = RequestMode::Realtime;
+    // Real-time requests are refused, because they would buy the answers twice.
+    simulated.run.config.schedule.mode = RequestMode::Realtime;
     let (_sender, receiver) = unbounded_channel();
-    let error = harvest_with(&night, Duration::ZERO, None, receiver).await;
+    let error = harvest_with(&simulated, Duration::ZERO, None, receiver).await;
     let error = error.unwrap_err();
     assert!(error.to_string().contains("bought twice"), "{error:#}");
     assert_eq!(distill::exit::Exit::code_of(&error), 2);
 
-    night.run.config.schedule.mode = RequestMode::Batch;
-    let summary = harvest(&night).await;
+    simulated.run.config.schedule.mode = RequestMode::Batch;
+    let summary = harvest(&simulated).await;
     assert_eq!((summary.ok, summary.requests), (20, 0));
-    assert_eq!(night.mock.stats().billed.answers, 20);
+    assert_eq!(simulated.mock.stats().billed.answers, 20);
 }

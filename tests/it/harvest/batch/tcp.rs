@@ -1,11 +1,11 @@
-//! Batch mode over real TCP, with a day scaled to a second.
+//! Batch mode over real TCP, against a mock whose clock runs a day per second.
 
 use std::time::Duration;
 
 use distill::mock::script::Script;
 use distill::mock::server::start;
 
-use super::super::{Run, end};
+use super::super::{Run, exit_of};
 use super::*;
 
 fn run(script: &str, change: impl FnOnce(&mut Config)) -> (distill::mock::server::MockServer, Run) {
@@ -27,8 +27,11 @@ fn run(script: &str, change: impl FnOnce(&mut Config)) -> (distill::mock::server
 async fn batch_files_are_streamed_over_tcp() {
     let (server, run) = run("", |config| config.sampling.top_logprobs = 20);
     let summary = run.harvest().await;
-    assert_eq!(end(&summary), (0, String::new()));
-    assert_eq!((summary.ok, parts(&summary)), (40, vec![("completed", 3)]));
+    assert_eq!(exit_of(&summary), (0, String::new()));
+    assert_eq!(
+        (summary.ok, batches_by_status(&summary)),
+        (40, vec![("completed", 3)])
+    );
     assert!(run.records().iter().all(|record| record.logprobs.is_some()));
     assert_eq!(server.stop().billed.batch_answers, 40);
 }
@@ -55,17 +58,17 @@ async fn batch_connection_faults_are_retried_and_bought_once() {
     "#;
     let (server, run) = run(script, |_| {});
     let summary = run.harvest().await;
-    assert_eq!(end(&summary), (0, String::new()));
+    assert_eq!(exit_of(&summary), (0, String::new()));
     assert_eq!(summary.ok, 40);
     assert_eq!(server.stop().billed.answers, 40);
 }
 
 #[tokio::test]
 async fn batch_refused_key_ends_run_and_is_not_shown() {
-    // The mock's script does not set the variable, so every request gets a 401.
+    // The run sends no key, so every request gets a 401.
     let (_server, run) = run("key = \"sk-another-key-0123456789\"", |_| {});
     let summary = run.harvest().await;
-    let (code, message) = end(&summary);
+    let (code, message) = exit_of(&summary);
     assert_eq!((code, summary.pending), (1, 40));
     assert!(message.contains("api_key_env"), "{message}");
 }

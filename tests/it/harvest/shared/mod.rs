@@ -1,9 +1,9 @@
 //! Rate limits that several harvests share through Redis.
 
+mod outage;
 mod script;
 mod secrets;
 mod server;
-mod silence;
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -21,42 +21,45 @@ use reqwest::header::HeaderMap;
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::{Run, assert_adds_up, quietly};
+use super::{Run, assert_adds_up, quiet_options};
 use crate::fault_server::completion;
 use server::Redis;
 
+/// Send time of a request, and the amount of the limited quantity: its tokens, or 1 for a limit of requests.
+type SentRequest = (Instant, u64);
+
 /// A teacher that answers after `latency`, and records the time and tokens of each request.
-struct Noting {
-    asked: Mutex<Vec<(Instant, u64)>>,
+struct RecordingTeacher {
+    sent: Mutex<Vec<SentRequest>>,
     latency: Duration,
 }
 
-impl Noting {
-    fn new(milliseconds: u64) -> Arc<Noting> {
-        Arc::new(Noting {
-            asked: Mutex::default(),
-            latency: Duration::from_millis(milliseconds),
+impl RecordingTeacher {
+    fn new(latency_ms: u64) -> Arc<RecordingTeacher> {
+        Arc::new(RecordingTeacher {
+            sent: Mutex::default(),
+            latency: Duration::from_millis(latency_ms),
         })
     }
 
     fn count(&self) -> usize {
-        self.asked.lock().unwrap().len()
+        self.sent.lock().unwrap().len()
     }
 
-    /// Waits until it has received the given number of requests.
-    async fn until(&self, count: usize) {
+    /// Waits until the teacher has received the given number of requests.
+    async fn wait_for_requests(&self, count: usize) {
         while self.count() < count {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 }
 
-impl Transport for Noting {
+impl Transport for RecordingTeacher {
     fn complete<'a>(&'a self, body: &'a Value) -> BoxFuture<'a, Result<HttpReply, TransportError>> {
         async move {
             let max_tokens = body["max_completion_tokens"].as_u64().unwrap();
             let tokens = (body.to_string().len() as u64).div_ceil(4) + max_tokens;
-            self.asked.lock().unwrap().push((Instant::now(), tokens));
+            self.sent.lock().unwrap().push((Instant::now(), tokens));
             tokio::time::sleep(self.latency).await;
             let body = completion("x", 0).to_string();
             Ok(HttpReply::complete(200, HeaderMap::new(), body.into()))
@@ -65,7 +68,7 @@ impl Transport for Noting {
     }
 }
 
-/// A run of `rows` prompts under these limits, shared through `redis`.
+/// Creates a run of `rows` prompts under these limits, shared through `redis`.
 fn run(redis: &Redis, rows: usize, limits: LimitsConfig) -> Run {
     run_at(&redis.url(), rows, limits)
 }
@@ -90,24 +93,24 @@ fn per_minute(requests: u32) -> LimitsConfig {
     }
 }
 
-async fn harvest(run: &Run, teacher: &Arc<Noting>) -> anyhow::Result<HarvestSummary> {
+async fn harvest(run: &Run, teacher: &Arc<RecordingTeacher>) -> anyhow::Result<HarvestSummary> {
     let (_sender, receiver) = unbounded_channel();
     harvest_until(run, teacher, receiver).await
 }
 
 async fn harvest_until(
     run: &Run,
-    teacher: &Arc<Noting>,
+    teacher: &Arc<RecordingTeacher>,
     signals: UnboundedReceiver<u8>,
 ) -> anyhow::Result<HarvestSummary> {
     let teacher: Arc<dyn Transport> = Arc::clone(teacher) as _;
-    let world = Environment {
+    let environment = Environment {
         transports: vec![teacher],
         clock: WallClock::system(),
         storage: distill::cache::plain_storage(),
     };
     let signals = Signals::from_channel(signals);
-    let harvest = harvest::run_in(world, &run.config, quietly(), signals);
+    let harvest = harvest::run_in(environment, &run.config, quiet_options(), signals);
     let summary = tokio::time::timeout(Duration::from_secs(20), harvest)
         .await
         .expect("the run hangs")?;
@@ -115,37 +118,34 @@ async fn harvest_until(
     Ok(summary)
 }
 
-/// Runs several harvests concurrently, and returns the send times of all requests.
-async fn together(runs: &[Run]) -> Vec<(Instant, u64)> {
-    let teacher = Noting::new(5);
+/// Runs several harvests concurrently. Returns the requests of all of them.
+async fn harvest_concurrently(runs: &[Run]) -> Vec<SentRequest> {
+    let teacher = RecordingTeacher::new(5);
     let summaries = join_all(runs.iter().map(|run| harvest(run, &teacher))).await;
     for summary in summaries {
         let summary = summary.unwrap();
-        assert_eq!((summary.ok, summary.total), (summary.total, summary.ok));
+        assert_eq!(summary.ok, summary.total);
         assert!(summary.error.is_none(), "{summary:?}");
     }
-    for run in runs {
-        assert_eq!(run.records().len(), run.texts().len());
-    }
-    std::mem::take(&mut teacher.asked.lock().unwrap())
+    std::mem::take(&mut teacher.sent.lock().unwrap())
 }
 
-/// Checks that no interval has more requests than its rate and burst allow, and how much of that is used.
-/// A request may be sent up to a quarter of a second after its permit.
+/// Checks that no interval exceeds its rate and burst, and that at least 90 % of the limit is used. `largest` is the
+/// largest amount of a request. A request may be sent up to a quarter of a second after its permit.
 #[track_caller]
-fn assert_kept(departures: &[(Instant, u64)], per_second: f64, burst: f64, largest: f64) {
-    for (first, (start, _)) in departures.iter().enumerate() {
+fn assert_limit_is_kept_and_used(sent: &[SentRequest], per_second: f64, burst: f64, largest: f64) {
+    for (first, (start, _)) in sent.iter().enumerate() {
         let mut sum = 0;
-        for (end, amount) in &departures[first..] {
+        for (end, amount) in &sent[first..] {
             sum += amount;
             let seconds = (*end - *start).as_secs_f64() + 0.25;
-            let most = burst + per_second * seconds;
-            assert!(sum as f64 <= most, "{sum} in {seconds} s");
+            let allowed = burst + per_second * seconds;
+            assert!(sum as f64 <= allowed, "{sum} in {seconds} s");
         }
     }
-    let all: u64 = departures.iter().map(|departure| departure.1).sum();
-    let seconds = (departures[departures.len() - 1].0 - departures[0].0).as_secs_f64();
-    let used = all as f64 / (burst - largest + per_second * seconds);
+    let total: u64 = sent.iter().map(|(_, amount)| amount).sum();
+    let seconds = (sent[sent.len() - 1].0 - sent[0].0).as_secs_f64();
+    let used = total as f64 / (burst - largest + per_second * seconds);
     assert!(seconds > 0.5 && used >= 0.9, "{used} used in {seconds} s");
 }
 
@@ -156,9 +156,10 @@ async fn concurrent_harvests_share_one_request_limit() {
         let runs: Vec<_> = (0..processes)
             .map(|_| run(&redis, 160 / processes, per_minute(6_000)))
             .collect();
-        let departures: Vec<_> = together(&runs).await.iter().map(|d| (d.0, 1)).collect();
-        assert_eq!(departures.len(), 160);
-        assert_kept(&departures, 100.0, 75.0, 1.0);
+        let sent = harvest_concurrently(&runs).await;
+        let sent: Vec<_> = sent.iter().map(|(at, _)| (*at, 1)).collect();
+        assert_eq!(sent.len(), 160);
+        assert_limit_is_kept_and_used(&sent, 100.0, 75.0, 1.0);
     }
 }
 
@@ -172,14 +173,10 @@ async fn concurrent_harvests_share_one_token_limit() {
     let mut runs: Vec<_> = (0..2).map(|_| run(&redis, 60, limits.clone())).collect();
     // One harvest has larger requests than the other.
     runs[1].config.sampling.max_tokens = 48;
-    let departures = together(&runs).await;
-    assert_eq!(departures.len(), 120);
-    let largest = departures
-        .iter()
-        .map(|departure| departure.1)
-        .max()
-        .unwrap();
-    assert_kept(&departures, 4_000.0, 3_000.0, largest as f64);
+    let sent = harvest_concurrently(&runs).await;
+    assert_eq!(sent.len(), 120);
+    let largest = sent.iter().map(|(_, tokens)| *tokens).max().unwrap();
+    assert_limit_is_kept_and_used(&sent, 4_000.0, 3_000.0, largest as f64);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -191,12 +188,12 @@ async fn shared_limits_admit_a_thousand_requests_per_second() {
         ..per_minute(6_000_000)
     };
     let run = run(&redis, 3_000, limits);
-    let teacher = Noting::new(0);
+    let teacher = RecordingTeacher::new(0);
     let summary = harvest(&run, &teacher).await.unwrap();
     assert_eq!(summary.ok, 3_000);
-    let asked = teacher.asked.lock().unwrap();
-    let seconds = (asked[2_999].0 - asked[0].0).as_secs_f64();
-    println!("{:.0} admissions a second", 3_000.0 / seconds);
+    let sent = teacher.sent.lock().unwrap();
+    let seconds = (sent[2_999].0 - sent[0].0).as_secs_f64();
+    println!("{:.0} admissions per second", 3_000.0 / seconds);
     assert!(seconds < 3.0, "{seconds} s");
 }
 
@@ -208,13 +205,13 @@ async fn request_over_shared_limit_is_an_error() {
         ..LimitsConfig::default()
     };
     let mut run = run(&redis, 1, limits);
-    let teacher = Noting::new(0);
-    let shared = harvest(&run, &teacher).await.unwrap_err();
+    let teacher = RecordingTeacher::new(0);
+    let shared_error = harvest(&run, &teacher).await.unwrap_err();
     run.config.limits.shared = None;
-    let own = harvest(&run, &teacher).await.unwrap_err();
-    assert_eq!(shared.to_string(), own.to_string());
-    assert!(own.to_string().contains("`limits.tokens_per_minute` = 10"));
-    assert_eq!((Exit::code_of(&shared), teacher.count()), (2, 0));
+    let local_error = harvest(&run, &teacher).await.unwrap_err().to_string();
+    assert_eq!(shared_error.to_string(), local_error);
+    assert!(local_error.contains("`limits.tokens_per_minute` = 10"));
+    assert_eq!((Exit::code_of(&shared_error), teacher.count()), (2, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -225,32 +222,32 @@ async fn shared_daily_limit_blocks_further_requests() {
         ..LimitsConfig::default()
     };
     let runs = [40, 40].map(|rows| run(&redis, rows, limits.clone()));
-    let teacher = Noting::new(1);
-    let (stop, signals): (Vec<_>, Vec<_>) = (0..2).map(|_| unbounded_channel()).unzip();
+    let teacher = RecordingTeacher::new(1);
+    let (senders, receivers): (Vec<_>, Vec<_>) = (0..2).map(|_| unbounded_channel()).unzip();
     let harvests = runs
         .iter()
-        .zip(signals)
-        .map(|(run, signals)| harvest_until(run, &teacher, signals));
-    let stopping = async {
-        teacher.until(40).await;
+        .zip(receivers)
+        .map(|(run, receiver)| harvest_until(run, &teacher, receiver));
+    let stop = async {
+        teacher.wait_for_requests(40).await;
         tokio::time::sleep(Duration::from_millis(200)).await;
-        for stop in &stop {
+        for sender in &senders {
             // One harvest may have finished.
-            let _ = stop.send(2);
+            let _ = sender.send(2);
         }
     };
-    let (summaries, ()) = tokio::join!(join_all(harvests), stopping);
+    let (summaries, ()) = tokio::join!(join_all(harvests), stop);
     let ok = summaries.iter().map(|summary| summary.as_ref().unwrap().ok);
-    let left = teacher.count();
-    assert_eq!(ok.sum::<u64>(), left as u64);
-    // A delayed permit is lost.
-    assert!((45..=50).contains(&left), "{left}");
-    // A third harvest finds the daily limit used up.
-    let late = run(&redis, 1, limits);
-    let (_sender, signals) = unbounded_channel();
-    let begun = tokio::time::timeout(
+    let sent = teacher.count();
+    assert_eq!(ok.sum::<u64>(), sent as u64);
+    // A permit that arrives after the stop is lost.
+    assert!((45..=50).contains(&sent), "{sent}");
+    // A third harvest waits, because the daily limit is used up.
+    let third = run(&redis, 1, limits);
+    let (_sender, receiver) = unbounded_channel();
+    let harvest = tokio::time::timeout(
         Duration::from_millis(200),
-        harvest_until(&late, &teacher, signals),
+        harvest_until(&third, &teacher, receiver),
     );
-    assert!(begun.await.is_err() && teacher.count() == left);
+    assert!(harvest.await.is_err() && teacher.count() == sent);
 }

@@ -1,6 +1,6 @@
-//! The Redis rate-limit script against a reference model.
+//! The rate-limit script that runs in Redis, compared with a reference model.
 //!
-//! The script reads the time of the server; these tests replace that in its text by a given time.
+//! The script reads the clock of the server. The tests replace this call in its source, and pass the time as arguments.
 
 use proptest::prelude::*;
 use redis::{Connection, Script};
@@ -8,22 +8,31 @@ use redis::{Connection, Script};
 use super::server::Redis;
 
 const SCRIPT: &str = include_str!("../../../../src/rate_limit/redis/admit.lua");
-const MINUTE: u64 = 60_000_000_000_000;
-const SLOT: u64 = 300_000_000;
-const DAY: u64 = 86_400_000_000;
+/// A minute in picoseconds.
+const MINUTE_PS: u64 = 60_000_000_000_000;
+/// Resolution of the daily limit: five minutes in microseconds.
+const SLOT_US: u64 = 300_000_000;
+/// A day in microseconds.
+const DAY_US: u64 = 86_400_000_000;
 
-/// The script, run at times that the test chooses.
-fn at_given_times() -> Script {
+/// Wall-clock time at which the tests start, in microseconds since 1970.
+const START_US: u64 = 1_800_000_000_000_000;
+
+/// Returns the script with its clock replaced by two arguments: seconds, and microseconds of the second.
+fn script_with_given_time() -> Script {
     let clock = "redis.call('TIME')";
     assert_eq!(SCRIPT.matches(clock).count(), 1);
     Script::new(&SCRIPT.replace(clock, "{ ARGV[12], ARGV[13] }"))
 }
 
-/// One call, with the arguments of `Rules::arguments`.
+/// Arguments of a call of the script.
 #[derive(Debug, Clone, Copy)]
-struct Question {
+struct Call {
+    /// Number of requests for which permits are wanted.
     wanted: u64,
+    /// Tokens of each request.
     each: u64,
+    /// Permits that the process holds: requests and tokens.
     held: [u64; 2],
     limits: Limits,
 }
@@ -31,18 +40,21 @@ struct Question {
 /// Limits of a process; 0 for none.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
+    /// Requests and tokens per minute.
     per_minute: [u64; 2],
+    /// Tokens of the largest request.
     largest: u64,
+    /// Requests per day.
     per_day: u64,
 }
 
 impl Limits {
-    /// Interval, burst and largest request in picoseconds.
+    /// Returns the interval, the burst and the largest request of a bucket (0: requests, 1: tokens) in picoseconds.
     fn bucket(&self, index: usize) -> [u64; 3] {
         match self.per_minute[index] {
             0 => [0; 3],
             limit => {
-                let interval = MINUTE.div_ceil(limit);
+                let interval = MINUTE_PS.div_ceil(limit);
                 let largest = [1, self.largest][index];
                 [interval, limit / 80 * interval, largest * interval]
             }
@@ -50,23 +62,25 @@ impl Limits {
     }
 }
 
-fn ask(
+/// Calls the script with keys that begin with `prefix`. Returns the charged requests and tokens, and the wait in
+/// microseconds.
+fn call_script(
     redis: &mut Connection,
     script: &Script,
-    run: &str,
+    prefix: &str,
     microseconds: u64,
-    question: &Question,
+    call: &Call,
 ) -> [u64; 3] {
     let mut invocation = script.prepare_invoke();
     for name in ["requests", "tokens", "day"] {
-        invocation.key(format!("{run}:{name}"));
+        invocation.key(format!("{prefix}:{name}"));
     }
-    let Question {
+    let Call {
         wanted,
         each,
         held,
         limits,
-    } = question;
+    } = call;
     invocation.arg(&[*wanted, *each, held[0], held[1]]);
     for index in [0, 1] {
         invocation.arg(&limits.bucket(index));
@@ -76,11 +90,12 @@ fn ask(
     invocation.invoke(redis).unwrap()
 }
 
-/// Reference model: GCRA by theoretical arrival time, one request at a time, and the day as a list of all admitted
-/// requests.
+/// Reference model: GCRA (generic cell rate algorithm) by theoretical arrival time, one request at a time, and the day
+/// as a list of all admitted requests.
 #[derive(Default)]
 struct Model {
     buckets: [Option<TheoreticalArrival>; 2],
+    /// Slot and number of requests of each admitted call.
     day: Vec<(u64, u64)>,
 }
 
@@ -93,11 +108,12 @@ struct TheoreticalArrival {
 }
 
 impl Model {
-    fn ask(&mut self, microseconds: u64, question: &Question) -> [u64; 3] {
+    /// As [`call_script`].
+    fn call(&mut self, microseconds: u64, call: &Call) -> [u64; 3] {
         let now = i128::from(microseconds) * 1_000_000;
-        let Question { each, limits, .. } = *question;
+        let Call { each, limits, .. } = *call;
         let amounts = [1, i128::from(each)];
-        let held = question.held.map(i128::from);
+        let held = call.held.map(i128::from);
         // Interval, tolerance, and the current theoretical arrival time.
         let mut buckets = [None; 2];
         for index in [0, 1] {
@@ -111,22 +127,22 @@ impl Model {
                 largest,
             });
             arrival.largest = arrival.largest.max(largest);
-            // Waits from before the clock was set back still apply.
+            // A wait that was computed before the clock was set back keeps its length.
             arrival.at -= (arrival.written - now).max(0);
             arrival.at = arrival.at.max(now);
             buckets[index] = Some((interval, (burst - arrival.largest).max(0), arrival));
         }
         let newest = self.day.iter().map(|(slot, _)| *slot).max().unwrap_or(0);
-        let slot = newest.max(microseconds / SLOT);
-        let of_today: Vec<_> = self
+        let slot = newest.max(microseconds / SLOT_US);
+        let within_a_day: Vec<_> = self
             .day
             .iter()
-            .filter(|(earlier, count)| earlier + 288 >= slot && *count > 0)
+            .filter(|(earlier, count)| earlier + DAY_US / SLOT_US >= slot && *count > 0)
             .collect();
-        let today: u64 = of_today.iter().map(|(_, count)| count).sum();
+        let admitted_today: u64 = within_a_day.iter().map(|(_, count)| count).sum();
 
         let (mut admitted, mut wait) = (0, 0);
-        while admitted < question.wanted {
+        while admitted < call.wanted {
             let mut waits = Vec::new();
             for index in [0, 1] {
                 let Some((interval, tolerance, arrival)) = buckets[index] else {
@@ -138,9 +154,10 @@ impl Model {
                     waits.push((early as u128).div_ceil(1_000_000) as u64);
                 }
             }
-            if limits.per_day > 0 && today + admitted >= limits.per_day + question.held[0] {
-                let oldest = of_today.iter().map(|(slot, _)| *slot).min().unwrap_or(slot);
-                waits.push((oldest + 1) * SLOT + DAY - microseconds);
+            if limits.per_day > 0 && admitted_today + admitted >= limits.per_day + call.held[0] {
+                let slots = within_a_day.iter().map(|(slot, _)| *slot);
+                let oldest = slots.min().unwrap_or(slot);
+                waits.push((oldest + 1) * SLOT_US + DAY_US - microseconds);
             }
             if let Some(longest) = waits.into_iter().max() {
                 wait = longest;
@@ -152,8 +169,8 @@ impl Model {
             return [0, 0, wait];
         }
         let charged = [
-            admitted.saturating_sub(question.held[0]),
-            (admitted * each).saturating_sub(question.held[1]),
+            admitted.saturating_sub(call.held[0]),
+            (admitted * each).saturating_sub(call.held[1]),
         ];
         for index in [0, 1] {
             if let Some((interval, _, mut arrival)) = buckets[index] {
@@ -169,11 +186,12 @@ impl Model {
     }
 }
 
-fn limit(most: u64) -> impl Strategy<Value = u64> {
-    prop_oneof![Just(0), 1..100u64.min(most), 1..most]
+/// Generates no limit (0), a small one, or any below `end`.
+fn limit(end: u64) -> impl Strategy<Value = u64> {
+    prop_oneof![Just(0), 1..100u64.min(end), 1..end]
 }
 
-/// Two processes with prompts of different lengths.
+/// Generates two processes with equal limits and prompts of different lengths.
 fn processes() -> impl Strategy<Value = [Limits; 2]> {
     (
         limit(100_000),
@@ -194,12 +212,23 @@ fn processes() -> impl Strategy<Value = [Limits; 2]> {
         })
 }
 
-/// One call of the script: index of the process, microseconds since the last call (negative if the clock was set back),
-/// number of requests, their size in percent of the largest, and the permits that the process holds.
-type Step = (usize, i64, u64, u64, [u64; 2]);
+/// A random call of the script.
+#[derive(Debug, Clone, Copy)]
+struct Step {
+    /// Index of the process.
+    process: usize,
+    /// Microseconds since the last call; negative if the clock was set back.
+    elapsed: i64,
+    /// Number of requests.
+    wanted: u64,
+    /// Tokens of each request, in percent of the largest one.
+    size_percent: u64,
+    /// Permits that the process holds.
+    held: [u64; 2],
+}
 
 fn step() -> impl Strategy<Value = Step> {
-    let gap = prop_oneof![
+    let elapsed = prop_oneof![
         0..2_000i64,
         0..2_000_000i64,
         0..90_000_000i64,
@@ -208,48 +237,56 @@ fn step() -> impl Strategy<Value = Step> {
         -2_000_000..0i64,
     ];
     let held = prop_oneof![Just([0, 0]), [0..5u64, 0..3_000u64]];
-    (0..2usize, gap, 1..65u64, 0..=100u64, held)
+    (0..2usize, elapsed, 1..65u64, 0..=100u64, held).prop_map(
+        |(process, elapsed, wanted, size_percent, held)| Step {
+            process,
+            elapsed,
+            wanted,
+            size_percent,
+            held,
+        },
+    )
 }
 
 #[test]
 fn redis_script_matches_reference_model() {
     let redis = Redis::start();
-    let script = at_given_times();
-    let cases = ProptestConfig {
+    let script = script_with_given_time();
+    let config = ProptestConfig {
         cases: 64,
         failure_persistence: None,
         ..ProptestConfig::default()
     };
     let connection = std::cell::RefCell::new((redis.connect(), 0));
-    proptest!(cases, |(processes in processes(), steps in prop::collection::vec(step(), 1..60))| {
+    proptest!(config, |(processes in processes(), steps in prop::collection::vec(step(), 1..60))| {
         let (redis, case) = &mut *connection.borrow_mut();
         *case += 1;
         let mut model = Model::default();
-        let mut now = 1_800_000_000_000_000u64;
-        for (index, gap, wanted, share, held) in steps {
-            now = now.saturating_add_signed(gap);
-            let limits = processes[index];
-            let each = limits.largest * share / 100;
-            let question = Question { wanted, each, held, limits };
-            let answer = ask(redis, &script, &format!("{{{case}}}"), now, &question);
-            prop_assert_eq!(answer, model.ask(now, &question), "{:?} at {}", question, now);
+        let mut now = START_US;
+        for Step { process, elapsed, wanted, size_percent, held } in steps {
+            now = now.saturating_add_signed(elapsed);
+            let limits = processes[process];
+            let each = limits.largest * size_percent / 100;
+            let call = Call { wanted, each, held, limits };
+            let result = call_script(redis, &script, &format!("{{{case}}}"), now, &call);
+            prop_assert_eq!(result, model.call(now, &call), "{:?} at {}", call, now);
         }
     });
 }
 
-/// Send times in microseconds if every request is sent as soon as it is admitted.
-fn departures(redis: &Redis, limits: Limits, each: u64, count: usize) -> Vec<u64> {
-    let (mut connection, script) = (redis.connect(), at_given_times());
-    let mut now = 1_800_000_000_000_000u64;
+/// Returns the send times of `count` or more requests in microseconds, if each one is sent as soon as it is admitted.
+fn send_times(redis: &Redis, limits: Limits, each: u64, count: usize) -> Vec<u64> {
+    let (mut connection, script) = (redis.connect(), script_with_given_time());
+    let mut now = START_US;
     let mut times = Vec::new();
     while times.len() < count {
-        let question = Question {
+        let call = Call {
             wanted: 64,
             each,
             held: [0, 0],
             limits,
         };
-        let [requests, tokens, wait] = ask(&mut connection, &script, "{x}", now, &question);
+        let [requests, tokens, wait] = call_script(&mut connection, &script, "{x}", now, &call);
         assert_eq!(tokens, requests * each);
         times.extend(std::iter::repeat_n(now, requests as usize));
         now += wait;
@@ -257,21 +294,24 @@ fn departures(redis: &Redis, limits: Limits, each: u64, count: usize) -> Vec<u64
     times
 }
 
-fn busiest(times: &[u64], window: u64) -> usize {
-    let within = times.iter().enumerate().map(|(first, start)| {
-        let next = times.partition_point(|time| *time < start + window);
-        next - first
+/// Returns the largest number of times within any window of this length.
+fn busiest_window(times: &[u64], length: u64) -> usize {
+    let counts = times.iter().enumerate().map(|(first, start)| {
+        let end = times.partition_point(|time| *time < start + length);
+        end - first
     });
-    within.max().unwrap()
+    counts.max().unwrap()
 }
 
 #[test]
 fn redis_script_respects_and_exhausts_minute_limit() {
+    // Limits of requests and tokens, tokens of each request and of the largest one, and the resulting limit and burst
+    // in requests per minute.
     for (per_minute, each, largest, limit, burst) in [
         ([1, 0], 10, 10, 1, 1),
         ([159, 0], 10, 10, 159, 1),
         ([700, 0], 10, 10, 700, 8),
-        // Tokens of 600 requests.
+        // 60,000 tokens are 600 requests.
         ([7_001, 60_000], 100, 100, 600, 7),
         ([0, 60_000], 100, 7_000, 600, 70),
     ] {
@@ -281,9 +321,9 @@ fn redis_script_respects_and_exhausts_minute_limit() {
             largest,
             per_day: 0,
         };
-        let times = departures(&redis, limits, each, 3 * limit);
-        let most = busiest(&times, 60_000_000);
-        assert!(most <= limit + burst, "{most} of {limit}");
+        let times = send_times(&redis, limits, each, 3 * limit);
+        let requests = busiest_window(&times, 60_000_000);
+        assert!(requests <= limit + burst, "{requests} of {limit}");
         let minutes = (times[times.len() - 1] - times[0]) as f64 / 60e6;
         assert!(minutes <= 3.0 && minutes > 1.9, "{limit}: {minutes}");
     }
@@ -297,13 +337,13 @@ fn redis_script_respects_daily_limit() {
         largest: 1,
         per_day: 300,
     };
-    let times = departures(&redis, limits, 1, 1_200);
-    assert_eq!(busiest(&times, DAY), 300);
-    let days = (times[1_199] - times[0]) as f64 / DAY as f64;
+    let times = send_times(&redis, limits, 1, 1_200);
+    assert_eq!(busiest_window(&times, DAY_US), 300);
+    let days = (times[1_199] - times[0]) as f64 / DAY_US as f64;
     assert!((3.0..3.1).contains(&days), "{days}");
-    // The key expires on the server even if the client dies.
+    // The keys expire on the server.
     for name in ["requests", "day"] {
-        let seconds: i64 = redis.ask(&format!("TTL {{x}}:{name}"));
+        let seconds: i64 = redis.command(&format!("TTL {{x}}:{name}"));
         assert!((60..=2 * 86_400).contains(&seconds), "{name}: {seconds}");
     }
 }

@@ -21,12 +21,13 @@ fn distill(dir: &Path, arguments: &[&str], url: &str) -> (Option<i32>, String) {
         .env("RUST_BACKTRACE", "full")
         .output()
         .unwrap();
-    let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
-    said.push_str(&String::from_utf8_lossy(&output.stderr));
-    assert!(!said.contains(PASSWORD), "{arguments:?}: {said}");
-    (output.status.code(), said)
+    let mut printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    printed.push_str(&String::from_utf8_lossy(&output.stderr));
+    assert!(!printed.contains(PASSWORD), "{arguments:?}: {printed}");
+    (output.status.code(), printed)
 }
 
+/// Checks that no file below `dir` contains the password.
 fn assert_files_clean(dir: &Path) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
@@ -58,24 +59,22 @@ fn redis_password_is_in_no_output() {
     let redis = Redis::with_password(Some(PASSWORD));
     let url = redis.url();
     for show in [&["config", "show"][..], &["config", "show", "--json"]] {
-        let (status, said) = distill(dir, show, &url);
-        assert_eq!(status, Some(0), "{said}");
-        assert!(
-            said.contains(&url.replace(&format!(":{PASSWORD}@"), "")),
-            "{said}"
-        );
+        let (status, printed) = distill(dir, show, &url);
+        assert_eq!(status, Some(0), "{printed}");
+        let without_password = url.replace(&format!(":{PASSWORD}@"), "");
+        assert!(printed.contains(&without_password), "{printed}");
     }
-    let nobody = format!("redis://user:{PASSWORD}@127.0.0.1:{}", free_port());
-    let wrong = url.replace(PASSWORD, &format!("{PASSWORD}2"));
-    for (url, status) in [
-        (nobody.as_str(), 1),
-        (wrong.as_str(), 1),
+    let unreachable = format!("redis://user:{PASSWORD}@127.0.0.1:{}", free_port());
+    let wrong_password = url.replace(PASSWORD, &format!("{PASSWORD}2"));
+    for (url, expected_status) in [
+        (unreachable.as_str(), 1),
+        (wrong_password.as_str(), 1),
         (PASSWORD, 2),
-        // This harvest is the last, since it answers all prompts.
+        // This harvest comes last, because it answers all prompts.
         (url.as_str(), 0),
     ] {
-        let (code, said) = distill(dir, &["harvest"], url);
-        assert_eq!(code, Some(status), "{said}");
+        let (status, printed) = distill(dir, &["harvest"], url);
+        assert_eq!(status, Some(expected_status), "{printed}");
     }
     assert_files_clean(dir);
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use redis::{Connection, FromRedisValue, cmd};
 use tempfile::TempDir;
 
-/// A server without persistence that ends when dropped.
+/// A server without persistence, which is killed when dropped.
 pub struct Redis {
     process: Child,
     dir: TempDir,
@@ -64,8 +64,8 @@ impl Redis {
             .unwrap()
     }
 
-    /// Sends a command and returns the reply.
-    pub fn ask<T: FromRedisValue>(&self, words: &str) -> T {
+    /// Sends a command, given as words separated by spaces. Returns its reply.
+    pub fn command<T: FromRedisValue>(&self, words: &str) -> T {
         let mut words = words.split(' ');
         let mut command = cmd(words.next().unwrap());
         for word in words {
@@ -88,7 +88,7 @@ pub fn free_port() -> u16 {
     listener.local_addr().unwrap().port()
 }
 
-/// Returns None if the server has exited.
+/// Starts a server and waits until it accepts connections. Returns None if it exits instead.
 fn launch(dir: &TempDir, port: u16, password: Option<&str>) -> Option<Child> {
     let mut command = Command::new("redis-server");
     command
@@ -105,12 +105,15 @@ fn launch(dir: &TempDir, port: u16, password: Option<&str>) -> Option<Child> {
              `apt-get install redis-server`"
         )
     });
-    let begun = Instant::now();
+    let started = Instant::now();
     while TcpStream::connect(("127.0.0.1", port)).is_err() {
         if process.try_wait().unwrap().is_some() {
             return None;
         }
-        assert!(begun.elapsed() < Duration::from_secs(10), "no server");
+        assert!(
+            started.elapsed() < Duration::from_secs(10),
+            "redis-server does not accept connections"
+        );
         std::thread::sleep(Duration::from_millis(2));
     }
     Some(process)

@@ -1,4 +1,4 @@
-//! The real binary, a scripted teacher on loopback, and a run folder.
+//! Harvests by the real binary against a scripted teacher on loopback.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -13,18 +13,20 @@ use tokio::runtime::Runtime;
 
 use crate::mock::server::Server;
 
-/// A scripted teacher on loopback, and a run folder whose harvest asks it.
-pub struct Stage {
+/// A scripted teacher on loopback, and a run folder with a config for it.
+pub struct HarvestFixture {
     pub folder: tempfile::TempDir,
     pub mock: Arc<Mock>,
     pub prompts: usize,
     pub concurrency: u64,
-    /// Serves until the stage is dropped.
+    /// Runs the teacher until the fixture is dropped.
     _runtime: Runtime,
 }
 
-impl Stage {
-    pub fn new(prompts: usize, script: &str, settings: &str) -> Stage {
+impl HarvestFixture {
+    /// `script` is the script of the teacher. `settings` are lines that end the section `[limits]` of the config, or
+    /// further sections.
+    pub fn new(prompts: usize, script: &str, settings: &str) -> HarvestFixture {
         let runtime = Runtime::new().unwrap();
         let server = runtime.block_on(Server::start(script));
         let folder = tempfile::tempdir().unwrap();
@@ -51,7 +53,7 @@ impl Stage {
         std::fs::write(folder.path().join("config.toml"), config).unwrap();
         let lines: String = (0..prompts).map(|n| format!("prompt {n}\n")).collect();
         std::fs::write(folder.path().join("prompts.txt"), lines).unwrap();
-        Stage {
+        HarvestFixture {
             folder,
             mock: server.mock,
             prompts,
@@ -64,6 +66,7 @@ impl Stage {
         self.folder.path().join("run/cache")
     }
 
+    /// Starts `distill harvest`.
     pub fn start(&self) -> Child {
         Command::new(env!("CARGO_BIN_EXE_distill"))
             .args(["harvest", "--json", "-c"])
@@ -75,22 +78,24 @@ impl Stage {
             .unwrap()
     }
 
-    /// Runs to the end, which must be a good one. What a kill may have cost is told.
+    /// Runs a harvest that must succeed. If the last one was killed, it must report the requests that may have been
+    /// billed.
     pub fn finish(&self) {
         let ledger = std::fs::read(self.folder.path().join("run/ledger.json"));
         let ledger: Value = serde_json::from_slice(&ledger.unwrap_or_default()).unwrap_or_default();
         let in_flight = ledger["in_flight"]["requests"].as_u64().unwrap_or(0);
-        let (status, errors) = end(self.start(), Duration::from_secs(60));
+        let (status, errors) = wait_for_end(self.start(), Duration::from_secs(60));
         assert!(status.success(), "{errors}");
-        let told = format!("the last run was killed: up to {in_flight} requests");
-        assert_eq!(errors.contains(&told), in_flight > 0, "{errors}");
+        let warning = format!("the last run was killed: up to {in_flight} requests");
+        assert_eq!(errors.contains(&warning), in_flight > 0, "{errors}");
     }
 
+    /// Returns the number of billed answers.
     pub fn billed(&self) -> u64 {
         self.mock.stats().billed.answers
     }
 
-    /// The keys of the records. Each whole line of the cache is a record, and no key has two.
+    /// Returns the keys of all records. Checks that no record is damaged and that no key occurs twice.
     pub fn keys(&self) -> HashSet<String> {
         if !cache::exists(&self.cache()) {
             return HashSet::new();
@@ -98,23 +103,23 @@ impl Stage {
         let findings = reader::verify_cache(&self.cache(), &mut |_, _| Ok(())).unwrap();
         assert!(findings.damaged.is_empty(), "{:?}", findings.damaged);
         assert!(findings.repeated.is_empty(), "{:?}", findings.repeated);
-        let records = distill::cache::reader::read(&self.cache()).unwrap();
+        let records = reader::read(&self.cache()).unwrap();
         records.map(|record| record.unwrap().key).collect()
     }
 
     pub fn prompt_ids(&self) -> HashSet<String> {
-        let records = distill::cache::reader::read(&self.cache()).unwrap();
+        let records = reader::read(&self.cache()).unwrap();
         records.map(|record| record.unwrap().prompt_id).collect()
     }
 }
 
-/// Waits for the process, but not for ever, and returns what it wrote to stderr.
-pub fn end(mut child: Child, longest: Duration) -> (ExitStatus, String) {
+/// Waits for a process. Returns its exit status and its stderr. Panics after `timeout`.
+pub fn wait_for_end(mut child: Child, timeout: Duration) -> (ExitStatus, String) {
     let started = Instant::now();
     while child.try_wait().unwrap().is_none() {
-        if started.elapsed() > longest {
+        if started.elapsed() > timeout {
             child.kill().unwrap();
-            panic!("the harvest hangs");
+            panic!("the process still runs after {timeout:?}");
         }
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -125,14 +130,16 @@ pub fn end(mut child: Child, longest: Duration) -> (ExitStatus, String) {
     )
 }
 
-/// Were the tests started with hang-ups ignored, as by `nohup`? So are their children.
+/// Returns true if the tests ignore SIGHUP, as under `nohup`. Their child processes then ignore it as well.
 pub fn ignores_hang_ups() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    // The lowest bit is signal 1, SIGHUP.
     ignored.is_some_and(|mask| mask & 1 != 0)
 }
 
+/// Sends a signal, with its name without `SIG`.
 pub fn signal(child: &Child, name: &str) {
     let status = Command::new("kill")
         .args(["-s", name, &child.id().to_string()])
