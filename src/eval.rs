@@ -1,7 +1,7 @@
 //! Evaluation of a model on held-out prompts: accuracy against true answers, and metrics against the teacher's answers.
 //!
-//! The accuracy needs `eval.source`, rows with their true answers. The metrics need answers of the teacher that were not
-//! trained on: `eval.teacher_cache`, or the validation share of the training data.
+//! The accuracy needs `eval.source`, rows with their true answers. The metrics need answers of the teacher that were
+//! not trained on: `eval.teacher_cache`, or the validation share of the training data.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -29,12 +29,15 @@ use crate::train::objective::{self, ModelPair};
 /// Result of an evaluation.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct EvalReport {
+    /// [`VERSION`].
     pub version: u32,
+    /// Folder of the evaluated model.
     pub model: PathBuf,
+    /// Number of parameters of the model.
     pub parameters: usize,
     /// Accuracy on `eval.source`, if it is set.
     pub truth: Option<AccuracyReport>,
-    /// Metrics on the teacher's answers, if there are any.
+    /// Metrics on the teacher's answers, if there are held-out ones.
     pub teacher: Option<MetricMeans>,
 }
 
@@ -49,16 +52,22 @@ pub(crate) struct AccuracyReport {
     pub malformed: usize,
     /// Number of answers that reached `eval.max_tokens`.
     pub cut_off: usize,
-    /// Generated tokens per second, with batches of `eval.batch_size` answers.
+    /// Generated tokens per second, in batches of `eval.batch_size` answers.
     pub tokens_per_s: f64,
 }
 
+/// Version of the JSON object that `distill eval --json` prints.
 pub(crate) const VERSION: u32 = 1;
 
-/// Evaluates `eval.model`, or the student of this run. `selection` selects the records of the training cache.
+/// Number of batches that are generated between two updates of the progress and two checks for signals.
+const BATCHES_PER_UPDATE: usize = 8;
+
+/// Evaluates `eval.model`, or the student of this run. `selection` returns the selection of the training cache's
+/// records; it is called only if they are needed. `quiet` hides the progress.
 ///
 /// # Errors
-/// If the model or the rows do not load, or there are no rows and no answers to evaluate on.
+/// If the model or the rows cannot be loaded, or there are neither rows nor teacher answers to evaluate on.
+/// [`Exit::Signal`] after a signal.
 pub(crate) fn run(
     config: &Config,
     selection: &dyn Fn() -> Result<Selection>,
@@ -71,12 +80,13 @@ pub(crate) fn run(
         .unwrap_or_else(|| config.student_dir());
     if !dir.exists() {
         bail!(Exit::Usage(format!(
-            "there is no model in {}: run `distill train` first, or set eval.model",
+            "there is no model in {}: run `distill train` first, or set `eval.model`",
             dir.display()
         )));
     }
     let model = Model::load(&dir)?;
     let mut tokenizer = Tokenizer::load(&dir)?;
+    // The rows of `eval.source` have no record, so without a fixed date their prompts are dated today.
     match config.student.template_date {
         Some(date @ TemplateDate::Fixed(_)) => tokenizer.set_date(date.into()),
         Some(TemplateDate::Record) | None => tokenizer.use_clock(),
@@ -98,43 +108,17 @@ pub(crate) fn run(
     if let Some(date) = config.student.template_date {
         tokenizer.set_date(date.into());
     }
-    let teacher = || {
-        let teacher = config.teacher.local.as_ref();
-        let teacher = teacher.map(|dir| local_teacher::load_frozen(dir, &tokenizer, &config.train));
-        let teacher = teacher.transpose()?;
-        let models = ModelPair {
-            student: &model,
-            teacher: teacher.as_ref(),
-        };
-        let settings = config.data.within(models.context());
-        let data = match &config.eval.teacher_cache {
-            Some(dir) => dataset::held_out(dir, &settings, &tokenizer)
-                .with_context(|| format!("cannot use eval.teacher_cache {}", dir.display()))?,
-            None if config.data.source.is_some() || config.training_cache().exists() => {
-                let no_progress = &mut |_, _| Ok(());
-                dataset::load(
-                    &settings,
-                    &config.run_dir,
-                    &selection()?,
-                    &tokenizer,
-                    no_progress,
-                )?
-            }
-            None => return Ok(None),
-        };
-        compare_with_teacher(models, &data, config.eval.batch_size)
-    };
-    let teacher = match teacher() {
+    let teacher = match compare_with_teacher(config, &model, &tokenizer, selection) {
         Err(error) if truth.is_some() && matches!(error.downcast_ref(), Some(Exit::Usage(_))) => {
             tracing::warn!("cannot compare the student with its teacher: {error:#}");
             None
         }
-        teacher => teacher?,
+        metrics => metrics?,
     };
     if truth.is_none() && teacher.is_none() {
         bail!(Exit::Usage(
-            "there is nothing to evaluate on: set eval.source to held-out rows with their true \
-             answers, or eval.teacher_cache to a cache of held-out answers"
+            "there is nothing to evaluate on: set `eval.source` to held-out rows with their true \
+             answers, or `eval.teacher_cache` to a cache of held-out answers"
                 .into()
         ));
     }
@@ -147,7 +131,7 @@ pub(crate) fn run(
     })
 }
 
-/// Loads held-out prompts with their true answers.
+/// Loads the first `eval.limit` held-out prompts with their true answers.
 fn load_rows(
     source: &Path,
     template: Option<&Path>,
@@ -178,14 +162,13 @@ fn compare_with_truth(
     };
     let stop = StopFlag::watch()?;
     let mut progress = Progress::new("eval", rows.len() as u64, quiet);
-    let began = Instant::now();
+    let started = Instant::now();
     let mut answers = Vec::with_capacity(rows.len());
-    // In portions, to show progress and check for signals between them.
-    for prompts in prompts.chunks(settings.batch_size * 8) {
+    for chunk in prompts.chunks(settings.batch_size * BATCHES_PER_UPDATE) {
         answers.extend(generate::batch(
             model,
             tokenizer,
-            prompts,
+            chunk,
             &options,
             settings.batch_size,
         )?);
@@ -193,7 +176,7 @@ fn compare_with_truth(
         stop.check()?;
     }
     drop(progress);
-    let seconds = began.elapsed().as_secs_f64();
+    let seconds = started.elapsed().as_secs_f64();
     let tokens: usize = answers.iter().map(|answer| answer.ids.len()).sum();
     let mut report = AccuracyReport {
         rows: rows.len(),
@@ -204,9 +187,10 @@ fn compare_with_truth(
         tokens_per_s: tokens as f64 / seconds,
     };
     for (answer, (_, expected)) in answers.iter().zip(rows) {
-        report.correct += usize::from(matches(settings.matching, &answer.text, expected));
-        report.malformed +=
-            usize::from(settings.matching == AnswerMatching::Json && parse(&answer.text).is_none());
+        report.correct += usize::from(is_correct(settings.matching, &answer.text, expected));
+        report.malformed += usize::from(
+            settings.matching == AnswerMatching::Json && parse_json(&answer.text).is_none(),
+        );
         report.cut_off += usize::from(answer.finish_reason == FinishReason::Length);
     }
     report.accuracy = report.correct as f64 / report.rows.max(1) as f64;
@@ -219,29 +203,67 @@ fn true_answer(id: &str, row: &Value, field: &str) -> Result<String> {
         Some(Value::String(text)) => Ok(text.clone()),
         Some(value) => Ok(value.to_string()),
         None => bail!(Exit::Usage(format!(
-            "row {id:?} has no field {field:?}: set eval.truth to the field that holds the true answer"
+            "row {id:?} has no field {field:?}: set `eval.truth` to the field that holds the true answer"
         ))),
     }
 }
 
-fn matches(matching: AnswerMatching, answer: &str, truth: &str) -> bool {
+/// Returns true if the answer matches the true one.
+fn is_correct(matching: AnswerMatching, answer: &str, truth: &str) -> bool {
     match matching {
         AnswerMatching::Exact => answer.trim() == truth.trim(),
-        AnswerMatching::Json => parse(answer).is_some_and(|value| Some(value) == parse(truth)),
+        AnswerMatching::Json => {
+            parse_json(answer).is_some_and(|value| Some(value) == parse_json(truth))
+        }
     }
 }
 
-/// Parses JSON; the equality of `Value` ignores the order of keys.
-fn parse(text: &str) -> Option<Value> {
+/// Parses JSON; `None` if the text is not valid JSON. The equality of [`Value`] ignores the order of keys.
+fn parse_json(text: &str) -> Option<Value> {
     serde_json::from_str(text.trim()).ok()
 }
 
-/// Computes mean metrics on held-out answers of the teacher.
+/// Computes mean metrics on the teacher's answers in `eval.teacher_cache`, or on the validation share of the training
+/// data. Returns `None` if there are no such answers.
 fn compare_with_teacher(
-    models: ModelPair<'_>,
-    data: &Dataset,
-    batch_size: usize,
+    config: &Config,
+    student: &Model,
+    tokenizer: &Tokenizer,
+    selection: &dyn Fn() -> Result<Selection>,
 ) -> Result<Option<MetricMeans>> {
+    let teacher_dir = config.teacher.local.as_ref();
+    let teacher = teacher_dir
+        .map(|dir| local_teacher::load_frozen(dir, tokenizer, &config.train))
+        .transpose()?;
+    let models = ModelPair {
+        student,
+        teacher: teacher.as_ref(),
+    };
+    let settings = config.data.within(models.context());
+    let data = match &config.eval.teacher_cache {
+        Some(dir) => dataset::held_out(dir, &settings, tokenizer)
+            .with_context(|| format!("cannot use `eval.teacher_cache` {}", dir.display()))?,
+        None if config.data.source.is_some() || config.training_cache().exists() => {
+            let no_progress = &mut |_, _| Ok(());
+            dataset::load(
+                &settings,
+                &config.run_dir,
+                &selection()?,
+                tokenizer,
+                no_progress,
+            )?
+        }
+        None => return Ok(None),
+    };
+    warn_of_excluded_answers(&data);
+    if data.validation().is_empty() {
+        return Ok(None);
+    }
+    objective::evaluate(models, data.validation(), config.eval.batch_size).map(Some)
+}
+
+/// Warns about dropped answers, and lists the groups of answers if there are several or some are left out.
+fn warn_of_excluded_answers(data: &Dataset) {
     if !data.report.dropped.is_empty() {
         let reasons = crate::data::report::by_reason(&data.report.dropped);
         tracing::warn!("excluded answers of the teacher: {reasons}");
@@ -250,10 +272,6 @@ fn compare_with_teacher(
     if groups.len() > 1 || data.report.groups.advice().is_some() {
         tracing::warn!("answers of the teacher:\n{}", groups.join("\n"));
     }
-    if data.validation().is_empty() {
-        return Ok(None);
-    }
-    objective::evaluate(models, data.validation(), batch_size).map(Some)
 }
 
 #[cfg(test)]
@@ -263,20 +281,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn eval_matches_json_by_value_and_exact_by_text() {
+    fn json_matching_compares_values_and_exact_matching_compares_text() {
         let a = r#"{"x": 1, "y": [2]}"#;
         let b = r#" {"y":[2],"x":1} "#;
-        assert!(matches(AnswerMatching::Json, a, b) && !matches(AnswerMatching::Exact, a, b));
-        assert!(!matches(AnswerMatching::Json, "not json", "not json"));
-        assert!(!matches(
+        assert!(is_correct(AnswerMatching::Json, a, b));
+        assert!(!is_correct(AnswerMatching::Exact, a, b));
+        assert!(!is_correct(AnswerMatching::Json, "not json", "not json"));
+        assert!(!is_correct(
             AnswerMatching::Json,
             r#"{"x": 1}"#,
             r#"{"x": "1"}"#
         ));
-        assert!(
-            matches(AnswerMatching::Exact, "yes\n", "yes")
-                && !matches(AnswerMatching::Exact, "Yes", "yes")
-        );
+        assert!(is_correct(AnswerMatching::Exact, "yes\n", "yes"));
+        assert!(!is_correct(AnswerMatching::Exact, "Yes", "yes"));
     }
 
     #[test]
@@ -285,6 +302,6 @@ mod tests {
         assert_eq!(answer(json!({"answer": "a b"})).unwrap(), "a b");
         assert_eq!(answer(json!({"answer": {"a": 1}})).unwrap(), r#"{"a":1}"#);
         let error = answer(json!({})).unwrap_err();
-        assert!(error.to_string().contains("eval.truth"));
+        assert!(error.to_string().contains("`eval.truth`"));
     }
 }

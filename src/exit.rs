@@ -6,7 +6,7 @@
 /// Reason for an exit status other than 0 or 1.
 #[derive(Debug, thiserror::Error)]
 pub enum Exit {
-    /// 2: the command line, the config or the input files must be changed first.
+    /// 2: the user must change the command line, the config or the input files first.
     #[error("{0}")]
     Usage(String),
     /// 3: the run finished, and some rows failed.
@@ -43,7 +43,7 @@ impl Exit {
         }
     }
 
-    /// Returns the exit status for any error: that of the `Exit` in its chain, or 1.
+    /// Returns the exit status for an error: the status of the [`Exit`] in its chain, or 1.
     pub fn code_of(error: &anyhow::Error) -> u8 {
         error
             .chain()

@@ -5,12 +5,13 @@ use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt;
 
-/// Environment variable with the log filter. It is the only `DISTILL_` variable that is not a setting.
+/// Environment variable with the log filter. All other variables with the prefix `DISTILL_` are settings.
 pub const VARIABLE: &str = "DISTILL_LOG";
 
-/// Logs warnings, or what the filter in [`VARIABLE`] selects (for example `DISTILL_LOG=debug`).
+/// Starts logging to stderr: warnings and errors, or the events that the filter in [`VARIABLE`] selects, such as
+/// `DISTILL_LOG=debug`.
 ///
-/// The level of the HTTP crates is capped: async-openai logs whole request and response bodies.
+/// The HTTP crates log at most warnings, and async-openai nothing: it logs whole request and response bodies.
 pub fn set_up() {
     let filter = std::env::var(VARIABLE).unwrap_or_else(|_| "warn".into());
     let directives = format!(

@@ -11,14 +11,15 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use crate::exit::Exit;
 use crate::ops::process;
 
-/// Interval at which async code polls the flag.
+/// Interval at which [`StopFlag::signals`] polls the flag.
 const FLAG_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Time within which a second signal counts as a duplicate: `timeout` and some terminals send one signal to the
 /// process and one to its group.
 const DUPLICATE_WINDOW: Duration = Duration::from_secs(1);
 
-/// Signals that stop the run: after the first one it drains, after the second one it stops immediately.
+/// Stream of the signals that stop a run. After the first signal, the run waits for its open requests; after the second
+/// one, it stops immediately.
 pub struct Signals {
     numbers: UnboundedReceiver<u8>,
     flag: StopFlag,
@@ -67,7 +68,7 @@ impl Signals {
         Ok(Signals { numbers, flag })
     }
 
-    /// Reads signal numbers from a channel instead of the operating system, for tests.
+    /// Creates a stream that reads signal numbers from a channel instead of the operating system, for tests.
     pub fn from_channel(numbers: UnboundedReceiver<u8>) -> Signals {
         Signals {
             numbers,
@@ -75,7 +76,7 @@ impl Signals {
         }
     }
 
-    /// Flag that is set after the first signal, for code that cannot wait for one.
+    /// Returns a flag that is set after the first signal, for code that cannot await the stream.
     pub fn flag(&self) -> &StopFlag {
         &self.flag
     }
@@ -86,16 +87,18 @@ impl Signals {
     }
 }
 
+/// Returns the number of the signal.
 fn number(kind: SignalKind) -> u8 {
     u8::try_from(kind.as_raw_value()).unwrap_or_default()
 }
 
-/// Number of the signal that asked the program to stop, or 0.
+/// A flag with the number of the last signal, or 0 before the first one.
 #[derive(Clone, Default)]
 pub struct StopFlag(Arc<AtomicU8>);
 
 impl StopFlag {
-    /// Installs the signal handlers. The first signal sets the flag; the second one ends the process immediately.
+    /// Installs the signal handlers once, and returns their flag. The first signal sets the flag; the second one ends
+    /// the process immediately.
     ///
     /// # Errors
     /// If the handlers cannot be installed.
@@ -105,7 +108,7 @@ impl StopFlag {
             return Ok(flag.clone());
         }
         let flag = StopFlag::default();
-        let number = Arc::clone(&flag.0);
+        let flag_number = Arc::clone(&flag.0);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -117,7 +120,7 @@ impl StopFlag {
         std::thread::spawn(move || {
             runtime.block_on(async {
                 while let Some(signal) = signals.next().await {
-                    if number.swap(signal, Ordering::Relaxed) != 0 {
+                    if flag_number.swap(signal, Ordering::Relaxed) != 0 {
                         std::process::exit(128 + i32::from(signal));
                     }
                 }
@@ -135,7 +138,7 @@ impl StopFlag {
                 let number = flag.0.load(Ordering::Relaxed);
                 if number != 0 {
                     let _ = sender.send(number);
-                    // The channel stays open: on a closed one, `next` would return `None` at once every time.
+                    // The channel stays open: on a closed channel, `next` would return `None` immediately.
                     return sender.closed().await;
                 }
                 tokio::time::sleep(FLAG_POLL_INTERVAL).await;

@@ -10,14 +10,16 @@ use crate::cache::usage::Usage;
 use crate::config::Price;
 use crate::exit::Exit;
 
-/// Ratio of the upper bound that is written to the ledger to the amount reserved. A large one is written rarely.
-const WRITE_AHEAD: f64 = 2.0;
+/// Ratio of the upper bound in the ledger to the amount reserved, when the ledger is written. A larger ratio needs
+/// fewer writes.
+const WRITE_AHEAD: u64 = 2;
 
 /// Upper bound of the cost of one or more requests: dollars, or tokens if no price is set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Reservation {
+    /// Dollars, raised by the factor [`Ledger::excess`].
     pub usd: Dollars,
-    /// `usd` without the factor [`Ledger::excess`].
+    /// Dollars without that factor.
     pub unraised: Dollars,
     pub tokens: UnpricedTokens,
 }
@@ -51,15 +53,16 @@ pub struct Account<S> {
     spent_by_process: Spent,
     /// True if the ledger has changed in a field that the log does not have.
     is_dirty: bool,
-    /// True if a write has failed: the ledger must be saved before the next request.
+    /// True if the last write failed: the ledger must be saved before the next request.
     is_save_overdue: bool,
     store: S,
 }
 
 impl<S: LedgerStore> Account<S> {
-    /// Opens the account. Counts the requests that a killed run left in flight as spent, and returns them. `price`
-    /// applies to tokens that were spent while no price was set. `floor` is the amount spent according to other
-    /// records, such as the cache; the larger amount counts.
+    /// Opens the account. Counts the requests that a killed run left in flight as spent, and returns them. `cap` is the
+    /// budget in US dollars. `price` applies to tokens that were spent while no price was set. `floor` is the measured
+    /// cost according to other records, such as the cache: the larger amount of dollars counts, and its tokens count if
+    /// the ledger has none.
     ///
     /// # Errors
     /// If the ledger cannot be written.
@@ -128,7 +131,8 @@ impl<S: LedgerStore> Account<S> {
         {
             return Ok(false);
         }
-        // The new reservation may use the part of the ledger's upper bound that covers the unlogged amounts.
+        // Logged first, because the new reservation may use up the part of the ledger's upper bound that covers the
+        // unlogged amounts.
         self.flush()?;
         self.add(amount);
         let usd = self.reserved.usd.minus(self.reserved_for_batches);
@@ -141,12 +145,11 @@ impl<S: LedgerStore> Account<S> {
             return Ok(true);
         }
         let bound = &mut self.ledger.in_flight;
-        bound.usd = bound.usd.max(usd.times(WRITE_AHEAD));
-        bound.tokens.prompt = bound.tokens.prompt.max(tokens.prompt.saturating_mul(2));
-        bound.tokens.completion = bound
-            .tokens
-            .completion
-            .max(tokens.completion.saturating_mul(2));
+        bound.usd = bound.usd.max(usd.times(WRITE_AHEAD as f64));
+        let prompt = tokens.prompt.saturating_mul(WRITE_AHEAD);
+        let completion = tokens.completion.saturating_mul(WRITE_AHEAD);
+        bound.tokens.prompt = bound.tokens.prompt.max(prompt);
+        bound.tokens.completion = bound.tokens.completion.max(completion);
         if let Err(error) = self.save() {
             self.release(amount);
             return Err(error);
@@ -154,6 +157,7 @@ impl<S: LedgerStore> Account<S> {
         Ok(true)
     }
 
+    /// Adds to the reservations, in memory.
     fn add(&mut self, amount: &Reservation) {
         self.reserved.usd = self.reserved.usd.plus(amount.usd);
         self.reserved.tokens.add(amount.tokens);
@@ -184,8 +188,8 @@ impl<S: LedgerStore> Account<S> {
         self.reserved_for_batches = self.reserved_for_batches.plus(usd);
     }
 
-    /// Settles the amount that is reserved for `rows` rows of a batch: `held`, or `unraised` without the factor
-    /// [`Ledger::excess`]. The amount spent is in the log when this returns.
+    /// Settles `held`, the amount reserved for `rows` rows of a batch; `unraised` is the same amount without the factor
+    /// [`Ledger::excess`]. When this returns, the amount spent is in the log.
     ///
     /// # Errors
     /// If the log cannot be written.
@@ -202,7 +206,7 @@ impl<S: LedgerStore> Account<S> {
         }
         self.reserved_for_batches = self.reserved_for_batches.minus(held);
         if charge == Charge::Possible {
-            // `settle` counts the last one.
+            // `settle` counts one attempt.
             self.ledger.attempts_lost += rows - 1;
         }
         let amount = Reservation {
@@ -214,7 +218,7 @@ impl<S: LedgerStore> Account<S> {
         self.flush()
     }
 
-    /// Settles a reservation by the outcome of its request. [`Account::flush`] writes the amount spent.
+    /// Settles a reservation by the outcome of its request. The amount spent stays in memory until [`Account::flush`].
     pub fn settle(&mut self, reserved: &Reservation, charge: Charge, price: &Price) {
         self.release(reserved);
         let mut spent = Spent::default();
@@ -225,7 +229,7 @@ impl<S: LedgerStore> Account<S> {
             },
             Charge::Answered(bound) => {
                 let answer = self.bound(&bound, price);
-                // The reservation is an upper bound as well, unless the answer has more tokens than were reserved.
+                // The reservation is also an upper bound, unless the answer has more tokens than were reserved.
                 spent.estimated_usd = answer.usd.min(reserved.usd).max(answer.unraised);
                 spent.estimated_tokens = answer.tokens;
             }
@@ -275,7 +279,7 @@ impl<S: LedgerStore> Account<S> {
         Ok(())
     }
 
-    /// Adds an amount that another account has spent, such as that of a merged cache.
+    /// Adds an amount that another account has spent, such as the cost of a merged cache, and logs it.
     ///
     /// # Errors
     /// If the log cannot be written.
@@ -329,7 +333,8 @@ impl<S: LedgerStore> Account<S> {
         self.save()
     }
 
-    /// Numbers of requests of the last day, by endpoint (see [`Ledger::day`]). Marks the ledger as changed.
+    /// Returns the numbers of requests of the last day by endpoint, see [`Ledger::day`], and marks the ledger as
+    /// changed.
     pub fn daily_requests(
         &mut self,
     ) -> &mut std::collections::BTreeMap<String, Vec<(jiff::Timestamp, u64)>> {
@@ -358,17 +363,18 @@ impl<S: LedgerStore> Account<S> {
             .map_or(Dollars::MAX, |cap| cap.minus(self.committed()))
     }
 
+    /// The budget; `None` without a limit.
     pub fn cap(&self) -> Option<Dollars> {
         self.cap
     }
 
-    /// Storage of the account.
+    /// Returns the storage of the account.
     pub fn store(&mut self) -> &mut S {
         &mut self.store
     }
 }
 
-/// Converts unpriced tokens to dollars, if there is a price.
+/// Converts unpriced tokens to dollars, if the prices are set.
 fn price_tokens(spent: &mut Spent, price: &Price) {
     let cost = |tokens: &mut UnpricedTokens| {
         let usage = Usage {
@@ -392,7 +398,7 @@ fn price_tokens(spent: &mut Spent, price: &Price) {
 /// Returns the error for a request whose maximum cost exceeds the remaining budget.
 pub fn budget_exhausted<S: LedgerStore>(account: &Account<S>) -> anyhow::Error {
     let message = format!(
-        "the budget is used up: {} of {} spent, and the next request may cost more than what remains; raise \
+        "the budget is used up: {} of {} spent, and the next request may cost more than the remaining amount; raise \
          `budget.usd` and rerun the command to resume",
         account.spent().total(),
         account.cap().unwrap_or_default()

@@ -1,4 +1,4 @@
-//! [`Dollars`]: sums are exact, and saturate instead of overflowing.
+//! [`Dollars`]: amounts with exact sums, which saturate instead of overflowing.
 
 use std::fmt;
 
@@ -11,22 +11,25 @@ pub struct Dollars(u64);
 
 const PICODOLLARS_PER_DOLLAR: f64 = 1e12;
 
+/// Rounding error of a product of floats, in picodollars, that does not change a rounded amount.
+const TOLERANCE: f64 = 1e-3;
+
 impl Dollars {
     pub const ZERO: Dollars = Dollars(0);
     pub const MAX: Dollars = Dollars(u64::MAX);
 
     /// Converts from dollars, rounded up; negative numbers and NaN become zero.
     pub fn at_least(usd: f64) -> Dollars {
-        // `as` saturates, and converts NaN to 0. The subtraction keeps a rounding error of the product from adding a
-        // picodollar.
-        Dollars((usd * PICODOLLARS_PER_DOLLAR - 1e-3).ceil() as u64)
+        // `as` saturates, and converts NaN to 0.
+        Dollars((usd * PICODOLLARS_PER_DOLLAR - TOLERANCE).ceil() as u64)
     }
 
     /// Converts from dollars, rounded down; negative numbers and NaN become zero.
     pub fn at_most(usd: f64) -> Dollars {
-        Dollars((usd * PICODOLLARS_PER_DOLLAR + 1e-3).floor() as u64)
+        Dollars((usd * PICODOLLARS_PER_DOLLAR + TOLERANCE).floor() as u64)
     }
 
+    /// Converts to dollars.
     pub fn usd(self) -> f64 {
         self.0 as f64 / PICODOLLARS_PER_DOLLAR
     }
@@ -35,6 +38,7 @@ impl Dollars {
         self.0 == 0
     }
 
+    /// Returns the sum, at most [`Dollars::MAX`].
     #[must_use]
     pub fn plus(self, other: Dollars) -> Dollars {
         Dollars(self.0.saturating_add(other.0))
@@ -46,7 +50,7 @@ impl Dollars {
         Dollars(self.0.saturating_sub(other.0))
     }
 
-    /// Returns the product, rounded up.
+    /// Returns the product, rounded up to a picodollar.
     #[must_use]
     pub fn times(self, factor: f64) -> Dollars {
         Dollars((self.0 as f64 * factor).ceil() as u64)

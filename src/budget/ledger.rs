@@ -1,9 +1,9 @@
 //! The account on disk: `ledger.json` and its log in the run folder.
 //!
 //! The ledger contains the amount spent, and an upper bound of the cost of the requests in flight. Amounts spent after
-//! it was written are appended to `spent.N.log`, where N is the `log` of the ledger. The next ledger includes the
-//! amounts of that log, and its own log is N + 1. A clean end of a run leaves an upper bound of zero. A kill leaves the
-//! upper bound of that moment, which the next run counts as spent.
+//! the ledger was written are appended to `spent.N.log`, where N is its field `log`. The next ledger includes these
+//! amounts, and its own log has the number N + 1. A clean end of a run leaves an upper bound of zero. A kill leaves the
+//! last upper bound, which the next run counts as spent.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,6 +18,7 @@ use crate::exit::Exit;
 use crate::fs::LogFile;
 use crate::fs::lock::FileLock;
 
+/// Version of `ledger.json`. Version 1 did not contain the measured cost.
 const VERSION: u32 = 2;
 
 /// Tokens of answers that were requested while no price was set.
@@ -74,6 +75,7 @@ impl Spent {
         self.estimated_tokens.add(other.estimated_tokens);
     }
 
+    /// Returns the sum of the measured and the estimated dollars.
     pub fn total(&self) -> Dollars {
         self.measured_usd.plus(self.estimated_usd)
     }
@@ -96,7 +98,8 @@ pub struct Ledger {
     pub attempts_lost: u64,
     /// Largest ratio of the cost of an answer to its upper bound, or 0 if no answer has cost more than its bound.
     pub excess: f64,
-    /// Numbers of requests of the last day by endpoint, as (start of the slot, number of requests).
+    /// Numbers of requests of the last day by endpoint, as pairs of the start of a time slot and the number of requests
+    /// in it.
     pub day: BTreeMap<String, Vec<(Timestamp, u64)>>,
     /// Number of the log with the amounts spent after this ledger was written.
     pub log: u64,
@@ -106,9 +109,10 @@ pub struct Ledger {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct InFlight {
+    /// Maximum number of requests in flight.
     pub requests: u64,
     pub usd: Dollars,
-    /// Cap that the amount spent and the cost in flight did not exceed together.
+    /// Cap that the sum of the amount spent and the cost in flight did not exceed; `None` without a budget.
     pub budget_usd: Option<Dollars>,
     /// Tokens in flight while no price is set.
     #[serde(skip_serializing_if = "UnpricedTokens::is_none")]
@@ -127,7 +131,7 @@ impl InFlight {
     }
 }
 
-/// Storage of an account: files, or a store in tests that fails.
+/// Storage of an account: files, no storage for a read-only account, or a store of a test that fails on purpose.
 pub trait LedgerStore {
     /// Replaces the ledger and starts a new log. The ledger is durable when this returns.
     fn save(&mut self, ledger: &Ledger) -> Result<()>;
@@ -149,8 +153,8 @@ impl Ledger {
     pub fn settle_kill(&mut self) -> InFlight {
         let mut in_flight = std::mem::take(&mut self.in_flight);
         if let Some(cap) = in_flight.budget_usd {
-            // The bound was written ahead, above the amount reserved, but spent and reserved together never exceeded
-            // the cap.
+            // The bound was written ahead and exceeds the amount reserved, but the sum of the amounts spent and
+            // reserved never exceeded the cap.
             in_flight.usd = in_flight.usd.min(cap.minus(self.spent.total()));
         }
         self.spent.add(&Spent {
@@ -166,7 +170,7 @@ impl Ledger {
 /// Files of the account in a run folder, locked by one process at a time.
 pub struct LedgerFiles {
     run_dir: PathBuf,
-    /// Open log; None until the first entry after a ledger.
+    /// Open log; `None` until the first entry after the ledger was written.
     log: Option<LogFile>,
     log_number: u64,
     _lock: FileLock,
@@ -182,7 +186,7 @@ fn log_path(run_dir: &Path, number: u64) -> PathBuf {
 }
 
 /// Reads the account of the run folder as it was last written, without the lock. The flag is true if the ledger
-/// includes the measured cost; for an older version, the caller computes that cost from the cache.
+/// includes the measured cost. If it is false, the caller computes that cost from the cache.
 ///
 /// # Errors
 /// [`Exit::Damaged`] if a file is damaged or newer than this version.
@@ -194,7 +198,7 @@ pub fn read_only(run_dir: &Path) -> Result<(Ledger, bool)> {
     Ok((ledger, has_measured_cost))
 }
 
-/// Version of a ledger. Version 1 did not contain the measured cost.
+/// Version of a ledger file, which is read before its other fields.
 #[derive(Deserialize)]
 struct LedgerVersion {
     #[serde(default)]
@@ -202,7 +206,7 @@ struct LedgerVersion {
 }
 
 impl LedgerFiles {
-    /// Opens and locks the account of the run folder. The flag is that of [`read_only`].
+    /// Opens and locks the account of the run folder. The flag has the same meaning as in [`read_only`].
     ///
     /// # Errors
     /// If another process has the lock; [`Exit::Damaged`] if a file is damaged or newer than this version.
@@ -222,6 +226,7 @@ impl LedgerFiles {
     }
 }
 
+/// Reads `ledger.json` without the log. The flag is true if it includes the measured cost.
 fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
     let path = ledger_path(run_dir);
     if !path.exists() {
@@ -247,18 +252,17 @@ fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
     Ok((ledger, version == VERSION))
 }
 
-/// Reads the entries of a log. Skips an incomplete last line, which a kill may leave: `append` did not return for it.
+/// Reads the entries of a log. Skips an incomplete last line, which a kill during `append` leaves.
 fn read_log(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
     let path = log_path(run_dir, number);
     if !path.exists() {
         return Ok(Vec::new());
     }
     let text = crate::fs::read(&path)?;
-    let lines: Vec<&[u8]> = text.split_inclusive(|byte| *byte == b'\n').collect();
-    let complete = lines.iter().filter(|line| line.ends_with(b"\n"));
-    let spent = complete.map(|line| serde_json::from_slice(line));
-    let spent: Result<Vec<Spent>, _> = spent.collect();
-    spent.map_err(|error| {
+    let lines = text.split_inclusive(|byte| *byte == b'\n');
+    let complete_lines = lines.filter(|line| line.ends_with(b"\n"));
+    let entries: Result<Vec<Spent>, _> = complete_lines.map(serde_json::from_slice).collect();
+    entries.map_err(|error| {
         let message = format!(
             "{} is damaged ({error}): restore it from a backup, or delete it if its amounts need not count against \
              the budget",
@@ -389,8 +393,8 @@ mod tests {
         for tamper in cases {
             let dir = tempfile::tempdir().unwrap();
             let (files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
-            let none = Spent::default();
-            let opened = Account::open(files, ledger, None, &Price::default(), &none);
+            let floor = Spent::default();
+            let opened = Account::open(files, ledger, None, &Price::default(), &floor);
             let mut account = opened.unwrap().0;
             account.add_spent(&measured(0.5)).unwrap();
             assert!(account.store().is_in_place());

@@ -14,11 +14,11 @@
 //!
 //! ```text
 //! amount that may have been billed  <=  spent + reserved  <=  cap     (1)
-//! spent + reserved                  <=  amount on disk after a kill   (2)
+//! spent + reserved                  <=  amount that the next run counts after a kill   (2)
 //! ```
 //!
-//! at the prices in the config, as long as an answer costs no more than its bound: the bytes of the request
-//! as prompt tokens, `sampling.max_tokens` as completion tokens. An answer that costs more is counted in full, and
+//! at the prices in the config, as long as an answer costs no more than its bound: one prompt token for each
+//! byte of the request, and `sampling.max_tokens` completion tokens. An answer that costs more is counted in full, and
 //! later bounds are raised by its ratio.
 //!
 //! (1) `account`: the bound of a request is reserved before it is sent. Its reply replaces the reservation by the cost

@@ -5,10 +5,16 @@ use jiff::civil::Date;
 use crate::cache::usage::Usage;
 use crate::config::Price;
 
-/// Estimates the tokens of a prompt, as rate limits count them before the answer: one per four bytes of the request's
-/// body.
+/// Number of bytes of a request body per token, as endpoints estimate it.
+const BYTES_PER_TOKEN: usize = 4;
+
+/// Upper bound of the tokens that an endpoint adds to each message.
+const MAX_TOKENS_PER_MESSAGE: u64 = 8;
+
+/// Estimates the tokens of a prompt as rate limits count them before the answer. `body_bytes` is the length of the
+/// request body.
 pub fn estimate_prompt(body_bytes: usize) -> u64 {
-    body_bytes.div_ceil(4) as u64
+    body_bytes.div_ceil(BYTES_PER_TOKEN) as u64
 }
 
 /// Upper bound of the tokens of a request.
@@ -19,11 +25,11 @@ pub struct TokenBound {
 }
 
 impl TokenBound {
-    /// Bounds the tokens of a request. A text has at most as many tokens as bytes, the JSON body is longer than its
-    /// messages, and an endpoint adds a few tokens per message.
+    /// Returns the bound for a request with `messages` messages. A text has at most as many tokens as bytes, and the
+    /// JSON body of `body_bytes` bytes is longer than the messages in it.
     pub fn for_request(body_bytes: usize, messages: usize, max_tokens: u32) -> TokenBound {
         TokenBound {
-            input_tokens: body_bytes as u64 + 8 * messages as u64,
+            input_tokens: body_bytes as u64 + MAX_TOKENS_PER_MESSAGE * messages as u64,
             output_tokens: max_tokens.into(),
         }
     }
@@ -39,7 +45,8 @@ impl TokenBound {
     }
 }
 
-/// Returns the cost of a usage in US dollars, or None without a price for input and output.
+/// Returns the cost of a usage in US dollars, or None without a price for input and output. Without a price for cached
+/// input, cached tokens cost as much as other prompt tokens.
 pub fn cost(usage: &Usage, price: &Price) -> Option<f64> {
     let input = price.input?;
     let output = price.output?;
@@ -55,7 +62,7 @@ pub fn cost(usage: &Usage, price: &Price) -> Option<f64> {
 /// Age in days after which [`price_warning`] reports prices as old.
 const MAX_PRICE_AGE_DAYS: i32 = 90;
 
-/// Returns a warning if the prices have no date or are old.
+/// Returns a warning if the prices of `teacher` have no date or are older than [`MAX_PRICE_AGE_DAYS`].
 pub fn price_warning(price: &Price, teacher: &str, today: Date) -> Option<String> {
     let Some(date) = &price.as_of else {
         return Some(format!(

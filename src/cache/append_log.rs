@@ -1,5 +1,5 @@
-//! An append-only file, [`AppendLog`]. Lines are appended completely or not at all, and nothing is appended after a failed
-//! fsync.
+//! An append-only file, [`AppendLog`]. Part of a line that a failed write left is truncated away. Nothing is appended
+//! after a failed truncation or a failed fsync.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,20 +11,23 @@ use crate::cache::open_file::{DisplacedFile, OpenFile};
 use crate::cache::storage;
 use crate::cache::storage::{Storage, SyncJob};
 
-/// File that one writer appends to, with counters of the lines that are not durable yet.
+/// File to which one writer appends, with counters of the lines that are not durable yet. In the compressed file, a frame
+/// counts as one line.
 pub(crate) struct AppendLog {
     storage: Box<dyn Storage>,
+    /// True if the storage supports [`Storage::sync_job`].
     syncs_in_background: bool,
     path: PathBuf,
-    /// Open file and its path, to detect that another program moved or changed it.
+    /// Handle and path of the file, to detect that another program moved or changed it. `None` if the storage is not
+    /// a file.
     open_file: Option<OpenFile>,
     /// Set once another program has moved or changed a file of the cache.
     displaced: Option<DisplacedFile>,
     /// Number of bytes in complete lines.
     length: u64,
-    /// Number of lines appended since the last sync.
+    /// Number of lines appended since the last sync began.
     unsynced: usize,
-    /// Number of lines that a failed sync may have lost.
+    /// Number of lines that may not be on the disk because a sync or a rescue failed.
     possibly_lost: usize,
     /// Time at which the first unsynced line was appended.
     oldest_unsynced: Option<Instant>,
@@ -36,13 +39,14 @@ enum LogHealth {
     Good,
     /// The file ends with part of a line: appending would corrupt the next line.
     Torn,
-    /// A sync failed. The kernel may have dropped the pages it could not write, and a second sync would report
-    /// success.
+    /// A sync or a rescue failed. After a failed sync the kernel may have dropped the pages that it could not write,
+    /// and a second sync would report success.
     SyncFailed,
 }
 
 impl AppendLog {
-    /// Wraps `storage`, which contains `length` bytes of complete lines; `path` is for messages and to detect changes.
+    /// Wraps `storage`, which contains `length` bytes of complete lines. `path` is used in messages and to detect
+    /// changes by another program.
     ///
     /// # Errors
     /// If the process has no file descriptor left.
@@ -61,9 +65,12 @@ impl AppendLog {
         })
     }
 
-    /// Appends `text`, which consists of `lines` lines. After an error the file is truncated to its previous length;
-    /// if truncating fails, every later append is refused. If another program moved or changed the file, the
-    /// lines go to the rescue file.
+    /// Appends `text`, which consists of `lines` complete lines. A file that another program has moved stays in use;
+    /// after any other change by another program, the lines are appended to a rescue file.
+    ///
+    /// # Errors
+    /// If the write fails. The file is then truncated to its previous length; if truncating fails as well, every later
+    /// append is refused. Also after an earlier sync or rescue has failed.
     pub(crate) fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
         self.check_writable()?;
         self.check_file();
@@ -77,7 +84,7 @@ impl AppendLog {
         Ok(())
     }
 
-    /// Removes the part of the text that was written before `error`.
+    /// Truncates the file to its complete lines after a failed write, and returns `error` with context.
     fn roll_back(&mut self, error: io::Error) -> anyhow::Error {
         if self.storage.truncate(self.length).is_err() {
             self.health = LogHealth::Torn;
@@ -85,7 +92,8 @@ impl AppendLog {
         anyhow::Error::new(error).context(format!("could not append to {}", self.path.display()))
     }
 
-    /// Makes every line appended so far durable. After an error nothing more can be appended.
+    /// Makes every line appended so far durable, except for lines whose background sync is still running. After an
+    /// error nothing more can be appended.
     pub(crate) fn sync(&mut self) -> Result<()> {
         self.check_file();
         if self.health == LogHealth::SyncFailed {
@@ -99,8 +107,9 @@ impl AppendLog {
         self.end_sync(unsynced, result)
     }
 
-    /// Returns a job that syncs every line appended so far on another thread, and the number of these lines.
-    /// Pass its result to [`AppendLog::end_sync`].
+    /// Returns the number of unsynced lines, and a job that syncs them on another thread. Pass this number and the
+    /// job's result to [`AppendLog::end_sync`]. `None` if there is nothing to sync, an earlier sync failed, or the
+    /// storage cannot sync on another thread.
     pub(crate) fn begin_sync(&mut self) -> Option<(usize, SyncJob)> {
         if self.health == LogHealth::SyncFailed || self.unsynced == 0 {
             return None;
@@ -119,18 +128,18 @@ impl AppendLog {
         let Err(error) = result else {
             return Ok(());
         };
-        let lines = lines + self.unsynced;
-        self.possibly_lost += lines - self.unsynced;
+        let lost_lines = lines + self.unsynced;
+        self.possibly_lost += lines;
         self.mark_lost();
         Err(error).with_context(|| {
             format!(
-                "could not sync {}: its last {lines} records may not be on the disk",
+                "could not sync {}: its last {lost_lines} records may not be on the disk",
                 self.path.display()
             )
         })
     }
 
-    /// Switches to another file of `length` bytes, which durably contains the last lines of this file.
+    /// Switches to another file of `length` bytes, which durably contains the uncompressed lines of this file.
     ///
     /// # Errors
     /// If the process has no file descriptor left.
@@ -139,14 +148,11 @@ impl AppendLog {
         self.storage = storage;
         self.length = length;
         self.take_unsynced();
-        if self.health == LogHealth::Torn {
-            self.health = LogHealth::Good;
-        }
         Ok(())
     }
 
-    /// Detects that another program has moved or changed the file. Later lines then go to a safe file, and
-    /// [`AppendLog::check`] fails from then on.
+    /// Detects that another program has moved or changed the file. Lines can still be appended, to the moved file or to
+    /// a rescue file, but [`AppendLog::check`] fails from then on. If the rescue fails, appends are refused as well.
     pub(crate) fn check_file(&mut self) {
         // After a failed write the length of the file may differ from `self.length`.
         if self.displaced.is_some() || self.health != LogHealth::Good {
@@ -172,7 +178,8 @@ impl AppendLog {
         }
     }
 
-    /// Records that another program has moved or changed a file of the cache: no further request may be sent.
+    /// Records that another program has moved or changed a file of the cache, so that no further request is sent. The
+    /// first such change is kept.
     pub(crate) fn set_displaced(&mut self, displaced: DisplacedFile) {
         self.displaced.get_or_insert(displaced);
     }
@@ -185,10 +192,10 @@ impl AppendLog {
         self.displaced.is_some()
     }
 
-    /// Opens the file for reading while lines are appended to it.
+    /// Returns a handle with which the file can be read while lines are appended to it.
     ///
     /// # Errors
-    /// If the file cannot be opened.
+    /// If the file cannot be opened, or the process has no file descriptor left.
     pub(crate) fn reader(&self) -> Result<OpenFile> {
         match &self.open_file {
             Some(open_file) => open_file.try_clone(),
@@ -201,18 +208,18 @@ impl AppendLog {
         }
     }
 
-    /// Refuses all later appends: a sync failed.
+    /// Counts the unsynced lines as possibly lost and refuses all later appends, after a sync or a rescue has failed.
     pub(crate) fn mark_lost(&mut self) {
         self.possibly_lost += self.take_unsynced();
         self.health = LogHealth::SyncFailed;
     }
 
-    /// Number of lines that may be lost because a sync of them failed.
+    /// Number of lines that may not be on the disk because a sync or a rescue failed.
     pub(crate) fn possibly_lost(&self) -> usize {
         self.possibly_lost
     }
 
-    /// Returns true if a sync has failed.
+    /// Returns true if a sync or a rescue has failed.
     pub(crate) fn has_sync_failed(&self) -> bool {
         self.health == LogHealth::SyncFailed
     }
@@ -227,7 +234,7 @@ impl AppendLog {
         self.syncs_in_background
     }
 
-    /// Fails if no further request may be sent.
+    /// Fails if no further request may be sent, because its answer might not be stored in this cache.
     pub(crate) fn check(&self) -> Result<()> {
         self.check_writable()?;
         match &self.displaced {
@@ -239,6 +246,7 @@ impl AppendLog {
     /// Fails if nothing can be appended any more.
     pub(crate) fn check_writable(&self) -> Result<()> {
         let path = self.path.display();
+        // The change by another program is the cause, so it is reported instead of the failed rescue or sync.
         if let (LogHealth::SyncFailed, Some(displaced)) = (self.health, &self.displaced) {
             return Err(displaced.clone().into());
         }
@@ -255,12 +263,13 @@ impl AppendLog {
         }
     }
 
-    /// Number of lines that a power loss could lose.
+    /// Number of lines appended since the last sync began. A power loss could lose them, and the lines whose background
+    /// sync is still running.
     pub(crate) fn unsynced(&self) -> usize {
         self.unsynced
     }
 
-    /// Age of the oldest unsynced line.
+    /// Age of the oldest line appended since the last sync began; `None` if there is no such line.
     pub(crate) fn oldest_unsynced_age(&self) -> Option<Duration> {
         self.oldest_unsynced.map(|oldest| oldest.elapsed())
     }

@@ -1,13 +1,13 @@
-//! `responses.index`: the keys of a cache in a file beside it, so that a million records open fast.
+//! `responses.index`: a file with the keys of a cache, so that a cache of a million records opens fast.
 //!
 //! ```text
-//! {"version":2,"files":{"responses.jsonl":{"bytes":…,…},…},"records":…,"crc":"…"}⏎
-//! <16 bytes a key>
+//! {"version":2,"files":{"responses.jsonl":{"bytes":…,…},…},"keys":…,"past":…,"repeated":…,"cost_usd":…,"crc":…}⏎
+//! <16 bytes per key>
 //! ```
 //!
-//! The index only repeats the content of the cache. It is valid as long as the cache files have the size, times
-//! and inodes that they had when the cache was closed and the index was written. Otherwise the cache is read
-//! whole, and a new index is written when it is closed.
+//! The index only repeats content of the cache. It is valid as long as the cache files have the sizes, times and
+//! inodes that they had when the index was written. Otherwise all records are read. The writer writes a new index when
+//! it closes a cache of at least 4 MiB.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,18 +22,27 @@ use super::keys::KeySet;
 use super::question::KeyVariants;
 use crate::cache::fingerprint::Fingerprint;
 
+/// Version of the file format. An index of another version is not used.
 const VERSION: u32 = 2;
 
 /// Maximum length of the header in bytes.
 const MAX_HEADER_BYTES: u64 = 1 << 16;
 
+/// Maximum number of keys for which memory is reserved before they are read, in case the header is damaged.
+const MAX_RESERVED_KEYS: usize = 1 << 24;
+
+/// Size in bytes of the read buffer.
+const BUFFER_BYTES: usize = 1 << 20;
+
 /// Summary of a cache, as its index stores it.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct KeyIndex {
     pub keys: KeySet,
+    /// Kinds of alternative keys among the records.
     pub key_variants: KeyVariants,
-    /// Records that repeat a key.
+    /// Number of records with the key of an earlier record.
     pub repeated: u64,
+    /// Cost of all records in US dollars.
     pub cost_usd: f64,
 }
 
@@ -41,21 +50,22 @@ pub(crate) struct KeyIndex {
 struct IndexHeader {
     version: u32,
     files: BTreeMap<String, FileStamp>,
+    /// Number of keys.
     keys: usize,
     #[serde(rename = "past")]
     key_variants: KeyVariants,
     repeated: u64,
     cost_usd: f64,
-    /// CRC-32C of what follows the header.
+    /// CRC-32C of the keys, which follow the header.
     crc: u32,
 }
 
-/// Metadata of a file that change when its content does.
+/// Metadata of a file that change whenever its content changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct FileStamp {
     bytes: u64,
     modified_ns: u64,
-    /// Change time of the inode, which no program can set.
+    /// Change time of the inode, which programs cannot set. 0, like the inode, on systems other than Unix.
     changed_s: i64,
     changed_ns: i64,
     inode: u64,
@@ -87,12 +97,12 @@ fn change_time_and_inode(_: &std::fs::Metadata) -> (i64, i64, u64) {
     (0, 0, 0)
 }
 
-/// Path of the index of the cache folder `dir`.
+/// Returns the path of the index of the cache in `dir`.
 pub(crate) fn index_file(dir: &Path) -> PathBuf {
     dir.join("responses.index")
 }
 
-fn stamps(dir: &Path) -> BTreeMap<String, FileStamp> {
+fn file_stamps(dir: &Path) -> BTreeMap<String, FileStamp> {
     [super::plain_file(dir), super::compressed_file(dir)]
         .iter()
         .filter_map(|path| {
@@ -102,20 +112,21 @@ fn stamps(dir: &Path) -> BTreeMap<String, FileStamp> {
         .collect()
 }
 
-/// Loads the index of the cache in `dir`; `None` if there is none, or if the cache files have changed since it
-/// was written.
+/// Loads the index of the cache in `dir`; `None` if there is no valid index, or if the cache files have changed since
+/// it was written.
 pub(crate) fn load(dir: &Path) -> Option<KeyIndex> {
-    let mut reader = BufReader::with_capacity(1 << 20, File::open(index_file(dir)).ok()?);
+    let mut reader = BufReader::with_capacity(BUFFER_BYTES, File::open(index_file(dir)).ok()?);
     let mut header = Vec::new();
     (&mut reader)
         .take(MAX_HEADER_BYTES)
         .read_until(b'\n', &mut header)
         .ok()?;
     let header: IndexHeader = serde_json::from_slice(&header).ok()?;
-    if header.version != VERSION || header.files != stamps(dir) {
+    if header.version != VERSION || header.files != file_stamps(dir) {
         return None;
     }
-    let mut keys = KeySet::with_capacity_and_hasher(header.keys.min(1 << 24), Default::default());
+    let reserved_keys = header.keys.min(MAX_RESERVED_KEYS);
+    let mut keys = KeySet::with_capacity_and_hasher(reserved_keys, Default::default());
     let mut key = Fingerprint::default();
     let mut crc = 0;
     for _ in 0..header.keys {
@@ -123,8 +134,8 @@ pub(crate) fn load(dir: &Path) -> Option<KeyIndex> {
         crc = crc32c::crc32c_append(crc, &key);
         keys.insert(key);
     }
-    let is_whole = crc == header.crc && keys.len() == header.keys;
-    is_whole.then_some(KeyIndex {
+    let is_intact = crc == header.crc && keys.len() == header.keys;
+    is_intact.then_some(KeyIndex {
         keys,
         key_variants: header.key_variants,
         repeated: header.repeated,
@@ -145,7 +156,7 @@ pub(crate) fn save(
         .fold(0, |crc, key| crc32c::crc32c_append(crc, key));
     let header = IndexHeader {
         version: VERSION,
-        files: stamps(dir),
+        files: file_stamps(dir),
         keys: keys.len(),
         key_variants: key_variants.clone(),
         repeated,

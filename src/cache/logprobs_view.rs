@@ -12,15 +12,15 @@ use crate::cache::raw_token::RawToken;
 use crate::cache::record::Logprobs;
 use crate::cache::stored;
 
-/// [`Logprobs`] of T tokens, with all alternatives in one list and every token as bytes.
+/// [`Logprobs`] of T tokens, with the alternatives of all positions in one allocation and every token as bytes.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(from = "StoredLogprobs<'a>", bound(deserialize = "'de: 'a"))]
 pub struct LogprobsView<'a> {
-    /// Emitted tokens (T); a token whose bytes are not known is empty.
+    /// Bytes of the emitted tokens (T); empty for a token whose bytes are unknown.
     pub token: Vec<Cow<'a, [u8]>>,
     /// Logprobs of the emitted tokens (T).
     pub logprob: Vec<Option<f32>>,
-    /// Alternatives at each position (T x up to k).
+    /// Bytes of the alternatives at each position (T x up to k).
     pub top: FlatLists<Cow<'a, [u8]>>,
     /// Logprobs of the alternatives (the shape of `top`).
     pub top_logprob: FlatLists<Option<f32>>,
@@ -35,13 +35,13 @@ impl<'a> From<&'a Logprobs> for LogprobsView<'a> {
             top: FlatLists::from_lists(&logprobs.top, bytes),
             top_logprob: FlatLists::from_lists(&logprobs.top_logprob, |&logprob| logprob),
         };
-        view.put_raw(&logprobs.raw);
+        view.insert_raw_tokens(&logprobs.raw);
         view
     }
 }
 
 impl<'a> LogprobsView<'a> {
-    /// Copies the tokens out of the line.
+    /// Copies the borrowed tokens, so that the view does not depend on its line.
     pub fn into_owned(self) -> LogprobsView<'static> {
         let owned = |tokens: Vec<Cow<'a, [u8]>>| -> Vec<Cow<'static, [u8]>> {
             let tokens = tokens.into_iter();
@@ -58,7 +58,8 @@ impl<'a> LogprobsView<'a> {
         }
     }
 
-    /// Replaces the bytes of every token for which `new_bytes` returns some.
+    /// Returns a copy with the bytes of each token replaced by `new_bytes`; a token for which it returns `None` is
+    /// unchanged.
     pub fn map_tokens(&self, new_bytes: impl Fn(&[u8]) -> Option<Vec<u8>>) -> LogprobsView<'a> {
         let map =
             |bytes: &Cow<'a, [u8]>| new_bytes(bytes).map_or_else(|| bytes.clone(), Cow::Owned);
@@ -73,8 +74,9 @@ impl<'a> LogprobsView<'a> {
         }
     }
 
-    /// Fills in the tokens that are not UTF-8, in place of the empty texts.
-    pub fn put_raw(&mut self, raw: &[RawToken]) {
+    /// Inserts the bytes of the tokens that are not UTF-8, which are stored as empty texts. A position or rank that
+    /// does not exist is ignored.
+    pub fn insert_raw_tokens(&mut self, raw: &[RawToken]) {
         for token in raw {
             let position = token.position as usize;
             let slot = match usize::try_from(token.rank) {
@@ -95,7 +97,7 @@ impl<'a> LogprobsView<'a> {
 
 impl<'a> From<StoredLogprobs<'a>> for LogprobsView<'a> {
     fn from(stored: StoredLogprobs<'a>) -> Self {
-        // Both `collect` calls reuse the allocation.
+        // `collect` reuses the allocation of `tokens`.
         let bytes =
             |tokens: Vec<StringBytes<'a>>| tokens.into_iter().map(|token| token.0).collect();
         let mut view = Self {
@@ -107,12 +109,12 @@ impl<'a> From<StoredLogprobs<'a>> for LogprobsView<'a> {
             },
             top_logprob: stored.top_logprob,
         };
-        view.put_raw(&stored.raw);
+        view.insert_raw_tokens(&stored.raw);
         view
     }
 }
 
-/// List of lists, stored in one allocation.
+/// List of lists, with the values of all lists in one allocation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FlatLists<T> {
     values: Vec<T>,
@@ -130,17 +132,18 @@ impl<T> Default for FlatLists<T> {
 }
 
 impl<T> FlatLists<T> {
-    fn range(&self, at: usize) -> Range<usize> {
-        match (at.checked_sub(1), self.ends.get(at)) {
+    /// Returns the range in `values` of the list at `index`; an empty range if there is no such list.
+    fn range(&self, index: usize) -> Range<usize> {
+        match (index.checked_sub(1), self.ends.get(index)) {
             (_, None) => 0..0,
             (None, Some(&end)) => 0..end,
-            (Some(before), Some(&end)) => self.ends[before]..end,
+            (Some(previous), Some(&end)) => self.ends[previous]..end,
         }
     }
 
-    /// Returns the list at `at`; an empty one if there is none.
-    pub fn get(&self, at: usize) -> &[T] {
-        &self.values[self.range(at)]
+    /// Returns the list at `index`; an empty list if there is no such list.
+    pub fn get(&self, index: usize) -> &[T] {
+        &self.values[self.range(index)]
     }
 
     /// Number of lists.
@@ -153,7 +156,7 @@ impl<T> FlatLists<T> {
         self.values.len()
     }
 
-    /// Reserves memory for more values and lists.
+    /// Reserves memory for `values` more values and `lists` more lists.
     pub fn reserve(&mut self, values: usize, lists: usize) {
         self.values.reserve(values);
         self.ends.reserve(lists);
@@ -164,7 +167,7 @@ impl<T> FlatLists<T> {
         self.values.push(value);
     }
 
-    /// Ends the current list.
+    /// Ends the current list; the next value starts a new list.
     pub fn end(&mut self) {
         self.ends.push(self.values.len());
     }
@@ -173,12 +176,12 @@ impl<T> FlatLists<T> {
         lists: impl IntoIterator<Item = &'a Vec<U>>,
         value: impl Fn(&'a U) -> T,
     ) -> Self {
-        let mut all = Self::default();
+        let mut flat = Self::default();
         for list in lists {
-            all.values.extend(list.iter().map(&value));
-            all.ends.push(all.values.len());
+            flat.values.extend(list.iter().map(&value));
+            flat.end();
         }
-        all
+        flat
     }
 }
 
@@ -194,14 +197,14 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for FlatLists<T> {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut lists: A) -> Result<FlatLists<T>, A::Error> {
-                let mut all = FlatLists::default();
+                let mut flat = FlatLists::default();
                 while lists
-                    .next_element_seed(ListVisitor(&mut all.values))?
+                    .next_element_seed(ListVisitor(&mut flat.values))?
                     .is_some()
                 {
-                    all.ends.push(all.values.len());
+                    flat.end();
                 }
-                Ok(all)
+                Ok(flat)
             }
         }
 
@@ -249,7 +252,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for StringBytes<'a> {
     }
 }
 
-/// Deserialises one list by appending its values.
+/// Deserialises one list by appending its values to the vector.
 struct ListVisitor<'v, T>(&'v mut Vec<T>);
 
 impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for ListVisitor<'_, T> {

@@ -13,22 +13,23 @@ use super::line::{self, LineError};
 use super::reader::CacheLines;
 use super::recovery::LineScan;
 use super::{exists, plain_file, refusal};
-use crate::cache::fingerprint::Fingerprint;
+use crate::cache::fingerprint::{Fingerprint, fingerprint};
 
-/// Positions of the lines of a cache by key. The byte ranges stay valid only while the plain file grows, so
-/// the cache must not be compressed during the use of a lookup.
+/// Positions of the lines of a cache by key. The byte ranges are valid as long as the plain file is only appended to,
+/// so the cache must not be compressed while a lookup is used.
 pub(crate) struct Lookup {
     plain: PathBuf,
     positions: HashMap<Fingerprint, LinePosition>,
+    /// Cost of all records in US dollars.
     cost_usd: f64,
-    /// Number of bytes of the plain file that have been read.
+    /// Offset in the plain file at which [`Lookup::refresh`] continues.
     end: u64,
 }
 
 enum LinePosition {
-    /// Byte range of the plain file.
+    /// Byte range of the line in the plain file, without its line end.
     Plain(Range<u64>),
-    /// Content of a line of the compressed file.
+    /// Content of the line, which is in the compressed file.
     Compressed(Vec<u8>),
 }
 
@@ -49,15 +50,15 @@ impl Lookup {
         }
         let mut lines = CacheLines::open(dir)?;
         while lines.advance().map_err(|error| lines.refuse_scan(error))? {
-            let start = lines.place().offset();
+            let plain_offset = lines.location().offset();
             lookup
-                .add(lines.line(), start)
+                .add(lines.line(), plain_offset)
                 .map_err(|fault| lines.refuse(fault))?;
         }
         Ok(lookup)
     }
 
-    /// Adds the lines that have been appended since the last call.
+    /// Adds the lines that have been appended since the lookup was opened or last refreshed.
     ///
     /// # Errors
     /// If the cache cannot be read or is damaged.
@@ -68,29 +69,29 @@ impl Lookup {
             .with_context(read_error)?;
         let mut scan = LineScan::starting_at(BufReader::new(file), self.end, 0);
         while scan.advance().map_err(|e| refusal(&self.plain, e))? {
-            let start = scan.offset();
-            self.add(scan.line(), Some(start))?;
+            let plain_offset = scan.offset();
+            self.add(scan.line(), Some(plain_offset))?;
         }
         Ok(())
     }
 
-    /// Adds a line that starts at `start` in the plain file, or a compressed line if `start` is `None`.
-    fn add(&mut self, line: &[u8], start: Option<u64>) -> Result<(), LineError> {
+    /// Adds a line, which starts at `plain_offset` in the plain file; `None` for a line of the compressed file.
+    fn add(&mut self, line: &[u8], plain_offset: Option<u64>) -> Result<(), LineError> {
         let (fingerprint, _) = keys::identity(line)?;
         self.cost_usd += line::cost_usd(line)?;
-        let position = match start {
+        let position = match plain_offset {
             Some(start) => {
                 self.end = start + line.len() as u64 + 1;
                 LinePosition::Plain(start..start + line.len() as u64)
             }
             None => LinePosition::Compressed(line.to_vec()),
         };
-        // Only the first record of a key counts.
+        // The first record of a key is the one that the cache uses.
         self.positions.entry(fingerprint).or_insert(position);
         Ok(())
     }
 
-    /// Cost of all records in US dollars.
+    /// Returns the cost of all records in US dollars, repeated keys included.
     pub(crate) fn cost_usd(&self) -> f64 {
         self.cost_usd
     }
@@ -98,12 +99,10 @@ impl Lookup {
     /// Returns the line of `key`, without its line end; `None` if the cache does not contain the key.
     ///
     /// # Errors
-    /// If the line cannot be read.
+    /// If the line cannot be read, is damaged, or has another key than when it was added.
     pub(crate) fn line(&self, key: &str) -> Result<Option<Vec<u8>>> {
-        let range = match self
-            .positions
-            .get(&crate::cache::fingerprint::fingerprint(key))
-        {
+        let wanted = fingerprint(key);
+        let range = match self.positions.get(&wanted) {
             None => return Ok(None),
             Some(LinePosition::Compressed(line)) => return Ok(Some(line.clone())),
             Some(LinePosition::Plain(range)) => range,
@@ -116,9 +115,9 @@ impl Lookup {
             Ok(line)
         };
         let line = read().with_context(|| format!("could not read {}", self.plain.display()))?;
-        let (fingerprint, _) = keys::identity(&line)?;
+        let (actual, _) = keys::identity(&line)?;
         ensure!(
-            fingerprint == crate::cache::fingerprint::fingerprint(key),
+            actual == wanted,
             "{} was changed by another program: rerun the command",
             self.plain.display()
         );

@@ -1,4 +1,4 @@
-//! Opens a cache: reads its keys, and repairs the files after a crash.
+//! Opens a cache: reads its keys, and repairs its files after a crash.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -18,28 +18,37 @@ use crate::cache::storage::{self, WrapFile};
 use crate::cache::verify_parallel::{self, VerifiedBlock};
 use crate::cache::{compressed_file, damaged, line, plain_file, refusal, torn_file};
 
+/// Maximum number of bytes of a torn frame from which records are rescued.
+const MAX_TORN_FRAME_BYTES: u64 = 1 << 30;
+
 /// Contents of an opened cache.
 #[derive(Debug, Default)]
 pub struct CacheContents {
     pub keys: KeySet,
+    /// Kinds of alternative keys among the records.
     pub key_variants: KeyVariants,
-    /// Records that repeat a key.
+    /// Number of records with the key of an earlier record.
     pub repeated: u64,
+    /// Cost of all records in US dollars.
     pub cost_usd: f64,
-    /// Bytes of the whole lines in the plain file.
+    /// Length in bytes of the complete lines in the plain file.
     pub plain: u64,
-    /// Bytes of the whole frames in the compressed file.
+    /// Length in bytes of the complete frames in the compressed file.
     pub compressed: u64,
 }
 
-/// Reads the cache in `dir`: its index if that is valid, or else all records. Torn tails are moved to another
-/// file with a warning. Damage is an error ([`crate::exit::Exit::Damaged`]).
+/// Reads the cache in `dir`, from its index if the index is valid, or else from all records. Creates the plain file if
+/// it does not exist. Torn tails are moved to another file with a warning. The caller must hold the lock of the cache.
+///
+/// # Errors
+/// If the cache is damaged ([`crate::exit::Exit::Damaged`]), or its files cannot be read or repaired.
 pub fn open(dir: &Path, wrap: &WrapFile, on_progress: OnReadProgress<'_>) -> Result<CacheContents> {
     let index = index::load(dir);
     storage::remove_leftover(&plain_file(dir));
     storage::remove_leftover(&compressed_file(dir));
     let mut file = storage::open_or_create(&plain_file(dir))?;
-    let lengths = (length(&plain_file(dir))?, length(&compressed_file(dir))?);
+    let plain_length = length(&plain_file(dir))?;
+    let compressed_length = length(&compressed_file(dir))?;
     if let Some(KeyIndex {
         keys,
         key_variants,
@@ -52,19 +61,19 @@ pub fn open(dir: &Path, wrap: &WrapFile, on_progress: OnReadProgress<'_>) -> Res
             key_variants,
             repeated,
             cost_usd,
-            plain: lengths.0,
-            compressed: lengths.1,
+            plain: plain_length,
+            compressed: compressed_length,
         });
     }
-    let total = lengths.0 + lengths.1;
+    let total = plain_length + compressed_length;
     let mut compressed = FileContents::default();
-    if lengths.1 > 0 {
+    if compressed_length > 0 {
         compressed = read_compressed(&compressed_file(dir), &mut |bytes| {
             on_progress(bytes, total)
         })?;
     }
     let mut plain = read_plain(&mut file, &plain_file(dir), &mut |bytes| {
-        on_progress(lengths.1 + bytes, total)
+        on_progress(compressed_length + bytes, total)
     })?;
     repair_plain(&mut file, dir, &mut plain)
         .with_context(|| format!("could not repair {}", plain_file(dir).display()))?;
@@ -78,22 +87,26 @@ pub fn open(dir: &Path, wrap: &WrapFile, on_progress: OnReadProgress<'_>) -> Res
     Ok(combine(compressed, plain))
 }
 
-/// Contents of a cache, read without the lock.
+/// Contents of a cache, read without its lock and without repairing its files.
 #[derive(Debug, Default)]
 pub struct Peek {
     keys: KeySet,
+    /// Kinds of alternative keys among the records.
     pub key_variants: KeyVariants,
+    /// Cost of all records in US dollars.
     pub cost_usd: f64,
+    /// Size of the cache files in bytes.
     bytes: u64,
 }
 
 impl Peek {
-    /// Returns true if a record has this key.
+    /// Returns true if a record has the key `key`.
     pub fn contains(&self, key: &str) -> bool {
         self.keys
             .contains(&crate::cache::fingerprint::fingerprint(key))
     }
 
+    /// Number of keys with a record.
     pub fn len(&self) -> usize {
         self.keys.len()
     }
@@ -102,13 +115,14 @@ impl Peek {
         self.keys.is_empty()
     }
 
+    /// Size of the cache files in bytes per key; in total if there is no key.
     pub fn bytes_per_record(&self) -> f64 {
         self.bytes as f64 / self.keys.len().max(1) as f64
     }
 }
 
-/// Reads the keys of the cache in `dir`, also while another process writes it: from its index if that is valid,
-/// or else from all records. A cache that does not exist is empty.
+/// Reads the keys of the cache in `dir`, from its index if the index is valid, or else from all records. Another
+/// process may write the cache at the same time. A cache that does not exist is empty.
 ///
 /// # Errors
 /// If the cache cannot be read or is damaged.
@@ -129,12 +143,11 @@ pub fn peek(dir: &Path) -> Result<Peek> {
     let mut lines = CacheLines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
         let line = lines.line();
-        let known = keys::identity(line).and_then(|(key, _)| Ok((key, line::cost_usd(line)?)));
-        let (key, cost_usd) = known.map_err(|fault| lines.refuse(fault))?;
-        peek.keys.insert(key);
+        let (key, _) = keys::identity(line).map_err(|fault| lines.refuse(fault))?;
+        peek.cost_usd += line::cost_usd(line).map_err(|fault| lines.refuse(fault))?;
         let head = line::head(line).map_err(|fault| lines.refuse(fault))?;
         peek.key_variants.insert(head.v, head.cut_at);
-        peek.cost_usd += cost_usd;
+        peek.keys.insert(key);
     }
     lines.warn_of_torn();
     Ok(peek)
@@ -143,15 +156,15 @@ pub fn peek(dir: &Path) -> Result<Peek> {
 /// Callback with the number of bytes read from a file.
 type OnBytes<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
 
-/// Contents of one of the two files.
+/// Contents of the plain or the compressed file.
 #[derive(Debug)]
 struct FileContents {
     records: Vec<KeyAndChecksum>,
     key_variants: KeyVariants,
     cost_usd: f64,
-    /// Bytes of whole lines or frames.
+    /// Length in bytes of the complete lines or frames.
     bytes: u64,
-    /// Length of the file.
+    /// Length of the file in bytes.
     length: u64,
     ending: FileEnding,
 }
@@ -178,7 +191,7 @@ impl FileContents {
         on_progress(self.bytes)
     }
 
-    /// Sets the length of the file, once it was read to its end, and how it ends.
+    /// Sets the length and the ending of the file after a scan has reached its end.
     fn with_end(mut self, length: u64, ending: FileEnding) -> FileContents {
         self.length = length;
         self.bytes = match &ending {
@@ -199,51 +212,55 @@ impl FileContents {
 }
 
 fn read_plain(file: &mut File, path: &Path, on_progress: OnBytes<'_>) -> Result<FileContents> {
-    let mut part = FileContents::default();
+    let mut contents = FileContents::default();
     let could_not_read = || format!("could not read {}", path.display());
-    verify_parallel::verify_plain(&mut *file, path, |block| part.add(block, on_progress))?;
+    verify_parallel::verify_plain(&mut *file, path, |block| contents.add(block, on_progress))?;
     // Continues at the first line that the parallel pass did not accept.
-    file.seek(SeekFrom::Start(part.bytes))
+    file.seek(SeekFrom::Start(contents.bytes))
         .with_context(could_not_read)?;
     let reader = BufReader::with_capacity(1 << 20, file);
-    let mut scan = LineScan::starting_at(reader, part.bytes, part.records.len() as u64);
+    let mut scan = LineScan::starting_at(reader, contents.bytes, contents.records.len() as u64);
     while scan.advance().map_err(|error| refusal(path, error))? {
-        part.add_line(scan.line())
+        contents
+            .add_line(scan.line())
             .map_err(|fault| damaged(path, &scan.bad(fault)))?;
         on_progress(scan.position())?;
     }
-    Ok(part.with_end(scan.position(), scan.ending()))
+    Ok(contents.with_end(scan.position(), scan.ending()))
 }
 
 fn read_compressed(path: &Path, on_progress: OnBytes<'_>) -> Result<FileContents> {
-    let mut part = FileContents::default();
+    let mut contents = FileContents::default();
     let could_not_read = || format!("could not read {}", path.display());
     let file = || File::open(path).with_context(could_not_read);
-    part.length = length(path)?;
-    verify_parallel::verify_compressed(file()?, path, |block| part.add(block, on_progress))?;
-    if part.bytes == part.length {
-        return Ok(part);
+    contents.length = length(path)?;
+    verify_parallel::verify_compressed(file()?, path, |block| contents.add(block, on_progress))?;
+    if contents.bytes == contents.length {
+        return Ok(contents);
     }
+    // Reads the file again from its start, to find where and how the frames end.
     let mut scan = FrameScan::new(file()?);
-    part.records.clear();
-    part.cost_usd = 0.0;
+    contents.records.clear();
+    contents.cost_usd = 0.0;
     while scan.advance().map_err(|error| refusal(path, error))? {
-        part.add_line(scan.line())
+        contents
+            .add_line(scan.line())
             .map_err(|fault| damaged(path, &scan.bad(fault)))?;
     }
-    Ok(part.with_end(scan.position(), scan.ending()))
+    Ok(contents.with_end(scan.position(), scan.ending()))
 }
 
-fn warn_torn(path: &Path, part: &FileContents, aside: &Path) {
+fn warn_of_torn_line(path: &Path, contents: &FileContents, torn_file: &Path) {
     tracing::warn!(
         "{}: an incomplete record at its end ({} bytes from byte {}) is moved to {}; its prompt will be requested again",
         path.display(),
-        part.length - part.bytes,
-        part.bytes,
-        aside.display()
+        contents.length - contents.bytes,
+        contents.bytes,
+        torn_file.display()
     );
 }
 
+/// Completes a last line without a newline, or moves a torn tail to another file.
 fn repair_plain(file: &mut File, dir: &Path, plain: &mut FileContents) -> std::io::Result<()> {
     match plain.ending {
         FileEnding::Clean => {}
@@ -252,18 +269,18 @@ fn repair_plain(file: &mut File, dir: &Path, plain: &mut FileContents) -> std::i
             plain.bytes += 1;
         }
         FileEnding::Torn(_) => {
-            let aside = torn_file(dir);
-            warn_torn(&plain_file(dir), plain, &aside);
-            storage::cut(file, plain.bytes, &aside)?;
+            let torn_file = torn_file(dir);
+            warn_of_torn_line(&plain_file(dir), plain, &torn_file);
+            storage::cut(file, plain.bytes, &torn_file)?;
         }
     }
     Ok(())
 }
 
-/// Cuts off a torn frame. After a crash its lines are in the plain file as well; any other line that can still be
-/// read is appended there.
+/// Moves a torn frame from the end of the compressed file to another file. After a crash its lines are still in the
+/// plain file; a readable line with a key that the plain file lacks is appended to it.
 fn repair_compressed(
-    file: &mut File,
+    plain_file: &mut File,
     dir: &Path,
     compressed: &FileContents,
     plain: &mut FileContents,
@@ -272,17 +289,19 @@ fn repair_compressed(
     let mut torn = Vec::new();
     let mut frames = storage::open_or_create(&path)?;
     frames.seek(SeekFrom::Start(compressed.bytes))?;
-    (&mut frames).take(1 << 30).read_to_end(&mut torn)?;
-    let known: KeySet = plain.records.iter().map(|(key, _)| *key).collect();
+    (&mut frames)
+        .take(MAX_TORN_FRAME_BYTES)
+        .read_to_end(&mut torn)?;
+    let plain_keys: KeySet = plain.records.iter().map(|(key, _)| *key).collect();
     let mut rescued = Vec::new();
     for line in frames::salvage(&torn).split_inclusive(|&byte| byte == b'\n') {
-        let bare = line.trim_ascii_end();
-        if !known.contains(&keys::identity(bare)?.0) {
-            plain.add_line(bare)?;
+        let content = line.trim_ascii_end();
+        if !plain_keys.contains(&keys::identity(content)?.0) {
+            plain.add_line(content)?;
             rescued.extend_from_slice(line);
         }
     }
-    storage::append(file, &rescued)?;
+    storage::append(plain_file, &rescued)?;
     plain.bytes += rescued.len() as u64;
     tracing::warn!(
         "{}: an incomplete frame at its end ({} bytes from byte {}) is moved to {}; its readable records are kept",
@@ -295,8 +314,8 @@ fn repair_compressed(
     Ok(())
 }
 
-/// Removes from the plain file the lines that are in the compressed file as well, as a crash between the two
-/// steps of compressing leaves them.
+/// Removes from the plain file the lines that are also in the compressed file. A crash between the two steps of
+/// compression leaves such lines.
 fn remove_compressed_from_plain(
     dir: &Path,
     compressed: &FileContents,
@@ -306,46 +325,45 @@ fn remove_compressed_from_plain(
     if compressed.records.is_empty() || plain.records.is_empty() {
         return Ok(());
     }
-    let mut in_both: HashSet<KeyAndChecksum> = plain.records.iter().copied().collect();
-    let in_frames: HashSet<_> = (compressed.records.iter().copied())
-        .filter(|record| in_both.contains(record))
+    let in_plain: HashSet<KeyAndChecksum> = plain.records.iter().copied().collect();
+    let in_both: HashSet<KeyAndChecksum> = (compressed.records.iter().copied())
+        .filter(|record| in_plain.contains(record))
         .collect();
-    in_both.retain(|record| in_frames.contains(record));
     if in_both.is_empty() {
         return Ok(());
     }
     let path = plain_file(dir);
-    let could_not = || format!("could not repair {}", path.display());
-    let mut rest = FileContents::default();
-    let file = File::open(&path).with_context(could_not)?;
+    let could_not_repair = || format!("could not repair {}", path.display());
+    let mut remaining = FileContents::default();
+    let file = File::open(&path).with_context(could_not_repair)?;
     let mut scan = LineScan::new(BufReader::with_capacity(1 << 20, file));
     let (_, length) = storage::replace(&path, wrap, |new| {
         while scan.advance().map_err(|error| refusal(&path, error))? {
             let line = scan.line();
             if !in_both.contains(&keys::identity(line)?) {
-                rest.add_line(line)?;
+                remaining.add_line(line)?;
                 new.append(line)?;
                 new.append(b"\n")?;
             }
         }
         Ok(())
     })
-    .with_context(could_not)?;
-    rest.bytes = length;
-    *plain = rest;
+    .with_context(could_not_repair)?;
+    remaining.bytes = length;
+    *plain = remaining;
     Ok(())
 }
 
 fn combine(compressed: FileContents, plain: FileContents) -> CacheContents {
-    let records = compressed.records.len() + plain.records.len();
-    let mut keys = KeySet::with_capacity_and_hasher(records, Default::default());
+    let record_count = compressed.records.len() + plain.records.len();
+    let mut keys = KeySet::with_capacity_and_hasher(record_count, Default::default());
     keys.extend(compressed.records.into_iter().map(|(key, _)| key));
     keys.extend(plain.records.into_iter().map(|(key, _)| key));
     let mut key_variants = compressed.key_variants;
     key_variants.add(&plain.key_variants);
     CacheContents {
         key_variants,
-        repeated: (records - keys.len()) as u64,
+        repeated: (record_count - keys.len()) as u64,
         keys,
         cost_usd: compressed.cost_usd + plain.cost_usd,
         plain: plain.bytes,

@@ -1,8 +1,9 @@
 //! [`OpenFile`]: detects that another program moved, removed, replaced, truncated or appended to an open file.
 //!
-//! Device, inode and length are compared. A removed file is still open, so its lines are copied to a rescue
-//! folder, and no paid answer is lost.
+//! Device, inode and length are compared. The content of a removed file can still be read through the open handle, so
+//! it is copied to a rescue folder, and no paid answer is lost.
 
+use std::cmp::Ordering;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
 use std::ops::Range;
@@ -13,7 +14,10 @@ use anyhow::{Context, Result};
 use crate::exit::Exit;
 use crate::terminal::format_count;
 
-/// Error: another program moved or changed a file of the cache.
+/// Size in bytes of the buffer for reading a file.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Error that another program moved or changed a file of the cache; contains the message for the user.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct DisplacedFile(pub String);
@@ -27,14 +31,14 @@ pub(crate) struct OpenFile {
 /// Change that another program made to a file.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum FileChange {
-    /// The file is at this path now.
+    /// The file was moved to this path.
     Moved(PathBuf),
-    /// The file was deleted; `is_replaced` if another file has its path.
+    /// The file was deleted; `is_replaced` is true if another file is at its path.
     Removed { is_replaced: bool },
-    /// The file was truncated to `bytes`.
-    Cut { bytes: u64 },
-    /// Another program has appended `by` bytes.
-    Longer { by: u64 },
+    /// The file was truncated to a length of `bytes`.
+    Truncated { bytes: u64 },
+    /// Another program has appended `bytes` bytes.
+    Extended { bytes: u64 },
 }
 
 impl OpenFile {
@@ -50,49 +54,61 @@ impl OpenFile {
         })
     }
 
-    /// Detects a change of the file, to which this process has written `length` bytes.
+    /// Compares the file with its path and with `length`, the length in bytes that this process expects. A file whose
+    /// metadata cannot be read counts as unchanged.
+    ///
+    /// # Errors
+    /// The change, if another program made one.
     pub(crate) fn check(&self, length: u64) -> Result<(), FileChange> {
-        let Ok(own) = self.file.metadata() else {
+        let Ok(metadata) = self.file.metadata() else {
             return Ok(());
         };
         if !crate::fs::has_name(&self.file, &self.path) {
             let is_replaced = self.path.exists();
-            let moved = self.current_path();
-            let moved = moved.filter(|now| now.exists() && crate::fs::has_name(&self.file, now));
-            return Err(moved.map_or(FileChange::Removed { is_replaced }, FileChange::Moved));
+            let is_new_path =
+                |path: &PathBuf| path.exists() && crate::fs::has_name(&self.file, path);
+            let new_path = self.current_path().filter(is_new_path);
+            return Err(new_path.map_or(FileChange::Removed { is_replaced }, FileChange::Moved));
         }
-        match own.len() {
-            now if now < length => Err(FileChange::Cut { bytes: now }),
-            now if now > length => Err(FileChange::Longer { by: now - length }),
-            _ => Ok(()),
+        let bytes = metadata.len();
+        match bytes.cmp(&length) {
+            Ordering::Less => Err(FileChange::Truncated { bytes }),
+            Ordering::Greater => Err(FileChange::Extended {
+                bytes: bytes - length,
+            }),
+            Ordering::Equal => Ok(()),
         }
     }
 
-    /// Saves the `length` bytes of a file that has changed. Returns the error to report, and the file to continue
-    /// in: `None` for the same file, or an error if the bytes could not be saved.
+    /// Determines where lines are appended after `change` of a file of `length` bytes. For a moved file, writes a note
+    /// of the new path; after any other change, creates a rescue file, with the content of the file if it was removed.
+    ///
+    /// Returns the error to report, and the rescue file: `None` if appending continues in the moved file, or `Err` if
+    /// the rescue file could not be written.
     pub(crate) fn handle_change(
         &self,
         change: &FileChange,
         length: u64,
     ) -> (DisplacedFile, Result<Option<RescueFile>, ()>) {
-        let cache = self.path.parent().unwrap_or(Path::new("."));
-        let dir = rescue_dir(cache);
-        let displaced = describe(&self.path, change, length, &dir);
-        let kept = match change {
-            FileChange::Moved(now) => {
-                let note = format!("{}\n{}\n", self.path.display(), now.display());
-                // Fails if the folder was moved as well. Then no later run finds a cache there.
-                if let Err(error) = crate::fs::write_atomic(&note_file(cache), note.as_bytes()) {
+        let cache_dir = self.path.parent().unwrap_or(Path::new("."));
+        let rescue_dir = rescue_dir(cache_dir);
+        let displaced = describe(&self.path, change, length, &rescue_dir);
+        let rescued_bytes = match change {
+            FileChange::Moved(new_path) => {
+                let note = format!("{}\n{}\n", self.path.display(), new_path.display());
+                // Fails if the run folder was moved. The reported error names the new path in any case.
+                if let Err(error) = crate::fs::write_atomic(&note_file(cache_dir), note.as_bytes())
+                {
                     tracing::debug!("{error:#}");
                 }
                 return (displaced, Ok(None));
             }
             FileChange::Removed { .. } => length,
-            // The remaining bytes stay in the file.
-            FileChange::Cut { .. } | FileChange::Longer { .. } => 0,
+            // The bytes of the file stay where they are.
+            FileChange::Truncated { .. } | FileChange::Extended { .. } => 0,
         };
-        match rescue(self, kept, &dir) {
-            Ok(rescue) => (displaced, Ok(Some(rescue))),
+        match rescue(self, rescued_bytes, &rescue_dir) {
+            Ok(rescue_file) => (displaced, Ok(Some(rescue_file))),
             Err(error) => {
                 let text = format!("{displaced}; but that failed: {error:#}");
                 (DisplacedFile(text), Err(()))
@@ -108,7 +124,7 @@ impl OpenFile {
         OpenFile::new(&self.file, &self.path)
     }
 
-    /// Asks the operating system for the current path of the file.
+    /// Returns the current path of the open file, from `/proc`; `None` on systems without it.
     fn current_path(&self) -> Option<PathBuf> {
         #[cfg(unix)]
         {
@@ -119,63 +135,66 @@ impl OpenFile {
         None
     }
 
-    /// Reads a range of the file, also after it was moved and while it grows.
+    /// Returns a buffered reader of the byte range `bytes` of the file. It can be used after the file was moved and
+    /// while lines are appended.
     pub(crate) fn read(&self, bytes: Range<u64>) -> impl Read {
-        let part = FileRange {
+        let range = FileRange {
             file: &self.file,
             bytes,
         };
-        BufReader::with_capacity(1 << 20, part)
+        BufReader::with_capacity(BUFFER_BYTES, range)
     }
 }
 
-/// Reader of a range of a file. The file's write position does not change.
+/// Reader of a range of a file. Appending to the file is not affected.
 struct FileRange<'a> {
     file: &'a File,
+    /// Byte range that has not been read yet.
     bytes: Range<u64>,
 }
 
 impl Read for FileRange<'_> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let left = self.bytes.end.saturating_sub(self.bytes.start);
-        let most = usize::try_from(left).map_or(into.len(), |left| left.min(into.len()));
-        let read = read_at(self.file, &mut into[..most], self.bytes.start)?;
-        self.bytes.start += read as u64;
-        Ok(read)
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let remaining = self.bytes.end.saturating_sub(self.bytes.start);
+        let length = remaining.min(buffer.len() as u64) as usize;
+        let count = read_at(self.file, &mut buffer[..length], self.bytes.start)?;
+        self.bytes.start += count as u64;
+        Ok(count)
     }
 }
 
 #[cfg(unix)]
-fn read_at(file: &File, into: &mut [u8], at: u64) -> io::Result<usize> {
-    std::os::unix::fs::FileExt::read_at(file, into, at)
+fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, buffer, offset)
 }
 
 #[cfg(not(unix))]
-fn read_at(mut file: &File, into: &mut [u8], at: u64) -> io::Result<usize> {
+fn read_at(mut file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     use std::io::{Seek, SeekFrom};
-    file.seek(SeekFrom::Start(at))?;
-    file.read(into)
+    file.seek(SeekFrom::Start(offset))?;
+    file.read(buffer)
 }
 
-/// Folder beside the cache folder `dir` for rescued records.
+/// Returns the folder for rescued records, which is beside the cache folder `dir`.
 pub(crate) fn rescue_dir(dir: &Path) -> PathBuf {
     let mut name = dir.file_name().unwrap_or_default().to_owned();
     name.push(".rescued");
     dir.with_file_name(name)
 }
 
-/// Path of the note that records where a file of the cache folder `dir` was moved to.
+/// Returns the path of the note about a moved file of the cache folder `dir`. The note contains two lines: the old path
+/// and the new path.
 fn note_file(dir: &Path) -> PathBuf {
     let mut name = dir.file_name().unwrap_or_default().to_owned();
     name.push(".moved");
     dir.with_file_name(name)
 }
 
-/// Refuses to start a new cache in `dir` while records of an earlier run are in another place: the run would pay
-/// for them again.
+/// Checks that no records of an earlier run are outside the cache folder `dir`: a run would pay for them again.
 ///
 /// # Errors
-/// [`Exit::Usage`], with instructions, if there are rescued records or a moved file.
+/// [`Exit::Usage`] with instructions, if there are rescued records, or a cache file was moved and has not been moved
+/// back.
 pub(crate) fn check_nothing_displaced(dir: &Path) -> Result<()> {
     let rescued = rescue_dir(dir);
     if super::exists(&rescued) {
@@ -206,7 +225,7 @@ pub(crate) fn check_nothing_displaced(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes the note about a moved file, once [`check_nothing_displaced`] has passed.
+/// Removes the note about a moved file, after [`check_nothing_displaced`] has returned `Ok`.
 ///
 /// # Errors
 /// If the note cannot be removed.
@@ -222,68 +241,70 @@ pub(crate) fn remove_move_note(dir: &Path) -> Result<()> {
 pub(crate) struct RescueFile {
     pub file: File,
     pub path: PathBuf,
+    /// Length of the file in bytes.
     pub length: u64,
 }
 
-/// Copies the first `length` bytes of `open_file` to a file of the same name in the folder `dir`.
+/// Durably appends the first `length` bytes of `open_file` to the file of the same name in the folder `dir`, which is
+/// created if it does not exist.
 ///
 /// # Errors
-/// If the copy cannot be written.
+/// If the rescue file cannot be written.
 fn rescue(open_file: &OpenFile, length: u64, dir: &Path) -> Result<RescueFile> {
     crate::fs::create_dir_all(dir)?;
     let path = dir.join(open_file.path.file_name().unwrap_or_default());
-    let could_not = || format!("could not write {}", path.display());
+    let could_not_write = || format!("could not write {}", path.display());
     let mut file = super::storage::open_or_create(&path)?;
-    let before = file.metadata().with_context(could_not)?.len();
+    let length_before = file.metadata().with_context(could_not_write)?.len();
     let mut copy = || -> io::Result<u64> {
         let copied = io::copy(&mut open_file.read(0..length), &mut file)?;
         file.flush()?;
         file.sync_all()?;
         Ok(copied)
     };
-    let copied = copy().with_context(could_not)?;
-    crate::fs::sync_folder(dir).with_context(could_not)?;
+    let copied = copy().with_context(could_not_write)?;
+    crate::fs::sync_folder(dir).with_context(could_not_write)?;
     Ok(RescueFile {
         file,
         path,
-        length: before + copied,
+        length: length_before + copied,
     })
 }
 
-/// Builds the message about a change of the file at `path`: where its answers are, and how to continue.
-/// `rescued` is the folder for its records, or for the answers still in flight.
-fn describe(path: &Path, change: &FileChange, length: u64, rescued: &Path) -> DisplacedFile {
+/// Builds the message about a change of the file at `path`, which had `length` bytes. The message names the place of
+/// the answers and the commands to continue. `rescue_dir` is the folder of the rescue file.
+fn describe(path: &Path, change: &FileChange, length: u64, rescue_dir: &Path) -> DisplacedFile {
     let file = path.display();
     let dir = path.parent().unwrap_or(Path::new("."));
     let merge = format!(
         "merge them with `distill cache merge --dir {} {rescued}`, then remove {rescued}",
         dir.display(),
-        rescued = rescued.display()
+        rescued = rescue_dir.display()
     );
     let text = match change {
-        FileChange::Moved(now) => format!(
-            "{file} was moved to {}: all answers are safe there, also those that were in flight; move it back \
+        FileChange::Moved(new_path) => format!(
+            "{file} was moved to {}: all answers are safe there, including the answers in flight; move it back \
              and rerun the command",
-            now.display()
+            new_path.display()
         ),
         FileChange::Removed { is_replaced } => format!(
-            "{file} was {} during this run: its answers are safe in {}, also those that were in flight; {merge}",
+            "{file} was {} during this run: its answers are safe in {}, including the answers in flight; {merge}",
             if *is_replaced { "replaced" } else { "removed" },
-            rescued.display()
+            rescue_dir.display()
         ),
-        FileChange::Cut { bytes } => format!(
+        FileChange::Truncated { bytes } => format!(
             "{file} was truncated to {} of {} bytes during this run: the other bytes are lost unless you have a \
              copy; the answers that were in flight are safe in {}; {merge}",
             format_count(*bytes),
             format_count(length),
-            rescued.display()
+            rescue_dir.display()
         ),
-        FileChange::Longer { by } => format!(
+        FileChange::Extended { bytes } => format!(
             "another program appended {} bytes to {file} during this run: check it with `distill cache verify`; \
              `distill cache repair` moves damaged lines to another file; the answers that were in flight are \
              safe in {}; {merge}",
-            format_count(*by),
-            rescued.display()
+            format_count(*bytes),
+            rescue_dir.display()
         ),
     };
     DisplacedFile(format!("{text}; no further request is sent"))

@@ -1,12 +1,13 @@
 //! Keys of records: hashes of the request and the endpoint.
 //!
 //! ```text
-//! question = BLAKE3({"question":<the request without fields that do not change the answer>,"sample":i,"v":2})
+//! question = BLAKE3({"question":<the request without transport, sender and length fields>,"sample":i,"v":2})
 //! key      = BLAKE3(question, endpoint)[..16] + question[..16]      in hex
 //! ```
 //!
-//! Records of one question share the second half of their keys, whichever endpoint answered. An answer that was
-//! truncated at `max_tokens` has another key: with a larger `max_tokens` the question is open again.
+//! All records of one question share the second half of their keys, for every endpoint; records of schema 1 have other
+//! keys. An answer that was truncated at `max_tokens` has another first half ([`truncated_key`]), so that a run with a
+//! larger `max_tokens` requests the question again.
 
 pub(crate) mod template;
 
@@ -19,10 +20,10 @@ use super::record::Record;
 use crate::cache::fingerprint::Fingerprint;
 pub use template::QuestionTemplate;
 
-/// Version in every question: increase it if the same text gets another meaning.
+/// Version in the hashed text of every question. Increase it if the same text gets another meaning.
 const VERSION: u32 = 2;
 
-/// Fields of a request that do not change the answer: transport, sender and length limits.
+/// Fields of a request that are not hashed: length limits, transport and sender.
 const IGNORED_FIELDS: [&str; 10] = [
     "max_tokens",
     "max_completion_tokens",
@@ -36,7 +37,7 @@ const IGNORED_FIELDS: [&str; 10] = [
     "prompt_cache_key",
 ];
 
-/// Fields that are not sampling parameters, in addition to [`IGNORED_FIELDS`].
+/// Fields of a request, other than [`IGNORED_FIELDS`], that are not sampling parameters.
 const NON_SAMPLING_FIELDS: [&str; 10] = [
     "model",
     "messages",
@@ -53,44 +54,45 @@ const NON_SAMPLING_FIELDS: [&str; 10] = [
 /// First bytes of the text that is hashed.
 const HASH_PREFIX: &[u8] = b"{\"question\":";
 
-/// Capacity in bytes for the text of most requests.
-const USUAL_BYTES: usize = 1024;
+/// Initial capacity in bytes of the buffer for the hashed text; enough for most requests.
+const TEXT_CAPACITY: usize = 1024;
 
 /// Number of hex digits in half a key.
 const HALF_KEY_DIGITS: usize = 32;
 
-/// Hash of a request without its endpoint.
+/// Hash of a request and its sample number, without the endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Question {
     hash: blake3::Hash,
-    /// Length of the request as JSON in bytes.
+    /// Length in bytes of the whole request as JSON.
     pub bytes: usize,
 }
 
 impl Question {
-    /// Hashes a request without the fields in `IGNORED_FIELDS`.
+    /// Hashes `request`, without the fields in `IGNORED_FIELDS`, and the number of the sample.
     pub fn new(request: &Value, sample: u32) -> Question {
-        let mut text = Vec::with_capacity(USUAL_BYTES);
+        let mut text = Vec::with_capacity(TEXT_CAPACITY);
         text.extend_from_slice(HASH_PREFIX);
         write_fields(request, &mut text, |name| !IGNORED_FIELDS.contains(&name));
-        let end = text.len();
+        let hashed_bytes = text.len();
         write_ignored(request, &mut text);
-        Question::from_text(&mut text, end, sample)
+        Question::from_text(&mut text, hashed_bytes, sample)
     }
 
-    /// Hashes the first `end` bytes of `text`; the rest only counts towards `bytes`.
-    fn from_text(text: &mut Vec<u8>, end: usize, sample: u32) -> Question {
+    /// Hashes the first `hashed_bytes` bytes of `text`, and `sample`. The other bytes of `text` only count towards
+    /// [`Question::bytes`].
+    fn from_text(text: &mut Vec<u8>, hashed_bytes: usize, sample: u32) -> Question {
         let bytes = text.len() - HASH_PREFIX.len();
-        text.truncate(end);
-        let rest = format!(",\"sample\":{sample},\"v\":{VERSION}}}");
-        text.extend_from_slice(rest.as_bytes());
+        text.truncate(hashed_bytes);
+        let suffix = format!(",\"sample\":{sample},\"v\":{VERSION}}}");
+        text.extend_from_slice(suffix.as_bytes());
         Question {
             hash: blake3::hash(text),
             bytes,
         }
     }
 
-    /// Key of the answer of this endpoint.
+    /// Returns the key of an answer by this endpoint, in the form of [`endpoint`].
     pub fn key(&self, endpoint: &str) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.hash.as_bytes());
@@ -103,12 +105,12 @@ impl Question {
         )
     }
 
-    /// Second half, in hex, of every key of this question.
+    /// Returns the second half, in hex, of every key of this question.
     pub fn question_half(&self) -> String {
         self.hash.to_hex()[..HALF_KEY_DIGITS].to_owned()
     }
 
-    /// Fingerprint of the second half of every key of this question.
+    /// Returns the fingerprint of the second half of every key of this question.
     pub fn question_fingerprint(&self) -> Fingerprint {
         let mut bytes = Fingerprint::default();
         bytes.copy_from_slice(&self.hash.as_bytes()[..HALF_KEY_DIGITS / 2]);
@@ -116,17 +118,18 @@ impl Question {
     }
 }
 
-/// Endpoint as part of a key.
+/// Endpoint, as it is hashed into keys.
 #[derive(Debug, Clone)]
 pub struct KeyEndpoint {
     base_url: String,
+    /// Name or normalised address, in the form of [`endpoint`].
     key_part: String,
-    /// Part of the key before the endpoint was given a name.
+    /// Normalised address of an endpoint with a name: keys contain it if they were made before the name was set.
     by_address: Option<String>,
 }
 
 impl KeyEndpoint {
-    /// `name` is empty if the user has set none.
+    /// Creates the key parts of an endpoint. `name` is empty if the user has not set a name.
     pub fn new(name: &str, base_url: &str) -> KeyEndpoint {
         KeyEndpoint {
             base_url: base_url.to_owned(),
@@ -141,39 +144,40 @@ impl KeyEndpoint {
 pub struct CacheKeys {
     /// Key of a new record.
     pub key: String,
-    /// Key by the endpoint's address, if the endpoint has a name: the name may have been set later.
+    /// Key with the address of an endpoint that has a name: the name may have been set after the answer was cached.
     pub by_address: Option<String>,
     /// Key of schema 1.
     pub schema_1: Option<String>,
 }
 
 impl CacheKeys {
-    /// `old` is the request and its sample; if it is given, the key of schema 1 is included.
+    /// Returns the keys of `question` for `endpoint`. The key of schema 1 is included if the request and its sample
+    /// number are passed as `request_and_sample`.
     pub fn new(
         question: &Question,
         endpoint: &KeyEndpoint,
-        old: Option<(&Value, u32)>,
+        request_and_sample: Option<(&Value, u32)>,
     ) -> CacheKeys {
         let by_address = endpoint.by_address.as_deref();
         CacheKeys {
             key: question.key(&endpoint.key_part),
             by_address: by_address.map(|address| question.key(address)),
-            schema_1: old
+            schema_1: request_and_sample
                 .map(|(request, sample)| schema_1_key(&endpoint.base_url, request, sample)),
         }
     }
 
     /// Iterates over the keys; the key of a new record comes first.
     pub fn iter(&self) -> impl Iterator<Item = &str> {
-        let others = [self.by_address.as_deref(), self.schema_1.as_deref()];
+        let older_keys = [self.by_address.as_deref(), self.schema_1.as_deref()];
         [Some(self.key.as_str())]
             .into_iter()
-            .chain(others)
+            .chain(older_keys)
             .flatten()
     }
 }
 
-/// Returns true if the record's key belongs to its request, for any endpoint.
+/// Returns true if the record's key belongs to its request. The endpoint in a key of schema 2 is not checked.
 pub fn is_key_of(record: &Record) -> bool {
     let (request, sample) = (&record.request, record.sample);
     if record.v < 2 {
@@ -183,28 +187,28 @@ pub fn is_key_of(record: &Record) -> bool {
     }
 }
 
-/// Second half of a key, which identifies the question.
+/// Returns the second half of a key, which identifies the question; the whole key if it is shorter than half a key.
 pub fn question_half(key: &str) -> &str {
     key.get(HALF_KEY_DIGITS..).unwrap_or(key)
 }
 
-/// Fingerprint of the second half of a key; equals [`Question::question_fingerprint`] of its question.
+/// Returns the fingerprint of the second half of a key. It equals [`Question::question_fingerprint`] of the key's
+/// question.
 pub fn question_fingerprint(key: &str) -> Fingerprint {
     let half = question_half(key);
     crate::cache::fingerprint::from_hex(half.as_bytes())
         .unwrap_or_else(|| crate::cache::fingerprint::fingerprint(half))
 }
 
-/// `max_tokens` of a request, under either of its names.
+/// Returns `max_completion_tokens` of a request, or else `max_tokens`; `None` if neither is a number, or the number does
+/// not fit into a u32.
 pub fn max_tokens(request: &Value) -> Option<u32> {
-    let fields = ["max_completion_tokens", "max_tokens"];
-    let value = fields
-        .iter()
-        .find_map(|name| request.get(*name)?.as_u64())?;
+    let names = ["max_completion_tokens", "max_tokens"];
+    let value = names.iter().find_map(|name| request.get(*name)?.as_u64())?;
     u32::try_from(value).ok()
 }
 
-/// Returns `max_tokens` if an answer to this request was truncated there, else 0.
+/// Returns `max_tokens` of `request` if an answer with this finish reason was truncated there, or else 0.
 pub fn cut_at(request: &Value, finish_reason: &str) -> u32 {
     match finish_reason {
         "length" | "max_tokens" => max_tokens(request).unwrap_or(0),
@@ -212,7 +216,8 @@ pub fn cut_at(request: &Value, finish_reason: &str) -> u32 {
     }
 }
 
-/// Key of an answer that was truncated at `max_tokens`.
+/// Returns the key of an answer that was truncated at `max_tokens`. `key` is the key of a complete answer to the same
+/// request.
 pub fn truncated_key(key: &str, max_tokens: u32) -> String {
     let hash = blake3::hash(format!("{key} cut off at {max_tokens}").as_bytes());
     format!(
@@ -222,7 +227,7 @@ pub fn truncated_key(key: &str, max_tokens: u32) -> String {
     )
 }
 
-/// Sampling parameters of a request as JSON, the same for all its prompts and samples.
+/// Returns the sampling parameters of a request as JSON. The text is independent of the prompt and of the seed.
 pub fn sampling(request: &Value) -> String {
     let mut text = Vec::new();
     write_fields(request, &mut text, |name| {
@@ -231,38 +236,39 @@ pub fn sampling(request: &Value) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// Key of an answer in schema 1.
+/// Returns the key of an answer in schema 1.
 pub fn schema_1_key(base_url: &str, request: &Value, sample: u32) -> String {
     let mut text = b"{\"body\":".to_vec();
     write_fields(request, &mut text, any_field);
     let endpoint = Value::from(base_url);
-    let rest = format!(",\"endpoint\":{endpoint},\"sample\":{sample},\"v\":1}}");
-    text.extend_from_slice(rest.as_bytes());
+    let suffix = format!(",\"endpoint\":{endpoint},\"sample\":{sample},\"v\":1}}");
+    text.extend_from_slice(suffix.as_bytes());
     blake3::hash(&text).to_hex().to_string()
 }
 
-/// Endpoint as it is hashed into keys: its name if the user has set one, or else its normalised address.
+/// Returns the endpoint as it is hashed into keys: its name if the user has set one, or else its normalised address.
+/// Normalised means: scheme and host in lower case, without a default port or a slash at the end, and `localhost` for
+/// loopback addresses.
 pub fn endpoint(name: &str, base_url: &str) -> String {
     if !name.is_empty() {
         return format!("name:{name}");
     }
     let url = base_url.trim().trim_end_matches('/');
-    let Some((scheme, rest)) = url.split_once("://") else {
+    let Some((scheme, address)) = url.split_once("://") else {
         return url.to_owned();
     };
     let scheme = scheme.to_lowercase();
-    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let (authority, path) = address.split_at(address.find('/').unwrap_or(address.len()));
     let authority = authority.to_lowercase();
-    let default = match scheme.as_str() {
+    let default_port = match scheme.as_str() {
         "http" => ":80",
         _ => ":443",
     };
-    let authority = authority.strip_suffix(default).unwrap_or(&authority);
-    let (host, port) = match authority
-        .rfind(':')
-        .filter(|at| !authority[*at..].contains(']'))
-    {
-        Some(at) => authority.split_at(at),
+    let authority = authority.strip_suffix(default_port).unwrap_or(&authority);
+    // A colon inside the brackets of an IPv6 address does not begin a port.
+    let is_port = |colon: &usize| !authority[*colon..].contains(']');
+    let (host, port) = match authority.rfind(':').filter(is_port) {
+        Some(colon) => authority.split_at(colon),
         None => (authority, ""),
     };
     let host = match host {
@@ -272,10 +278,10 @@ pub fn endpoint(name: &str, base_url: &str) -> String {
     format!("{scheme}://{host}{port}{path}")
 }
 
-/// Alternative keys that may occur in a cache: keys of schema 1, and keys of truncated answers.
+/// Kinds of alternative keys that occur in a cache: keys of schema 1, and keys of truncated answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyVariants {
-    /// True if the cache holds records of schema 1.
+    /// True if the cache contains records of schema 1.
     #[serde(rename = "has_old")]
     pub has_schema_1: bool,
     /// Values of `max_tokens` at which answers were truncated.
@@ -292,20 +298,22 @@ impl KeyVariants {
         }
     }
 
+    /// Adds all variants of `other`.
     pub fn add(&mut self, other: &KeyVariants) {
         self.has_schema_1 |= other.has_schema_1;
         self.truncated_at.extend(&other.truncated_at);
     }
 
-    /// Keys of truncated answers to the question of `key` that have at least `max_tokens` tokens.
+    /// Returns the possible keys of answers that were truncated at `max_tokens` or more tokens. `key` is the key of a
+    /// complete answer to the same request.
     pub fn truncated_keys(&self, key: &str, max_tokens: u32) -> impl Iterator<Item = String> {
-        let cuts = self.truncated_at.range(max_tokens..);
-        cuts.map(move |cut| truncated_key(key, *cut))
+        let limits = self.truncated_at.range(max_tokens..);
+        limits.map(move |limit| truncated_key(key, *limit))
     }
 }
 
-/// Writes `value` as JSON with sorted object keys. Of the outermost object only the fields that `is_wanted`
-/// accepts are written.
+/// Writes `value` as JSON with sorted object keys. From the outermost object, only the fields that `is_wanted` accepts
+/// are written.
 fn write_fields(value: &Value, text: &mut Vec<u8>, is_wanted: impl Fn(&str) -> bool) {
     match value {
         Value::Object(fields) => {
@@ -336,7 +344,8 @@ fn write_fields(value: &Value, text: &mut Vec<u8>, is_wanted: impl Fn(&str) -> b
     }
 }
 
-/// Writes the fields in [`IGNORED_FIELDS`], in the order of the request.
+/// Writes the fields in [`IGNORED_FIELDS`], in the order of the request. The text is only counted, not hashed, so its
+/// separators need not be in the order of JSON.
 fn write_ignored(request: &Value, text: &mut Vec<u8>) {
     let fields = request.as_object().into_iter().flatten();
     for (name, value) in fields.filter(|(name, _)| IGNORED_FIELDS.contains(&name.as_str())) {
@@ -363,20 +372,20 @@ mod tests {
     #[test]
     fn question_ignores_transport_and_length_fields() {
         let body = json!({"model": "m", "messages": [], "max_tokens": 5, "temperature": 1.0});
-        let same = [
+        let same_question = [
             json!({"temperature": 1.0, "messages": [], "model": "m"}),
             json!({"model": "m", "messages": [], "max_completion_tokens": 9, "temperature": 1.0, "stream": false, "user": "u"}),
         ];
         let key = |body: &Value, sample| Question::new(body, sample).key("e");
-        for other in &same {
+        for other in &same_question {
             assert_eq!(key(&body, 0), key(other, 0));
         }
-        let other = [
+        let other_questions = [
             json!({"model": "n", "messages": [], "temperature": 1.0}),
             json!({"model": "m", "messages": [{"user": "u"}], "temperature": 1.0}),
             json!({"model": "m", "messages": [], "temperature": 0.5}),
         ];
-        for other in &other {
+        for other in &other_questions {
             assert_ne!(question_half(&key(&body, 0)), question_half(&key(other, 0)));
         }
         assert_ne!(question_half(&key(&body, 0)), question_half(&key(&body, 1)));
@@ -394,16 +403,20 @@ mod tests {
     }
 
     #[test]
-    fn truncated_answer_is_found_up_to_its_max_tokens() {
+    fn truncated_answer_is_found_for_requests_up_to_its_max_tokens() {
         let key = Question::new(&json!({}), 0).key("e");
         let mut key_variants = KeyVariants::default();
         key_variants.insert(2, 512);
         key_variants.insert(2, 0);
-        let cut = truncated_key(&key, 512);
-        assert_eq!(question_half(&cut), question_half(&key));
+        let truncated = truncated_key(&key, 512);
+        assert_eq!(question_half(&truncated), question_half(&key));
         for (max_tokens, is_found) in [(1, true), (512, true), (513, false)] {
             let mut keys = key_variants.truncated_keys(&key, max_tokens);
-            assert_eq!(keys.any(|name| name == cut), is_found, "{max_tokens}");
+            assert_eq!(
+                keys.any(|key| key == truncated),
+                is_found,
+                "max_tokens = {max_tokens}"
+            );
         }
         assert!(!key_variants.has_schema_1);
     }

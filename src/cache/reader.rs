@@ -1,4 +1,4 @@
-//! Reads a cache sequentially, also while another process writes it.
+//! Reads a cache sequentially. Another process may write the cache at the same time.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -14,54 +14,61 @@ use super::record::Record;
 use super::recovery::{BadLine, FileEnding, LineScan, ScanError};
 use super::{compressed_file, damaged, plain_file, refusal};
 
+/// Size in bytes of the buffers for reading the plain file.
+const BUFFER_BYTES: usize = 1 << 20;
+
 /// Reads the records of the cache in `dir` in the order in which they were appended.
 ///
-/// A torn tail is skipped, because another process may be writing it. A damaged line yields an error with its
-/// number and offset ([`crate::exit::Exit::Damaged`]), and ends the iteration.
+/// A torn tail is skipped with a warning, because another process may be writing it. A damaged line yields an error
+/// with its number and offset ([`crate::exit::Exit::Damaged`]), and ends the iteration.
+///
+/// # Errors
+/// If there is no cache in `dir`, or it cannot be opened.
 pub fn read(dir: &Path) -> Result<impl Iterator<Item = Result<Record>> + use<>> {
     Ok(Records {
         lines: CacheLines::open(dir)?,
-        done: false,
+        is_done: false,
     })
 }
 
 struct Records {
     lines: CacheLines,
-    done: bool,
+    is_done: bool,
 }
 
 impl Iterator for Records {
     type Item = Result<Record>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.done {
+        if self.is_done {
             return None;
         }
         let lines = &mut self.lines;
         let record = match lines.advance() {
             Ok(true) => line::decode(lines.line()).map_err(|fault| lines.refuse(fault)),
             Ok(false) => {
-                self.done = true;
+                self.is_done = true;
                 lines.warn_of_torn();
                 return None;
             }
             Err(error) => Err(lines.refuse_scan(error)),
         };
-        self.done = record.is_err();
+        self.is_done = record.is_err();
         Some(record)
     }
 }
 
-/// Reads the whole lines of a cache: first those of the compressed file, then those of the plain file that are
-/// not in the compressed one.
+/// Reads the complete lines of a cache: first the lines of the compressed file, then the lines of the plain file that
+/// are not in the compressed file.
 pub struct CacheLines {
     dir: PathBuf,
     compressed: Option<FrameScan<File>>,
     plain: Option<LineScan<BufReader<Take<File>>>>,
-    /// Records of the plain file.
+    /// Records of the plain file; empty if there is no compressed file.
     in_plain: HashSet<KeyAndChecksum>,
-    /// Records that are in both files.
+    /// Records of the compressed file, as far as it has been read, that are also in the plain file.
     in_both: HashSet<KeyAndChecksum>,
+    /// True if the current line is in the plain file.
     is_in_plain: bool,
 }
 
@@ -72,9 +79,9 @@ impl CacheLines {
     /// If there is no cache, or it cannot be read.
     pub fn open(dir: &Path) -> Result<CacheLines> {
         super::check_files(dir)?;
-        // The plain file is opened first: a line that is compressed from now on is found in the other file.
-        let plain = open(&plain_file(dir))?;
-        let compressed = open(&compressed_file(dir))?;
+        // The plain file is opened first: a line that is compressed from now on is read from the compressed file.
+        let plain = open_if_exists(&plain_file(dir))?;
+        let compressed = open_if_exists(&compressed_file(dir))?;
         let mut lines = CacheLines {
             dir: dir.to_owned(),
             compressed: compressed.map(FrameScan::new),
@@ -92,12 +99,12 @@ impl CacheLines {
             }
             return Ok(lines);
         };
-        // A line that is appended later may be compressed before it is read here, so reading stops at the current
-        // length.
+        // A line that is appended from now on may be compressed before it is read from the plain file, and would be
+        // read twice. So the plain file is read only up to its current length.
         let mut length = u64::MAX;
         if lines.compressed.is_some() {
-            let mut scan = LineScan::new(BufReader::with_capacity(1 << 20, &plain));
-            // Damage is reported later, when the line is read.
+            let mut scan = LineScan::new(BufReader::with_capacity(BUFFER_BYTES, &plain));
+            // Damage is reported later, when `advance` reaches the line.
             while let Ok(true) = scan.advance() {
                 lines.in_plain.extend(keys::identity(scan.line()));
             }
@@ -106,18 +113,18 @@ impl CacheLines {
                 .rewind()
                 .with_context(|| format!("could not read {}", plain_file(dir).display()))?;
         }
-        let plain = BufReader::with_capacity(1 << 20, plain.take(length));
+        let plain = BufReader::with_capacity(BUFFER_BYTES, plain.take(length));
         lines.plain = Some(LineScan::new(plain));
         Ok(lines)
     }
 
-    /// Returns true if the current line comes from the plain file.
+    /// Returns true if the current line is in the plain file.
     pub fn is_in_plain(&self) -> bool {
         self.is_in_plain
     }
 
-    /// Advances to the next whole record; returns `false` at the end. After a [`ScanError::Bad`] reading can
-    /// continue after the damage.
+    /// Advances to the next complete record; returns `false` at the end. After a [`ScanError::Bad`], the next call
+    /// continues after the damage.
     pub fn advance(&mut self) -> Result<bool, ScanError> {
         if let (Some(scan), false) = (&mut self.compressed, self.is_in_plain)
             && scan.advance()?
@@ -135,17 +142,17 @@ impl CacheLines {
             return Ok(false);
         };
         while scan.advance()? {
-            let is_repeated = !self.in_both.is_empty()
+            let is_compressed = !self.in_both.is_empty()
                 && keys::identity(scan.line())
                     .is_ok_and(|identity| self.in_both.contains(&identity));
-            if !is_repeated {
+            if !is_compressed {
                 return Ok(true);
             }
         }
         Ok(false)
     }
 
-    /// Line of the current record, without its line end.
+    /// Returns the line of the current record, without its line end; an empty slice if there is none.
     pub fn line(&self) -> &[u8] {
         match (&self.compressed, &self.plain) {
             (Some(scan), _) if !self.is_in_plain => scan.line(),
@@ -154,7 +161,7 @@ impl CacheLines {
         }
     }
 
-    /// Path of the file that contains the current line.
+    /// Returns the path of the file that contains the current line.
     pub fn path(&self) -> PathBuf {
         if self.compressed.is_some() && !self.is_in_plain {
             compressed_file(&self.dir)
@@ -173,8 +180,9 @@ impl CacheLines {
         refusal(&self.path(), error)
     }
 
-    /// Location of the current line.
-    pub fn place(&self) -> LineLocation {
+    /// Returns the location of the current line.
+    pub fn location(&self) -> LineLocation {
+        // The fault is replaced in `LineLocation::refuse`.
         LineLocation(self.bad(LineError::MissingChecksum))
     }
 
@@ -192,32 +200,26 @@ impl CacheLines {
         }
     }
 
-    /// Number of bytes of both files that have been read.
+    /// Number of bytes of both files that have been read so far.
     pub fn position(&self) -> u64 {
         let compressed = self.compressed.as_ref().map_or(0, FrameScan::position);
         compressed + self.plain.as_ref().map_or(0, LineScan::position)
     }
 
-    /// Torn tails; valid once [`CacheLines::advance`] has returned `false`.
+    /// Returns the torn tails of both files, each with its path; valid after [`CacheLines::advance`] has returned
+    /// `false`.
     pub fn torn(&self) -> Vec<(PathBuf, BadLine)> {
-        let compressed = self.compressed.as_ref().map(FrameScan::ending);
-        let endings = [
-            (compressed_file(&self.dir), compressed),
-            (
-                plain_file(&self.dir),
-                self.plain.as_ref().map(LineScan::ending),
-            ),
-        ];
-        let torn = endings
-            .into_iter()
-            .filter_map(|(path, ending)| match ending {
-                Some(FileEnding::Torn(bad)) => Some((path, bad)),
-                _ => None,
-            });
-        torn.collect()
+        let mut torn = Vec::new();
+        if let Some(FileEnding::Torn(bad)) = self.compressed.as_ref().map(FrameScan::ending) {
+            torn.push((compressed_file(&self.dir), bad));
+        }
+        if let Some(FileEnding::Torn(bad)) = self.plain.as_ref().map(LineScan::ending) {
+            torn.push((plain_file(&self.dir), bad));
+        }
+        torn
     }
 
-    /// Warns about torn tails, once [`CacheLines::advance`] has returned `false`.
+    /// Warns about torn tails, after [`CacheLines::advance`] has returned `false`.
     pub fn warn_of_torn(&self) {
         for (path, bad) in self.torn() {
             tracing::warn!(
@@ -235,7 +237,7 @@ impl CacheLines {
 pub struct LineLocation(BadLine);
 
 impl LineLocation {
-    /// Offset of the line in the plain file; `None` if it is compressed.
+    /// Offset of the line in the plain file; `None` if the line is in the compressed file.
     pub fn offset(&self) -> Option<u64> {
         (!self.0.is_compressed).then_some(self.0.offset)
     }
@@ -255,7 +257,8 @@ impl LineLocation {
     }
 }
 
-fn open(path: &Path) -> Result<Option<File>> {
+/// Opens a file for reading; returns `None` if it does not exist.
+fn open_if_exists(path: &Path) -> Result<Option<File>> {
     match File::open(path) {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
@@ -268,11 +271,11 @@ fn open(path: &Path) -> Result<Option<File>> {
 /// Result of [`verify_cache`].
 #[derive(Debug, Default)]
 pub struct VerifyReport {
-    /// Number of whole records.
+    /// Number of valid records.
     pub records: u64,
-    /// Size of the files in bytes.
+    /// Size of both files in bytes.
     pub bytes: u64,
-    /// Keys of more than one record, with the number of their records.
+    /// Keys with more than one record, and their numbers of records.
     pub repeated: Vec<(String, u64)>,
     /// Damaged lines and frames, each with its file.
     pub damaged: Vec<(PathBuf, BadLine)>,
@@ -280,32 +283,38 @@ pub struct VerifyReport {
     pub torn: Vec<(PathBuf, BadLine)>,
 }
 
-/// Decodes every record of the cache in `dir`, and lists all damage.
+/// Decodes every record of the cache in `dir`, and lists damage and repeated keys.
+///
+/// # Errors
+/// If there is no cache in `dir`, it cannot be read, or `on_progress` fails. Damage is not an error.
 pub fn verify_cache(
     dir: &Path,
     on_progress: crate::cache::files::OnReadProgress<'_>,
 ) -> Result<VerifyReport> {
     let mut lines = CacheLines::open(dir)?;
     let total = crate::cache::files::size(dir);
-    let mut findings = VerifyReport::default();
-    let mut keys = std::collections::BTreeMap::<String, u64>::new();
+    let mut report = VerifyReport::default();
+    let mut record_counts = std::collections::BTreeMap::<String, u64>::new();
     loop {
         match lines.advance() {
             Ok(true) => match line::decode_own(lines.line()) {
                 Ok(record) => {
-                    findings.records += 1;
-                    *keys.entry(record.key).or_default() += 1;
+                    report.records += 1;
+                    *record_counts.entry(record.key).or_default() += 1;
                     on_progress(lines.position(), total)?;
                 }
-                Err(fault) => findings.damaged.push((lines.path(), lines.bad(fault))),
+                Err(fault) => report.damaged.push((lines.path(), lines.bad(fault))),
             },
             Ok(false) => break,
-            Err(ScanError::Bad(bad)) => findings.damaged.push((lines.path(), bad)),
+            Err(ScanError::Bad(bad)) => report.damaged.push((lines.path(), bad)),
             Err(error) => return Err(refusal(&lines.path(), error)),
         }
     }
-    findings.bytes = lines.position();
-    findings.torn = lines.torn();
-    findings.repeated = keys.into_iter().filter(|(_, count)| *count > 1).collect();
-    Ok(findings)
+    report.bytes = lines.position();
+    report.torn = lines.torn();
+    report.repeated = record_counts
+        .into_iter()
+        .filter(|(_, count)| *count > 1)
+        .collect();
+    Ok(report)
 }

@@ -1,22 +1,23 @@
 //! Finds the complete lines of a cache file, and determines how the file ends. Pure: reads from a `BufRead`.
 //!
 //! A crash can leave two things at the end of an append-only file: a line without its newline, or blocks that
-//! were never written and read as NUL bytes. Such a *torn tail*, which no complete record follows, was never
-//! acknowledged and may be cut off. Every other line without a valid checksum is *damage*, such as bit rot or an
-//! edit by hand, and is always reported.
+//! were never written and read as NUL bytes. Such a *torn tail*, which no other line follows, was never synced, so it
+//! may be cut off. Every other invalid line is *damage*, for example by a disk error or an edit by hand, and is always
+//! reported.
 
 use std::io::{self, BufRead};
 
 use super::line::{self, LineError};
 
-/// A line that is not a valid record.
+/// Line that is not a valid record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}, {} byte {offset}, is damaged: {fault}", if *is_compressed { "in the frame at" } else { "at" })]
 pub struct BadLine {
-    /// Number of the line, counted from 1; in a compressed file, within its text.
+    /// Number of the line, counted from 1; in a compressed file, counted in the decompressed text.
     pub line: u64,
-    /// Offset of the line in the file; in a compressed file, offset of its frame.
+    /// Offset of the line in the file in bytes; in a compressed file, the offset of the line's frame.
     pub offset: u64,
+    /// True if the line is in the compressed file.
     pub is_compressed: bool,
     pub fault: LineError,
 }
@@ -30,7 +31,7 @@ pub enum ScanError {
     Bad(#[from] BadLine),
 }
 
-/// End of a file.
+/// State of the end of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FileEnding {
     /// The file ends with a complete line, or is empty.
@@ -47,17 +48,19 @@ pub struct LineScan<R> {
     reader: R,
     /// The current line, without its line end.
     line: Vec<u8>,
+    /// Key of the current record.
     key: String,
+    /// True if the current line ends with a newline.
     is_terminated: bool,
-    /// Number of the current line.
+    /// Number of the current line, counted from 1.
     number: u64,
-    /// Offset of the current line.
+    /// Offset of the current line in bytes.
     start: u64,
-    /// Offset of the next line.
+    /// Offset of the next line in bytes.
     next: u64,
-    /// First line of what may be a torn tail.
+    /// First line of a possible torn tail.
     torn: Option<BadLine>,
-    /// Result of the check of the current line, if damage before it had to be reported first.
+    /// Result of checking the current line, while damage before it is reported first.
     pending: Option<Result<(), BadLine>>,
 }
 
@@ -66,7 +69,8 @@ impl<R: BufRead> LineScan<R> {
         Self::starting_at(reader, 0, 0)
     }
 
-    /// Starts a scan after the first `bytes` bytes of a file, which are `lines` complete lines.
+    /// Starts a scan after the first `bytes` bytes of a file, which contain `lines` complete lines. `reader` is at this
+    /// position.
     pub fn starting_at(reader: R, bytes: u64, lines: u64) -> Self {
         Self {
             reader,
@@ -81,39 +85,39 @@ impl<R: BufRead> LineScan<R> {
         }
     }
 
-    /// Advances to the next complete record; returns `false` at the end of the file. After a [`ScanError::Bad`] the
-    /// scan can continue after the damage.
+    /// Advances to the next complete record; returns `false` at the end of the file. After a [`ScanError::Bad`], the
+    /// next call continues after the damage.
     pub fn advance(&mut self) -> Result<bool, ScanError> {
-        if let Some(verdict) = self.pending.take() {
-            return Ok(verdict.map(|()| true)?);
+        if let Some(result) = self.pending.take() {
+            return Ok(result.map(|()| true)?);
         }
         while self.read_line()? {
             if self.line.is_empty() {
                 continue;
             }
-            let verdict = self.check();
-            if let Err(bad) = &verdict
+            let result = self.check();
+            if let Err(bad) = &result
                 && self.may_be_torn(bad)
             {
                 self.torn.get_or_insert_with(|| bad.clone());
                 continue;
             }
-            // A line follows the bad lines, so they are damage and not a torn tail.
+            // This line follows the bad lines, so they are damage and not a torn tail.
             if let Some(bad) = self.torn.take() {
-                self.pending = Some(verdict);
+                self.pending = Some(result);
                 return Err(bad.into());
             }
-            return Ok(verdict.map(|()| true)?);
+            return Ok(result.map(|()| true)?);
         }
         Ok(false)
     }
 
-    /// Line of the current record, without its line end.
+    /// Returns the line of the current record, without its line end.
     pub fn line(&self) -> &[u8] {
         &self.line
     }
 
-    /// Key of the current record.
+    /// Returns the key of the current record.
     pub fn key(&self) -> &str {
         &self.key
     }
@@ -128,17 +132,17 @@ impl<R: BufRead> LineScan<R> {
         }
     }
 
-    /// Offset of the current line in the file.
+    /// Offset of the current line in the file in bytes.
     pub fn offset(&self) -> u64 {
         self.start
     }
 
-    /// Number of bytes read so far; after the last record, the length of the file.
+    /// Number of bytes before the next line; after [`LineScan::advance`] has returned `false`, the length of the file.
     pub fn position(&self) -> u64 {
         self.next
     }
 
-    /// Returns how the file ends; valid once [`LineScan::advance`] has returned `false`.
+    /// Returns how the file ends; valid after [`LineScan::advance`] has returned `false`.
     pub fn ending(&self) -> FileEnding {
         match &self.torn {
             Some(bad) => FileEnding::Torn(bad.clone()),
@@ -147,6 +151,7 @@ impl<R: BufRead> LineScan<R> {
         }
     }
 
+    /// Checks the checksum, schema and key of the current line, and stores its key.
     fn check(&mut self) -> Result<(), BadLine> {
         let head = line::verify(&self.line).and_then(|_| line::head(&self.line));
         let head = head.map_err(|fault| self.bad(fault))?;
@@ -155,12 +160,14 @@ impl<R: BufRead> LineScan<R> {
         Ok(())
     }
 
+    /// Returns true if the current line, with the fault `bad`, looks like part of a torn tail: it has no newline, or
+    /// contains NUL bytes of a block that was not written.
     fn may_be_torn(&self, bad: &BadLine) -> bool {
         matches!(bad.fault, LineError::MissingChecksum | LineError::Checksum)
             && (!self.is_terminated || self.line.contains(&0))
     }
 
-    /// Reads one line, without the bytes that editors add.
+    /// Reads the next line, without the bytes that editors add; returns false at the end of the file.
     fn read_line(&mut self) -> io::Result<bool> {
         self.line.clear();
         let length = self.reader.read_until(b'\n', &mut self.line)?;
@@ -171,9 +178,9 @@ impl<R: BufRead> LineScan<R> {
         self.start = self.next;
         self.next += length as u64;
         self.is_terminated = self.line.last() == Some(&b'\n');
-        let bare = line::content_range(&self.line, self.start == 0);
-        self.line.truncate(bare.end);
-        self.line.drain(..bare.start);
+        let content = line::content_range(&self.line, self.start == 0);
+        self.line.truncate(content.end);
+        self.line.drain(..content.start);
         Ok(true)
     }
 }

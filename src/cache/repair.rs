@@ -1,4 +1,4 @@
-//! Repairs a cache: moves everything that is not a valid record to other files, and deletes nothing.
+//! Repairs a cache: moves damaged bytes, and records that repeat a key, to other files. No record is deleted.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -13,17 +13,21 @@ use super::line::{self, LineError};
 use super::storage::{self, BufferedAppender, WrapFile};
 use super::{compressed_file, conflicts_file, exists, plain_file, quarantine_file};
 
+/// Size in bytes of the buffer for reading the plain file.
+const BUFFER_BYTES: usize = 1 << 20;
+
 /// Result of [`repair`].
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct RepairReport {
     /// Number of records in the cache after the repair.
     pub records: u64,
-    /// Number of damaged lines and frames, which are in the quarantine file now.
+    /// Number of damaged lines and frames, which are now in the quarantine file.
     pub quarantined: u64,
+    /// Size in bytes of these lines and frames.
     pub quarantined_bytes: u64,
-    /// Number of records recovered from damaged frames.
+    /// Number of readable records in damaged frames.
     pub rescued: u64,
-    /// Number of valid records with the key of an earlier record, which are in the conflicts file now.
+    /// Number of valid records with the key of an earlier record, which are now in the conflicts file.
     pub conflicts: u64,
 }
 
@@ -34,57 +38,58 @@ impl RepairReport {
     }
 }
 
-/// Moves every damaged line and frame of the cache in `dir` to `responses.quarantine`, and every further record of
-/// a key to `responses.conflicts.jsonl`.
+/// Moves every damaged line and frame of the cache in `dir` to `responses.quarantine`, and every record with the key of
+/// an earlier record to `responses.conflicts.jsonl`.
 ///
-/// Both files are durable before the cache is replaced. After a crash between the two steps they may contain a
-/// record twice.
+/// Both files are durable before the cache is replaced. After a crash between these two steps and another repair, they
+/// may contain a record twice.
 ///
 /// # Errors
-/// If another process is writing the cache, a newer version wrote a line, or the disk fails.
+/// If there is no cache in `dir`, another process is writing it, a newer version wrote a line, or the disk fails.
 pub fn repair(dir: &Path) -> Result<RepairReport> {
     if !exists(dir) {
         bail!("no cache found in {}", dir.display());
     }
     let _lock = super::lock(dir)?;
     // Most caches are not damaged, so the first pass only counts.
-    let counted = RepairPass::run(dir, None)?;
-    if !counted.changed() {
-        return Ok(counted);
+    let count_report = RepairPass::run(dir, None)?;
+    if !count_report.changed() {
+        return Ok(count_report);
     }
-    let repaired = RepairPass::run(dir, Some(&storage::plain_storage()))?;
+    let repair_report = RepairPass::run(dir, Some(&storage::plain_storage()))?;
     for file in [quarantine_file(dir), conflicts_file(dir)] {
         crate::fs::remove_if_empty(&file)?;
     }
-    Ok(repaired)
+    Ok(repair_report)
 }
 
-/// Callback with the bytes that stay in the file.
-type OnKept<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
+/// Callback with bytes that stay in the file.
+type OnRetained<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
 
 /// One pass over both cache files.
 struct RepairPass {
     dir: PathBuf,
     report: RepairReport,
+    /// Keys of the records that stay in the cache.
     keys: KeySet,
-    /// Records of the compressed file. After a crash the plain file may contain them as well.
+    /// Records of the compressed file. After a crash the plain file may also contain them.
     in_compressed: HashSet<KeyAndChecksum>,
-    /// None in a pass that only counts.
-    aside: Option<AsideFiles>,
+    /// `None` in a pass that only counts.
+    moved: Option<MovedFiles>,
 }
 
-/// Files for the records that are removed from the cache.
-struct AsideFiles {
+/// Files to which damaged bytes and conflicting records are moved.
+struct MovedFiles {
     quarantine: File,
     conflicts: File,
 }
 
 impl RepairPass {
-    /// Repairs the files if `wrap` is given; counts only if it is `None`.
+    /// Repairs the files with storage made by `wrap`. If `wrap` is `None`, only counts and changes no file.
     fn run(dir: &Path, wrap: Option<&WrapFile>) -> Result<RepairReport> {
-        let aside = match wrap {
+        let moved = match wrap {
             None => None,
-            Some(_) => Some(AsideFiles {
+            Some(_) => Some(MovedFiles {
                 quarantine: storage::open_or_create(&quarantine_file(dir))?,
                 conflicts: storage::open_or_create(&conflicts_file(dir))?,
             }),
@@ -94,18 +99,20 @@ impl RepairPass {
             report: RepairReport::default(),
             keys: KeySet::default(),
             in_compressed: HashSet::new(),
-            aside,
+            moved,
         };
         pass.rewrite(&compressed_file(dir), wrap, Self::repair_compressed)?;
         pass.rewrite(&plain_file(dir), wrap, Self::repair_plain)?;
         Ok(pass.report)
     }
 
+    /// Runs `repair_file` on the file at `path`, and replaces the file by the bytes that stay. Without `wrap`, the file
+    /// does not change.
     fn rewrite(
         &mut self,
         path: &Path,
         wrap: Option<&WrapFile>,
-        repair_file: fn(&mut Self, &Path, OnKept<'_>) -> Result<()>,
+        repair_file: fn(&mut Self, &Path, OnRetained<'_>) -> Result<()>,
     ) -> Result<()> {
         if !path.exists() {
             return Ok(());
@@ -115,25 +122,25 @@ impl RepairPass {
             None => repair_file(self, path, &mut |_| Ok(())).with_context(context),
             Some(wrap) => storage::replace(path, wrap, |new: &mut BufferedAppender<'_>| {
                 repair_file(self, path, &mut |bytes| Ok(new.append(bytes)?))?;
-                self.sync_aside()
+                self.sync_moved()
             })
             .map(drop)
             .with_context(context),
         }
     }
 
-    /// Makes the moved records durable. Must run before the cache is replaced.
-    fn sync_aside(&mut self) -> Result<()> {
-        if let Some(aside) = &self.aside {
-            aside.quarantine.sync_all()?;
-            aside.conflicts.sync_all()?;
+    /// Makes the moved bytes durable. Must run before the cache file is replaced.
+    fn sync_moved(&mut self) -> Result<()> {
+        if let Some(moved) = &self.moved {
+            moved.quarantine.sync_all()?;
+            moved.conflicts.sync_all()?;
             crate::fs::sync_folder(&self.dir)?;
         }
         Ok(())
     }
 
-    fn repair_plain(&mut self, path: &Path, keep: OnKept<'_>) -> Result<()> {
-        let mut reader = BufReader::with_capacity(1 << 20, File::open(path)?);
+    fn repair_plain(&mut self, path: &Path, on_retained: OnRetained<'_>) -> Result<()> {
+        let mut reader = BufReader::with_capacity(BUFFER_BYTES, File::open(path)?);
         let mut raw = Vec::new();
         let mut is_first = true;
         loop {
@@ -141,14 +148,14 @@ impl RepairPass {
             if reader.read_until(b'\n', &mut raw)? == 0 {
                 return Ok(());
             }
-            if let Some(line) = self.kept_record(&raw, std::mem::take(&mut is_first), true)? {
-                keep(line)?;
-                keep(b"\n")?;
+            if let Some(line) = self.retained_record(&raw, std::mem::take(&mut is_first), true)? {
+                on_retained(line)?;
+                on_retained(b"\n")?;
             }
         }
     }
 
-    fn repair_compressed(&mut self, path: &Path, keep: OnKept<'_>) -> Result<()> {
+    fn repair_compressed(&mut self, path: &Path, on_retained: OnRetained<'_>) -> Result<()> {
         let mut frames = FrameReader::new(File::open(path)?);
         let mut source = File::open(path)?;
         let mut read_range = |start: u64, end: u64| -> Result<Vec<u8>> {
@@ -158,38 +165,39 @@ impl RepairPass {
             Ok(bytes)
         };
         while let Some((offset, piece)) = frames.advance()? {
-            let (text, raw) = match piece {
-                FramePiece::Text(text) => (text, None),
+            let (text, is_damaged) = match piece {
+                FramePiece::Text(text) => (text, false),
                 FramePiece::Bad { end, .. } => {
-                    let raw = read_range(offset, end)?;
-                    self.quarantine(&raw)?;
-                    let text = frames::salvage(&raw);
+                    let damaged_bytes = read_range(offset, end)?;
+                    self.quarantine(&damaged_bytes)?;
+                    let text = frames::salvage(&damaged_bytes);
                     self.report.rescued += memchr::memchr_iter(b'\n', &text).count() as u64;
-                    (text, Some(raw))
+                    (text, true)
                 }
             };
-            let mut kept = Vec::with_capacity(text.len());
+            let mut retained = Vec::with_capacity(text.len());
             let lines = text.split_inclusive(|&byte| byte == b'\n');
             for (number, line) in lines.enumerate() {
                 let is_first = offset == 0 && number == 0;
-                if let Some(line) = self.kept_record(line, is_first, false)? {
-                    kept.extend_from_slice(line);
-                    kept.push(b'\n');
+                if let Some(record) = self.retained_record(line, is_first, false)? {
+                    retained.extend_from_slice(record);
+                    retained.push(b'\n');
                 }
             }
             // A frame whose lines all stay is copied unchanged.
-            match raw {
-                None if kept == text => keep(&read_range(offset, frames.position())?)?,
-                _ if kept.is_empty() => {}
-                _ => keep(&frames::compress(&kept, CompressionLevel::Strong)?)?,
+            if !is_damaged && retained == text {
+                on_retained(&read_range(offset, frames.position())?)?;
+            } else if !retained.is_empty() {
+                on_retained(&frames::compress(&retained, CompressionLevel::Strong)?)?;
             }
         }
         Ok(())
     }
 
-    /// Returns the record in a raw line if it stays in the cache. Other content is moved to another file, except for the
-    /// bytes that editors add.
-    fn kept_record<'a>(
+    /// Returns the record in a raw line if the record stays in the cache. Other content is moved to another file,
+    /// except for bytes that editors add, and records that are also in the compressed file. `is_first`: the line is the
+    /// first of its file.
+    fn retained_record<'a>(
         &mut self,
         raw: &'a [u8],
         is_first: bool,
@@ -203,11 +211,12 @@ impl RepairPass {
             self.quarantine(raw)?;
             return Ok(None);
         }
-        Ok(self.is_kept(content, is_plain)?.then_some(content))
+        Ok(self.retain(content, is_plain)?.then_some(content))
     }
 
-    /// Returns true if this record stays in the cache; otherwise counts it and moves it to the conflicts file.
-    fn is_kept(&mut self, line: &[u8], is_plain: bool) -> Result<bool> {
+    /// Returns true if a valid record stays in the cache. A record with the key of an earlier record is moved to the
+    /// conflicts file; a record of the plain file that is also in the compressed file is dropped.
+    fn retain(&mut self, line: &[u8], is_plain: bool) -> Result<bool> {
         let identity = keys::identity(line)?;
         if is_plain && self.in_compressed.contains(&identity) {
             // A crash during compression left the record in both files.
@@ -221,26 +230,27 @@ impl RepairPass {
             return Ok(true);
         }
         self.report.conflicts += 1;
-        if let Some(aside) = &mut self.aside {
-            aside.conflicts.write_all(&[line, b"\n"].concat())?;
+        if let Some(moved) = &mut self.moved {
+            moved.conflicts.write_all(&[line, b"\n"].concat())?;
         }
         Ok(false)
     }
 
+    /// Counts damaged bytes and moves them to the quarantine file.
     fn quarantine(&mut self, raw: &[u8]) -> Result<()> {
         self.report.quarantined += 1;
         self.report.quarantined_bytes += raw.len() as u64;
-        if let Some(aside) = &mut self.aside {
-            aside.quarantine.write_all(raw)?;
+        if let Some(moved) = &mut self.moved {
+            moved.quarantine.write_all(raw)?;
         }
         Ok(())
     }
 }
 
-/// Returns true if the line is a valid record.
+/// Returns true if `line` is a valid record.
 ///
 /// # Errors
-/// If a newer version wrote it.
+/// If a newer version of distill wrote the line.
 fn is_record(line: &[u8]) -> Result<bool> {
     let result = line::verify(line)
         .and_then(|_| line::head(line))

@@ -1,5 +1,5 @@
-//! Removes records whose prompts are to be requested again, or changes keys of records. Removed records are not deleted:
-//! they are kept in `responses.replaced.jsonl`.
+//! Removes records whose prompts are to be requested again, or changes the keys of records. Removed records are moved
+//! to `responses.replaced.jsonl`.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -21,46 +21,48 @@ use crate::config;
 /// Decision about one record.
 pub(crate) enum RewriteDecision {
     Keep,
-    /// The record is replaced by this line, with its newline.
+    /// Replaces the record by this line, which includes its newline.
     Replace(Vec<u8>),
-    /// The record moves to the file of replaced answers.
+    /// Moves the record to the file of replaced answers.
     Remove,
 }
 
-/// Decides about a line (without its newline). It is called several times for a line and must return the same result.
+/// Decides about a line (without its newline). May be called several times for a line, and must return the same
+/// decision each time.
 pub(crate) type DecideRewrite<'a> = &'a dyn Fn(&[u8]) -> Result<RewriteDecision>;
 
-/// File of the removed answers, whose prompts were requested again.
+/// File of the removed answers, whose prompts are requested again.
 pub(crate) fn replaced_file(dir: &Path) -> PathBuf {
     dir.join("responses.replaced.jsonl")
 }
 
-/// Reads the replaced answers of the cache in `dir`; damaged lines are skipped.
+/// Reads the replaced answers of the cache in `dir`; none if there is no such file. Lines that cannot be decoded are
+/// skipped; checksums are not verified.
 ///
 /// # Errors
-/// If the file cannot be read.
+/// If the file cannot be opened. An item is an error if the file cannot be read.
 pub(crate) fn read_replaced(dir: &Path) -> Result<impl Iterator<Item = Result<Record>>> {
     let path = replaced_file(dir);
-    let could_not = format!("could not read {}", path.display());
+    let could_not_read = format!("could not read {}", path.display());
     let file = path.exists().then(|| File::open(&path)).transpose();
-    let file = file.with_context(|| could_not.clone())?;
+    let file = file.with_context(|| could_not_read.clone())?;
     let lines = file.map(|file| BufReader::new(file).split(b'\n'));
     Ok(lines
         .into_iter()
         .flatten()
         .filter_map(move |line| match line {
             Ok(line) => line::decode(&line).ok().map(Ok),
-            Err(error) => Some(Err(anyhow!(error).context(could_not.clone()))),
+            Err(error) => Some(Err(anyhow!(error).context(could_not_read.clone()))),
         }))
 }
 
 /// Rewrites the cache in `dir`. Returns the number of records that were replaced or removed.
 ///
-/// Removed records are durable in their file before they leave the cache. After a crash between the two steps a
-/// record may be in both.
+/// Removed records are durable in `responses.replaced.jsonl` before they leave the cache. After a crash between the two
+/// steps a record may be in both.
 ///
 /// # Errors
-/// If another process is writing the cache, the cache is damaged, or the disk fails.
+/// If another process is writing the cache, the cache is damaged, `decide` fails, or the disk fails.
 pub(crate) fn rewrite(
     dir: &Path,
     settings: &config::CacheConfig,
@@ -72,19 +74,19 @@ pub(crate) fn rewrite(
     // Opening the cache repairs it after a crash.
     drop(Cache::open(dir, settings)?);
     let _lock = super::lock(dir)?;
-    // The first pass calls `decide` for all records, the later ones only for the few that change.
-    let mut changing = HashSet::new();
-    walk(dir, |_, line| {
+    // The first pass calls `decide` for all records, the later passes only for the few records that change.
+    let mut changed_records = HashSet::new();
+    for_each_line(dir, |_, line| {
         if !matches!(decide(line)?, RewriteDecision::Keep) {
-            changing.insert(keys::identity(line)?);
+            changed_records.insert(keys::identity(line)?);
         }
         Ok(())
     })?;
-    if changing.is_empty() {
+    if changed_records.is_empty() {
         return Ok(0);
     }
     let decide = |line: &[u8]| -> Result<RewriteDecision> {
-        if changing.contains(&keys::identity(line)?) {
+        if changed_records.contains(&keys::identity(line)?) {
             decide(line)
         } else {
             Ok(RewriteDecision::Keep)
@@ -94,7 +96,7 @@ pub(crate) fn rewrite(
     if compressed_file(dir).exists() {
         replace(&compressed_file(dir), |new| {
             let mut text = Vec::with_capacity(FRAME_TEXT_BYTES);
-            walk(dir, |is_plain, line| {
+            for_each_line(dir, |is_plain, line| {
                 if !is_plain {
                     push_decided(&mut text, line, decide(line)?);
                 }
@@ -112,7 +114,7 @@ pub(crate) fn rewrite(
     }
     replace(&plain_file(dir), |new| {
         let mut text = Vec::new();
-        walk(dir, |is_plain, line| {
+        for_each_line(dir, |is_plain, line| {
             if is_plain {
                 text.clear();
                 push_decided(&mut text, line, decide(line)?);
@@ -121,7 +123,7 @@ pub(crate) fn rewrite(
             Ok(())
         })
     })?;
-    Ok(changing.len() as u64)
+    Ok(changed_records.len() as u64)
 }
 
 fn replace(path: &Path, fill: impl FnOnce(&mut BufferedAppender<'_>) -> Result<()>) -> Result<()> {
@@ -130,10 +132,11 @@ fn replace(path: &Path, fill: impl FnOnce(&mut BufferedAppender<'_>) -> Result<(
         .with_context(|| format!("could not rewrite {}", path.display()))
 }
 
+/// Appends to `text` the line that `decision` leaves in the cache, if any.
 fn push_decided(text: &mut Vec<u8>, line: &[u8], decision: RewriteDecision) {
     match decision {
         RewriteDecision::Remove => {}
-        RewriteDecision::Replace(line) => text.extend_from_slice(&line),
+        RewriteDecision::Replace(new_line) => text.extend_from_slice(&new_line),
         RewriteDecision::Keep => {
             text.extend_from_slice(line);
             text.push(b'\n');
@@ -141,25 +144,25 @@ fn push_decided(text: &mut Vec<u8>, line: &[u8], decision: RewriteDecision) {
     }
 }
 
-/// Appends the records that are to be removed to `responses.replaced.jsonl`, and syncs the file.
+/// Durably appends the records to be removed to `responses.replaced.jsonl`.
 fn save_removed(dir: &Path, decide: DecideRewrite<'_>) -> Result<()> {
     let path = replaced_file(dir);
-    let could_not = || format!("could not write {}", path.display());
+    let could_not_write = || format!("could not write {}", path.display());
     let mut file = storage::open_or_create(&path)?;
-    walk(dir, |_, line| {
+    for_each_line(dir, |_, line| {
         if let RewriteDecision::Remove = decide(line)? {
             file.write_all(&[line, b"\n"].concat())
-                .with_context(could_not)?;
+                .with_context(could_not_write)?;
         }
         Ok(())
     })?;
-    file.sync_all().with_context(could_not)?;
-    crate::fs::sync_folder(dir).with_context(could_not)?;
+    file.sync_all().with_context(could_not_write)?;
+    crate::fs::sync_folder(dir).with_context(could_not_write)?;
     crate::fs::remove_if_empty(&path)
 }
 
-/// Calls `on_line` for each record; the flag is true for lines of the plain file.
-fn walk(dir: &Path, mut on_line: impl FnMut(bool, &[u8]) -> Result<()>) -> Result<()> {
+/// Calls `on_line` with each record's line, and with true if the line is in the plain file.
+fn for_each_line(dir: &Path, mut on_line: impl FnMut(bool, &[u8]) -> Result<()>) -> Result<()> {
     let mut lines = CacheLines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
         on_line(lines.is_in_plain(), lines.line())?;

@@ -1,4 +1,4 @@
-//! State that the writer of a cache shares with its background threads, and the group commit.
+//! [`SharedCache`]: the state that the writer of a cache shares with its background threads, and the group commit.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,28 +14,28 @@ use crate::cache::question::KeyVariants;
 /// Number of records after which a group is synced.
 pub(crate) const GROUP_RECORDS: usize = 64;
 
-/// Age of its first record at which a group is synced. On a slow disk, appends wait once a sync takes longer than
-/// this.
+/// Age of the first record of a group at which the group is synced. While a background sync has taken longer than this,
+/// appends wait for it.
 pub(crate) const GROUP_AGE: Duration = Duration::from_secs(1);
 
 /// State of an open cache, for the writer, the sync thread and the compressor thread.
 pub(crate) struct SharedCache {
     pub(crate) state: Mutex<CacheState>,
-    /// Notified when a group begins or is full, a frame can be compressed, a sync has ended, or the cache is being
-    /// closed.
+    /// Notified when a group begins or is full, a frame can be compressed, a background sync has ended, or the cache is
+    /// being closed.
     pub(crate) changed: Condvar,
-    /// Set to stop compressing: the lines of the plain file stay there.
+    /// Set to stop the compressor: lines that are not compressed yet stay in the plain file.
     pub keep_plain: AtomicBool,
 }
 
 impl SharedCache {
-    /// Locks the state, also after another thread panicked: the state is consistent between any two statements
-    /// that can panic.
+    /// Locks the state. A lock that another thread poisoned by a panic is used as well, because the state is consistent
+    /// at every statement that can panic.
     pub(crate) fn lock(&self) -> MutexGuard<'_, CacheState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a change.
+    /// Waits for a notification; may return without one.
     pub(crate) fn wait<'a>(
         &'a self,
         state: MutexGuard<'a, CacheState>,
@@ -45,14 +45,14 @@ impl SharedCache {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a change, but not for longer than `time`.
+    /// Waits like [`SharedCache::wait`], for at most `timeout`.
     pub(crate) fn wait_for<'a>(
         &'a self,
         state: MutexGuard<'a, CacheState>,
-        time: Duration,
+        timeout: Duration,
     ) -> MutexGuard<'a, CacheState> {
         self.changed
-            .wait_timeout(state, time)
+            .wait_timeout(state, timeout)
             .unwrap_or_else(PoisonError::into_inner)
             .0
     }
@@ -67,17 +67,19 @@ impl SharedCache {
         }
         state
     }
-}
 
-impl SharedCache {
-    /// Starts a sync if the group is full, in the background if the storage can. `before` is the number of unsynced
-    /// lines before the last append.
+    /// Commits an append to the current group: wakes the sync thread if the group has just begun or become full. If the
+    /// storage cannot sync in the background, a full group is synced here. `unsynced_before` is the number of unsynced
+    /// lines before the append.
+    ///
+    /// # Errors
+    /// If a sync has failed, or nothing can be appended any more.
     pub(crate) fn commit<'a>(
         &'a self,
         mut state: MutexGuard<'a, CacheState>,
-        before: usize,
+        unsynced_before: usize,
     ) -> Result<()> {
-        // If the disk is slower than groups are appended, the append waits.
+        // Limits the number of unsynced lines if the disk is slower than the appends.
         if state
             .syncing
             .is_some_and(|began| began.elapsed() >= GROUP_AGE)
@@ -85,7 +87,7 @@ impl SharedCache {
             state = self.wait_while_syncing(state);
         }
         let unsynced = state.append_log.unsynced();
-        if before == 0 || (before < GROUP_RECORDS && unsynced >= GROUP_RECORDS) {
+        if unsynced_before == 0 || (unsynced_before < GROUP_RECORDS && unsynced >= GROUP_RECORDS) {
             self.changed.notify_all();
         }
         if unsynced >= GROUP_RECORDS && !state.append_log.syncs_in_background() {
@@ -99,38 +101,41 @@ impl SharedCache {
 pub(crate) struct CacheState {
     pub append_log: AppendLog,
     pub(crate) keys: KeySet,
+    /// Kinds of alternative keys among the records.
     pub(crate) key_variants: KeyVariants,
     /// Cost of all records in US dollars.
     pub(crate) cost_usd: f64,
-    /// Records that repeat a key.
+    /// Number of records with the key of an earlier record.
     pub(crate) repeated: u64,
-    /// Compressed file and its length, if there is one.
+    /// Compressed file and its length in bytes; `None` if there is no compressed file.
     pub frames: Option<(OpenFile, u64)>,
-    /// Start of the running background sync.
+    /// Start time of the background sync that is running.
     pub(crate) syncing: Option<Instant>,
-    /// Length of the plain file at which the compressor has enough lines for a frame.
+    /// Length of the plain file in bytes at which the compressor has enough lines for a frame.
     pub compress_from: u64,
+    /// Set when the cache is being closed, so that the background threads end.
     pub closing: bool,
-    /// Set if lines are in both files or a frame is incomplete: no index is written, so that the next opening
-    /// reads and repairs the whole cache.
+    /// Set if some lines may be in both files, or a frame may be incomplete. No index is written then, so that the next
+    /// opening reads and repairs the whole cache.
     pub needs_full_read: bool,
 }
 
 impl CacheState {
-    /// Detects that another program has moved or changed a file.
+    /// Detects that another program has moved or changed the plain or the compressed file.
     pub(crate) fn check_files(&mut self) {
         self.append_log.check_file();
         let Some((open_file, length)) = &self.frames else {
             return;
         };
-        // The compressor may be appending a frame, so a longer file is no change.
         let Err(change) = open_file.check(*length) else {
             return;
         };
-        if let FileChange::Longer { .. } = change {
+        // The compressor may just be appending a frame.
+        if let FileChange::Extended { .. } = change {
             return;
         }
-        // Checked also if the plain file has changed: both may have been removed, and each is rescued separately.
+        // This code also runs if the plain file has changed: both files may have been removed, and each is rescued
+        // separately.
         let (displaced, _) = open_file.handle_change(&change, *length);
         self.append_log.set_displaced(displaced);
         self.frames = None;

@@ -14,17 +14,19 @@ use crate::cache::usage::Usage;
 #[derive(Debug, Default, Serialize)]
 pub struct CacheStats {
     pub records: u64,
+    /// Number of records with status `ok`.
     pub ok: u64,
-    /// Quarantined records by reason.
+    /// Number of quarantined records by reason.
     pub quarantined: BTreeMap<String, u64>,
+    /// Number of records by `finish_reason`.
     pub finish_reasons: BTreeMap<String, u64>,
-    /// Records by the model name that the endpoint reported.
+    /// Number of records by the model name that the endpoint reported.
     pub models: BTreeMap<String, u64>,
     pub usage: Usage,
-    /// Records whose endpoint reported no usage; `usage` does not include them.
+    /// Number of records whose endpoint reported no usage; `usage` does not include them.
     pub without_usage: u64,
     pub cost_usd: f64,
-    /// Records without a price; `cost_usd` does not include them.
+    /// Number of records without a cost; `cost_usd` does not include them.
     pub without_cost: u64,
     pub logprobs: LogprobStats,
     pub replaced: ReplacedStats,
@@ -39,12 +41,13 @@ pub struct CacheStats {
 pub struct ReplacedStats {
     pub records: u64,
     pub cost_usd: f64,
-    /// Key and time of each answer: after a crash the file may contain an answer twice.
+    /// Key and time of each counted answer: after a crash the file may contain an answer twice.
     #[serde(skip)]
     counted: HashSet<(String, String)>,
 }
 
 impl ReplacedStats {
+    /// Counts one record, unless it was already counted.
     pub fn add(&mut self, record: &Record) {
         let id = (record.key.clone(), record.timing.sent_at.clone());
         if self.counted.insert(id) {
@@ -57,20 +60,23 @@ impl ReplacedStats {
 /// Counts and sizes of the logprobs.
 #[derive(Debug, Default, Serialize)]
 pub struct LogprobStats {
+    /// Number of records with logprobs.
     pub records: u64,
-    /// Number of records whose concatenated tokens differ from the answer's text: training uses hard labels for them.
+    /// Number of records whose concatenated tokens differ from the answer's text. Training uses hard labels for them,
+    /// unless the tokens are raw vocabulary entries that it can decode.
     pub not_matching_text: u64,
-    /// Emitted tokens that have logprobs.
+    /// Number of emitted tokens of the records with logprobs.
     pub tokens: u64,
-    /// Size of the logprobs in the cache in bytes; like `openai_bytes`, 0 unless [`CacheStats::measure_logprobs`] is
-    /// called.
+    /// Size in bytes of the logprobs as uncompressed JSON of the cache. Like `openai_bytes`, 0 unless
+    /// [`CacheStats::measure_logprobs`] is called.
     pub bytes: u64,
-    /// Size of the same logprobs in the JSON of OpenAI's API in bytes.
+    /// Size in bytes of the same logprobs in the JSON of OpenAI's API.
     pub openai_bytes: u64,
 }
 
 impl LogprobStats {
-    /// Bytes per emitted token in the cache, and in the JSON of OpenAI's API.
+    /// Returns the bytes per emitted token in the cache, and in the JSON of OpenAI's API; `None` if there are no
+    /// tokens.
     pub fn bytes_per_token(&self) -> Option<(f64, f64)> {
         let tokens = self.tokens as f64;
         (self.tokens > 0).then(|| {
@@ -113,7 +119,7 @@ impl CacheStats {
         }
     }
 
-    /// Adds the sizes of the record's logprobs. Encodes them to measure them, which is slow on large caches.
+    /// Adds the sizes of the record's logprobs, which are encoded for it. This is slow for large caches.
     pub fn measure_logprobs(&mut self, record: &Record) -> Result<()> {
         if let Some(logprobs) = &record.logprobs {
             self.logprobs.bytes += json_bytes(logprobs)?;
@@ -134,23 +140,28 @@ fn count(counts: &mut BTreeMap<String, u64>, name: &str) {
     *counts.entry(name.to_owned()).or_default() += 1;
 }
 
-/// One position, or one alternative, as in `choices[].logprobs.content[]` of the chat API.
+/// [`RawToken::rank`](crate::cache::raw_token::RawToken::rank) of an emitted token.
+const EMITTED_RANK: i32 = -1;
+
+/// One position in `choices[].logprobs.content[]` of the chat API, or one of its alternatives.
 #[derive(Serialize)]
 struct OpenAiToken<'a> {
     token: &'a str,
     logprob: f32,
     bytes: Vec<u8>,
+    /// `None` for an alternative.
     #[serde(skip_serializing_if = "Option::is_none")]
     top_logprobs: Option<Vec<OpenAiToken<'a>>>,
 }
 
+/// Converts logprobs to the form of OpenAI's API.
 fn to_openai(logprobs: &Logprobs) -> Vec<OpenAiToken<'_>> {
     let raw: BTreeMap<(u32, i32), Vec<u8>> = logprobs
         .raw
         .iter()
         .filter_map(|token| Some(((token.position, token.rank), token.bytes()?)))
         .collect();
-    let token = |position: usize, rank: i32, token, logprob: Option<f32>| OpenAiToken {
+    let openai_token = |position: usize, rank: i32, token, logprob: Option<f32>| OpenAiToken {
         token,
         logprob: logprob.unwrap_or(MISSING_LOGPROB),
         bytes: match raw.get(&(position as u32, rank)) {
@@ -161,23 +172,21 @@ fn to_openai(logprobs: &Logprobs) -> Vec<OpenAiToken<'_>> {
     };
     let positions = logprobs.token.iter().zip(&logprobs.logprob);
     let alternatives = logprobs.top.iter().zip(&logprobs.top_logprob);
-    positions
-        .zip(alternatives)
-        .enumerate()
-        .map(|(position, ((text, &logprob), (top, top_logprob)))| {
-            let top = top.iter().zip(top_logprob).enumerate();
-            OpenAiToken {
-                top_logprobs: Some(
-                    top.map(|(rank, (text, &logprob))| token(position, rank as i32, text, logprob))
-                        .collect(),
-                ),
-                ..token(position, -1, text, logprob)
-            }
-        })
-        .collect()
+    let mut openai_tokens = Vec::with_capacity(logprobs.token.len());
+    for (position, (emitted, (top, top_logprob))) in positions.zip(alternatives).enumerate() {
+        let top_logprobs = (top.iter().zip(top_logprob).enumerate())
+            .map(|(rank, (text, &logprob))| openai_token(position, rank as i32, text, logprob))
+            .collect();
+        let (text, &logprob) = emitted;
+        openai_tokens.push(OpenAiToken {
+            top_logprobs: Some(top_logprobs),
+            ..openai_token(position, EMITTED_RANK, text, logprob)
+        });
+    }
+    openai_tokens
 }
 
-/// Length of `value` as compact JSON in bytes.
+/// Returns the length in bytes of `value` as compact JSON.
 fn json_bytes(value: &impl Serialize) -> Result<u64> {
     struct ByteCounter(u64);
     impl io::Write for ByteCounter {

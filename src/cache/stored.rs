@@ -1,11 +1,12 @@
-//! Serialises fields whose shape varies from record to record with one stored type.
+//! Serialises each field whose shape varies from record to record as one stored type.
 //!
-//! Readers that infer a schema (pyarrow, and `datasets` on top of it) take it from the first megabytes. They fail
-//! if the shape changes later: a null that becomes an object, an empty list that gets items, an object with other
-//! fields. A run whose config changed half-way causes all of these.
+//! Readers that infer a schema (pyarrow, and `datasets` on top of it) infer it from the first megabytes. They fail if
+//! the shape changes later: a null that becomes an object, an empty list that gets items, an object with other fields.
+//! All of these occur if the config changes during a run.
 
-/// The request body: `model` and `messages` unchanged, and all other parameters as JSON in the string `params`.
-/// Messages that are more than a role and a text stay in `params`.
+/// Request body: `model` and `messages` as fields, and all other parameters as JSON in the string `params`. A model
+/// that is not a text, and messages with more than a role and a text each, stay in `params`. A body that is not an
+/// object is stored whole in `params`.
 pub(crate) mod request {
     use serde::de::Error as _;
     use serde::ser::{Error as _, SerializeStruct};
@@ -21,14 +22,14 @@ pub(crate) mod request {
         params: String,
     }
 
-    /// A message by reference, its fields in the order of [`Message`].
+    /// Borrowed message, with its fields in the order of [`Message`].
     #[derive(Serialize)]
     struct PlainMessage<'a> {
         role: &'a str,
         content: &'a str,
     }
 
-    /// Serialises without copying: this runs for each answer.
+    /// Serialises without copying the messages, because this runs for each answer.
     pub(crate) fn serialize<S: Serializer>(
         request: &Value,
         serializer: S,
@@ -40,12 +41,12 @@ pub(crate) mod request {
             .unwrap_or_default();
         let params = match request {
             Value::Object(fields) => {
-                let rest = OtherFields {
+                let other_fields = OtherFields {
                     fields,
                     without_model: !model.is_empty(),
                     without_messages: !messages.is_empty(),
                 };
-                serde_json::to_string(&rest)
+                serde_json::to_string(&other_fields)
             }
             other => serde_json::to_string(other),
         };
@@ -56,7 +57,7 @@ pub(crate) mod request {
         stored.end()
     }
 
-    /// The fields other than `model` and `messages`.
+    /// Fields of a request other than `model` and `messages`, which are included unless they are stored separately.
     struct OtherFields<'a> {
         fields: &'a serde_json::Map<String, Value>,
         without_model: bool,
@@ -72,7 +73,7 @@ pub(crate) mod request {
         }
     }
 
-    /// Returns the messages if each of them is only a role and a text.
+    /// Returns the messages; `None` if any of them has more than a role and a text.
     fn plain_messages(messages: &Value) -> Option<Vec<PlainMessage<'_>>> {
         messages
             .as_array()?
@@ -152,7 +153,7 @@ pub(crate) mod usage {
     }
 }
 
-/// Cost in US dollars. `None` is stored as 0.
+/// Cost in US dollars. `None`, and a cost that is not finite, are stored as 0; 0 is read as `None`.
 pub(crate) mod cost {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 

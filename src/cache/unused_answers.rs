@@ -1,4 +1,4 @@
-//! Counts the cached answers that a run does not use: those of other endpoints, settings or prompts.
+//! Counts the cached answers that a run does not use, because they are for other endpoints, settings or prompts.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -17,21 +17,22 @@ use crate::terminal::format_count;
 /// Number of cached answers that a run does not use, by reason.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct UnusedAnswers {
-    /// Answers to questions that are still open, by endpoint. Another endpoint gave them, or their keys are of
-    /// an earlier version; `distill cache adopt` adopts them.
+    /// Number of answers to open questions, by endpoint. Another endpoint gave the answer, or its key is of an earlier
+    /// version; `distill cache adopt` adopts it.
     #[serde(rename = "elsewhere")]
     pub adoptable: BTreeMap<String, u64>,
-    /// Answers to the same prompts with other settings.
+    /// Number of answers to prompts of the run with other settings.
     pub other_settings: u64,
+    /// Number of answers to other prompts.
     pub other_prompts: u64,
-    /// Number of records that were counted, if that is not all of them.
+    /// Number of records that were read, if the cache contains more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub counted_records: Option<u64>,
 }
 
 impl UnusedAnswers {
-    /// Recommends `cache adopt` if it would answer open questions. `arguments` are the flags that name the
-    /// config.
+    /// Returns a message that recommends `cache adopt`, if that command would answer open questions. `arguments` are
+    /// the flags that select the config.
     pub fn advice(&self, arguments: &str) -> Option<String> {
         let answers: u64 = self.adoptable.values().sum();
         let sources: Vec<&str> = self.adoptable.keys().map(String::as_str).collect();
@@ -46,7 +47,7 @@ impl UnusedAnswers {
     }
 }
 
-/// The fields of a record that identify its question and its endpoint.
+/// Fields of a record that identify its question and its endpoint.
 #[derive(Deserialize)]
 struct RecordOrigin {
     v: u32,
@@ -66,7 +67,8 @@ impl RecordOrigin {
             .map_err(|error| line::LineError::InvalidRecord(error.to_string()))
     }
 
-    /// Fingerprint of the question in `line`, as this version computes it.
+    /// Returns the fingerprint of the question of this record, as this version computes it. `line` is the record's
+    /// line.
     fn question_fingerprint(&self, line: &[u8]) -> Result<Fingerprint, line::LineError> {
         Ok(if self.v < 2 {
             let record = line::decode(line)?;
@@ -76,7 +78,7 @@ impl RecordOrigin {
         })
     }
 
-    /// Name of the endpoint, or its address if it has none.
+    /// Returns the name of the endpoint, or its address if it has no name.
     fn source(self) -> String {
         if self.teacher.is_empty() {
             self.endpoint
@@ -86,7 +88,7 @@ impl RecordOrigin {
     }
 }
 
-/// Second half of the record's key, as this version computes it.
+/// Returns the second half of the record's key, as this version computes it.
 pub(crate) fn question_half_of(record: &Record) -> String {
     if record.v < 2 {
         Question::new(&record.request, record.sample).question_half()
@@ -95,50 +97,53 @@ pub(crate) fn question_half_of(record: &Record) -> String {
     }
 }
 
-/// Counts the records of the cache in `dir` that a run does not use. Reads at most `limit` records.
+/// Counts the records of the cache in `dir` that a run does not use. Reads at most `limit` records. An answer to a
+/// question of the run that cannot be adopted is not counted.
 ///
-/// `used` are the keys that the run uses, and `asked` the questions that it asks. `open` holds the questions
-/// without an answer, with the `max_tokens` of their requests. `is_prompt` returns true for the id of a prompt
-/// of the run. `check` is called for each record.
+/// `used_keys` are the keys of the answers that the run uses, and `questions` the questions of the run.
+/// `open_questions` contains the questions without an answer, and the `max_tokens` of their requests. `is_prompt`
+/// returns true for the id of a prompt of the run. `check_stop` is called for each record; its error ends the count.
 ///
 /// # Errors
-/// If the cache is damaged or `check` fails.
+/// If the cache cannot be read or is damaged, or `check_stop` fails.
 pub(crate) fn count_unused(
     dir: &Path,
-    used: &KeySet,
-    asked: &KeySet,
-    open: &HashMap<Fingerprint, u32>,
+    used_keys: &KeySet,
+    questions: &KeySet,
+    open_questions: &HashMap<Fingerprint, u32>,
     is_prompt: impl Fn(&str) -> bool,
     limit: u64,
-    check: impl Fn() -> Result<()>,
+    check_stop: impl Fn() -> Result<()>,
 ) -> Result<UnusedAnswers> {
     let mut unused_answers = UnusedAnswers::default();
     if !super::exists(dir) {
         return Ok(unused_answers);
     }
     let mut lines = CacheLines::open(dir)?;
-    let mut records = 0;
+    let mut records_read = 0;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
-        if records == limit {
-            unused_answers.counted_records = Some(records);
+        if records_read == limit {
+            unused_answers.counted_records = Some(records_read);
             break;
         }
-        records += 1;
-        check()?;
+        records_read += 1;
+        check_stop()?;
         let origin = RecordOrigin::from_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
-        if used.contains(&crate::cache::fingerprint::fingerprint(&origin.key)) {
+        if used_keys.contains(&crate::cache::fingerprint::fingerprint(&origin.key)) {
             continue;
         }
-        let half = origin
+        let question = origin
             .question_fingerprint(lines.line())
             .map_err(|fault| lines.refuse(fault))?;
-        // A truncated answer counts only if the request asks for no more tokens.
-        let is_enough = |max_tokens: &u32| origin.cut_at == 0 || origin.cut_at >= *max_tokens;
-        if open.get(&half).is_some_and(is_enough) && !is_mock(&origin.fingerprint) {
+        // A truncated answer is enough only if the request does not ask for more tokens.
+        let is_long_enough = |max_tokens: &u32| origin.cut_at == 0 || origin.cut_at >= *max_tokens;
+        let is_adoptable = open_questions.get(&question).is_some_and(is_long_enough)
+            && !is_mock(&origin.fingerprint);
+        if is_adoptable {
             *unused_answers.adoptable.entry(origin.source()).or_default() += 1;
             continue;
         }
-        match (asked.contains(&half), is_prompt(&origin.prompt_id)) {
+        match (questions.contains(&question), is_prompt(&origin.prompt_id)) {
             (true, _) => {}
             (false, true) => unused_answers.other_settings += 1,
             (false, false) => unused_answers.other_prompts += 1,

@@ -1,6 +1,6 @@
-//! [`RecordView`]: the part of a record that training needs, borrowed from its line.
+//! [`RecordView`]: the part of a record that training needs, with logprobs borrowed from its line.
 //!
-//! Reading a cache with owned fields would spend most of its time on allocations.
+//! With owned logprobs, reading a cache would spend most of its time on allocations.
 
 use std::borrow::Cow;
 
@@ -36,11 +36,12 @@ pub struct RecordView<'a> {
 
 #[derive(Debug, Default, Deserialize)]
 struct TimingView<'a> {
+    /// See [`record::Timing::sent_at`].
     #[serde(borrow)]
     sent_at: Cow<'a, str>,
 }
 
-/// Request as `stored::request` writes it.
+/// Request in the form of [`super::stored::request`].
 #[derive(Debug, Deserialize)]
 struct RequestView {
     model: String,
@@ -60,30 +61,31 @@ pub struct AnswerView {
 impl<'a> RecordView<'a> {
     /// Decodes the record in a line that [`super::line::verify`] and [`super::line::head`] have accepted.
     pub fn from_line(line: &'a [u8]) -> Result<Self, LineError> {
-        let no_record = |why: String| LineError::InvalidRecord(why);
         // UTF-8 is checked once for the line, instead of once for each string.
-        let line = std::str::from_utf8(line).map_err(|e| no_record(e.to_string()))?;
+        let line = std::str::from_utf8(line)
+            .map_err(|error| LineError::InvalidRecord(error.to_string()))?;
         match Self::from_canonical_line(line) {
             Some(record) => Ok(record),
-            None => serde_json::from_str(line).map_err(|e| no_record(e.to_string())),
+            None => serde_json::from_str(line)
+                .map_err(|error| LineError::InvalidRecord(error.to_string())),
         }
     }
 
-    /// Decodes a line with logprobs in the form that this version writes; `None` for any other form. Logprobs
+    /// Decodes a line with logprobs in exactly the form that this version writes; `None` for any other form. Logprobs
     /// are most of a line, and a general JSON parser takes twice the time.
     fn from_canonical_line(line: &'a str) -> Option<Self> {
         const LOGPROBS: &str = ",\"logprobs\":{";
-        // This text cannot occur in a string, where quotation marks are escaped.
-        let at = memchr::memmem::find(line.as_bytes(), LOGPROBS.as_bytes())?;
-        // If this were a nested field, the text before it would not be a valid object.
-        let head = format!("{}}}", &line[..at]);
+        // This text cannot occur inside a string, where quotation marks are escaped.
+        let start = memchr::memmem::find(line.as_bytes(), LOGPROBS.as_bytes())?;
+        // If this were a field of a nested object, the text before it would not become a valid object.
+        let head = format!("{}}}", &line[..start]);
         let head: RecordView = serde_json::from_str(&head).ok()?;
-        let (logprobs, rest) = columns::parse(&line[at + LOGPROBS.len()..])?;
-        let rest = rest.strip_prefix(",\"matches_text\":")?;
-        let rest = ["true", "false"]
+        let (logprobs, remaining) = columns::parse(&line[start + LOGPROBS.len()..])?;
+        let remaining = remaining.strip_prefix(",\"matches_text\":")?;
+        let remaining = ["true", "false"]
             .iter()
-            .find_map(|value| rest.strip_prefix(value))?;
-        let sent_at = rest.strip_prefix("},\"timing\":{\"sent_at\":\"")?;
+            .find_map(|value| remaining.strip_prefix(value))?;
+        let sent_at = remaining.strip_prefix("},\"timing\":{\"sent_at\":\"")?;
         let (sent_at, _) = sent_at.split_once('"')?;
         Some(RecordView {
             logprobs: Some(logprobs),
@@ -102,23 +104,26 @@ impl<'a> RecordView<'a> {
         })
     }
 
-    /// Model in the request.
+    /// Returns the model in the request; empty if the request has no model.
     pub fn request_model(&self) -> &str {
         &self.request.model
     }
 
-    /// Time at which the request was sent, in UTC.
+    /// Returns the time at which the request was sent, in UTC; `None` if it is not a valid timestamp.
     pub fn sent_at(&self) -> Option<DateTime> {
         record::Timing::date(&self.timing.sent_at)
     }
 
-    /// Parameters of the request other than model and messages.
+    /// Returns the parameters of the request other than model and messages; null if they are not valid JSON.
     pub fn params(&self) -> Value {
         serde_json::from_str(&self.request.params).unwrap_or_default()
     }
 
-    /// Takes the messages of the request. If they are more than roles and texts, the error is the request's
-    /// parameters, which contain them.
+    /// Takes the messages of the request.
+    ///
+    /// # Errors
+    /// The request's parameters, if the request has no messages of only a role and a text. Other messages are in the
+    /// parameters.
     pub fn take_messages(&mut self) -> Result<Vec<Message>, Value> {
         if self.request.messages.is_empty() {
             Err(serde_json::from_str(&self.request.params).unwrap_or_default())
@@ -162,10 +167,10 @@ mod tests {
             });
             let line = serde_json::to_string(&record).unwrap();
             let fast = RecordView::from_canonical_line(&line).unwrap();
-            let other: RecordView = serde_json::from_str(&line).unwrap();
-            assert_eq!(fast.sent_at(), other.sent_at());
+            let general: RecordView = serde_json::from_str(&line).unwrap();
+            assert_eq!(fast.sent_at(), general.sent_at());
             assert!(fast.sent_at().is_some());
-            assert_eq!(fast.logprobs, other.logprobs);
+            assert_eq!(fast.logprobs, general.logprobs);
         }
     }
 }

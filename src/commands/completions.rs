@@ -1,4 +1,4 @@
-//! `distill completions`.
+//! `distill completions`: prints the completion script of a shell.
 
 use anyhow::Result;
 use clap::CommandFactory;

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::cli::{ConfigAction, ConfigArgs, GlobalArgs};
 use crate::terminal::sanitise;
 
-/// Prints every value with its origin.
+/// Prints every setting with its value and the origin of the value.
 pub fn run(args: &ConfigArgs, global: &GlobalArgs) -> Result<()> {
     let ConfigAction::Show(file) = &args.action;
     let loaded = super::load_config(file)?;

@@ -17,12 +17,15 @@ use crate::tokenizer::Tokenizer;
 
 /// Version of the `--json` output.
 const VERSION: u32 = 1;
-/// Maximum number of soft labels in a line.
+/// Maximum number of soft labels of a token that are printed one by one.
 const MAX_LABELS: usize = 5;
 /// Minimum probability of a soft label that is printed.
 const MIN_PROBABILITY: f64 = 5e-5;
 
 /// Runs `distill data`.
+///
+/// # Errors
+/// If the config, the student's tokenizer or the data cannot be loaded; [`Exit::Usage`] if no row matches.
 pub fn run(args: &DataArgs, global: &GlobalArgs) -> Result<()> {
     match &args.command {
         DataCommand::Show(args) => show(args, global),
@@ -56,7 +59,7 @@ fn show(args: &ShowDataArgs, global: &GlobalArgs) -> Result<()> {
             ),
             None => {
                 let advice = if skipped.contains_key(&ExclusionReason::Mock.to_string()) {
-                    "; set data.groups to \"mock\" to use them"
+                    "; set `data.groups` to \"mock\" to use them"
                 } else {
                     ""
                 };
@@ -165,13 +168,13 @@ fn format_example(example: &ShownExample, style: ColourStyle) -> String {
         }
     }
     text.push_str(if is_supervised { " <<<\n\n" } else { "\n\n" });
-    let supervised = example.tokens.iter().enumerate();
-    let supervised = supervised.filter(|(_, token)| token.is_supervised);
+    let tokens = example.tokens.iter().enumerate();
+    let supervised = tokens.filter(|(_, token)| token.is_supervised);
     let width = |token: &ShownToken| visible(&token.text).chars().count();
-    let widest = supervised.clone().map(|(_, token)| width(token)).max();
-    let widest = widest.unwrap_or_default();
+    let max_width = supervised.clone().map(|(_, token)| width(token)).max();
+    let max_width = max_width.unwrap_or_default();
     for (position, token) in supervised {
-        let padding = " ".repeat(widest - width(token));
+        let padding = " ".repeat(max_width - width(token));
         text.push_str(&format!(
             "{position:>5} {:>7} {}{padding}  {}\n",
             token.id,
@@ -182,7 +185,8 @@ fn format_example(example: &ShownExample, style: ColourStyle) -> String {
     text
 }
 
-/// Formats the soft labels of a token.
+/// Formats the targets of a supervised token: its soft labels, the tail, and probabilities outside the top-k or of a
+/// text chunk.
 fn labels(token: &ShownToken) -> String {
     let printed = token.soft_labels.iter().take(MAX_LABELS);
     let printed = printed.take_while(|label| label.probability >= MIN_PROBABILITY);
@@ -194,19 +198,17 @@ fn labels(token: &ShownToken) -> String {
         .collect();
     let others = &token.soft_labels[parts.len()..];
     if !others.is_empty() {
-        let mass: f64 = others.iter().map(|label| label.probability).sum();
-        parts.push(format!("{mass:.4} {} others", others.len()));
+        let probability: f64 = others.iter().map(|label| label.probability).sum();
+        parts.push(format!("{probability:.4} {} others", others.len()));
     }
     parts.extend(token.tail.map(|tail| format!("{tail:.4} tail")));
+    parts.extend(token.emitted.map(|probability| {
+        format!("emitted with probability {probability:.2e}, outside the top-k")
+    }));
     parts.extend(
-        token
-            .emitted
-            .map(|p| format!("emitted with probability {p:.2e}, outside the top-k")),
-    );
-    parts.extend(
-        token
-            .chunk
-            .map(|(p, len)| format!("{p:.4} for the text of {len} tokens")),
+        token.chunk.map(|(probability, tokens)| {
+            format!("{probability:.4} for the text of {tokens} tokens")
+        }),
     );
     if parts.is_empty() {
         "cross-entropy".into()

@@ -1,4 +1,4 @@
-//! `distill demo`.
+//! `distill demo`: harvests, trains and evaluates with a local model as the teacher.
 
 use anyhow::Result;
 

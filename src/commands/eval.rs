@@ -1,4 +1,4 @@
-//! `distill eval`.
+//! `distill eval`: evaluates a model.
 
 use anyhow::Result;
 
@@ -32,11 +32,11 @@ pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
             format!("{} of {} ({percent:.1} %)", truth.correct, truth.rows),
         );
         row("malformed answers", truth.malformed.to_string());
-        row("cut off at eval.max_tokens", truth.cut_off.to_string());
+        row("cut off at `eval.max_tokens`", truth.cut_off.to_string());
         row("generated tokens/s", format!("{:.0}", truth.tokens_per_s));
     }
     if let Some(teacher) = &report.teacher {
-        let number = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
+        let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.4}"));
         row(
             "perplexity on the teacher's answers",
             number(teacher.perplexity),

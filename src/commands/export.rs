@@ -20,6 +20,10 @@ use crate::tokenizer::chat_template::TemplateClock;
 const VERSION: u32 = 1;
 
 /// Writes the export and prints its counts.
+///
+/// # Errors
+/// [`Exit::Usage`] for invalid flags or a path in the cache folder; if the cache cannot be read or the export cannot be
+/// written.
 pub(crate) fn run(args: &ExportArgs, global: &GlobalArgs) -> Result<()> {
     let format = export_format(args.to);
     if args.tokenizer.is_some() && format != Format::Axolotl {
@@ -54,7 +58,7 @@ pub(crate) fn run(args: &ExportArgs, global: &GlobalArgs) -> Result<()> {
             "dropped_alternatives": report.dropped_alternatives,
         }));
     }
-    print(&text(&report, &args.out))
+    print(&report_text(&report, &args.out))
 }
 
 fn export_format(format: ExportFormat) -> Format {
@@ -116,7 +120,8 @@ fn check_outside(out: &Path, cache: &Path) -> Result<()> {
     Ok(())
 }
 
-fn text(report: &ExportReport, out: &Path) -> String {
+/// Formats the counts for a terminal.
+fn report_text(report: &ExportReport, out: &Path) -> String {
     let mut text = format!("{} rows in {}\n", format_count(report.rows), out.display());
     for (reason, count) in &report.left_out {
         let reason = reason.replace('\n', " ");
@@ -136,11 +141,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn control_characters_in_reasons_are_escaped() {
+    fn control_characters_in_reasons_and_paths_are_escaped() {
         let mut report = ExportReport::default();
         let reason = "finish_reason `\u{1b}[2J\u{202e}` is not kept";
         report.left_out.insert(reason.into(), 1);
-        let text = text(&report, Path::new("\u{9b}31m"));
+        let text = report_text(&report, Path::new("\u{9b}31m"));
         assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text}");
         assert!(!text.contains('\u{202e}'), "{text}");
     }

@@ -86,7 +86,7 @@ struct ChatSession {
     model: Model,
     tokenizer: Tokenizer,
     options: GenerateOptions,
-    /// Print the answer while it is generated.
+    /// True to print the answer while it is generated.
     prints_answers: bool,
 }
 
@@ -113,6 +113,7 @@ impl ChatAnswer {
 }
 
 impl ChatSession {
+    /// Generates the answer to the messages, and prints it if `prints_answers`.
     fn answer(&self, messages: &[Message]) -> Result<ChatAnswer> {
         let prompt = self.tokenizer.encode_prompt(messages)?;
         let mut answer = ChatAnswer {
@@ -135,6 +136,7 @@ impl ChatSession {
         Ok(answer)
     }
 
+    /// Prints text if `prints_answers`, sanitised for a terminal.
     fn print(&self, text: &str) -> Result<()> {
         if !self.prints_answers {
             return Ok(());

@@ -20,7 +20,7 @@ pub fn run(args: &HarvestArgs, global: &GlobalArgs) -> Result<()> {
         quiet: global.json,
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
-    // Spawned, because `block_on` would run the dispatcher on this thread, apart from the worker threads that run the
+    // Spawned, because `block_on` alone would run the dispatcher on this thread, and not on the worker threads with the
     // request tasks.
     let harvest = runtime.spawn(async move { harvest::run(&config, options).await });
     let summary = runtime.block_on(harvest).context("the harvest failed")??;

@@ -9,9 +9,9 @@
 //! | `cache`, `export`, `data` | inspection and conversion of answers and examples |
 //! | `config`, `tokenize`, `completions` | small tools |
 //!
-//! Invariants: a file here only connects the command line to the library, so that a program that uses the library
-//! needs none of it; a result goes to stdout, everything else to stderr; with `--json`, stdout has exactly one JSON
-//! object.
+//! Invariants: a file here only connects the command line to the library, so a program that uses the library does not
+//! need it; a result goes to stdout, everything else to stderr; with `--json`, the result is one JSON object in one
+//! line (`serve` prints its address as such an object when it is ready, and a mock then the statistics as another).
 
 pub mod cache;
 pub mod completions;
@@ -42,7 +42,7 @@ fn load_config(file: &ConfigFile) -> Result<LoadedConfig> {
     load(&file.file, std::env::vars(), &file.set)
 }
 
-/// Prints a result as one JSON object. Scripts read its format from its `version` field.
+/// Prints a result as one JSON object in one line. Its field `version` is the version of its format.
 fn print_json(value: &impl Serialize) -> Result<()> {
     print(&format!(
         "{}\n",
@@ -50,7 +50,7 @@ fn print_json(value: &impl Serialize) -> Result<()> {
     ))
 }
 
-/// Prints to stdout. A closed pipe is an error, which `main` ignores, not a panic.
+/// Prints to stdout. A closed pipe is an error and not a panic; `main` ignores it.
 fn print(text: &str) -> Result<()> {
     Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
 }

@@ -9,7 +9,7 @@ use crate::probe;
 use crate::probe::findings::ProbedEndpoint;
 use crate::terminal::{sanitise, table};
 
-/// Probes every endpoint of the config, prints the findings, and warns of settings that do not fit them.
+/// Probes every endpoint of the config, prints the findings, and warns of settings that do not fit the findings.
 ///
 /// # Errors
 /// If an endpoint cannot be probed, or the config uses a feature that an endpoint does not support.

@@ -48,18 +48,18 @@ fn run_model(model: &Path, args: &ServeArgs, global: &GlobalArgs) -> Result<()> 
     announce(&server.base_url(), server.model_name(), global)?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let signal = runtime.block_on(wait_and_shut_down(server))?;
-    // After a second signal, do not wait for the shutdown task.
+    // After a second signal, the shutdown task may still run: the runtime must not wait for it.
     runtime.shutdown_background();
     Err(Exit::Signal(signal).into())
 }
 
-/// Serves the mock until Ctrl-C or SIGTERM, then prints its stats.
+/// Serves the mock until a signal arrives, and then prints its statistics.
 fn run_mock(script: &Path, args: &ServeArgs, global: &GlobalArgs) -> Result<()> {
     let script = Script::load(script)?;
     let model = script.model_name().to_string();
     let server = crate::mock::server::start(script, args.host, args.port)?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    // Listen before the announcement: a script may send a signal as soon as it has read the announcement.
+    // Listen before the announcement: a script may send a signal as soon as it has read the URL.
     let mut signals = runtime.block_on(async { Signals::listen() })?;
     announce(&server.base_url(), &model, global)?;
     let signal = runtime
@@ -74,7 +74,7 @@ fn run_mock(script: &Path, args: &ServeArgs, global: &GlobalArgs) -> Result<()> 
     Err(Exit::Signal(signal).into())
 }
 
-/// Prints the server's URL, which scripts wait for.
+/// Prints the server's URL. Scripts wait for this line.
 fn announce(base_url: &str, model: &str, global: &GlobalArgs) -> Result<()> {
     tracing::info!("serving `{model}`; press Ctrl-C to stop");
     let mut stdout = std::io::stdout().lock();
@@ -87,20 +87,20 @@ fn announce(base_url: &str, model: &str, global: &GlobalArgs) -> Result<()> {
     Ok(stdout.flush()?)
 }
 
-/// Waits for Ctrl-C or SIGTERM, then until the running answers finish or a second signal arrives.
-/// Returns the number of the first signal.
+/// Waits for a signal, and then until the running answers are finished or a second signal arrives. Returns the number
+/// of the first signal.
 async fn wait_and_shut_down(server: Server) -> Result<u8> {
     let mut signals = Signals::listen()?;
     let signal = signals.next().await.context("cannot wait for signals")?;
     tracing::info!("finishing the running answers; press Ctrl-C again to stop immediately");
     tokio::select! {
-        stopped = tokio::task::spawn_blocking(|| server.shutdown()) => stopped??,
+        result = tokio::task::spawn_blocking(|| server.shutdown()) => result??,
         _ = signals.next() => {}
     }
     Ok(signal)
 }
 
-/// Converts the stats to table rows.
+/// Returns the table rows of the statistics of a mock.
 fn stats_rows(stats: &MockStats) -> Vec<[String; 2]> {
     let row = |name: &str, count: u64| [name.to_string(), format_count(count)];
     let billed = &stats.billed;

@@ -15,7 +15,7 @@ use crate::tokenizer::Tokenizer;
 /// Version of the `--json` output.
 const VERSION: u32 = 1;
 
-/// Prints id and text of each token.
+/// Prints the id and the text of each token.
 pub fn run(args: &TokenizeArgs, global: &GlobalArgs) -> Result<()> {
     let mut tokenizer = Tokenizer::load(&args.model)?;
     tokenizer.use_clock();

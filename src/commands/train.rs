@@ -1,4 +1,4 @@
-//! `distill train`.
+//! `distill train`: trains the student.
 
 use anyhow::Result;
 use serde_json::json;
@@ -33,7 +33,7 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
             &json!({ "version": 1, "summary": summary, "judged": scoring_stats }),
         );
     }
-    let number = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
+    let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.4}"));
     let validation = &summary.validation;
     let rows = [
         (
@@ -80,7 +80,7 @@ pub fn run(args: &TrainArgs, global: &GlobalArgs) -> Result<()> {
     ))
 }
 
-/// Table rows about the requests to the judge.
+/// Returns table rows about the requests to the judge, the endpoint that scores the student's answers.
 fn scoring_rows(stats: &ScoringStats) -> Vec<[String; 2]> {
     let requests = format!(
         "{} ({} texts judged earlier)",

@@ -1,4 +1,4 @@
-//! Checks of the endpoint's address and headers. Values with environment variables are checked once they are expanded.
+//! Checks of the endpoint's address and headers. Values with environment variables are checked after their expansion.
 
 use std::net::IpAddr;
 
@@ -8,7 +8,7 @@ use url::Url;
 use super::error::Mistake;
 use super::teacher::{AllowHttp, KeySource, TeacherConfig, VARIABLE_START};
 
-/// Headers that the HTTP client controls.
+/// Headers that the HTTP client sets itself.
 const CONNECTION_HEADERS: [&str; 10] = [
     "Host",
     "Connection",
@@ -33,8 +33,8 @@ pub(crate) fn check(settings: &TeacherConfig) -> Result<(), Mistake> {
 /// Parses `text`, the base URL with its environment variables expanded.
 ///
 /// # Errors
-/// If the scheme is neither https nor an http that `teacher.allow_http` permits, or the URL contains a user name, a
-/// password, a query or the path of an API method. The message says which value to set instead.
+/// If `teacher.allow_http` does not permit the scheme, or the URL contains a user name, a password, a query or the path
+/// of an API method. The message says which value to set instead.
 pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake> {
     let shown = &without_secrets(&settings.base_url);
     let text = without_slash(text);
@@ -83,7 +83,7 @@ pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake
     Ok(url)
 }
 
-/// Returns the URL without white space around it and without slashes at its end.
+/// Returns the URL without surrounding white space and trailing slashes.
 pub(crate) fn without_slash(url: &str) -> &str {
     url.trim().trim_end_matches('/')
 }
@@ -91,8 +91,10 @@ pub(crate) fn without_slash(url: &str) -> &str {
 /// Returns the part of an address that a message may repeat: no user name, password or query.
 fn without_secrets(url: &str) -> String {
     let (url, _) = url.split_once(['?', '#']).unwrap_or((url, ""));
-    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
-    let host = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
+    let (scheme, after_scheme) = url.split_once("://").unwrap_or(("", url));
+    let host = after_scheme
+        .rsplit_once('@')
+        .map_or(after_scheme, |(_, host)| host);
     if scheme.is_empty() {
         host.to_owned()
     } else {
@@ -104,6 +106,7 @@ fn mistake(message: String) -> Mistake {
     Mistake::new("teacher.base_url", message)
 }
 
+/// Checks that the scheme is https, or an http that `teacher.allow_http` permits.
 fn check_scheme(settings: &TeacherConfig, url: &Url) -> Result<(), Mistake> {
     let shown = &without_secrets(&settings.base_url);
     let mut texts = settings.headers.values().chain(settings.query.values());
@@ -136,7 +139,7 @@ fn check_scheme(settings: &TeacherConfig, url: &Url) -> Result<(), Mistake> {
     Err(mistake(message))
 }
 
-/// Returns true if the host is this machine.
+/// Returns true if the host of the URL is a loopback address.
 pub(crate) fn is_loopback(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default();
     let address = host.trim_start_matches('[').trim_end_matches(']');
@@ -146,6 +149,7 @@ pub(crate) fn is_loopback(url: &Url) -> bool {
             .is_ok_and(|address: IpAddr| address.is_loopback())
 }
 
+/// Checks the names of all headers, and the values without environment variables.
 fn check_headers(settings: &TeacherConfig) -> Result<(), Mistake> {
     let key_header = header_name("teacher.api_key_header", &settings.api_key_header)
         .map_err(|message| Mistake::new("teacher.api_key_header", message))?;
@@ -156,13 +160,13 @@ fn check_headers(settings: &TeacherConfig) -> Result<(), Mistake> {
             _ => "teacher.headers",
         };
         let refuse = |message: String| Err(Mistake::new(key, message));
-        let is = |other: &str| name.eq_ignore_ascii_case(other);
-        if CONNECTION_HEADERS.iter().any(|header| is(header)) {
+        let is_named = |other: &str| name.eq_ignore_ascii_case(other);
+        if CONNECTION_HEADERS.iter().any(|header| is_named(header)) {
             return refuse(format!(
                 "`{setting}` cannot be set: the HTTP client controls this header"
             ));
         }
-        if is(key_header.as_str()) && settings.key_source() != KeySource::None {
+        if is_named(key_header.as_str()) && settings.key_source() != KeySource::None {
             return refuse(format!(
                 "`{setting}` is already the header of the key: remove it, or set `teacher.api_key_env = \"\"`"
             ));
@@ -179,7 +183,7 @@ fn check_headers(settings: &TeacherConfig) -> Result<(), Mistake> {
     Ok(())
 }
 
-/// Parses the name of a header, the value or part of `setting`.
+/// Parses the name of a header, which comes from `setting`.
 ///
 /// # Errors
 /// A message that names the setting.

@@ -18,8 +18,8 @@ pub struct DataConfig {
     pub validation_share: f64,
     /// Maximum length of an example in tokens; longer examples are skipped and counted.
     pub max_length: usize,
-    /// Merge the answers to a prompt into a prefix trie. For answers without logprobs, the frequencies of the next
-    /// tokens in it become soft labels.
+    /// True to merge the answers to a prompt into a prefix trie. For answers without logprobs, the frequencies of the
+    /// next tokens in the trie become soft labels.
     pub sample_trie: bool,
     /// Number of the most likely alternatives of the teacher to keep at a position; `None` for all.
     pub top_logprobs: Option<usize>,
@@ -31,7 +31,7 @@ pub struct DataConfig {
     pub thinking: Thinking,
 }
 
-/// Selection of the answers in a cache: "asked", "all", or the names of groups.
+/// Selection of the answers in a cache: "asked", "all", "mock", or the names of groups.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "OneOrMany", into = "OneOrMany")]
 pub enum Groups {
@@ -43,6 +43,7 @@ pub enum Groups {
     Named(Vec<String>),
 }
 
+/// One name or a list of names, as the config file may set [`Groups`].
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(
     untagged,
@@ -68,7 +69,7 @@ impl Groups {
     /// Parses the names of groups.
     ///
     /// # Errors
-    /// If "asked" or "all" is combined with other names, or a name is empty.
+    /// If "asked" or "all" is combined with other names, a name is empty, or there are no names.
     pub fn parse(names: Vec<String>) -> Result<Groups, String> {
         let is_keyword = |name: &String| name == "asked" || name == "all";
         match names.as_slice() {
@@ -101,7 +102,7 @@ impl From<Groups> for OneOrMany {
 pub enum Thinking {
     /// Trained on, like the text after it.
     Supervise,
-    /// Kept in the input without loss.
+    /// Kept in the input, without loss on its tokens.
     Context,
     /// Removed from the example.
     Drop,
@@ -118,7 +119,7 @@ pub fn scores_dir(run_dir: &Path) -> PathBuf {
 }
 
 impl DataConfig {
-    /// Cache folder with the answers to train on, for a run in `run_dir`.
+    /// Returns the cache folder with the answers to train on, for a run in `run_dir`.
     pub fn cache_folder(&self, run_dir: &Path) -> PathBuf {
         let default = || cache_dir(run_dir);
         self.cache.clone().unwrap_or_else(default)

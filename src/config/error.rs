@@ -11,12 +11,15 @@ use crate::exit::Exit;
 /// Maximum number of valid keys that a message lists.
 const MAX_LISTED_KEYS: usize = 12;
 
+/// Minimum Jaro-Winkler similarity, from 0 to 1, of a key that a message suggests.
+const MIN_SIMILARITY: f64 = 0.7;
+
 /// A mistake in the value of a setting.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Mistake {
     /// Name of the setting, as `section.key`.
     pub key: &'static str,
-    /// Index of the entry in `[[teachers]]` that contains the mistake; None for `[teacher]` and the sections.
+    /// Index of the entry in `[[teachers]]` that contains the mistake; None outside `[[teachers]]`.
     pub teacher: Option<usize>,
     pub message: String,
 }
@@ -31,14 +34,14 @@ impl Mistake {
     }
 }
 
-/// Formats an error in `text`, the content of `path`, with file, line and column. For an unknown key the message
-/// suggests the nearest valid key; if none is similar, it lists the valid keys, unless there are many, and ends with
-/// `otherwise`.
+/// Formats an error in `text`, the content of `path`, with file, line and column. For an unknown key, the message
+/// suggests the most similar valid key. If none is similar, it ends with `hint`, after a list of the valid keys if
+/// there are at most [`MAX_LISTED_KEYS`].
 pub(crate) fn describe(
     path: &Path,
     text: &str,
     error: &toml::de::Error,
-    otherwise: &str,
+    hint: &str,
 ) -> anyhow::Error {
     let place = error
         .span()
@@ -46,20 +49,20 @@ pub(crate) fn describe(
     let message = error.message();
     // serde's message: unknown field `x`, expected one of `a`, `b`
     let details = match message.strip_prefix("unknown field `") {
-        Some(rest) => {
-            let mut quoted = rest.split('`').step_by(2);
-            let unknown = quoted.next().unwrap_or_default();
-            let fields: Vec<&str> = rest.split('`').skip(2).step_by(2).collect();
-            let listed = format!("valid keys are {}; {otherwise}", fields.join(", "));
-            let otherwise = if fields.len() <= MAX_LISTED_KEYS {
-                &listed
+        Some(quoted_names) => {
+            let mut names = quoted_names.split('`').step_by(2);
+            let unknown = names.next().unwrap_or_default();
+            let valid: Vec<&str> = names.collect();
+            let list_and_hint = format!("valid keys are {}; {hint}", valid.join(", "));
+            let hint = if valid.len() <= MAX_LISTED_KEYS {
+                &list_and_hint
             } else {
-                otherwise
+                hint
             };
             return usage(format!(
                 "{}{place}: unknown key {unknown:?}{}",
                 path.display(),
-                nearest(unknown, fields.into_iter(), otherwise)
+                nearest(unknown, valid.into_iter(), hint)
             ));
         }
         None => message.replace('\n', " "),
@@ -102,8 +105,8 @@ fn key_at(text: &str, span: &Range<usize>) -> Option<String> {
     key_in_table(document.get_ref(), span, &mut keys).then(|| keys.join("."))
 }
 
-/// Appends the names of tables and key that lead to the value at `span`. Returns false if the table does not
-/// contain it. All tables are searched, because the span of a table covers its header alone.
+/// Appends the names of the tables and of the key that lead to the value at `span`. Returns false if `table` does not
+/// contain the span. All inner tables are searched, because the span of a table covers only its header.
 fn key_in_table<'t>(table: &'t DeTable, span: &Range<usize>, keys: &mut Vec<&'t str>) -> bool {
     let contains_span = |value: &Spanned<DeValue>| {
         let outer = value.span();
@@ -111,7 +114,7 @@ fn key_in_table<'t>(table: &'t DeTable, span: &Range<usize>, keys: &mut Vec<&'t 
     };
     for (key, value) in table {
         keys.push(key.get_ref());
-        let found = match value.get_ref() {
+        let is_in_value = match value.get_ref() {
             DeValue::Table(table) => key_in_table(table, span, keys) || contains_span(value),
             DeValue::Array(entries) => {
                 let mut tables = entries
@@ -121,7 +124,7 @@ fn key_in_table<'t>(table: &'t DeTable, span: &Range<usize>, keys: &mut Vec<&'t 
             }
             _ => contains_span(value),
         };
-        if found {
+        if is_in_value {
             return true;
         }
         keys.pop();
@@ -129,7 +132,8 @@ fn key_in_table<'t>(table: &'t DeTable, span: &Range<usize>, keys: &mut Vec<&'t 
     false
 }
 
-/// Returns `; did you mean ...?` if a candidate is similar to `word`, else `; ` and `otherwise`.
+/// Returns `; did you mean ...?` with the candidate that is most similar to `word`, or `; ` and `otherwise` if none is
+/// similar.
 pub(crate) fn nearest<'a>(
     word: &str,
     candidates: impl Iterator<Item = &'a str>,
@@ -137,7 +141,7 @@ pub(crate) fn nearest<'a>(
 ) -> String {
     candidates
         .map(|candidate| (strsim::jaro_winkler(word, candidate), candidate))
-        .filter(|(similarity, _)| *similarity > 0.7)
+        .filter(|(similarity, _)| *similarity > MIN_SIMILARITY)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map_or(format!("; {otherwise}"), |(_, best)| {
             format!("; did you mean {best:?}?")
@@ -150,8 +154,8 @@ pub(crate) fn usage(message: String) -> anyhow::Error {
     Exit::Usage(hide_keys(&message)).into()
 }
 
-/// Replaces API keys in a message by `[key]`. A key may follow any character that is not a letter or a digit, and an
-/// escaped line break or tab of a quoted value.
+/// Replaces API keys of well-known providers in a message by `[key]`. A key may follow any character that is not an
+/// ASCII letter or digit, and an escaped line break or tab of a quoted value.
 pub(crate) fn hide_keys(text: &str) -> String {
     replace_keys(text, |before| {
         let is_escaped = ["\\n", "\\t", "\\r"]
@@ -161,29 +165,29 @@ pub(crate) fn hide_keys(text: &str) -> String {
     })
 }
 
-/// Returns true if a word of the text is the key of a well-known provider.
+/// Returns true if a word of the text is an API key of a well-known provider.
 pub(crate) fn contains_key(text: &str) -> bool {
     replace_keys(text, |before| !before.ends_with(is_key_char)) != text
 }
 
-/// Replaces API keys by `[key]`. `may_follow` returns true if a key may start after the given text.
-fn replace_keys(text: &str, may_follow: impl Fn(&str) -> bool) -> String {
+/// Replaces API keys by `[key]`. `may_start_after` returns true if a key may start after the given text.
+fn replace_keys(text: &str, may_start_after: impl Fn(&str) -> bool) -> String {
     let mut replaced = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(next) = rest.chars().next() {
-        let position = text.len() - rest.len();
-        let end = rest.find(|c| !is_key_char(c)).unwrap_or(rest.len());
-        let word = &rest[..end];
+    let mut remaining = text;
+    while let Some(next) = remaining.chars().next() {
+        let position = text.len() - remaining.len();
+        let end = remaining.find(|c| !is_key_char(c));
+        let word = &remaining[..end.unwrap_or(remaining.len())];
         let is_key = word.len() >= MIN_KEY_LENGTH
             && KEY_PREFIXES.iter().any(|prefix| word.starts_with(prefix))
             && word.bytes().any(|byte| byte.is_ascii_digit())
-            && may_follow(&text[..position]);
+            && may_start_after(&text[..position]);
         if is_key {
             replaced.push_str("[key]");
-            rest = &rest[end..];
+            remaining = &remaining[word.len()..];
         } else {
             replaced.push(next);
-            rest = &rest[next.len_utf8()..];
+            remaining = &remaining[next.len_utf8()..];
         }
     }
     replaced

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use super::parsed::{DailyWindow, Deadline, Parsed, seconds};
 use super::redis_url::RedisUrl;
 
+/// Source of the prompts, and the number of answers to each.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PromptsConfig {
@@ -24,6 +25,7 @@ pub struct PromptsConfig {
     pub limit: Option<usize>,
     /// Assignment of prompts to teachers.
     pub teachers: Assignment,
+    /// Order in which the prompts are sent.
     pub order: PromptOrder,
 }
 
@@ -40,10 +42,11 @@ impl Default for PromptsConfig {
     }
 }
 
+/// Teachers that answer a prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Assignment {
-    /// Each prompt goes to one teacher, by `teacher.share`.
+    /// Each prompt goes to one teacher; `teacher.share` sets the proportions.
     Share,
     /// Each prompt goes to every teacher.
     All,
@@ -52,7 +55,7 @@ pub enum Assignment {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PromptOrder {
-    /// Prompts with a common prefix follow each other, so that the provider's prompt cache hits.
+    /// Prompts with a long common prefix follow each other, for hits in the provider's prompt cache.
     Prefix,
     /// The order of the source.
     Source,
@@ -71,7 +74,7 @@ pub struct SamplingConfig {
     pub top_logprobs: u32,
     pub seed: Option<i64>,
     pub stop: Vec<String>,
-    /// True for a reasoning model: temperature, top_p, logprobs and stop, which such models reject, are not sent.
+    /// True for a reasoning model. Such models reject temperature, top_p, logprobs and stop, so these are not sent.
     pub reasoning: bool,
     pub reasoning_effort: Option<String>,
     /// File of a JSON schema that answers must satisfy; it is sent as `response_format`.
@@ -106,7 +109,7 @@ pub enum MaxTokensField {
 }
 
 impl MaxTokensField {
-    /// Name in a request body.
+    /// Returns the name in a request body.
     pub fn name(self) -> &'static str {
         match self {
             MaxTokensField::MaxTokens => "max_tokens",
@@ -114,7 +117,7 @@ impl MaxTokensField {
         }
     }
 
-    /// The other name, for an endpoint that rejects this one.
+    /// Returns the other name, for an endpoint that rejects this one.
     pub fn other(self) -> MaxTokensField {
         match self {
             MaxTokensField::MaxTokens => MaxTokensField::MaxCompletionTokens,
@@ -141,6 +144,7 @@ pub enum OnMissingLogprobs {
     Warn,
 }
 
+/// Limits of the requests to an endpoint; `None` for no limit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
@@ -148,21 +152,21 @@ pub struct LimitsConfig {
     pub requests_per_minute: Option<u32>,
     /// Maximum number of tokens in a minute, counted as providers do: prompt estimate + max_tokens.
     pub tokens_per_minute: Option<u32>,
-    /// Maximum number of requests in any 24 hours, including those of earlier runs in the same run folder.
+    /// Maximum number of requests in any 24 hours, counting earlier runs in the same run folder.
     pub requests_per_day: Option<u64>,
-    /// Redis server that counts these three limits for all processes with the same model and endpoint; `None` to count in
-    /// each process.
+    /// Redis server that counts the requests and tokens under these three limits for all processes with the same model
+    /// and endpoint; `None` to count in each process.
     pub shared: Option<RedisUrl>,
     /// Maximum number of requests in flight.
     pub concurrency: usize,
-    /// Lower the concurrency if the server is overloaded, as shown by 429s or its latency.
+    /// True to lower the concurrency if status 429 or a high latency shows that the server is overloaded.
     pub adapt: bool,
-    /// Keep to the limits in the server's headers where they are stricter.
+    /// True to obey the limits in the server's headers where they are stricter.
     pub follow_headers: bool,
 }
 
 impl LimitsConfig {
-    /// The limits that this process enforces without the Redis server.
+    /// Returns the limits that this process enforces without the Redis server.
     pub fn own(&self) -> LimitsConfig {
         match self.shared {
             None => self.clone(),
@@ -190,15 +194,16 @@ impl Default for LimitsConfig {
     }
 }
 
+/// Retries of failed requests.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RetryConfig {
     /// Maximum number of attempts for a request with transient failures (5xx, timeout, reset).
     pub max_attempts: u32,
-    /// First pause; each further one doubles, with full jitter.
+    /// Maximum pause before the first retry. It doubles with each retry; the pause is drawn uniformly below it.
     #[serde(rename = "base_s", with = "seconds")]
     pub base: Duration,
-    /// Maximum pause.
+    /// Maximum pause before any retry.
     #[serde(rename = "max_s", with = "seconds")]
     pub max: Duration,
     /// Time without a success after which the run stops (exit 4).
@@ -255,7 +260,7 @@ pub struct ScheduleConfig {
     pub mode: RequestMode,
     /// Daily window in which requests are sent, such as `"22:00-06:30"`.
     pub window: Option<Parsed<DailyWindow>>,
-    /// End of the run: the next `"06:30"`, a date and time, or an RFC 3339 timestamp.
+    /// End of the run: a time of day such as `"06:30"`, a date and time, or an RFC 3339 timestamp.
     pub deadline: Option<Parsed<Deadline>>,
     /// Time zone of these times, such as `Europe/Berlin`; this machine's by default.
     pub timezone: Option<Parsed<TimeZone>>,
@@ -275,6 +280,7 @@ pub enum RequestMode {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BatchConfig {
+    /// Maximum number of requests in a batch.
     pub max_requests: usize,
     /// Maximum size of a request file.
     pub max_megabytes: f64,
@@ -305,6 +311,7 @@ impl Default for BatchConfig {
     }
 }
 
+/// Durability and compression of the cache files.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CacheConfig {
@@ -337,6 +344,6 @@ pub enum Durability {
     Batch,
     /// Sync every record before it counts as recorded.
     Record,
-    /// Leave syncing to the operating system: a power loss may cost more than a second of work.
+    /// Leave syncing to the operating system: a power loss may lose the records of many seconds.
     None,
 }

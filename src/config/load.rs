@@ -12,8 +12,9 @@ use super::error::Mistake;
 use super::settings::Config;
 use crate::config::error::{describe, line_and_column, nearest, position, usage};
 
+/// Prefix of the environment variables with settings.
 const PREFIX: &str = "DISTILL_";
-/// Hint of the messages about unknown keys.
+/// Hint in messages about unknown keys.
 const KEYS_HINT: &str = "`distill config show` lists every key";
 
 /// A config, with the origin of every value that is not a default.
@@ -52,7 +53,8 @@ impl Serialize for Origin {
 /// Reads the file at `path`, the `DISTILL_*` variables in `environment`, and the `--set` flags.
 ///
 /// # Errors
-/// [`crate::exit::Exit::Usage`] for the first mistake, with file, line, column and the nearest key.
+/// [`crate::exit::Exit::Usage`] for the first mistake. The message names its place: the file with line and column, the
+/// variable, or `--set`.
 pub fn load(
     path: &Path,
     environment: impl Iterator<Item = (String, String)>,
@@ -64,7 +66,7 @@ pub fn load(
             path.display()
         ))
     })?;
-    let mut table = check_file(path, &text)?;
+    let mut table = parse_table(path, &text)?;
     let mut origins = BTreeMap::new();
     for (section, value) in &table {
         match value {
@@ -83,12 +85,12 @@ pub fn load(
         .filter(|(name, _)| name.starts_with(PREFIX) && name != crate::log::VARIABLE)
         .collect();
     for (name, value) in variables {
-        let name_of_key = name[PREFIX.len()..].to_lowercase();
-        let variable = |key: &str| key.replace('.', "_");
-        let Some(key) = keys.iter().find(|key| variable(key) == name_of_key) else {
+        let suffix = name[PREFIX.len()..].to_lowercase();
+        let suffix_of = |key: &str| key.replace('.', "_");
+        let Some(key) = keys.iter().find(|key| suffix_of(key) == suffix) else {
             let names: Vec<String> = keys
                 .iter()
-                .map(|key| format!("{PREFIX}{}", variable(key).to_uppercase()))
+                .map(|key| format!("{PREFIX}{}", suffix_of(key).to_uppercase()))
                 .collect();
             return Err(usage(format!(
                 "the environment variable {name} does not match a setting{}",
@@ -107,7 +109,7 @@ pub fn load(
         };
         let key = key.trim();
         if !keys.iter().any(|other| other == key) {
-            // A key without its section is close to many other names.
+            // The most similar key would be a poor suggestion for a key without its section.
             let in_section = keys
                 .iter()
                 .find(|other| other.ends_with(&format!(".{key}")));
@@ -129,14 +131,19 @@ pub fn load(
     config.file = Some(path.to_owned());
     config.flags = flags.to_vec();
     if let Err(mistake) = config.validate() {
-        let place = place(path, &text, &origins, &mistake);
+        let place = place_of(path, &text, &origins, &mistake);
         return Err(usage(format!("{place}: {}", mistake.message)));
     }
     Ok(LoadedConfig { config, origins })
 }
 
-/// Returns the source of the setting that has the mistake: the flag, the environment variable, or the position in the file.
-fn place(path: &Path, text: &str, origins: &BTreeMap<String, Origin>, mistake: &Mistake) -> String {
+/// Returns the place of a mistake for its message: `--set`, the environment variable, or the position in the file.
+fn place_of(
+    path: &Path,
+    text: &str,
+    origins: &BTreeMap<String, Origin>,
+    mistake: &Mistake,
+) -> String {
     let key: Vec<&str> = mistake.key.split('.').collect();
     let in_file = |keys: &[&str], entry: Option<usize>| {
         let start = position(text, keys, entry)?;
@@ -148,7 +155,6 @@ fn place(path: &Path, text: &str, origins: &BTreeMap<String, Origin>, mistake: &
     };
     // In an entry of `[[teachers]]`, `teacher.model` is `model`.
     let own_key = if key[0] == "teacher" { &key[1..] } else { &key };
-    // A section of a teacher's own comes before the common one, and entries inherit those of `[teacher]`.
     let from_outside = |key: &str| match origins.get(key) {
         Some(Origin::Flag) => Some("--set".to_owned()),
         Some(Origin::Variable(name)) => Some(name.clone()),
@@ -163,6 +169,8 @@ fn place(path: &Path, text: &str, origins: &BTreeMap<String, Origin>, mistake: &
         _ => in_file(&[&["teacher"], own_key].concat(), None),
     };
     let in_section = || from_outside(mistake.key).or_else(|| in_file(&key, None));
+    // In the order of precedence: the entry, its section or the one that it inherits from `[teacher]`, the common
+    // section.
     in_entry
         .or_else(in_teacher)
         .or_else(in_section)
@@ -177,7 +185,8 @@ pub fn parse(path: &Path, text: &str) -> Result<Config> {
     toml::from_str(text).map_err(|error| describe(path, text, &error, KEYS_HINT))
 }
 
-fn check_file(path: &Path, text: &str) -> Result<Table> {
+/// Checks the text of a config file as [`parse`] does, and returns it as a table.
+fn parse_table(path: &Path, text: &str) -> Result<Table> {
     parse(path, text)?;
     text.parse()
         .with_context(|| format!("{} is not a TOML file", path.display()))
@@ -233,8 +242,8 @@ fn check_value(key: &str, value: &str, origin: &str) -> Result<()> {
     Ok(())
 }
 
-/// Copies defaults into the teachers: keys that an entry of `[[teachers]]` omits come from `[teacher]`; keys that the
-/// `sampling`, `limits` or `price` of a teacher omits come from the section of that name.
+/// Copies defaults into the teachers. Keys that an entry of `[[teachers]]` omits come from `[teacher]`. Keys that the
+/// `sampling`, `limits` or `price` table of a teacher omits come from the section with the same name.
 fn complete_teachers(table: &mut Table) {
     let section = |name: &str| match table.get(name) {
         Some(Value::Table(section)) => section.clone(),
@@ -267,13 +276,14 @@ fn complete_teachers(table: &mut Table) {
     }
 }
 
+/// Inserts the defaults of the keys that `values` does not have.
 fn fill(values: &mut Table, defaults: &Table) {
     for (key, value) in defaults {
         values.entry(key).or_insert_with(|| value.clone());
     }
 }
 
-/// Replaces relative paths of the config, which are relative to `folder`, by paths that begin with `folder`.
+/// Prepends `folder`, the folder of the config file, to the relative paths of the config.
 fn resolve_paths(config: &mut Config, folder: &Path) {
     let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
     resolve(&mut config.run_dir);

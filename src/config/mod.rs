@@ -1,4 +1,4 @@
-//! The config: file, environment and flags, merged into one validated [`Config`]. The config does not use clap.
+//! The config: file, environment and flags, merged into one validated [`Config`], without clap.
 //!
 //! Precedence: `--set section.key=value` > `DISTILL_SECTION_KEY` > the file > the default. Relative paths are
 //! relative to the folder of the config file.
@@ -18,8 +18,9 @@
 //! | `parsed` | settings that are written as text: patterns, times, dates |
 //! | `redis_url` | address of a Redis server that never shows its password |
 //!
-//! Invariants: `config.example.toml` has every key with its default (a test compares them); the names and the order
-//! of the `train` and `loss` fields are part of the checkpoint fingerprint; no message repeats an API key.
+//! Invariants: `config.example.toml` has every key with its default (a test compares them); the names and the order of
+//! the fields of [`TrainConfig`], [`LossConfig`], [`LoraConfig`], [`StudentConfig`] and [`OnPolicyConfig`] are part of
+//! the checkpoint fingerprint; no message repeats an API key.
 
 pub(crate) mod address;
 pub(crate) mod data;

@@ -29,7 +29,7 @@ pub trait ParseSetting: Sized {
 }
 
 impl<T> Parsed<T> {
-    /// The text as written in the config.
+    /// Returns the text as written in the config.
     pub fn text(&self) -> &str {
         &self.text
     }
@@ -52,7 +52,7 @@ impl<T: ParseSetting> TryFrom<String> for Parsed<T> {
     }
 }
 
-/// Accepts TOML's dates and times, too, which need no quotes: `as_of = 2026-11-22`.
+/// Accepts strings, and TOML's unquoted dates and times: `as_of = 2026-11-22`.
 impl<'de, T: ParseSetting> Deserialize<'de> for Parsed<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct TextVisitor;
@@ -159,9 +159,9 @@ impl ParseSetting for DailyWindow {
 /// Time at which a run stops.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Deadline {
-    /// The next occurrence of a time of day, in the time zone of the config.
+    /// The next occurrence of a time of day, in the time zone `schedule.timezone`.
     TimeOfDay(Time),
-    /// A date and time in the time zone of the config.
+    /// A date and time in the time zone `schedule.timezone`.
     Local(DateTime),
     /// A point in time with its own offset from UTC.
     Instant(Timestamp),
@@ -185,7 +185,7 @@ impl ParseSetting for Deadline {
 }
 
 impl Deadline {
-    /// The deadline of a run that starts at `now`. None if it is later than the last date that the calendar represents.
+    /// Returns the deadline of a run that starts at `now`; `None` if it is later than the last date of the calendar.
     pub fn after(self, now: Timestamp, zone: &TimeZone) -> Option<Timestamp> {
         let timestamp = |local: DateTime| Some(local.to_zoned(zone.clone()).ok()?.timestamp());
         match self {
@@ -202,13 +202,14 @@ impl Deadline {
     }
 }
 
-/// Serialises a [`Duration`](std::time::Duration) as a number of seconds.
+/// Serialises and deserialises a [`Duration`](std::time::Duration) as a number of seconds.
 pub(crate) mod seconds {
     use std::time::Duration;
 
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serializer};
 
+    /// Maximum number of seconds of a setting, about 32 years.
     const MAX: f64 = 1e9;
 
     pub(crate) fn serialize<S: Serializer>(

@@ -28,12 +28,14 @@ impl From<&str> for RedisUrl {
 impl fmt::Display for RedisUrl {
     fn fmt(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
         // Text without a scheme may be a password that was written into the wrong field.
-        let Some((scheme, rest)) = self.0.split_once("://") else {
+        let Some((scheme, after_scheme)) = self.0.split_once("://") else {
             return formatter.write_str("[no URL]");
         };
         // A password may contain an unescaped `@` or `/`. The address of a socket has the password after the `?`.
-        let rest = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
-        let host = rest.split(['?', '#']).next().unwrap_or_default();
+        let address = after_scheme
+            .rsplit_once('@')
+            .map_or(after_scheme, |(_, address)| address);
+        let host = address.split(['?', '#']).next().unwrap_or_default();
         write!(formatter, "{scheme}://{host}")
     }
 }

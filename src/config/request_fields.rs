@@ -4,12 +4,14 @@ use serde_json::{Map, Value};
 
 use super::error::Mistake;
 
+/// Advice for fields with the number of answers.
 const SAMPLES: &str = "set `prompts.samples` instead, so that each answer has its own record";
+/// Advice for fields with the maximum length of an answer.
 const MAX_TOKENS: &str = "set `sampling.max_tokens` and, for its name in the request, \
                           `sampling.max_tokens_field`: the budget depends on them";
 
-/// Fields that `sampling.extra` must not contain, because they change the prompt, the model or the cost of a request; each
-/// with advice for the error message.
+/// Fields that `sampling.extra` must not contain, because they change the prompt, the model or the cost of a request.
+/// Each field has advice for the error message.
 const RESERVED: [(&str, &str); 14] = [
     ("n", SAMPLES),
     ("best_of", SAMPLES),
@@ -37,10 +39,11 @@ const CONTAINERS: [&str; 6] = [
     "sampling_params",
 ];
 
-/// Rejects fields that change a request in a way that the budget does not account for.
+/// Rejects reserved fields, and streaming.
 ///
 /// # Errors
-/// If a field is reserved, also within [`CONTAINERS`]. The message names the setting to use instead.
+/// If `extra` or an object in it that [`CONTAINERS`] lists has a field of [`RESERVED`], or a `stream` other than false.
+/// The message names the setting to use instead.
 pub(crate) fn check_extra(extra: &Map<String, Value>) -> Result<(), Mistake> {
     let reject = |field: &str, advice: &str| {
         let message = format!("`sampling.extra` must not contain `{field}`: {advice}");
@@ -69,15 +72,15 @@ mod tests {
 
     #[test]
     fn reserved_fields_are_rejected() {
-        let refuse = |extra: Value, field: &str| {
+        let assert_rejected = |extra: Value, field: &str| {
             let error = check_extra(extra.as_object().unwrap()).unwrap_err();
             assert!(error.message.contains(&format!("`{field}`")), "{error:?}");
         };
         for (field, _) in RESERVED {
-            refuse(json!({ field: 2 }), field);
-            refuse(json!({"extra_body": { field: 2 }}), field);
+            assert_rejected(json!({ field: 2 }), field);
+            assert_rejected(json!({"extra_body": { field: 2 }}), field);
         }
-        refuse(json!({"stream": true}), "stream");
+        assert_rejected(json!({"stream": true}), "stream");
         // Reserved names are allowed inside the parameters of a tool.
         let tools = json!([{"function": {"parameters": {"properties": {"n": {}, "model": {}}}}}]);
         let allowed = json!({"stream": false, "tools": tools});

@@ -23,7 +23,7 @@ pub struct Config {
     /// Folder of this run, for the cache, checkpoints, metrics and the student.
     pub run_dir: PathBuf,
     pub teacher: TeacherConfig,
-    /// Several teachers; keys that an entry omits have the values of `[teacher]`.
+    /// Entries of `[[teachers]]`; keys that an entry omits have the values of `[teacher]`.
     pub teachers: Vec<TeacherConfig>,
     pub prompts: PromptsConfig,
     pub sampling: SamplingConfig,
@@ -45,7 +45,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// Command-line flags that select this config, quoted for a shell; empty if the config has no file.
+    /// Returns the command-line flags that select this config, quoted for a shell; empty if the config has no file.
     pub fn arguments(&self) -> String {
         let Some(file) = &self.file else {
             return String::new();
@@ -59,7 +59,7 @@ impl Config {
         shlex::try_join(words).unwrap_or_default()
     }
 
-    /// Settings of each endpoint: one for each entry of `[[teachers]]`, or the one in `[teacher]` if that list is empty.
+    /// Returns the settings of each endpoint: the entries of `[[teachers]]`, or `[teacher]` if there are none.
     pub fn endpoints(&self) -> Vec<EndpointConfig> {
         let teachers = if self.teachers.is_empty() {
             std::slice::from_ref(&self.teacher)
@@ -75,34 +75,35 @@ impl Config {
         teachers.iter().map(endpoint).collect()
     }
 
-    /// Cache folder of this run, which `harvest` writes.
+    /// Returns the cache folder of this run, which `harvest` writes.
     pub fn own_cache(&self) -> PathBuf {
         cache_dir(&self.run_dir)
     }
 
-    /// Cache folder that `train` and `eval` read.
+    /// Returns the cache folder that `train` and `eval` read.
     pub fn training_cache(&self) -> PathBuf {
         self.data.cache_folder(&self.run_dir)
     }
 
-    /// Model folder that `train` writes the student to.
+    /// Returns the model folder that `train` writes the student to.
     pub fn student_dir(&self) -> PathBuf {
         self.run_dir.join("student")
     }
 }
 
 impl Config {
-    /// Settings that the trained weights depend on, as JSON, for a run of `total_steps`.
+    /// Returns the settings that the trained weights depend on, as JSON, for a run of `total_steps` optimizer steps.
     /// The result is hashed, so the names and the order of the fields must not change.
     pub fn checkpoint_inputs(&self, total_steps: u64) -> Value {
         let settings = TrainConfig {
-            // These do not affect the weights.
+            // `epochs` affects the weights only through the number of steps.
+            steps: Some(total_steps),
+            epochs: 0.0,
+            // These do not affect the weights after a given step, so a resumed run may change them.
             eval_every: 0,
             checkpoint_every: 0,
             keep_checkpoints: 0,
             patience: 0,
-            steps: Some(total_steps),
-            epochs: 0.0,
             threads: 0,
             activation_checkpointing: false,
             ..self.train.clone()
@@ -130,7 +131,7 @@ impl Config {
         })
     }
 
-    /// Settings that select the examples, without paths, as JSON.
+    /// Returns the settings that select the examples, without paths, as JSON. A resumed run reports their changes.
     pub fn example_settings(&self) -> Value {
         let teacher = &self.teacher;
         let mut settings = json!({

@@ -8,16 +8,18 @@ use serde::{Deserialize, Serialize};
 
 use super::parsed::Parsed;
 
+/// The student: its initial weights, tokenizer and shape.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StudentConfig {
     pub init: StudentInit,
-    /// Hugging Face model folder. With `init = "random"` only its tokenizer and chat template are used, with the
-    /// shape below.
+    /// Hugging Face model folder. With `init = "random"` only its tokenizer and chat template are used; the fields from
+    /// `hidden_size` to `max_position_embeddings` then set the shape of the model.
     pub path: PathBuf,
     /// Variables of the chat template, such as `enable_thinking`.
     pub template_args: BTreeMap<String, serde_json::Value>,
-    /// Date that `strftime_now` returns in the chat template.
+    /// Date that `strftime_now` returns in the chat template. Training with a template that calls it needs
+    /// a date.
     pub template_date: Option<TemplateDate>,
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -51,7 +53,7 @@ impl Default for StudentConfig {
     }
 }
 
-/// "record", or a date such as "2026-01-31".
+/// Date in a chat template: "record", or a date such as "2026-01-31".
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum TemplateDate {
@@ -96,10 +98,11 @@ pub enum SaveDtype {
 pub enum StudentInit {
     /// Weights from `student.path`.
     Pretrained,
-    /// Fresh weights of the given shape.
+    /// Random weights.
     Random,
 }
 
+/// Weights and parameters of the loss terms.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossConfig {
@@ -107,17 +110,19 @@ pub struct LossConfig {
     /// Weight of the soft-label term at positions with soft labels; the default is
     /// `train::soft_labels::default_weight`.
     pub kd_weight: Option<f64>,
-    /// For `kd = "damped"`: weight of the likelihood of an emitted token outside the top-k, among the tokens there.
+    /// For `kd = "damped"` and "auto": weight lambda of the sampled token outside the top-k.
     pub tail_weight: f64,
-    /// Weight of the likelihoods of text chunks where the tokens of teacher and student differ.
+    /// Weight of the likelihood of a text chunk where the tokens of teacher and student differ.
     pub alm_weight: f64,
     /// Temperature tau of `kd = "temperature"`.
     pub temperature: f64,
-    /// For `kd = "jsd"`: near 0 the loss is the forward KL, near 1 the reverse KL.
+    /// For `kd = "jsd"`: share of the teacher in the mixture. Near 0 the loss is proportional to the forward KL, near 1
+    /// to the reverse KL.
     pub beta: f64,
-    /// For `kd = "skew_kl"` and "skew_reverse_kl": share of one distribution that is mixed into the other.
+    /// For `kd = "skew_kl"`: share of the teacher's distribution that is mixed into the student's. For
+    /// "skew_reverse_kl": share of the student's distribution that is mixed into the teacher's.
     pub alpha: f64,
-    /// Share of the cross-entropy that is taken against the uniform distribution.
+    /// Weight of the uniform distribution in the labels of the cross-entropy.
     pub label_smoothing: f64,
 }
 
@@ -136,10 +141,11 @@ impl Default for LossConfig {
     }
 }
 
+/// Loss term of the soft labels; `train::loss::divergence` has the formulas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KdMode {
-    /// Cross-entropy on the answers alone.
+    /// No divergence: cross-entropy on the answers.
     None,
     /// `Damped` for the answers whose sampling settings allow it, `Tail` for the others.
     Auto,
@@ -149,11 +155,15 @@ pub enum KdMode {
     Unbiased,
     /// `Unbiased`, with a lower weight of that sample.
     Damped,
-    /// KL on the top-k and the bucket at a temperature.
+    /// KL on the top-k at the temperature `loss.temperature`, plus KL between top-k and bucket.
     Temperature,
+    /// Reverse KL on the top-k and the bucket.
     ReverseKl,
+    /// Generalised Jensen-Shannon divergence on the top-k and the bucket, with `loss.beta`.
     Jsd,
+    /// KL to a mixture of both distributions, with `loss.alpha`.
     SkewKl,
+    /// Reverse KL to a mixture of both distributions, with `loss.alpha`.
     SkewReverseKl,
     /// Total variation distance.
     Tvd,
@@ -164,13 +174,14 @@ pub enum KdMode {
 }
 
 impl KdMode {
-    /// Name in the config file.
+    /// Returns the name in the config file.
     pub fn name(self) -> String {
         let value = serde_json::to_value(self).unwrap_or_default();
         value.as_str().unwrap_or_default().to_owned()
     }
 }
 
+/// Low-rank adapters (LoRA).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
@@ -178,7 +189,7 @@ pub struct LoraConfig {
     pub rank: usize,
     /// The output of an adapter is multiplied by `alpha` / `rank`.
     pub alpha: f64,
-    /// Linear layers that get an adapter, as regular expressions for a part of the name; empty for all.
+    /// Linear layers that get an adapter, as regular expressions that match a part of the name; empty for all.
     pub targets: Vec<Parsed<Regex>>,
 }
 
@@ -192,6 +203,7 @@ impl Default for LoraConfig {
     }
 }
 
+/// Optimizer, schedule, validation and device of the training.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainConfig {
@@ -210,12 +222,13 @@ pub struct TrainConfig {
     pub min_learning_rate_ratio: f64,
     pub warmup_steps: u64,
     pub schedule: LrSchedule,
-    /// Share of the steps, at the end, over which "wsd" decays.
+    /// Share of the steps over which the schedule "wsd" decays, at the end.
     pub decay_share: f64,
     pub weight_decay: f64,
-    /// Parameters without weight decay, besides norms and biases, as regular expressions for a part of the name.
+    /// Parameters without weight decay, in addition to norms and biases, as regular expressions that match a part of the
+    /// name.
     pub no_decay: Vec<Parsed<Regex>>,
-    /// Parameters that are not trained, as regular expressions for a part of the name.
+    /// Parameters that are not trained, as regular expressions that match a part of the name.
     pub freeze: Vec<Parsed<Regex>>,
     pub beta1: f64,
     pub beta2: f64,
@@ -224,29 +237,29 @@ pub struct TrainConfig {
     pub max_grad_norm: f64,
     /// Number of steps between validations; 0 to validate only at the end.
     pub eval_every: u64,
-    /// Number of steps between checkpoints; 0 for one only at the end.
+    /// Number of steps between checkpoints; 0 to write one only at the end.
     pub checkpoint_every: u64,
-    /// Number of checkpoints to keep, the newest ones.
+    /// Number of the newest checkpoints to keep.
     pub keep_checkpoints: usize,
     /// Decay of the exponential moving average of the weights, which is evaluated and becomes the student; 0 for none.
     pub ema_decay: f64,
     /// Validation metric whose best checkpoint is kept and becomes the student.
     pub best: BestMetric,
-    /// Number of consecutive validations without a better `best` after which training ends; 0 for no limit.
+    /// Number of consecutive validations without an improvement of `best` after which training ends; 0 for no limit.
     pub patience: u64,
-    /// Train on answers that the student writes and the teacher scores.
+    /// True to train also on answers that the student generates and the teacher scores.
     pub on_policy: bool,
     /// Device of the computation.
     pub device: Device,
-    /// Number type of the factors of matrix products. Weights, sums and the optimizer are f32.
+    /// Number type of the factors of matrix products. Weights, sums and the optimizer state are f32.
     pub dtype: ComputeDtype,
-    /// Recompute activations in the backward pass: slower, with less memory and the same result.
+    /// True to recompute activations in the backward pass: slower, with less memory and the same result.
     pub activation_checkpointing: bool,
     /// Number of threads; 0 for one per core. The result does not depend on it.
     pub threads: usize,
 }
 
-/// Answers that the student writes itself, for `train.on_policy`.
+/// Answers that the student generates, for `train.on_policy`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OnPolicyConfig {
@@ -306,6 +319,7 @@ pub enum ComputeDtype {
     Bf16,
 }
 
+/// Checkpoint that becomes the student.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BestMetric {
@@ -355,6 +369,7 @@ impl Default for TrainConfig {
     }
 }
 
+/// Learning rate over the steps after the warmup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LrSchedule {
@@ -365,6 +380,7 @@ pub enum LrSchedule {
     Wsd,
 }
 
+/// Settings of `distill eval`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvalConfig {
@@ -380,7 +396,7 @@ pub struct EvalConfig {
     pub model: Option<PathBuf>,
     pub max_tokens: u32,
     pub batch_size: usize,
-    /// Maximum number of rows, the first ones.
+    /// Maximum number of rows, from the beginning of `source`.
     pub limit: Option<usize>,
 }
 
@@ -399,6 +415,7 @@ impl Default for EvalConfig {
     }
 }
 
+/// Comparison of an answer with the true one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AnswerMatching {

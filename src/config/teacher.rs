@@ -1,7 +1,5 @@
 //! Settings of the teacher: the endpoint, its API key and its connection.
 
-use crate::config::error::MIN_KEY_LENGTH;
-use crate::config::error::contains_key;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,13 +7,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::harvest::{LimitsConfig, Price, SamplingConfig};
-use crate::config;
-use crate::config::error::Mistake;
+use crate::config::error::{MIN_KEY_LENGTH, Mistake, contains_key};
 use crate::config::parsed::seconds;
 
 /// Start of an environment variable in a value: `${NAME}`.
 pub(crate) const VARIABLE_START: &str = "${";
 
+/// Default of `teacher.api_key_env`.
 const DEFAULT_VARIABLE: &str = "OPENAI_API_KEY";
 
 /// Settings of a teacher: an endpoint, or a model on this machine.
@@ -24,7 +22,7 @@ const DEFAULT_VARIABLE: &str = "OPENAI_API_KEY";
 pub struct TeacherConfig {
     /// Name in the summary and in messages, and identity in cache records; empty for the name of the model.
     pub name: String,
-    /// Part of the prompts, relative to the shares of the other teachers.
+    /// Weight of this teacher in the distribution of the prompts over all teachers.
     pub share: f64,
     pub base_url: String,
     pub model: String,
@@ -52,17 +50,17 @@ pub struct TeacherConfig {
     pub client_certificate: Option<PathBuf>,
     #[serde(rename = "connect_timeout_s", with = "seconds")]
     pub connect_timeout: Duration,
-    /// Timeout for the whole answer. Generous, since a request that timed out may have been billed.
+    /// Timeout for the whole answer. The default is generous, since a request that timed out may have been billed.
     #[serde(rename = "timeout_s", with = "seconds")]
     pub timeout: Duration,
     /// Model folder of a teacher on this machine. `distill train` uses its full distributions as soft labels, instead
     /// of the logprobs in the cache.
     pub local: Option<PathBuf>,
-    /// Train the local teacher along with the student, by cross-entropy on the same examples.
+    /// True to train the local teacher along with the student, by cross-entropy on the same examples.
     pub cotrain: bool,
     /// Learning rate of the local teacher, as a share of `train.learning_rate`.
     pub cotrain_rate: f64,
-    /// Sampling of this teacher alone; missing keys have the values of the config's `[sampling]`.
+    /// Sampling of this teacher alone; missing keys have the values of `[sampling]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sampling: Option<SamplingConfig>,
     /// Limits of this teacher alone; missing keys have the values of `[limits]`.
@@ -83,7 +81,7 @@ pub struct EndpointConfig {
 }
 
 impl TeacherConfig {
-    /// Headers of every request, apart from the key: the setting of each, its name and its value.
+    /// Returns the headers of every request, except for the key, as (setting, name, value).
     pub(crate) fn extra_headers(&self) -> impl Iterator<Item = (String, &str, &str)> {
         let openai = [
             ("organization", "OpenAI-Organization", &self.organization),
@@ -93,8 +91,8 @@ impl TeacherConfig {
             .into_iter()
             .filter(|(_, _, value)| !value.is_empty())
             .map(|(key, name, value)| (format!("teacher.{key}"), name, value.as_str()));
-        let own = self.headers.iter();
-        openai.chain(own.map(|(name, value)| {
+        let headers = self.headers.iter();
+        openai.chain(headers.map(|(name, value)| {
             let setting = format!("teacher.headers.{name}");
             (setting, name.as_str(), value.as_str())
         }))
@@ -184,6 +182,8 @@ pub enum KeySource<'a> {
 }
 
 impl TeacherConfig {
+    /// Returns the source of the API key. A command or a file takes precedence over a variable, which has a default
+    /// name.
     pub fn key_source(&self) -> KeySource<'_> {
         match (&self.api_key_command, &self.api_key_file) {
             (Some(command), _) => KeySource::Command(command),
@@ -196,7 +196,8 @@ impl TeacherConfig {
     /// Checks the API key settings. The messages never repeat a value that may be a key.
     ///
     /// # Errors
-    /// If several sources of the key are set, or a setting for another value seems to contain a key.
+    /// If several sources of the key are set, `api_key_env` is not a variable name, or a header, the base URL or the
+    /// query seems to contain a key.
     pub(crate) fn check(&self) -> Result<(), Mistake> {
         let sources = [
             self.api_key_command.is_some(),
@@ -204,12 +205,12 @@ impl TeacherConfig {
             !self.api_key_env.is_empty() && self.api_key_env != DEFAULT_VARIABLE,
         ];
         if sources.into_iter().filter(|is_set| *is_set).count() > 1 {
-            let last = match &self.api_key_command {
+            let set_key = match &self.api_key_command {
                 Some(_) => "teacher.api_key_command",
                 None => "teacher.api_key_file",
             };
             return Err(Mistake::new(
-                last,
+                set_key,
                 "the API key has several sources: set only one of `teacher.api_key_env`, `teacher.api_key_file` and \
                  `teacher.api_key_command`",
             ));
@@ -223,10 +224,10 @@ impl TeacherConfig {
             ));
         }
         for (name, value) in &self.headers {
-            let lower = name.to_lowercase();
-            let is_secret = ["auth", "key", "token", "secret", "cookie"];
-            let is_secret = is_secret.iter().any(|part| lower.contains(part));
-            if (is_secret && value.len() >= MIN_KEY_LENGTH || looks_like_key(value))
+            let lower_name = name.to_lowercase();
+            let secret_words = ["auth", "key", "token", "secret", "cookie"];
+            let is_secret = secret_words.iter().any(|word| lower_name.contains(word));
+            if (is_secret && value.len() >= MIN_KEY_LENGTH || contains_key(value))
                 && !value.contains(VARIABLE_START)
             {
                 let message = format!(
@@ -236,14 +237,14 @@ impl TeacherConfig {
                 return Err(Mistake::new("teacher.headers", message));
             }
         }
-        let secret = [
-            ("teacher.base_url", looks_like_key(&self.base_url)),
+        let contain_keys = [
+            ("teacher.base_url", contains_key(&self.base_url)),
             (
                 "teacher.query",
-                self.query.values().any(|value| looks_like_key(value)),
+                self.query.values().any(|value| contains_key(value)),
             ),
         ];
-        if let Some((key, _)) = secret.into_iter().find(|(_, is_secret)| *is_secret) {
+        if let Some((key, _)) = contain_keys.into_iter().find(|(_, is_secret)| *is_secret) {
             let message = format!(
                 "`{key}` seems to contain a key (it is not repeated here): put it into an environment variable and \
                  write ${{NAME}} in its place"
@@ -260,21 +261,16 @@ fn is_name(text: &str) -> bool {
     let first = bytes.next().unwrap_or(b'0');
     let is_identifier = (first.is_ascii_alphabetic() || first == b'_')
         && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
-    // Names consist of words; keys mix digits and letters.
+    // Names consist of words and few digits; keys mix letters with many digits.
     let digits = text.bytes().filter(u8::is_ascii_digit).count();
     let has_lower_case = text.bytes().any(|byte| byte.is_ascii_lowercase());
     let max_digits = if has_lower_case { 0 } else { 3 };
-    let is_mixed = text.len() >= 16 && !text.contains('_') && digits > max_digits;
-    is_identifier && !is_mixed && !looks_like_key(text)
+    let is_mixed = text.len() >= MIN_KEY_LENGTH && !text.contains('_') && digits > max_digits;
+    is_identifier && !is_mixed && !contains_key(text)
 }
 
-/// Returns true if the text contains a key of a well-known provider.
-fn looks_like_key(text: &str) -> bool {
-    contains_key(text)
-}
-
-/// Identity of an endpoint in cache keys and records: the base URL without a trailing slash.
-pub fn identity(settings: &config::TeacherConfig) -> &str {
+/// Returns the identity of an endpoint in cache keys and records: the base URL without trailing slashes.
+pub fn identity(settings: &TeacherConfig) -> &str {
     settings.base_url.trim_end_matches('/')
 }
 
@@ -324,7 +320,7 @@ mod tests {
 
     #[test]
     fn keys_in_headers_query_and_url_are_rejected() {
-        let with = |change: fn(&mut TeacherConfig)| {
+        let check_changed = |change: fn(&mut TeacherConfig)| {
             let mut teacher = TeacherConfig::default();
             change(&mut teacher);
             teacher.check()
@@ -332,7 +328,7 @@ mod tests {
         let header =
             |name: &str, value: &str| BTreeMap::from([(name.to_string(), value.to_string())]);
         let secret = "0123456789abcdef0123";
-        let error = with(|teacher| {
+        let error = check_changed(|teacher| {
             teacher.headers = BTreeMap::from([("X-Api-Key".into(), "0123456789abcdef0123".into())]);
         });
         assert!(!error.unwrap_err().message.contains(secret));
@@ -347,11 +343,12 @@ mod tests {
         };
         assert!(teacher.check().is_ok());
         assert!(
-            with(|teacher| teacher.base_url = "https://x/sk-0123456789abcdef/v1".into()).is_err()
+            check_changed(|teacher| teacher.base_url = "https://x/sk-0123456789abcdef/v1".into())
+                .is_err()
         );
-        assert!(with(|teacher| teacher.base_url = "https://x/${PART}/v1".into()).is_ok());
+        assert!(check_changed(|teacher| teacher.base_url = "https://x/${PART}/v1".into()).is_ok());
         assert!(
-            with(|teacher| {
+            check_changed(|teacher| {
                 teacher.api_key_command = Some("x".into());
                 teacher.api_key_file = Some("y".into());
             })

@@ -17,6 +17,7 @@ fn check(is_valid: bool, key: &'static str, problem: &str) -> Result<(), Mistake
     check_with(is_valid, key, || format!("`{key}` {problem}"))
 }
 
+/// Returns a mistake with this message unless `is_valid`.
 fn check_with(
     is_valid: bool,
     key: &'static str,
@@ -242,6 +243,7 @@ impl Config {
 }
 
 impl Config {
+    /// Checks the settings of `distill harvest`.
     fn validate_harvest(&self) -> Result<(), Mistake> {
         check(
             (1..=1_000_000_000).contains(&self.prompts.samples),

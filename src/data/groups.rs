@@ -205,7 +205,7 @@ impl fmt::Display for ExclusionReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             ExclusionReason::Mock => "answers of a mock",
-            ExclusionReason::NotNamed => "not in data.groups",
+            ExclusionReason::NotNamed => "not in `data.groups`",
             ExclusionReason::Endpoint => "another endpoint",
             ExclusionReason::Model => "another model",
             ExclusionReason::Sampling => "other sampling parameters",
@@ -370,7 +370,7 @@ impl GroupCounts {
         }
         let words = words.join(" or ");
         (!words.is_empty())
-            .then(|| format!("set data.groups to {words}, or to a list of groups, to use them"))
+            .then(|| format!("set `data.groups` to {words}, or to a list of groups, to use them"))
     }
 
     /// One line for each group: its id and properties, the number of records used, and the number left out by reason.

@@ -1,5 +1,4 @@
-//! [`FileLock`]: an exclusive lock between processes. The operating system releases it when the process that holds it
-//! ends.
+//! [`FileLock`]: an exclusive lock between processes. If a process ends, the operating system releases its locks.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
@@ -7,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-/// Lock that is held until it is dropped.
+/// A held lock; dropping it releases the lock.
 pub struct FileLock(File);
 
 impl Drop for FileLock {
@@ -18,12 +17,12 @@ impl Drop for FileLock {
 }
 
 impl FileLock {
-    /// Locks the file at `path` and writes this process's id into it, for the error message of a second process.
-    /// The file is never removed: a second process could then lock a new file of the same name. `activity` completes
-    /// the error message, as in "is using this run folder".
+    /// Locks the file at `path` and writes the id of this process into it, for the error message of a second process.
+    /// `activity` completes that message, as in "is using this run folder". The file is never removed: otherwise a
+    /// second process could lock a new file of the same name.
     ///
     /// # Errors
-    /// If another process has the lock: "another process (pid 123) {activity}".
+    /// If another process has the lock: "another process (pid 123) {activity}"; if the file cannot be opened or locked.
     pub fn acquire(path: &Path, activity: &str) -> Result<FileLock> {
         let mut file = OpenOptions::new()
             .read(true)
@@ -41,7 +40,7 @@ impl FileLock {
                 return Err(error).with_context(|| format!("could not lock {}", path.display()));
             }
         }
-        // The pid is only used in a message.
+        // The pid is used only in a message, so a write error is ignored.
         let _ = file
             .set_len(0)
             .and_then(|()| writeln!(file, "{}", std::process::id()));
@@ -49,7 +48,7 @@ impl FileLock {
     }
 }
 
-/// Returns ` (pid 123)`, or nothing if the file contains no pid.
+/// Returns ` (pid 123)`, or an empty text if the file contains no pid.
 fn holder_pid(file: &mut File) -> String {
     let mut text = String::new();
     let pid = file

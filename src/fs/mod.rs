@@ -5,10 +5,10 @@
 //! | `mod.rs` | atomic files and folders, append-only text files, reading, gzip |
 //! | `lock.rs` | a lock between processes |
 //!
-//! Invariants: no file with its final name is ever half-written. Content is written to a temporary file in the
-//! same folder, synced, and renamed; then the folder is synced, because a rename is not durable before that. The
-//! exceptions are append-only files of lines, whose readers skip an incomplete line: [`append`], [`LogFile`] and the
-//! cache (`cache::storage`).
+//! Invariant: a file with its final name is never half-written. Content is written to a temporary file in the same
+//! folder, synced, and renamed; then the folder is synced, because a rename is not durable before that. The exceptions
+//! are append-only files of lines, whose readers skip an incomplete line: [`append`], [`LogFile`] and the cache
+//! (`cache::storage`).
 
 pub(crate) mod lock;
 
@@ -21,13 +21,19 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use tempfile::NamedTempFile;
 
+/// Capacity of the buffers for data files and large files.
+const BUFFER_BYTES: usize = 1 << 20;
+
+/// Capacity of the buffer of compressed bytes.
+const COMPRESSED_BUFFER_BYTES: usize = 1 << 16;
+
 /// Atomically and durably writes `bytes` to `path`: at every moment `path` is either the old file, if there was one, or
 /// the complete new one.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     write_with(path, |file| file.write_all(bytes))
 }
 
-/// Like [`write_atomic`], but writes what `fill` writes, so the content need not fit into memory.
+/// Writes a file as [`write_atomic`] does, with the content that `fill` writes in pieces.
 pub fn write_with(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
@@ -36,6 +42,7 @@ pub fn write_with(
     replace(path, folder, fill).with_context(|| format!("could not write {}", path.display()))
 }
 
+/// Writes a temporary file in `folder` with `fill`, and renames it to `path`.
 fn replace(
     path: &Path,
     folder: &Path,
@@ -55,7 +62,7 @@ fn temporary_in(folder: &Path) -> std::io::Result<NamedTempFile> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        // The default of a temporary file is 0600. The umask still applies.
+        // The default mode of a temporary file is 0600. The umask still applies.
         builder.permissions(fs::Permissions::from_mode(0o666));
     }
     builder.prefix(".tmp-").tempfile_in(folder)
@@ -74,7 +81,7 @@ impl AtomicFile {
         let file = temporary_in(parent_of(path))
             .with_context(|| format!("could not write {}", path.display()))?;
         Ok(Self {
-            file: BufWriter::with_capacity(1 << 20, file),
+            file: BufWriter::with_capacity(BUFFER_BYTES, file),
             path: path.to_owned(),
         })
     }
@@ -112,6 +119,7 @@ pub fn create_dir_all(path: &Path) -> Result<()> {
     create_synced(path).with_context(|| format!("could not create the folder {}", path.display()))
 }
 
+/// Creates `path` and its missing parents, and syncs the parent of each new folder.
 fn create_synced(path: &Path) -> std::io::Result<()> {
     if path.as_os_str().is_empty() || path.is_dir() {
         return Ok(());
@@ -139,6 +147,7 @@ pub fn commit_dir(temporary: &Path, destination: &Path) -> Result<()> {
         })
 }
 
+/// Syncs all files and folders in `folder`.
 fn sync_tree(folder: &Path) -> std::io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
@@ -154,7 +163,7 @@ fn sync_tree(folder: &Path) -> std::io::Result<()> {
 
 /// Makes the creation, renaming and removal of files in `folder` durable.
 pub fn sync_folder(folder: &Path) -> std::io::Result<()> {
-    // On other systems a folder cannot be opened as a file, and the file system orders these operations.
+    // On other systems a folder cannot be opened as a file.
     if cfg!(unix) {
         File::open(folder)?.sync_all()?;
     }
@@ -186,7 +195,7 @@ pub fn check_is_file(path: &Path) -> Result<()> {
 }
 
 /// Appends lines to a file, which is created if it does not exist. The lines survive a kill of this process. If an
-/// earlier kill left an incomplete line at the end, a newline is inserted first, so readers must skip bad lines.
+/// earlier kill left an incomplete line at the end, a newline is inserted first, so readers must skip incomplete lines.
 pub fn append(path: &Path, lines: &[u8]) -> Result<()> {
     let append = || -> std::io::Result<()> {
         let mut file = File::options()
@@ -222,32 +231,37 @@ pub fn read_data(path: &Path) -> std::io::Result<Vec<u8>> {
 /// Opens a data file for reading; a file whose name ends in `.gz` is decompressed.
 pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
     let file = File::open(path)?;
-    let is_packed = |extension: &std::ffi::OsStr| extension.eq_ignore_ascii_case("gz");
-    if !path.extension().is_some_and(is_packed) {
-        return Ok(Box::new(BufReader::with_capacity(1 << 20, file)));
+    let is_gzip = |extension: &std::ffi::OsStr| extension.eq_ignore_ascii_case("gz");
+    if !path.extension().is_some_and(is_gzip) {
+        return Ok(Box::new(BufReader::with_capacity(BUFFER_BYTES, file)));
     }
-    let packed = BufReader::with_capacity(1 << 16, CountingReader { file, bytes: 0 });
-    let unpacked = LimitedDecoder {
-        inner: flate2::bufread::MultiGzDecoder::new(packed),
+    let compressed =
+        BufReader::with_capacity(COMPRESSED_BUFFER_BYTES, CountingReader { file, bytes: 0 });
+    let decompressed = LimitedDecoder {
+        inner: flate2::bufread::MultiGzDecoder::new(compressed),
         bytes: 0,
     };
-    Ok(Box::new(BufReader::with_capacity(1 << 20, unpacked)))
+    Ok(Box::new(BufReader::with_capacity(
+        BUFFER_BYTES,
+        decompressed,
+    )))
 }
 
-/// Maximum ratio of decompressed to compressed bytes. Text stays far below it; a file above it would fill the memory.
+/// Maximum ratio of decompressed to compressed bytes. Text stays far below it; a file above it could be a decompression
+/// bomb, which fills the memory.
 const MAX_EXPANSION: u64 = 200;
 /// Number of decompressed bytes allowed in addition, so that small files may have a higher ratio.
 const ALWAYS_ALLOWED_BYTES: u64 = 16 << 20;
 
-/// File that counts the bytes read from it.
+/// A file, and the number of bytes read from it.
 struct CountingReader {
     file: File,
     bytes: u64,
 }
 
 impl Read for CountingReader {
-    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
-        let read = self.file.read(into)?;
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read(buffer)?;
         self.bytes += read as u64;
         Ok(read)
     }
@@ -261,11 +275,11 @@ struct LimitedDecoder {
 }
 
 impl Read for LimitedDecoder {
-    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
-        let read = self.inner.read(into)?;
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.inner.read(buffer)?;
         self.bytes += read as u64;
-        let packed = self.inner.get_ref().get_ref().bytes;
-        if self.bytes > ALWAYS_ALLOWED_BYTES + packed * MAX_EXPANSION {
+        let compressed_bytes = self.inner.get_ref().get_ref().bytes;
+        if self.bytes > ALWAYS_ALLOWED_BYTES + compressed_bytes * MAX_EXPANSION {
             let message = format!("it decompresses to more than {MAX_EXPANSION} times its size");
             return Err(std::io::Error::other(message));
         }
@@ -279,8 +293,9 @@ pub fn write_in(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     fs::write(&path, bytes).with_context(|| format!("could not write {}", path.display()))
 }
 
-/// Atomically and durably writes a folder, which may replace an existing one. `fill` writes into a temporary folder,
-/// which is removed if `fill` fails. The old folder is removed once the new one is durable.
+/// Durably writes a whole folder, which may replace an existing one. `fill` writes into a temporary folder, which is
+/// removed if `fill` fails. The old folder is removed once the new one is durable. A kill between the two renames of a
+/// replacement leaves the old folder under the name `.NAME.old`; the next call restores it.
 pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     let parent = parent_of(destination);
     create_dir_all(parent)?;
@@ -320,8 +335,8 @@ pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<
     Ok(filled)
 }
 
-/// Copies entries of the folder `from` that other programs have put there into the folder `to`: those for whose name
-/// `is_ours` returns false, and that `to` does not have.
+/// Copies the entries that other programs have put into the folder `from` to the folder `to`: all entries for whose
+/// names `is_ours` returns false. Skips names that exist in `to`.
 pub fn copy_foreign_entries(from: &Path, to: &Path, is_ours: impl Fn(&str) -> bool) -> Result<()> {
     if !from.is_dir() {
         return Ok(());
@@ -344,6 +359,7 @@ pub fn copy_foreign_entries(from: &Path, to: &Path, is_ours: impl Fn(&str) -> bo
     Ok(())
 }
 
+/// Copies a file, or a folder with its contents; skips pipes and devices.
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
     if from.is_file() {
         return fs::copy(from, to).map(drop);
@@ -363,11 +379,11 @@ fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
 pub fn create(path: &Path) -> Result<BufWriter<File>> {
     let file = File::create_new(path);
     let file = file.with_context(|| format!("could not create {}", path.display()))?;
-    Ok(BufWriter::with_capacity(1 << 20, file))
+    Ok(BufWriter::with_capacity(BUFFER_BYTES, file))
 }
 
-/// Calls `write`, in which a library writes the file at `path`, in a folder that [`write_dir_with`] creates. Then gives
-/// the file the default permissions: a library that renames a temporary file leaves it readable only by its owner.
+/// Calls `write`, which lets a library write the file at `path` in a folder that [`write_dir_with`] creates. Then gives
+/// the file the default permissions: some libraries rename a temporary file, which only its owner can read.
 pub fn create_with(path: &Path, write: impl FnOnce() -> Result<()>) -> Result<()> {
     let default_permissions = create(path)?.get_ref().metadata()?.permissions();
     write()?;
@@ -380,28 +396,29 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
         .with_context(|| format!("could not rename {} to {}", from.display(), to.display()))
 }
 
-/// An append-only text file, such as a metrics file. A power loss may lose lines that were not synced.
+/// An append-only text file, such as a metrics file. A power loss may lose lines after the last sync.
 pub struct LogFile {
     file: File,
     path: PathBuf,
 }
 
 impl LogFile {
-    /// Removes the lines for which `keep` returns false, and opens `path` for appending.
+    /// Removes the lines for which `keep` returns false from the file at `path`, if it exists, and opens it for
+    /// appending.
     pub fn open(path: &Path, keep: impl Fn(&str) -> bool) -> Result<Self> {
         if path.exists() {
             let text = read(path)?;
             let lines = text.split_inclusive(|byte| *byte == b'\n');
-            // Lines with invalid UTF-8 stay, and an incomplete last line gets its newline.
-            let mut kept = Vec::with_capacity(text.len());
+            // `keep` sees invalid UTF-8 as replacement characters. An incomplete last line gets its newline.
+            let mut kept_lines = Vec::with_capacity(text.len());
             for line in lines {
                 let line = line.strip_suffix(b"\n").unwrap_or(line);
                 if keep(String::from_utf8_lossy(line).trim_end_matches('\r')) {
-                    kept.extend_from_slice(line);
-                    kept.push(b'\n');
+                    kept_lines.extend_from_slice(line);
+                    kept_lines.push(b'\n');
                 }
             }
-            write_atomic(path, &kept)?;
+            write_atomic(path, &kept_lines)?;
         }
         let file = File::options().create(true).append(true).open(path);
         Ok(Self {
@@ -430,7 +447,8 @@ impl LogFile {
     }
 }
 
-/// Returns true if `path` is the path of the open file, and also if the metadata cannot be read.
+/// Returns true if `path` is a path of the open file. Returns true as well if the metadata cannot be read for a reason
+/// other than a missing `path`.
 pub fn has_name(file: &File, path: &Path) -> bool {
     match (file.metadata(), path.metadata()) {
         (Ok(own), Ok(named)) => identity(&own) == identity(&named),
@@ -447,14 +465,14 @@ pub fn is_not_found(error: &std::io::Error) -> bool {
     )
 }
 
-/// Device and inode number, which together identify a file.
+/// Returns the device and the inode number, which together identify a file.
 #[cfg(unix)]
 pub fn identity(metadata: &fs::Metadata) -> (u64, u64) {
     use std::os::unix::fs::MetadataExt;
     (metadata.dev(), metadata.ino())
 }
 
-/// Always the same, because only Unix has inode numbers.
+/// Returns the same pair for all files, because only Unix has inode numbers.
 #[cfg(not(unix))]
 pub fn identity(_: &fs::Metadata) -> (u64, u64) {
     (0, 0)
@@ -465,7 +483,7 @@ pub fn remove_file(path: &Path) -> Result<()> {
     fs::remove_file(path).with_context(|| format!("could not remove {}", path.display()))
 }
 
-/// Removes the file if it is empty.
+/// Removes the file if it exists and is empty.
 pub fn remove_if_empty(path: &Path) -> Result<()> {
     match fs::metadata(path) {
         Ok(metadata) if metadata.len() == 0 => remove_file(path),

@@ -42,8 +42,8 @@ struct AdoptableRow<'a> {
 }
 
 impl AdoptableRow<'_> {
-    /// Returns the key of an answer to this row. `cut_at` is the number of tokens at which the answer was truncated, 0 for
-    /// a complete answer.
+    /// Returns the key of an answer to this row. `cut_at` is the `max_tokens` at which the answer was truncated, or 0
+    /// if it is complete.
     fn key_of_answer(&self, cut_at: u32) -> String {
         match cut_at {
             0 => self.key.to_owned(),
@@ -64,7 +64,7 @@ fn is_sent_to(rows: &[AdoptableRow], base_url: &str) -> bool {
         .any(|row| question::endpoint("", row.base_url) == address)
 }
 
-/// Adopts the answers in the cache `dir` of a run.
+/// Adopts the answers in `dir`, the cache folder of a run.
 ///
 /// # Errors
 /// If the config, the prompts or the cache cannot be read, or another process has the cache open.
@@ -74,14 +74,14 @@ pub fn adopt(
     dir: &Path,
     settings: &CacheConfig,
 ) -> Result<Adopted> {
-    let open = |_: &str| Ok(RowStatus::Open);
+    let all_open = |_: &str| Ok(RowStatus::Open);
     let plan = Plan::new(
         prompt::load(prompts, || Ok(()))?,
         request_templates(endpoints, &[])?,
         prompts,
         PlanScope::default(),
         &KeyVariants::default(),
-        open,
+        all_open,
     )?;
     let mut rows = HashMap::<&str, Vec<AdoptableRow>>::new();
     for (endpoint, endpoint_rows) in plan.rows_by_endpoint.iter().enumerate() {
@@ -97,26 +97,27 @@ pub fn adopt(
         }
     }
     let cached = crate::cache::open::peek(dir)?;
+    // New key and teacher of each adopted record, by its old key.
     let mut new_keys = HashMap::<String, (String, &str)>::new();
     let mut adopting_keys = HashSet::new();
     let mut answered = HashSet::new();
-    let records = if cache::exists(dir) {
+    let old_records = if cache::exists(dir) {
         Some(crate::cache::reader::read(dir)?)
     } else {
         None
     };
     let mut candidates = Vec::new();
     let mut mocks = 0;
-    for record in records.into_iter().flatten() {
+    for record in old_records.into_iter().flatten() {
         let record = record?;
         let cut_at = question::cut_at(&record.request, &record.answer.finish_reason);
-        let half = question_half_of(&record);
-        let Some(question_rows) = rows.get(half.as_str()) else {
+        let question_half = question_half_of(&record);
+        let Some(question_rows) = rows.get(question_half.as_str()) else {
             continue;
         };
         // An answer that already has a key of this config keeps it.
-        let has_this_key = |row: &&AdoptableRow| row.key_of_answer(cut_at) == record.key;
-        match question_rows.iter().find(has_this_key) {
+        let has_record_key = |row: &&AdoptableRow| row.key_of_answer(cut_at) == record.key;
+        match question_rows.iter().find(has_record_key) {
             Some(row) if row.is_answered_by(cut_at) => {
                 answered.insert(row.key);
             }
@@ -127,13 +128,13 @@ pub fn adopt(
             {
                 mocks += 1;
             }
-            None => candidates.push((cut_at, half, record.key)),
+            None => candidates.push((cut_at, question_half, record.key)),
         }
     }
     // Complete answers first, then truncated ones, the longest first.
     candidates.sort_by_key(|(cut_at, ..)| (*cut_at > 0, Reverse(*cut_at)));
-    for (cut_at, half, record) in candidates {
-        let question_rows = rows.get(half.as_str()).into_iter().flatten();
+    for (cut_at, question_half, record_key) in candidates {
+        let question_rows = rows.get(question_half.as_str()).into_iter().flatten();
         let mut unanswered_rows = question_rows.filter(|row| {
             // A truncated answer is adopted only if the cache has no other answer to the question.
             let min_length = if row.is_answered_by(cut_at) {
@@ -151,22 +152,22 @@ pub fn adopt(
             if row.is_answered_by(cut_at) {
                 answered.insert(row.key);
             }
-            new_keys.insert(record, (row.key_of_answer(cut_at), row.teacher));
+            new_keys.insert(record_key, (row.key_of_answer(cut_at), row.teacher));
         }
     }
-    let records = rewrite(dir, settings, &|line| {
-        let Some((key, name)) = new_keys.get(&*line::head(line)?.key) else {
+    let adopted_records = rewrite(dir, settings, &|line| {
+        let Some((new_key, teacher)) = new_keys.get(&*line::head(line)?.key) else {
             return Ok(RewriteDecision::Keep);
         };
         let mut record = line::decode(line)?;
         record.cut_at = question::cut_at(&record.request, &record.answer.finish_reason);
         record.v = SCHEMA;
-        record.key.clone_from(key);
-        record.teacher = (*name).to_owned();
+        record.key.clone_from(new_key);
+        record.teacher = (*teacher).to_owned();
         Ok(RewriteDecision::Replace(line::encode(&record)?))
     })?;
     Ok(Adopted {
-        records,
+        records: adopted_records,
         mocks,
         questions: plan.rows.len() as u64,
         answered: answered.len() as u64,

@@ -1,8 +1,8 @@
-//! `harvest --again`: requests rows a second time that have an answer or were given up.
+//! `harvest --again`: requests rows again that were answered, given up or refused by a content filter.
 //!
 //! An answer leaves the cache only after all checks of the run have passed, and only if this run requests its
-//! row. A rerun of the command after a stop resumes: `again.json` has the selected rows, and the selection also
-//! considers the answers that were already moved to the file of replaced answers.
+//! row. A rerun of the command after a stop resumes: `again.json` lists the selected rows. If the stop came before
+//! `again.json` was written, the selection finds the moved answers in the file of replaced answers.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::cache;
+use crate::cache::fingerprint::fingerprint;
 use crate::cache::keys::KeySet;
 use crate::cache::line;
 use crate::cache::question;
@@ -30,7 +31,7 @@ use crate::terminal::format_count;
 /// Keys of the rows to request.
 pub(crate) type RowKeys = HashSet<String>;
 
-/// Finds the rows of this run that match `selectors`. Changes nothing.
+/// Finds the rows of this run that match `selectors`. Does not change a file.
 ///
 /// # Errors
 /// [`Exit::Usage`] if `selectors` match no row, or a row exceeds a limit or the budget.
@@ -44,34 +45,38 @@ pub(crate) fn select(
     let dir = &settings.cache_dir;
     if let Some(again_file) = AgainFile::load(&settings.run_dir, selectors)? {
         let cached = crate::cache::open::peek(dir)?;
-        let is_kept = |key: &str| cached.contains(key);
-        let mut rows = select_rows(settings, shard, prompts, &again_file.keys, is_kept)?;
-        // Without open rows, too, the selection is resumed: the last run ended before `finish`.
+        let has_new_answer = |key: &str| cached.contains(key);
+        let mut rows = select_rows(settings, shard, prompts, &again_file.keys, has_new_answer)?;
+        // A selection without open rows is resumed as well: the last run was stopped before `finish`.
         if rows.plan.total > 0 {
             rows.is_resumed = true;
             return Ok(rows);
         }
     }
-    let mut found = FoundAnswers::default();
+    let mut answers = SelectedAnswers::default();
     if cache::exists(dir) {
         for record in crate::cache::reader::read(dir)? {
-            found.add(&record?, selectors, true);
+            answers.add(&record?, selectors, true);
         }
     }
     for record in read_replaced(dir)? {
-        found.add(&record?, selectors, false);
+        answers.add(&record?, selectors, false);
     }
     if select_failed(selectors) {
-        found.selected.extend(unanswered.keys().map(str::to_owned));
+        answers
+            .selected
+            .extend(unanswered.keys().map(str::to_owned));
     }
-    let is_kept = |key: &str| {
-        found
-            .kept
-            .contains(&crate::cache::fingerprint::fingerprint(key))
-    };
-    let rows = select_rows(settings, shard, prompts, &found.selected, is_kept)?;
+    let has_other_answer = |key: &str| answers.unselected.contains(&fingerprint(key));
+    let rows = select_rows(
+        settings,
+        shard,
+        prompts,
+        &answers.selected,
+        has_other_answer,
+    )?;
     if rows.plan.total == 0 {
-        return Err(found.no_match_error(selectors));
+        return Err(answers.no_match_error(selectors));
     }
     for endpoint in 0..rows.plan.rows_by_endpoint.len() {
         check_fits(settings.budget_usd, &rows.plan, endpoint)?;
@@ -79,8 +84,9 @@ pub(crate) fn select(
     Ok(rows)
 }
 
-/// Moves the answers to the selected rows out of the cache of the run folder, and removes their paid attempts and
-/// refusals from `unanswered`. No process may have the cache open.
+/// Moves the answers to the selected rows out of the cache of the run folder, and removes the paid attempts and
+/// refusals of these rows from `unanswered`. Returns the keys of the rows to request. No other process may have the
+/// cache open.
 ///
 /// # Errors
 /// If the cache is damaged, or the disk fails.
@@ -147,7 +153,7 @@ pub(crate) fn remove_from_cache(
 }
 
 /// Removes the paid attempts and refusals of the rows from `unanswered.jsonl`, once per selection. Returns the number
-/// of rows.
+/// of rows that had any.
 fn forget(
     run_dir: &Path,
     selectors: &[String],
@@ -166,7 +172,7 @@ fn forget(
     Ok(forgotten.len() as u64)
 }
 
-/// Removes `again.json` after every selected row has ended.
+/// Removes `again.json`. The caller has made sure that every selected row has ended.
 ///
 /// # Errors
 /// If the file cannot be removed.
@@ -184,6 +190,7 @@ pub(crate) fn finish(run_dir: &Path) -> Result<()> {
 struct AgainFile {
     #[serde(rename = "words")]
     selectors: Vec<String>,
+    /// Keys of the rows, by the current key schema.
     keys: RowKeys,
     /// True if the paid attempts and refusals of these rows have been removed from `unanswered.jsonl`.
     #[serde(default)]
@@ -195,7 +202,7 @@ impl AgainFile {
         run_dir.join("again.json")
     }
 
-    /// Reads the selection of a run that was stopped. Returns `None` without one, or if it has other selectors.
+    /// Reads the selection of a run that was stopped. Returns `None` if there is none, or if its selectors differ.
     fn load(run_dir: &Path, selectors: &[String]) -> Result<Option<AgainFile>> {
         let path = AgainFile::file(run_dir);
         if !path.exists() {
@@ -221,18 +228,19 @@ fn select_failed(selectors: &[String]) -> bool {
     selectors.iter().any(|selector| selector == "failed")
 }
 
-/// Answers selected by `--again`.
+/// The answers of a run folder, sorted by whether `--again` selects them.
 #[derive(Default)]
-struct FoundAnswers {
-    /// Keys of the selected rows; for rows with an answer, the question halves of their keys.
+struct SelectedAnswers {
+    /// Question halves of the rows with a selected answer, and keys of the selected rows without an answer.
     selected: HashSet<String>,
     /// Number of cached answers by quarantine reason or, without one, finish reason.
     cached_reasons: BTreeMap<String, u64>,
     /// Fingerprints of the keys of complete cached answers that are not selected.
-    kept: KeySet,
+    unselected: KeySet,
 }
 
-impl FoundAnswers {
+impl SelectedAnswers {
+    /// Adds a record of the cache, or of the file of replaced answers.
     fn add(&mut self, record: &Record, selectors: &[String], is_in_cache: bool) {
         if is_in_cache {
             let reason = match record.reason.as_str() {
@@ -244,12 +252,11 @@ impl FoundAnswers {
         if is_selected(record, selectors) {
             self.selected.insert(question_half_of(record));
         } else if is_in_cache && record.cut_at == 0 {
-            self.kept
-                .insert(crate::cache::fingerprint::fingerprint(&record.key));
+            self.unselected.insert(fingerprint(&record.key));
         }
     }
 
-    /// Error for selectors without a row to request.
+    /// Returns the error for selectors that match no row of this run.
     fn no_match_error(&self, selectors: &[String]) -> anyhow::Error {
         let selectors = selectors.join(",");
         let reasons = self.cached_reasons.iter();
@@ -302,27 +309,27 @@ fn is_selected(record: &Record, selectors: &[String]) -> bool {
 pub(crate) struct RowsToRepeat {
     /// Plan of the selected rows; a row with another answer in the cache counts as cached.
     pub plan: Plan,
-    /// Keys of the rows, in every key schema.
+    /// Keys of the rows to request, in every key schema.
     keys: HashSet<String>,
-    /// Number of selected rows by question half.
+    /// Number of rows to request by question half.
     rows_by_question: HashMap<String, usize>,
-    /// True if an earlier run has moved their answers out of the cache.
+    /// True if an earlier run has moved the old answers out of the cache.
     is_resumed: bool,
 }
 
 impl RowsToRepeat {
-    /// Keys of the rows without a new answer.
+    /// Returns the keys of the rows to request.
     fn open_keys(&self) -> RowKeys {
         self.plan.rows.iter().map(|row| row.key.clone()).collect()
     }
 
-    /// Returns true if the record answers one of the rows.
+    /// Returns true if the record answers one of the rows to request.
     fn has_answer(&self, record: &Record) -> bool {
         if self.keys.contains(&record.key) {
             return true;
         }
-        let half = question_half_of(record);
-        match self.rows_by_question.get(&half) {
+        let question_half = question_half_of(record);
+        match self.rows_by_question.get(&question_half) {
             None => false,
             // The answer has another key: it came from another address or teacher name, or was truncated.
             Some(1) => true,
@@ -330,20 +337,21 @@ impl RowsToRepeat {
                 let mut keys = self
                     .keys
                     .iter()
-                    .filter(|key| question::question_half(key) == half);
+                    .filter(|key| question::question_half(key) == question_half);
                 keys.any(|key| question::truncated_key(key, record.cut_at) == record.key)
             }
         }
     }
 }
 
-/// Plans the rows of this run whose key or question half is in `selected`.
+/// Plans the rows of this run whose key or question half is in `selected`. A row counts as cached if `has_answer`
+/// returns true for its key.
 fn select_rows(
     settings: &RunSettings,
     shard: Option<RequestShard>,
     prompts: &[Prompt],
     selected: &HashSet<String>,
-    is_kept: impl Fn(&str) -> bool,
+    has_answer: impl Fn(&str) -> bool,
 ) -> Result<RowsToRepeat> {
     let variants = crate::cache::open::peek(&settings.cache_dir)?.key_variants;
     let scope = PlanScope {
@@ -351,7 +359,7 @@ fn select_rows(
         only: Some(selected),
     };
     let key_status = |key: &str| {
-        Ok(if is_kept(key) {
+        Ok(if has_answer(key) {
             RowStatus::Answered
         } else {
             RowStatus::Open

@@ -11,6 +11,8 @@ use crate::plan::Plan;
 /// Minimum number of cached records for an estimate of the answer length or the disk space.
 const MIN_RECORDS: u64 = 20;
 
+const MINUTES_PER_DAY: f64 = 1_440.0;
+
 /// Estimated consumption of the open rows of a plan.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Estimate {
@@ -24,10 +26,11 @@ pub struct Estimate {
     /// Least and greatest cost in US dollars: if all answers are empty, and if all have `sampling.max_tokens` tokens;
     /// `None` without a price.
     pub cost_usd: Option<(f64, f64)>,
-    /// Cost in US dollars of `likely_completion_tokens`; `None` if these or a price are missing.
+    /// Cost in US dollars with `likely_completion_tokens`; `None` without them or without a price.
     pub likely_cost_usd: Option<f64>,
     /// Minimum number of minutes under the configured limits; 0 without limits, and for batches.
     pub minutes: f64,
+    /// Batch mode only.
     pub batches: Option<BatchEstimate>,
     /// Number of bytes by which the cache will grow, at the mean size of its records.
     pub disk_bytes: Option<u64>,
@@ -58,9 +61,10 @@ impl Estimate {
                 .clone()
                 .map(|row| plan.cost(endpoint, row).input_tokens)
                 .sum();
-            let most = requests * u64::from(template.endpoint.sampling.max_tokens);
-            let likely = likely_length.map(|length| ((length * requests as f64) as u64).min(most));
-            let dollars = |completion_tokens| {
+            let max_completion_tokens = requests * u64::from(template.endpoint.sampling.max_tokens);
+            let likely_completion_tokens = likely_length
+                .map(|length| ((length * requests as f64) as u64).min(max_completion_tokens));
+            let cost_usd = |completion_tokens| {
                 let usage = Usage {
                     prompt_tokens,
                     completion_tokens,
@@ -70,23 +74,24 @@ impl Estimate {
             };
             estimate.requests += requests;
             estimate.prompt_tokens += prompt_tokens;
-            estimate.completion_tokens += most;
+            estimate.completion_tokens += max_completion_tokens;
             estimate.likely_completion_tokens = estimate
                 .likely_completion_tokens
-                .zip(likely)
-                .map(|(sum, more)| sum + more);
+                .zip(likely_completion_tokens)
+                .map(|(sum, tokens)| sum + tokens);
             estimate.cost_usd = estimate
                 .cost_usd
-                .zip(dollars(0).zip(dollars(most)))
-                .map(|(sum, more)| (sum.0 + more.0, sum.1 + more.1));
+                .zip(cost_usd(0).zip(cost_usd(max_completion_tokens)))
+                .map(|(sum, cost)| (sum.0 + cost.0, sum.1 + cost.1));
             estimate.likely_cost_usd = estimate
                 .likely_cost_usd
-                .zip(likely.and_then(dollars))
-                .map(|(sum, more)| sum + more);
+                .zip(likely_completion_tokens.and_then(cost_usd))
+                .map(|(sum, cost)| sum + cost);
             let limits = &template.endpoint.limits;
             let minutes = |amount: u64, limit: Option<u32>| {
                 limit.map_or(0.0, |limit| amount as f64 / f64::from(limit))
             };
+            // The requests of the first day need no wait.
             let days = limits
                 .requests_per_day
                 .map_or(0, |limit| requests.saturating_sub(1) / limit);
@@ -94,8 +99,11 @@ impl Estimate {
             estimate.minutes = estimate
                 .minutes
                 .max(minutes(requests, limits.requests_per_minute))
-                .max(minutes(prompt_tokens + most, limits.tokens_per_minute))
-                .max(days as f64 * 1_440.0);
+                .max(minutes(
+                    prompt_tokens + max_completion_tokens,
+                    limits.tokens_per_minute,
+                ))
+                .max(days as f64 * MINUTES_PER_DAY);
         }
         estimate.disk_bytes = (stats.records >= MIN_RECORDS)
             .then_some((bytes_per_record * estimate.requests as f64) as u64);
@@ -112,7 +120,7 @@ pub struct BatchEstimate {
     pub under_way: u64,
     /// Number of rows of this plan in batches of earlier runs.
     pub rows_under_way: u64,
-    /// Number of times that the endpoint's limit `batch.enqueued_tokens` is filled.
+    /// Number of consecutive rounds of batches under `batch.enqueued_tokens`, for the endpoint with the most.
     pub rounds: u64,
 }
 

@@ -29,16 +29,20 @@ use crate::signal::StopFlag;
 use crate::terminal::format_dollars;
 use crate::terminal::progress::ReadProgress;
 
-/// Builds the request template of each endpoint. `probes` has the hash of the probe findings by endpoint.
+/// Builds the request template of each endpoint. `probe_hashes` has the hash of each endpoint's probe findings, in the
+/// same order; an endpoint without an entry gets the empty hash.
+///
+/// # Errors
+/// If a JSON schema cannot be loaded.
 pub(crate) fn request_templates(
     endpoints: &[EndpointConfig],
-    probes: &[String],
+    probe_hashes: &[String],
 ) -> Result<Vec<RequestTemplate>> {
     let template = |(index, endpoint): (usize, &EndpointConfig)| {
         let schema = endpoint.sampling.schema.as_deref();
         Ok(RequestTemplate {
             structured: schema.map(StructuredOutput::load).transpose()?,
-            probe: probes.get(index).cloned().unwrap_or_default(),
+            probe: probe_hashes.get(index).cloned().unwrap_or_default(),
             scoring: None,
             endpoint: endpoint.clone(),
         })
@@ -76,10 +80,10 @@ pub(crate) fn check_budget(
     cost: impl Fn(&TokenBound) -> Dollars,
 ) -> Result<()> {
     let rows = plan.rows_by_endpoint[endpoint].clone();
-    let most = rows.map(|row| cost(&plan.bound(endpoint, row))).max();
-    match (most, cap) {
-        (Some(most), Some(cap)) if most > cap => Err(Exit::Usage(format!(
-            "one request to {} may cost {most}, more than `budget.usd` = {}: lower `sampling.max_tokens` or \
+    let max_cost = rows.map(|row| cost(&plan.bound(endpoint, row))).max();
+    match (max_cost, cap) {
+        (Some(max_cost), Some(cap)) if max_cost > cap => Err(Exit::Usage(format!(
+            "one request to {} may cost {max_cost}, more than `budget.usd` = {}: lower `sampling.max_tokens` or \
              raise the budget",
             plan.templates[endpoint].endpoint.teacher.label(),
             cap.usd()
@@ -89,7 +93,7 @@ pub(crate) fn check_budget(
     }
 }
 
-/// Maximum number of records that are read to find unused answers, which takes about 0.2 s.
+/// Maximum number of records that are read to find unused answers. Reading them takes about 0.2 s.
 const MAX_UNUSED_SEARCHED: u64 = 20_000;
 
 /// Counts the cached answers that the plan does not use. Reads at most [`MAX_UNUSED_SEARCHED`] records, and none if
@@ -104,11 +108,12 @@ pub(crate) fn unused_answers(
     if plan.rows.is_empty() || cached_keys as u64 <= answered {
         return Ok(UnusedAnswers::default());
     }
+    // `max_tokens` of each open row, by its question.
     let mut open = HashMap::new();
     for (template, rows) in plan.templates.iter().zip(&plan.rows_by_endpoint) {
         for row in &plan.rows[rows.clone()] {
-            let half = question::question_fingerprint(&row.key);
-            open.insert(half, template.endpoint.sampling.max_tokens);
+            let question = question::question_fingerprint(&row.key);
+            open.insert(question, template.endpoint.sampling.max_tokens);
         }
     }
     let ids: HashSet<&str> = plan
@@ -117,7 +122,7 @@ pub(crate) fn unused_answers(
         .map(|prompt| prompt.id.as_str())
         .collect();
     let is_prompt = |id: &str| ids.contains(id);
-    let check = || stop.check();
+    let check_stop = || stop.check();
     unused_answers::count_unused(
         dir,
         &plan.keys,
@@ -125,12 +130,15 @@ pub(crate) fn unused_answers(
         &open,
         is_prompt,
         MAX_UNUSED_SEARCHED,
-        check,
+        check_stop,
     )
 }
 
-/// Compares the config with the findings of `distill probe`. Returns the hash of the findings by endpoint, which
-/// is empty for an endpoint that was not probed.
+/// Compares the config with the findings of `distill probe`, and logs warnings. Returns the hash of each endpoint's
+/// findings; it is empty for an endpoint that was not probed.
+///
+/// # Errors
+/// [`Exit::Usage`] if an endpoint would refuse the requests or return unusable answers.
 pub(crate) fn check_endpoints(run_dir: &Path, endpoints: &[EndpointConfig]) -> Result<Vec<String>> {
     let findings = findings::load(run_dir)?;
     let mut hashes = Vec::new();
@@ -155,7 +163,7 @@ pub(crate) fn check_endpoints(run_dir: &Path, endpoints: &[EndpointConfig]) -> R
     Ok(hashes)
 }
 
-/// Loads the first `limit` prompts.
+/// Loads the first `limit` prompts, or all with `None`.
 pub(crate) fn prompts(
     settings: &config::PromptsConfig,
     limit: Option<usize>,

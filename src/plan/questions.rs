@@ -24,7 +24,7 @@ use crate::prompt::Prompt;
 /// Returns the selection of answers that `data.groups` describes.
 ///
 /// # Errors
-/// If a JSON schema of the config or the cache cannot be read; [`Exit::Usage`] if no group has one of the names.
+/// If a JSON schema of the config or the cache cannot be read; [`Exit::Usage`] if a name matches no group.
 pub fn selection(config: &Config) -> Result<Selection> {
     match &config.data.groups {
         Groups::All => Ok(Selection::All),
@@ -39,15 +39,15 @@ pub fn selection(config: &Config) -> Result<Selection> {
     }
 }
 
-/// Selects groups by name.
+/// Selects the groups of the cache in `dir` that have one of the names.
 ///
 /// # Errors
-/// If the cache cannot be read; [`Exit::Usage`] if no group has one of the names.
+/// If the cache cannot be read; [`Exit::Usage`] if a name matches no group.
 pub fn named(dir: &Path, names: Vec<String>) -> Result<Selection> {
     let mut unknown = names.clone();
     let mut groups = BTreeMap::new();
-    each_candidate(dir, |candidate| {
-        let group = candidate.group;
+    for_each_record(dir, |record| {
+        let group = record.group;
         unknown.retain(|name| !group.is_named(name));
         groups.entry(group.id()).or_insert(group);
         !unknown.is_empty()
@@ -61,7 +61,7 @@ pub fn named(dir: &Path, names: Vec<String>) -> Result<Selection> {
             ""
         };
         bail!(Exit::Usage(format!(
-            "data.groups (or --groups) names \"{name}\", but {} has no such group; its groups are:{}{mock_hint}",
+            "`data.groups` (or --groups) names \"{name}\", but {} has no such group; its groups are:{}{mock_hint}",
             dir.display(),
             lines.collect::<String>()
         )));
@@ -69,15 +69,15 @@ pub fn named(dir: &Path, names: Vec<String>) -> Result<Selection> {
     Ok(Selection::Named(names))
 }
 
-/// Calls `each` with the identity of each record of a cache until `each` returns false.
-fn each_candidate(dir: &Path, mut each: impl FnMut(RecordProperties) -> bool) -> Result<()> {
+/// Calls `visit` with the properties of each record of a cache until `visit` returns false.
+fn for_each_record(dir: &Path, mut visit: impl FnMut(RecordProperties) -> bool) -> Result<()> {
     if !cache::exists(dir) {
         return Ok(());
     }
     let mut lines = CacheLines::open(dir)?;
     while lines.advance().map_err(|error| lines.refuse_scan(error))? {
         let record = RecordView::from_line(lines.line()).map_err(|fault| lines.refuse(fault))?;
-        if !each(RecordProperties::from_view(&record, &record.params())) {
+        if !visit(RecordProperties::from_view(&record, &record.params())) {
             break;
         }
     }
@@ -87,7 +87,7 @@ fn each_candidate(dir: &Path, mut each: impl FnMut(RecordProperties) -> bool) ->
 /// The questions of a config.
 struct PlannedQuestions {
     selection: Selection,
-    /// The config names a teacher's model. A config that trains on another run's cache may omit it.
+    /// True if the config sets `teacher.model`. A config that trains on another run's cache may omit it.
     names_teacher: bool,
     /// Error of the prompts file; without prompts, answers are selected by endpoint, model and sampling alone.
     load_error: Option<anyhow::Error>,
@@ -122,18 +122,18 @@ impl PlannedQuestions {
         })
     }
 
-    /// Returns the selection of the answers to these questions, or of the only group of `data.cache` if that cache
-    /// answers none of them.
+    /// Returns the selection of the answers to these questions. If `other_cache`, the folder `data.cache`, has none of
+    /// these answers and only one group, that group is selected.
     fn selection(self, other_cache: Option<&Path>) -> Result<Selection> {
         if let Some(dir) = other_cache
-            && let Some(only) = only_group_of(dir, &self.selection)?
+            && let Some(only_group) = only_group_of(dir, &self.selection)?
         {
             if self.names_teacher {
                 tracing::warn!(
-                    "data.cache has no answers for this config's teacher, model and sampling: using its only group"
+                    "`data.cache` has no answers for this config's teacher, model and sampling: using its only group"
                 );
             }
-            return Ok(Selection::Named(vec![only]));
+            return Ok(Selection::Named(vec![only_group]));
         }
         if let Some(error) = self.load_error {
             tracing::warn!(
@@ -148,10 +148,10 @@ impl PlannedQuestions {
 /// answer of a mock or of this config's teachers.
 fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
     let mut groups = BTreeMap::new();
-    let mut has_answers = false;
-    each_candidate(dir, |candidate| {
-        has_answers = matches!(
-            selection.check(&candidate),
+    let mut has_own_answers = false;
+    for_each_record(dir, |record| {
+        has_own_answers = matches!(
+            selection.check(&record),
             Ok(())
                 | Err(ExclusionReason::Question
                     | ExclusionReason::Duplicate
@@ -159,11 +159,11 @@ fn only_group_of(dir: &Path, selection: &Selection) -> Result<Option<String>> {
                     | ExclusionReason::Adoptable
                     | ExclusionReason::Mock)
         );
-        groups.insert(candidate.group.id(), candidate.group);
-        !has_answers && groups.len() < 2
+        groups.insert(record.group.id(), record.group);
+        !has_own_answers && groups.len() < 2
     })?;
     Ok(match groups.len() {
-        1 if !has_answers => groups.into_keys().next(),
+        1 if !has_own_answers => groups.into_keys().next(),
         _ => None,
     })
 }

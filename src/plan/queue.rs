@@ -38,7 +38,7 @@ impl QueuedRow {
     }
 }
 
-/// Rows of an endpoint that have to be sent.
+/// Rows of an endpoint that are not in flight and have no outcome yet.
 pub(crate) struct RowQueue {
     /// Ranges of rows that were never sent, ascending, none of them empty.
     fresh: Vec<Range<usize>>,
@@ -82,11 +82,11 @@ impl RowQueue {
         }
     }
 
-    /// Returns the next row as [`RowQueue::peek`] does, but prefers rows that have failed least: an endpoint must
-    /// not be judged only by rows that always fail.
+    /// Returns the next row as [`RowQueue::peek`] does, but prefers fresh rows, and then the due retry with the fewest
+    /// failures: an endpoint must not be judged only by rows that always fail.
     ///
-    /// `is_failing` returns true for rows that failed recently. Rows that fail may be neighbours: with `from_middle`, the
-    /// row in the middle of the longest range of fresh rows is returned instead of the first one.
+    /// `is_failing` returns true for rows that failed recently. Rows that fail may be neighbours: with `from_middle`,
+    /// the fresh row is taken from the middle of the longest range instead of the beginning of the first one.
     pub(crate) fn peek_least_suspect(
         &self,
         now: Instant,
@@ -184,7 +184,7 @@ mod tests {
         assert_eq!(fresh, QueuedRow::fresh(2));
         queue.take(fresh);
         let other = queue.peek_least_suspect(now, |row| row == 1, true).unwrap();
-        assert_eq!(other, entry(0, 5), "it failed longer ago");
+        assert_eq!(other, entry(0, 5), "row 1 failed recently");
         let least = queue.peek_least_suspect(now, |_| true, false).unwrap();
         assert_eq!(least, entry(1, 1));
         queue.take(least);
@@ -205,8 +205,8 @@ mod tests {
             (true, 5),
             (false, 2),
         ];
-        for (taken, (from_middle, expected)) in order.into_iter().enumerate() {
-            assert_eq!(queue.len(), 8 - taken);
+        for (rows_taken, (from_middle, expected)) in order.into_iter().enumerate() {
+            assert_eq!(queue.len(), 8 - rows_taken);
             let entry = queue
                 .peek_least_suspect(now, |_| false, from_middle)
                 .unwrap();

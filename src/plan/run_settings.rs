@@ -16,11 +16,11 @@ use crate::exit::Exit;
 pub enum TrainingObstacle {
     /// `data.cache` is the cache of another run.
     OtherCache,
-    /// `student.path` has no tokenizer.
+    /// The folder `student.path` has no `tokenizer.json`.
     NoStudent,
 }
 
-/// Settings of a harvest run. Batch mode and scoring derive settings of their own from them.
+/// Settings of a harvest run. Batch mode and scoring derive their own settings from them.
 #[derive(Debug, Clone)]
 pub(crate) struct RunSettings {
     pub run_dir: PathBuf,
@@ -34,10 +34,11 @@ pub(crate) struct RunSettings {
     pub schedule: ScheduleConfig,
     pub batch: BatchConfig,
     pub on_missing_logprobs: OnMissingLogprobs,
-    /// `data.teacher_tokenizer` is set, so logprobs whose tokens are given by id can be used.
+    /// True if `data.teacher_tokenizer` is set, so that logprobs whose tokens are given by id can be used.
     pub has_teacher_tokenizer: bool,
     /// Command-line flags that select this config, for commands that messages recommend.
     pub arguments: String,
+    /// Reason why `distill train` with this config would not train on the answers; `None` if it would.
     pub before_training: Option<TrainingObstacle>,
 }
 

@@ -61,9 +61,9 @@ mod tests {
     #[test]
     fn shards_are_disjoint_and_cover_all_keys() {
         let mut sizes = [0; 7];
-        for n in 0..7000u32 {
+        for number in 0..7000u32 {
             let key = crate::cache::fingerprint::fingerprint(
-                blake3::hash(&n.to_le_bytes()).to_hex().as_str(),
+                blake3::hash(&number.to_le_bytes()).to_hex().as_str(),
             );
             let parts = (1..=7).filter(|index| {
                 RequestShard {
@@ -73,7 +73,7 @@ mod tests {
                 .contains(&key)
             });
             let parts: Vec<u64> = parts.collect();
-            assert_eq!(parts.len(), 1, "key {n}");
+            assert_eq!(parts.len(), 1, "key {number}");
             sizes[parts[0] as usize - 1] += 1;
         }
         assert!(

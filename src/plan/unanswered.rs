@@ -25,7 +25,7 @@ pub struct UnansweredRow {
     pub class: String,
     /// Message of the last paid attempt or content-filter refusal.
     pub message: String,
-    /// Refused by a content filter.
+    /// True if a content filter refused the row.
     pub is_filtered: bool,
     /// True after a [`Kind::Suspect`] or [`Kind::Failed`] line.
     pub is_suspect: bool,
@@ -54,14 +54,15 @@ pub enum Kind {
     PaidAttempt,
     /// The row was refused by a content filter.
     Filtered,
-    /// The row failed in a run without answers, or the endpoint claimed in reply to it, after the last answer of the
-    /// run, that no request can succeed.
+    /// The row failed in a run without answers; or, after the last answer of a run, the reply to the row claimed that
+    /// no request can succeed.
     Suspect,
     /// The row failed while other rows were answered.
     Failed,
 }
 
 impl UnansweredLine {
+    /// Creates the line for a row of `plan`.
     pub fn new(
         plan: &Plan,
         entry: QueuedRow,
@@ -89,12 +90,16 @@ pub struct Unanswered {
     rows: HashMap<String, UnansweredRow>,
 }
 
+/// Returns the path of `unanswered.jsonl`.
 pub(crate) fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("unanswered.jsonl")
 }
 
 impl Unanswered {
-    /// Reads the file of the run folder, if it exists. Skips torn and damaged lines with a warning.
+    /// Reads the file of the run folder, if it exists. Skips incomplete and damaged lines with a warning.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
     pub fn load(run_dir: &Path) -> Result<Unanswered> {
         let mut unanswered = Unanswered {
             path: file(run_dir),
@@ -105,6 +110,7 @@ impl Unanswered {
         Ok(unanswered)
     }
 
+    /// Reads the lines of the file; skips damaged ones with a warning.
     fn lines(&self) -> Result<Vec<UnansweredLine>> {
         if !self.path.exists() {
             return Ok(Vec::new());
@@ -129,6 +135,7 @@ impl Unanswered {
         Ok(lines)
     }
 
+    /// Adds a line to the history of its row.
     fn count(&mut self, line: &UnansweredLine) {
         let history = self.rows.entry(line.key.clone()).or_default();
         match line.kind {
@@ -191,8 +198,8 @@ impl Unanswered {
         Ok(())
     }
 
-    /// Removes the refusals and paid attempts of the rows that satisfy `is_selected`, so that later runs request these
-    /// rows, and keeps their [`Kind::Failed`] lines, so that they are requested last. Returns the keys of the rows.
+    /// Removes the lines of the rows that satisfy `is_selected`, so that later runs request these rows. Keeps
+    /// [`Kind::Failed`] lines, so that these rows are requested last. Returns the keys of the rows.
     pub fn forget(
         &mut self,
         is_selected: impl Fn(&str, &UnansweredRow) -> bool,
@@ -202,20 +209,20 @@ impl Unanswered {
             .iter()
             .filter(|(key, history)| is_selected(key, history));
         let forgotten: Vec<String> = rows.map(|(key, _)| key.clone()).collect();
-        let mut kept_text = Vec::new();
-        let mut kept = Unanswered::default();
+        let mut remaining_text = Vec::new();
+        let mut remaining = Unanswered::default();
         for line in self.lines()? {
             let history = self.rows.get(&line.key);
             let is_forgotten = history.is_some_and(|history| is_selected(&line.key, history));
             if !is_forgotten || line.kind == Kind::Failed {
-                serde_json::to_writer(&mut kept_text, &line)?;
-                kept_text.push(b'\n');
-                kept.count(&line);
+                serde_json::to_writer(&mut remaining_text, &line)?;
+                remaining_text.push(b'\n');
+                remaining.count(&line);
             }
         }
-        self.rows = kept.rows;
+        self.rows = remaining.rows;
         if !forgotten.is_empty() {
-            crate::fs::write_atomic(&self.path, &kept_text)?;
+            crate::fs::write_atomic(&self.path, &remaining_text)?;
         }
         Ok(forgotten)
     }
@@ -244,7 +251,7 @@ mod tests {
         first.add(&line("a", Kind::PaidAttempt)).unwrap();
         first.add(&line("b", Kind::Filtered)).unwrap();
         let mut text = std::fs::read(file(dir.path())).unwrap();
-        // A torn line, as after a kill.
+        // An incomplete line, as after a kill.
         text.extend_from_slice(b"{\"key\":\"a\",\"pro");
         std::fs::write(file(dir.path()), text).unwrap();
 

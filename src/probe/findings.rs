@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{EndpointConfig, MaxTokensField};
 use crate::exit::Exit;
 
-/// Version of `endpoint.json` and of the output of `distill probe --json`.
+/// Version of `endpoint.json` and of the JSON object that `distill probe --json` prints.
 pub const ENDPOINT_VERSION: u32 = 1;
 
 /// `endpoint.json` in the run folder: the findings about every endpoint of the config.
@@ -34,14 +34,17 @@ pub struct ProbedEndpoint {
     pub reported_model: String,
     pub max_tokens_field: Option<MaxTokensField>,
     pub logprobs: LogprobsOffer,
+    /// True if the reply to a plain prompt contained the usage.
     pub reports_usage: bool,
-    /// The model generates billed reasoning before its answer.
+    /// True if the model generates billed reasoning before its answer, or gives no answer within the token limit.
     pub thinks: bool,
-    /// `n = 2` returns two choices; None if the endpoint refuses it.
+    /// True if `n = 2` returns two choices; `None` if the endpoint refuses it.
     pub several_choices: Option<bool>,
+    /// Result for `seed`: the same seed gives the same answer.
     pub seed: Finding,
+    /// Result for `response_format` with a JSON schema.
     pub structured: Finding,
-    /// Whether vLLM's `prompt_logprobs` returns the logprobs of a given text.
+    /// Result for vLLM's `prompt_logprobs`, which returns the logprobs of a given text.
     #[serde(skip_serializing_if = "Finding::is_unknown")]
     pub prompt_logprobs: Finding,
     /// Refused parameters, with the endpoint's error messages.
@@ -60,11 +63,11 @@ pub struct LogprobsOffer {
     pub largest_k: u32,
     pub kind: LogprobsKind,
     pub bytes: TokenBytes,
-    /// Whether token ids are returned.
+    /// True if the reply contains token ids.
     pub token_ids: bool,
 }
 
-/// Whether logprobs are computed before (raw) or after (tempered) the temperature is applied.
+/// Stage at which logprobs are computed: before (raw) or after (tempered) the temperature is applied.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LogprobsKind {
@@ -74,13 +77,13 @@ pub enum LogprobsKind {
     Unknown,
 }
 
-/// Whether the token bytes spell the answer, including non-ASCII characters.
+/// Comparison of the token bytes with the answer, including its non-ASCII characters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenBytes {
     Right,
     Wrong,
-    /// No bytes are sent, but the token texts spell the answer.
+    /// The endpoint sends no bytes, but the token texts spell the answer.
     Absent,
     #[default]
     Unknown,
@@ -94,8 +97,9 @@ pub enum Finding {
     Works,
     /// The parameter is accepted without effect.
     Ignored,
+    /// The endpoint refuses a request with the parameter.
     Refused,
-    /// The test was inconclusive.
+    /// The test was inconclusive, or has not run.
     #[default]
     Unknown,
 }
@@ -141,14 +145,15 @@ impl ProbedEndpoints {
 }
 
 impl ProbedEndpoint {
-    /// Returns the BLAKE3 hash of the findings in hex, which is stored in each record.
+    /// Returns the BLAKE3 hash of the findings in hex, without time and number of requests. It is stored in each
+    /// record.
     pub fn hash(&self) -> Result<String> {
-        let found = ProbedEndpoint {
+        let findings = ProbedEndpoint {
             probed_at: String::new(),
             requests: 0,
             ..self.clone()
         };
-        Ok(blake3::hash(&serde_json::to_vec(&found)?)
+        Ok(blake3::hash(&serde_json::to_vec(&findings)?)
             .to_hex()
             .to_string())
     }
@@ -207,7 +212,7 @@ impl ProbedEndpoint {
             ));
         }
         let temperature = sampling.temperature.unwrap_or(1.0);
-        if offer.kind == LogprobsKind::Tempered && (temperature - 1.0).abs() > 1e-9 {
+        if offer.kind == LogprobsKind::Tempered && changes_distribution(temperature) {
             return refuse(format!(
                 "{label} returns logprobs after applying the temperature, and at {temperature} they are not \
                  valid soft labels: set `sampling.temperature` = 1.0, or `sampling.top_logprobs` = 0"
@@ -228,12 +233,17 @@ pub fn check_unprobed(config: &EndpointConfig) -> Option<String> {
     let sampling = &config.sampling;
     let temperature = sampling.temperature.unwrap_or(1.0);
     let has_logprobs = sampling.top_logprobs > 0 && !sampling.reasoning;
-    (has_logprobs && (temperature - 1.0).abs() > 1e-9).then(|| {
+    (has_logprobs && changes_distribution(temperature)).then(|| {
         format!(
             "logprobs are requested at temperature {temperature}, and some endpoints return them after \
              applying the temperature: run `distill probe` first, or set `sampling.temperature` = 1.0"
         )
     })
+}
+
+/// Returns true if the temperature is not 1, apart from rounding errors.
+fn changes_distribution(temperature: f64) -> bool {
+    (temperature - 1.0).abs() > 1e-9
 }
 
 /// Returns true if requests of `config` contain the parameter.
@@ -270,6 +280,7 @@ mod tests {
         }
     }
 
+    /// Findings that a config with the default sampling fits.
     fn good() -> ProbedEndpoint {
         ProbedEndpoint {
             logprobs: LogprobsOffer {
@@ -310,13 +321,13 @@ mod tests {
                 .unwrap(),
             [""; 0]
         );
-        let without = ProbedEndpoint {
+        let without_logprobs = ProbedEndpoint {
             logprobs: LogprobsOffer::default(),
             ..good()
         };
-        assert_refused(&without, &config(|_| {}), "returns no logprobs");
+        assert_refused(&without_logprobs, &config(|_| {}), "returns no logprobs");
         assert!(
-            without
+            without_logprobs
                 .check(&config(|sampling| sampling.top_logprobs = 0))
                 .is_ok()
         );
@@ -325,11 +336,11 @@ mod tests {
             &config(|sampling| sampling.max_tokens_field = MaxTokensField::MaxTokens),
             "\"max_completion_tokens\"",
         );
-        let mut strict = good();
-        strict.refused.insert("seed".into(), "no".into());
-        assert!(strict.check(&config(|_| {})).is_ok());
+        let mut without_seed = good();
+        without_seed.refused.insert("seed".into(), "no".into());
+        assert!(without_seed.check(&config(|_| {})).is_ok());
         assert_refused(
-            &strict,
+            &without_seed,
             &config(|sampling| sampling.seed = Some(1)),
             "refuses `seed` (no)",
         );

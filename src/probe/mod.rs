@@ -1,4 +1,4 @@
-//! `distill probe`: determines the capabilities of an endpoint with 15 to 20 cheap requests.
+//! `distill probe`: determines the capabilities of an endpoint with 11 to 19 cheap requests, not counting retries.
 //!
 //! | file | content |
 //! |---|---|
@@ -8,8 +8,8 @@
 //!
 //! Invariants:
 //! - Each request reserves its maximum cost in the budget before it is sent, and settles the reservation after.
-//! - After the first answer, an error reply is a finding and does not end the probe.
-//! - Probe requests do not use the config's sampling settings, except for the name of the token limit.
+//! - After the first answer, a refusal or a lasting error is a finding and does not end the probe.
+//! - Probe requests do not use the config's sampling settings, except for `sampling.max_tokens_field`.
 //! - Records that `harvest` writes after a probe contain the hash of its findings.
 
 pub mod findings;
@@ -27,19 +27,25 @@ use crate::client::response::completion::Completion;
 use crate::client::response::error::ApiError;
 use crate::client::response::json;
 use crate::client::transport::{HttpReply, Transport};
-use crate::config::{EndpointConfig, MaxTokensField};
+use crate::config::EndpointConfig;
 use crate::probe::findings::{Finding, LogprobsKind, ProbedEndpoint, TokenBytes};
 use crate::probe::question::{Probe, ProbeOutcome};
 use crate::rate_limit::headers::{self, Refill};
 
-/// Maximum tokens of an answer.
+/// Maximum number of tokens of an answer.
 const SHORT_ANSWER: u32 = 24;
 
-/// Maximum tokens of an answer of a reasoning model.
+/// Maximum number of tokens of an answer of a reasoning model.
 const REASONING_ANSWER: u32 = 512;
 
-/// Maximum tokens of the answer to [`NON_ASCII`], one for each byte.
+/// Maximum number of tokens of the answer to [`NON_ASCII`], more than one for each byte.
 const NON_ASCII_ANSWER: u32 = 100;
+
+/// Numbers of alternatives to request, the largest first: the maxima of common servers.
+const TOP_LOGPROBS: [u32; 4] = [20, 8, 5, 1];
+
+/// Minimum difference between two logprobs whose change with the temperature is measured.
+const MIN_LOGPROB_GAP: f32 = 0.05;
 
 /// Prompt whose answer has many likely first tokens.
 const OPEN_ENDED: &str = "Write ten random words, in no order, separated by spaces.";
@@ -50,14 +56,14 @@ const NON_ASCII: &str = "Repeat exactly, and write nothing else: 😀 naïve 漢
 /// Probes the endpoint of `config`.
 ///
 /// # Errors
-/// If the endpoint does not answer a plain prompt, or the budget is exhausted.
+/// If the endpoint does not answer a plain prompt, throttles a request for several minutes, or the budget is exhausted.
 pub async fn run(
     config: EndpointConfig,
     transport: Arc<dyn Transport>,
     account: &mut Account<LedgerFiles>,
     now: Timestamp,
 ) -> Result<ProbedEndpoint> {
-    let found = ProbedEndpoint {
+    let findings = ProbedEndpoint {
         base_url: crate::config::teacher::identity(&config.teacher).into(),
         model: config.teacher.model.clone(),
         probed_at: format!("{now:.0}"),
@@ -67,7 +73,7 @@ pub async fn run(
         config,
         transport,
         account,
-        found,
+        findings,
         max_tokens: SHORT_ANSWER,
         has_answered: false,
     };
@@ -78,20 +84,16 @@ pub async fn run(
     probe.structured().await?;
     probe.prompt_logprobs().await?;
     probe.error_shape().await?;
-    Ok(probe.found)
+    Ok(probe.findings)
 }
 
 impl Probe<'_> {
     /// Sends a plain prompt with each name of the token limit until one is accepted.
     async fn plain_prompt(&mut self) -> Result<()> {
         let first = self.config.sampling.max_tokens_field;
-        let other = match first {
-            MaxTokensField::MaxTokens => MaxTokensField::MaxCompletionTokens,
-            MaxTokensField::MaxCompletionTokens => MaxTokensField::MaxTokens,
-        };
         let mut refusal = String::new();
-        for field in [first, other] {
-            self.found.max_tokens_field = Some(field);
+        for field in [first, first.other()] {
+            self.findings.max_tokens_field = Some(field);
             match self.send("Say hello.", |_| {}).await? {
                 ProbeOutcome::Answer(completion, reply) => {
                     self.record_basics(&completion, &reply);
@@ -105,19 +107,19 @@ impl Probe<'_> {
 
     /// Records model name, usage, reasoning and rate limits of the first answer.
     fn record_basics(&mut self, completion: &Completion, reply: &HttpReply) {
-        let found = &mut self.found;
-        found.reported_model = completion.model.clone();
-        found.reports_usage = completion.usage.is_some();
-        let hidden = completion
+        let findings = &mut self.findings;
+        findings.reported_model = completion.model.clone();
+        findings.reports_usage = completion.usage.is_some();
+        let bills_reasoning = completion
             .usage
             .is_some_and(|usage| usage.reasoning_tokens > 0);
         let is_empty = completion.answer.text.is_empty() && completion.answer.refusal.is_empty();
-        found.thinks = hidden || !completion.answer.reasoning.is_empty() || is_empty;
-        if found.thinks {
+        findings.thinks = bills_reasoning || !completion.answer.reasoning.is_empty() || is_empty;
+        if findings.thinks {
             self.max_tokens = REASONING_ANSWER;
         }
         let reports = headers::parse(&reply.headers, std::time::SystemTime::UNIX_EPOCH);
-        found.limits = reports
+        findings.limits = reports
             .iter()
             .map(|report| {
                 let limit = report.limit.map_or("?".into(), |limit| limit.to_string());
@@ -133,24 +135,24 @@ impl Probe<'_> {
                 format!("{} {limit}{period}", report.resource.name())
             })
             .collect();
-        found.limits.sort();
+        findings.limits.sort();
     }
 
     /// Requests logprobs with decreasing k until one is accepted.
     async fn logprobs(&mut self) -> Result<()> {
-        for k in [20, 8, 5, 1] {
+        for k in TOP_LOGPROBS {
             let outcome = self
                 .send(OPEN_ENDED, |body| with_logprobs(body, k, 1.0))
                 .await?;
             match outcome {
                 ProbeOutcome::Refused(message, _) => {
-                    self.found.refused.insert("logprobs".into(), message);
+                    self.findings.refused.insert("logprobs".into(), message);
                 }
-                ProbeOutcome::Answer(warm, reply) => {
-                    self.found.refused.remove("logprobs");
-                    self.record_logprobs(&warm, &reply);
-                    if self.found.logprobs.largest_k > 0 {
-                        self.logprobs_kind(k, &warm).await?;
+                ProbeOutcome::Answer(completion, reply) => {
+                    self.findings.refused.remove("logprobs");
+                    self.record_logprobs(&completion, &reply);
+                    if self.findings.logprobs.largest_k > 0 {
+                        self.logprobs_kind(k, &completion).await?;
                         self.token_bytes(k).await?;
                     }
                     return Ok(());
@@ -165,9 +167,9 @@ impl Probe<'_> {
         let Some(logprobs) = &completion.logprobs else {
             return;
         };
-        let offer = &mut self.found.logprobs;
-        let most = logprobs.top.iter().map(Vec::len).max().unwrap_or(0);
-        offer.largest_k = most as u32;
+        let offer = &mut self.findings.logprobs;
+        let largest_k = logprobs.top.iter().map(Vec::len).max().unwrap_or(0);
+        offer.largest_k = largest_k as u32;
         let position = json::value(&reply.body)
             .ok()
             .and_then(|body| body.pointer("/choices/0/logprobs/content/0").cloned());
@@ -180,16 +182,16 @@ impl Probe<'_> {
         });
     }
 
-    /// Repeats the request at half the temperature. If logprobs are computed after the temperature is applied, their
-    /// differences double.
-    async fn logprobs_kind(&mut self, k: u32, warm: &Completion) -> Result<()> {
-        let ProbeOutcome::Answer(cool, _) = self
+    /// Repeats the request of `at_1`, an answer at temperature 1, at temperature 0.5. If logprobs are computed after
+    /// the temperature is applied, the differences between the alternatives to the first token double.
+    async fn logprobs_kind(&mut self, k: u32, at_1: &Completion) -> Result<()> {
+        let ProbeOutcome::Answer(at_half, _) = self
             .send(OPEN_ENDED, |body| with_logprobs(body, k, 0.5))
             .await?
         else {
             return Ok(());
         };
-        let first = |completion: &Completion| -> Vec<(String, f32)> {
+        let first_alternatives = |completion: &Completion| -> Vec<(String, f32)> {
             let Some(logprobs) = &completion.logprobs else {
                 return Vec::new();
             };
@@ -200,20 +202,25 @@ impl Probe<'_> {
                 .filter_map(|(token, value)| Some((token, (*value)?)))
                 .collect()
         };
-        let warm = first(warm);
-        let cool = first(&cool);
-        let mut ratios: Vec<f32> = warm
+        let at_1 = first_alternatives(at_1);
+        let at_half = first_alternatives(&at_half);
+        let logprob_at_half = |token: &str| {
+            let alternative = at_half.iter().find(|(other, _)| other == token)?;
+            Some(alternative.1)
+        };
+        let mut ratios: Vec<f32> = at_1
             .iter()
             .skip(1)
-            .filter_map(|(token, value)| {
-                let gap = warm[0].1 - value;
-                let in_cool = |token: &str| cool.iter().find(|(other, _)| other == token);
-                let cool_gap = in_cool(&warm[0].0)?.1 - in_cool(token)?.1;
-                (gap > 0.05).then_some(cool_gap / gap)
+            .filter_map(|(token, logprob)| {
+                let (first_token, first_logprob) = &at_1[0];
+                let gap = first_logprob - logprob;
+                let gap_at_half = logprob_at_half(first_token)? - logprob_at_half(token)?;
+                (gap > MIN_LOGPROB_GAP).then_some(gap_at_half / gap)
             })
             .collect();
         ratios.sort_by(f32::total_cmp);
-        self.found.logprobs.kind = match ratios.get(ratios.len() / 2) {
+        // The median ratio is 1 for raw and 2 for tempered logprobs, apart from rounding and noise.
+        self.findings.logprobs.kind = match ratios.get(ratios.len() / 2) {
             Some(0.8..=1.25) => LogprobsKind::Raw,
             Some(1.6..=2.5) => LogprobsKind::Tempered,
             _ => LogprobsKind::Unknown,
@@ -223,12 +230,12 @@ impl Probe<'_> {
 
     /// Checks whether the token bytes of a non-ASCII answer spell it.
     async fn token_bytes(&mut self, k: u32) -> Result<()> {
-        let before = self.max_tokens;
-        self.max_tokens = before.max(NON_ASCII_ANSWER);
+        let max_tokens = self.max_tokens;
+        self.max_tokens = max_tokens.max(NON_ASCII_ANSWER);
         let outcome = self
             .send(NON_ASCII, |body| with_logprobs(body, k.min(2), 1.0))
             .await?;
-        self.max_tokens = before;
+        self.max_tokens = max_tokens;
         let ProbeOutcome::Answer(completion, reply) = outcome else {
             return Ok(());
         };
@@ -238,7 +245,7 @@ impl Probe<'_> {
         let body = json::value(&reply.body).unwrap_or_default();
         let position = body.pointer("/choices/0/logprobs/content/0");
         let has_bytes = position.is_some_and(|position| position["bytes"].is_array());
-        self.found.logprobs.bytes = match (logprobs.matches_text, has_bytes) {
+        self.findings.logprobs.bytes = match (logprobs.matches_text, has_bytes) {
             // An ASCII answer is inconclusive.
             _ if completion.answer.text.is_ascii() => TokenBytes::Unknown,
             (true, true) => TokenBytes::Right,
@@ -248,7 +255,7 @@ impl Probe<'_> {
         Ok(())
     }
 
-    /// Tests each parameter alone.
+    /// Tests each of several parameters in a request of its own.
     async fn parameters(&mut self) -> Result<()> {
         for (name, value) in [
             ("temperature", json!(0.7)),
@@ -264,12 +271,12 @@ impl Probe<'_> {
                 .await?;
             match outcome {
                 ProbeOutcome::Refused(message, _) => {
-                    self.found.refused.insert(name.into(), message);
+                    self.findings.refused.insert(name.into(), message);
                 }
                 ProbeOutcome::Answer(_, reply) if name == "n" => {
                     let body = json::value(&reply.body).unwrap_or_default();
                     let choices = body["choices"].as_array().map_or(0, Vec::len);
-                    self.found.several_choices = Some(choices == 2);
+                    self.findings.several_choices = Some(choices == 2);
                 }
                 ProbeOutcome::Answer(..) => {}
             }
@@ -277,7 +284,7 @@ impl Probe<'_> {
         Ok(())
     }
 
-    /// Sends the same seed twice, then another one.
+    /// Sends one seed twice, and then another seed.
     async fn seed(&mut self) -> Result<()> {
         let mut texts = Vec::new();
         for seed in [7, 7, 8] {
@@ -289,13 +296,13 @@ impl Probe<'_> {
             match outcome {
                 ProbeOutcome::Answer(completion, _) => texts.push(completion.answer.text),
                 ProbeOutcome::Refused(message, _) => {
-                    self.found.refused.insert("seed".into(), message);
-                    self.found.seed = Finding::Refused;
+                    self.findings.refused.insert("seed".into(), message);
+                    self.findings.seed = Finding::Refused;
                     return Ok(());
                 }
             }
         }
-        self.found.seed = match (texts[0] == texts[1], texts[1] == texts[2]) {
+        self.findings.seed = match (texts[0] == texts[1], texts[1] == texts[2]) {
             (true, false) => Finding::Works,
             // A model that always gives the same answer is inconclusive.
             (true, true) => Finding::Unknown,
@@ -321,9 +328,11 @@ impl Probe<'_> {
                 body.insert("response_format".into(), format);
             })
             .await?;
-        self.found.structured = match outcome {
+        self.findings.structured = match outcome {
             ProbeOutcome::Refused(message, _) => {
-                self.found.refused.insert("response_format".into(), message);
+                self.findings
+                    .refused
+                    .insert("response_format".into(), message);
                 Finding::Refused
             }
             ProbeOutcome::Answer(completion, _) => {
@@ -352,7 +361,7 @@ impl Probe<'_> {
                 body.insert("continue_final_message".into(), json!(true));
             })
             .await?;
-        self.found.prompt_logprobs = match outcome {
+        self.findings.prompt_logprobs = match outcome {
             ProbeOutcome::Refused(..) => Finding::Refused,
             ProbeOutcome::Answer(completion, _) => {
                 let positions = completion.extra.get("prompt_logprobs");
@@ -367,17 +376,17 @@ impl Probe<'_> {
         Ok(())
     }
 
-    /// Records the shape of the error reply to an invalid request.
+    /// Records the shape of the error reply to a request with a temperature of the wrong type.
     async fn error_shape(&mut self) -> Result<()> {
         let outcome = self
             .send("Say hello.", |body| {
                 body.insert("temperature".into(), json!("warm"));
             })
             .await?;
-        self.found.error_shape = match outcome {
+        self.findings.error_shape = match outcome {
             ProbeOutcome::Answer(..) => "none: a wrong type is accepted".into(),
             ProbeOutcome::Refused(_, None) => "no reply".into(),
-            ProbeOutcome::Refused(_, Some(reply)) => shape(&reply),
+            ProbeOutcome::Refused(_, Some(reply)) => shape_of(&reply),
         };
         Ok(())
     }
@@ -393,8 +402,8 @@ fn with_logprobs(body: &mut Map<String, Value>, k: u32, temperature: f64) {
     }
 }
 
-/// Describes the shape of an error reply.
-fn shape(reply: &HttpReply) -> String {
+/// Describes the status and the JSON shape of an error reply.
+fn shape_of(reply: &HttpReply) -> String {
     let Ok(body) = json::value(&reply.body) else {
         let is_html = reply.body.trim_ascii_start().starts_with(b"<");
         let format = if is_html { "HTML" } else { "text" };

@@ -18,21 +18,42 @@ use crate::client::transport::{HttpReply, Transport};
 use crate::config::{EndpointConfig, MaxTokensField};
 use crate::probe::findings::ProbedEndpoint;
 
-/// Maximum number of attempts of one request, not counting rate-limited ones.
+/// Maximum number of attempts of one request, not counting throttled ones.
 const MAX_ATTEMPTS: u32 = 3;
 
 /// Maximum time for one request, including its retries.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
+/// Pause after a throttled attempt whose reply does not name one.
+const THROTTLED_PAUSE: Duration = Duration::from_secs(5);
+
+/// Minimum pause after a transient failure.
+const MIN_PAUSE: Duration = Duration::from_millis(500);
+
 /// Outcome of a probe request.
 pub(crate) enum ProbeOutcome {
     Answer(Box<Completion>, HttpReply),
-    /// The error message, and the reply if there was one.
+    /// The error message, and the reply; `None` if the connection failed.
     Refused(String, Option<HttpReply>),
+}
+
+/// A running probe of one endpoint.
+pub(crate) struct Probe<'a> {
+    pub(super) config: EndpointConfig,
+    pub(super) transport: Arc<dyn Transport>,
+    pub(super) account: &'a mut Account<LedgerFiles>,
+    pub(super) findings: ProbedEndpoint,
+    /// Maximum number of tokens of the next answers.
+    pub(super) max_tokens: u32,
+    /// True after the first answer: later errors are findings.
+    pub(super) has_answered: bool,
 }
 
 impl Probe<'_> {
     /// Reserves the maximum cost of the request in the budget.
+    ///
+    /// # Errors
+    /// If the budget is exhausted, or the ledger cannot be written.
     fn reserve(&mut self, body: &Value) -> Result<Reservation> {
         let amount = self.account.bound(&bound(body), &self.config.price);
         if self.account.reserve(&amount)? {
@@ -68,13 +89,17 @@ impl Probe<'_> {
     }
 
     /// Sends the prompt, with the fields that `change` sets, until it is answered or refused.
+    ///
+    /// # Errors
+    /// If the endpoint has not answered any request yet and claims that none can succeed or fails [`MAX_ATTEMPTS`]
+    /// times; if the retries would take longer than [`TIMEOUT`]; or if the budget is exhausted.
     pub(crate) async fn send(
         &mut self,
         prompt: &str,
         change: impl FnOnce(&mut Map<String, Value>),
     ) -> Result<ProbeOutcome> {
         let field = self
-            .found
+            .findings
             .max_tokens_field
             .unwrap_or(self.config.sampling.max_tokens_field);
         let mut body = Map::new();
@@ -87,7 +112,7 @@ impl Probe<'_> {
         let deadline = Instant::now() + TIMEOUT;
         let mut attempts = 0;
         loop {
-            self.found.requests += 1;
+            self.findings.requests += 1;
             let reserved = self.reserve(&body)?;
             let reply = self.transport.complete(&body).await;
             let now = std::time::SystemTime::now();
@@ -115,11 +140,11 @@ impl Probe<'_> {
                     return Ok(ProbeOutcome::Refused(failure.message, reply.ok()));
                 }
                 AttemptError::Throttled { wait, message } => {
-                    (wait.unwrap_or(Duration::from_secs(5)), message)
+                    (wait.unwrap_or(THROTTLED_PAUSE), message)
                 }
                 AttemptError::Transient { failure, wait } => {
                     attempts += 1;
-                    (wait.max(Duration::from_millis(500)), failure.message)
+                    (wait.max(MIN_PAUSE), failure.message)
                 }
                 AttemptError::KeyRenewed => (Duration::ZERO, "the key had expired".into()),
                 AttemptError::Unreadable { problem, .. } => {
@@ -141,7 +166,7 @@ impl Probe<'_> {
     }
 }
 
-/// Returns the maximum token counts of a request.
+/// Returns the upper bound of the tokens of a request. With `n` answers, each may have `max_tokens` tokens.
 fn bound(body: &Value) -> TokenBound {
     let number = |name: &str| body.get(name).and_then(Value::as_u64);
     let fields = [
@@ -150,19 +175,8 @@ fn bound(body: &Value) -> TokenBound {
     ];
     let max_tokens = fields.iter().find_map(|field| number(field.name()));
     let answers = number("n").unwrap_or(1);
-    let max_tokens = max_tokens.unwrap_or(0).saturating_mul(answers);
+    let completion_tokens = max_tokens.unwrap_or(0).saturating_mul(answers);
+    let completion_tokens = u32::try_from(completion_tokens).unwrap_or(u32::MAX);
     let messages = body["messages"].as_array().map_or(0, Vec::len);
-    let max_tokens = u32::try_from(max_tokens).unwrap_or(u32::MAX);
-    TokenBound::for_request(body.to_string().len(), messages, max_tokens)
-}
-
-/// A running probe of one endpoint.
-pub(crate) struct Probe<'a> {
-    pub(super) config: EndpointConfig,
-    pub(super) transport: Arc<dyn Transport>,
-    pub(super) account: &'a mut Account<LedgerFiles>,
-    pub(super) found: ProbedEndpoint,
-    pub(super) max_tokens: u32,
-    /// The endpoint has answered a plain prompt; later errors are findings.
-    pub(super) has_answered: bool,
+    TokenBound::for_request(body.to_string().len(), messages, completion_tokens)
 }

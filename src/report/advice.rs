@@ -7,20 +7,32 @@ use crate::plan::run_settings::TrainingObstacle;
 use crate::report::summary::HarvestSummary;
 use crate::terminal::{format_count, format_share};
 
-/// Exit code of [`Exit::SomeFailed`].
+/// Exit status of [`Exit::SomeFailed`].
 const SOME_FAILED: u8 = 3;
 
-/// Returns one sentence per step, the most urgent first.
+/// Advice on refused, cut-off or logprob-free answers is given if more than 1 in this number of answers is affected.
+const MIN_ANSWERS_PER_PROBLEM: u64 = 20;
+
+/// Advice on throttled requests is given if more than 1 in this number of requests was throttled.
+const MIN_REQUESTS_PER_THROTTLED: u64 = 100;
+
+/// Share of the rate limit below which a higher concurrency is advised.
+const LOW_LIMIT_USE: f64 = 0.5;
+
+/// Minimum duration in seconds of a run whose use of the rate limit is judged.
+const MIN_SECONDS: f64 = 600.0;
+
+/// Returns one sentence per step, the most urgent first. `failures` is the path of `failures.jsonl`.
 pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<String> {
     let mut steps = Vec::new();
     let config = &summary.arguments;
     let answers = summary.ok + summary.quarantined;
-    let mut step = |applies: bool, text: String| {
-        if applies {
+    let mut step = |is_needed: bool, text: String| {
+        if is_needed {
             steps.push(text);
         }
     };
-    // After any other error a rerun needs a change first, which the message of the error names.
+    // The message of any other error names the next step itself, such as a change before the rerun.
     let can_rerun = summary.error.as_ref().is_none_or(|error| {
         Exit::signal_of(error).is_some() || Exit::code_of(error) == SOME_FAILED
     });
@@ -37,22 +49,22 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
     );
     let refusals = summary.quarantines.get("refusal").copied().unwrap_or(0);
     step(
-        refusals * 20 > answers,
+        refusals * MIN_ANSWERS_PER_PROBLEM > answers,
         format!(
-            "the teacher refused {} of the questions, which are not used for training: `distill harvest {config} \
-             --again refusal` requests them again",
+            "the teacher refused {} of the questions, and refusals are not used for training: `distill harvest \
+             {config} --again refusal` requests these answers again",
             format_share(refusals, answers)
         ),
     );
     step(
-        summary.cut_off * 20 > answers,
+        summary.cut_off * MIN_ANSWERS_PER_PROBLEM > answers,
         format!(
-            "raise `sampling.max_tokens`, which cut off {} of the answers, and rerun the command: only these are requested again",
+            "raise `sampling.max_tokens`, which cut off {} of the answers, and rerun the command: only these answers are requested again",
             format_share(summary.cut_off, answers)
         ),
     );
     step(
-        summary.without_logprobs * 20 > answers,
+        summary.without_logprobs * MIN_ANSWERS_PER_PROBLEM > answers,
         format!(
             "{} of the answers have no usable logprobs: `distill probe {config}` shows what the endpoint \
              supports",
@@ -61,7 +73,7 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
     );
     for used in &summary.used {
         step(
-            used.throttled * 100 > used.requests,
+            used.throttled * MIN_REQUESTS_PER_THROTTLED > used.requests,
             format!(
                 "{} throttled {} of the requests: lower `limits.requests_per_minute`, \
                  `limits.tokens_per_minute` or `limits.concurrency`",
@@ -71,7 +83,7 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
         );
         let share = used.share().unwrap_or(1.0);
         step(
-            share < 0.5 && summary.seconds > 600.0 && used.throttled == 0,
+            share < LOW_LIMIT_USE && summary.seconds > MIN_SECONDS && used.throttled == 0,
             format!(
                 "raise `limits.concurrency`: the run used {1:.0} % of the rate limit of {0}",
                 used.teacher,
@@ -102,7 +114,7 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
     steps
 }
 
-/// Advice on how to request the failed rows again.
+/// Returns advice on how to request the failed rows again.
 fn retry_advice(summary: &HarvestSummary) -> String {
     let config = &summary.arguments;
     let again = format!("`distill harvest {config} --again failed`");
@@ -130,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn advice_is_to_train_after_a_good_run_and_names_the_problems_of_others() {
+    fn advice_is_to_train_after_a_good_run_and_to_fix_problems_after_a_bad_one() {
         let good = HarvestSummary {
             ok: 100,
             ..HarvestSummary::default()
@@ -184,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_bought_max_attempts_times_are_advised_again_failed() {
+    fn given_up_rows_are_advised_to_use_again_failed() {
         let advice = |failed, given_up| {
             steps(HarvestSummary {
                 ok: 90,

@@ -11,7 +11,7 @@ use std::hash::BuildHasher;
 /// Properties of one answer.
 #[derive(Debug, Clone)]
 pub struct AnswerFacts {
-    /// Hash of the prompt's id.
+    /// Hash of the prompt id.
     pub prompt: u64,
     pub status: Status,
     /// Quarantine reason; empty if the answer is ok.
@@ -22,7 +22,7 @@ pub struct AnswerFacts {
     pub text_hash: u64,
     /// Length of the text in bytes.
     pub text_bytes: usize,
-    /// Reason for unusable logprobs; `None` if they are usable.
+    /// Reason why the answer has no usable logprobs; `None` if it has.
     pub without_logprobs: Option<String>,
     /// True if the logprobs name tokens by id (`token_id:N`).
     pub has_token_ids: bool,
@@ -32,21 +32,23 @@ pub struct AnswerFacts {
 }
 
 impl AnswerFacts {
-    /// Collects the properties of a record. `fault` is the reason why the logprobs of the reply were dropped.
+    /// Collects the properties of a record. `fault` is the reason why the logprobs of the reply were dropped; `None` if
+    /// they were kept, or the reply had none. `max_tokens` comes from the request.
     pub fn new(record: Record, fault: Option<String>, max_tokens: u64) -> AnswerFacts {
         let hash = |text: &str| FixedState::default().hash_one(text);
         let text = &record.answer.text;
-        let without_logprobs = match &record.logprobs {
-            Some(logprobs) => usable_logprobs::problem(logprobs, text).map(String::from),
-            None => Some(fault.map_or("none came".into(), |_| "they cannot be read".into())),
-        };
         let logprobs = record.logprobs.as_ref();
+        let problem = match logprobs {
+            Some(logprobs) => usable_logprobs::problem(logprobs, text),
+            None if fault.is_some() => Some("they cannot be read"),
+            None => Some("none came"),
+        };
         AnswerFacts {
             has_token_ids: logprobs.is_some_and(|logprobs| token_ids::are_ids(&logprobs.token)),
             prompt: hash(&record.prompt_id),
             text_hash: hash(text),
             text_bytes: text.len(),
-            without_logprobs,
+            without_logprobs: problem.map(String::from),
             status: record.status,
             is_cut_off: record.answer.finish_reason == "length",
             usage: record.usage,

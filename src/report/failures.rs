@@ -23,18 +23,20 @@ pub struct FailedRow {
     pub class: String,
     /// Message of the last error.
     pub message: String,
-    /// Number of failed attempts of this run; of all runs for a row that was given up.
+    /// Number of failed attempts in this run; for a row that earlier runs gave up, the number of paid attempts in all
+    /// runs.
     pub attempts: u32,
 }
 
 impl FailedRow {
+    /// Describes a row that failed, or was refused by a content filter, in this run.
     pub fn new(plan: &Plan, endpoint: usize, entry: QueuedRow, failure: RowFailure) -> FailedRow {
         let row = &plan.rows[entry.row];
         FailedRow {
             class: failure.class,
             message: failure.message,
             attempts: entry.failed,
-            ..FailedRow::unexplained(plan, endpoint, row)
+            ..FailedRow::without_failure(plan, endpoint, row)
         }
     }
 
@@ -62,12 +64,12 @@ impl FailedRow {
             class: history.class,
             message: history.message,
             attempts: history.paid,
-            ..FailedRow::unexplained(plan, endpoint, row)
+            ..FailedRow::without_failure(plan, endpoint, row)
         }
     }
 
-    /// Identifies the row, without class, message and attempts.
-    fn unexplained(plan: &Plan, endpoint: usize, row: &PlannedRow) -> FailedRow {
+    /// Identifies the row, with empty `class` and `message` and 0 `attempts`.
+    fn without_failure(plan: &Plan, endpoint: usize, row: &PlannedRow) -> FailedRow {
         FailedRow {
             teacher: plan.templates[endpoint].endpoint.teacher.label().into(),
             prompt_id: plan.prompts[row.prompt as usize].id.clone(),
@@ -80,11 +82,12 @@ impl FailedRow {
     }
 }
 
+/// Returns the path of `failures.jsonl`.
 pub(crate) fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("failures.jsonl")
 }
 
-/// Replaces the file by the failed rows of this run. Rows of the older file are dropped, since they may have an answer now.
+/// Replaces the file by one with the failed rows of this run. The rows of earlier runs may have an answer now.
 pub(crate) fn write(run_dir: &Path, rows: &[FailedRow]) -> Result<()> {
     let path = file(run_dir);
     if rows.is_empty() && !path.exists() {

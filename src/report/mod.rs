@@ -10,10 +10,11 @@
 //! | `progress` | the progress line, with rates over the last minute |
 //! | `table` | the summary as a table for people |
 //! | `advice` | next steps after a run |
-//! | `failures` | `failures.jsonl`: rows of the run without an answer |
+//! | `failures` | `failures.jsonl`: rows of the run that failed or were filtered |
 //!
-//! Invariants: `cached + ok + quarantined + failed + pending = total`; the room only counts and formats, it
-//! decides nothing about a run; text from an endpoint is sanitised before it reaches a terminal or `summary.json`.
+//! Invariants: `cached + ok + quarantined + failed + pending = total` at the end of a run; the room only counts and
+//! formats, and does not influence the run; text from an endpoint is sanitised before it reaches a terminal or
+//! `summary.json`.
 
 pub(crate) mod advice;
 pub(crate) mod answer_facts;
@@ -33,6 +34,9 @@ use crate::report::summary::{HarvestSummary, PastRun, file, past_runs};
 use crate::terminal::escape_unsafe;
 
 /// Adds the advice and the run history to the summary, and writes `summary.json` and `failures.jsonl`.
+///
+/// # Errors
+/// If a file cannot be written.
 pub fn write(summary: &mut HarvestSummary, run_dir: &Path) -> Result<()> {
     failures::write(run_dir, &summary.failed_rows)?;
     summary.advice = advice::next_steps(summary, &failures::file(run_dir));

@@ -11,7 +11,7 @@ use crate::terminal::{format_count, format_dollars, format_duration};
 /// Period over which rates are averaged.
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// Rates over the last minute, from samples of the summary.
+/// Samples of the summary over the last minute, for rates.
 pub(crate) struct Rates {
     samples: VecDeque<Sample>,
 }
@@ -21,6 +21,7 @@ struct Sample {
     at: Instant,
     requests: u64,
     tokens: u64,
+    /// Number of rows that have ended.
     done: u64,
 }
 
@@ -42,10 +43,11 @@ impl Rates {
     /// Formats the state of the run as one line.
     pub(crate) fn line(&self, summary: &HarvestSummary) -> String {
         let mut parts = Vec::new();
-        // First, since a narrow terminal cuts off the end.
-        let done = self.per_minute(|sample| sample.done);
-        if done > 0.0 {
-            let minutes = summary.total.saturating_sub(summary.done()) as f64 / done;
+        // The remaining time comes first, since a narrow terminal cuts off the end of the line.
+        let rows_per_minute = self.per_minute(|sample| sample.done);
+        if rows_per_minute > 0.0 {
+            let open_rows = summary.total.saturating_sub(summary.done());
+            let minutes = open_rows as f64 / rows_per_minute;
             let remaining = Duration::from_secs_f64(minutes * 60.0);
             parts.push(format!("{} left", format_duration(remaining)));
         }
@@ -78,6 +80,7 @@ impl Rates {
         parts.join(", ")
     }
 
+    /// Returns the increase of a counter per minute; 0 before the second sample.
     fn per_minute(&self, counter: impl Fn(&Sample) -> u64) -> f64 {
         match (self.samples.front(), self.samples.back()) {
             (Some(first), Some(last)) if last.at > first.at => {
@@ -114,10 +117,10 @@ mod tests {
         let mut rates = Rates::new(start, &summary);
         // Ten requests a second for a minute, then one.
         for second in 1..=120 {
-            let each = if second <= 60 { 10 } else { 1 };
-            summary.requests += each;
-            summary.ok += each;
-            summary.usage.prompt_tokens += 100 * each;
+            let answers = if second <= 60 { 10 } else { 1 };
+            summary.requests += answers;
+            summary.ok += answers;
+            summary.usage.prompt_tokens += 100 * answers;
             rates.note(start + Duration::from_secs(second), &summary);
         }
         assert_eq!(

@@ -29,7 +29,7 @@ pub struct HarvestSummary {
     pub version: Version,
     /// Number of rows: prompts times samples, for every teacher.
     pub total: u64,
-    /// Number of rows with an answer from an earlier run, or with the same request as another row.
+    /// Number of rows that this run does not request: answered earlier, or with the same request as another row.
     pub cached: u64,
     /// Number of rows in `cached` with the same request as another row.
     pub repeated: u64,
@@ -48,18 +48,19 @@ pub struct HarvestSummary {
     pub usage: Usage,
     /// Cost of the answers of this run by their usage, in US dollars; `None` without prices.
     pub cost_usd: Option<f64>,
-    /// Upper bound for attempts of this run that may have been billed, and for answers without usage.
+    /// Upper bound in US dollars for attempts of this run that may have been billed, and for answers without usage.
     pub estimated_usd: Option<f64>,
-    /// Cost of all runs in this run folder, upper bounds included.
+    /// Cost of all runs in this run folder in US dollars, upper bounds included.
     pub run_folder_usd: Option<f64>,
+    /// `budget.usd`.
     pub budget_usd: Option<f64>,
     /// Number of attempts of this run that may have been billed without an answer.
     pub attempts_lost: u64,
-    /// Duration of this run.
+    /// Duration of this run in seconds.
     pub seconds: f64,
     /// Number of answers without usable logprobs although the request asked for logprobs.
     pub without_logprobs: u64,
-    /// The same answers, by the reason.
+    /// The answers in `without_logprobs`, by reason.
     pub without_logprobs_because: BTreeMap<String, u64>,
     /// Number of answers that `sampling.max_tokens` cut off.
     pub cut_off: u64,
@@ -86,6 +87,7 @@ pub struct HarvestSummary {
     /// [`Config::arguments`]: crate::config::Config::arguments
     #[serde(skip)]
     pub arguments: String,
+    /// Reason why `distill train` with this config would not train on the answers.
     #[serde(skip)]
     pub before_training: Option<TrainingObstacle>,
     /// Rows that failed or were refused by a content filter, for `failures.jsonl`.
@@ -148,7 +150,8 @@ impl PastRun {
 /// Maximum number of entries in the run history; older ones are dropped.
 const MAX_RUNS: usize = 1_000;
 
-/// Returns the history in `summary.json` of the run folder; empty if the file cannot be read.
+/// Returns the history in `summary.json` of the run folder, with room for the entry of this run; empty if the file
+/// cannot be read.
 pub(crate) fn past_runs(run_dir: &Path) -> Vec<PastRun> {
     #[derive(Deserialize)]
     struct History {
@@ -162,7 +165,7 @@ pub(crate) fn past_runs(run_dir: &Path) -> Vec<PastRun> {
     runs
 }
 
-/// Number of answers that earlier runs recorded in this folder, according to `summary.json`.
+/// Returns the number of answers that earlier runs recorded in this folder, according to `summary.json`.
 pub fn recorded_before(run_dir: &Path) -> u64 {
     let runs = past_runs(run_dir);
     runs.iter().map(|run| run.ok + run.quarantined).sum()
@@ -181,6 +184,7 @@ pub(crate) fn warn_of_empty_cache(run_dir: &Path, cache_dir: &Path, records: usi
     }
 }
 
+/// Returns the path of `summary.json`.
 pub fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("summary.json")
 }
@@ -199,7 +203,7 @@ impl HarvestSummary {
         self.cached + self.ok + self.quarantined + self.failed
     }
 
-    /// Counts an answer.
+    /// Counts an answer. `wants_logprobs` is true if its request asked for logprobs.
     pub fn add(&mut self, answer: &AnswerFacts, wants_logprobs: bool) {
         match answer.status {
             Status::Ok => self.ok += 1,
@@ -214,10 +218,8 @@ impl HarvestSummary {
         self.cut_off += u64::from(answer.is_cut_off);
         // An empty answer has no tokens, and so no logprobs.
         let expects_logprobs = wants_logprobs && answer.text_bytes > 0;
-        if let Some(reason) = answer
-            .without_logprobs
-            .as_ref()
-            .filter(|_| expects_logprobs)
+        if let Some(reason) = &answer.without_logprobs
+            && expects_logprobs
         {
             self.without_logprobs += 1;
             *self
@@ -240,7 +242,7 @@ impl HarvestSummary {
         self.failed_rows.push(row);
     }
 
-    /// Creates the summary of a run before its first request.
+    /// Creates the summary of a run before its first request. Rows that earlier runs gave up count as failed.
     pub fn from_plan(plan: &Plan, unanswered: &Unanswered) -> HarvestSummary {
         let mut summary = HarvestSummary {
             total: plan.total,
@@ -264,7 +266,7 @@ impl HarvestSummary {
         self.failed_rows.push(row);
     }
 
-    /// Returns [`Exit::SomeFailed`] if rows failed.
+    /// Returns an [`Exit::SomeFailed`] error if rows failed.
     pub fn failed_rows_error(&self, run_dir: &Path) -> Option<anyhow::Error> {
         let message = format!(
             "{} of {} rows failed: see {}",

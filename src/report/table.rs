@@ -11,6 +11,10 @@ use crate::terminal::{
     format_bytes, format_count, format_dollars, format_duration, format_share, sanitise, table,
 };
 
+/// Minimum number of seconds with waiting rows before the use of a rate limit is shown. Over a shorter time, the
+/// initial burst would distort it.
+const MIN_OPEN_SECONDS: f64 = 60.0;
+
 impl HarvestSummary {
     /// Formats the summary as a table, followed by advice and cost, or by the notes of a dry run.
     pub fn to_table(&self) -> String {
@@ -45,6 +49,7 @@ impl HarvestSummary {
         text
     }
 
+    /// Table rows with the results of a run, by counter and reason.
     fn result_rows(&self) -> Vec<[String; 2]> {
         let count = |name: &str, number| [name.to_string(), format_count(number)];
         let mut rows = vec![count("answered now", self.ok)];
@@ -77,16 +82,16 @@ impl HarvestSummary {
         }
         if self.without_logprobs > 0 {
             rows.push(count("without logprobs", self.without_logprobs));
-            let because = self.without_logprobs_because.iter();
+            let reasons = self.without_logprobs_because.iter();
             rows.extend(
-                because.map(|(reason, &number)| count(&format!("  {}", sanitise(reason)), number)),
+                reasons.map(|(reason, &number)| count(&format!("  {}", sanitise(reason)), number)),
             );
         }
         if self.cut_off > 0 {
             rows.push(count("cut off by max_tokens", self.cut_off));
         }
         rows.extend(self.batches.iter().flat_map(BatchCounts::rows));
-        rows.extend(self.use_rows());
+        rows.extend(self.limit_rows());
         rows.push([
             "time".into(),
             format_duration(Duration::from_secs_f64(self.seconds)),
@@ -94,17 +99,17 @@ impl HarvestSummary {
         rows
     }
 
-    /// Rows about the rate limits of each teacher.
-    fn use_rows(&self) -> Vec<[String; 2]> {
+    /// Table rows about the rate limits of each teacher.
+    fn limit_rows(&self) -> Vec<[String; 2]> {
         let mut rows = Vec::new();
         for used in &self.used {
             let name = match self.used.len() {
                 1 => String::new(),
                 _ => format!(" ({})", sanitise(&used.teacher)),
             };
-            // Over a shorter time the initial burst would distort the share.
-            let is_long = used.open_s >= 60.0;
-            if let Some(share) = used.share().filter(|_| is_long) {
+            if let Some(share) = used.share()
+                && used.open_s >= MIN_OPEN_SECONDS
+            {
                 rows.push([
                     format!("rate limit used{name}"),
                     format!("{:.1} %", share * 100.0),
@@ -120,7 +125,7 @@ impl HarvestSummary {
         rows
     }
 
-    /// Notes and the first request of a dry run.
+    /// Formats the notes and the first request of a dry run.
     fn dry_run_notes(&self, estimate: &Estimate) -> String {
         let mut text = String::new();
         for warning in self
@@ -139,13 +144,13 @@ impl HarvestSummary {
         ] {
             if count > 0 {
                 let count = format_count(count);
-                let of_first = estimate
+                let searched = estimate
                     .cached
                     .counted_records
                     .map(|records| format!(" of the first {} records", format_count(records)));
-                let of_first = of_first.unwrap_or_default();
+                let searched = searched.unwrap_or_default();
                 text.push_str(&format!(
-                    "note: {count} cached answers{of_first} are to {question}\n"
+                    "note: {count} cached answers{searched} are to {question}\n"
                 ));
             }
         }
@@ -177,14 +182,15 @@ impl HarvestSummary {
     }
 }
 
+/// Table rows with the estimates of a dry run.
 fn estimate_rows(summary: &HarvestSummary, estimate: &Estimate) -> Vec<[String; 2]> {
     let likely =
         |text: Option<String>| text.map_or(String::new(), |text| format!(", likely {text}"));
     let cost = match estimate.cost_usd {
-        Some((least, most)) => format!(
+        Some((min, max)) => format!(
             "{} to {}{}",
-            format_dollars(least),
-            format_dollars(most),
+            format_dollars(min),
+            format_dollars(max),
             likely(estimate.likely_cost_usd.map(format_dollars))
         ),
         None => "no price is set".into(),
@@ -231,7 +237,7 @@ fn estimate_rows(summary: &HarvestSummary, estimate: &Estimate) -> Vec<[String; 
     rows.map(|(name, value)| [name.into(), value]).collect()
 }
 
-/// Formats the time of the batches: a provider may take a day for each, and often takes an hour or two.
+/// Formats the number of batches and their maximum time: a provider may take 24 hours for each.
 fn batch_time(batches: &BatchEstimate) -> String {
     let to_submit = match batches.batches {
         0 => "no new batch".to_owned(),

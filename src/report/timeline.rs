@@ -6,16 +6,16 @@ use tokio::time::Instant;
 /// Statistics of one hour of the run, counted from the start of the run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct HourStats {
-    /// RFC 3339, in UTC.
+    /// Start of the hour, RFC 3339 in UTC.
     pub start: String,
     pub requests: u64,
     pub answered: u64,
     pub failed_attempts: u64,
-    /// Seconds of this hour within the run.
+    /// Number of seconds of this hour within the run.
     pub seconds: f64,
-    /// Seconds of these outside `schedule.window`.
+    /// Part of `seconds` outside `schedule.window`.
     pub closed_s: f64,
-    /// Seconds of these spent waiting for an endpoint that throttled or was down.
+    /// Part of `seconds` spent waiting for an endpoint that throttled or was down.
     pub waiting_s: f64,
 }
 
@@ -25,32 +25,37 @@ pub struct HourStats {
 pub struct LimitUse {
     pub teacher: String,
     pub requests: u64,
-    /// `None` without a known limit.
+    /// Number of requests that the limits allowed; `None` without a known limit.
     pub requests_allowed: Option<f64>,
     /// Prompt estimates and `max_tokens`, as limits count them.
     pub tokens: u64,
+    /// Number of tokens that the limits allowed; `None` without a known limit.
     pub tokens_allowed: Option<f64>,
+    /// Number of requests that the endpoint throttled.
     pub throttled: u64,
-    /// Seconds in which rows were waiting to be sent.
+    /// Number of seconds in which rows were waiting to be sent.
     pub open_s: f64,
 }
 
 impl LimitUse {
-    /// Adds seconds in which rows were waiting to be sent. `per_minute` are the limits of requests and tokens.
+    /// Adds seconds in which rows were waiting to be sent. `per_minute` has the limits of requests and of tokens per
+    /// minute, in this order.
     pub fn advance(&mut self, seconds: f64, per_minute: (Option<f64>, Option<f64>)) {
-        let add = |allowed: &mut Option<f64>, per_minute: Option<f64>, before: f64| {
+        let seconds_before = self.open_s;
+        let add = |allowed: &mut Option<f64>, per_minute: Option<f64>| {
             if let Some(per_minute) = per_minute {
-                // A limit that headers report later is assumed since the start, with a burst of one second.
-                let earlier = per_minute * (before + 1.0) / 60.0;
-                *allowed = Some(allowed.unwrap_or(earlier) + per_minute * seconds / 60.0);
+                // A limit that headers report later is assumed to apply since the start, with a burst of one second.
+                let allowed_before = per_minute * (seconds_before + 1.0) / 60.0;
+                *allowed = Some(allowed.unwrap_or(allowed_before) + per_minute * seconds / 60.0);
             }
         };
-        add(&mut self.requests_allowed, per_minute.0, self.open_s);
-        add(&mut self.tokens_allowed, per_minute.1, self.open_s);
+        let (requests_per_minute, tokens_per_minute) = per_minute;
+        add(&mut self.requests_allowed, requests_per_minute);
+        add(&mut self.tokens_allowed, tokens_per_minute);
         self.open_s += seconds;
     }
 
-    /// Used share of the limit that was closest to exhaustion.
+    /// Returns the used share of the limit that was closest to exhaustion; `None` without a known limit.
     pub fn share(&self) -> Option<f64> {
         let share = |used: u64, allowed: Option<f64>| {
             allowed
@@ -66,34 +71,39 @@ impl LimitUse {
     }
 }
 
-/// Hours of a run, and the time up to which they are counted.
+/// Statistics of the hours of a run.
 #[derive(Debug)]
 pub(crate) struct Timeline {
     started: Instant,
-    last: Instant,
+    /// Wall-clock time of `started`.
+    started_at: jiff::Timestamp,
+    /// Time up to which `hours` counts seconds.
+    counted_until: Instant,
     pub hours: Vec<HourStats>,
-    start: jiff::Timestamp,
 }
 
+const SECONDS_PER_HOUR: u64 = 3_600;
+
 impl Timeline {
-    pub(crate) fn new(now: Instant, start: jiff::Timestamp) -> Self {
+    /// Starts at `now`, which is `started_at` on the wall clock.
+    pub(crate) fn new(now: Instant, started_at: jiff::Timestamp) -> Self {
         let mut timeline = Self {
             started: now,
-            last: now,
+            started_at,
+            counted_until: now,
             hours: Vec::new(),
-            start,
         };
         timeline.hour(now);
         timeline
     }
 
-    /// Returns the statistics of the hour at `now`.
+    /// Returns the statistics of the hour that contains `now`.
     pub(crate) fn hour(&mut self, now: Instant) -> &mut HourStats {
-        let index = (now - self.started).as_secs() / 3_600;
+        let index = (now - self.started).as_secs() / SECONDS_PER_HOUR;
         while self.hours.len() as u64 <= index {
-            let seconds = self.hours.len() as i64 * 3_600;
-            let start = jiff::SignedDuration::from_secs(seconds);
-            let start = self.start.checked_add(start).unwrap_or(self.start);
+            let elapsed = jiff::SignedDuration::from_hours(self.hours.len() as i64);
+            let start = self.started_at.checked_add(elapsed);
+            let start = start.unwrap_or(self.started_at);
             self.hours.push(HourStats {
                 start: format!("{start:.0}"),
                 ..HourStats::default()
@@ -104,20 +114,24 @@ impl Timeline {
 
     /// Adds the seconds since the last call to the current hour, and returns them.
     pub(crate) fn advance(&mut self, now: Instant) -> f64 {
-        let seconds = (now - self.last).as_secs_f64();
-        self.last = now;
+        let seconds = (now - self.counted_until).as_secs_f64();
+        self.counted_until = now;
         self.hour(now).seconds += seconds;
         seconds
     }
 }
 
-/// Returns the hour with the fewest answers per second within `schedule.window`, among hours with at least half
-/// an hour of it.
+/// Minimum number of seconds within `schedule.window` for an hour to be compared with others.
+const MIN_COMPARED_SECONDS: f64 = 1_800.0;
+
+/// Returns the hour with the fewest answers per second within `schedule.window`, among the hours with more than
+/// [`MIN_COMPARED_SECONDS`] of it.
 pub(crate) fn slowest(hours: &[HourStats]) -> Option<&HourStats> {
-    let rate = |hour: &HourStats| hour.answered as f64 / (hour.seconds - hour.closed_s);
+    let open_seconds = |hour: &HourStats| hour.seconds - hour.closed_s;
+    let rate = |hour: &HourStats| hour.answered as f64 / open_seconds(hour);
     hours
         .iter()
-        .filter(|hour| hour.seconds - hour.closed_s > 1_800.0)
+        .filter(|hour| open_seconds(hour) > MIN_COMPARED_SECONDS)
         .min_by(|a, b| rate(a).total_cmp(&rate(b)))
 }
 

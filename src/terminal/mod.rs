@@ -2,8 +2,8 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `mod` | `sanitise` and `escape_unsafe`; formats of durations, counts, dollars and bytes; tables |
-//! | `progress` | progress bars and lines on stderr |
+//! | `mod.rs` | `sanitise` and `escape_unsafe`; formats of durations, counts, dollars and bytes; tables |
+//! | `progress.rs` | progress bars and lines on stderr |
 //!
 //! Invariant: text from a model, an endpoint or a data file reaches a terminal only through [`sanitise`] (or, as
 //! JSON, through [`escape_unsafe`]).
@@ -54,10 +54,11 @@ pub fn escape_unsafe(json: &str) -> Cow<'_, str> {
     Cow::Owned(safe)
 }
 
+/// Returns true if [`sanitise`] replaces the character.
 fn is_unsafe(char: char) -> bool {
     match char {
         '\n' | '\t' => false,
-        // Bidirectional marks, embeddings, overrides and isolates; line and paragraph separators.
+        // Characters that change the text direction; line and paragraph separators.
         '\u{061c}'
         | '\u{200e}'
         | '\u{200f}'
@@ -67,7 +68,7 @@ fn is_unsafe(char: char) -> bool {
     }
 }
 
-/// Formats a duration in its two largest units: `2 h 5 min`, `3 min 20 s`, `4.2 s`, `120 ms`.
+/// Formats a duration in at most two units: `2 d 2 h`, `2 h 5 min`, `3 min 20 s`, `4.2 s`, `120 ms`.
 pub fn format_duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
@@ -92,7 +93,7 @@ pub fn format_count(count: u64) -> String {
     grouped
 }
 
-/// Formats US dollars: with 2 decimals, or 4 if below 1 dollar.
+/// Formats US dollars: with 4 decimals between 0 and 1 dollar, else with 2.
 pub fn format_dollars(dollars: f64) -> String {
     if dollars >= 1.0 || dollars == 0.0 {
         format!("${dollars:.2}")
@@ -116,7 +117,7 @@ pub fn format_bytes(bytes: u64) -> String {
     format!("{value:.1} TB")
 }
 
-/// Formats `part / total` in per cent: `12.5 %`.
+/// Formats `part / total` in per cent: `12.5 %`; a total of 0 counts as 1.
 pub fn format_share(part: u64, total: u64) -> String {
     format!("{:.1} %", 100.0 * part as f64 / total.max(1) as f64)
 }

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::format_count;
 
-/// Shortest wait that is worth a note.
+/// Minimum duration of a wait that is reported in a note.
 pub(crate) const SHORTEST_SHOWN_WAIT: Duration = Duration::from_secs(5);
 
 /// Interval between progress lines if stderr is not a terminal.
@@ -28,13 +28,13 @@ enum ProgressOutput {
     Lines { last_printed: Instant },
     /// Only the lines of [`Progress::note`].
     Notes,
-    /// Nothing.
+    /// No output.
     Quiet,
 }
 
 impl Progress {
-    /// Starts the progress display. `total` has the unit of [`Progress::update`], such as requests or optimizer
-    /// steps.
+    /// Starts the progress display. `total` is a number of units, such as requests or optimizer steps. With
+    /// `quiet`, nothing is shown.
     pub fn new(label: &'static str, total: u64, quiet: bool) -> Self {
         let output = if quiet {
             ProgressOutput::Quiet
@@ -60,7 +60,7 @@ impl Progress {
         }
     }
 
-    /// Shows only notes, for an operation within another one that shows the progress.
+    /// Creates a display of notes alone, for an operation within another one that shows the progress.
     pub fn notes(quiet: bool) -> Self {
         let output = if quiet {
             ProgressOutput::Quiet
@@ -74,8 +74,8 @@ impl Progress {
         }
     }
 
-    /// Shows that `done` units of the total are complete. `details` is called only if its text is shown; the text must
-    /// be sanitised.
+    /// Shows that `done` of `total` units are complete. `details` is called only if its text is shown; it must return
+    /// sanitised text.
     pub fn update(&mut self, done: u64, details: impl FnOnce() -> String) {
         match &mut self.output {
             ProgressOutput::Bar(bar) => {
@@ -101,7 +101,7 @@ impl Progress {
     }
 }
 
-/// Progress of reading large files in MB, shown only if it takes longer than 300 ms.
+/// Progress of reading large files in MB, shown only after [`Self::SHOW_AFTER`].
 pub struct ReadProgress {
     label: &'static str,
     quiet: bool,
@@ -114,6 +114,7 @@ impl ReadProgress {
     const SHOW_AFTER: Duration = Duration::from_millis(300);
     const MB: u64 = 1_000_000;
 
+    /// Creates a display that is not shown yet. With `quiet`, it is never shown.
     pub fn new(label: &'static str, quiet: bool) -> Self {
         Self {
             label,

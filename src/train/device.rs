@@ -18,14 +18,14 @@ pub(crate) fn open(train: &TrainConfig) -> Result<Device> {
     }
     if train.activation_checkpointing {
         bail!(Exit::Usage(
-            "train.activation_checkpointing needs the CPU: set train.device = \"cpu\", or remove it \
-             and lower train.micro_batch_size"
+            "`train.activation_checkpointing` needs the CPU: set `train.device = \"cpu\"`, or remove it \
+             and lower `train.micro_batch_size`"
                 .into()
         ));
     }
     if train.on_policy {
         bail!(Exit::Usage(
-            "train.on_policy generates text, which needs the CPU: set train.device = \"cpu\""
+            "`train.on_policy` generates text, which needs the CPU: set `train.device = \"cpu\"`"
                 .into()
         ));
     }
@@ -35,14 +35,14 @@ pub(crate) fn open(train: &TrainConfig) -> Result<Device> {
     };
     if !built {
         bail!(Exit::Usage(format!(
-            "train.device = \"{name}\", but this program was built without it: run \
+            "`train.device = \"{name}\"`, but this program was built without it: run \
              `cargo build --release --features {name}`"
         )));
     }
     open_gpu(kind).map_err(|error| {
         Exit::Usage(format!(
-            "cannot open train.device = \"{name}\": {}; check the GPU and its driver, or set \
-             train.device = \"cpu\"",
+            "cannot open `train.device = \"{name}\"`: {}; check the GPU and its driver, or set \
+             `train.device = \"cpu\"`",
             first_line(&error)
         ))
         .into()

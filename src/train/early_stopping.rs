@@ -29,13 +29,13 @@ pub(crate) fn check(
 ) -> Result<()> {
     if metric != config::BestMetric::Last && held_out == 0 {
         bail!(Exit::Usage(
-            "train.best needs held-out examples, and there are none: raise data.validation_share"
+            "`train.best` needs held-out examples, and there are none: raise `data.validation_share`"
                 .into()
         ));
     }
     if metric == config::BestMetric::Kl && !has_soft_labels() {
         bail!(Exit::Usage(
-            "train.best = \"kl\" needs held-out examples with soft labels, and there are none: set it to \"ce\" or \
+            "`train.best = \"kl\"` needs held-out examples with soft labels, and there are none: set it to \"ce\" or \
              \"token_accuracy\""
                 .into()
         ));

@@ -69,7 +69,7 @@ pub(crate) fn files(
     }
     if dir == tokenizer.dir() && !tokenizer.template_args().is_empty() {
         set_template_args(&mut files, tokenizer.template_args())?;
-        changes.push("chat template: student.template_args are its defaults".into());
+        changes.push("chat template: `student.template_args` are its defaults".into());
     }
     for (name, bytes) in &mut files {
         if *name == TOKENIZER_CONFIG {

@@ -59,7 +59,7 @@ impl LocalTeacher {
         let hash = weights::hash(&tensors)?;
         let tensors = weights::to_device(&tensors, &device::open(train)?)?;
         let mut trainable = TrainableModel::new(shape, tensors, Tensors::new(), |_| !cotrain)
-            .with_context(|| format!("cannot load teacher.local {}", dir.display()))?;
+            .with_context(|| format!("cannot load `teacher.local` {}", dir.display()))?;
         trainable.model.set_precision(device::precision(train));
         let training = cotrain.then(|| -> Result<_> {
             Ok(Cotraining {
@@ -144,13 +144,13 @@ pub(crate) fn load_frozen(dir: &Path, tokenizer: &Tokenizer, train: &TrainConfig
 fn check_tokenizer(dir: &Path, student: &Tokenizer) -> Result<()> {
     if !dir.join("config.json").is_file() {
         bail!(Exit::Usage(format!(
-            "teacher.local: {} is not a model folder (it has no config.json): set teacher.local to the folder of a \
+            "`teacher.local`: {} is not a model folder (it has no config.json): set `teacher.local` to the folder of a \
              Hugging Face model, or remove it",
             dir.display()
         )));
     }
     let teacher = Tokenizer::load(dir)
-        .with_context(|| format!("cannot load teacher.local {}", dir.display()))?;
+        .with_context(|| format!("cannot load `teacher.local` {}", dir.display()))?;
     let Some(id) = teacher.first_difference(student) else {
         return Ok(());
     };
@@ -159,7 +159,7 @@ fn check_tokenizer(dir: &Path, student: &Tokenizer) -> Result<()> {
         name => format!("{name:?}"),
     };
     bail!(Exit::Usage(format!(
-        "the tokenizer of teacher.local {} differs from the student's: token {id} is {} for the teacher, and {} for \
+        "the tokenizer of `teacher.local` {} differs from the student's: token {id} is {} for the teacher, and {} for \
          the student. To distill across tokenizers, harvest answers from `distill serve --model {}`: their tokens are \
          aligned by bytes",
         dir.display(),

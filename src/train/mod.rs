@@ -418,7 +418,7 @@ fn on_policy_generator<'a>(
     } else {
         Some(RemoteTeacher {
             scorer: scorer
-                .context("internal error: train.on_policy without a teacher to score answers")?,
+                .context("internal error: `train.on_policy` without a teacher to score answers")?,
             mapper: Mapper::new(tokenizer, config.data.top_logprobs),
             prompts: dataset::prompts(&config.data, &config.run_dir, selection)?,
         })

@@ -28,7 +28,7 @@ pub(crate) fn learning_rate(train: &TrainConfig, step: u64, total: u64) -> f64 {
 pub(crate) fn warmup_note(train: &TrainConfig, total: u64) -> Option<String> {
     (total > 0 && train.warmup_steps >= total).then(|| {
         format!(
-            "train.warmup_steps = {} is not less than the {total} steps of this run: the learning rate rises until the \
+            "`train.warmup_steps` = {} is not less than the {total} steps of this run: the learning rate rises until the \
              last step",
             train.warmup_steps
         )

@@ -38,7 +38,7 @@ pub fn check_tokenizer(tokenizer: &Tokenizer) -> Result<()> {
     bail!(Exit::Usage(format!(
         "the tokenizer in {} does not define the bytes of its tokens (WordPiece drops the spaces between \
          words), so the teacher's tokens cannot be aligned with them: choose a student with a byte-level \
-         BPE or SentencePiece tokenizer, or set loss.kd = \"none\" to train on the answers alone",
+         BPE or SentencePiece tokenizer, or set `loss.kd = \"none\"` to train on the answers alone",
         tokenizer.dir().display()
     )))
 }
@@ -96,8 +96,8 @@ pub fn choose(
     let with_logprobs = report.kept.saturating_sub(without_logprobs);
     if with_logprobs > 0 && report.with_soft_labels * MIN_USABLE_ONE_IN < with_logprobs {
         refuse(format!(
-            "loss.kd = \"{}\" needs the teacher's logprobs, and those of {} of {} answers cannot be used: {}. Set \
-             loss.kd = \"none\" to train on the answers alone, or pass --force",
+            "`loss.kd = \"{}\"` needs the teacher's logprobs, and those of {} of {} answers cannot be used: {}. Set \
+             `loss.kd = \"none\"` to train on the answers alone, or pass --force",
             settings.kd.name(),
             format_count(with_logprobs - report.with_soft_labels),
             format_count(with_logprobs),
@@ -107,7 +107,7 @@ pub fn choose(
     if report.soft_positions == 0 {
         let name = settings.kd.name();
         choice.notes.push(format!(
-            "loss.kd = \"{name}\": no answer has soft labels; training on cross-entropy alone"
+            "`loss.kd = \"{name}\"`: no answer has soft labels; training on cross-entropy alone"
         ));
         return Ok(choice);
     }
@@ -122,7 +122,7 @@ pub fn choose(
     if let Some(broken) = report.logprob_check.broken() {
         refuse(format!(
             "the teacher's logprobs do not belong to its answers: {}. They may be shifted by one position, or belong \
-             to another text. Set loss.kd = \"none\" to train on the answers alone, or pass --force to use them \
+             to another text. Set `loss.kd = \"none\"` to train on the answers alone, or pass --force to use them \
              anyway",
             top1_evidence(&broken)
         ))?;
@@ -136,7 +136,7 @@ pub fn choose(
         KdMode::Auto if too_sharp => {
             choice.terms = Some([inexact_term; 2]);
             choice.notes.push(format!(
-                "loss.kd = \"auto\": {inexact_term}, because the answers were sampled from a sharper distribution than their \
+                "`loss.kd = \"auto\"`: {inexact_term}, because the answers were sampled from a sharper distribution than their \
                  logprobs show, at a lower temperature or with a top_p: {}",
                 top1_evidence(&report.logprob_check.exact)
             ));
@@ -144,45 +144,45 @@ pub fn choose(
         KdMode::Auto if misses_tail => {
             choice.terms = Some([inexact_term; 2]);
             choice.notes.push(format!(
-                "loss.kd = \"auto\": {inexact_term}, because tokens outside the top-k are missing: {}",
+                "`loss.kd = \"auto\"`: {inexact_term}, because tokens outside the top-k are missing: {}",
                 tail_evidence(&report.logprob_check.in_top_k)
             ));
         }
         KdMode::Auto if exact_samples == 0 => {
             choice.notes.push(format!(
-                "loss.kd = \"auto\": {inexact_term}, because no answer is an exact sample of its logprobs (temperature 1, \
+                "`loss.kd = \"auto\"`: {inexact_term}, because no answer is an exact sample of its logprobs (temperature 1, \
                  no truncation)"
             ));
         }
         KdMode::Auto if exact_samples == with_soft_labels => {
             choice.notes.push(format!(
-                "loss.kd = \"auto\": {exact_term}, because all answers were sampled at temperature 1 without truncation"
+                "`loss.kd = \"auto\"`: {exact_term}, because all answers were sampled at temperature 1 without truncation"
             ));
         }
         KdMode::Auto => {
             choice.notes.push(format!(
-                "loss.kd = \"auto\": {exact_term} for the {} answers that are exact samples of their logprobs; \
+                "`loss.kd = \"auto\"`: {exact_term} for the {} answers that are exact samples of their logprobs; \
                  {inexact_term} for the other {}",
                 format_count(exact_samples),
                 format_count(with_soft_labels - exact_samples)
             ));
         }
         KdMode::Unbiased | KdMode::Damped if exact_samples < with_soft_labels => refuse(format!(
-            "loss.kd = \"{name}\" needs answers sampled at temperature 1 without truncation: {} of {} were not \
-             (see the [sampling] settings of their harvest). Set loss.kd = \"auto\", which uses \"tail\" for those \
+            "`loss.kd = \"{name}\"` needs answers sampled at temperature 1 without truncation: {} of {} were not \
+             (see the [sampling] settings of their harvest). Set `loss.kd = \"auto\"`, which uses \"tail\" for those \
              answers",
             format_count(with_soft_labels - exact_samples),
             format_count(with_soft_labels)
         ))?,
         KdMode::Unbiased | KdMode::Damped if too_sharp => refuse(format!(
-            "loss.kd = \"{name}\" needs exact samples of the logprobs, but these answers were sampled at a lower \
-             temperature: {}. Set loss.kd to \"tail\"",
+            "`loss.kd = \"{name}\"` needs exact samples of the logprobs, but these answers were sampled at a lower \
+             temperature: {}. Set `loss.kd` to \"tail\"",
             top1_evidence(&report.logprob_check.exact)
         ))?,
         KdMode::Unbiased | KdMode::Damped if misses_tail => refuse(format!(
-            "loss.kd = \"{name}\" needs answers with tokens from outside the top-k, and these are missing: {}. \
+            "`loss.kd = \"{name}\"` needs answers with tokens from outside the top-k, and these are missing: {}. \
              The server truncates its sampling (top_k, top_p, min_p), or lists the emitted token in place of \
-             another one. Set loss.kd to \"tail\"",
+             another one. Set `loss.kd` to \"tail\"",
             tail_evidence(&report.logprob_check.in_top_k)
         ))?,
         _ => {}
@@ -208,7 +208,7 @@ pub fn choose_for_local_teacher(settings: &LossConfig) -> SoftLabelChoice {
         Divergence::from_config(settings).is_some_and(|[divergence, _]| is_full_kl(divergence));
     let note = is_full.then(|| {
         format!(
-            "loss.kd = \"{}\" is the full KL divergence with teacher.local",
+            "`loss.kd = \"{}\"` is the full KL divergence with `teacher.local`",
             settings.kd.name()
         )
     });

@@ -180,7 +180,7 @@ impl Stepper {
 
 fn not_finite(quantity: &str, step: u64, keys: &[String]) -> String {
     format!(
-        "the {quantity} of step {step} is not finite; nothing was updated. Lower train.learning_rate, \
+        "the {quantity} of step {step} is not finite; nothing was updated. Lower `train.learning_rate`, \
          or inspect these examples: {}",
         keys.join(", ")
     )

@@ -58,7 +58,7 @@ impl TrainableModel {
         };
         if adapters.rank > 0 && new_adapters.is_empty() {
             bail!(Exit::Usage(format!(
-                "lora.targets matches no linear layer of the student; its layers are named like {}",
+                "`lora.targets` matches no linear layer of the student; its layers are named like {}",
                 lora::first_projection_name(&shape)
             )));
         }
@@ -75,14 +75,14 @@ impl TrainableModel {
         for pattern in &train.freeze {
             if !matches_parameter(pattern) {
                 bail!(Exit::Usage(format!(
-                    "train.freeze: {:?} matches no parameter",
+                    "`train.freeze`: {:?} matches no parameter",
                     pattern.as_str()
                 )));
             }
         }
         if student.vars.is_empty() {
             bail!(Exit::Usage(
-                "train.freeze leaves no parameter to train".into()
+                "`train.freeze` leaves no parameter to train".into()
             ));
         }
         student.model.set_precision(device::precision(train));

@@ -1,4 +1,4 @@
-//! The cache keeps every acknowledged record, and says so when it cannot.
+//! The uncompressed cache: torn tails, damage, unusual files, schema versions, and concurrent access.
 
 use std::fs;
 use std::path::Path;
@@ -24,7 +24,7 @@ fn read_all(dir: &Path) -> anyhow::Result<Vec<Record>> {
     distill::cache::reader::read(dir)?.collect()
 }
 
-/// A cache folder that holds `file`.
+/// Creates a cache folder whose plain file contains `file`.
 fn folder(file: &[u8]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::write(cache::plain_file(dir.path()), file).unwrap();
@@ -35,23 +35,19 @@ fn folder(file: &[u8]) -> tempfile::TempDir {
 fn truncated_file_keeps_the_records_before_the_cut() {
     let records: Vec<_> = (0..50).map(sample).collect();
     let file = encode(records.clone());
-    let ends: Vec<_> = file
-        .iter()
-        .enumerate()
-        .filter_map(|(at, &byte)| (byte == b'\n').then_some(at))
-        .collect();
+    let newlines: Vec<_> = memchr::memchr_iter(b'\n', &file).collect();
     for cut in 0..=file.len() {
         let (lines, ending) = scan(&file[..cut]);
-        // A record is whole without its newline, too.
-        let whole = ends.iter().filter(|&&end| end <= cut).count();
-        assert_eq!(lines.len(), whole, "cut at {cut}");
+        // A record without its newline is also complete.
+        let complete = newlines.iter().filter(|&&end| end <= cut).count();
+        assert_eq!(lines.len(), complete, "cut at {cut}");
         let after_newline = cut == 0 || file[cut - 1] == b'\n';
         let expected = if after_newline {
             FileEnding::Clean
-        } else if ends.contains(&cut) {
+        } else if newlines.contains(&cut) {
             FileEnding::Unterminated
         } else {
-            let start = ends[..whole].last().map_or(0, |end| end + 1);
+            let start = newlines[..complete].last().map_or(0, |end| end + 1);
             match ending {
                 Ok(FileEnding::Torn(ref bad)) => assert_eq!(bad.offset, start as u64),
                 ref other => panic!("cut at {cut}: {other:?}"),
@@ -73,7 +69,7 @@ fn torn_tail_is_moved_to_another_file_and_appending_works() {
     let file = encode((0..3).map(sample));
     let second = encode((0..1).map(sample)).len();
     let third = encode((0..2).map(sample)).len();
-    // Inside the second line, at its start, before its newline, and inside the third.
+    // Inside the second line, before and after its newline, and inside the third line.
     for cut in [
         second + 1,
         second + 100,
@@ -83,19 +79,19 @@ fn torn_tail_is_moved_to_another_file_and_appending_works() {
         file.len() - 2,
     ] {
         let dir = folder(&file[..cut]);
-        let whole = if cut < third - 1 { 1 } else { 2 };
+        let complete = if cut < third - 1 { 1 } else { 2 };
         let cache = open(dir.path()).unwrap();
-        assert_eq!(cache.len(), whole, "cut at {cut}");
+        assert_eq!(cache.len(), complete, "cut at {cut}");
         assert!(cache.contains(&sample(0).key) && !cache.contains(&sample(2).key));
         cache.append(&sample(2)).unwrap();
         drop(cache);
 
-        let mut expected: Vec<_> = (0..whole as u64).map(sample).collect();
+        let mut expected: Vec<_> = (0..complete as u64).map(sample).collect();
         expected.push(sample(2));
         assert_eq!(read_all(dir.path()).unwrap(), expected, "cut at {cut}");
-        let kept = [second, third][whole - 1];
+        let torn_start = [second, third][complete - 1].min(cut);
         let torn = fs::read(dir.path().join("responses.torn")).unwrap_or_default();
-        assert_eq!(torn, &file[kept.min(cut)..cut], "cut at {cut}");
+        assert_eq!(torn, &file[torn_start..cut], "cut at {cut}");
     }
 }
 
@@ -105,28 +101,30 @@ fn flipped_bits_are_damage_and_not_a_torn_tail() {
     let lines: Vec<&[u8]> = file.split_inclusive(|&byte| byte == b'\n').collect();
     let mut start = 0;
     for (index, original) in lines.iter().enumerate() {
-        let last = index + 1 == lines.len();
-        // One bit of every second byte, a sixteenth of all; or each bit of each byte.
-        let some = (0..original.len()).step_by(2).chain([original.len() - 1]);
-        let some = some.map(|at| (at, (at / 2 + index) % 8));
-        let every = (0..original.len()).flat_map(|at| (0..8).map(move |bit| (at, bit)));
-        let flips: Vec<_> = if nightly() {
-            every.collect()
+        let is_last = index + 1 == lines.len();
+        let flips: Vec<(usize, usize)> = if nightly() {
+            let bytes = 0..original.len();
+            bytes
+                .flat_map(|at| (0..8).map(move |bit| (at, bit)))
+                .collect()
         } else {
-            some.collect()
+            // One bit of every second byte, and of the last byte.
+            let bytes = (0..original.len()).step_by(2).chain([original.len() - 1]);
+            bytes.map(|at| (at, (at / 2 + index) % 8)).collect()
         };
         for (at, bit) in flips {
             let mut flipped = file.clone();
             flipped[start + at] ^= 1 << bit;
-            let (kept, ending) = scan(&flipped);
-            assert_eq!(kept.len(), index, "line {index}, byte {at}");
-            for (kept, line) in kept.iter().zip(&lines) {
-                assert_eq!(kept, line.strip_suffix(b"\n").unwrap());
+            let (scanned, ending) = scan(&flipped);
+            assert_eq!(scanned.len(), index, "line {index}, byte {at}");
+            for (scanned_line, line) in scanned.iter().zip(&lines) {
+                assert_eq!(scanned_line, line.strip_suffix(b"\n").unwrap());
             }
-            let torn = last && (at + 1 == original.len() || flipped[start + at] == 0);
+            // A last line without its newline, or with a NUL byte, looks like a torn tail.
+            let is_torn = is_last && (at + 1 == original.len() || flipped[start + at] == 0);
             let bad = match ending {
-                Ok(FileEnding::Torn(bad)) if torn => bad,
-                Err(bad) if !torn => bad,
+                Ok(FileEnding::Torn(bad)) if is_torn => bad,
+                Err(bad) if !is_torn => bad,
                 other => panic!("line {index}, byte {at}: {other:?}"),
             };
             assert_eq!((bad.line, bad.offset), (index as u64 + 1, start as u64));
@@ -137,10 +135,10 @@ fn flipped_bits_are_damage_and_not_a_torn_tail() {
 
 #[test]
 fn unusual_files_are_read_or_refused() {
-    let [one, two, three] = [0, 1, 2].map(|n| encode([sample(n)]));
-    let bare = |line: &[u8]| line.strip_suffix(b"\n").unwrap().to_vec();
-    let crlf = |line: &[u8]| [&bare(line)[..], b"\r\n"].concat();
-    let sealed = |body: &str| {
+    let [one, two, three] = [0, 1, 2].map(|number| encode([sample(number)]));
+    let without_newline = |line: &[u8]| line.strip_suffix(b"\n").unwrap().to_vec();
+    let crlf = |line: &[u8]| [&without_newline(line)[..], b"\r\n"].concat();
+    let with_checksum = |body: &str| {
         let body = format!("{body},");
         format!(
             "{body}\"crc\":\"{:08x}\"}}\n",
@@ -148,14 +146,11 @@ fn unusual_files_are_read_or_refused() {
         )
         .into_bytes()
     };
-    // A field that only a later writer of this schema knows, in front of everything else.
-    let text = String::from_utf8(bare(&one)).unwrap();
-    let future = sealed(&text[..text.rfind(",\"crc\"").unwrap()].replacen(
-        "{\"v\":1,",
-        "{\"mood\":{\"good\":true},\"v\":1,",
-        1,
-    ));
-    let wrong = {
+    // A field that only a later writer of this schema writes, before all other fields.
+    let text = String::from_utf8(without_newline(&one)).unwrap();
+    let body = text[..text.rfind(",\"crc\"").unwrap()].strip_prefix('{');
+    let future = with_checksum(&format!("{{\"mood\":{{\"good\":true}},{}", body.unwrap()));
+    let edited = {
         let mut line = two.clone();
         line[30] ^= 1;
         line
@@ -168,10 +163,14 @@ fn unusual_files_are_read_or_refused() {
         ..sample(0)
     }]);
 
-    // What the file is, its bytes, and the records in it or a part of the refusal.
+    // Name of the case, content of the file, and the number of records or a part of the error message.
     let cases: [(&str, Vec<u8>, Result<usize, &str>); 14] = [
         ("empty", vec![], Ok(0)),
-        ("no final newline", [&one[..], &bare(&two)].concat(), Ok(2)),
+        (
+            "no final newline",
+            [&one[..], &without_newline(&two)].concat(),
+            Ok(2),
+        ),
         ("CRLF", [crlf(&one), crlf(&two)].concat(), Ok(2)),
         (
             "byte order mark",
@@ -179,36 +178,36 @@ fn unusual_files_are_read_or_refused() {
             Ok(2),
         ),
         ("blank lines", [&one[..], b"\n\r\n", &two].concat(), Ok(2)),
-        ("NULs behind", [&one[..], &[0; 4096]].concat(), Ok(1)),
+        ("NULs at the end", [&one[..], &[0; 4096]].concat(), Ok(1)),
         (
-            "NULs and half a line",
+            "NULs and parts of lines at the end",
             [&one[..], &[0; 4096], &two[60..], &three[..9]].concat(),
             Ok(1),
         ),
         (
-            "garbage behind",
+            "garbage at the end",
             [&one[..], b"\xff\x00\xfe"].concat(),
             Ok(1),
         ),
         ("future field", [&future[..], &two].concat(), Ok(2)),
         ("huge line", [&huge[..], &two].concat(), Ok(2)),
         (
-            "NULs between",
+            "NULs between records",
             [&one[..], &[0; 64], b"\n", &two].concat(),
             Err("line 2, at byte"),
         ),
         (
-            "an edited last line",
-            [&one[..], &wrong].concat(),
+            "edited last line",
+            [&one[..], &edited].concat(),
             Err("line 2, at byte"),
         ),
         (
-            "a line that was cut",
+            "truncated line between records",
             [&one[..], &two[..50], &three].concat(),
             Err("line 2, at byte"),
         ),
         (
-            "another format",
+            "other format",
             b"{\"text\":\"hello\"}\n".to_vec(),
             Err("no checksum"),
         ),
@@ -219,7 +218,7 @@ fn unusual_files_are_read_or_refused() {
         let opened = open(dir.path()).map(|cache| cache.len());
         for result in [read, opened] {
             match (result, expected) {
-                (Ok(found), Ok(expected)) => assert_eq!(found, expected, "{name}"),
+                (Ok(records), Ok(expected)) => assert_eq!(records, expected, "{name}"),
                 (Err(error), Err(part)) => {
                     assert!(error.to_string().contains(part), "{name}: {error}");
                     assert_eq!(Exit::code_of(&error), 5, "{name}");
@@ -246,7 +245,7 @@ fn unusual_files_are_read_or_refused() {
 }
 
 #[test]
-fn newer_schema_is_refused_with_advice() {
+fn newer_schema_is_refused_with_advice_to_update() {
     let newer = encode([Record {
         v: SCHEMA + 1,
         ..sample(1)
@@ -262,13 +261,12 @@ fn newer_schema_is_refused_with_advice() {
     }
 }
 
-/// The file was written by the first release. It is never written again: a new schema gets a file
-/// of its own beside it.
+/// The first release wrote the golden file. It must not be regenerated: a new schema gets its own file beside it.
 #[test]
 fn v1_file_stays_readable() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden/cache-v1.jsonl");
     let dir = folder(&fs::read(path).unwrap());
-    let expected = golden().into_iter().zip([0u64, 1, 3, 4]);
+    let expected = golden_records().into_iter().zip([0u64, 1, 3, 4]);
     let expected = expected.map(|(record, number)| Record {
         v: 1,
         key: blake3::hash(&number.to_le_bytes()).to_hex().to_string(),
@@ -277,8 +275,9 @@ fn v1_file_stays_readable() {
     assert_eq!(read_all(dir.path()).unwrap(), expected.collect::<Vec<_>>());
 }
 
-fn golden() -> Vec<Record> {
-    let full = Record {
+/// Returns the records in `golden/cache-v1.jsonl`, except for their schema and keys.
+fn golden_records() -> Vec<Record> {
+    let all_fields = Record {
         request: json!({
             "model": "teacher-1",
             "messages": [
@@ -307,7 +306,7 @@ fn golden() -> Vec<Record> {
             .clone(),
         ..sample(0)
     };
-    let parts = Record {
+    let content_parts = Record {
         request: json!({
             "model": "teacher-1",
             "messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
@@ -324,7 +323,7 @@ fn golden() -> Vec<Record> {
         usage: None,
         ..sample(3)
     };
-    vec![full, parts, quarantined, sample(4)]
+    vec![all_fields, content_parts, quarantined, sample(4)]
 }
 
 #[test]
@@ -364,16 +363,16 @@ fn second_writer_is_refused_with_the_pid_of_the_first() {
 }
 
 #[test]
-fn reader_sees_records_of_a_live_writer() {
+fn reader_reads_records_while_a_writer_is_open() {
     let dir = tempfile::tempdir().unwrap();
     let cache = open(&dir.path().join("run/cache")).unwrap();
     assert!(cache.is_empty());
-    for n in 0..3 {
-        cache.append(&sample(n)).unwrap();
-        assert!(cache.contains(&sample(n).key));
+    for number in 0..3 {
+        cache.append(&sample(number)).unwrap();
+        assert!(cache.contains(&sample(number).key));
         assert_eq!(
             read_all(&dir.path().join("run/cache")).unwrap().len(),
-            n as usize + 1
+            number as usize + 1
         );
     }
     cache.sync().unwrap();
@@ -396,12 +395,12 @@ fn repeated_key_is_stored_once() {
 }
 
 #[test]
-fn verify_lists_all_damage() {
-    let good = encode([sample(0), sample(1), sample(0)]);
-    let dir = folder(&good);
-    let findings = reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
-    assert_eq!(findings.records, 3);
-    assert_eq!(findings.repeated, [(sample(0).key, 2)]);
+fn verify_lists_damage_and_repeated_keys() {
+    let valid = encode([sample(0), sample(1), sample(0)]);
+    let dir = folder(&valid);
+    let report = reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
+    assert_eq!(report.records, 3);
+    assert_eq!(report.repeated, [(sample(0).key, 2)]);
     let error = commands::cache::verify(dir.path(), false).unwrap_err();
     assert!(
         error
@@ -410,20 +409,20 @@ fn verify_lists_all_damage() {
         "{error}"
     );
 
-    // Damage, NULs, two good lines, damage, and a torn tail: everything is named.
-    let file = [b"oops\n\0\0\n", &good[..], b"oops\n\0\n", &good[..20]].concat();
+    // Two damaged lines, three valid lines, a damaged line, and a torn tail.
+    let file = [b"oops\n\0\0\n", &valid[..], b"oops\n\0\n", &valid[..20]].concat();
     let dir = folder(&file);
-    let findings = reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
-    assert_eq!(findings.records, 3);
-    let at = good.len() as u64 + 8;
-    let places: Vec<_> = findings
+    let report = reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
+    assert_eq!(report.records, 3);
+    let offset = valid.len() as u64 + 8;
+    let locations: Vec<_> = report
         .damaged
         .iter()
         .map(|(_, bad)| (bad.line, bad.offset))
         .collect();
-    assert_eq!(places, [(1, 0), (2, 5), (6, at)]);
-    let torn: Vec<_> = findings.torn.iter().map(|(_, bad)| bad.offset).collect();
-    assert_eq!(torn, [at + 5]);
+    assert_eq!(locations, [(1, 0), (2, 5), (6, offset)]);
+    let torn: Vec<_> = report.torn.iter().map(|(_, bad)| bad.offset).collect();
+    assert_eq!(torn, [offset + 5]);
     let error = commands::cache::verify(dir.path(), true).unwrap_err();
     assert_eq!(Exit::code_of(&error), 5);
 

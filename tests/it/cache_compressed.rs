@@ -1,4 +1,4 @@
-//! The compressed cache: the same records, through every crash that can part its two files.
+//! The compressed cache: reading, torn and damaged frames, and crashes between the writes of its two files.
 
 use std::fs;
 use std::path::Path;
@@ -30,12 +30,12 @@ fn records(range: std::ops::Range<u64>) -> Vec<Record> {
     range.map(sample).collect()
 }
 
-/// The frame of these records.
+/// Compresses the sample records of this range into a frame.
 fn frame(range: std::ops::Range<u64>) -> Vec<u8> {
     compress(&encode(records(range)), CompressionLevel::Fast).unwrap()
 }
 
-/// A cache folder with these two files.
+/// Creates a cache folder with these contents of its compressed and its plain file.
 fn folder(frames: &[u8], plain: &[u8]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::write(compressed_file(dir.path()), frames).unwrap();
@@ -43,7 +43,8 @@ fn folder(frames: &[u8], plain: &[u8]) -> tempfile::TempDir {
     dir
 }
 
-/// The lines of all whole records in a compressed file, and its ending or the damage.
+/// Returns the lines of the complete records in a compressed file up to the first damage, and the ending of the file or
+/// the damage.
 fn scan(file: &[u8]) -> (Vec<Vec<u8>>, Result<FileEnding, BadLine>) {
     let mut scan = FrameScan::new(file);
     let mut lines = Vec::new();
@@ -57,6 +58,7 @@ fn scan(file: &[u8]) -> (Vec<Vec<u8>>, Result<FileEnding, BadLine>) {
     }
 }
 
+/// Returns the lines of the sample records of this range, without their newlines.
 fn lines(range: std::ops::Range<u64>) -> Vec<Vec<u8>> {
     records(range)
         .into_iter()
@@ -64,9 +66,9 @@ fn lines(range: std::ops::Range<u64>) -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// A record of so many bytes that hardly compress.
-fn large(n: u64, bytes: usize) -> Record {
-    let mut random = fastrand::Rng::with_seed(n);
+/// Returns a record whose answer has `bytes` bytes that hardly compress.
+fn large(number: u64, bytes: usize) -> Record {
+    let mut random = fastrand::Rng::with_seed(number);
     Record {
         answer: Answer {
             text: std::iter::repeat_with(|| random.alphanumeric())
@@ -74,30 +76,34 @@ fn large(n: u64, bytes: usize) -> Record {
                 .collect(),
             ..Answer::default()
         },
-        ..sample(n)
+        ..sample(number)
     }
 }
 
 #[test]
 fn older_records_are_compressed_and_stay_readable() {
     let dir = tempfile::tempdir().unwrap();
-    let all: Vec<_> = (0..100).map(|n| large(n, 100_000)).collect();
+    let all: Vec<_> = (0..100).map(|number| large(number, 100_000)).collect();
     let cache = open(dir.path()).unwrap();
-    for (n, record) in all.iter().enumerate() {
+    for (index, record) in all.iter().enumerate() {
         cache.append(record).unwrap();
-        // At each moment of the compressing.
-        if n % 20 == 19 {
-            assert!(read_all(dir.path()).unwrap() == all[..=n], "after {n}");
+        // Reads while the compressor is running.
+        if index % 20 == 19 {
+            let records = read_all(dir.path()).unwrap();
+            assert!(records == all[..=index], "after record {index}");
         }
     }
     assert_eq!(cache.len(), all.len());
     drop(cache);
     let text = zstd::decode_all(&fs::read(compressed_file(dir.path())).unwrap()[..]).unwrap();
-    assert!(text == encode(all.clone()), "zstdcat reads the lines");
+    assert!(
+        text == encode(all.clone()),
+        "zstd does not decompress the file to its lines"
+    );
     assert_eq!(fs::read(plain_file(dir.path())).unwrap(), b"");
     assert!(read_all(dir.path()).unwrap() == all);
 
-    // Without compression again: what is compressed stays, what comes is plain.
+    // With compression turned off, compressed records stay compressed, and new records are plain.
     let cache = Cache::open(dir.path(), &config::CacheConfig::default()).unwrap();
     assert_eq!(cache.len(), all.len());
     assert!(cache.contains(&all[7].key) && !cache.contains(&sample(500).key));
@@ -115,7 +121,7 @@ fn older_records_are_compressed_and_stay_readable() {
 #[test]
 fn plain_cache_can_be_compressed_later() {
     let dir = tempfile::tempdir().unwrap();
-    let all: Vec<_> = (0..140).map(|n| large(n, 100_000)).collect();
+    let all: Vec<_> = (0..140).map(|number| large(number, 100_000)).collect();
     fs::write(plain_file(dir.path()), encode(all.clone())).unwrap();
     let cache = open(dir.path()).unwrap();
     assert_eq!(fs::metadata(plain_file(dir.path())).unwrap().len(), 0);
@@ -125,16 +131,16 @@ fn plain_cache_can_be_compressed_later() {
     assert_eq!(
         fs::read(plain_file(dir.path())).unwrap(),
         encode([sample(500)]),
-        "closing at once compresses nothing"
+        "lines were compressed after `stop_compressing`"
     );
     let with_new = [&all[..], &[sample(500)]].concat();
     assert!(read_all(dir.path()).unwrap() == with_new);
 }
 
 #[test]
-fn bytes_added_by_editors_are_compressed_with_the_lines() {
+fn lines_with_bytes_added_by_editors_can_be_compressed() {
     let dir = tempfile::tempdir().unwrap();
-    let all: Vec<_> = (0..140).map(|n| large(n, 100_000)).collect();
+    let all: Vec<_> = (0..140).map(|number| large(number, 100_000)).collect();
     let text = String::from_utf8(encode(all.clone())).unwrap();
     let text = format!("\u{feff}{}", text.replace('\n', "\r\n\r\n"));
     fs::write(plain_file(dir.path()), text).unwrap();
@@ -147,7 +153,9 @@ fn bytes_added_by_editors_are_compressed_with_the_lines() {
 
 #[test]
 fn truncated_compressed_file_keeps_the_frames_before_the_cut() {
-    let frames: Vec<_> = (0..5).map(|n| frame(n * 10..n * 10 + 10)).collect();
+    let frames: Vec<_> = (0..5)
+        .map(|index| frame(index * 10..index * 10 + 10))
+        .collect();
     let file = frames.concat();
     let mut ends = vec![0];
     for frame in &frames {
@@ -155,55 +163,69 @@ fn truncated_compressed_file_keeps_the_frames_before_the_cut() {
     }
     let expected = lines(0..50);
     for cut in 0..=file.len() {
-        let (found, ending) = scan(&file[..cut]);
-        let whole = ends.iter().rposition(|&end| end <= cut).unwrap();
-        assert!(found == expected[..whole * 10], "cut at {cut}");
+        let (scanned, ending) = scan(&file[..cut]);
+        let complete = ends.iter().rposition(|&end| end <= cut).unwrap();
+        assert!(scanned == expected[..complete * 10], "cut at {cut}");
         match ending {
-            Ok(FileEnding::Clean) => assert_eq!(cut, ends[whole]),
-            Ok(FileEnding::Torn(bad)) => assert_eq!(bad.offset, ends[whole] as u64),
+            Ok(FileEnding::Clean) => assert_eq!(cut, ends[complete]),
+            Ok(FileEnding::Torn(bad)) => assert_eq!(bad.offset, ends[complete] as u64),
             other => panic!("cut at {cut}: {other:?}"),
         }
     }
-    // Opened, with the lines of the torn frame in the plain file, as a crash leaves them, or not.
+    // Opens the truncated file. The plain file contains the lines of the torn frame, as after a crash, or nothing.
     for (cut, plain) in [
         (ends[3] + 1, 30..40),
         (ends[4] + 200, 40..50),
         (ends[2] - 1, 0..0),
     ] {
         let dir = folder(&file[..cut], &encode(records(plain.clone())));
-        let whole = ends.iter().rposition(|&end| end <= cut).unwrap();
+        let complete = ends.iter().rposition(|&end| end <= cut).unwrap();
         let cache = Cache::open(dir.path(), &config::CacheConfig::default()).unwrap();
-        let least = whole * 10 + plain.clone().count();
-        assert!((least..=least + 10).contains(&cache.len()), "cut at {cut}");
+        // Lines of the torn frame may be readable.
+        let min_records = complete * 10 + plain.clone().count();
+        assert!(
+            (min_records..=min_records + 10).contains(&cache.len()),
+            "cut at {cut}"
+        );
         cache.append(&sample(99)).unwrap();
         drop(cache);
-        let kept = fs::read(compressed_file(dir.path())).unwrap();
-        assert!(kept == file[..ends[whole]]);
+        let remaining = fs::read(compressed_file(dir.path())).unwrap();
+        assert!(remaining == file[..ends[complete]]);
         let torn = fs::read(dir.path().join("responses.torn")).unwrap();
-        assert!(torn == file[ends[whole]..cut]);
-        let found = read_all(dir.path()).unwrap();
-        assert_eq!(found.last(), Some(&sample(99)));
-        assert_eq!(found[..whole * 10], records(0..whole as u64 * 10));
+        assert!(torn == file[ends[complete]..cut]);
+        let read = read_all(dir.path()).unwrap();
+        assert_eq!(read.last(), Some(&sample(99)));
+        assert_eq!(read[..complete * 10], records(0..complete as u64 * 10));
     }
 }
 
 #[test]
 fn readable_lines_of_a_torn_frame_are_kept() {
-    // Several blocks of 128 KiB, of which the last is cut.
-    let all: Vec<_> = (0..40).map(|n| large(n, 20_000)).collect();
+    // A frame of several blocks of 128 KiB, of which the last is truncated.
+    let all: Vec<_> = (0..40).map(|number| large(number, 20_000)).collect();
     let frame = compress(&encode(all.clone()), CompressionLevel::Fast).unwrap();
     let dir = folder(&frame[..frame.len() - 20_000], b"");
-    let kept = open(dir.path()).unwrap().len();
-    assert!((20..40).contains(&kept), "{kept}");
-    assert!(read_all(dir.path()).unwrap() == all[..kept]);
+    let readable = open(dir.path()).unwrap().len();
+    assert!((20..40).contains(&readable), "{readable}");
+    assert!(read_all(dir.path()).unwrap() == all[..readable]);
 }
 
 #[test]
 fn flipped_bits_in_frames_are_never_accepted() {
-    let frames: Vec<_> = (0..4).map(|n| frame(n * 5..n * 5 + 5)).collect();
+    let frames: Vec<_> = (0..4)
+        .map(|index| frame(index * 5..index * 5 + 5))
+        .collect();
     let file = frames.concat();
     let expected = lines(0..20);
-    let (mut torn, mut damaged) = (0, 0);
+    let mut starts = vec![0];
+    for frame in &frames {
+        starts.push(starts[starts.len() - 1] + frame.len());
+    }
+    // The end of the last frame is not the start of a frame.
+    starts.pop();
+    let last_start = starts[starts.len() - 1];
+    let mut torn = 0;
+    let mut damaged = 0;
     for at in 0..file.len() {
         if !crate::nightly() && at % 2 == 1 {
             continue;
@@ -214,40 +236,30 @@ fn flipped_bits_in_frames_are_never_accepted() {
             }
             let mut flipped = file.clone();
             flipped[at] ^= 1 << bit;
-            let (found, ending) = scan(&flipped);
-            let start: usize = frames
-                .iter()
-                .map(Vec::len)
-                .scan(0, |sum, length| {
-                    *sum += length;
-                    Some(*sum)
-                })
-                .filter(|&end| end <= at)
-                .max()
-                .unwrap_or(0);
+            let (scanned, ending) = scan(&flipped);
+            let start = *starts.iter().rfind(|&&start| start <= at).unwrap();
             match ending {
                 Err(bad) => {
                     damaged += 1;
-                    // Its own frame's start, or what follows a frame that is taken to be shorter.
+                    // The start of the frame, or a later offset if the flipped bit makes the frame appear shorter.
                     assert!(
                         (start..=at + 2000).contains(&(bad.offset as usize)),
                         "byte {at}"
                     );
                 }
-                // The length of the last frame reaches behind the end of the file, or leaves a rest.
+                // The last frame appears to end after the end of the file, or before it.
                 Ok(FileEnding::Torn(bad)) => {
                     torn += 1;
-                    let last = file.len() - frames[3].len();
-                    assert_eq!(start, last, "byte {at}, bit {bit}");
-                    assert!(bad.offset as usize >= last, "byte {at}, bit {bit}");
+                    assert_eq!(start, last_start, "byte {at}, bit {bit}");
+                    assert!(bad.offset as usize >= last_start, "byte {at}, bit {bit}");
                 }
-                // A bit that zstd has no use for, in a frame whose lines all hold.
+                // zstd ignores the bit, and all lines are valid.
                 Ok(ending) => {
                     assert_eq!(ending, FileEnding::Clean);
-                    assert!(found == expected, "byte {at}, bit {bit}");
+                    assert!(scanned == expected, "byte {at}, bit {bit}");
                 }
             }
-            assert!(expected.starts_with(&found), "byte {at}, bit {bit}");
+            assert!(expected.starts_with(&scanned), "byte {at}, bit {bit}");
         }
     }
     assert!(
@@ -257,24 +269,26 @@ fn flipped_bits_in_frames_are_never_accepted() {
 }
 
 #[test]
-fn damaged_frame_in_the_middle_is_refused_by_offset() {
-    let [one, two, three] = [frame(0..5), frame(5..10), frame(10..15)];
-    let mut bad = two.clone();
-    let middle = bad.len() / 2;
-    bad[middle] ^= 4;
-    let dir = folder(&[&one[..], &bad, &three].concat(), &encode(records(15..17)));
-    let place = format!("line 6, in the frame at byte {}", one.len());
+fn damaged_frame_in_the_middle_is_refused_with_its_offset() {
+    let [one, mut damaged, three] = [frame(0..5), frame(5..10), frame(10..15)];
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 4;
+    let dir = folder(
+        &[&one[..], &damaged, &three].concat(),
+        &encode(records(15..17)),
+    );
+    let location = format!("line 6, in the frame at byte {}", one.len());
     for error in [
         open(dir.path()).map(|_| ()).unwrap_err(),
         read_all(dir.path()).map(|_| ()).unwrap_err(),
     ] {
         let message = error.to_string();
-        assert!(message.contains(&place), "{message}");
+        assert!(message.contains(&location), "{message}");
         assert!(message.contains("responses.jsonl.zst"), "{message}");
         assert_eq!(Exit::code_of(&error), 5);
     }
-    let findings = cache::reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
-    assert_eq!((findings.records, findings.damaged.len()), (12, 1));
+    let report = cache::reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
+    assert_eq!((report.records, report.damaged.len()), (12, 1));
 }
 
 #[test]
@@ -289,23 +303,23 @@ fn crash_during_compression_leaves_no_repeated_records() {
         assert_eq!(cache.len(), 25);
         drop(cache);
         assert_eq!(read_all(dir.path()).unwrap(), records(0..25));
-        let findings = cache::reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
-        assert!(findings.repeated.is_empty());
+        let report = cache::reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
+        assert!(report.repeated.is_empty());
     }
-    // Two answers to one key are no such thing: both were paid for.
-    let other = Record {
+    // Two different answers with one key both stay, because both were paid for.
+    let other_answer = Record {
         prompt_id: "other".to_owned(),
         ..sample(3)
     };
-    let dir = folder(&frame(0..10), &encode([other.clone(), sample(11)]));
+    let dir = folder(&frame(0..10), &encode([other_answer.clone(), sample(11)]));
     drop(open(dir.path()).unwrap());
-    let expected = [&records(0..10)[..], &[other, sample(11)]].concat();
+    let expected = [&records(0..10)[..], &[other_answer, sample(11)]].concat();
     assert_eq!(read_all(dir.path()).unwrap(), expected);
 }
 
 #[test]
 fn frames_of_other_writers_are_read() {
-    // Without content size, checksum or a newline at the end, and an empty one.
+    // An empty frame, and a frame without content size, checksum and final newline.
     let mut text = encode(records(0..10));
     text.pop();
     let stream = zstd::encode_all(&text[..], 1).unwrap();

@@ -1,4 +1,4 @@
-//! A compressed cache whose machine loses its power, or whose disk fails, at every step.
+//! A compressed cache during power losses, and during failures of any disk operation.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -18,15 +18,15 @@ use distill::exit::Exit;
 use crate::cache_samples::{encode, sample};
 use crate::nightly;
 
-/// Enough text for two frames and a rest, which compresses in no time.
+/// Returns `count` records with about 10 MB of text in total, which is more than one frame and compresses fast.
 fn records(count: u64) -> Vec<Record> {
     (0..count)
-        .map(|n| Record {
+        .map(|number| Record {
             answer: Answer {
-                text: format!("{n:03} ").repeat(2_500_000 / count as usize),
+                text: format!("{number:03} ").repeat(2_500_000 / count as usize),
                 ..Answer::default()
             },
-            ..sample(n)
+            ..sample(number)
         })
         .collect()
 }
@@ -38,79 +38,102 @@ fn settings(durability: Durability) -> config::CacheConfig {
     }
 }
 
+/// Returns the keys of the lines in `text`.
+fn keys_in(text: &[u8]) -> Vec<String> {
+    text.split(|&byte| byte == b'\n')
+        .filter(|line| !line.is_empty())
+        .map(|line| cache::line::head(line).unwrap().key.into_owned())
+        .collect()
+}
+
 fn keys_of(records: impl IntoIterator<Item = Record>) -> HashSet<String> {
     records.into_iter().map(|record| record.key).collect()
 }
 
-/// What a disk was asked, in order. The first file is that of the frames, the second the plain one;
-/// each further one replaces that.
+/// Disk operation, with the number of its file. File 0 is the compressed file and file 1 the plain file; each further
+/// file replaces the plain file.
 #[derive(Debug)]
-enum Step {
+enum Operation {
     Write(usize, Vec<u8>),
     Sync(usize),
     Truncate(usize, u64),
 }
 
+/// Log of all disk operations of a cache.
 #[derive(Clone, Default)]
-struct Log {
-    steps: Arc<Mutex<Vec<Step>>>,
+struct OperationLog {
+    operations: Arc<Mutex<Vec<Operation>>>,
+    /// Number of files.
     files: Arc<AtomicU64>,
 }
 
-struct Logged(File, usize, Log);
+/// File whose operations are logged.
+struct LoggedFile {
+    file: File,
+    number: usize,
+    log: OperationLog,
+}
 
-impl Logged {
-    fn note(&self, step: Step) {
-        self.2.steps.lock().unwrap().push(step);
+impl LoggedFile {
+    fn record(&self, operation: Operation) {
+        self.log.operations.lock().unwrap().push(operation);
     }
 }
 
-impl Storage for Logged {
+impl Storage for LoggedFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.note(Step::Write(self.1, bytes.to_vec()));
-        Storage::write(&mut self.0, bytes)
+        self.record(Operation::Write(self.number, bytes.to_vec()));
+        Storage::write(&mut self.file, bytes)
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.note(Step::Sync(self.1));
+        self.record(Operation::Sync(self.number));
         Ok(())
     }
 
     fn truncate(&mut self, length: u64) -> io::Result<()> {
-        self.note(Step::Truncate(self.1, length));
-        self.0.set_len(length)
+        self.record(Operation::Truncate(self.number, length));
+        self.file.set_len(length)
     }
 }
 
-impl Log {
+impl OperationLog {
     fn wrap(&self) -> WrapFile {
         let log = self.clone();
         Box::new(move |file| {
             let number = log.files.fetch_add(1, Ordering::Relaxed) as usize;
-            Box::new(Logged(file, number, log.clone()))
+            Box::new(LoggedFile {
+                file,
+                number,
+                log: log.clone(),
+            })
         })
     }
 }
 
-/// A file at the moment of a crash.
+/// Content of a file at the moment of a crash.
 #[derive(Clone, Default)]
 struct Image {
     bytes: Vec<u8>,
-    /// So many of them are on the disk for certain.
+    /// Number of bytes that have been synced.
     durable: usize,
 }
 
 impl Image {
-    /// What a reader may find after the power is back.
+    fn durable_bytes(&self) -> &[u8] {
+        &self.bytes[..self.durable]
+    }
+
+    /// Returns content that the file may have after the power loss.
     fn after_power_loss(&self, random: &mut fastrand::Rng) -> Vec<u8> {
         let unsynced = self.bytes.len() - self.durable;
-        let kept = random.usize(..=unsynced);
-        let mut bytes = self.bytes[..self.durable + kept].to_vec();
+        let written = random.usize(..=unsynced);
+        let mut bytes = self.bytes[..self.durable + written].to_vec();
         match random.u8(..4) {
-            // Blocks that were never written ...
+            // Blocks that were not written read as NUL bytes ...
             0 => bytes.resize(self.bytes.len(), 0),
-            // ... or hold what was there before.
-            1 => bytes.extend((kept..unsynced).map(|_| random.u8(..))),
+            // ... or contain older content of the disk.
+            1 => bytes.extend((written..unsynced).map(|_| random.u8(..))),
             2 => bytes.truncate(self.durable),
             _ => {}
         }
@@ -118,34 +141,35 @@ impl Image {
     }
 }
 
-/// The images of all files after the first `count` steps.
-fn images(steps: &[Step]) -> Vec<Image> {
+/// Returns the images of all files after these operations.
+fn images(operations: &[Operation]) -> Vec<Image> {
     let mut images = Vec::new();
-    for step in steps {
-        let (Step::Write(file, _) | Step::Sync(file) | Step::Truncate(file, _)) = step;
+    for operation in operations {
+        let (Operation::Write(file, _) | Operation::Sync(file) | Operation::Truncate(file, _)) =
+            operation;
         while images.len() <= *file {
             images.push(Image::default());
         }
         let image: &mut Image = &mut images[*file];
-        match step {
-            Step::Write(_, bytes) => image.bytes.extend_from_slice(bytes),
-            Step::Sync(_) => image.durable = image.bytes.len(),
-            Step::Truncate(_, length) => image.bytes.truncate(*length as usize),
+        match operation {
+            Operation::Write(_, bytes) => image.bytes.extend_from_slice(bytes),
+            Operation::Sync(_) => image.durable = image.bytes.len(),
+            Operation::Truncate(_, length) => image.bytes.truncate(*length as usize),
         }
     }
     images
 }
 
-/// Is the file at least once synced in these steps? Only then does it get its name.
-fn is_synced(steps: &[Step], file: usize) -> bool {
-    steps
+/// Returns true if the file has been synced. Only then is it renamed to the path of the plain file.
+fn is_synced(operations: &[Operation], file: usize) -> bool {
+    operations
         .iter()
-        .any(|step| matches!(step, Step::Sync(synced) if *synced == file))
+        .any(|operation| matches!(operation, Operation::Sync(synced) if *synced == file))
 }
 
 #[test]
 fn power_loss_keeps_all_synced_records() {
-    let log = Log::default();
+    let log = OperationLog::default();
     let dir = tempfile::tempdir().unwrap();
     let all = records(130);
     let settings = settings(Durability::Batch);
@@ -155,53 +179,39 @@ fn power_loss_keeps_all_synced_records() {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     drop(cache);
-    let steps = log.steps.lock().unwrap();
+    let operations = log.operations.lock().unwrap();
     let files = log.files.load(Ordering::Relaxed) as usize;
     assert!(files >= 4, "the plain file was never replaced");
 
     let mut random = fastrand::Rng::with_seed(5);
-    let (mut refused, mut rounds) = (0, 0);
-    for _ in 0..if nightly() { 10_000 } else { 300 } {
-        let crash = random.usize(..=steps.len());
-        let past = &steps[..crash];
-        let images = images(past);
-        // The newest plain file that has its name; right after its sync, perhaps the one before.
+    let power_losses = if nightly() { 10_000 } else { 300 };
+    let mut refused = 0;
+    for _ in 0..power_losses {
+        let crash = random.usize(..=operations.len());
+        let done = &operations[..crash];
+        let images = images(done);
+        // The plain file that was renamed last. Directly after a sync, the file may not be renamed yet.
         let mut plain = (1..images.len())
-            .rfind(|&file| file == 1 || is_synced(past, file))
+            .rfind(|&file| file == 1 || is_synced(done, file))
             .unwrap_or(1);
-        let is_just_synced = matches!(past.last(), Some(Step::Sync(file)) if *file == plain);
+        let is_just_synced = matches!(done.last(), Some(Operation::Sync(file)) if *file == plain);
         if plain > 1 && is_just_synced && random.bool() {
             plain -= 1;
         }
         let image = |file: usize| images.get(file).cloned().unwrap_or_default();
-        let promised: HashSet<String> = [image(0), image(plain)]
-            .iter()
-            .enumerate()
-            .flat_map(|(file, image)| {
-                let durable = &image.bytes[..image.durable];
-                let text = match file {
-                    0 if !durable.is_empty() => zstd::decode_all(durable).unwrap(),
-                    _ => durable.to_vec(),
-                };
-                let lines: Vec<String> = text
-                    .split(|&byte| byte == b'\n')
-                    .filter(|line| !line.is_empty())
-                    .map(|line| distill::cache::line::head(line).unwrap().key.into_owned())
-                    .collect();
-                lines
-            })
-            .collect();
-        // Whatever was synced in a plain file that is gone, is in the frames or its successor.
+        let mut synced = HashSet::new();
+        if !image(0).durable_bytes().is_empty() {
+            let text = zstd::decode_all(image(0).durable_bytes()).unwrap();
+            synced.extend(keys_in(&text));
+        }
+        synced.extend(keys_in(image(plain).durable_bytes()));
+        // The synced records of a replaced plain file are in the compressed file or in a later plain file.
         for older in 1..=plain {
-            let image = image(older);
-            for line in image.bytes[..image.durable].split(|&byte| byte == b'\n') {
-                if !line.is_empty() {
-                    let key = distill::cache::line::head(line).unwrap().key;
-                    assert!(
-                        promised.contains(&*key),
-                        "step {crash}: a synced record is nowhere"
-                    );
-                }
+            for key in keys_in(image(older).durable_bytes()) {
+                assert!(
+                    synced.contains(&key),
+                    "operation {crash}: no file contains a synced record"
+                );
             }
         }
 
@@ -211,62 +221,68 @@ fn power_loss_keeps_all_synced_records() {
         };
         write(compressed_file(crashed.path()), image(0), &mut random);
         write(plain_file(crashed.path()), image(plain), &mut random);
-        rounds += 1;
         if let Err(error) = Cache::open(crashed.path(), &config::CacheConfig::default()) {
-            // Old blocks can look like damage, which is told and repaired.
-            assert_eq!(Exit::code_of(&error), 5, "step {crash}: {error}");
+            // Older content of the disk can look like damage, which is reported and can be repaired.
+            assert_eq!(Exit::code_of(&error), 5, "operation {crash}: {error}");
             refused += 1;
             repair(crashed.path()).unwrap();
             drop(Cache::open(crashed.path(), &config::CacheConfig::default()).unwrap());
         }
-        let found: Vec<Record> = distill::cache::reader::read(crashed.path())
+        let recovered: Vec<Record> = distill::cache::reader::read(crashed.path())
             .unwrap()
             .map(Result::unwrap)
             .collect();
-        let keys = keys_of(found.clone());
+        let keys = keys_of(recovered.clone());
         assert_eq!(
             keys.len(),
-            found.len(),
-            "step {crash}: something is there twice"
+            recovered.len(),
+            "operation {crash}: a key is repeated"
         );
         assert!(
-            promised.is_subset(&keys),
-            "step {crash}: a synced record is lost"
+            synced.is_subset(&keys),
+            "operation {crash}: a synced record is lost"
         );
         assert!(
-            found.iter().all(|record| all.contains(record)),
-            "step {crash}: something was made up"
+            recovered.iter().all(|record| all.contains(record)),
+            "operation {crash}: an unknown record was read"
         );
     }
-    println!("{rounds} power losses, {refused} of them needed a repair");
+    println!("{power_losses} power losses, {refused} of them needed a repair");
 }
 
-/// What goes wrong with the files, and for how long.
+/// Failure of consecutive disk operations.
 #[derive(Clone, Copy, Debug)]
-struct Mishap {
-    /// The operation, from 1, that fails first, and how many fail in all.
-    at: u64,
-    lasts: u64,
+struct DiskFailure {
+    /// Number of the first operation that fails, counted from 1.
+    first: u64,
+    /// Number of operations that fail.
+    count: u64,
     kind: io::ErrorKind,
-    /// Some bytes are written before the failure.
+    /// True if a write that fails writes half of its bytes and reports no error.
     is_short: bool,
 }
 
+/// Disk of which some operations fail; all files of a cache share its count of operations.
 #[derive(Clone)]
-struct Failing {
-    mishap: Mishap,
+struct FailingDisk {
+    failure: DiskFailure,
+    /// Number of operations so far.
     operations: Arc<AtomicU64>,
 }
 
-struct FailingFile(File, Failing);
+struct FailingFile {
+    file: File,
+    disk: FailingDisk,
+}
 
-impl Failing {
-    fn strike(&self) -> io::Result<()> {
+impl FailingDisk {
+    /// Counts an operation; returns the error if it fails.
+    fn begin_operation(&self) -> io::Result<()> {
         let number = self.operations.fetch_add(1, Ordering::Relaxed) + 1;
-        let Mishap {
-            at, lasts, kind, ..
-        } = self.mishap;
-        if (at..at.saturating_add(lasts)).contains(&number) {
+        let DiskFailure {
+            first, count, kind, ..
+        } = self.failure;
+        if (first..first.saturating_add(count)).contains(&number) {
             Err(kind.into())
         } else {
             Ok(())
@@ -276,108 +292,115 @@ impl Failing {
 
 impl Storage for FailingFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Err(error) = self.1.strike() {
-            if self.1.mishap.is_short {
-                return Storage::write(&mut self.0, &bytes[..bytes.len() / 2]);
+        if let Err(error) = self.disk.begin_operation() {
+            if self.disk.failure.is_short {
+                return Storage::write(&mut self.file, &bytes[..bytes.len() / 2]);
             }
             return Err(error);
         }
-        Storage::write(&mut self.0, bytes)
+        Storage::write(&mut self.file, bytes)
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.1.strike()
+        self.disk.begin_operation()
     }
 
     fn truncate(&mut self, length: u64) -> io::Result<()> {
-        self.1.strike()?;
-        self.0.set_len(length)
+        self.disk.begin_operation()?;
+        self.file.set_len(length)
     }
 }
 
-/// Fills a cache whose disk has this mishap, and checks what is left. Returns the operations.
-fn check(dir: &Path, all: &[Record], mishap: Mishap) -> u64 {
-    let failing = Failing {
-        mishap,
+/// Appends all records to a cache on a disk with this failure. Checks that no acknowledged record is lost and that the
+/// next run can append the others. Returns the number of disk operations.
+fn check(dir: &Path, all: &[Record], failure: DiskFailure) -> u64 {
+    let disk = FailingDisk {
+        failure,
         operations: Arc::default(),
     };
     let wrap: WrapFile = {
-        let failing = failing.clone();
-        Box::new(move |file| Box::new(FailingFile(file, failing.clone())))
+        let disk = disk.clone();
+        Box::new(move |file| {
+            Box::new(FailingFile {
+                file,
+                disk: disk.clone(),
+            })
+        })
     };
     let settings = settings(Durability::None);
     let cache = Cache::open_with(dir, &settings, wrap, &mut |_, _| Ok(())).unwrap();
-    let (mut acknowledged, mut refused) = (HashSet::new(), 0);
-    for (n, record) in all.iter().enumerate() {
+    let mut acknowledged = HashSet::new();
+    let mut refused = 0;
+    for (index, record) in all.iter().enumerate() {
         match cache.append(record) {
             Ok(()) => drop(acknowledged.insert(record.key.clone())),
             Err(_) => refused += 1,
         }
-        // The sealer gets its turn.
-        if n % 15 == 14 {
+        // Lets the compressor thread run.
+        if index % 15 == 14 {
             std::thread::sleep(std::time::Duration::from_millis(60));
         }
     }
     drop(cache);
-    let found: Vec<Record> = distill::cache::reader::read(dir)
+    let recovered: Vec<Record> = distill::cache::reader::read(dir)
         .unwrap()
-        .map(|record| record.unwrap_or_else(|error| panic!("{mishap:?}: {error}")))
+        .map(|record| record.unwrap_or_else(|error| panic!("{failure:?}: {error}")))
         .collect();
-    let keys = keys_of(found.clone());
+    let keys = keys_of(recovered.clone());
     assert_eq!(
         keys.len(),
-        found.len(),
-        "{mishap:?}: something is there twice"
+        recovered.len(),
+        "{failure:?}: a key is repeated"
     );
     assert!(
         acknowledged.is_subset(&keys),
-        "{mishap:?}: something is lost"
+        "{failure:?}: an acknowledged record is lost"
     );
 
-    // The next run takes it from there.
+    // The next run appends the missing records.
     let cache = Cache::open(dir, &settings).unwrap();
     for record in all {
         cache.append(record).unwrap();
     }
-    assert_eq!(cache.len(), all.len(), "{mishap:?}, {refused} refused");
+    assert_eq!(cache.len(), all.len(), "{failure:?}, {refused} refused");
     drop(cache);
-    let findings = cache::reader::verify_cache(dir, &mut |_, _| Ok(())).unwrap();
-    assert_eq!(findings.records, all.len() as u64, "{mishap:?}");
-    assert!(findings.repeated.is_empty() && findings.torn.is_empty());
-    failing.operations.load(Ordering::Relaxed)
+    let report = cache::reader::verify_cache(dir, &mut |_, _| Ok(())).unwrap();
+    assert_eq!(report.records, all.len() as u64, "{failure:?}");
+    assert!(report.repeated.is_empty() && report.torn.is_empty());
+    disk.operations.load(Ordering::Relaxed)
 }
 
 #[test]
 fn compressed_cache_survives_a_failure_of_any_operation() {
     let all = records(45);
-    let quiet = Mishap {
-        at: u64::MAX,
-        lasts: 1,
+    let no_failure = DiskFailure {
+        first: u64::MAX,
+        count: 1,
         kind: io::ErrorKind::Other,
         is_short: false,
     };
-    let operations = check(tempfile::tempdir().unwrap().path(), &all, quiet);
+    let operations = check(tempfile::tempdir().unwrap().path(), &all, no_failure);
     assert!(operations >= all.len() as u64 + 8, "{operations}");
-    let mishaps = [
+    let failures = [
         (io::ErrorKind::StorageFull, 1, false),
         (io::ErrorKind::StorageFull, 1, true),
-        // What was written cannot be taken back.
+        // The truncation after the short write also fails.
         (io::ErrorKind::StorageFull, 3, true),
         (io::ErrorKind::Other, u64::MAX, false),
     ];
     let step = if nightly() { 1 } else { 3 };
     std::thread::scope(|scope| {
-        for (kind, lasts, is_short) in mishaps {
+        for (kind, count, is_short) in failures {
             let all = &all;
             scope.spawn(move || {
-                for at in (1..=operations).step_by(step) {
-                    let mishap = Mishap {
-                        at,
-                        lasts,
+                for first in (1..=operations).step_by(step) {
+                    let failure = DiskFailure {
+                        first,
+                        count,
                         kind,
                         is_short,
                     };
-                    check(tempfile::tempdir().unwrap().path(), all, mishap);
+                    check(tempfile::tempdir().unwrap().path(), all, failure);
                 }
             });
         }

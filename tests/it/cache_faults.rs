@@ -1,4 +1,4 @@
-//! The disk fails once, or for good, at every operation: what was acknowledged stays readable.
+//! A plain cache on a disk of which any operation fails, once or permanently: acknowledged records stay readable.
 
 use std::io;
 use std::path::Path;
@@ -15,48 +15,54 @@ use distill::config::{self, Durability};
 use crate::cache_samples::{encode, sample, scan};
 use crate::nightly;
 
+/// Number of records that are appended; more than three groups.
 const RECORDS: u64 = 200;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
     /// The operation fails.
     Error(io::ErrorKind),
-    /// A write takes only some bytes, so many or else half of them; other operations fail.
+    /// A write writes only this number of bytes, or half of its bytes if `None`; every second write that is hit writes
+    /// nothing. Other operations fail.
     Short(Option<usize>),
 }
 
-/// A disk in memory: what a reader sees now, and what survives a power loss.
+/// Disk in memory.
 #[derive(Debug, Default)]
 struct Disk {
+    /// Content that a reader sees.
     live: Vec<u8>,
+    /// Content that survives a power loss.
     durable: Vec<u8>,
     operations: u64,
-    sync_failed: bool,
+    has_sync_failed: bool,
 }
 
-struct Faulty {
+/// File on a disk of which some operations fail.
+struct FaultyStorage {
     disk: Arc<Mutex<Disk>>,
-    /// The operation, from 1, that fails first, and how many fail in all.
-    at: u64,
+    /// Number of the first operation that fails, counted from 1.
+    first: u64,
+    /// Number of operations that fail.
+    count: u64,
     fault: Fault,
-    lasts: u64,
 }
 
-impl Faulty {
-    fn strike(&self, disk: &mut Disk) -> Option<Fault> {
+impl FaultyStorage {
+    /// Counts an operation; returns the fault if it fails.
+    fn begin_operation(&self, disk: &mut Disk) -> Option<Fault> {
         disk.operations += 1;
-        let hit = (self.at..self.at.saturating_add(self.lasts)).contains(&disk.operations);
-        hit.then_some(self.fault)
+        let failing = self.first..self.first.saturating_add(self.count);
+        failing.contains(&disk.operations).then_some(self.fault)
     }
 }
 
-impl Storage for Faulty {
+impl Storage for FaultyStorage {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut disk = self.disk.lock().unwrap();
-        let length = match self.strike(&mut disk) {
+        let length = match self.begin_operation(&mut disk) {
             None => bytes.len(),
-            // Some of what is offered, then nothing, and so on.
-            Some(Fault::Short(length)) if (disk.operations - self.at).is_multiple_of(2) => {
+            Some(Fault::Short(length)) if (disk.operations - self.first).is_multiple_of(2) => {
                 length.unwrap_or(bytes.len() / 2).min(bytes.len())
             }
             Some(Fault::Short(_)) => 0,
@@ -68,9 +74,9 @@ impl Storage for Faulty {
 
     fn sync(&mut self) -> io::Result<()> {
         let mut disk = self.disk.lock().unwrap();
-        assert!(!disk.sync_failed, "a failed sync is never tried again");
-        if self.strike(&mut disk).is_some() {
-            disk.sync_failed = true;
+        assert!(!disk.has_sync_failed, "a failed sync was repeated");
+        if self.begin_operation(&mut disk).is_some() {
+            disk.has_sync_failed = true;
             return Err(io::Error::other("sync"));
         }
         disk.durable = disk.live.clone();
@@ -79,7 +85,7 @@ impl Storage for Faulty {
 
     fn truncate(&mut self, length: u64) -> io::Result<()> {
         let mut disk = self.disk.lock().unwrap();
-        if self.strike(&mut disk).is_some() {
+        if self.begin_operation(&mut disk).is_some() {
             return Err(io::Error::other("truncate"));
         }
         disk.live.truncate(length as usize);
@@ -87,7 +93,7 @@ impl Storage for Faulty {
     }
 }
 
-/// An empty cache whose plain file is `storage`.
+/// Opens an empty cache whose plain file is `storage`.
 fn open_on(dir: &Path, durability: Durability, storage: impl Storage + 'static) -> Cache {
     let settings = config::CacheConfig {
         durability,
@@ -98,43 +104,44 @@ fn open_on(dir: &Path, durability: Durability, storage: impl Storage + 'static) 
     Cache::open_with(dir, &settings, wrap, &mut |_, _| Ok(())).unwrap()
 }
 
-/// Appends [`RECORDS`] records to a disk that fails, and checks what it holds then.
-fn check(dir: &Path, records: &[(Record, Vec<u8>)], at: u64, fault: Fault, lasts: u64) {
-    let context = format!("operation {at}, {fault:?}, {lasts} times");
+/// Appends `records`, each given with its line, to a disk of which `count` operations fail from operation `first` on.
+/// Checks the content of the disk.
+fn check(dir: &Path, records: &[(Record, Vec<u8>)], first: u64, fault: Fault, count: u64) {
+    let context = format!("operation {first}, {fault:?}, {count} times");
     let disk = Arc::new(Mutex::new(Disk::default()));
-    let storage = Faulty {
+    let storage = FaultyStorage {
         disk: Arc::clone(&disk),
-        at,
+        first,
+        count,
         fault,
-        lasts,
     };
     let cache = open_on(dir, Durability::Batch, storage);
-    let mut present = Vec::new();
+    let mut expected = Vec::new();
     for (record, line) in records {
-        let failed_before = disk.lock().unwrap().sync_failed;
+        let had_sync_failed = disk.lock().unwrap().has_sync_failed;
         let appended = cache.append(record);
         let disk = disk.lock().unwrap();
         assert!(
-            !(failed_before && appended.is_ok()),
+            !(had_sync_failed && appended.is_ok()),
             "{context}: appended after a failed sync"
         );
-        // An append whose group could not be synced is not acknowledged, but its line is there.
-        if appended.is_ok() || (disk.sync_failed && !failed_before) {
-            present.push(line.strip_suffix(b"\n").unwrap().to_vec());
+        // An append whose group could not be synced is not acknowledged, but its line is in the file.
+        if appended.is_ok() || (disk.has_sync_failed && !had_sync_failed) {
+            expected.push(line.strip_suffix(b"\n").unwrap().to_vec());
         }
     }
     let synced = cache.sync();
     drop(cache);
 
     let disk = disk.lock().unwrap();
-    let (found, ending) = scan(&disk.live);
+    let (scanned, ending) = scan(&disk.live);
     assert!(
-        found == present,
-        "{context}: {} lines for {}",
-        found.len(),
-        present.len()
+        scanned == expected,
+        "{context}: {} lines instead of {}",
+        scanned.len(),
+        expected.len()
     );
-    if lasts == 1 {
+    if count == 1 {
         assert_eq!(ending, Ok(FileEnding::Clean), "{context}");
     }
     assert!(
@@ -143,63 +150,76 @@ fn check(dir: &Path, records: &[(Record, Vec<u8>)], at: u64, fault: Fault, lasts
     );
     if synced.is_ok() {
         let (durable, _) = scan(&disk.durable);
-        assert!(durable == present, "{context}: sync lied");
-        assert!(!disk.sync_failed, "{context}: a failed sync was forgotten");
+        assert!(
+            durable == expected,
+            "{context}: `sync` succeeded, but not all records are durable"
+        );
+        assert!(
+            !disk.has_sync_failed,
+            "{context}: `sync` succeeded after a failed sync"
+        );
     }
 }
 
 #[test]
 fn plain_cache_survives_a_failure_of_any_operation() {
     let records: Vec<_> = (0..RECORDS)
-        .map(|n| (sample(n), encode([sample(n)])))
+        .map(|number| (sample(number), encode([sample(number)])))
         .collect();
+    // One write per record, one sync per group of 64 records, the final sync, and one more than the cache performs.
     let operations = RECORDS + RECORDS / 64 + 2;
     let faults = [
         (Fault::Error(io::ErrorKind::StorageFull), 1),
         (Fault::Error(io::ErrorKind::Interrupted), 1),
         (Fault::Short(None), 1),
-        // A write stops short, and the cut back fails too, before the disk recovers.
+        // A short write, a write of nothing, and a failed truncation, before the disk recovers.
         (Fault::Short(None), 3),
         (Fault::Error(io::ErrorKind::Other), u64::MAX),
         (Fault::Short(None), u64::MAX),
     ];
     // In parallel, since opening a cache waits for the real disk.
     std::thread::scope(|scope| {
-        for (fault, lasts) in faults {
+        for (fault, count) in faults {
             let records = &records;
             scope.spawn(move || {
                 let dir = tempfile::tempdir().unwrap();
-                for at in 1..=operations {
-                    check(dir.path(), records, at, fault, lasts);
+                for first in 1..=operations {
+                    check(dir.path(), records, first, fault, count);
                 }
             });
         }
     });
 }
 
-/// The write of one record, cut at every length, at the beginning of a cache and later in it.
+/// The write of a record is short, at every fifth length, or at every length in the nightly run.
 #[test]
 fn short_writes_of_any_length_are_handled() {
-    let count = if nightly() { 40 } else { 3 };
-    let records: Vec<_> = (0..count)
-        .map(|n| (sample(n), encode([sample(n)])))
+    let record_count = if nightly() { 40 } else { 3 };
+    let records: Vec<_> = (0..record_count)
+        .map(|number| (sample(number), encode([sample(number)])))
         .collect();
     let dir = tempfile::tempdir().unwrap();
-    for (at, (_, line)) in (1..).zip(&records) {
-        // Cut, and the rest refused; cut, and the cut back refused, too.
-        for lasts in [2, 3] {
-            // But for the newline it is a whole record, and stays.
+    for (first, (_, line)) in (1..).zip(&records) {
+        // A short write and a write of nothing; with 3, the truncation fails as well.
+        for count in [2, 3] {
+            // Without its newline a line is still a complete record and stays, so this length is not tested.
             for length in (0..line.len() - 1).step_by(if nightly() { 1 } else { 5 }) {
-                check(dir.path(), &records, at, Fault::Short(Some(length)), lasts);
+                check(
+                    dir.path(),
+                    &records,
+                    first,
+                    Fault::Short(Some(length)),
+                    count,
+                );
             }
         }
     }
 }
 
-/// Reports every sync.
-struct Telling(Sender<Instant>);
+/// Storage that sends the time of every sync.
+struct SyncReporter(Sender<Instant>);
 
-impl Storage for Telling {
+impl Storage for SyncReporter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         Ok(bytes.len())
     }
@@ -215,17 +235,18 @@ impl Storage for Telling {
 
 #[test]
 fn groups_are_synced_by_count_and_by_age() {
-    for (durability, appended, syncs) in [
-        (Durability::Batch, 63, 0),
-        (Durability::Batch, 64, 1),
-        (Durability::Batch, 200, 3),
-        (Durability::Record, 5, 5),
-        (Durability::None, 200, 0),
+    // Number of appended records, of syncs during the appends, and of syncs by `Cache::sync`.
+    for (durability, appended, syncs, final_syncs) in [
+        (Durability::Batch, 63, 0, 1),
+        (Durability::Batch, 64, 1, 0),
+        (Durability::Batch, 200, 3, 1),
+        (Durability::Record, 5, 5, 0),
+        (Durability::None, 200, 0, 1),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let (sender, receiver) = channel();
-        let cache = open_on(dir.path(), durability, Telling(sender));
-        (0..appended).for_each(|n| cache.append(&sample(n)).unwrap());
+        let cache = open_on(dir.path(), durability, SyncReporter(sender));
+        (0..appended).for_each(|number| cache.append(&sample(number)).unwrap());
         assert_eq!(
             receiver.try_iter().count(),
             syncs,
@@ -233,28 +254,31 @@ fn groups_are_synced_by_count_and_by_age() {
         );
         cache.sync().unwrap();
         cache.sync().unwrap();
-        let rest = usize::from(syncs as u64 * if syncs == 5 { 1 } else { 64 } < appended);
         assert_eq!(
             receiver.try_iter().count(),
-            rest,
-            "only what is new is synced"
+            final_syncs,
+            "{durability:?}, {appended} records: `sync` must sync only unsynced records"
         );
     }
 
     let dir = tempfile::tempdir().unwrap();
     let (sender, receiver) = channel();
-    let cache = open_on(dir.path(), Durability::Batch, Telling(sender));
-    // Let the timer fall asleep: an append must wake it.
+    let cache = open_on(dir.path(), Durability::Batch, SyncReporter(sender));
+    // Lets the sync thread begin to wait: the append must wake it.
     std::thread::sleep(Duration::from_millis(50));
-    let appended = Instant::now();
+    let appended_at = Instant::now();
     cache.append(&sample(0)).unwrap();
-    let synced = receiver.recv_timeout(Duration::from_secs(30)).unwrap();
+    let synced_at = receiver.recv_timeout(Duration::from_secs(30)).unwrap();
     assert!(
-        synced - appended >= Duration::from_millis(900),
-        "a group of one waits for company"
+        synced_at - appended_at >= Duration::from_millis(900),
+        "a group that is not full was synced too early"
     );
     assert!(receiver.try_recv().is_err());
     cache.append(&sample(1)).unwrap();
     drop(cache);
-    assert_eq!(receiver.iter().count(), 1, "closing syncs what is left");
+    assert_eq!(
+        receiver.iter().count(),
+        1,
+        "closing the cache must sync the remaining record"
+    );
 }

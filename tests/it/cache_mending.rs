@@ -1,4 +1,4 @@
-//! `cache repair` and `cache merge`: nothing that was paid for is thrown away.
+//! `cache repair` and `cache merge`: no paid answer is lost.
 
 use std::fs;
 use std::path::Path;
@@ -14,6 +14,7 @@ use distill::exit::Exit;
 
 use crate::cache_samples::{encode, sample};
 
+/// Creates a cache folder with these contents of its compressed and its plain file; an empty file is not created.
 fn folder(frames: &[u8], plain: &[u8]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for (file, bytes) in [
@@ -42,7 +43,8 @@ fn read_all(dir: &Path) -> Vec<Record> {
         .collect()
 }
 
-fn names(dir: &Path) -> Vec<String> {
+/// Returns the sorted names of the files in `dir`.
+fn file_names(dir: &Path) -> Vec<String> {
     let mut names: Vec<_> = fs::read_dir(dir)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -51,38 +53,39 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-/// Text that hardly compresses.
-fn noise(seed: u64) -> String {
+/// Returns text that hardly compresses.
+fn random_text(seed: u64) -> String {
     let mut random = fastrand::Rng::with_seed(seed);
     std::iter::repeat_with(|| random.alphanumeric())
         .take(30_000)
         .collect()
 }
 
-/// Another answer to the request of the n-th sample.
-fn other(n: u64) -> Record {
+/// Returns another answer to the request of this sample record.
+fn other_answer(number: u64) -> Record {
     Record {
         answer: Answer {
             text: "another answer".to_owned(),
             ..Answer::default()
         },
-        ..sample(n)
+        ..sample(number)
     }
 }
 
-/// Nothing is wrong with the cache, and it holds these records.
-fn assert_holds(dir: &Path, expected: &[Record]) {
-    assert!(read_all(dir) == expected, "other records");
-    let findings = reader::verify_cache(dir, &mut |_, _| Ok(())).unwrap();
-    assert!(findings.damaged.is_empty() && findings.torn.is_empty());
-    assert!(findings.repeated.is_empty());
+/// Asserts that the cache is valid and contains exactly these records.
+#[track_caller]
+fn assert_contains(dir: &Path, expected: &[Record]) {
+    assert!(read_all(dir) == expected, "the records differ");
+    let report = reader::verify_cache(dir, &mut |_, _| Ok(())).unwrap();
+    assert!(report.damaged.is_empty() && report.torn.is_empty());
+    assert!(report.repeated.is_empty());
     let opened = Cache::open(dir, &config::CacheConfig::default()).unwrap();
     assert_eq!(opened.len(), expected.len());
 }
 
 #[test]
-fn repair_moves_damaged_lines_and_keeps_whole_ones() {
-    let lines: Vec<_> = (0..6).map(|n| encode([sample(n)])).collect();
+fn repair_moves_damaged_and_conflicting_lines_and_keeps_the_others() {
+    let lines: Vec<_> = (0..6).map(|number| encode([sample(number)])).collect();
     let mut flipped = lines[2].clone();
     flipped[200] ^= 2;
     let torn = &lines[5][..300];
@@ -94,14 +97,14 @@ fn repair_moves_damaged_lines_and_keeps_whole_ones() {
         &[0; 4096],
         b"\n",
         &lines[3],
-        &encode([other(1)]),
+        &encode([other_answer(1)]),
         b"\r\n",
         &lines[4],
         torn,
     ]
     .concat();
     let dir = folder(b"", &file);
-    let done = repair(dir.path()).unwrap();
+    let report = repair(dir.path()).unwrap();
     let damage = [b"not a record\n", &flipped[..], &[0; 4096], b"\n", torn].concat();
     let expected = RepairReport {
         records: 4,
@@ -110,28 +113,28 @@ fn repair_moves_damaged_lines_and_keeps_whole_ones() {
         rescued: 0,
         conflicts: 1,
     };
-    assert_eq!(done, expected);
+    assert_eq!(report, expected);
     assert!(fs::read(quarantine_file(dir.path())).unwrap() == damage);
     assert_eq!(
         fs::read(conflicts_file(dir.path())).unwrap(),
-        encode([other(1)])
+        encode([other_answer(1)])
     );
-    assert_holds(dir.path(), &[sample(0), sample(1), sample(3), sample(4)]);
+    assert_contains(dir.path(), &[sample(0), sample(1), sample(3), sample(4)]);
 
-    let again = repair(dir.path()).unwrap();
-    assert!(!again.changed() && again.records == 4);
+    let second_report = repair(dir.path()).unwrap();
+    assert!(!second_report.changed() && second_report.records == 4);
     assert!(fs::read(quarantine_file(dir.path())).unwrap() == damage);
 }
 
 #[test]
 fn repair_rescues_readable_lines_of_a_damaged_frame() {
     let middle: Vec<_> = (10..30)
-        .map(|n| Record {
+        .map(|number| Record {
             answer: Answer {
-                text: noise(n),
+                text: random_text(number),
                 ..Answer::default()
             },
-            ..sample(n)
+            ..sample(number)
         })
         .collect();
     let frames = [
@@ -140,56 +143,55 @@ fn repair_rescues_readable_lines_of_a_damaged_frame() {
         frame(records(30..40)),
     ];
     let mut broken = frames[1].clone();
-    // In the third of four blocks.
-    let at = broken.len() * 5 / 8;
-    broken[at..at + 64].fill(0xff);
+    // The damage is in the third of four blocks.
+    let damage_start = broken.len() * 5 / 8;
+    broken[damage_start..damage_start + 64].fill(0xff);
     let file = [&frames[0][..], &broken, &frames[2]].concat();
     let dir = folder(&file, &encode(records(35..45)));
-    let done = repair(dir.path()).unwrap();
-    assert!((5..20).contains(&done.rescued), "{done:?}");
-    assert_eq!(done.quarantined_bytes, broken.len() as u64);
+    let report = repair(dir.path()).unwrap();
+    assert!((5..20).contains(&report.rescued), "{report:?}");
+    assert_eq!(report.quarantined_bytes, broken.len() as u64);
     assert!(fs::read(quarantine_file(dir.path())).unwrap() == broken);
-    // Behind the break some lines are whole again.
-    let found = read_all(dir.path());
+    let read = read_all(dir.path());
     let rescued: Vec<_> = (middle
         .iter()
-        .filter(|&record| found.contains(record))
+        .filter(|&record| read.contains(record))
         .cloned())
     .collect();
-    assert_eq!(done.rescued, rescued.len() as u64);
+    assert_eq!(report.rescued, rescued.len() as u64);
     let expected = [&records(0..10)[..], &rescued, &records(30..45)].concat();
-    assert_eq!(done.records, expected.len() as u64);
-    assert_holds(dir.path(), &expected);
-    // The frames that were whole are the same bytes.
+    assert_eq!(report.records, expected.len() as u64);
+    assert_contains(dir.path(), &expected);
+    // Undamaged frames are copied unchanged.
     let compressed = fs::read(compressed_file(dir.path())).unwrap();
     assert!(compressed.starts_with(&frames[0]) && compressed.ends_with(&frames[2]));
 }
 
 #[test]
-fn repair_accepts_bytes_added_by_editors() {
-    let with_returns = |range| {
+fn repair_keeps_records_with_bytes_added_by_editors() {
+    let edited_lines = |range| {
         let text = String::from_utf8(encode(records(range))).unwrap();
         format!("\u{feff}{}", text.replace('\n', "\r\n\r\n")).into_bytes()
     };
-    let frames = compress(&with_returns(0..10), CompressionLevel::Fast).unwrap();
-    let plain = [&with_returns(10..20)[..], b"damage\r\n"].concat();
+    let frames = compress(&edited_lines(0..10), CompressionLevel::Fast).unwrap();
+    let plain = [&edited_lines(10..20)[..], b"damage\r\n"].concat();
     let dir = folder(&frames, &plain);
-    let done = repair(dir.path()).unwrap();
-    assert_eq!((done.records, done.quarantined), (20, 1));
+    let report = repair(dir.path()).unwrap();
+    assert_eq!((report.records, report.quarantined), (20, 1));
     assert_eq!(
         fs::read(quarantine_file(dir.path())).unwrap(),
         b"damage\r\n"
     );
-    assert_holds(dir.path(), &records(0..20));
+    assert_contains(dir.path(), &records(0..20));
 
-    // And it is rescued from a broken frame.
+    // Such records are also rescued from a damaged frame.
     let dir = folder(&frames[..frames.len() - 1], b"");
     assert_eq!(repair(dir.path()).unwrap().rescued, 10);
-    assert_holds(dir.path(), &records(0..10));
+    assert_contains(dir.path(), &records(0..10));
 }
 
 #[test]
-fn repair_does_not_change_whole_or_newer_caches() {
+fn repair_does_not_change_valid_newer_or_locked_caches() {
     let newer = Record {
         v: SCHEMA + 1,
         ..sample(5)
@@ -204,7 +206,7 @@ fn repair_does_not_change_whole_or_newer_caches() {
         let frames = frame(records(20..30));
         let dir = folder(&frames, &plain);
         match repair(dir.path()) {
-            Ok(done) => assert!(!is_newer && !done.changed() && done.records == 15),
+            Ok(report) => assert!(!is_newer && !report.changed() && report.records == 15),
             Err(error) => {
                 let message = format!("{error:#}");
                 assert!(is_newer && message.contains("update distill"), "{message}");
@@ -213,18 +215,18 @@ fn repair_does_not_change_whole_or_newer_caches() {
         assert_eq!(fs::read(plain_file(dir.path())).unwrap(), plain);
         assert_eq!(fs::read(compressed_file(dir.path())).unwrap(), frames);
         assert_eq!(
-            names(dir.path()),
+            file_names(dir.path()),
             ["responses.jsonl", "responses.jsonl.zst", "responses.lock"]
         );
     }
-    let held = folder(b"", &encode(records(0..2)));
-    let _cache = Cache::open(held.path(), &config::CacheConfig::default()).unwrap();
-    let error = repair(held.path()).unwrap_err().to_string();
+    let locked = folder(b"", &encode(records(0..2)));
+    let _cache = Cache::open(locked.path(), &config::CacheConfig::default()).unwrap();
+    let error = repair(locked.path()).unwrap_err().to_string();
     assert!(error.contains("another process"), "{error}");
 }
 
-/// Merges without progress.
-fn merged(
+/// Merges `sources` into the cache in `into`.
+fn merge_caches(
     into: &Path,
     compression: Compression,
     sources: &[&Path],
@@ -238,8 +240,8 @@ fn merged(
 }
 
 #[test]
-fn merge_joins_by_key_and_keeps_both_sides_of_a_conflict() {
-    // A field of a later version, which must come through.
+fn merge_adds_new_keys_and_keeps_both_answers_of_a_conflict() {
+    // A record with a field of a later version, which must not be lost.
     let line = String::from_utf8(encode([sample(7)])).unwrap();
     let body = line[..line.rfind("\"crc\"").unwrap()].replacen(
         "{\"v\":2,",
@@ -249,27 +251,32 @@ fn merge_joins_by_key_and_keeps_both_sides_of_a_conflict() {
     let crc = crc32c::crc32c(body.as_bytes());
     let future = format!("{body}\"crc\":\"{crc:08x}\"}}\n").into_bytes();
     let first = folder(b"", &[encode(records(0..7)), future.clone()].concat());
-    let second = folder(&frame(records(5..10)), &encode([other(2), sample(11)]));
+    let second = folder(
+        &frame(records(5..10)),
+        &encode([other_answer(2), sample(11)]),
+    );
     let before = fs::read(plain_file(second.path())).unwrap();
 
     for compression in [Compression::None, Compression::Zstd] {
         let into = tempfile::tempdir().unwrap();
         let into = into.path().join("merged/cache");
-        let all = merged(&into, compression, &[first.path(), second.path()]).unwrap();
-        let [one, two] = &all[..] else {
-            panic!("{all:?}")
+        let reports = merge_caches(&into, compression, &[first.path(), second.path()]).unwrap();
+        let [first_report, second_report] = &reports[..] else {
+            panic!("{reports:?}")
         };
-        assert_eq!((one.records, one.added, one.conflicts), (8, 8, 0));
-        assert_eq!((two.records, two.added, two.same), (7, 3, 2));
-        // The seventh is not the same bytes, and so both are kept.
-        assert_eq!(two.conflicts, 2);
-        assert_eq!(two.keys, [sample(7).key, sample(2).key]);
+        assert_eq!((first_report.records, first_report.added), (8, 8));
+        assert_eq!(first_report.conflicts, 0);
+        assert_eq!((second_report.records, second_report.added), (7, 3));
+        assert_eq!(second_report.same, 2);
+        // The lines of sample 7 differ in the unknown field, so both are kept.
+        assert_eq!(second_report.conflicts, 2);
+        assert_eq!(second_report.keys, [sample(7).key, sample(2).key]);
         assert_eq!(
             fs::read(conflicts_file(&into)).unwrap(),
-            encode([sample(7), other(2)])
+            encode([sample(7), other_answer(2)])
         );
         let expected = [&records(0..10)[..], &[sample(11)]].concat();
-        assert_holds(&into, &expected);
+        assert_contains(&into, &expected);
         let text = match compression {
             Compression::None => fs::read(plain_file(&into)).unwrap(),
             Compression::Zstd => {
@@ -278,27 +285,27 @@ fn merge_joins_by_key_and_keeps_both_sides_of_a_conflict() {
         };
         assert!(memchr::memmem::find(&text, &future).is_some());
 
-        let again = merged(&into, compression, &[second.path(), first.path()]).unwrap();
-        assert!(again.iter().all(|source| source.added == 0));
-        assert_eq!(again[0].conflicts, 2);
-        assert_holds(&into, &expected);
+        let reports = merge_caches(&into, compression, &[second.path(), first.path()]).unwrap();
+        assert!(reports.iter().all(|report| report.added == 0));
+        assert_eq!(reports[0].conflicts, 2);
+        assert_contains(&into, &expected);
         assert_eq!(
             fs::read(conflicts_file(&into)).unwrap(),
-            encode([sample(7), other(2)]),
-            "a conflict is told once"
+            encode([sample(7), other_answer(2)]),
+            "a conflict must be stored only once"
         );
     }
     assert_eq!(fs::read(plain_file(second.path())).unwrap(), before);
 
     let clean = tempfile::tempdir().unwrap();
-    merged(clean.path(), Compression::None, &[first.path()]).unwrap();
+    merge_caches(clean.path(), Compression::None, &[first.path()]).unwrap();
     assert!(!conflicts_file(clean.path()).exists());
 }
 
 #[test]
 fn merge_refuses_damaged_or_missing_sources() {
-    let good = folder(b"", &encode(records(0..5)));
-    let bad = folder(
+    let valid = folder(b"", &encode(records(0..5)));
+    let damaged = folder(
         b"",
         &[
             &encode(records(5..8))[..],
@@ -308,20 +315,25 @@ fn merge_refuses_damaged_or_missing_sources() {
         .concat(),
     );
     let into = tempfile::tempdir().unwrap();
-    let error = merged(into.path(), Compression::None, &[good.path(), bad.path()]).unwrap_err();
+    let error = merge_caches(
+        into.path(),
+        Compression::None,
+        &[valid.path(), damaged.path()],
+    )
+    .unwrap_err();
     assert_eq!(Exit::code_of(&error), 5);
     assert!(error.to_string().contains("line 4"), "{error}");
     assert!(error.to_string().contains("cache repair"), "{error}");
-    assert_holds(into.path(), &records(0..8));
+    assert_contains(into.path(), &records(0..8));
 
     for source in [into.path().to_owned(), into.path().join("nowhere")] {
-        let error = merged(into.path(), Compression::None, &[&source]).unwrap_err();
+        let error = merge_caches(into.path(), Compression::None, &[&source]).unwrap_err();
         assert_eq!(Exit::code_of(&error), 2, "{error}");
     }
-    repair(bad.path()).unwrap();
-    merged(into.path(), Compression::None, &[bad.path()]).unwrap();
+    repair(damaged.path()).unwrap();
+    merge_caches(into.path(), Compression::None, &[damaged.path()]).unwrap();
     let expected = [&records(0..8)[..], &[sample(9)]].concat();
-    assert_holds(into.path(), &expected);
+    assert_contains(into.path(), &expected);
 }
 
 #[test]
@@ -336,14 +348,10 @@ fn record_with_the_key_of_another_question_is_refused() {
         (compress(&text, CompressionLevel::Fast).unwrap(), vec![]),
     ] {
         let source = folder(&frames, &plain);
-        let findings = reader::verify_cache(source.path(), &mut |_, _| Ok(())).unwrap();
-        assert_eq!((findings.records, findings.damaged.len()), (2, 1));
-        assert!(
-            findings.damaged[0]
-                .1
-                .to_string()
-                .contains("another request")
-        );
+        let report = reader::verify_cache(source.path(), &mut |_, _| Ok(())).unwrap();
+        assert_eq!((report.records, report.damaged.len()), (2, 1));
+        let (_, bad_line) = &report.damaged[0];
+        assert!(bad_line.to_string().contains("another request"));
         let target = tempfile::tempdir().unwrap();
         let sources = [source.path().to_owned()];
         let settings = config::CacheConfig::default();

@@ -1,4 +1,4 @@
-//! Opening a large cache: by its index, and never by one that is not of these very files.
+//! Opening a cache from its index, and without it if the index does not match the cache files.
 
 use std::fs;
 use std::path::Path;
@@ -11,14 +11,14 @@ use distill::exit::Exit;
 
 use crate::cache_samples::{encode, sample};
 
-/// More than the smallest cache that gets an index.
+/// Returns a cache folder that is large enough for an index, and the content of its plain file.
 fn large_cache() -> (tempfile::TempDir, Vec<u8>) {
-    let records = (0..60).map(|n| Record {
+    let records = (0..60).map(|number| Record {
         answer: Answer {
             text: "x".repeat(100_000),
             ..Answer::default()
         },
-        ..sample(n)
+        ..sample(number)
     });
     let file = encode(records);
     let dir = tempfile::tempdir().unwrap();
@@ -27,47 +27,46 @@ fn large_cache() -> (tempfile::TempDir, Vec<u8>) {
 }
 
 #[test]
-fn index_opens_the_cache_and_is_ignored_if_files_changed() {
+fn index_is_used_to_open_the_cache_unless_files_changed() {
     let (dir, mut file) = large_cache();
     let index = dir.path().join("responses.index");
-    let read = |dir: &Path| {
-        let mut bytes = 0;
+    // Opens the cache, and returns the bytes read, the number of records and their cost.
+    let open_and_count = |dir: &Path| {
+        let mut bytes_read = 0;
         let settings = config::CacheConfig::default();
         let cache = Cache::open_with(
             dir,
             &settings,
             distill::cache::storage::plain_storage(),
-            &mut |done, _| {
-                bytes = done;
+            &mut |read, _| {
+                bytes_read = read;
                 Ok(())
             },
         );
-        cache.map(|cache| (bytes, cache.len(), cache.cost_when_opened()))
+        cache.map(|cache| (bytes_read, cache.len(), cache.cost_when_opened()))
     };
     let size = file.len() as u64;
     let cost = 60.0 * 0.000_012_5;
-    let close = |(bytes, records, usd): (u64, usize, f64), expected: (u64, usize, f64)| {
-        assert_eq!((bytes, records), (expected.0, expected.1));
-        assert!((usd - expected.2).abs() < 1e-9, "{usd}");
+    let check = |expected_bytes: u64, expected_records: usize, expected_usd: f64| {
+        let (bytes_read, records, usd) = open_and_count(dir.path()).unwrap();
+        assert_eq!((bytes_read, records), (expected_bytes, expected_records));
+        assert!((usd - expected_usd).abs() < 1e-9, "{usd}");
     };
-    close(read(dir.path()).unwrap(), (size, 60, cost));
-    close(read(dir.path()).unwrap(), (0, 60, cost));
+    check(size, 60, cost);
+    check(0, 60, cost);
 
-    // Appended to, by us and by another.
+    // Records appended by a writer of the cache, and by another program.
     let cache = Cache::open(dir.path(), &config::CacheConfig::default()).unwrap();
     cache.append(&sample(60)).unwrap();
     assert!(cache.contains(&sample(7).key) && cache.contains(&sample(60).key));
     drop(cache);
-    close(read(dir.path()).unwrap(), (0, 61, cost + 0.000_012_5));
+    check(0, 61, cost + 0.000_012_5);
     file = fs::read(cache::plain_file(dir.path())).unwrap();
     file.extend(encode([sample(61)]));
     fs::write(cache::plain_file(dir.path()), &file).unwrap();
-    close(
-        read(dir.path()).unwrap(),
-        (file.len() as u64, 62, cost + 0.000_025),
-    );
+    check(file.len() as u64, 62, cost + 0.000_025);
 
-    // Of the same length and time, and not the same file.
+    // Content changed without a change of length and modification time.
     let modified = fs::metadata(cache::plain_file(dir.path()))
         .unwrap()
         .modified()
@@ -80,30 +79,30 @@ fn index_opens_the_cache_and_is_ignored_if_files_changed() {
         .unwrap()
         .set_modified(modified)
         .unwrap();
-    let error = read(dir.path()).unwrap_err();
+    let error = open_and_count(dir.path()).unwrap_err();
     assert_eq!(Exit::code_of(&error), 5, "{error}");
     file[3_000_000] ^= 1;
     fs::write(cache::plain_file(dir.path()), &file).unwrap();
 
-    // An index that is no index, or not all of one.
-    read(dir.path()).unwrap();
-    let whole = fs::read(&index).unwrap();
-    for wrong in [
-        &whole[..whole.len() - 1],
-        &whole[..100],
+    // Truncated, empty and damaged indexes.
+    open_and_count(dir.path()).unwrap();
+    let valid = fs::read(&index).unwrap();
+    for invalid in [
+        &valid[..valid.len() - 1],
+        &valid[..100],
         b"",
         b"{}\n",
-        &[&whole[..whole.len() - 20], &[7; 20]].concat(),
+        &[&valid[..valid.len() - 20], &[7; 20]].concat(),
     ] {
-        fs::write(&index, wrong).unwrap();
-        assert_eq!(read(dir.path()).unwrap().0, file.len() as u64);
+        fs::write(&index, invalid).unwrap();
+        assert_eq!(open_and_count(dir.path()).unwrap().0, file.len() as u64);
     }
     fs::remove_file(&index).unwrap();
-    assert_eq!(read(dir.path()).unwrap().1, 62);
+    assert_eq!(open_and_count(dir.path()).unwrap().1, 62);
 }
 
 #[test]
-fn costs_are_read_whatever_the_field_order() {
+fn costs_are_read_in_any_field_order() {
     let cost = |text: &str| line::cost_usd(text.as_bytes());
     let crc = "\"crc\":\"00000000\"}";
     for (text, expected) in [
@@ -115,7 +114,7 @@ fn costs_are_read_whatever_the_field_order() {
             format!("{{\"v\":1,\"cost_usd\":1.5e-7,\"extra\":\"\",{crc}"),
             1.5e-7,
         ),
-        // The names in a text, and in another order.
+        // The field names inside a text, the fields in another order, and an unknown field.
         (
             format!("{{\"cost_usd\":0.5,\"text\":\",\\\"cost_usd\\\":9,\\\"extra\\\":\\\"\",{crc}"),
             0.5,

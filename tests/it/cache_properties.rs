@@ -1,4 +1,4 @@
-//! Any record survives the cache, and no garbage behind the records harms them.
+//! Property tests: any record round-trips through its line, and bytes after the records do not affect them.
 
 use distill::cache::line;
 use distill::cache::raw_token::RawToken;
@@ -31,15 +31,16 @@ fn json_value() -> impl Strategy<Value = Value> {
 
 fn any_request() -> impl Strategy<Value = Value> {
     let messages =
-        prop::collection::vec((any::<String>(), any::<String>()), 0..3).prop_map(|all| {
-            all.iter()
+        prop::collection::vec((any::<String>(), any::<String>()), 0..3).prop_map(|messages| {
+            messages
+                .iter()
                 .map(|(role, content)| json!({"role": role, "content": content}))
                 .collect::<Value>()
         });
     let messages = prop_oneof![messages, json_value()];
     let model = prop_oneof![any::<String>().prop_map(Value::from), json_value()];
     let body = (model, messages, json_value()).prop_map(
-        |(model, messages, rest)| json!({"model": model, "messages": messages, "rest": rest}),
+        |(model, messages, other)| json!({"model": model, "messages": messages, "other": other}),
     );
     prop_oneof![body, json_value()]
 }
@@ -78,7 +79,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(if nightly() { 50_000 } else { 1_000 }))]
 
     #[test]
-    fn any_record_survives(
+    fn any_record_round_trips_through_its_line(
         texts in prop::array::uniform8(any::<String>()),
         request in any_request(),
         extra in prop::collection::hash_map(any::<String>(), json_value(), 0..4),
@@ -107,9 +108,9 @@ proptest! {
         prop_assert_eq!(line::decode(&lines[0]).unwrap(), record);
     }
 
-    /// What a crash may leave behind whole records: they stay, and nothing is made up.
+    /// A crash may leave part of a line, NUL bytes or garbage after the complete records.
     #[test]
-    fn no_tail_harms_the_records_before_it(
+    fn incomplete_tail_does_not_change_the_records_read(
         records in 0u64..5,
         nuls in 0usize..300,
         cut in 0usize..2000,
@@ -122,7 +123,7 @@ proptest! {
         file.extend(garbage);
         let (lines, _) = scan(&file);
         let expected = encode((0..records).map(sample));
-        let found: Vec<u8> = lines.iter().flat_map(|line| [&line[..], b"\n"].concat()).collect();
-        prop_assert_eq!(found, expected);
+        let scanned: Vec<u8> = lines.iter().flat_map(|line| [&line[..], b"\n"].concat()).collect();
+        prop_assert_eq!(scanned, expected);
     }
 }

@@ -1,4 +1,4 @@
-//! Records, and cache files made of them, for the tests of the cache.
+//! Sample records and cache files for the tests of the cache.
 
 use distill::cache::line;
 use distill::cache::question::Question;
@@ -8,14 +8,15 @@ use distill::cache::recovery::{BadLine, FileEnding, LineScan, ScanError};
 use distill::cache::usage::Usage;
 use serde_json::{Map, json};
 
-/// The n-th of a varied lot of records: with and without logprobs, good and quarantined.
-pub fn sample(n: u64) -> Record {
-    let with_logprobs = n.is_multiple_of(3);
-    let quarantined = n % 7 == 3;
+/// Returns the sample record with this number. Every third record has logprobs, every seventh is quarantined, and every
+/// fifth has no usage.
+pub fn sample(number: u64) -> Record {
+    let has_logprobs = number.is_multiple_of(3);
+    let is_quarantined = number % 7 == 3;
     let endpoint = "https://api.example.com/v1";
     let request = json!({
         "model": "teacher-1",
-        "messages": [{"role": "user", "content": format!("what is {n} + 1?")}],
+        "messages": [{"role": "user", "content": format!("what is {number} + 1?")}],
         "temperature": 1.0,
     });
     Record {
@@ -23,33 +24,33 @@ pub fn sample(n: u64) -> Record {
         key: Question::new(&request, 0).key(endpoint),
         cut_at: 0,
         teacher: String::new(),
-        prompt_id: format!("row-{n}"),
+        prompt_id: format!("row-{number}"),
         sample: 0,
-        status: if quarantined {
+        status: if is_quarantined {
             Status::Quarantined
         } else {
             Status::Ok
         },
-        reason: if quarantined { "refusal" } else { "" }.to_owned(),
+        reason: if is_quarantined { "refusal" } else { "" }.to_owned(),
         endpoint: endpoint.to_owned(),
         probe: String::new(),
         request,
         answer: Answer {
-            text: format!("{} \u{1f980}", n + 1),
+            text: format!("{} \u{1f980}", number + 1),
             finish_reason: "stop".to_owned(),
             ..Answer::default()
         },
-        usage: (n % 5 != 4).then_some(Usage {
+        usage: (number % 5 != 4).then_some(Usage {
             prompt_tokens: 12,
             completion_tokens: 3,
             ..Usage::default()
         }),
         model: "teacher-1-2026-05-13".to_owned(),
         fingerprint: String::new(),
-        logprobs: with_logprobs.then(|| crab(n)),
+        logprobs: has_logprobs.then(|| crab_logprobs(number)),
         timing: Timing {
             sent_at: "2026-11-22T02:13:45.123Z".to_owned(),
-            latency_ms: 800 + n,
+            latency_ms: 800 + number,
             attempts: 1,
         },
         cost_usd: Some(0.000_012_5),
@@ -57,18 +58,22 @@ pub fn sample(n: u64) -> Record {
     }
 }
 
-/// Logprobs of `<n + 1> 🦀`, whose crab came as two tokens that are no UTF-8.
-fn crab(n: u64) -> Logprobs {
+/// Returns the logprobs of the answer `<number + 1> 🦀`, whose crab is split into two tokens that are not valid UTF-8.
+fn crab_logprobs(number: u64) -> Logprobs {
     let raw = |position, rank, hex: &str| RawToken {
         position,
         rank,
         hex: hex.to_owned(),
     };
-    let text = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
+    let strings = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
     Logprobs {
-        token: vec![(n + 1).to_string(), String::new(), String::new()],
+        token: vec![(number + 1).to_string(), String::new(), String::new()],
         logprob: vec![Some(-0.003_184_5), Some(-1.25), None],
-        top: vec![text(&["7", " seven"]), text(&["", "!"]), text(&[""])],
+        top: vec![
+            strings(&["7", " seven"]),
+            strings(&["", "!"]),
+            strings(&[""]),
+        ],
         top_logprob: vec![
             vec![Some(-0.003_184_5), Some(-5.75)],
             vec![Some(-1.25), None],
@@ -84,6 +89,7 @@ fn crab(n: u64) -> Logprobs {
     }
 }
 
+/// Encodes the records as lines.
 pub fn encode(records: impl IntoIterator<Item = Record>) -> Vec<u8> {
     records
         .into_iter()
@@ -91,7 +97,8 @@ pub fn encode(records: impl IntoIterator<Item = Record>) -> Vec<u8> {
         .collect()
 }
 
-/// The lines of all whole records in `file`, and its ending or the damage.
+/// Returns the lines of the complete records in `file` up to the first damage, and the ending of the file or the
+/// damage.
 pub fn scan(file: &[u8]) -> (Vec<Vec<u8>>, Result<FileEnding, BadLine>) {
     let mut scan = LineScan::new(file);
     let mut lines = Vec::new();

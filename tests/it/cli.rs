@@ -148,7 +148,7 @@ fn harvest_train_and_eval_from_one_config() {
     let stats = stdout(&run(&["--json", "cache", "stats", "-c", &config]));
     let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
     assert_eq!(stats["stats"]["records"], 10, "{stats}");
-    assert!(stdout(&run(&["cache", "verify", "-c", &config])).contains("whole records: 10,"));
+    assert!(stdout(&run(&["cache", "verify", "-c", &config])).contains("complete records: 10,"));
     let shown = stdout(&run(&["cache", "show", "-c", &config, "3"]));
     assert!(shown.contains("say 3!"), "{shown}");
 

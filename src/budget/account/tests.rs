@@ -35,7 +35,7 @@ fn reservation_is_settled_by_the_charge() {
     assert!(account.reserve(&amount).unwrap() && account.reserve(&amount).unwrap());
     assert!(
         !account.reserve(&amount).unwrap(),
-        "a third reservation exceeds the cap"
+        "a third reservation would exceed the cap"
     );
     account.settle(&amount, Charge::Nothing, &PRICE);
     assert!(account.reserve(&amount).unwrap());
@@ -86,7 +86,10 @@ fn equal_excess_of_many_requests_raises_the_factor_once() {
     let raised = account.bound(&bound, &PRICE);
     assert!(account.reserve(&raised).unwrap());
     account.settle(&raised, Charge::Measured(usage(0, 150)), &PRICE);
-    assert_eq!(account.ledger.excess, 1.5, "the reservation covered it");
+    assert_eq!(
+        account.ledger.excess, 1.5,
+        "the raised reservation covers the cost"
+    );
     let held = amount.usd.times(3.0);
     account.hold_for_batch(held);
     let charge = Charge::Measured(usage(0, 200));

@@ -4,32 +4,38 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{
-    HASH_PREFIX, IGNORED_FIELDS, Question, USUAL_BYTES, write_fields, write_ignored, write_scalar,
+    HASH_PREFIX, IGNORED_FIELDS, Question, TEXT_CAPACITY, write_fields, write_ignored, write_scalar,
 };
 use crate::prompt::message::Message;
 
 const MESSAGES: &str = "messages";
 
-/// A serialised request without its messages, shared by all prompts.
+/// Serialised request without its messages, which all prompts share.
 #[derive(Debug)]
 pub struct QuestionTemplate {
+    /// Hashed text before the messages.
     before: Vec<u8>,
+    /// Hashed text after the messages.
     after: Vec<u8>,
+    /// Text of the fields that are not hashed, see [`write_ignored`].
     ignored: Vec<u8>,
     sample: u32,
 }
 
 impl QuestionTemplate {
-    /// The messages of `request` are ignored.
+    /// Serialises `request` without its messages.
     pub fn new(request: &Value, sample: u32) -> QuestionTemplate {
         let mut before = HASH_PREFIX.to_vec();
         let mut after = Vec::new();
-        let is_part = |name: &str| !IGNORED_FIELDS.contains(&name) && name != MESSAGES;
+        let is_hashed = |name: &str| !IGNORED_FIELDS.contains(&name) && name != MESSAGES;
         write_fields(request, &mut before, |name| {
-            is_part(name) && name < MESSAGES
+            is_hashed(name) && name < MESSAGES
         });
-        write_fields(request, &mut after, |name| is_part(name) && name > MESSAGES);
-        // Joins the two halves: without the braces between them, and with commas if there are fields.
+        write_fields(request, &mut after, |name| {
+            is_hashed(name) && name > MESSAGES
+        });
+        // The closing brace of the first half and the opening brace of the second half are replaced by commas, or
+        // removed if a half has no fields.
         before.pop();
         if before.len() > HASH_PREFIX.len() + 1 {
             before.push(b',');
@@ -49,20 +55,20 @@ impl QuestionTemplate {
         }
     }
 
-    /// Returns the same as [`Question::new`] for the request with these messages.
+    /// Hashes the request with these messages. The result equals the result of [`Question::new`].
     pub fn question(&self, messages: &[Message]) -> Question {
-        let mut text = Vec::with_capacity(USUAL_BYTES);
+        let mut text = Vec::with_capacity(TEXT_CAPACITY);
         text.extend_from_slice(&self.before);
         let sorted: Vec<_> = messages.iter().map(SortedMessage::from).collect();
         write_scalar(&sorted, &mut text);
         text.extend_from_slice(&self.after);
-        let end = text.len();
+        let hashed_bytes = text.len();
         text.extend_from_slice(&self.ignored);
-        Question::from_text(&mut text, end, self.sample)
+        Question::from_text(&mut text, hashed_bytes, self.sample)
     }
 }
 
-/// A message with its fields sorted by name, as they are hashed.
+/// Message with its fields sorted by name, as they are hashed.
 #[derive(Serialize)]
 struct SortedMessage<'a> {
     content: &'a str,
@@ -89,18 +95,18 @@ mod tests {
             Message::new("system", "quote \" and \\ and \u{1}"),
             Message::new("user", "ä\u{2028}\n"),
         ];
-        let sent = json!([{"role": "system", "content": messages[0].content},
+        let sent_messages = json!([{"role": "system", "content": messages[0].content},
             {"role": "user", "content": messages[1].content}]);
         for request in [
-            json!({"messages": sent}),
-            json!({"model": "m", "messages": sent}),
-            json!({"logprobs": true, "messages": sent, "max_tokens": 7}),
-            json!({"model": "m", "messages": sent, "max_completion_tokens": 512, "seed": 3, "stream": false,
+            json!({"messages": sent_messages}),
+            json!({"model": "m", "messages": sent_messages}),
+            json!({"logprobs": true, "messages": sent_messages, "max_tokens": 7}),
+            json!({"model": "m", "messages": sent_messages, "max_completion_tokens": 512, "seed": 3, "stream": false,
                 "temperature": 0.7, "logprobs": true, "extra": {"b": [1, {"d": 1, "c": null}], "a": "é"}}),
         ] {
-            let mut other = request.clone();
-            other["messages"] = json!([]);
-            let template = QuestionTemplate::new(&other, 4);
+            let mut without_messages = request.clone();
+            without_messages["messages"] = json!([]);
+            let template = QuestionTemplate::new(&without_messages, 4);
             assert_eq!(template.question(&messages), Question::new(&request, 4));
             assert_ne!(
                 template.question(&messages[..1]),

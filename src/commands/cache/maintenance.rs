@@ -19,6 +19,9 @@ use crate::terminal::{format_count, sanitise};
 pub(crate) const VERSION: u32 = 1;
 
 /// Repairs the cache in `dir` and prints the result.
+///
+/// # Errors
+/// If the cache cannot be read or written, or another process has it open.
 pub(crate) fn repair(dir: &Path, json: bool) -> Result<()> {
     let report = repair::repair(dir)?;
     if json {
@@ -28,7 +31,7 @@ pub(crate) fn repair(dir: &Path, json: bool) -> Result<()> {
             "rescued": report.rescued, "conflicts": report.conflicts,
         }));
     }
-    let mut text = format!("whole records: {}\n", format_count(report.records));
+    let mut text = format!("complete records: {}\n", format_count(report.records));
     if !report.changed() {
         text += "nothing to repair\n";
     }
@@ -74,7 +77,7 @@ pub(crate) fn merge(
         Ok(())
     });
     drop(progress);
-    // Also after an error: the account must include what the completed merges added.
+    // Also after an error: the account must include the answers of the completed merges.
     let cost_usd = reports.iter().map(|report| report.cost_usd).sum();
     let mut unpriced = Usage::default();
     reports
@@ -118,6 +121,7 @@ pub(crate) fn merge(
     print(&sanitise(&text))
 }
 
+/// Formats the counts of one merged cache.
 fn merge_text(source: &Path, report: &MergeReport) -> String {
     format!(
         "{}: {} records, {} added, {} already in the cache, {} conflicts\n",

@@ -1,4 +1,4 @@
-//! `distill cache`: shows, verifies, repairs and merges the cache.
+//! `distill cache`: shows, verifies, repairs, merges, adopts and exports cached answers.
 //!
 //! | file | content |
 //! |---|---|
@@ -65,6 +65,7 @@ pub fn run(args: &CacheArgs, global: &GlobalArgs) -> Result<()> {
     }
 }
 
+/// Returns the cache folder that the flags select.
 fn folder(location: &CacheLocation) -> Result<PathBuf> {
     match (&location.dir, config(location)?) {
         (Some(dir), _) => Ok(dir.clone()),
@@ -73,6 +74,7 @@ fn folder(location: &CacheLocation) -> Result<PathBuf> {
     }
 }
 
+/// Loads the config that the flags select; `None` if they select a folder alone.
 fn config(location: &CacheLocation) -> Result<Option<Config>> {
     let load = |file: &PathBuf| {
         let file = ConfigFile {
@@ -97,6 +99,9 @@ fn settings(location: &CacheLocation) -> Result<config::CacheConfig> {
 }
 
 /// Prints statistics of the cache in `dir`.
+///
+/// # Errors
+/// If the cache cannot be read.
 pub fn stats(dir: &Path, json: bool) -> Result<()> {
     let mut stats = CacheStats::default();
     for record in crate::cache::reader::read(dir)? {
@@ -202,6 +207,7 @@ fn counts(counts: &BTreeMap<String, u64>) -> String {
     }
 }
 
+/// Formats a value, or "-" for `None`.
 fn or_dash(value: Option<impl Display>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
@@ -243,14 +249,14 @@ pub fn verify(dir: &Path, json: bool) -> Result<()> {
 }
 
 fn verify_json(dir: &Path, report: &VerifyReport) -> Value {
-    let bad = |(file, bad): &(PathBuf, BadLine)| json!({ "file": file, "line": bad.line, "offset": bad.offset, "fault": bad.fault.to_string() });
+    let bad_line = |(file, bad): &(PathBuf, BadLine)| json!({ "file": file, "line": bad.line, "offset": bad.offset, "fault": bad.fault.to_string() });
     json!({
         "version": VERSION,
         "dir": dir,
         "bytes": report.bytes,
         "records": report.records,
-        "damaged": report.damaged.iter().map(bad).collect::<Vec<_>>(),
-        "torn": report.torn.iter().map(bad).collect::<Vec<_>>(),
+        "damaged": report.damaged.iter().map(bad_line).collect::<Vec<_>>(),
+        "torn": report.torn.iter().map(bad_line).collect::<Vec<_>>(),
         "repeated_keys": report.repeated.iter()
             .map(|(key, count)| json!({ "key": key, "records": count }))
             .collect::<Vec<_>>(),
@@ -259,7 +265,7 @@ fn verify_json(dir: &Path, report: &VerifyReport) -> Value {
 
 fn verify_text(report: &VerifyReport) -> String {
     let mut text = format!(
-        "whole records: {}, bytes: {}\n",
+        "complete records: {}, bytes: {}\n",
         report.records, report.bytes
     );
     for (file, bad) in &report.damaged {
@@ -279,8 +285,8 @@ fn verify_text(report: &VerifyReport) -> String {
     sanitise(&text).into_owned()
 }
 
-/// Prints at most `limit` records of the cache in `dir`. Selects records whose prompt id is `selector` or whose key
-/// starts with it; without a selector, all records.
+/// Prints at most `limit` records of the cache in `dir`: the records whose prompt id is `selector` or whose key starts
+/// with `selector`, or all records with `None`.
 pub fn show(dir: &Path, selector: Option<&str>, limit: usize, json: bool) -> Result<()> {
     let mut shown = Vec::new();
     for record in crate::cache::reader::read(dir)? {
@@ -373,9 +379,9 @@ mod tests {
     use crate::terminal::escape_unsafe;
 
     #[test]
-    fn hostile_text_is_inert_as_text_and_as_json() {
+    fn control_and_bidi_characters_are_escaped_in_text_and_in_json() {
         let hostile = "\u{1b}]0;title\u{7} \u{9b}2J \u{202e}gpj.exe \u{2066} caf\u{e9}\ttab";
-        let active = |text: &str| {
+        let has_unsafe_chars = |text: &str| {
             text.chars().any(|c| {
                 (c.is_control() && c != '\n' && c != '\t') || "\u{202e}\u{2066}".contains(c)
             })
@@ -392,15 +398,15 @@ mod tests {
         record.model = hostile.to_owned();
         record.prompt_id = hostile.to_owned();
         record.request["messages"][0]["content"] = json!(hostile);
-        assert!(!active(&record_text(&record)));
+        assert!(!has_unsafe_chars(&record_text(&record)));
         let mut stats = CacheStats::default();
         stats.add(&record);
-        assert!(!active(&stats_text(&stats, Path::new("x"), 1)));
+        assert!(!has_unsafe_chars(&stats_text(&stats, Path::new("x"), 1)));
 
         let value = json!({ "records": [record] });
         let line = serde_json::to_string(&value).unwrap();
         let line = escape_unsafe(&line);
-        assert!(!active(&line) && line.contains("caf\u{e9}"));
+        assert!(!has_unsafe_chars(&line) && line.contains("caf\u{e9}"));
         assert_eq!(serde_json::from_str::<Value>(&line).unwrap(), value);
     }
 }

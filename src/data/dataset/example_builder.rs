@@ -238,7 +238,7 @@ impl<'a> ExampleBuilder<'a> {
         let max_length = self.settings.max_length;
         if end > max_length {
             return Err(format!(
-                "longer than {max_length} tokens (data.max_length, or the context of the model)"
+                "longer than {max_length} tokens (`data.max_length`, or the context of the model)"
             ));
         }
         let answers = labels.len() as u64;

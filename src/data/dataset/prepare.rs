@@ -82,7 +82,7 @@ pub(crate) fn run(
         }
         if let Some(advice) = report.groups.advice() {
             reasons.push(if settings.cache.is_some() {
-                format!("data.cache is the cache of another run: {advice}")
+                format!("`data.cache` is the cache of another run: {advice}")
             } else {
                 format!("run `distill harvest`, or {advice}")
             });

@@ -227,7 +227,7 @@ impl SourceReader {
                 }
                 text.extend_from_slice(lines.line());
                 self.bytes = lines.position();
-                Some(lines.place())
+                Some(lines.location())
             }
             LineReader::File { path, lines } => {
                 let length = lines.read_until(b'\n', text);

@@ -211,7 +211,7 @@ fn hostile_templates_fail_within_limits() {
         let template = ChatTemplate::new(&source, "", "");
         let error = template.render(&ask("a", "b"), false).unwrap_err().to_string();
         let short: String = source.chars().take(120).collect();
-        assert!(start.elapsed() < Duration::from_secs(1), "{short}: {:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(5), "{short}: {:?}", start.elapsed());
         assert!(error.contains("the chat template"), "{short}: {error}");
         let grown = peak_memory().saturating_sub(before);
         assert!(grown < 64 << 20, "{short}: {grown} bytes");

@@ -227,7 +227,7 @@ fn empty_dataset_error_names_the_reasons() {
     assert!(
         error
             .to_string()
-            .contains("2 longer than 5 tokens (data.max_length"),
+            .contains("2 longer than 5 tokens (`data.max_length`"),
         "{error}"
     );
 }

@@ -61,7 +61,8 @@ async fn transient_failures_are_retried_and_counted() {
         let name = format!("{fault:?}");
         let server = FaultServer::start(at_first(2, fault)).await;
         let mut run = Run::new(&server, &["a"]);
-        run.config.teacher.timeout = Duration::from_secs_f64(0.1);
+        run.config.teacher.timeout = Duration::from_secs(1);
+        run.config.retry.max_outage = Duration::from_secs(60);
         let summary = run.harvest().await;
         assert_eq!(
             (summary.ok, summary.requests),

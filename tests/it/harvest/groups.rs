@@ -168,7 +168,7 @@ async fn mock_answers_are_used_only_by_name() {
         let (status, message) = refused(config);
         assert_eq!(status, 2);
         assert!(
-            message.contains("answers of a mock") && message.contains("data.groups to \"mock\""),
+            message.contains("answers of a mock") && message.contains("`data.groups` to \"mock\""),
             "{message}"
         );
     }

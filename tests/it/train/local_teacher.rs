@@ -159,7 +159,7 @@ fn local_teacher_that_is_not_a_model_folder_is_refused_with_setting_and_folder()
     let error = train::run(&config, StartMode::New.into()).unwrap_err();
     let message = format!("{error:#}");
     assert_eq!(Exit::code_of(&error), 2, "{message}");
-    for expected in ["set teacher.local to", dir.path().to_str().unwrap()] {
+    for expected in ["set `teacher.local` to", dir.path().to_str().unwrap()] {
         assert!(message.contains(expected), "{message}");
     }
 }

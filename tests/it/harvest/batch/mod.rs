@@ -8,9 +8,9 @@ mod tcp;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -25,7 +25,7 @@ use futures_util::{FutureExt, StreamExt, stream};
 use reqwest::header::HeaderMap;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::mock::batch::batch_request;
 
@@ -45,6 +45,8 @@ struct Provider {
     change_object: fn(Value) -> Value,
     /// Calls for batch objects and files that are refused with 403.
     forbidden: AtomicU32,
+    /// Time of each download request.
+    downloads: Arc<Mutex<Vec<Instant>>>,
 }
 
 impl Transport for Provider {
@@ -67,6 +69,7 @@ impl Provider {
             change_file: |content| content,
             change_object: |object| object,
             forbidden: AtomicU32::new(0),
+            downloads: Arc::default(),
         }
     }
 
@@ -164,6 +167,7 @@ impl BatchApi for Provider {
 
     fn content<'a>(&'a self, file: &'a str) -> BoxFuture<'a, Result<FileDownload, TransportError>> {
         async move {
+            self.downloads.lock().unwrap().push(Instant::now());
             if let Some(refusal) = self.forbid() {
                 return Ok(FileDownload::Refused(refusal));
             }
