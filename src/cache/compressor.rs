@@ -91,13 +91,13 @@ impl Compressor {
         length: u64,
         may_continue: impl Fn() -> bool,
     ) -> Result<()> {
-        let effort = if length - self.compressed_to > FAST_THRESHOLD_BYTES {
+        let level = if length - self.compressed_to > FAST_THRESHOLD_BYTES {
             CompressionLevel::Fast
         } else {
             CompressionLevel::Strong
         };
         let text = self.next_text(plain, length)?;
-        let frame = frames::compress_while(&text, effort, may_continue);
+        let frame = frames::compress_while(&text, level, may_continue);
         let Some(frame) = frame.context("could not compress records")? else {
             return Ok(());
         };

@@ -13,10 +13,10 @@ pub struct BatchCounts {
     pub parts: BTreeMap<String, u64>,
     /// Number of batches that were created although the reply was lost. They were found by the nonce in their metadata.
     pub adopted: u64,
-    /// Number of rows that a batch left unanswered and that were submitted in another batch.
+    /// Number of rows that a batch left unanswered, and that another batch requested again.
     #[serde(rename = "asked_again")]
     pub requeued_rows: u64,
-    /// Number of rows that neither the output file nor the error file of a completed batch contains.
+    /// Number of rows of completed batches that are neither in the output file nor in the error file.
     pub lost: u64,
     /// Number of result lines for an unknown row, or for a row that has already ended.
     pub ignored: u64,
