@@ -210,9 +210,7 @@ fn run(shared: &SharedCache, mut compressor: Compressor) {
         // The lines of the new frame are in both files.
         state.needs_full_read |= compressor.compressed_to > compressed_before;
         // The plain file is rewritten only if at most half of it remains.
-        if result.is_ok()
-            && state.append_log.length() - compressor.compressed_to <= compressor.compressed_to
-        {
+        if result.is_ok() && state.append_log.length() <= 2 * compressor.compressed_to {
             state = shared.wait_while_syncing(state);
             result = compressor.remove_compressed_lines(&mut state.append_log);
             // Cleared only if this attempt and the previous one succeeded.

@@ -22,12 +22,12 @@ pub(crate) struct Lookup {
     positions: HashMap<Fingerprint, LinePosition>,
     /// Cost of all records in US dollars.
     cost_usd: f64,
-    /// Offset in the plain file at which [`Lookup::refresh`] continues.
+    /// Offset in the plain file at which [`Lookup::refresh`] continues: the line end of the last line.
     end: u64,
 }
 
 enum LinePosition {
-    /// Byte range of the line in the plain file, without its line end.
+    /// Byte range of the line's content in the plain file.
     Plain(Range<u64>),
     /// Content of the line, which is in the compressed file.
     Compressed(Vec<u8>),
@@ -50,9 +50,8 @@ impl Lookup {
         }
         let mut lines = CacheLines::open(dir)?;
         while lines.advance().map_err(|error| lines.refuse_scan(error))? {
-            let plain_offset = lines.location().offset();
             lookup
-                .add(lines.line(), plain_offset)
+                .add(lines.line(), lines.plain_content())
                 .map_err(|fault| lines.refuse(fault))?;
         }
         Ok(lookup)
@@ -69,20 +68,19 @@ impl Lookup {
             .with_context(read_error)?;
         let mut scan = LineScan::starting_at(BufReader::new(file), self.end, 0);
         while scan.advance().map_err(|e| refusal(&self.plain, e))? {
-            let plain_offset = scan.offset();
-            self.add(scan.line(), Some(plain_offset))?;
+            self.add(scan.line(), Some(scan.content()))?;
         }
         Ok(())
     }
 
-    /// Adds a line, which starts at `plain_offset` in the plain file; `None` for a line of the compressed file.
-    fn add(&mut self, line: &[u8], plain_offset: Option<u64>) -> Result<(), LineError> {
+    /// Adds a line with the byte range of its content in the plain file; `None` for a line of the compressed file.
+    fn add(&mut self, line: &[u8], plain_content: Option<Range<u64>>) -> Result<(), LineError> {
         let (fingerprint, _) = keys::identity(line)?;
         self.cost_usd += line::cost_usd(line)?;
-        let position = match plain_offset {
-            Some(start) => {
-                self.end = start + line.len() as u64 + 1;
-                LinePosition::Plain(start..start + line.len() as u64)
+        let position = match plain_content {
+            Some(content) => {
+                self.end = content.end;
+                LinePosition::Plain(content)
             }
             None => LinePosition::Compressed(line.to_vec()),
         };
@@ -122,5 +120,37 @@ impl Lookup {
             self.plain.display()
         );
         Ok(Some(line))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+
+    use super::*;
+
+    fn record_line(key: &str) -> String {
+        let covered = format!("{{\"v\":2,\"key\":\"{key}\",\"cost_usd\":1.0,");
+        let crc = crc32c::crc32c(covered.as_bytes());
+        format!("{covered}\"crc\":\"{crc:08x}\"}}")
+    }
+
+    #[test]
+    fn lines_are_found_beside_bytes_that_editors_add() {
+        for (mark, line_end) in [("", "\n"), ("\u{feff}", "\n"), ("\u{feff}", "\r\n\r\n")] {
+            let dir = tempfile::tempdir().unwrap();
+            let file = plain_file(dir.path());
+            let [a, b, c] = ["a", "b", "c"].map(record_line);
+            fs::write(&file, format!("{mark}{a}{line_end}{b}{line_end}")).unwrap();
+            let mut lookup = Lookup::open(dir.path()).unwrap();
+            let mut appended = File::options().append(true).open(&file).unwrap();
+            write!(appended, "{c}{line_end}").unwrap();
+            lookup.refresh().unwrap();
+            for (key, line) in [("a", &a), ("b", &b), ("c", &c)] {
+                assert_eq!(lookup.line(key).unwrap().as_deref(), Some(line.as_bytes()));
+            }
+            assert_eq!(lookup.cost_usd(), 3.0);
+        }
     }
 }

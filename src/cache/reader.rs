@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufReader, ErrorKind, Read, Seek, Take};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -161,6 +162,13 @@ impl CacheLines {
         }
     }
 
+    /// Returns the byte range of the current line's content in the plain file; `None` if the line is in the compressed
+    /// file.
+    pub fn plain_content(&self) -> Option<Range<u64>> {
+        let scan = self.plain.as_ref().filter(|_| self.is_in_plain)?;
+        Some(scan.content())
+    }
+
     /// Returns the path of the file that contains the current line.
     pub fn path(&self) -> PathBuf {
         if self.compressed.is_some() && !self.is_in_plain {
@@ -237,11 +245,6 @@ impl CacheLines {
 pub struct LineLocation(BadLine);
 
 impl LineLocation {
-    /// Offset of the line in the plain file; `None` if the line is in the compressed file.
-    pub fn offset(&self) -> Option<u64> {
-        (!self.0.is_compressed).then_some(self.0.offset)
-    }
-
     /// Returns the error for a fault of this line in the cache in `dir`.
     pub fn refuse(&self, dir: &Path, fault: LineError) -> anyhow::Error {
         let path = if self.0.is_compressed {

@@ -6,6 +6,7 @@
 //! reported.
 
 use std::io::{self, BufRead};
+use std::ops::Range;
 
 use super::line::{self, LineError};
 
@@ -56,6 +57,8 @@ pub struct LineScan<R> {
     number: u64,
     /// Offset of the current line in bytes.
     start: u64,
+    /// Offset in bytes of the content of the current line, which follows a byte order mark.
+    content_start: u64,
     /// Offset of the next line in bytes.
     next: u64,
     /// First line of a possible torn tail.
@@ -79,6 +82,7 @@ impl<R: BufRead> LineScan<R> {
             is_terminated: true,
             number: lines,
             start: bytes,
+            content_start: bytes,
             next: bytes,
             torn: None,
             pending: None,
@@ -132,9 +136,10 @@ impl<R: BufRead> LineScan<R> {
         }
     }
 
-    /// Offset of the current line in the file in bytes.
-    pub fn offset(&self) -> u64 {
-        self.start
+    /// Returns the byte range of the current line's content in the file: without its line end and without a byte order
+    /// mark.
+    pub fn content(&self) -> Range<u64> {
+        self.content_start..self.content_start + self.line.len() as u64
     }
 
     /// Number of bytes before the next line; after [`LineScan::advance`] has returned `false`, the length of the file.
@@ -179,6 +184,7 @@ impl<R: BufRead> LineScan<R> {
         self.next += length as u64;
         self.is_terminated = self.line.last() == Some(&b'\n');
         let content = line::content_range(&self.line, self.start == 0);
+        self.content_start = self.start + content.start as u64;
         self.line.truncate(content.end);
         self.line.drain(..content.start);
         Ok(true)
