@@ -36,7 +36,7 @@ impl Exit {
     }
 
     /// Returns the number of the signal if `error` is an [`Exit::Signal`], with or without context.
-    pub fn signal_of(error: &anyhow::Error) -> Option<u8> {
+    pub(crate) fn signal_of(error: &anyhow::Error) -> Option<u8> {
         match error.downcast_ref::<Exit>()? {
             Exit::Signal(number) => Some(*number),
             _ => None,

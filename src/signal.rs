@@ -31,7 +31,7 @@ impl Signals {
     ///
     /// # Errors
     /// If the handlers cannot be installed.
-    pub fn listen() -> Result<Signals> {
+    pub(crate) fn listen() -> Result<Signals> {
         let kinds = [
             SignalKind::interrupt(),
             SignalKind::terminate(),
@@ -102,7 +102,7 @@ impl StopFlag {
     ///
     /// # Errors
     /// If the handlers cannot be installed.
-    pub fn watch() -> Result<Self> {
+    pub(crate) fn watch() -> Result<Self> {
         static FLAG: OnceLock<StopFlag> = OnceLock::new();
         if let Some(flag) = FLAG.get() {
             return Ok(flag.clone());

@@ -335,7 +335,7 @@ impl<S: LedgerStore> Account<S> {
 
     /// Returns the numbers of requests of the last day by endpoint, see [`Ledger::day`], and marks the ledger as
     /// changed.
-    pub fn daily_requests(
+    pub(crate) fn daily_requests(
         &mut self,
     ) -> &mut std::collections::BTreeMap<String, Vec<(jiff::Timestamp, u64)>> {
         self.is_dirty = true;
@@ -353,7 +353,7 @@ impl<S: LedgerStore> Account<S> {
     }
 
     /// Amount spent by this process.
-    pub fn spent_by_process(&self) -> Spent {
+    pub(crate) fn spent_by_process(&self) -> Spent {
         self.spent_by_process
     }
 
@@ -396,7 +396,7 @@ fn price_tokens(spent: &mut Spent, price: &Price) {
 }
 
 /// Returns the error for a request whose maximum cost exceeds the remaining budget.
-pub fn budget_exhausted<S: LedgerStore>(account: &Account<S>) -> anyhow::Error {
+pub(crate) fn budget_exhausted<S: LedgerStore>(account: &Account<S>) -> anyhow::Error {
     let message = format!(
         "the budget is used up: {} of {} spent, and the next request may cost more than the remaining amount; raise \
          `budget.usd` and rerun the command to resume",

@@ -34,7 +34,7 @@ impl Dollars {
         self.0 as f64 / PICODOLLARS_PER_DOLLAR
     }
 
-    pub fn is_zero(self) -> bool {
+    pub(crate) fn is_zero(self) -> bool {
         self.0 == 0
     }
 

@@ -80,7 +80,7 @@ impl Spent {
         self.measured_usd.plus(self.estimated_usd)
     }
 
-    pub fn is_zero(&self) -> bool {
+    pub(crate) fn is_zero(&self) -> bool {
         *self == Spent::default()
     }
 }
@@ -121,7 +121,7 @@ pub struct InFlight {
 
 impl InFlight {
     /// Warns about requests that a killed run left in flight.
-    pub fn warn(self) {
+    pub(crate) fn warn(self) {
         if self.requests > 0 {
             tracing::warn!(
                 "the last run was killed: up to {} requests were in flight and may have been billed without an answer",
@@ -150,7 +150,7 @@ pub trait LedgerStore {
 
 impl Ledger {
     /// Counts the requests in flight at a kill as spent, and returns them.
-    pub fn settle_kill(&mut self) -> InFlight {
+    pub(crate) fn settle_kill(&mut self) -> InFlight {
         let mut in_flight = std::mem::take(&mut self.in_flight);
         if let Some(cap) = in_flight.budget_usd {
             // The bound was written ahead and exceeds the amount reserved, but the sum of the amounts spent and
@@ -177,7 +177,7 @@ pub struct LedgerFiles {
 }
 
 /// Returns the path of the ledger of a run folder.
-pub fn ledger_path(run_dir: &Path) -> PathBuf {
+pub(crate) fn ledger_path(run_dir: &Path) -> PathBuf {
     run_dir.join("ledger.json")
 }
 
@@ -190,7 +190,7 @@ fn log_path(run_dir: &Path, number: u64) -> PathBuf {
 ///
 /// # Errors
 /// [`Exit::Damaged`] if a file is damaged or newer than this version.
-pub fn read_only(run_dir: &Path) -> Result<(Ledger, bool)> {
+pub(crate) fn read_only(run_dir: &Path) -> Result<(Ledger, bool)> {
     let (mut ledger, has_measured_cost) = load(run_dir)?;
     for spent in read_log(run_dir, ledger.log)? {
         ledger.spent.add(&spent);
@@ -274,7 +274,7 @@ fn read_log(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
 
 /// Store for an account that is only read: discards all writes.
 #[derive(Debug)]
-pub struct ReadOnlyLedger;
+pub(crate) struct ReadOnlyLedger;
 
 impl LedgerStore for ReadOnlyLedger {
     fn save(&mut self, _ledger: &Ledger) -> Result<()> {

@@ -13,7 +13,7 @@ const MAX_TOKENS_PER_MESSAGE: u64 = 8;
 
 /// Estimates the tokens of a prompt as rate limits count them before the answer. `body_bytes` is the length of the
 /// request body.
-pub fn estimate_prompt(body_bytes: usize) -> u64 {
+pub(crate) fn estimate_prompt(body_bytes: usize) -> u64 {
     body_bytes.div_ceil(BYTES_PER_TOKEN) as u64
 }
 
@@ -27,7 +27,7 @@ pub struct TokenBound {
 impl TokenBound {
     /// Returns the bound for a request with `messages` messages. A text has at most as many tokens as bytes, and the
     /// JSON body of `body_bytes` bytes is longer than the messages in it.
-    pub fn for_request(body_bytes: usize, messages: usize, max_tokens: u32) -> TokenBound {
+    pub(crate) fn for_request(body_bytes: usize, messages: usize, max_tokens: u32) -> TokenBound {
         TokenBound {
             input_tokens: body_bytes as u64 + MAX_TOKENS_PER_MESSAGE * messages as u64,
             output_tokens: max_tokens.into(),
@@ -63,7 +63,7 @@ pub fn cost(usage: &Usage, price: &Price) -> Option<f64> {
 const MAX_PRICE_AGE_DAYS: i32 = 90;
 
 /// Returns a warning if the prices of `teacher` have no date or are older than [`MAX_PRICE_AGE_DAYS`].
-pub fn price_warning(price: &Price, teacher: &str, today: Date) -> Option<String> {
+pub(crate) fn price_warning(price: &Price, teacher: &str, today: Date) -> Option<String> {
     let Some(date) = &price.as_of else {
         return Some(format!(
             "the prices of {teacher} have no date: set `price.as_of` to the day on which you looked them up"

@@ -14,7 +14,7 @@ use super::recovery::{BadLine, FileEnding, ScanError};
 
 /// Bytes of text in one frame; a frame contains at most one line more. Half the size makes files 2 % larger, double the
 /// size makes them 1 % smaller.
-pub const FRAME_TEXT_BYTES: usize = 8 << 20;
+pub(crate) const FRAME_TEXT_BYTES: usize = 8 << 20;
 
 /// Bytes of text to compress between two checks for cancellation.
 const CANCEL_CHECK_BYTES: usize = 256 << 10;
@@ -47,7 +47,7 @@ pub fn compress(lines: &[u8], level: CompressionLevel) -> io::Result<Vec<u8>> {
 }
 
 /// As [`compress`]; `None` as soon as `may_continue` returns false.
-pub fn compress_while(
+pub(crate) fn compress_while(
     lines: &[u8],
     level: CompressionLevel,
     may_continue: impl Fn() -> bool,
@@ -114,7 +114,7 @@ pub fn salvage(broken: &[u8]) -> Vec<u8> {
 
 /// Reads a compressed file frame by frame.
 #[derive(Debug)]
-pub struct FrameReader<R> {
+pub(crate) struct FrameReader<R> {
     reader: R,
     /// Bytes read from the file but not yet consumed.
     buffer: Vec<u8>,
@@ -124,7 +124,7 @@ pub struct FrameReader<R> {
 
 /// Next frame of a compressed file, or the damage in its place.
 #[derive(Debug)]
-pub enum FramePiece {
+pub(crate) enum FramePiece {
     /// The lines in a frame.
     Text(Vec<u8>),
     Bad {
@@ -136,7 +136,7 @@ pub enum FramePiece {
 }
 
 impl<R: Read> FrameReader<R> {
-    pub fn new(reader: R) -> Self {
+    pub(crate) fn new(reader: R) -> Self {
         Self {
             reader,
             buffer: Vec::new(),
@@ -146,14 +146,14 @@ impl<R: Read> FrameReader<R> {
 
     /// Returns the bytes of the next frame, not decompressed; `None` at the end of the file, or if the next bytes are not
     /// a whole frame.
-    pub fn advance_raw(&mut self) -> io::Result<Option<Vec<u8>>> {
+    pub(crate) fn advance_raw(&mut self) -> io::Result<Option<Vec<u8>>> {
         self.fill()?;
         let length = self.frame_at(0)?;
         Ok(length.map(|length| self.consume(length)))
     }
 
     /// Returns the offset and the text of the next frame, or a description of the damage there.
-    pub fn advance(&mut self) -> io::Result<Option<(u64, FramePiece)>> {
+    pub(crate) fn advance(&mut self) -> io::Result<Option<(u64, FramePiece)>> {
         self.fill()?;
         let offset = self.offset;
         match self.frame_at(0)? {
@@ -170,7 +170,7 @@ impl<R: Read> FrameReader<R> {
     }
 
     /// Number of bytes consumed so far.
-    pub fn position(&self) -> u64 {
+    pub(crate) fn position(&self) -> u64 {
         self.offset
     }
 

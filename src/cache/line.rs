@@ -71,7 +71,7 @@ fn hex(crc: u32) -> [u8; 8] {
 
 /// Range of a line's content in `raw`: without the newline, and without the bytes that editors add, which are a
 /// carriage return before the newline and a byte order mark at the start of a file.
-pub fn content_range(raw: &[u8], is_first: bool) -> Range<usize> {
+pub(crate) fn content_range(raw: &[u8], is_first: bool) -> Range<usize> {
     let line = raw.strip_suffix(b"\n").unwrap_or(raw);
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     let mark = is_first && line.starts_with(b"\xef\xbb\xbf");
@@ -193,7 +193,7 @@ pub fn decode(line: &[u8]) -> Result<Record, LineError> {
 }
 
 /// Decodes a record like [`decode`]; also checks that the cost is plausible and that the key belongs to the request.
-pub fn decode_own(line: &[u8]) -> Result<Record, LineError> {
+pub(crate) fn decode_own(line: &[u8]) -> Result<Record, LineError> {
     cost_usd(line)?;
     let record = decode(line)?;
     if question::is_key_of(&record) {

@@ -60,7 +60,10 @@ impl<'a> LogprobsView<'a> {
 
     /// Returns a copy with the bytes of each token replaced by `new_bytes`; a token for which it returns `None` is
     /// unchanged.
-    pub fn map_tokens(&self, new_bytes: impl Fn(&[u8]) -> Option<Vec<u8>>) -> LogprobsView<'a> {
+    pub(crate) fn map_tokens(
+        &self,
+        new_bytes: impl Fn(&[u8]) -> Option<Vec<u8>>,
+    ) -> LogprobsView<'a> {
         let map =
             |bytes: &Cow<'a, [u8]>| new_bytes(bytes).map_or_else(|| bytes.clone(), Cow::Owned);
         LogprobsView {
@@ -76,7 +79,7 @@ impl<'a> LogprobsView<'a> {
 
     /// Inserts the bytes of the tokens that are not UTF-8, which are stored as empty texts. A position or rank that
     /// does not exist is ignored.
-    pub fn insert_raw_tokens(&mut self, raw: &[RawToken]) {
+    pub(crate) fn insert_raw_tokens(&mut self, raw: &[RawToken]) {
         for token in raw {
             let position = token.position as usize;
             let slot = match usize::try_from(token.rank) {

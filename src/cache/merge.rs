@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use super::keys::{self, KeyAndChecksum};
 use super::line;
 use super::reader::CacheLines;
-use super::recovery::LineScan;
+use super::recovery::{FileEnding, LineScan, ScanError};
 use super::storage;
 use super::writer::{Cache, EncodedRecord};
 use super::{conflicts_file, exists, refusal};
@@ -151,15 +151,41 @@ struct MergeJob {
     in_conflicts_file: HashSet<KeyAndChecksum>,
 }
 
+/// New records of a source that have not been appended yet, with what the report counts once they are.
+#[derive(Default)]
+struct PendingRecords {
+    records: Vec<EncodedRecord>,
+    cost_usd: f64,
+    unpriced: Usage,
+}
+
 impl MergeJob {
+    /// Reads the identities of the conflicts that an earlier merge has written, and repairs the end of their file, so
+    /// that further conflicts can be appended.
     fn load_conflicts(&mut self, dir: &Path) -> Result<()> {
         let path = conflicts_file(dir);
         let mut scan = LineScan::new(BufReader::new(File::open(&path)?));
-        // After a torn tail or damage, a conflict may be appended a second time, which is harmless.
-        while let Ok(true) = scan.advance() {
-            self.in_conflicts_file.insert(keys::identity(scan.line())?);
+        loop {
+            match scan.advance() {
+                Ok(true) => {
+                    self.in_conflicts_file.insert(keys::identity(scan.line())?);
+                }
+                Ok(false) => break,
+                // A damaged conflict is appended a second time if its source is merged again.
+                Err(ScanError::Bad(_)) => {}
+                Err(error) => return Err(refusal(&path, error)),
+            }
         }
-        Ok(())
+        let could_not_write = || format!("could not write to {}", path.display());
+        match scan.ending() {
+            FileEnding::Clean => Ok(()),
+            FileEnding::Unterminated => {
+                (self.conflicts.write_all(b"\n")).with_context(could_not_write)
+            }
+            FileEnding::Torn(tail) => {
+                (self.conflicts.set_len(tail.offset)).with_context(could_not_write)
+            }
+        }
     }
 
     fn merge_source(
@@ -168,48 +194,37 @@ impl MergeJob {
         report: &mut MergeReport,
         on_progress: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
+        let mut pending = PendingRecords::default();
+        let result = self.read_source(source, &mut pending, report, on_progress);
+        self.append(&mut pending, report)?;
+        if result.is_err() {
+            self.cache.sync()?;
+            self.conflicts.sync_all()?;
+        }
+        result
+    }
+
+    /// Reads the records of `source`, and leaves the last new ones in `pending`, also after an error.
+    fn read_source(
+        &mut self,
+        source: &Path,
+        pending: &mut PendingRecords,
+        report: &mut MergeReport,
+        on_progress: &mut dyn FnMut(u64) -> Result<()>,
+    ) -> Result<()> {
         let mut lines = CacheLines::open(source)?;
-        let mut group = Vec::with_capacity(GROUP);
-        loop {
-            let has_line = match lines.advance() {
-                Ok(has_line) => has_line,
-                Err(error) => {
-                    self.cache.append_group(&group)?;
-                    self.cache.sync()?;
-                    return Err(refusal(&lines.path(), error));
-                }
-            };
-            if group.len() == GROUP || !has_line {
-                self.cache.append_group(&group)?;
-                group.clear();
+        while lines.advance().map_err(|error| lines.refuse_scan(error))? {
+            self.merge_line(lines.line(), pending, report)
+                .map_err(|error| match error.downcast::<line::LineError>() {
+                    Ok(fault) => lines.refuse(fault),
+                    Err(error) => error,
+                })?;
+            if pending.records.len() == GROUP {
+                self.append(pending, report)?;
                 on_progress(lines.position())?;
             }
-            if !has_line {
-                break;
-            }
-            report.records += 1;
-            let line = lines.line();
-            let identity = keys::identity(line)?;
-            if self.in_cache.contains(&identity) {
-                report.same += 1;
-            } else if self.cache.contains_fingerprint(&identity.0)
-                || group
-                    .iter()
-                    .any(|record: &EncodedRecord| record.has_fingerprint(&identity.0))
-            {
-                self.keep_conflict(line, identity, report)?;
-            } else {
-                report.added += 1;
-                self.in_cache.insert(identity);
-                group.push(EncodedRecord::from_line(line).map_err(|fault| lines.refuse(fault))?);
-                let (cost_usd, unpriced) =
-                    cost_and_usage(line).map_err(|fault| lines.refuse(fault))?;
-                report.cost_usd += cost_usd;
-                if let Some(usage) = unpriced {
-                    report.unpriced.add(&usage);
-                }
-            }
         }
+        on_progress(lines.position())?;
         for (path, bad) in lines.torn() {
             tracing::warn!(
                 "{}: the last record, at byte {}, is incomplete and was skipped",
@@ -220,24 +235,51 @@ impl MergeJob {
         Ok(())
     }
 
-    fn keep_conflict(
+    /// Counts the record in `line`, and adds it to `pending` or to the conflicts if the cache does not contain it.
+    fn merge_line(
         &mut self,
         line: &[u8],
-        identity: KeyAndChecksum,
+        pending: &mut PendingRecords,
         report: &mut MergeReport,
     ) -> Result<()> {
+        report.records += 1;
+        let identity = keys::identity(line)?;
+        if self.in_cache.contains(&identity) {
+            report.same += 1;
+            return Ok(());
+        }
+        let (cost_usd, unpriced) = cost_and_usage(line)?;
+        let unpriced = unpriced.unwrap_or_default();
+        let is_pending = |record: &EncodedRecord| record.has_fingerprint(&identity.0);
+        if !self.cache.contains_fingerprint(&identity.0) && !pending.records.iter().any(is_pending)
+        {
+            pending.records.push(EncodedRecord::from_line(line)?);
+            pending.cost_usd += cost_usd;
+            pending.unpriced.add(&unpriced);
+            self.in_cache.insert(identity);
+            return Ok(());
+        }
         report.conflicts += 1;
         if report.keys.len() < MAX_LISTED_KEYS {
             report.keys.push(line::head(line)?.key.into_owned());
         }
         if self.in_conflicts_file.insert(identity) {
-            // A conflicting answer was paid for as well.
-            let (cost_usd, unpriced) = cost_and_usage(line)?;
-            report.cost_usd += cost_usd;
-            report.unpriced.add(&unpriced.unwrap_or_default());
             (self.conflicts.write_all(&[line, b"\n"].concat()))
                 .context("could not write to responses.conflicts.jsonl")?;
+            // A conflicting answer was paid for as well.
+            report.cost_usd += cost_usd;
+            report.unpriced.add(&unpriced);
         }
+        Ok(())
+    }
+
+    /// Appends the pending records to the cache and counts them.
+    fn append(&mut self, pending: &mut PendingRecords, report: &mut MergeReport) -> Result<()> {
+        self.cache.append_group(&pending.records)?;
+        let appended = std::mem::take(pending);
+        report.added += appended.records.len() as u64;
+        report.cost_usd += appended.cost_usd;
+        report.unpriced.add(&appended.unpriced);
         Ok(())
     }
 }

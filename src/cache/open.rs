@@ -116,7 +116,7 @@ impl Peek {
     }
 
     /// Size of the cache files in bytes per key; in total if there is no key.
-    pub fn bytes_per_record(&self) -> f64 {
+    pub(crate) fn bytes_per_record(&self) -> f64 {
         self.bytes as f64 / self.keys.len().max(1) as f64
     }
 }

@@ -106,12 +106,12 @@ impl Question {
     }
 
     /// Returns the second half, in hex, of every key of this question.
-    pub fn question_half(&self) -> String {
+    pub(crate) fn question_half(&self) -> String {
         self.hash.to_hex()[..HALF_KEY_DIGITS].to_owned()
     }
 
     /// Returns the fingerprint of the second half of every key of this question.
-    pub fn question_fingerprint(&self) -> Fingerprint {
+    pub(crate) fn question_fingerprint(&self) -> Fingerprint {
         let mut bytes = Fingerprint::default();
         bytes.copy_from_slice(&self.hash.as_bytes()[..HALF_KEY_DIGITS / 2]);
         bytes
@@ -120,7 +120,7 @@ impl Question {
 
 /// Endpoint, as it is hashed into keys.
 #[derive(Debug, Clone)]
-pub struct KeyEndpoint {
+pub(crate) struct KeyEndpoint {
     base_url: String,
     /// Name or normalised address, in the form of [`endpoint`].
     key_part: String,
@@ -130,7 +130,7 @@ pub struct KeyEndpoint {
 
 impl KeyEndpoint {
     /// Creates the key parts of an endpoint. `name` is empty if the user has not set a name.
-    pub fn new(name: &str, base_url: &str) -> KeyEndpoint {
+    pub(crate) fn new(name: &str, base_url: &str) -> KeyEndpoint {
         KeyEndpoint {
             base_url: base_url.to_owned(),
             key_part: endpoint(name, base_url),
@@ -141,7 +141,7 @@ impl KeyEndpoint {
 
 /// Keys under which the answer to one request may be cached.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CacheKeys {
+pub(crate) struct CacheKeys {
     /// Key of a new record.
     pub key: String,
     /// Key with the address of an endpoint that has a name: the name may have been set after the answer was cached.
@@ -153,7 +153,7 @@ pub struct CacheKeys {
 impl CacheKeys {
     /// Returns the keys of `question` for `endpoint`. The key of schema 1 is included if the request and its sample
     /// number are passed as `request_and_sample`.
-    pub fn new(
+    pub(crate) fn new(
         question: &Question,
         endpoint: &KeyEndpoint,
         request_and_sample: Option<(&Value, u32)>,
@@ -168,7 +168,7 @@ impl CacheKeys {
     }
 
     /// Iterates over the keys; the key of a new record comes first.
-    pub fn iter(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &str> {
         let older_keys = [self.by_address.as_deref(), self.schema_1.as_deref()];
         [Some(self.key.as_str())]
             .into_iter()
@@ -178,7 +178,7 @@ impl CacheKeys {
 }
 
 /// Returns true if the record's key belongs to its request. The endpoint in a key of schema 2 is not checked.
-pub fn is_key_of(record: &Record) -> bool {
+pub(crate) fn is_key_of(record: &Record) -> bool {
     let (request, sample) = (&record.request, record.sample);
     if record.v < 2 {
         record.key == schema_1_key(&record.endpoint, request, sample)
@@ -188,13 +188,13 @@ pub fn is_key_of(record: &Record) -> bool {
 }
 
 /// Returns the second half of a key, which identifies the question; the whole key if it is shorter than half a key.
-pub fn question_half(key: &str) -> &str {
+pub(crate) fn question_half(key: &str) -> &str {
     key.get(HALF_KEY_DIGITS..).unwrap_or(key)
 }
 
 /// Returns the fingerprint of the second half of a key. It equals [`Question::question_fingerprint`] of the key's
 /// question.
-pub fn question_fingerprint(key: &str) -> Fingerprint {
+pub(crate) fn question_fingerprint(key: &str) -> Fingerprint {
     let half = question_half(key);
     crate::cache::fingerprint::from_hex(half.as_bytes())
         .unwrap_or_else(|| crate::cache::fingerprint::fingerprint(half))
@@ -218,7 +218,7 @@ pub fn cut_at(request: &Value, finish_reason: &str) -> u32 {
 
 /// Returns the key of an answer that was truncated at `max_tokens`. `key` is the key of a complete answer to the same
 /// request.
-pub fn truncated_key(key: &str, max_tokens: u32) -> String {
+pub(crate) fn truncated_key(key: &str, max_tokens: u32) -> String {
     let hash = blake3::hash(format!("{key} cut off at {max_tokens}").as_bytes());
     format!(
         "{}{}",
@@ -237,7 +237,7 @@ pub fn sampling(request: &Value) -> String {
 }
 
 /// Returns the key of an answer in schema 1.
-pub fn schema_1_key(base_url: &str, request: &Value, sample: u32) -> String {
+pub(crate) fn schema_1_key(base_url: &str, request: &Value, sample: u32) -> String {
     let mut text = b"{\"body\":".to_vec();
     write_fields(request, &mut text, any_field);
     let endpoint = Value::from(base_url);
@@ -306,7 +306,11 @@ impl KeyVariants {
 
     /// Returns the possible keys of answers that were truncated at `max_tokens` or more tokens. `key` is the key of a
     /// complete answer to the same request.
-    pub fn truncated_keys(&self, key: &str, max_tokens: u32) -> impl Iterator<Item = String> {
+    pub(crate) fn truncated_keys(
+        &self,
+        key: &str,
+        max_tokens: u32,
+    ) -> impl Iterator<Item = String> {
         let limits = self.truncated_at.range(max_tokens..);
         limits.map(move |limit| truncated_key(key, *limit))
     }

@@ -61,7 +61,7 @@ impl Iterator for Records {
 
 /// Reads the complete lines of a cache: first the lines of the compressed file, then the lines of the plain file that
 /// are not in the compressed file.
-pub struct CacheLines {
+pub(crate) struct CacheLines {
     dir: PathBuf,
     compressed: Option<FrameScan<File>>,
     plain: Option<LineScan<BufReader<Take<File>>>>,
@@ -78,7 +78,7 @@ impl CacheLines {
     ///
     /// # Errors
     /// If there is no cache, or it cannot be read.
-    pub fn open(dir: &Path) -> Result<CacheLines> {
+    pub(crate) fn open(dir: &Path) -> Result<CacheLines> {
         super::check_files(dir)?;
         // The plain file is opened first: a line that is compressed from now on is read from the compressed file.
         let plain = open_if_exists(&plain_file(dir))?;
@@ -120,13 +120,13 @@ impl CacheLines {
     }
 
     /// Returns true if the current line is in the plain file.
-    pub fn is_in_plain(&self) -> bool {
+    pub(crate) fn is_in_plain(&self) -> bool {
         self.is_in_plain
     }
 
     /// Advances to the next complete record; returns `false` at the end. After a [`ScanError::Bad`], the next call
     /// continues after the damage.
-    pub fn advance(&mut self) -> Result<bool, ScanError> {
+    pub(crate) fn advance(&mut self) -> Result<bool, ScanError> {
         if let (Some(scan), false) = (&mut self.compressed, self.is_in_plain)
             && scan.advance()?
         {
@@ -154,7 +154,7 @@ impl CacheLines {
     }
 
     /// Returns the line of the current record, without its line end; an empty slice if there is none.
-    pub fn line(&self) -> &[u8] {
+    pub(crate) fn line(&self) -> &[u8] {
         match (&self.compressed, &self.plain) {
             (Some(scan), _) if !self.is_in_plain => scan.line(),
             (_, Some(scan)) => scan.line(),
@@ -164,13 +164,13 @@ impl CacheLines {
 
     /// Returns the byte range of the current line's content in the plain file; `None` if the line is in the compressed
     /// file.
-    pub fn plain_content(&self) -> Option<Range<u64>> {
+    pub(crate) fn plain_content(&self) -> Option<Range<u64>> {
         let scan = self.plain.as_ref().filter(|_| self.is_in_plain)?;
         Some(scan.content())
     }
 
     /// Returns the path of the file that contains the current line.
-    pub fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         if self.compressed.is_some() && !self.is_in_plain {
             compressed_file(&self.dir)
         } else {
@@ -179,17 +179,17 @@ impl CacheLines {
     }
 
     /// Returns the error for a fault of the current line.
-    pub fn refuse(&self, fault: LineError) -> anyhow::Error {
+    pub(crate) fn refuse(&self, fault: LineError) -> anyhow::Error {
         damaged(&self.path(), &self.bad(fault))
     }
 
     /// Returns the error for a failure of [`CacheLines::advance`].
-    pub fn refuse_scan(&self, error: ScanError) -> anyhow::Error {
+    pub(crate) fn refuse_scan(&self, error: ScanError) -> anyhow::Error {
         refusal(&self.path(), error)
     }
 
     /// Returns the location of the current line.
-    pub fn location(&self) -> LineLocation {
+    pub(crate) fn location(&self) -> LineLocation {
         // The fault is replaced in `LineLocation::refuse`.
         LineLocation(self.bad(LineError::MissingChecksum))
     }
@@ -209,14 +209,14 @@ impl CacheLines {
     }
 
     /// Number of bytes of both files that have been read so far.
-    pub fn position(&self) -> u64 {
+    pub(crate) fn position(&self) -> u64 {
         let compressed = self.compressed.as_ref().map_or(0, FrameScan::position);
         compressed + self.plain.as_ref().map_or(0, LineScan::position)
     }
 
     /// Returns the torn tails of both files, each with its path; valid after [`CacheLines::advance`] has returned
     /// `false`.
-    pub fn torn(&self) -> Vec<(PathBuf, BadLine)> {
+    pub(crate) fn torn(&self) -> Vec<(PathBuf, BadLine)> {
         let mut torn = Vec::new();
         if let Some(FileEnding::Torn(bad)) = self.compressed.as_ref().map(FrameScan::ending) {
             torn.push((compressed_file(&self.dir), bad));
@@ -228,7 +228,7 @@ impl CacheLines {
     }
 
     /// Warns about torn tails, after [`CacheLines::advance`] has returned `false`.
-    pub fn warn_of_torn(&self) {
+    pub(crate) fn warn_of_torn(&self) {
         for (path, bad) in self.torn() {
             tracing::warn!(
                 "{}: the last record, at byte {}, is incomplete and was skipped: another process is writing it \
@@ -242,11 +242,11 @@ impl CacheLines {
 
 /// Location of a line in a cache.
 #[derive(Debug, Clone)]
-pub struct LineLocation(BadLine);
+pub(crate) struct LineLocation(BadLine);
 
 impl LineLocation {
     /// Returns the error for a fault of this line in the cache in `dir`.
-    pub fn refuse(&self, dir: &Path, fault: LineError) -> anyhow::Error {
+    pub(crate) fn refuse(&self, dir: &Path, fault: LineError) -> anyhow::Error {
         let path = if self.0.is_compressed {
             compressed_file(dir)
         } else {

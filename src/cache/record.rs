@@ -14,11 +14,11 @@ pub const SCHEMA: u32 = 2;
 
 /// Logprob that OpenAI's API sends for "too unlikely to report", since JSON has no infinity. A response's
 /// logprob at or below it is stored as missing.
-pub const MISSING_LOGPROB: f32 = -9999.0;
+pub(crate) const MISSING_LOGPROB: f32 = -9999.0;
 
 /// Highest of the sentinels that endpoints send for "too unlikely to report": some send -100. Training ignores
 /// a stored logprob at or below it.
-pub const HIGHEST_SENTINEL_LOGPROB: f32 = -100.0;
+pub(crate) const HIGHEST_SENTINEL_LOGPROB: f32 = -100.0;
 
 /// One line of the cache, without its checksum (see [`super::line`] for the line format).
 ///
@@ -73,7 +73,7 @@ pub struct Record {
 }
 
 /// Returns true if `distill serve --mock` gave the answer, judged by its `system_fingerprint`.
-pub fn is_mock(fingerprint: &str) -> bool {
+pub(crate) fn is_mock(fingerprint: &str) -> bool {
     fingerprint == "fp_mock"
 }
 

@@ -74,7 +74,7 @@ impl<R: BufRead> LineScan<R> {
 
     /// Starts a scan after the first `bytes` bytes of a file, which contain `lines` complete lines. `reader` is at this
     /// position.
-    pub fn starting_at(reader: R, bytes: u64, lines: u64) -> Self {
+    pub(crate) fn starting_at(reader: R, bytes: u64, lines: u64) -> Self {
         Self {
             reader,
             line: Vec::new(),

@@ -25,7 +25,7 @@ pub trait Storage: Send {
 }
 
 /// Sync that can run on another thread.
-pub type SyncJob = Box<dyn FnOnce() -> io::Result<()> + Send>;
+pub(crate) type SyncJob = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
 /// Creates the [`Storage`] for a file that a cache appends to.
 pub type WrapFile = Box<dyn Fn(File) -> Box<dyn Storage> + Send + Sync>;
@@ -59,7 +59,7 @@ impl Storage for File {
 }
 
 /// Opens the file at `path` for appending and reading; creates it if it does not exist.
-pub fn open_or_create(path: &Path) -> Result<File> {
+pub(crate) fn open_or_create(path: &Path) -> Result<File> {
     OpenOptions::new()
         .read(true)
         .append(true)
@@ -110,7 +110,7 @@ fn replacement_path(path: &Path) -> PathBuf {
 }
 
 /// Removes the file that a killed [`replace`] left beside `path`.
-pub fn remove_leftover(path: &Path) {
+pub(crate) fn remove_leftover(path: &Path) {
     // A failure is harmless: the next `replace` truncates the file.
     drop(std::fs::remove_file(replacement_path(path)));
 }

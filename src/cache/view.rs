@@ -105,7 +105,7 @@ impl<'a> RecordView<'a> {
     }
 
     /// Returns the model in the request; empty if the request has no model.
-    pub fn request_model(&self) -> &str {
+    pub(crate) fn request_model(&self) -> &str {
         &self.request.model
     }
 
@@ -124,7 +124,7 @@ impl<'a> RecordView<'a> {
     /// # Errors
     /// The request's parameters, if the request has no messages of only a role and a text. Other messages are in the
     /// parameters.
-    pub fn take_messages(&mut self) -> Result<Vec<Message>, Value> {
+    pub(crate) fn take_messages(&mut self) -> Result<Vec<Message>, Value> {
         if self.request.messages.is_empty() {
             Err(serde_json::from_str(&self.request.params).unwrap_or_default())
         } else {

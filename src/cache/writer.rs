@@ -79,7 +79,7 @@ impl EncodedRecord {
     }
 
     /// Returns true if the record's key has this fingerprint.
-    pub fn has_fingerprint(&self, fingerprint: &Fingerprint) -> bool {
+    pub(crate) fn has_fingerprint(&self, fingerprint: &Fingerprint) -> bool {
         self.fingerprint == *fingerprint
     }
 }
@@ -173,12 +173,12 @@ impl Cache {
     }
 
     /// Returns true if the cache has a record whose key has this fingerprint.
-    pub fn contains_fingerprint(&self, fingerprint: &Fingerprint) -> bool {
+    pub(crate) fn contains_fingerprint(&self, fingerprint: &Fingerprint) -> bool {
         self.shared.lock().keys.contains(fingerprint)
     }
 
     /// Schema versions and truncation limits of the stored records, which determine the alternative keys of a request.
-    pub fn key_variants(&self) -> KeyVariants {
+    pub(crate) fn key_variants(&self) -> KeyVariants {
         self.shared.lock().key_variants.clone()
     }
 
@@ -192,7 +192,7 @@ impl Cache {
     }
 
     /// Number of keys with a record, minus the records that a failed sync may have lost.
-    pub fn intact_len(&self) -> usize {
+    pub(crate) fn intact_len(&self) -> usize {
         let state = self.shared.lock();
         state
             .keys
@@ -232,7 +232,7 @@ impl Cache {
     }
 
     /// Appends a record like [`Cache::append`]; the record is already encoded.
-    pub fn append_encoded(&self, record: &EncodedRecord) -> Result<()> {
+    pub(crate) fn append_encoded(&self, record: &EncodedRecord) -> Result<()> {
         self.append_group([record])
     }
 

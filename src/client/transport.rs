@@ -27,7 +27,7 @@ pub struct HttpReply {
 
 impl HttpReply {
     /// Returns a complete reply without headers, such as a line of a batch's result file.
-    pub fn without_headers(status: u16, body: Bytes) -> HttpReply {
+    pub(crate) fn without_headers(status: u16, body: Bytes) -> HttpReply {
         HttpReply::complete(status, HeaderMap::new(), body)
     }
 
@@ -44,7 +44,7 @@ impl HttpReply {
 }
 
 /// Permit for one large body in memory.
-pub type LargeBodyPermit = Arc<SemaphorePermit<'static>>;
+pub(crate) type LargeBodyPermit = Arc<SemaphorePermit<'static>>;
 
 /// How a body ended.
 #[derive(Debug, Clone)]
@@ -127,7 +127,7 @@ pub trait BatchApi: Send + Sync {
 }
 
 /// Decoded bytes of a file in the order in which they arrive.
-pub type FileChunks = BoxStream<'static, Result<Bytes, TransportError>>;
+pub(crate) type FileChunks = BoxStream<'static, Result<Bytes, TransportError>>;
 
 /// Result of a file download.
 pub enum FileDownload {

@@ -45,7 +45,7 @@ impl Group {
     }
 
     /// Model and sampling, without the address.
-    pub fn model_and_sampling(&self) -> String {
+    pub(crate) fn model_and_sampling(&self) -> String {
         on_one_line(&format!(
             "{}{}, {}",
             self.model,
@@ -61,7 +61,7 @@ impl Group {
     /// Returns true if `name` selects this group: its id, model, endpoint or teacher. A group of a mock is selected
     /// only by its id or "mock", because a mock uses the model name, and perhaps the address, of the endpoint that it
     /// replaces.
-    pub fn is_named(&self, name: &str) -> bool {
+    pub(crate) fn is_named(&self, name: &str) -> bool {
         if name == self.id() {
             return true;
         }
@@ -109,7 +109,7 @@ pub struct RecordProperties {
 
 impl RecordProperties {
     /// Returns the properties of a borrowed record; `params` are its [`RecordView::params`].
-    pub fn from_view(record: &RecordView, params: &Value) -> RecordProperties {
+    pub(crate) fn from_view(record: &RecordView, params: &Value) -> RecordProperties {
         let group = Group {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
             model: record.request_model().to_owned(),
@@ -120,7 +120,7 @@ impl RecordProperties {
     }
 
     /// Returns the properties of an owned record.
-    pub fn from_record(record: &Record) -> RecordProperties {
+    pub(crate) fn from_record(record: &Record) -> RecordProperties {
         let group = Group {
             endpoint: question::endpoint(&record.teacher, &record.endpoint),
             model: model_of(&record.request),
@@ -333,12 +333,12 @@ impl GroupCounts {
     }
 
     /// Counts a record that is used.
-    pub fn count_used(&mut self, group: &Group) {
+    pub(crate) fn count_used(&mut self, group: &Group) {
         self.entry(group).used += 1;
     }
 
     /// Counts a record that is left out.
-    pub fn count_left_out(&mut self, group: &Group, reason: ExclusionReason) {
+    pub(crate) fn count_left_out(&mut self, group: &Group, reason: ExclusionReason) {
         let left_out = &mut self.entry(group).left_out;
         *left_out.entry(reason.to_string()).or_default() += 1;
     }
@@ -356,7 +356,7 @@ impl GroupCounts {
     }
 
     /// Returns the groups that have used records, each with the number of these records.
-    pub fn all_used(&self) -> impl Iterator<Item = (&Group, u64)> {
+    pub(crate) fn all_used(&self) -> impl Iterator<Item = (&Group, u64)> {
         let used = self.0.values().filter(|count| count.used > 0);
         used.map(|count| (&count.group, count.used))
     }

@@ -12,7 +12,7 @@ use crate::data::logprob_check::LogprobCheck;
 const MAX_ENDINGS: usize = 5;
 
 /// Reason in [`DataReport::ce_only`] for an answer without logprobs.
-pub const NO_LOGPROBS: &str = "no logprobs";
+pub(crate) const NO_LOGPROBS: &str = "no logprobs";
 
 /// Counts of records and positions, for the user and for `--json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -124,7 +124,7 @@ impl DataReport {
 
     /// Counts answers with this pair of prompt endings. After [`MAX_ENDINGS`] distinct pairs all others share one
     /// entry, because a date or an id may make each pair distinct.
-    pub fn count_difference(&mut self, endings: String, count: u64) {
+    pub(crate) fn count_difference(&mut self, endings: String, count: u64) {
         self.prefix_differs += count;
         let has_room = self.differences.len() < MAX_ENDINGS;
         let endings = if has_room || self.differences.contains_key(&endings) {
@@ -137,7 +137,7 @@ impl DataReport {
 }
 
 /// Formats counts as `12 reason, 3 other reason`, the most frequent first.
-pub fn by_reason(counts: &BTreeMap<String, u64>) -> String {
+pub(crate) fn by_reason(counts: &BTreeMap<String, u64>) -> String {
     let mut counts: Vec<_> = counts.iter().collect();
     counts.sort_by_key(|&(_, &count)| std::cmp::Reverse(count));
     let parts: Vec<String> = counts

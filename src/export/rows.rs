@@ -28,7 +28,7 @@ pub struct ExportReport {
 }
 
 /// A record to export.
-pub struct ExportRow {
+pub(crate) struct ExportRow {
     pub record: Record,
     /// Messages of the request.
     pub prompt: Vec<Message>,
@@ -36,7 +36,7 @@ pub struct ExportRow {
 
 impl ExportRow {
     /// Returns the messages of the request and the answer.
-    pub fn conversation(self) -> Vec<Message> {
+    pub(crate) fn conversation(self) -> Vec<Message> {
         let mut messages = self.prompt;
         messages.push(Message::new("assistant", self.record.answer.text));
         messages
@@ -44,7 +44,7 @@ impl ExportRow {
 }
 
 /// Iterates over the records that `distill train` would use. Counts the other records by reason.
-pub struct ExportRows<'a, R> {
+pub(crate) struct ExportRows<'a, R> {
     pub(crate) records: R,
     pub(crate) settings: &'a config::DataConfig,
     pub(crate) selection: &'a Selection,

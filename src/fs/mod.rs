@@ -34,7 +34,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Writes a file as [`write_atomic`] does, with the content that `fill` writes in pieces.
-pub fn write_with(
+pub(crate) fn write_with(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<()> {
@@ -162,7 +162,7 @@ fn sync_tree(folder: &Path) -> std::io::Result<()> {
 }
 
 /// Makes the creation, renaming and removal of files in `folder` durable.
-pub fn sync_folder(folder: &Path) -> std::io::Result<()> {
+pub(crate) fn sync_folder(folder: &Path) -> std::io::Result<()> {
     // On other systems a folder cannot be opened as a file.
     if cfg!(unix) {
         File::open(folder)?.sync_all()?;
@@ -186,7 +186,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
 
 /// Refuses pipes and devices, because reading them may never end. Accepts folders and missing files: reading those
 /// fails with its own message.
-pub fn check_is_file(path: &Path) -> Result<()> {
+pub(crate) fn check_is_file(path: &Path) -> Result<()> {
     let is_special = |metadata: fs::Metadata| !metadata.is_file() && !metadata.is_dir();
     if path.metadata().is_ok_and(is_special) {
         bail!("could not read {}: not a regular file", path.display());
@@ -221,15 +221,8 @@ pub fn read_to_string(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("could not read {}", path.display()))
 }
 
-/// Reads a whole data file; a file whose name ends in `.gz` is decompressed.
-pub fn read_data(path: &Path) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    open_data(path)?.read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
 /// Opens a data file for reading; a file whose name ends in `.gz` is decompressed.
-pub fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
+pub(crate) fn open_data(path: &Path) -> std::io::Result<Box<dyn BufRead + Send>> {
     let file = File::open(path)?;
     let is_gzip = |extension: &std::ffi::OsStr| extension.eq_ignore_ascii_case("gz");
     if !path.extension().is_some_and(is_gzip) {
@@ -384,7 +377,7 @@ pub fn create(path: &Path) -> Result<BufWriter<File>> {
 
 /// Calls `write`, which lets a library write the file at `path` in a folder that [`write_dir_with`] creates. Then gives
 /// the file the default permissions: some libraries rename a temporary file, which only its owner can read.
-pub fn create_with(path: &Path, write: impl FnOnce() -> Result<()>) -> Result<()> {
+pub(crate) fn create_with(path: &Path, write: impl FnOnce() -> Result<()>) -> Result<()> {
     let default_permissions = create(path)?.get_ref().metadata()?.permissions();
     write()?;
     fs::set_permissions(path, default_permissions)
@@ -449,7 +442,7 @@ impl LogFile {
 
 /// Returns true if `path` is a path of the open file. Returns true as well if the metadata cannot be read for a reason
 /// other than a missing `path`.
-pub fn has_name(file: &File, path: &Path) -> bool {
+pub(crate) fn has_name(file: &File, path: &Path) -> bool {
     match (file.metadata(), path.metadata()) {
         (Ok(own), Ok(named)) => identity(&own) == identity(&named),
         (_, Err(error)) => !is_not_found(&error),
@@ -458,7 +451,7 @@ pub fn has_name(file: &File, path: &Path) -> bool {
 }
 
 /// Returns true if the error means that the path does not exist.
-pub fn is_not_found(error: &std::io::Error) -> bool {
+pub(crate) fn is_not_found(error: &std::io::Error) -> bool {
     matches!(
         error.kind(),
         std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
@@ -484,7 +477,7 @@ pub fn remove_file(path: &Path) -> Result<()> {
 }
 
 /// Removes the file if it exists and is empty.
-pub fn remove_if_empty(path: &Path) -> Result<()> {
+pub(crate) fn remove_if_empty(path: &Path) -> Result<()> {
     match fs::metadata(path) {
         Ok(metadata) if metadata.len() == 0 => remove_file(path),
         _ => Ok(()),

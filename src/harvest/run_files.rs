@@ -21,7 +21,7 @@ use crate::plan::prepare::check_budget;
 use crate::plan::run_settings::RunSettings;
 use crate::plan::unanswered::Unanswered;
 use crate::plan::{Plan, RowStatus};
-use crate::rate_limit::daily::{DAY_S, DailyLimit};
+use crate::rate_limit::daily::DailyLimit;
 use crate::report::failures::FailedRow;
 use crate::report::summary::HarvestSummary;
 
@@ -191,7 +191,6 @@ pub(crate) fn daily_limit<S: LedgerStore>(
         .into_iter()
         .flatten()
         .map(|&(time, count)| ((now - time).get_seconds(), count))
-        .filter(|(age_s, _)| *age_s < DAY_S)
         .collect();
     DailyLimit::new(
         upstream.limits.own().requests_per_day,

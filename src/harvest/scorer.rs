@@ -362,7 +362,7 @@ fn check_endpoint(endpoint: &config::EndpointConfig, run_dir: &Path) -> Result<(
 ///
 /// # Errors
 /// If the cache of scores cannot be read.
-pub fn scoring_cost_usd(run_dir: &Path) -> Result<f64> {
+pub(crate) fn scoring_cost_usd(run_dir: &Path) -> Result<f64> {
     let dir = config::cache_dir(&config::scores_dir(run_dir));
     if cache::exists(&dir) {
         Ok(Lookup::open(&dir)?.cost_usd())

@@ -10,7 +10,7 @@ const BYTES_PER_TOKEN: usize = 3;
 
 /// The tokens that are billed for an answer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct MockUsage {
+pub(crate) struct MockUsage {
     pub prompt_tokens: u64,
     pub cached_tokens: u64,
     pub completion_tokens: u64,

@@ -34,7 +34,7 @@ pub enum MockResponse {
 }
 
 /// Name, in lower case, and value of a header.
-pub type ReplyHeader = (Cow<'static, str>, Cow<'static, str>);
+pub(crate) type ReplyHeader = (Cow<'static, str>, Cow<'static, str>);
 
 /// A valid HTTP response.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,7 +65,7 @@ impl MockReply {
     }
 
     /// Creates an error with status 400 that names the invalid field.
-    pub fn bad_field(param: &str, message: &str, code: impl Into<Value>) -> MockReply {
+    pub(crate) fn bad_field(param: &str, message: &str, code: impl Into<Value>) -> MockReply {
         MockReply::json(400, error_body(400, message, param.into(), code.into()))
     }
 

@@ -56,10 +56,10 @@ pub struct BillingTotals {
 }
 
 /// Hash of a request body.
-pub type BodyHash = u128;
+pub(crate) type BodyHash = u128;
 
 /// Returns the first 128 bits of the body's BLAKE3 hash.
-pub fn body_hash(body: &[u8]) -> BodyHash {
+pub(crate) fn body_hash(body: &[u8]) -> BodyHash {
     let mut bytes = [0; 16];
     bytes.copy_from_slice(&blake3::hash(body).as_bytes()[..16]);
     u128::from_le_bytes(bytes)
@@ -67,7 +67,7 @@ pub fn body_hash(body: &[u8]) -> BodyHash {
 
 /// Collects the counts of [`MockStats`].
 #[derive(Debug, Default)]
-pub struct StatsCollector {
+pub(crate) struct StatsCollector {
     stats: MockStats,
     bodies: HashMap<BodyHash, BodyCounts>,
     /// Number of attempts of each request to a route other than chat completions.
@@ -84,68 +84,68 @@ struct BodyCounts {
 }
 
 impl StatsCollector {
-    pub fn record_connection(&mut self) {
+    pub(crate) fn record_connection(&mut self) {
         self.stats.connections += 1;
     }
 
-    pub fn record_request(&mut self) {
+    pub(crate) fn record_request(&mut self) {
         self.stats.requests += 1;
     }
 
     /// Records a chat request with its tokens (prompt and `max_tokens`).
-    pub fn record_chat_request(&mut self, elapsed: Duration, tokens: u64) {
+    pub(crate) fn record_chat_request(&mut self, elapsed: Duration, tokens: u64) {
         self.requests.add(elapsed, 1);
         self.requested_tokens.add(elapsed, tokens);
     }
 
     /// Records an admitted request. Returns the number of earlier attempts with the same body.
-    pub fn record_admission(&mut self, hash: BodyHash, in_flight: u64) -> u32 {
+    pub(crate) fn record_admission(&mut self, hash: BodyHash, in_flight: u64) -> u32 {
         self.stats.max_in_flight = self.stats.max_in_flight.max(in_flight);
         self.record_attempt(hash)
     }
 
     /// Like [`StatsCollector::record_admission`], for a batch row, to which no rate limit applies.
-    pub fn record_attempt(&mut self, hash: BodyHash) -> u32 {
+    pub(crate) fn record_attempt(&mut self, hash: BodyHash) -> u32 {
         let counts = self.bodies.entry(hash).or_default();
         counts.attempts += 1;
         counts.attempts - 1
     }
 
     /// Returns the number of earlier attempts of this request to a route other than chat completions.
-    pub fn next_other_route_attempt(&mut self, hash: BodyHash) -> u32 {
+    pub(crate) fn next_other_route_attempt(&mut self, hash: BodyHash) -> u32 {
         let attempts = self.other_route_attempts.entry(hash).or_default();
         *attempts += 1;
         *attempts - 1
     }
 
-    pub fn record_status(&mut self, status: u16) {
+    pub(crate) fn record_status(&mut self, status: u16) {
         *self.stats.by_status.entry(status).or_default() += 1;
     }
 
-    pub fn record_answer(&mut self) {
+    pub(crate) fn record_answer(&mut self) {
         self.stats.answered += 1;
     }
 
-    pub fn record_throttled(&mut self) {
+    pub(crate) fn record_throttled(&mut self) {
         self.stats.throttled += 1;
     }
 
-    pub fn record_abandoned(&mut self) {
+    pub(crate) fn record_abandoned(&mut self) {
         self.stats.abandoned += 1;
     }
 
-    pub fn record_fault(&mut self, kind: String) {
+    pub(crate) fn record_fault(&mut self, kind: String) {
         *self.stats.faults.entry(kind).or_default() += 1;
     }
 
-    pub fn record_billed(&mut self, elapsed: Duration, hash: BodyHash, usage: &MockUsage) {
+    pub(crate) fn record_billed(&mut self, elapsed: Duration, hash: BodyHash, usage: &MockUsage) {
         self.bill(hash, usage);
         self.billed_tokens
             .add(elapsed, usage.prompt_tokens + usage.completion_tokens);
     }
 
     /// Like [`StatsCollector::record_billed`], for a batch row.
-    pub fn record_billed_in_batch(&mut self, hash: BodyHash, usage: &MockUsage) {
+    pub(crate) fn record_billed_in_batch(&mut self, hash: BodyHash, usage: &MockUsage) {
         self.bill(hash, usage);
         self.stats.billed.batch_answers += 1;
     }
@@ -160,11 +160,11 @@ impl StatsCollector {
         self.bodies.entry(hash).or_default().billed += 1;
     }
 
-    pub fn times_billed(&self, hash: BodyHash) -> u32 {
+    pub(crate) fn times_billed(&self, hash: BodyHash) -> u32 {
         self.bodies.get(&hash).map_or(0, |body| body.billed)
     }
 
-    pub fn snapshot(&self, elapsed: Duration, in_flight: u64) -> MockStats {
+    pub(crate) fn snapshot(&self, elapsed: Duration, in_flight: u64) -> MockStats {
         let mut bodies_by_times_billed = BTreeMap::new();
         for body in self.bodies.values() {
             *bodies_by_times_billed.entry(body.billed).or_default() += 1;

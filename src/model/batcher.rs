@@ -123,12 +123,12 @@ impl<'a> Batcher<'a> {
     }
 
     /// Returns true if another answer can start.
-    pub fn has_free_slot(&self) -> bool {
+    pub(crate) fn has_free_slot(&self) -> bool {
         self.sequences.len() < self.slots
     }
 
     /// Returns true if no answer is running.
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.sequences.is_empty()
     }
 
@@ -136,7 +136,7 @@ impl<'a> Batcher<'a> {
     ///
     /// # Errors
     /// If the prompt is empty, or leaves no room for an answer in the model's context.
-    pub fn submit(&mut self, prompt: Vec<u32>, options: &GenerateOptions) -> Result<u64> {
+    pub(crate) fn submit(&mut self, prompt: Vec<u32>, options: &GenerateOptions) -> Result<u64> {
         let context = self.model.config().max_position_embeddings;
         ensure!(!prompt.is_empty(), "the prompt is empty");
         ensure!(

@@ -23,7 +23,7 @@ use crate::exit::Exit;
 use crate::model::config::shape::{Architecture, ModelConfig};
 
 /// The weights of a decoder.
-pub struct Decoder {
+pub(crate) struct Decoder {
     /// Token embedding.
     embedding_VD: Tensor,
     /// Learned position embedding (positions x D), in architectures that have one.
@@ -47,7 +47,7 @@ impl Decoder {
     ///
     /// # Errors
     /// Where a tensor is missing or its shape does not match `config`. The error names the first such tensor.
-    pub fn new(config: &ModelConfig, tensors: &Tensors) -> Result<Self> {
+    pub(crate) fn new(config: &ModelConfig, tensors: &Tensors) -> Result<Self> {
         let weights = CheckedWeights::new(config, tensors)?;
         let new_layer = |index| {
             Ok(match &config.architecture {
@@ -78,7 +78,7 @@ impl Decoder {
     }
 
     /// Returns the weight of the LM head (V x D). Logits are hidden states times its transpose.
-    pub fn head(&self) -> &Tensor {
+    pub(crate) fn head(&self) -> &Tensor {
         &self.head_VD
     }
 
@@ -87,7 +87,7 @@ impl Decoder {
     ///
     /// # Errors
     /// Where an id is outside the vocabulary, or the graph fails.
-    pub fn hidden<G: Graph>(
+    pub(crate) fn hidden<G: Graph>(
         &self,
         graph: &mut G,
         input_ids_T: &[u32],
@@ -147,7 +147,7 @@ impl ModelConfig {
     }
 
     /// Number of elements of all weights. A tied LM head is not counted again.
-    pub fn parameter_count(&self) -> usize {
+    pub(crate) fn parameter_count(&self) -> usize {
         self.parameters()
             .iter()
             .map(ParameterSpec::element_count)

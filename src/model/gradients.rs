@@ -45,7 +45,7 @@ impl Gradients {
     ///
     /// # Errors
     /// Where memory runs out.
-    pub fn accumulator(&mut self, tensor: &Tensor) -> Result<Option<GradientMut<'_>>> {
+    pub(crate) fn accumulator(&mut self, tensor: &Tensor) -> Result<Option<GradientMut<'_>>> {
         if !tensor.is_variable() {
             return Ok(None);
         }
@@ -74,7 +74,7 @@ impl Gradients {
     ///
     /// # Errors
     /// Where the device fails.
-    pub fn add_all(&mut self, store: &GradStore) -> Result<()> {
+    pub(crate) fn add_all(&mut self, store: &GradStore) -> Result<()> {
         for variable in store.get_ids() {
             if let Some(gradient) = store.get_id(*variable) {
                 self.add(*variable, gradient)?;

@@ -61,7 +61,7 @@ pub fn new_adapters(
 }
 
 /// Returns the name of the first linear layer, as an example in messages.
-pub fn first_projection_name(config: &ModelConfig) -> String {
+pub(crate) fn first_projection_name(config: &ModelConfig) -> String {
     let parameters = config.parameters();
     let mut projections = parameters
         .iter()

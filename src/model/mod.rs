@@ -149,7 +149,7 @@ impl Model {
     ///
     /// # Errors
     /// As [`Model::new`].
-    pub fn with_weights(&self, tensors: &Tensors) -> Result<Self> {
+    pub(crate) fn with_weights(&self, tensors: &Tensors) -> Result<Self> {
         let tensors = weights::to_device(tensors, self.head().device())?;
         Ok(Self {
             config: self.config.clone(),

@@ -19,7 +19,7 @@ pub struct ParameterSpec {
 
 impl ParameterSpec {
     /// Number of elements.
-    pub fn element_count(&self) -> usize {
+    pub(crate) fn element_count(&self) -> usize {
         self.shape.iter().product()
     }
 }

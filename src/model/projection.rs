@@ -34,7 +34,7 @@ impl Projection {
     }
 
     /// Returns true if any of the weights is trainable.
-    pub fn requires_grad(&self) -> bool {
+    pub(crate) fn requires_grad(&self) -> bool {
         let adapter_weights = self
             .adapter
             .iter()

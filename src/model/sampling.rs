@@ -37,7 +37,7 @@ impl Default for SamplingParams {
 impl SamplingParams {
     /// Returns the parameters with a seed derived from `prompt` (token ids). With the same random numbers for
     /// many prompts, the answers would not be independent samples.
-    pub fn for_prompt(&self, prompt: &[u32]) -> Self {
+    pub(crate) fn for_prompt(&self, prompt: &[u32]) -> Self {
         let mut hash = blake3::Hasher::new();
         for id in prompt {
             hash.update(&id.to_le_bytes());
@@ -52,7 +52,7 @@ impl SamplingParams {
 
     /// Returns the parameters for answer `index` of several answers to requests with one seed. Each answer has its own
     /// seed; answer 0 keeps the seed of the requests. The other seeds are far from the small numbers that users choose.
-    pub fn for_answer(&self, index: usize) -> Self {
+    pub(crate) fn for_answer(&self, index: usize) -> Self {
         /// 2^64 divided by the golden ratio.
         const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
         Self {
@@ -74,7 +74,7 @@ pub struct TokenLogprobs {
 
 impl TokenLogprobs {
     /// Computes the logprobs of `id` and of the `k` most likely tokens from a row of finite logits.
-    pub fn from_logits(logits_V: &[f32], id: u32, k: usize) -> Self {
+    pub(crate) fn from_logits(logits_V: &[f32], id: u32, k: usize) -> Self {
         let log_z = log_sum_exp(logits_V);
         // The sum is in f64 and at least exp(max), so that no logprob is rounded to a number above 0.
         let logprob = |logit: f32| (f64::from(logit) - log_z) as f32;
@@ -91,14 +91,14 @@ impl TokenLogprobs {
 
 /// Samples the tokens of one answer.
 #[derive(Debug)]
-pub struct Sampler {
+pub(crate) struct Sampler {
     sampling: SamplingParams,
     rng: fastrand::Rng,
 }
 
 impl Sampler {
     /// Creates a sampler with the seed of `sampling`.
-    pub fn new(sampling: &SamplingParams) -> Self {
+    pub(crate) fn new(sampling: &SamplingParams) -> Self {
         Self {
             sampling: sampling.clone(),
             rng: fastrand::Rng::with_seed(sampling.seed),
@@ -106,7 +106,7 @@ impl Sampler {
     }
 
     /// Samples the next token from a row of finite logits.
-    pub fn sample(&mut self, logits_V: &[f32]) -> u32 {
+    pub(crate) fn sample(&mut self, logits_V: &[f32]) -> u32 {
         let SamplingParams {
             temperature, top_p, ..
         } = self.sampling;

@@ -4,7 +4,8 @@
 /// the beginning of a stop string.
 ///
 /// Offsets count bytes of the answer. The released parts, joined, are the lossy UTF-8 decoding of all bytes
-/// before the stop string. They do not depend on how the bytes were split into tokens.
+/// before the stop string. They do not depend on how the bytes were split into tokens: of several stop strings, the one
+/// that is complete first ends the answer, and the longest one of those that end at the same byte.
 #[derive(Debug)]
 pub(crate) struct TextStream {
     bytes: Vec<u8>,
@@ -39,10 +40,11 @@ impl TextStream {
             .filter_map(|stop| {
                 // A match must end in the new bytes.
                 let start = old_len.saturating_sub(stop.len() - 1);
-                let offset = find(&self.bytes[start..], stop.as_bytes())?;
-                Some(start + offset)
+                let offset = start + find(&self.bytes[start..], stop.as_bytes())?;
+                Some((offset + stop.len(), offset))
             })
-            .min();
+            .min()
+            .map(|(_, offset)| offset);
         self.stop_offset.is_some()
     }
 
@@ -166,8 +168,11 @@ mod tests {
     }
 
     #[test]
-    fn earliest_stop_string_ends_text() {
-        assert_eq!(released(&["c", "bcd", ""], &[b"ab", b"cd"]), ["a", ""]);
+    fn first_complete_stop_string_ends_text() {
+        for tokens in [&[&b"abcd"[..]][..], &[b"ab", b"cd"], &[b"abc", b"d"]] {
+            assert_eq!(released(&["c", "bcd", ""], tokens).concat(), "ab");
+        }
+        assert_eq!(released(&["c", "bc"], &[b"ab", b"cd"]), ["a", ""]);
         assert_eq!(released(&["c", "abx"], &[b"ab", b"c"]), ["", "ab"]);
     }
 

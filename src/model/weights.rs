@@ -66,7 +66,7 @@ pub fn load(dir: &Path, full_name: impl Fn(&str) -> Option<String>) -> Result<Lo
 
 /// Groups names that differ only in numbers. Returns one text per group: the name with `*` for the numbers,
 /// and the size of the group if it is not 1, as in `model.layers.*.bias (12)`.
-pub fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
+pub(crate) fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for name in names {
         let parts = name.split('.').map(|part| match part.parse::<u64>() {
@@ -180,7 +180,7 @@ impl<'a> TensorEntry<'a> {
     ///
     /// # Errors
     /// Where the device fails.
-    pub fn from_device(tensor: &Tensor) -> Result<Self> {
+    pub(crate) fn from_device(tensor: &Tensor) -> Result<Self> {
         let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
         Ok(Self {
             shape: tensor.dims().to_vec(),
@@ -277,7 +277,7 @@ pub fn hash(tensors: &Tensors) -> Result<String> {
 ///
 /// # Errors
 /// Where the device runs out of memory.
-pub fn to_device(tensors: &Tensors, device: &Device) -> Result<Tensors> {
+pub(crate) fn to_device(tensors: &Tensors, device: &Device) -> Result<Tensors> {
     let copy = |(name, tensor): (&String, &Tensor)| -> Result<_> {
         Ok((name.clone(), tensor.to_device(device)?))
     };

@@ -121,7 +121,7 @@ pub fn adamw_candle(
 const LANES: usize = 8;
 
 /// Returns the sum of the squares of `values`.
-pub fn sum_of_squares(values: &[f32]) -> f64 {
+pub(crate) fn sum_of_squares(values: &[f32]) -> f64 {
     simd!(|values: &[f32]| -> f64 {
         let mut sums = [0.0f64; LANES];
         let (chunks, tail) = values.as_chunks::<LANES>();

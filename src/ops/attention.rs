@@ -156,7 +156,7 @@ impl Attention<'_> {
     }
 
     /// Returns the number of scratch values that a backward pass over T tokens needs: 3 T H C.
-    pub fn scratch_len(&self) -> usize {
+    pub(crate) fn scratch_len(&self) -> usize {
         let tokens = self.segments.last().map_or(0, |last| last.end);
         3 * tokens * self.heads.query_width()
     }
@@ -288,7 +288,7 @@ enum ScratchPart {
 /// Attention over the keys and values of one sequence of S tokens. The keys carry the rotary
 /// embedding.
 #[derive(Clone, Copy)]
-pub struct CachedAttention<'a> {
+pub(crate) struct CachedAttention<'a> {
     pub heads: Heads,
     pub window: Option<usize>,
     pub precision: Precision,
@@ -299,7 +299,7 @@ pub struct CachedAttention<'a> {
 impl CachedAttention<'_> {
     /// Computes the output for the queries of the last t rows of the sequence. Stores the log-sum-exp
     /// of the scores in `lse_tH`, if it is given.
-    pub fn attend(&self, q_tHC: &[f32], out_tHC: &mut [f32], lse_tH: Option<&mut [f32]>) {
+    pub(crate) fn attend(&self, q_tHC: &[f32], out_tHC: &mut [f32], lse_tH: Option<&mut [f32]>) {
         let q_width = self.heads.query_width();
         let rows = q_tHC.len() / q_width;
         let mut unused_lse = Vec::new();

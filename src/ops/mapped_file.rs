@@ -7,7 +7,7 @@ use std::ops::Deref;
 /// A read-only memory-mapped file. The system reads its pages on first access and may drop them
 /// again when memory is short.
 #[derive(Debug)]
-pub struct MappedFile(memmap2::Mmap);
+pub(crate) struct MappedFile(memmap2::Mmap);
 
 impl MappedFile {
     /// Maps a file that is never changed in place or truncated. Replacing it by a rename or removing
@@ -15,7 +15,7 @@ impl MappedFile {
     ///
     /// # Errors
     /// If the system cannot map it.
-    pub fn new(file: &File) -> io::Result<Self> {
+    pub(crate) fn new(file: &File) -> io::Result<Self> {
         // SAFETY: the bytes behind the slice do not change, because our own files are written
         // under a temporary name and renamed (`crate::fs`). If another program truncates the file,
         // this process is terminated by a signal, as with any program that maps files.

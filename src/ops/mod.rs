@@ -129,7 +129,7 @@ fn sum_partials(partials: &[Vec<f32>], gradient: GradientMut) {
 
 /// Computes the gradient of a bias: the sum over the rows of `dy_TO`, of `width` (O) values each.
 #[allow(non_snake_case, reason = "tensor names end in their shape")]
-pub fn sum_rows(dy_TO: &[f32], width: usize, dbias_O: GradientMut) {
+pub(crate) fn sum_rows(dy_TO: &[f32], width: usize, dbias_O: GradientMut) {
     let partials: Vec<Vec<f32>> = dy_TO
         .par_chunks(width * ROWS_PER_TASK)
         .map(|dy_tO| {
@@ -168,7 +168,7 @@ macro_rules! simd {
 use simd;
 
 /// Read access to the values of a contiguous f32 tensor on the CPU.
-pub struct CpuValues<'a> {
+pub(crate) struct CpuValues<'a> {
     storage: Box<dyn Deref<Target = Storage> + 'a>,
     range: Range<usize>,
 }
@@ -178,7 +178,7 @@ impl<'a> CpuValues<'a> {
     ///
     /// # Errors
     /// Where the tensor is not a contiguous f32 tensor on the CPU.
-    pub fn new(tensor: &'a Tensor) -> Result<Self> {
+    pub(crate) fn new(tensor: &'a Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
         let (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) =
             (&*storage, layout.contiguous_offsets())

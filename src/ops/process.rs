@@ -10,7 +10,7 @@ const MAX_DESCRIPTORS: libc::rlim_t = 65_536;
 
 /// Raises the soft descriptor limit as far as allowed and returns the number of connections that the
 /// process may hold open. None where the system has no such limit.
-pub fn max_connections() -> Option<usize> {
+pub(crate) fn max_connections() -> Option<usize> {
     #[cfg(unix)]
     {
         let mut limit = libc::rlimit {
@@ -45,7 +45,7 @@ pub fn max_connections() -> Option<usize> {
 }
 
 /// Returns true if `error` means that the process or the machine has run out of file descriptors.
-pub fn is_out_of_descriptors(error: &std::io::Error) -> bool {
+pub(crate) fn is_out_of_descriptors(error: &std::io::Error) -> bool {
     #[cfg(unix)]
     {
         matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
@@ -58,7 +58,7 @@ pub fn is_out_of_descriptors(error: &std::io::Error) -> bool {
 }
 
 /// Returns the resident memory of the process in bytes. None where the system does not report it.
-pub fn resident_bytes() -> Option<u64> {
+pub(crate) fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status
         .lines()
@@ -69,7 +69,7 @@ pub fn resident_bytes() -> Option<u64> {
 
 /// Returns free memory of the allocator to the system. Call it after work that leaves many small free
 /// blocks.
-pub fn trim_memory() {
+pub(crate) fn trim_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: the call only concerns blocks that are free, and may be made at any time.
     unsafe {
@@ -79,7 +79,7 @@ pub fn trim_memory() {
 
 /// Returns true if the process was started with this signal ignored, as `nohup` does.
 #[cfg(unix)]
-pub fn is_signal_ignored(signal: i32) -> bool {
+pub(crate) fn is_signal_ignored(signal: i32) -> bool {
     // SAFETY: with a null pointer as new action, the call only reads the current one. The other pointer
     // is to a structure on this stack, for which all zeros are valid.
     unsafe {

@@ -23,7 +23,7 @@ pub struct RopeTable {
 
 /// Direction of a rotation. The backward pass is the inverse rotation.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Rotation {
+pub(crate) enum Rotation {
     Forward,
     Backward,
 }
@@ -47,14 +47,14 @@ impl RopeTable {
     }
 
     /// Returns cos and sin of the angles at `position` (C/2 each).
-    pub fn cos_sin(&self, position: usize) -> (&[f32], &[f32]) {
+    pub(crate) fn cos_sin(&self, position: usize) -> (&[f32], &[f32]) {
         let range = position * self.half..(position + 1) * self.half;
         (&self.cos_Sc[range.clone()], &self.sin_Sc[range])
     }
 
     /// Rotates rows of `width` channels (a multiple of C) in place. Positions start at 0 in each of
     /// the `segments`.
-    pub fn rotate_segments(
+    pub(crate) fn rotate_segments(
         &self,
         rows: &mut [f32],
         width: usize,
@@ -67,7 +67,13 @@ impl RopeTable {
     }
 
     /// Rotates rows of `width` channels in place, at positions `first`, `first + 1`, ...
-    pub fn rotate_rows(&self, rows: &mut [f32], width: usize, first: usize, rotation: Rotation) {
+    pub(crate) fn rotate_rows(
+        &self,
+        rows: &mut [f32],
+        width: usize,
+        first: usize,
+        rotation: Rotation,
+    ) {
         let sign = if rotation == Rotation::Forward {
             1.0
         } else {

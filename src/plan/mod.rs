@@ -30,7 +30,7 @@ pub(crate) mod prefix_order;
 pub(crate) mod prepare;
 pub mod questions;
 pub(crate) mod queue;
-pub mod run_settings;
+pub(crate) mod run_settings;
 pub(crate) mod shard;
 pub(crate) mod unanswered;
 
@@ -125,7 +125,7 @@ impl PlanScope<'_> {
 
 impl Plan {
     /// Returns a warning if rows have identical requests.
-    pub fn repeats_warning(&self) -> Option<String> {
+    pub(crate) fn repeats_warning(&self) -> Option<String> {
         (self.repeated > 0).then(|| {
             format!(
                 "{} requests are identical to an earlier one and are not sent: to get several answers to a prompt, raise \

@@ -85,7 +85,7 @@ impl UnansweredLine {
 
 /// Content of `unanswered.jsonl`, by cache key.
 #[derive(Debug, Default)]
-pub struct Unanswered {
+pub(crate) struct Unanswered {
     path: PathBuf,
     rows: HashMap<String, UnansweredRow>,
 }
@@ -100,7 +100,7 @@ impl Unanswered {
     ///
     /// # Errors
     /// If the file cannot be read.
-    pub fn load(run_dir: &Path) -> Result<Unanswered> {
+    pub(crate) fn load(run_dir: &Path) -> Result<Unanswered> {
         let mut unanswered = Unanswered {
             path: file(run_dir),
             rows: HashMap::new(),
@@ -156,7 +156,7 @@ impl Unanswered {
     }
 
     /// Returns the status of the row with this key before a run.
-    pub fn row_status(&self, key: &str, is_cached: bool, max_attempts: u32) -> RowStatus {
+    pub(crate) fn row_status(&self, key: &str, is_cached: bool, max_attempts: u32) -> RowStatus {
         if is_cached {
             return RowStatus::Answered;
         }
@@ -169,28 +169,28 @@ impl Unanswered {
     }
 
     /// Returns true if the row with this key was refused by a content filter.
-    pub fn is_filtered(&self, key: &str) -> bool {
+    pub(crate) fn is_filtered(&self, key: &str) -> bool {
         self.get(key).is_some_and(|history| history.is_filtered)
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }
 
     /// Returns the keys of the rows with paid attempts or a content-filter refusal.
-    pub fn keys(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
         let rows = self.rows.iter();
         let rows = rows.filter(|(_, history)| history.paid > 0 || history.is_filtered);
         rows.map(|(key, _)| key.as_str())
     }
 
     /// Returns the history of the row with this key.
-    pub fn get(&self, key: &str) -> Option<&UnansweredRow> {
+    pub(crate) fn get(&self, key: &str) -> Option<&UnansweredRow> {
         self.rows.get(key)
     }
 
     /// Appends a line. After the call returns, a kill of this process does not lose the line.
-    pub fn add(&mut self, line: &UnansweredLine) -> Result<()> {
+    pub(crate) fn add(&mut self, line: &UnansweredLine) -> Result<()> {
         let mut text = serde_json::to_vec(line)?;
         text.push(b'\n');
         crate::fs::append(&self.path, &text)?;
@@ -200,7 +200,7 @@ impl Unanswered {
 
     /// Removes the lines of the rows that satisfy `is_selected`, so that later runs request these rows. Keeps
     /// [`Kind::Failed`] lines, so that these rows are requested last. Returns the keys of the rows.
-    pub fn forget(
+    pub(crate) fn forget(
         &mut self,
         is_selected: impl Fn(&str, &UnansweredRow) -> bool,
     ) -> Result<Vec<String>> {

@@ -11,7 +11,7 @@ use crate::config::{EndpointConfig, MaxTokensField};
 use crate::exit::Exit;
 
 /// Version of `endpoint.json` and of the JSON object that `distill probe --json` prints.
-pub const ENDPOINT_VERSION: u32 = 1;
+pub(crate) const ENDPOINT_VERSION: u32 = 1;
 
 /// `endpoint.json` in the run folder: the findings about every endpoint of the config.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -229,7 +229,7 @@ impl ProbedEndpoint {
 }
 
 /// Returns a warning if the config may give invalid soft labels and the endpoint was not probed.
-pub fn check_unprobed(config: &EndpointConfig) -> Option<String> {
+pub(crate) fn check_unprobed(config: &EndpointConfig) -> Option<String> {
     let sampling = &config.sampling;
     let temperature = sampling.temperature.unwrap_or(1.0);
     let has_logprobs = sampling.top_logprobs > 0 && !sampling.reasoning;

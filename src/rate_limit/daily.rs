@@ -9,10 +9,14 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Seconds per day.
-pub(crate) const DAY_S: i64 = 86_400;
+const DAY_S: i64 = 86_400;
 
 /// Length of a slot in seconds.
 const SLOT_S: i64 = 300;
+
+/// Age of a slot at which none of its requests counts any more, in seconds. Ages are measured from the beginning of the
+/// slot, and its last request may be as young as its end.
+const EXPIRED_SLOT_S: i64 = DAY_S + SLOT_S;
 
 /// Divisor of the limit for the number of requests that the ledger counts in advance. A larger number means fewer writes
 /// of the ledger, and more requests that are counted without being sent after a kill.
@@ -38,8 +42,9 @@ impl DailyLimit {
     pub(crate) fn new(limit: Option<u64>, earlier: &[(i64, u64)], now: Instant) -> DailyLimit {
         let mut slots: Vec<(i64, u64)> = earlier
             .iter()
+            .filter(|(age_s, _)| *age_s < EXPIRED_SLOT_S)
             // If the wall clock was set back, an age may be negative. It counts as 0.
-            .map(|&(age, count)| (-age.clamp(0, DAY_S), count))
+            .map(|&(age_s, count)| (-age_s.max(0), count))
             .collect();
         slots.sort();
         DailyLimit {
@@ -62,14 +67,14 @@ impl DailyLimit {
         };
         let elapsed = (now - self.start).as_secs() as i64;
         while let Some(&(slot, count)) = self.slots.front()
-            && slot + SLOT_S + DAY_S <= elapsed
+            && slot + EXPIRED_SLOT_S <= elapsed
         {
             self.slots.pop_front();
             self.total -= count;
         }
         self.full_until = match self.slots.front() {
             Some(&(slot, _)) if self.total >= limit => {
-                let seconds = (slot + SLOT_S + DAY_S - elapsed).max(1);
+                let seconds = (slot + EXPIRED_SLOT_S - elapsed).max(1);
                 Some(now + Duration::from_secs(seconds as u64))
             }
             _ => None,
@@ -136,11 +141,25 @@ mod tests {
 
     #[test]
     fn daily_limit_holds_in_any_24_hours() {
+        check_any_24_hours(|_| false);
+    }
+
+    #[test]
+    fn daily_limit_holds_across_restarts() {
+        check_any_24_hours(|now_s| now_s % 7 == 0);
+    }
+
+    /// Sends requests for three days. `restarts` decides by the number of seconds since the start.
+    fn check_any_24_hours(restarts: impl Fn(u64) -> bool) {
         let start = Instant::now();
         let mut daily = DailyLimit::new(Some(100), &[], start);
         let mut now = start;
         let mut sent = Vec::new();
         while now < hours_after(start, 72.0) {
+            if restarts((now - start).as_secs()) {
+                let slots = daily.ledger_slots(now, true);
+                daily = DailyLimit::new(Some(100), &slots, now);
+            }
             match daily.check(now) {
                 Ok(()) => {
                     daily.count_request(now);

@@ -21,7 +21,7 @@ use crate::report::failures::FailedRow;
 use crate::report::timeline::{HourStats, LimitUse};
 
 /// Version of the JSON object that `--json` prints and `summary.json` contains.
-pub const SUMMARY_VERSION: u32 = 1;
+pub(crate) const SUMMARY_VERSION: u32 = 1;
 
 /// Counters of a run. `cached`, `ok`, `quarantined`, `failed` and `pending` add up to `total`.
 #[derive(Debug, Default, Serialize)]
@@ -166,7 +166,7 @@ pub(crate) fn past_runs(run_dir: &Path) -> Vec<PastRun> {
 }
 
 /// Returns the number of answers that earlier runs recorded in this folder, according to `summary.json`.
-pub fn recorded_before(run_dir: &Path) -> u64 {
+pub(crate) fn recorded_before(run_dir: &Path) -> u64 {
     let runs = past_runs(run_dir);
     runs.iter().map(|run| run.ok + run.quarantined).sum()
 }
@@ -230,7 +230,7 @@ impl HarvestSummary {
     }
 
     /// Logs a warning about the answers, and adds it to the summary.
-    pub fn warn(&mut self, text: String) {
+    pub(crate) fn warn(&mut self, text: String) {
         tracing::warn!("{text}");
         self.warnings.push(text);
     }
@@ -243,7 +243,7 @@ impl HarvestSummary {
     }
 
     /// Creates the summary of a run before its first request. Rows that earlier runs gave up count as failed.
-    pub fn from_plan(plan: &Plan, unanswered: &Unanswered) -> HarvestSummary {
+    pub(crate) fn from_plan(plan: &Plan, unanswered: &Unanswered) -> HarvestSummary {
         let mut summary = HarvestSummary {
             total: plan.total,
             cached: plan.cached,
@@ -267,7 +267,7 @@ impl HarvestSummary {
     }
 
     /// Returns an [`Exit::SomeFailed`] error if rows failed.
-    pub fn failed_rows_error(&self, run_dir: &Path) -> Option<anyhow::Error> {
+    pub(crate) fn failed_rows_error(&self, run_dir: &Path) -> Option<anyhow::Error> {
         let message = format!(
             "{} of {} rows failed: see {}",
             self.failed,

@@ -36,7 +36,7 @@ pub fn sanitise(text: &str) -> Cow<'_, str> {
 }
 
 /// Escapes the characters that [`sanitise`] replaces, as JSON escapes: the text stays JSON with the same value.
-pub fn escape_unsafe(json: &str) -> Cow<'_, str> {
+pub(crate) fn escape_unsafe(json: &str) -> Cow<'_, str> {
     if !json.chars().any(is_unsafe) {
         return Cow::Borrowed(json);
     }
@@ -69,7 +69,7 @@ fn is_unsafe(char: char) -> bool {
 }
 
 /// Formats a duration in at most two units: `2 d 2 h`, `2 h 5 min`, `3 min 20 s`, `4.2 s`, `120 ms`.
-pub fn format_duration(duration: Duration) -> String {
+pub(crate) fn format_duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
         0 => format!("{} ms", duration.as_millis()),
@@ -81,7 +81,7 @@ pub fn format_duration(duration: Duration) -> String {
 }
 
 /// Formats a number with thousands separators: `12,345`.
-pub fn format_count(count: u64) -> String {
+pub(crate) fn format_count(count: u64) -> String {
     let digits = count.to_string();
     let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
     for (index, digit) in digits.chars().enumerate() {
@@ -94,7 +94,7 @@ pub fn format_count(count: u64) -> String {
 }
 
 /// Formats US dollars: with 4 decimals between 0 and 1 dollar, else with 2.
-pub fn format_dollars(dollars: f64) -> String {
+pub(crate) fn format_dollars(dollars: f64) -> String {
     if dollars >= 1.0 || dollars == 0.0 {
         format!("${dollars:.2}")
     } else {
@@ -103,7 +103,7 @@ pub fn format_dollars(dollars: f64) -> String {
 }
 
 /// Formats a size in decimal units: `12.0 MB`.
-pub fn format_bytes(bytes: u64) -> String {
+pub(crate) fn format_bytes(bytes: u64) -> String {
     let mut value = bytes as f64;
     for unit in ["B", "kB", "MB", "GB"] {
         if value < 1_000.0 {
@@ -118,7 +118,7 @@ pub fn format_bytes(bytes: u64) -> String {
 }
 
 /// Formats `part / total` in per cent: `12.5 %`; a total of 0 counts as 1.
-pub fn format_share(part: u64, total: u64) -> String {
+pub(crate) fn format_share(part: u64, total: u64) -> String {
     format!("{:.1} %", 100.0 * part as f64 / total.max(1) as f64)
 }
 

@@ -107,7 +107,7 @@ impl Tokenizer {
     }
 
     /// Makes `strftime_now` return the current local time.
-    pub fn use_clock(&mut self) {
+    pub(crate) fn use_clock(&mut self) {
         self.set_date(TemplateClock::Clock(|| jiff::Zoned::now().datetime()));
     }
 
@@ -176,7 +176,7 @@ impl Tokenizer {
 
     /// Returns the smallest id that stands for another token in `other`, or for a control token in only one of the two
     /// tokenizers.
-    pub fn first_difference(&self, other: &Self) -> Option<u32> {
+    pub(crate) fn first_difference(&self, other: &Self) -> Option<u32> {
         let largest = self.vocab_size.max(other.vocab_size) as u32;
         let differs = |id: &u32| {
             self.text.id_to_token(*id) != other.text.id_to_token(*id)
@@ -186,7 +186,7 @@ impl Tokenizer {
     }
 
     /// Returns true if the spelling of the vocabulary determines the bytes of its tokens.
-    pub fn has_token_bytes(&self) -> bool {
+    pub(crate) fn has_token_bytes(&self) -> bool {
         !self.bytes.is_empty()
     }
 
@@ -218,7 +218,7 @@ impl Tokenizer {
     }
 
     /// Returns true if the text is the name of a control token.
-    pub fn names_special(&self, text: &str) -> bool {
+    pub(crate) fn names_special(&self, text: &str) -> bool {
         self.control.is_special_token(text)
     }
 

@@ -71,7 +71,7 @@ impl TrainingState {
     }
 
     /// Returns the model to evaluate: the moving average if there is one, else the student.
-    pub fn eval_model(&self) -> &Model {
+    pub(crate) fn eval_model(&self) -> &Model {
         let average = self.ema.as_ref().map(|ema| &ema.model);
         average.unwrap_or(&self.student.model)
     }
@@ -143,7 +143,7 @@ impl CheckpointState {
 }
 
 /// Version of the checkpoint format.
-pub const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 2;
 
 /// Writes a checkpoint, then removes all but the newest `keep` checkpoints and the best one.
 ///
@@ -212,7 +212,7 @@ pub fn load_weights(dir: &Path, step: u64) -> Result<Tensors> {
 ///
 /// # Errors
 /// If the folder cannot be read.
-pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
+pub(crate) fn latest(dir: &Path) -> Result<Option<PathBuf>> {
     Ok(list(dir)?.pop().map(|(_, path)| path))
 }
 
@@ -291,7 +291,7 @@ pub fn load(
 ///
 /// # Errors
 /// If a device fails.
-pub fn fingerprint_inputs(
+pub(crate) fn fingerprint_inputs(
     mut settings: Value,
     data: &str,
     training: &TrainingState,

@@ -187,7 +187,7 @@ fn target(batch: &Batch, n: usize) -> PositionTarget<'_> {
 ///
 /// # Errors
 /// If an example does not fit a model.
-pub fn evaluate<'a>(
+pub(crate) fn evaluate<'a>(
     models: impl Into<ModelPair<'a>>,
     examples: Examples,
     batch_size: usize,

@@ -38,7 +38,7 @@ use crate::tokenizer::Tokenizer;
 const SEED_SPREAD: u64 = 0xd134_2543_de82_ef95;
 
 /// Generator of the student's own answers.
-pub struct OnPolicy<'a> {
+pub(crate) struct OnPolicy<'a> {
     settings: &'a OnPolicyConfig,
     tokenizer: &'a Tokenizer,
     /// Number of answers in a batch.
@@ -95,12 +95,12 @@ impl<'a> OnPolicy<'a> {
         }
     }
 
-    pub fn counts(&self) -> OnPolicyCounts {
+    pub(crate) fn counts(&self) -> OnPolicyCounts {
         self.counts
     }
 
     /// Returns the divergences for generated answers.
-    pub fn divergence(&self, settings: &LossConfig) -> Option<[Divergence; 2]> {
+    pub(crate) fn divergence(&self, settings: &LossConfig) -> Option<[Divergence; 2]> {
         Divergence::from_config(&LossConfig {
             kd: self.settings.kd,
             ..settings.clone()
@@ -109,7 +109,7 @@ impl<'a> OnPolicy<'a> {
 
     /// Splits the examples of a step in two: the first are used unchanged, and the student answers the prompts of the
     /// others.
-    pub fn split<'e, 'v>(
+    pub(crate) fn split<'e, 'v>(
         &self,
         examples: &'e [ExampleView<'v>],
     ) -> (&'e [ExampleView<'v>], &'e [ExampleView<'v>]) {
@@ -122,7 +122,7 @@ impl<'a> OnPolicy<'a> {
     ///
     /// # Errors
     /// If a prompt does not fit the model, or [`TextScorer::score`] fails.
-    pub fn generate(
+    pub(crate) fn generate(
         &mut self,
         student: &Model,
         step: u64,

@@ -32,7 +32,7 @@ pub struct SoftLabelChoice {
 ///
 /// # Errors
 /// [`Exit::Usage`] if the bytes of the tokens are unknown.
-pub fn check_tokenizer(tokenizer: &Tokenizer) -> Result<()> {
+pub(crate) fn check_tokenizer(tokenizer: &Tokenizer) -> Result<()> {
     if tokenizer.has_token_bytes() {
         return Ok(());
     }
@@ -46,7 +46,7 @@ pub fn check_tokenizer(tokenizer: &Tokenizer) -> Result<()> {
 
 /// Returns the weight of a term if `loss.kd_weight` is not set: the best weight in the measurements of
 /// `tests/bench/softlabels.sh`.
-pub fn default_weight(divergence: Divergence) -> f32 {
+pub(crate) fn default_weight(divergence: Divergence) -> f32 {
     match divergence {
         // The damped term already contains the cross-entropy on the emitted token.
         Divergence::Damped(_) => 1.0,
@@ -205,7 +205,7 @@ fn is_full_kl(divergence: Divergence) -> bool {
 }
 
 /// Chooses the loss terms for a local teacher.
-pub fn choose_for_local_teacher(settings: &LossConfig) -> SoftLabelChoice {
+pub(crate) fn choose_for_local_teacher(settings: &LossConfig) -> SoftLabelChoice {
     let is_full =
         Divergence::from_config(settings).is_some_and(|[divergence, _]| is_full_kl(divergence));
     let note = is_full.then(|| {
@@ -231,7 +231,7 @@ pub fn choose_for_local_teacher(settings: &LossConfig) -> SoftLabelChoice {
 
 impl SoftLabelChoice {
     /// Describes the loss for the data of `report`.
-    pub fn describe(&self, report: &DataReport, has_local_teacher: bool) -> String {
+    pub(crate) fn describe(&self, report: &DataReport, has_local_teacher: bool) -> String {
         let has_no_soft_labels = !has_local_teacher && report.soft_positions == 0;
         let Some([inexact_term, exact_term]) = self.terms.filter(|_| !has_no_soft_labels) else {
             return "cross-entropy on the answers".into();

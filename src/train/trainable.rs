@@ -148,7 +148,7 @@ impl TrainableModel {
     ///
     /// # Errors
     /// If a weight is not a contiguous f32 tensor, or the device fails.
-    pub fn hash_of_frozen(&self) -> Result<String> {
+    pub(crate) fn hash_of_frozen(&self) -> Result<String> {
         weights::hash(&self.frozen)
     }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use distill::cache::frames::{CompressionLevel, compress};
-use distill::cache::merge::{MergeReport, merge};
+use distill::cache::merge::{MergeReport, merge, merge_all};
 use distill::cache::record::{Answer, Record, SCHEMA};
 use distill::cache::repair::{RepairReport, repair};
 use distill::cache::writer::Cache;
@@ -334,6 +334,50 @@ fn merge_refuses_damaged_or_missing_sources() {
     merge_caches(into.path(), Compression::None, &[damaged.path()]).unwrap();
     let expected = [&records(0..8)[..], &[sample(9)]].concat();
     assert_contains(into.path(), &expected);
+}
+
+#[test]
+fn merge_appends_and_counts_the_records_before_an_invalid_one() {
+    let foreign = Record {
+        key: sample(7).key,
+        ..sample(6)
+    };
+    let source = folder(b"", &encode([sample(0), sample(1), foreign, sample(3)]));
+    let into = tempfile::tempdir().unwrap();
+    let mut reports = Vec::new();
+    let error = merge_all(
+        into.path(),
+        &config::CacheConfig::default(),
+        &[source.path().to_owned()],
+        &mut reports,
+        &mut |_, _| Ok(()),
+    )
+    .unwrap_err();
+    assert_eq!(Exit::code_of(&error), 5);
+    assert_contains(into.path(), &records(0..2));
+    assert_eq!((reports[0].records, reports[0].added), (3, 2));
+    let cost = |number: u64| sample(number).cost_usd.unwrap_or(0.0);
+    assert!((reports[0].cost_usd - cost(0) - cost(1)).abs() < 1e-12);
+}
+
+#[test]
+fn merge_appends_conflicts_after_a_torn_one() {
+    let source = folder(b"", &encode([other_answer(2)]));
+    let whole = encode([other_answer(1)]);
+    for (length, left) in [(whole.len() / 2, 0), (whole.len() - 1, 1)] {
+        let into = folder(b"", &encode(records(0..5)));
+        fs::write(conflicts_file(into.path()), &whole[..length]).unwrap();
+        merge_caches(into.path(), Compression::None, &[source.path()]).unwrap();
+        let expected: Vec<_> = [other_answer(1)]
+            .into_iter()
+            .take(left)
+            .chain([other_answer(2)])
+            .collect();
+        assert_eq!(
+            fs::read(conflicts_file(into.path())).unwrap(),
+            encode(expected)
+        );
+    }
 }
 
 #[test]

@@ -83,7 +83,7 @@ impl Prepared {
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub fn open_new(dir: &Path) -> Result<Self> {
+    pub(crate) fn open_new(dir: &Path) -> Result<Self> {
         Self::read(&|name| std::fs::read(dir.join(name)), &|file| {
             map_shard(&dir.join(&file.name), file)
         })
@@ -176,7 +176,7 @@ impl Prepared {
     }
 
     /// Hash of the prompt of example `index`.
-    pub fn prompt_hash(&self, index: usize) -> u32 {
+    pub(crate) fn prompt_hash(&self, index: usize) -> u32 {
         self.prompt_hashes[index]
     }
 
@@ -223,7 +223,7 @@ fn map_shard(path: &Path, file: &FileChecksum) -> Result<ShardBytes> {
 ///
 /// # Errors
 /// If a folder cannot be read or removed.
-pub fn remove_older(root: &Path, used: &Path) -> Result<()> {
+pub(crate) fn remove_older(root: &Path, used: &Path) -> Result<()> {
     let read = || format!("could not read {}", root.display());
     let mut complete = Vec::new();
     for entry in std::fs::read_dir(root).with_context(read)? {

@@ -16,7 +16,7 @@ use crate::ops::mapped_file::MappedFile;
 
 /// Bytes of a shard, mapped or in memory.
 #[derive(Debug)]
-pub enum ShardBytes {
+pub(crate) enum ShardBytes {
     Mapped(MappedFile),
     Memory(Vec<u8>),
 }
@@ -97,7 +97,7 @@ fn value(bytes: &[u8]) -> u32 {
 
 /// A file that `ExampleColumns::write` wrote.
 #[derive(Debug)]
-pub struct PreparedShard {
+pub(crate) struct PreparedShard {
     bytes: ShardBytes,
     input_ids_T: ColumnView,
     input_ends_B: ColumnView,
@@ -122,7 +122,7 @@ impl PreparedShard {
     ///
     /// # Errors
     /// If the header is invalid or a column is missing.
-    pub fn new(bytes: ShardBytes) -> Result<Self> {
+    pub(crate) fn new(bytes: ShardBytes) -> Result<Self> {
         let (length, metadata) = SafeTensors::read_metadata(bytes.all())?;
         // The file begins with the length of the header, in 8 bytes.
         let data = 8 + length;
@@ -172,7 +172,7 @@ impl PreparedShard {
     }
 
     /// Returns example `index`, which must be less than the number of examples.
-    pub fn example(&self, index: usize) -> ExampleView<'_> {
+    pub(crate) fn example(&self, index: usize) -> ExampleView<'_> {
         ExampleView { shard: self, index }
     }
 }
@@ -236,7 +236,7 @@ impl<'a> ExampleView<'a> {
     }
 
     /// End of each position's soft labels in [`Self::soft_ids`] (N).
-    pub fn soft_ends(self) -> impl ExactSizeIterator<Item = usize> + use<'a> {
+    pub(crate) fn soft_ends(self) -> impl ExactSizeIterator<Item = usize> + use<'a> {
         let start = self.soft().start;
         let ends = self.shard.soft_ends_N.values(self.bytes(), self.targets());
         ends.map(move |end| end as usize - start)
@@ -244,7 +244,7 @@ impl<'a> ExampleView<'a> {
 
     /// Logprob of each label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels
     /// (N).
-    pub fn sampled_logprobs(self) -> impl ExactSizeIterator<Item = Option<f32>> + use<'a> {
+    pub(crate) fn sampled_logprobs(self) -> impl ExactSizeIterator<Item = Option<f32>> + use<'a> {
         let values = self
             .shard
             .sampled_logprobs_N
@@ -281,12 +281,12 @@ impl<'a> ExampleView<'a> {
     }
 
     /// Student tokens of the soft labels, position after position (NK).
-    pub fn soft_ids(self) -> impl ExactSizeIterator<Item = u32> + use<'a> {
+    pub(crate) fn soft_ids(self) -> impl ExactSizeIterator<Item = u32> + use<'a> {
         self.shard.soft_ids_NK.values(self.bytes(), self.soft())
     }
 
     /// Logprobs of the soft labels (NK), bit-identical to the output of the aligner.
-    pub fn soft_logprobs(self) -> impl ExactSizeIterator<Item = f32> + use<'a> {
+    pub(crate) fn soft_logprobs(self) -> impl ExactSizeIterator<Item = f32> + use<'a> {
         let values = self
             .shard
             .soft_logprobs_NK

@@ -44,7 +44,7 @@ impl Precision {
     }
 
     /// Returns the fastest precision of this CPU.
-    pub fn fastest() -> Self {
+    pub(crate) fn fastest() -> Self {
         #[cfg(target_arch = "x86_64")]
         if amx::Amx::detect().is_some() || bf16::Avx512Bf16::detect_if_fast().is_some() {
             return Self::Bf16;

@@ -108,7 +108,7 @@ impl RenderedSpan {
 }
 
 /// Variables of a chat template that hold special tokens.
-pub const TOKEN_VARIABLES: [&str; 7] = [
+pub(crate) const TOKEN_VARIABLES: [&str; 7] = [
     "bos_token",
     "eos_token",
     "unk_token",
@@ -188,7 +188,7 @@ impl ChatTemplate {
     }
 
     /// Returns the template with the date of a conversation: the date of its record, or the current time.
-    pub fn with_date(&self, date: Option<DateTime>) -> Cow<'_, ChatTemplate> {
+    pub(crate) fn with_date(&self, date: Option<DateTime>) -> Cow<'_, ChatTemplate> {
         let date = match (self.date, date) {
             (Some(TemplateClock::Record), Some(date)) => date,
             (Some(TemplateClock::Clock(now)), _) => now(),
@@ -294,7 +294,7 @@ struct ContentPart<'a> {
 }
 
 /// The opening and the closing tag of thinking.
-pub const THINKING_TAGS: (&str, &str) = ("<think>", "</think>");
+pub(crate) const THINKING_TAGS: (&str, &str) = ("<think>", "</think>");
 
 /// Splits an answer that begins with thinking into tags, thinking and answer, because some templates parse, move or
 /// drop thinking. Any other message is one part.
@@ -354,13 +354,13 @@ fn find_thinking(content: &str) -> Option<ThinkingBlock> {
 }
 
 /// Returns the offset of the answer in a message: after the thinking, or 0 in a message without thinking.
-pub fn answer_start(content: &str) -> usize {
+pub(crate) fn answer_start(content: &str) -> usize {
     find_thinking(content).map_or(0, |thinking| thinking.answer)
 }
 
 /// Splits an answer that begins with thinking, as a model writes it, into four spans: tag, thinking, tag, answer. None
 /// for any other message.
-pub fn thinking_spans(message: usize, content: &str) -> Option<[RenderedSpan; 4]> {
+pub(crate) fn thinking_spans(message: usize, content: &str) -> Option<[RenderedSpan; 4]> {
     let parts = split_thinking("assistant", content);
     let spans = parts.into_iter().map(|part| {
         let text = part.text.to_owned();

@@ -65,7 +65,7 @@ impl Divergence {
     /// Returns the divergences that the settings select, indexed by [`is_exact_sample`]; None for cross-entropy alone.
     ///
     /// [`is_exact_sample`]: crate::train::loss::position::PositionTarget::is_exact_sample
-    pub fn from_config(settings: &LossConfig) -> Option<[Self; 2]> {
+    pub(crate) fn from_config(settings: &LossConfig) -> Option<[Self; 2]> {
         let damped = Self::Damped(settings.tail_weight as f32);
         let divergence = match settings.kd {
             KdMode::None => return None,
@@ -106,7 +106,7 @@ impl fmt::Display for Divergence {
 
 /// The teacher's and the student's distributions of a position over K and the tail.
 #[derive(Debug, Clone, Copy)]
-pub struct DistributionPair<'a> {
+pub(crate) struct DistributionPair<'a> {
     /// l: the teacher's logprobs on K.
     pub teacher_logprobs_K: &'a [f32],
     /// z: the student's logits on K.
@@ -125,7 +125,7 @@ pub struct DistributionPair<'a> {
 
 /// A label y outside K.
 #[derive(Debug, Clone, Copy)]
-pub struct TailSample {
+pub(crate) struct TailSample {
     /// The student's logit of y.
     pub logit: f32,
     /// The teacher's logprob of y, if it is known.
@@ -134,7 +134,7 @@ pub struct TailSample {
 
 /// A divergence and its gradient.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct DivergenceTerm {
+pub(crate) struct DivergenceTerm {
     pub value: f32,
     /// Derivatives with respect to the logits on K.
     pub slopes_K: Vec<f32>,
@@ -158,7 +158,7 @@ struct EventProbs {
 type ValueAndSlope = (f32, f32);
 
 /// Returns P, the sum of the probabilities on K, and the tail 1 - P. A tail below [`MIN_TAIL`] is returned as 0.
-pub fn masses(teacher_logprobs_K: &[f32]) -> (f32, f32) {
+pub(crate) fn masses(teacher_logprobs_K: &[f32]) -> (f32, f32) {
     let mass: f64 = teacher_logprobs_K.iter().map(|l| f64::from(*l).exp()).sum();
     let tail = (1.0 - mass) as f32;
     (mass as f32, if tail < MIN_TAIL { 0.0 } else { tail })
@@ -193,7 +193,7 @@ impl DistributionPair<'_> {
     }
 
     /// Computes the value and the gradient of `divergence`.
-    pub fn term(&self, divergence: Divergence) -> DivergenceTerm {
+    pub(crate) fn term(&self, divergence: Divergence) -> DivergenceTerm {
         match divergence {
             Divergence::Damped(lambda) => self.damped(lambda),
             // Without K the whole distribution is the tail.
