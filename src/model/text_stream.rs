@@ -4,7 +4,9 @@
 /// the beginning of a stop string.
 ///
 /// Offsets count bytes of the answer. The released parts, joined, are the lossy UTF-8 decoding of all bytes
-/// before the stop string. They do not depend on how the bytes were split into tokens.
+/// before the stop string. With at most one stop string, this text does not depend on how the bytes were split into
+/// tokens. With several, the split may decide which of two overlapping matches ends the text: `abcd` with the stop
+/// strings `c` and `bcd` is cut before `b` if it is one token, but before `c` if `abc` is a token.
 #[derive(Debug)]
 pub(crate) struct TextStream {
     bytes: Vec<u8>,
