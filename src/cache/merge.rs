@@ -34,22 +34,23 @@ pub struct MergeReport {
     pub added: u64,
     /// Number of records that were already in the cache, byte for byte.
     pub same: u64,
-    /// Number of records whose key was in the cache with another answer. They are in the conflicts file now.
+    /// Number of records whose key was in the cache with other content. They are in the conflicts file now.
     pub conflicts: u64,
     /// Keys of the first conflicts.
     pub keys: Vec<String>,
-    /// Cost of the added and conflicting records in US dollars.
+    /// Cost in US dollars of the added records, and of the conflicting ones that were not in the conflicts file yet.
     pub cost_usd: f64,
-    /// Token usage of the added and conflicting records without a cost.
+    /// Token usage of those of the same records that have no cost.
     pub unpriced: Usage,
 }
 
 /// Appends every record of `sources` whose key is new to the cache in `into`, which is created if it does not
-/// exist. If two records have the same key, the first stays, and the second is appended to `responses.conflicts.jsonl`. The
-/// sources do not change. An interrupted merge can be rerun.
+/// exist. If two different records have the same key, the first stays, and the second is appended to
+/// `responses.conflicts.jsonl`. The sources do not change. An interrupted merge can be rerun.
 ///
 /// # Errors
-/// If a source is not a cache, or is damaged ([`Exit::Damaged`]; the records before the damage are merged).
+/// If a source is not a cache, or contains a damaged record (mostly [`Exit::Damaged`]). The records before it are
+/// merged; but if the checksum of the damaged record is correct, the last of them, up to 255, are not.
 pub fn merge(
     into: &Path,
     settings: &config::CacheConfig,
@@ -61,7 +62,8 @@ pub fn merge(
     Ok(reports)
 }
 
-/// Merges like [`merge`], and fills `reports` with one report per source, also if an error ends the merge.
+/// Merges like [`merge`], and fills `reports` with one report per source. If an error ends the merge, the last report
+/// is that of the source with the error.
 ///
 /// # Errors
 /// The errors of [`merge`].

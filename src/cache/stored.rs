@@ -1,12 +1,12 @@
-//! Serialises each field whose shape varies from record to record as one stored type.
+//! Stored form of the fields whose shape varies from record to record: each field has the same type in every record.
 //!
 //! Readers that infer a schema (pyarrow, and `datasets` on top of it) infer it from the first megabytes. They fail if
 //! the shape changes later: a null that becomes an object, an empty list that gets items, an object with other fields.
-//! All of these occur if the config changes during a run.
+//! All of these occur in one cache, for example if the config changes between two runs.
 
 /// Request body: `model` and `messages` as fields, and all other parameters as JSON in the string `params`. A model
-/// that is not a text, and messages with more than a role and a text each, stay in `params`. A body that is not an
-/// object is stored whole in `params`.
+/// that is not a string stays in `params`. So does the whole list of messages if one of them is not just a role and a
+/// text. A body that is not an object is stored whole in `params`.
 pub(crate) mod request {
     use serde::de::Error as _;
     use serde::ser::{Error as _, SerializeStruct};
@@ -57,7 +57,7 @@ pub(crate) mod request {
         stored.end()
     }
 
-    /// Fields of a request other than `model` and `messages`, which are included unless they are stored separately.
+    /// All fields of a request, except for `model` and `messages` where these are stored separately.
     struct OtherFields<'a> {
         fields: &'a serde_json::Map<String, Value>,
         without_model: bool,
@@ -73,7 +73,7 @@ pub(crate) mod request {
         }
     }
 
-    /// Returns the messages; `None` if any of them has more than a role and a text.
+    /// Returns the messages; `None` unless each of them is just a role and a text.
     fn plain_messages(messages: &Value) -> Option<Vec<PlainMessage<'_>>> {
         messages
             .as_array()?

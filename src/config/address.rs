@@ -33,8 +33,9 @@ pub(crate) fn check(settings: &TeacherConfig) -> Result<(), Mistake> {
 /// Parses `text`, the base URL with its environment variables expanded.
 ///
 /// # Errors
-/// If `teacher.allow_http` does not permit the scheme, or the URL contains a user name, a password, a query or the path
-/// of an API method. The message says which value to set instead.
+/// If `text` is not a URL, its scheme is not allowed, or it contains a user name, a password, a query or a fragment; or
+/// if `teacher.base_url`, before the expansion, ends with the path of an API method. The message says what to set
+/// instead.
 pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake> {
     let shown = &without_secrets(&settings.base_url);
     let text = without_slash(text);
@@ -62,8 +63,8 @@ pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake
     if url.query().is_some() || url.fragment().is_some() {
         let (address, _) = shown.split_once(['?', '#']).unwrap_or((shown, ""));
         return Err(mistake(format!(
-            "`teacher.base_url` must not contain a query: set it to \"{address}\", and move the \
-             parameters after the ? to `teacher.query = {{ api-version = \"...\" }}`"
+            "`teacher.base_url` must not contain a query or a fragment: set it to \"{address}\", and move \
+             any parameters after a ? to `teacher.query = {{ api-version = \"...\" }}`"
         )));
     }
     for path in [
@@ -74,8 +75,8 @@ pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake
     ] {
         if let Some(address) = without_slash(shown).strip_suffix(path) {
             return Err(mistake(format!(
-                "`teacher.base_url` must not end with \"{path}\", which is appended to each request: \
-                 set it to \"{address}\""
+                "`teacher.base_url` must not end with \"{path}\", because each request appends the path of its API \
+                 method: set it to \"{address}\""
             )));
         }
     }
@@ -106,24 +107,25 @@ fn mistake(message: String) -> Mistake {
     Mistake::new("teacher.base_url", message)
 }
 
-/// Checks that the scheme is https, or an http that `teacher.allow_http` permits.
+/// Checks that the scheme is https, or http to this machine, or http that `teacher.allow_http` permits.
 fn check_scheme(settings: &TeacherConfig, url: &Url) -> Result<(), Mistake> {
     let shown = &without_secrets(&settings.base_url);
     let mut texts = settings.headers.values().chain(settings.query.values());
-    let has_key = settings.key_source() != KeySource::None
+    // Environment variables may contain a key, too.
+    let may_send_key = settings.key_source() != KeySource::None
         || texts.any(|text| text.contains(VARIABLE_START))
         || settings.base_url.contains(VARIABLE_START);
     let message = match (url.scheme(), settings.allow_http) {
         ("https", _) => return Ok(()),
         ("http", _) if is_loopback(url) => return Ok(()),
         ("http", AllowHttp::WithKey) => return Ok(()),
-        ("http", AllowHttp::WithoutKey) if !has_key => return Ok(()),
+        ("http", AllowHttp::WithoutKey) if !may_send_key => return Ok(()),
         ("http", AllowHttp::WithoutKey) => format!(
             "`teacher.base_url` = \"{shown}\" would send the key unencrypted: use https; or, where the \
              endpoint needs no key, set `teacher.api_key_env = \"\"`; or allow it with \
              `teacher.allow_http = \"with_key\"`"
         ),
-        ("http", AllowHttp::No) if has_key => format!(
+        ("http", AllowHttp::No) if may_send_key => format!(
             "`teacher.base_url` = \"{shown}\" would send the key and the prompts unencrypted: use https; or \
              set `teacher.api_key_env = \"\"` and `teacher.allow_http = true` for an endpoint without a key on \
              your own network, or `teacher.allow_http = \"with_key\"` to send the key as well"
@@ -154,12 +156,12 @@ fn check_headers(settings: &TeacherConfig) -> Result<(), Mistake> {
     let key_header = header_name("teacher.api_key_header", &settings.api_key_header)
         .map_err(|message| Mistake::new("teacher.api_key_header", message))?;
     for (setting, name, value) in settings.extra_headers() {
-        let key = match setting.as_str() {
+        let config_key = match setting.as_str() {
             "teacher.organization" => "teacher.organization",
             "teacher.project" => "teacher.project",
             _ => "teacher.headers",
         };
-        let refuse = |message: String| Err(Mistake::new(key, message));
+        let refuse = |message: String| Err(Mistake::new(config_key, message));
         let is_named = |other: &str| name.eq_ignore_ascii_case(other);
         if CONNECTION_HEADERS.iter().any(|header| is_named(header)) {
             return refuse(format!(

@@ -56,13 +56,14 @@ pub(crate) struct QuotaStatus {
 }
 
 impl Quota {
-    /// Creates a quota of `limit` per minute. The capacity of a bucket is the limit of `burst_s` seconds, at least 1.
+    /// Creates a quota of `limit` per minute. The capacity of a bucket is what it refills in `burst_s` seconds, at
+    /// least 1.
     pub(crate) fn per_minute(limit: u64, window: LimitWindow, burst_s: f64, now: Instant) -> Quota {
         let base_limit = limit as f64;
         let burst = burst_s / 60.0;
         let window = match window {
             LimitWindow::Bucket => QuotaWindow::Bucket {
-                // A bucket with a capacity below one request would reject every request.
+                // A bucket of requests with a capacity below 1 would reject every request.
                 level: (base_limit * burst).max(1.0),
                 burst,
                 updated: now,
@@ -112,7 +113,7 @@ impl Quota {
         self.base_limit * self.factor
     }
 
-    /// Returns the maximum amount that a single request can be charged.
+    /// Returns the maximum cost of a request that can be admitted. A later correction of its charge may exceed it.
     pub(crate) fn capacity(&self) -> f64 {
         match self.window {
             QuotaWindow::Bucket { burst, .. } => (self.limit() * burst).max(1.0),
@@ -135,7 +136,7 @@ impl Quota {
         }
     }
 
-    /// Refills a bucket, or removes charges that are older than the period.
+    /// Refills a bucket, or removes the charges of a fixed window that has ended, or those older than a sliding one.
     fn advance(&mut self, now: Instant) {
         let capacity = self.capacity();
         let limit = self.limit();
@@ -208,7 +209,8 @@ impl Quota {
         }
     }
 
-    /// Refunds `amount` of a charge made at `charged_at`, or charges more if `amount` is negative.
+    /// Refunds `amount` of a charge made at `charged_at`, or charges more if `amount` is negative. Does nothing if the
+    /// window, fixed or sliding, no longer contains the charge.
     pub(crate) fn refund(&mut self, now: Instant, charged_at: Instant, amount: f64) {
         self.advance(now);
         let capacity = self.capacity();

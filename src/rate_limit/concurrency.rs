@@ -30,7 +30,7 @@ pub(crate) struct ConcurrencyLimit {
     max_window: f64,
     /// Current maximum number of requests in flight.
     window: f64,
-    /// Time of the last decrease. A 429 for a request that was sent before it causes no further decrease.
+    /// Time of the last decrease after a 429. A 429 for a request that was sent before it causes no further decrease.
     last_decrease: Option<Instant>,
     search: LatencySearch,
 }

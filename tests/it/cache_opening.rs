@@ -66,7 +66,7 @@ fn index_is_used_to_open_the_cache_unless_files_changed() {
     fs::write(cache::plain_file(dir.path()), &file).unwrap();
     check(file.len() as u64, 62, cost + 0.000_025);
 
-    // Content changed without a change of length and modification time.
+    // Content changed, with length and modification time restored: only the change time of the inode differs.
     let modified = fs::metadata(cache::plain_file(dir.path()))
         .unwrap()
         .modified()
@@ -84,7 +84,7 @@ fn index_is_used_to_open_the_cache_unless_files_changed() {
     file[3_000_000] ^= 1;
     fs::write(cache::plain_file(dir.path()), &file).unwrap();
 
-    // Truncated, empty and damaged indexes.
+    // Truncated, empty and damaged indexes. The first opening writes a valid index of the restored file.
     open_and_count(dir.path()).unwrap();
     let valid = fs::read(&index).unwrap();
     for invalid in [

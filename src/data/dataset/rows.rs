@@ -26,7 +26,7 @@ pub(crate) struct TrainingRow<'a> {
     /// True if every answer is supervised, false if only the last one is. The earlier answers of a record, such as
     /// few-shot examples, are part of its prompt.
     pub every_answer: bool,
-    /// True if the teacher ended its answer. The student must not learn to end where an answer was truncated.
+    /// False if the answer was truncated at its maximum length. The student must not learn to end there.
     pub is_complete: bool,
     /// How the last answer was sampled.
     pub sampling: SamplingKind,
@@ -132,9 +132,10 @@ fn row<'a>(
     let sampling = SamplingKind::from_params(params);
     let date = record.sent_at();
     let top_logprobs = params["top_logprobs"].as_u64();
+    // Messages with more than a role and a text each are in the parameters.
     let messages = record.take_messages();
     let messages =
-        messages.or_else(|request| messages_of_request(&request).ok_or(NO_TEXT.to_owned()));
+        messages.or_else(|params| messages_of_request(&params).ok_or(NO_TEXT.to_owned()));
     let mut messages = messages?;
     let is_complete = !matches!(
         record.answer.finish_reason.as_str(),
@@ -164,7 +165,7 @@ fn row<'a>(
 /// Returns the prompt of a record.
 ///
 /// # Errors
-/// The reason, if the record is left out of the training.
+/// The reason, if the answer is left out or a message is not text. The selection of records is not checked.
 pub(crate) fn prompt_of(
     record: &Record,
     settings: &config::DataConfig,

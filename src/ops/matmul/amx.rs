@@ -19,21 +19,22 @@ use std::thread::LocalKey;
 
 use super::blocks::{FactorPart, Kernel, OutputStrip};
 
-/// Rows of a tile, and 32-bit values in a row.
-const TILE_ROWS: usize = 16;
-/// bf16 terms in a row of a tile.
-const TERMS: usize = 2 * TILE_ROWS;
+/// Rows of a tile, and 32-bit values in each row.
+const TILE_SIDE: usize = 16;
+/// Terms of each lane in a tile.
+const TERMS: usize = 2 * TILE_SIDE;
 /// Rows and columns computed at a time: two tiles of each factor, whose four products use each loaded tile
 /// twice.
-const KERNEL_SIDE: usize = 2 * TILE_ROWS;
+const KERNEL_SIDE: usize = 2 * TILE_SIDE;
 
 /// One row of a tile: 16 pairs of bf16.
 #[derive(Clone, Copy, Default)]
 #[repr(C, align(64))]
-pub(crate) struct TileRow([u32; TILE_ROWS]);
+pub(crate) struct TileRow([u32; TILE_SIDE]);
 
-/// A packed tile: each row holds 16 pairs of terms of one lane, or one pair of terms of 16 lanes.
-type Tile = [__m512i; TILE_ROWS];
+/// A packed tile of 16 lanes (rows of the left factor or columns of the right one, see [`Kernel`]). Each row holds 16
+/// pairs of terms of one lane, or one pair of terms of all lanes.
+type Tile = [__m512i; TILE_SIDE];
 
 /// A kernel that computes 32 x 32 values at a time. A value of this type proves that the CPU has AMX and that
 /// the system lets this process use it.
@@ -65,7 +66,7 @@ fn is_usable() -> bool {
     // Every CPU with AVX-512 has this CPUID leaf.
     let has_tiles =
         has_vectors && __cpuid_count(7, 0).edx & (AMX_BF16 | AMX_TILE) == AMX_BF16 | AMX_TILE;
-    // Linux saves the tiles of a process only on request, since 5.16.
+    // Linux supports AMX since 5.16. A process may use the tiles only after this request.
     // SAFETY: the call only changes the permissions of this process.
     has_tiles && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) } == 0
 }
@@ -111,15 +112,16 @@ impl Kernel for Amx {
 /// Packs panels of 32 lanes: two tiles of 16 lanes for every 32 terms.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 fn pack<const PAIRS: bool>(part: FactorPart, packed: &mut [TileRow]) {
+    // Unlike `Kernel::DEPTH`, in elements of 32 terms per lane, as in `Kernel::multiply`.
     let depth = part.terms.div_ceil(TERMS);
     let panels = packed.len() / (depth * KERNEL_SIDE);
     for k in 0..depth {
         for panel in 0..panels {
             for half in 0..2 {
                 let tile =
-                    packed_tile::<PAIRS>(part, panel * KERNEL_SIDE + half * TILE_ROWS, k * TERMS);
-                let first = ((panel * depth + k) * 2 + half) * TILE_ROWS;
-                for (row, packed) in tile.into_iter().zip(&mut packed[first..first + TILE_ROWS]) {
+                    packed_tile::<PAIRS>(part, panel * KERNEL_SIDE + half * TILE_SIDE, k * TERMS);
+                let first = ((panel * depth + k) * 2 + half) * TILE_SIDE;
+                for (row, packed) in tile.into_iter().zip(&mut packed[first..first + TILE_SIDE]) {
                     // SAFETY: a row has 512 bits.
                     unsafe { _mm512_storeu_si512(packed.0.as_mut_ptr().cast(), row) };
                 }
@@ -133,18 +135,20 @@ fn pack<const PAIRS: bool>(part: FactorPart, packed: &mut [TileRow]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 #[inline]
 fn packed_tile<const PAIRS: bool>(part: FactorPart, lane: usize, term: usize) -> Tile {
-    let mut tile = [_mm512_setzero_si512(); TILE_ROWS];
+    let mut tile = [_mm512_setzero_si512(); TILE_SIDE];
     if lane >= part.lanes {
         return tile;
     }
     let part = FactorPart {
         values: &part.values[lane * part.lane_stride + term * part.term_stride..],
-        lanes: TILE_ROWS.min(part.lanes - lane),
+        lanes: TILE_SIDE.min(part.lanes - lane),
         terms: TERMS.min(part.terms - term),
         ..part
     };
-    let is_paired = part.lane_stride == 1;
-    if is_paired {
+    // Adjacent lanes are loaded as one pair of terms per row, others as one lane per row. A tile in the layout that is
+    // not wanted is transposed.
+    let is_loaded_in_pairs = part.lane_stride == 1;
+    if is_loaded_in_pairs {
         for (pair, row) in tile.iter_mut().enumerate().take(part.terms.div_ceil(2)) {
             let bf16_lanes = |term: usize| {
                 let lanes = part
@@ -174,11 +178,11 @@ fn packed_tile<const PAIRS: bool>(part: FactorPart, lane: usize, term: usize) ->
                     &gathered[..part.terms]
                 }
             };
-            let (low, high) = values.split_at(part.terms.min(TILE_ROWS));
+            let (low, high) = values.split_at(part.terms.min(TILE_SIDE));
             *row = bits(_mm512_cvtne2ps_pbh(load(high), load(low)));
         }
     }
-    if is_paired == PAIRS {
+    if is_loaded_in_pairs == PAIRS {
         tile
     } else {
         transposed(tile)
@@ -195,7 +199,7 @@ fn load(values: &[f32]) -> __m512 {
 
 /// Returns a mask of the first `width` values of a vector.
 fn mask(width: usize) -> u16 {
-    ((1u32 << width.min(TILE_ROWS)) - 1) as u16
+    ((1u32 << width.min(TILE_SIDE)) - 1) as u16
 }
 
 /// Rounds values to bf16, each in the low half of 32 bits.
@@ -215,7 +219,7 @@ fn bits(values: __m512bh) -> __m512i {
     unsafe { std::mem::transmute(values) }
 }
 
-/// Transposes a tile of 16 x 16 32-bit values, in four rounds that exchange 1, 2, 4 and 8 values.
+/// Transposes a tile of 16 x 16 32-bit values, in four rounds that combine rows 1, 2, 4 and 8 apart.
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn transposed(tile: Tile) -> Tile {
@@ -231,7 +235,8 @@ fn transposed(tile: Tile) -> Tile {
         a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
         a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
     }
-    // Quarter q of a[4 g + j] holds the values 4 q + j of the rows 4 g .. 4 g + 4.
+    // Quarter q of a[4 g + j] holds value 4 q + j of each of the rows 4 g .. 4 g + 4. From here on, 0x88 selects
+    // quarters 0 and 2 of both vectors, and 0xdd quarters 1 and 3.
     for i in 0..4 {
         for half in 0..2 {
             let (left, right) = (a[8 * half + i], a[8 * half + 4 + i]);
@@ -239,7 +244,6 @@ fn transposed(tile: Tile) -> Tile {
             b[8 * half + 4 + i] = _mm512_shuffle_i32x4::<0xdd>(left, right);
         }
     }
-    // Quarters 0 and 2 of both vectors, then quarters 1 and 3.
     for i in 0..4 {
         a[i] = _mm512_shuffle_i32x4::<0x88>(b[i], b[8 + i]);
         a[8 + i] = _mm512_shuffle_i32x4::<0xdd>(b[i], b[8 + i]);
@@ -285,12 +289,14 @@ fn multiply(rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip
             if width == KERNEL_SIDE && height == KERNEL_SIDE {
                 assert!(out.len() >= (KERNEL_SIDE - 1) * strip.stride + KERNEL_SIDE);
                 // SAFETY: both panels have `depth` pairs of tiles, and the output has 32 rows of 32 values.
-                unsafe { tile(rows, cols, depth, out.as_mut_ptr(), strip.stride, strip.add) };
+                unsafe {
+                    multiply_panels(rows, cols, depth, out.as_mut_ptr(), strip.stride, strip.add)
+                };
                 continue;
             }
             // SAFETY: as above, with `edge` as the output.
             unsafe {
-                tile(
+                multiply_panels(
                     rows,
                     cols,
                     depth,
@@ -301,8 +307,8 @@ fn multiply(rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip
             };
             for (line, sums) in out.chunks_mut(strip.stride).take(height).zip(&edge) {
                 let mut remaining = &mut line[..width];
-                for sums in sums.chunks_exact(TILE_ROWS) {
-                    let (half, next_half) = remaining.split_at_mut(TILE_ROWS.min(remaining.len()));
+                for sums in sums.chunks_exact(TILE_SIDE) {
+                    let (half, next_half) = remaining.split_at_mut(TILE_SIDE.min(remaining.len()));
                     let sum = load(sums);
                     let sum = if strip.add {
                         _mm512_add_ps(load(half), sum)
@@ -320,13 +326,13 @@ fn multiply(rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip
     unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
 }
 
-/// Computes the sums of 32 rows and 32 columns, and writes them to `out`, or adds them with `add`.
+/// Multiplies a panel of 32 rows with one of 32 columns, and writes the 32 x 32 sums to `out`, or adds them with `add`.
 ///
 /// # Safety
 /// Both panels have `depth` times 32 tile rows, and `depth` is not 0. `out` points to 32 rows of 32
 /// values, `stride` values apart. The tile configuration is loaded.
 #[inline]
-unsafe fn tile(
+unsafe fn multiply_panels(
     rows: &[TileRow],
     cols: &[TileRow],
     depth: usize,
@@ -338,7 +344,7 @@ unsafe fn tile(
     // tile 1024. Each round of the loop reads the next two tiles of both factors, 2048 bytes each.
     // SAFETY: the code reads and writes only the memory that the caller's contract describes.
     unsafe {
-        let below = out.wrapping_add(TILE_ROWS * stride);
+        let below = out.wrapping_add(TILE_SIDE * stride);
         asm!(
             "test {add}, {add}",
             "jz 3f",

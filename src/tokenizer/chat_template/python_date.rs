@@ -7,7 +7,7 @@ use minijinja::{Error, ErrorKind};
 /// Formats a date without a time zone.
 ///
 /// # Errors
-/// For a directive that Python does not document.
+/// For a directive other than `%D`, `%e`, `%F`, `%T` and those in the documentation of Python 3.11.
 pub(crate) fn format(format: &str, date: DateTime) -> Result<String, Error> {
     let mut text = String::new();
     let mut remaining = format;
