@@ -40,7 +40,7 @@ pub struct MergeReport {
     pub keys: Vec<String>,
     /// Cost in US dollars of the added records, and of the conflicting ones that were not in the conflicts file yet.
     pub cost_usd: f64,
-    /// Token usage of those of the same records that have no cost.
+    /// Token usage of the records that `cost_usd` would include, but that have no cost.
     pub unpriced: Usage,
 }
 
@@ -49,8 +49,7 @@ pub struct MergeReport {
 /// `responses.conflicts.jsonl`. The sources do not change. An interrupted merge can be rerun.
 ///
 /// # Errors
-/// If a source is not a cache, or contains a damaged record (mostly [`Exit::Damaged`]). The records before it are
-/// merged; but if the checksum of the damaged record is correct, the last of them, up to 255, are not.
+/// If a source is not a cache, or contains a damaged record ([`Exit::Damaged`]). The records before it are merged.
 pub fn merge(
     into: &Path,
     settings: &config::CacheConfig,

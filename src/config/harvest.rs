@@ -126,7 +126,7 @@ impl MaxTokensField {
     }
 }
 
-/// Reaction of `distill harvest` to unusable answers.
+/// Reaction of `distill harvest` to answers without logprobs.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HarvestConfig {
@@ -137,7 +137,7 @@ pub struct HarvestConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnMissingLogprobs {
-    /// Send no more requests.
+    /// Send no more requests to the endpoint; other endpoints continue.
     #[default]
     Stop,
     /// Warn, and continue with the text of the answers alone.
@@ -200,13 +200,15 @@ impl Default for LimitsConfig {
 pub struct RetryConfig {
     /// Maximum number of attempts for a request with transient failures (5xx, timeout, reset).
     pub max_attempts: u32,
-    /// Maximum pause before the first retry. It doubles with each retry; the pause is drawn uniformly below it.
+    /// Maximum pause before the first retry of a row. The maximum doubles with each retry; the pause is a random number
+    /// up to it.
     #[serde(rename = "base_s", with = "seconds")]
     pub base: Duration,
-    /// Maximum pause before any retry.
+    /// Bound of the doubling. Pauses between the probes of an outage, and waits that the endpoint requests, may be
+    /// longer.
     #[serde(rename = "max_s", with = "seconds")]
     pub max: Duration,
-    /// Time without a success after which the run stops (exit 4).
+    /// Time without a success after which an endpoint is stopped. Other endpoints continue; the run exits with 4.
     #[serde(rename = "max_outage_s", with = "seconds")]
     pub max_outage: Duration,
 }
@@ -222,7 +224,7 @@ impl Default for RetryConfig {
     }
 }
 
-/// US dollars per million tokens, for the cost shown and recorded.
+/// US dollars per million tokens, for the budget and the recorded cost.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Price {
@@ -234,13 +236,13 @@ pub struct Price {
 }
 
 impl Price {
-    /// Returns the prices multiplied by `share`.
+    /// Returns the prices multiplied by `share`, the part that remains to be paid.
     pub fn discounted(&self, share: f64) -> Price {
-        let discount = |price: Option<f64>| price.map(|price| price * share);
+        let share_of = |price: Option<f64>| price.map(|price| price * share);
         Price {
-            input: discount(self.input),
-            cached_input: discount(self.cached_input),
-            output: discount(self.output),
+            input: share_of(self.input),
+            cached_input: share_of(self.cached_input),
+            output: share_of(self.output),
             as_of: self.as_of.clone(),
         }
     }
@@ -293,7 +295,7 @@ pub struct BatchConfig {
     /// Time between two polls of a batch.
     #[serde(rename = "poll_s", with = "seconds")]
     pub poll: Duration,
-    /// Price of an answer in a batch, as a share of `[price]`.
+    /// Price of an answer in a batch, as a share of `[price]`: 0.2 means 20 % of the price, not 20 % off.
     pub discount: f64,
 }
 

@@ -7,8 +7,9 @@ use crate::config;
 /// Maximum number of doublings, which keeps the power of two finite.
 const MAX_DOUBLINGS: u32 = 32;
 
-/// Returns the pause before the next attempt after `failures` failed attempts (at least 1): exponential backoff with
-/// full jitter, uniform between 0 and `min(base * 2^(failures - 1), max)`. `random` is a random number between 0 and 1.
+/// Returns the pause before the next attempt after `failures` failed attempts (0 counts as 1):
+/// `min(base * 2^(failures - 1), max) * random`. With a `random` uniform between 0 and 1 this is exponential backoff
+/// with full jitter; a narrower range has less jitter, and 1 none.
 ///
 /// See "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
 pub(crate) fn backoff(failures: u32, retry: &config::RetryConfig, random: f64) -> Duration {

@@ -11,7 +11,7 @@ use candle_core::Tensor;
 
 use super::projection::Projection;
 
-/// Error for an architecture that uses the rotary embedding without having one.
+/// Error if [`Graph::rope`] is called for a model whose config has no rotary embedding.
 pub(super) const NO_ROPE: &str = "this architecture has no rotary embedding";
 
 /// The operations that architectures call, over activations of (T x width).
@@ -67,8 +67,8 @@ pub trait Graph {
     /// Applies the rotary embedding to every head in `x`.
     fn rope(&mut self, x: Self::Value) -> Result<Self::Value>;
 
-    /// Causal attention of q (T x H C) over k and v (T x G C) in layer `layer`. A query sees at most
-    /// `window` keys.
+    /// Causal attention of q (T x H C) over k and v (T x G C). A query sees at most `window` keys. `layer`
+    /// selects the layer's part of the cache in incremental decoding.
     fn attention(
         &mut self,
         layer: usize,
@@ -76,6 +76,6 @@ pub trait Graph {
         window: Option<usize>,
     ) -> Result<Self::Value>;
 
-    /// Marks `x` as the input of a layer, which is kept when all other activations are recomputed.
+    /// Marks `x`, the input of a layer: activation checkpointing keeps it and recomputes other activations.
     fn mark_checkpoint(&mut self, _x: &Self::Value) {}
 }

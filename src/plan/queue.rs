@@ -11,13 +11,15 @@ use tokio::time::Instant;
 pub struct QueuedRow {
     /// Index in [`crate::plan::Plan::rows`].
     pub row: usize,
-    /// Number of failed attempts, except for throttled ones and those during an outage.
+    /// Number of failed attempts that count towards `retry.max_attempts`. Throttled attempts, attempts in an outage,
+    /// and endpoint refusals that are tried again do not count. In an outage, a row may get some attempts back.
     pub failed: u32,
     /// Number of attempts that may have been billed without an answer.
     pub paid: u32,
     /// Number of replies that throttled this row.
     pub throttled: u32,
-    /// Number of replies to this row that said that no request can succeed.
+    /// Number of endpoint refusals of this row: replies that blame the endpoint (key, credit, address, model), not the
+    /// row. A suspect of an earlier run starts with 1.
     pub endpoint_refusals: u32,
     /// Time of the first reply that throttled this row.
     pub throttled_at: Option<Instant>,
@@ -32,7 +34,7 @@ impl QueuedRow {
         }
     }
 
-    /// Number of attempts of all kinds without an answer; a billed failure counts twice.
+    /// Sum of all counts, to compare rows. A failure that may have been billed counts twice.
     fn setbacks(&self) -> u32 {
         self.failed + self.paid + self.throttled + self.endpoint_refusals
     }
@@ -82,11 +84,13 @@ impl RowQueue {
         }
     }
 
-    /// Returns the next row as [`RowQueue::peek`] does, but prefers fresh rows, and then the due retry with the fewest
-    /// failures: an endpoint must not be judged only by rows that always fail.
+    /// Returns the row that is least suspected of causing its failures itself, so that its result tells about the
+    /// endpoint: a fresh row before any retry; of the due retries, first rows that are not failing, then rows with the
+    /// fewest setbacks. If no row is due, the error is that of [`RowQueue::peek`].
     ///
-    /// `is_failing` returns true for rows that failed recently. Rows that fail may be neighbours: with `from_middle`,
-    /// the fresh row is taken from the middle of the longest range instead of the beginning of the first one.
+    /// `is_failing` returns true for rows that have failed since the endpoint's last success. Rows that fail may be
+    /// neighbours: with `from_middle`, the fresh row is taken from the middle of the longest range instead of the
+    /// beginning of the first one.
     pub(crate) fn peek_least_suspect(
         &self,
         now: Instant,

@@ -18,8 +18,8 @@ const SLOT_S: i64 = 300;
 /// slot, and its last request may be as young as its end.
 const EXPIRED_SLOT_S: i64 = DAY_S + SLOT_S;
 
-/// Divisor of the limit for the number of requests that the ledger counts in advance. A larger number means fewer writes
-/// of the ledger, and more requests that are counted without being sent after a kill.
+/// Each write of the ledger counts `limit / PRECOUNT_DIVISOR` requests in advance. A larger divisor means more writes,
+/// and fewer requests that are counted although a kill prevented them.
 const PRECOUNT_DIVISOR: u64 = 200;
 
 /// The limit, and the count of the requests of the last 24 hours.
@@ -31,7 +31,8 @@ pub(crate) struct DailyLimit {
     slots: VecDeque<(i64, u64)>,
     /// Sum of the requests in `slots`.
     total: u64,
-    /// Number of requests that the ledger counts in advance, which may be sent before it must be written again.
+    /// Number of requests that the ledger counts but that are not sent yet. At 0, the ledger must be written before the
+    /// next request.
     precounted: u64,
     /// Instant until which the limit is used up.
     full_until: Option<Instant>,
@@ -107,8 +108,8 @@ impl DailyLimit {
         self.limit.is_some() && self.precounted == 0
     }
 
-    /// Returns the slots for the ledger as (age in seconds, number of requests). They include requests that are counted
-    /// in advance, unless this is the last write of the run.
+    /// Returns the slots for the ledger as (age in seconds, number of requests). The caller must write them: unless
+    /// this is the last write of the run, they include requests counted in advance, which may be sent from now on.
     pub(crate) fn ledger_slots(&mut self, now: Instant, is_last: bool) -> Vec<(i64, u64)> {
         let Some(limit) = self.limit else {
             return Vec::new();

@@ -60,7 +60,7 @@ impl Progress {
         }
     }
 
-    /// Creates a display of notes alone, for an operation within another one that shows the progress.
+    /// Creates a display that shows only notes, for a part of an operation that already has a progress display.
     pub fn notes(quiet: bool) -> Self {
         let output = if quiet {
             ProgressOutput::Quiet

@@ -9,9 +9,9 @@ use crate::tokenizer::answer_tokens::{AnswerTokens, EncodedConversation};
 use crate::tokenizer::chat_template::{RenderedSpan, answer_start};
 use crate::tokenizer::{TextPosition, Tokenizer, added};
 
-/// Number of bytes after a cut that can affect the tokens at the cut: more than the length of any usual token. Before a
-/// cut, all bytes of the text can affect the tokens, because the split of a run of equal characters depends on its
-/// length.
+/// Number of bytes after a cut that are encoded to check the cut: more than the length of any usual token. The text
+/// before a cut is encoded as a whole: how a run of equal characters splits into tokens depends on the length of the
+/// run, which may begin far before the cut.
 const BYTES_AFTER_CUT: usize = 64;
 
 /// Encodes the spans of a conversation in order.
@@ -21,7 +21,7 @@ pub(crate) struct ConversationEncoder<'a> {
     pub output: EncodedConversation,
     /// Text that is not encoded yet.
     pending: String,
-    /// Position of the pending text.
+    /// What precedes the pending text: nothing, a control token, or text. Not an offset.
     position: TextPosition,
     /// True directly after an answer: the next stop token ends the answer's turn.
     is_turn_open: bool,
@@ -49,7 +49,7 @@ impl<'a> ConversationEncoder<'a> {
         Ok(())
     }
 
-    /// Encodes spans, up to their end.
+    /// Encodes spans completely: no text stays pending.
     pub(crate) fn encode_spans(&mut self, spans: &[RenderedSpan]) -> Result<()> {
         self.push_spans(spans)?;
         self.flush()
@@ -66,8 +66,8 @@ impl<'a> ConversationEncoder<'a> {
         Ok(())
     }
 
-    /// Appends the spans before an answer, without the template text `lead` at their end, which is encoded with the
-    /// answer.
+    /// Appends the spans before an answer, without the template text `lead` at their end, which the caller appends:
+    /// with the answer, or as template text if the answer is not encoded separately.
     pub(crate) fn push_before_answer(&mut self, spans: &[RenderedSpan], lead: &str) -> Result<()> {
         match spans.split_last() {
             Some((RenderedSpan::Template(last), others)) => {
@@ -150,13 +150,13 @@ impl<'a> ConversationEncoder<'a> {
             .collect();
         let last = spans.last().map_or("", RenderedSpan::text);
         let text = written_range(content, &written, last);
-        let suffix_start = |bytes| suffix_start(self.tokenizer, &self.output.ids, &tokens, bytes);
+        let start_of_last = |bytes| suffix_start(self.tokenizer, &self.output.ids, &tokens, bytes);
         self.output.answers.push(AnswerTokens {
             message,
-            content: suffix_start(text.len())..tokens.end,
+            content: start_of_last(text.len())..tokens.end,
             after_thinking: match answer_start(content) {
                 0 => tokens.start,
-                start => suffix_start(text.end - text.end.min(start.max(text.start))),
+                reply => start_of_last(text.end - text.end.min(reply.max(text.start))),
             },
             text,
             supervised: tokens.clone(),
@@ -177,7 +177,8 @@ fn first_bytes(text: &str) -> &str {
         .unwrap_or_default()
 }
 
-/// Returns the first token of the shortest suffix of `tokens` with at least `bytes` bytes.
+/// Returns the start of the shortest suffix of `tokens`, a range of `ids`, that spells at least `bytes` bytes. A token
+/// without a known spelling counts as one byte.
 fn suffix_start(tokenizer: &Tokenizer, ids: &[u32], tokens: &Range<usize>, bytes: usize) -> usize {
     let mut remaining = bytes;
     let mut start = tokens.end;
@@ -191,8 +192,9 @@ fn suffix_start(tokenizer: &Tokenizer, ids: &[u32], tokens: &Range<usize>, bytes
     start
 }
 
-/// Returns the byte range of the longest part of `content` that is a suffix of `written`, the encoded text of the
-/// answer. `last` is the last span of `written`.
+/// Returns the byte range of the part of `content` that was written: it ends with the last occurrence of `last`, the
+/// last span of `written`, and extends to the left as far as `content` equals the end of `written`, the encoded text of
+/// the answer.
 fn written_range(content: &str, written: &str, last: &str) -> Range<usize> {
     let end = content.rfind(last).unwrap_or(0) + last.len();
     let common = content[..end].chars().rev().zip(written.chars().rev());

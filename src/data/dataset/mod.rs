@@ -10,7 +10,8 @@
 //!
 //! Invariants:
 //! - The examples depend only on the inputs of their hash, never on timing or the number of threads.
-//! - All answers to a prompt are either for training or for validation; a hash of the prompt id decides.
+//! - All answers to a prompt are on the same side of the split into training and validation; a hash of the prompt id
+//!   decides which.
 
 pub(crate) mod example_builder;
 pub(crate) mod prepare;
@@ -118,8 +119,8 @@ impl Dataset {
     }
 }
 
-/// Loads the examples of `data.source`, or of the run's cache if `data.source` is not set. Maps the examples that an
-/// earlier run prepared from the same data and settings, or else prepares them now.
+/// Loads the examples of `data.source`, else of `data.cache`, else of the run's own cache. Memory-maps the examples
+/// that an earlier run prepared from the same data and settings; if there are none, prepares them first.
 ///
 /// Examples have soft labels wherever the logprobs allow it; the loss decides whether to use them.
 ///
@@ -134,8 +135,8 @@ pub fn load(
     on_progress: OnProgress<'_>,
 ) -> Result<Dataset> {
     let source = DataSource::new(settings, run_dir);
-    let selected = (settings, selection);
-    let hash = hash(&source, selected, tokenizer)?;
+    let settings_and_selection = (settings, selection);
+    let hash = hash(&source, settings_and_selection, tokenizer)?;
     let root = run_dir.join("prepared");
     let dir = root.join(&hash);
     let existing = Prepared::open(&dir).unwrap_or_else(|error| {
@@ -151,7 +152,14 @@ pub fn load(
         None => {
             fs::write_dir_with(&dir, |folder| {
                 let sink = OutputSink::Folder(folder.to_owned());
-                prepare::run(&source, selected, tokenizer, sink, &hash, on_progress)
+                prepare::run(
+                    &source,
+                    settings_and_selection,
+                    tokenizer,
+                    sink,
+                    &hash,
+                    on_progress,
+                )
             })?;
             prepared::remove_older(&root, &dir)?;
             Prepared::open_new(&dir).with_context(|| format!("could not read {}", dir.display()))?
@@ -168,8 +176,8 @@ pub fn load(
     Ok(dataset)
 }
 
-/// Returns the messages before each answer, by the key of the example. Every answer of a conversation has an entry,
-/// because it may become a separate example.
+/// Returns the messages before the last answer of each row, by the key of the example. In a file of conversations,
+/// every earlier answer has an entry too, because it may become a separate example.
 ///
 /// # Errors
 /// If the source cannot be read, or a row of a file of conversations is invalid.
@@ -214,10 +222,10 @@ pub fn held_out(
         Groups::Named(names) => Selection::Named(names.clone()),
         Groups::Asked | Groups::All => Selection::All,
     };
-    let selected = (settings, &selection);
+    let settings_and_selection = (settings, &selection);
     let files = prepare::run(
         &source,
-        selected,
+        settings_and_selection,
         tokenizer,
         OutputSink::Memory,
         "",
@@ -233,7 +241,7 @@ fn hash(
     tokenizer: &Tokenizer,
 ) -> Result<String> {
     let config::DataConfig {
-        // The source is hashed by its content, and the split is made later.
+        // The source is hashed by its content, the groups as `selection`; the split is made later.
         source: _,
         cache: _,
         groups: _,

@@ -42,7 +42,8 @@ impl<'a> Tape<'a, '_> {
                 y_ND
             }
             Op::RmsNorm { x, weight, epsilon } => {
-                // The norm is over rows (T x D) or heads (T H x C): as many rows as the weight's length fits.
+                // Each group of `weight.elem_count()` values is normalised: a row (D) or a head (C). `scale` has one
+                // value per group.
                 let x = self.node_value(*x)?;
                 let mut y = arena.take(x.len())?;
                 let mut scale = arena.take(x.len() / weight.elem_count())?;

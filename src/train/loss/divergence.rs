@@ -1,14 +1,15 @@
 //! The loss term of soft labels at one position, and its gradient with respect to the logits.
 //!
-//! The teacher reveals p_i = exp l_i on its top-k set K; P is their sum, and p_ = 1 - P the tail. The student's
-//! q = softmax(z) is collapsed in the same way: q_i on K, Q their sum, and q_ = 1 - Q. With t and s these two
-//! distributions over k + 1 events, the terms are
+//! The teacher reveals p_i = exp l_i on its top-k set K; P is their sum, and p_tail = 1 - P the tail. The student's
+//! q = softmax(z) is collapsed in the same way: q_i on K, Q their sum, and q_tail = 1 - Q. The label is y. If the
+//! teacher sampled it from outside its top-k and its logprob is known, K includes y, except for `unbiased` and
+//! `damped`. With t and s these two distributions over the tokens of K and the tail, the terms are
 //!
 //! | name | value | source |
 //! |---|---|---|
 //! | `tail` | KL(t, s) | |
-//! | `unbiased`, `damped` | KL(t, s) - lambda 1\[y not in K\] (log(q_y / q_) - log(p_y / p_)) | |
-//! | `temperature` | tau^2 P KL(softmax_K(l / tau), softmax_K(z / tau)) + KL((P, p_), (Q, q_)) | Hinton et al., arXiv 1503.02531, for a top-k |
+//! | `unbiased`, `damped` | KL(t, s) - lambda 1\[y not in K\] (log(q_y / q_tail) - log(p_y / p_tail)) | |
+//! | `temperature` | tau^2 P KL(softmax_K(l / tau), softmax_K(z / tau)) + KL((P, p_tail), (Q, q_tail)) | Hinton et al., arXiv 1503.02531, for a top-k |
 //! | `reverse_kl` | KL(s, t) | MiniLLM, arXiv 2306.08543 |
 //! | `jsd` | beta KL(t, m) + (1 - beta) KL(s, m), m = beta t + (1 - beta) s | GKD, arXiv 2306.13649 |
 //! | `skew_kl` | KL(t, alpha t + (1 - alpha) s) | DistiLLM, arXiv 2402.03898 |
@@ -17,9 +18,11 @@
 //! | `renormalize` | KL(p / P, q), q over the whole vocabulary | only for comparison |
 //! | `renormalize_both` | KL(p / P, softmax_K(z)) | only for comparison |
 //!
-//! Where the distributions match, the first eight rows are zero and have a zero gradient (`unbiased` and `damped`: in
-//! expectation over y). `renormalize` is -log P there, and its gradient teaches over-confidence. `renormalize_both`
-//! ignores the student's probability outside K.
+//! If p_y is unknown, log(p_y / p_tail) is left out; it does not affect the gradient.
+//!
+//! Where the distributions match, the rows above `renormalize` are zero and have a zero gradient (`unbiased` and
+//! `damped`: in expectation over y). `renormalize` is -log P there, and its gradient teaches over-confidence.
+//! `renormalize_both` ignores the student's probability outside K.
 //!
 //! `unbiased` (lambda = 1) and `damped` (lambda = `loss.tail_weight`) need a y that was sampled from p itself:
 //! temperature 1, no truncation, no penalties. Then the expectation of `unbiased` over y is the divergence of the full
@@ -62,7 +65,8 @@ pub enum Divergence {
 }
 
 impl Divergence {
-    /// Returns the divergences that the settings select, indexed by [`is_exact_sample`]; None for cross-entropy alone.
+    /// Returns the divergences that the settings select, for positions where [`is_exact_sample`] is false and true, in
+    /// this order; None for cross-entropy alone.
     ///
     /// [`is_exact_sample`]: crate::train::loss::position::PositionTarget::is_exact_sample
     pub(crate) fn from_config(settings: &LossConfig) -> Option<[Self; 2]> {
@@ -113,17 +117,17 @@ pub(crate) struct DistributionPair<'a> {
     pub logits_K: &'a [f32],
     /// q: the student's probabilities on K.
     pub probs_K: &'a [f32],
-    /// Logarithm of the sum of e^z over the vocabulary.
+    /// Logarithm of the sum of e^z over the vocabulary, without an end token that the teacher's logprobs leave out.
     pub lse: f32,
-    /// q_, the sum of the student's probabilities outside K.
+    /// q_tail, the sum of the student's probabilities outside K.
     pub tail: f32,
-    /// P and p_, see [`masses`].
+    /// P and p_tail, see [`masses`].
     pub masses: (f32, f32),
-    /// The label, if the teacher sampled it from outside K.
+    /// The label, if the teacher sampled it from outside its top-k. Only [`Divergence::Damped`] uses it.
     pub tail_sample: Option<TailSample>,
 }
 
-/// A label y outside K.
+/// A label y outside the teacher's top-k.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct TailSample {
     /// The student's logit of y.
@@ -153,9 +157,9 @@ struct EventProbs {
     log_s: f32,
 }
 
-/// The summand of one event, and s times its derivative with respect to s. The product avoids a division by s, which
-/// may be 0.
-type ValueAndSlope = (f32, f32);
+/// The summand of one event, and its derivative with respect to s, scaled (multiplied) by s: this avoids a division by
+/// s, which may be 0.
+type ValueAndScaledSlope = (f32, f32);
 
 /// Returns P, the sum of the probabilities on K, and the tail 1 - P. A tail below [`MIN_TAIL`] is returned as 0.
 pub(crate) fn masses(teacher_logprobs_K: &[f32]) -> (f32, f32) {
@@ -244,24 +248,28 @@ impl DistributionPair<'_> {
     /// Sums `summand`, a function of t and s, over the events. With g_j its derivative with respect to s_j, the
     /// derivative of the sum with respect to z_j is s_j g_j - s_j (sum_i s_i g_i) for j in K. For a token j outside K,
     /// it is q_j g - q_j (sum_i s_i g_i), where g is the derivative with respect to the tail.
-    fn sum_over_events(&self, summand: impl Fn(EventProbs) -> ValueAndSlope) -> DivergenceTerm {
+    fn sum_over_events(
+        &self,
+        summand: impl Fn(EventProbs) -> ValueAndScaledSlope,
+    ) -> DivergenceTerm {
         let (inside, tail) = self.events();
-        let (mut value, tail_slope) = summand(tail);
-        let mut slope_sum = tail_slope;
-        let mut slopes_and_s_K: Vec<(f32, f32)> = Vec::with_capacity(self.teacher_logprobs_K.len());
+        let (mut value, scaled_tail_slope) = summand(tail);
+        let mut scaled_sum = scaled_tail_slope;
+        let mut scaled_slopes_and_s_K: Vec<(f32, f32)> =
+            Vec::with_capacity(self.teacher_logprobs_K.len());
         for event in inside {
-            let (event_value, slope) = summand(event);
+            let (event_value, scaled_slope) = summand(event);
             value += event_value;
-            slope_sum += slope;
-            slopes_and_s_K.push((slope, event.s));
+            scaled_sum += scaled_slope;
+            scaled_slopes_and_s_K.push((scaled_slope, event.s));
         }
         DivergenceTerm {
             value,
-            slopes_K: slopes_and_s_K
+            slopes_K: scaled_slopes_and_s_K
                 .iter()
-                .map(|(slope, s)| slope - s * slope_sum)
+                .map(|(scaled_slope, s)| scaled_slope - s * scaled_sum)
                 .collect(),
-            tail_slope: tail_slope / tail.s - slope_sum,
+            tail_slope: scaled_tail_slope / tail.s - scaled_sum,
             label_slope: 0.0,
         }
     }
@@ -270,14 +278,15 @@ impl DistributionPair<'_> {
     fn damped(&self, lambda: f32) -> DivergenceTerm {
         let mut term = self.sum_over_events(forward_kl);
         if let Some(sample) = self.tail_sample {
-            let tail = self.student_tail();
-            term.value -= lambda * (sample.logit - self.lse - tail.ln());
-            let teacher_logprob = sample.teacher_logprob.filter(|_| self.masses.1 > 0.0);
+            let student_tail = self.student_tail();
+            let (_, teacher_tail) = self.masses;
+            term.value -= lambda * (sample.logit - self.lse - student_tail.ln());
+            let teacher_logprob = sample.teacher_logprob.filter(|_| teacher_tail > 0.0);
             if let Some(logprob) = teacher_logprob {
-                term.value += lambda * (logprob - self.masses.1.ln());
+                term.value += lambda * (logprob - teacher_tail.ln());
             }
-            // d(log q_ - log q_y) / dz_j = q_j / q_ outside K, 0 inside, and another -1 at y.
-            term.tail_slope += lambda / tail;
+            // d(log q_tail - log q_y) / dz_j = q_j / q_tail outside K, 0 inside, and another -1 at y.
+            term.tail_slope += lambda / student_tail;
             term.label_slope = lambda;
         }
         term
@@ -287,7 +296,7 @@ impl DistributionPair<'_> {
     fn tempered(&self, tau: f32) -> DivergenceTerm {
         let teacher_K = softmax(self.teacher_logprobs_K, tau);
         let student_K = softmax(self.logits_K, tau);
-        let (mass, tail) = self.masses;
+        let (teacher_mass, teacher_tail) = self.masses;
         let student_tail = self.student_tail();
         let student_mass = self.probs_K.iter().sum::<f32>().max(MIN_PROBABILITY);
         let kl_within_K: f32 = teacher_K
@@ -295,17 +304,19 @@ impl DistributionPair<'_> {
             .zip(&student_K)
             .map(|((t, log_t), (_, log_s))| weighted(*t, log_t - log_s))
             .sum();
-        let kl_of_masses =
-            mass * (mass / student_mass).ln() + weighted(tail, log(tail / student_tail));
-        let total_mass = mass + tail;
-        let mass_ratio = mass / student_mass;
+        let kl_of_masses = teacher_mass * (teacher_mass / student_mass).ln()
+            + weighted(teacher_tail, log(teacher_tail / student_tail));
+        let teacher_total = teacher_mass + teacher_tail;
+        let mass_ratio = teacher_mass / student_mass;
         let inside = teacher_K.iter().zip(&student_K).zip(self.probs_K);
         DivergenceTerm {
-            value: tau * tau * mass * kl_within_K + kl_of_masses,
+            value: tau * tau * teacher_mass * kl_within_K + kl_of_masses,
             slopes_K: inside
-                .map(|(((t, _), (s, _)), q)| tau * mass * (s - t) + q * (total_mass - mass_ratio))
+                .map(|(((t, _), (s, _)), q)| {
+                    tau * teacher_mass * (s - t) + q * (teacher_total - mass_ratio)
+                })
                 .collect(),
-            tail_slope: total_mass - tail / student_tail,
+            tail_slope: teacher_total - teacher_tail / student_tail,
             label_slope: 0.0,
         }
     }
@@ -350,7 +361,7 @@ fn forward_kl(
     EventProbs {
         t, log_t, log_s, ..
     }: EventProbs,
-) -> ValueAndSlope {
+) -> ValueAndScaledSlope {
     (weighted(t, log_t - log_s), -t)
 }
 
