@@ -33,9 +33,8 @@ pub(crate) fn check(settings: &TeacherConfig) -> Result<(), Mistake> {
 /// Parses `text`, the base URL with its environment variables expanded.
 ///
 /// # Errors
-/// If `text` is not a URL, its scheme is not allowed, or it contains a user name, a password, a query or a fragment; or
-/// if `teacher.base_url`, before the expansion, ends with the path of an API method. The message says what to set
-/// instead.
+/// If `text` is not a URL, its scheme is not allowed, it contains a user name, a password, a query or a fragment, or it
+/// ends with the path of an API method. The message says what to set instead.
 pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake> {
     let shown = &without_secrets(&settings.base_url);
     let text = without_slash(text);
@@ -61,9 +60,8 @@ pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake
         ));
     }
     if url.query().is_some() || url.fragment().is_some() {
-        let (address, _) = shown.split_once(['?', '#']).unwrap_or((shown, ""));
         return Err(mistake(format!(
-            "`teacher.base_url` must not contain a query or a fragment: set it to \"{address}\", and move \
+            "`teacher.base_url` must not contain a query or a fragment: set it to \"{shown}\", and move \
              any parameters after a ? to `teacher.query = {{ api-version = \"...\" }}`"
         )));
     }
@@ -73,10 +71,15 @@ pub(crate) fn parse(settings: &TeacherConfig, text: &str) -> Result<Url, Mistake
         "/responses",
         "/messages",
     ] {
-        if let Some(address) = without_slash(shown).strip_suffix(path) {
+        if url.path().trim_end_matches('/').ends_with(path) {
+            // The path may come from an environment variable, whose value is not shown.
+            let advice = match without_slash(shown).strip_suffix(path) {
+                Some(address) => format!("set it to \"{address}\""),
+                None => "remove it from the environment variable".to_owned(),
+            };
             return Err(mistake(format!(
                 "`teacher.base_url` must not end with \"{path}\", because each request appends the path of its API \
-                 method: set it to \"{address}\""
+                 method: {advice}"
             )));
         }
     }
@@ -204,4 +207,34 @@ pub(crate) fn header_value(source: &str, value: &str) -> Result<HeaderValue, Str
             "{source} contains characters that are not allowed in a header: set it without line breaks"
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn path_of_an_api_method_is_refused_in_the_setting_and_in_a_variable() {
+        for (base_url, expanded, advice) in [
+            (
+                "https://a.example/v1/chat/completions/",
+                "https://a.example/v1/chat/completions/",
+                "set it to \"https://a.example/v1\"",
+            ),
+            (
+                "${URL}",
+                "https://secret.example/v1/completions",
+                "remove it from the environment variable",
+            ),
+        ] {
+            let settings = TeacherConfig {
+                base_url: base_url.into(),
+                ..TeacherConfig::default()
+            };
+            let message = parse(&settings, expanded).unwrap_err().message;
+            assert!(message.contains("must not end with"), "{message}");
+            assert!(message.contains(advice), "{message}");
+            assert!(!message.contains("secret"), "{message}");
+        }
+    }
 }
