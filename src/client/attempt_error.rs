@@ -14,7 +14,8 @@ pub(crate) enum AttemptError {
     Refused(RowFailure),
     /// A content filter refused this request; other requests can succeed.
     Filtered(RowFailure),
-    /// Rate limit: all requests must wait, for `wait` if the endpoint reports it. Not counted as an attempt.
+    /// Rate limit, or no free file descriptor: all requests must wait, for `wait` if the endpoint reports it. Not
+    /// counted as an attempt.
     Throttled {
         wait: Option<Duration>,
         message: String,

@@ -23,7 +23,7 @@ impl EndpointAddress {
     /// credentials, no query and no path of an API method.
     ///
     /// # Errors
-    /// [`Exit::Usage`] with the value to set instead.
+    /// [`Exit::Usage`] if an environment variable is not set or the address is not accepted, with the change to make.
     pub(crate) fn from_config(settings: &config::TeacherConfig) -> Result<EndpointAddress> {
         let text = expand("teacher.base_url", &settings.base_url)?.text;
         let url = config::address::parse(settings, &text)
@@ -59,7 +59,8 @@ impl EndpointAddress {
 /// Builds the HTTP client with its connection pool.
 ///
 /// # Errors
-/// [`Exit::Usage`] if a certificate cannot be read.
+/// [`Exit::Usage`] if a certificate of the config cannot be read; another error if the proxy or the system's
+/// certificates are invalid.
 pub(crate) fn client(
     settings: &config::TeacherConfig,
     address: &EndpointAddress,

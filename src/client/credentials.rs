@@ -1,7 +1,8 @@
 //! API key and extra headers of requests, and the renewal of keys that expire.
 //!
-//! A key from a file or a command may expire during a run. When the endpoint rejects it, the key is read again
-//! once for all requests in flight, and used only if it has changed.
+//! A key from a file or a command may expire during a run. When the endpoint rejects it, it is renewed once for all
+//! requests in flight: the key is read again; if the endpoint accepted a key before, until it has changed or a timeout
+//! has passed.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
@@ -38,7 +39,7 @@ const OUTPUT_TIMEOUT: Duration = Duration::from_millis(500);
 /// Maximum number of consecutive renewals without an accepted key.
 const MAX_REJECTED_KEYS: u32 = 2;
 
-/// Snapshot of the headers of a request, and the secrets in them.
+/// Snapshot of the headers of a request, and the secrets to remove from its reply.
 #[derive(Debug, Clone)]
 pub(crate) struct RequestHeaders {
     pub headers: HeaderMap,
@@ -236,7 +237,7 @@ pub(crate) fn expand(setting: &str, text: &str) -> Result<Expanded> {
     Ok(expanded)
 }
 
-/// Reads the key from its variable, file or command. Returns None if the endpoint needs no key.
+/// Reads the key from its variable, file or command. Returns None if the config names none of them.
 fn read_key(settings: &config::TeacherConfig) -> Result<Option<SecretString>> {
     let key = match settings.key_source() {
         KeySource::None => return Ok(None),

@@ -12,8 +12,8 @@ use crate::client::response::completion::{Completion, NoAnswer};
 use crate::client::response::error::ApiError;
 use crate::client::transport::{BodyEnd, HttpReply, TransportError};
 
-/// Classifies one attempt. An answer is paid for, so it is returned whatever its finish reason. `now` is compared
-/// with the dates in headers and messages, which contain the requested wait.
+/// Classifies one attempt. An answer is paid for, so it is returned whatever its finish reason. If the reply requests
+/// a wait until a date, the wait is counted from `now`.
 pub(crate) fn classify(
     result: Result<HttpReply, TransportError>,
     now: SystemTime,

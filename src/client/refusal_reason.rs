@@ -183,7 +183,7 @@ fn reports_missing_model(message: &str) -> bool {
         "weights",
     ];
     /// Words that may follow "invalid model".
-    const NOUNS: [&str; 5] = ["", "name", "id", "specified", "requested"];
+    const AFTER_INVALID_MODEL: [&str; 5] = ["", "name", "id", "specified", "requested"];
     const MISSING: [&str; 8] = [
         "not found",
         "not exist",
@@ -220,7 +220,7 @@ fn reports_missing_model(message: &str) -> bool {
         let word = after.trim_start_matches([' ', ':']).split(' ').next();
         let word = word.unwrap_or_default().trim_end_matches([':', ',', '.']);
         let is_name = word.contains(['`', '\'', '"', '=', '-', '.', '/']);
-        is_whole_word && (is_name || after.starts_with(':') || NOUNS.contains(&word))
+        is_whole_word && (is_name || after.starts_with(':') || AFTER_INVALID_MODEL.contains(&word))
     });
     let is_missing = message.match_indices("model").any(|(start, model)| {
         let after = &message[start + model.len()..];

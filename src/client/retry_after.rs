@@ -60,9 +60,10 @@ const DATE_PHRASES: [&str; 5] = [
     "until",
 ];
 
-/// Returns the wait that an error reply requests: the first valid one in [`MILLISECONDS_HEADERS`], [`SECONDS_HEADERS`], a
-/// field of the body, the message or [`RESET_HEADERS`], in this order. A wait of 0 in a header counts only if neither the
-/// body nor the message contains a wait. None if the reply requests no wait.
+/// Returns the wait that an error reply requests. The sources in order of preference: the first of
+/// [`MILLISECONDS_HEADERS`] that is present, [`SECONDS_HEADERS`], a field of the body, the message, and the longest of
+/// [`RESET_HEADERS`]. A wait of 0 in the first two counts only if neither the body nor the message contains a wait.
+/// None if the reply requests no wait.
 pub(crate) fn requested_wait(
     headers: &HeaderMap,
     error: &ApiError,

@@ -135,12 +135,12 @@ impl ScoringMethod {
         let reported_ids = reply["prompt_token_ids"].as_array();
         let ids = self.final_token_ids(&positions, reported_ids, messages);
         let tokens = ids.iter().rev().zip(positions.iter().rev());
-        let scored = tokens.map(|(id, position)| {
+        let tokens_from_end = tokens.map(|(id, position)| {
             // vLLM includes the prompt's token even if it is not among the most likely tokens.
             let likeliest = position.iter().map(|(id, token)| self.token(id, token));
             Some((self.token(id, position.get(id)?), likeliest.collect()))
         });
-        Ok(answer_logprobs(scored, answer))
+        Ok(answer_logprobs(tokens_from_end, answer))
     }
 
     /// Returns the ids of the last tokens of the conversation.
@@ -188,7 +188,7 @@ impl ScoringMethod {
         if names.len() < count || token_logprobs.len() < count || top.len() < count {
             return Err(missing_logprob("fewer tokens than the prompt has"));
         }
-        let scored = (0..count).rev().map(|position| {
+        let tokens_from_end = (0..count).rev().map(|position| {
             let name = names[position].as_str()?;
             let id = u32::try_from(prompt_ids[position].as_u64()?).ok()?;
             let token = self.wire_token(Some(id), name.into(), &token_logprobs[position]);
@@ -197,7 +197,7 @@ impl ScoringMethod {
             // The positions are shifted if the server added tokens to the prompt.
             name_matches(&token, id, name).then(|| (token, likeliest.collect()))
         });
-        Ok(answer_logprobs(scored, answer))
+        Ok(answer_logprobs(tokens_from_end, answer))
     }
 
     /// Returns a token of vLLM's `prompt_logprobs`, by its id if there is a tokenizer.

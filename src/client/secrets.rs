@@ -117,7 +117,7 @@ impl Secrets {
         ranges.collect()
     }
 
-    /// Returns true if the text contains a key.
+    /// Returns true if the text contains a key. Does not decode escapes.
     pub fn is_in(&self, text: &str) -> bool {
         let forms = self.forms.as_ref().filter(|_| text.len() >= MIN_LENGTH);
         forms.is_some_and(|forms| !self.key_ranges(forms, text.as_bytes()).is_empty())
@@ -216,7 +216,7 @@ fn has_escaped_letters(text: &[u8]) -> bool {
     })
 }
 
-/// Decodes an escape at the start of `text`: the ASCII character and the length of the escape. Backslashes may
+/// Decodes an escape of one byte at the start of `text`. Returns the byte and the length of the escape. Backslashes may
 /// be doubled, as in JSON within JSON.
 fn escape(text: &[u8]) -> Option<(u8, usize)> {
     let hex = |digits: &[u8]| {

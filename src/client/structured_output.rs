@@ -20,7 +20,7 @@ impl StructuredOutput {
     /// Reads the schema from a file, and its name from the file name.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if the file is not a valid JSON schema.
+    /// [`Exit::Usage`] if the file is not a valid JSON schema; another error if it cannot be read.
     pub fn load(path: &Path) -> Result<StructuredOutput> {
         let text = crate::fs::read_to_string(path).context("cannot read `sampling.schema`")?;
         let schema: Value = serde_json::from_str(&text).map_err(|error| {

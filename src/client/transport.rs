@@ -18,7 +18,7 @@ use crate::client::secrets::Secrets;
 pub struct HttpReply {
     pub status: u16,
     pub headers: HeaderMap,
-    /// The decoded body. If decoding failed: the part that could be decoded, else the received bytes.
+    /// The decoded body. If decoding failed: the part of a gzip body that could be decoded, else the received bytes.
     pub body: Bytes,
     pub end: BodyEnd,
     /// Permit of a large body, released when the body is no longer in memory.

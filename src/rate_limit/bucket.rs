@@ -30,6 +30,9 @@ const MIN_REFILL_WAIT: Duration = Duration::from_millis(1);
 /// Maximum wait for a refill.
 const MAX_REFILL_WAIT: Duration = Duration::from_secs(86_400);
 
+/// Maximum time by which pacing delays the requests after one request.
+const MAX_PACING_DELAY: Duration = Duration::from_secs(60);
+
 /// Assumed period of a limit if the server does not report it.
 const DEFAULT_PERIOD: Duration = Duration::from_secs(60);
 
@@ -53,7 +56,7 @@ pub(crate) struct ServerBucket {
     has_no_window: bool,
     /// Send time of the request whose reply set the level. None until the server has reported the limit.
     pub(crate) last_report_sent_at: Option<Instant>,
-    /// Amount charged by all requests since the start.
+    /// Amount charged by all requests since the start, minus the refunds.
     pub(crate) charged: f64,
     /// Instant at which requests at an even pace would have used the amount charged.
     paced_until: Instant,
@@ -84,7 +87,7 @@ impl ServerBucket {
         }
     }
 
-    /// Returns the refill rate in units per second; 0 for a limit that refills at its reset.
+    /// Returns the refill rate in units per second; 0 if the limit refills at its reset or is unknown.
     fn rate(&self) -> f64 {
         match (self.refill, self.limit) {
             (Refill::AtReset, _) | (_, None) => 0.0,
@@ -128,7 +131,7 @@ impl ServerBucket {
         filled.max(paced)
     }
 
-    /// Charges a request that is sent, and computes the send time of the next one.
+    /// Charges a request that is sent, and paces the next one.
     pub(crate) fn charge(&mut self, amount: f64, now: Instant) {
         self.charged += amount;
         if self.last_report_sent_at.is_none() {
@@ -145,8 +148,8 @@ impl ServerBucket {
         self.level = level - amount;
         self.updated = now;
         if pace.is_finite() && pace > 0.0 {
-            let time = Duration::try_from_secs_f64(amount / pace).unwrap_or(DEFAULT_PERIOD);
-            self.paced_until = self.paced_until.max(now) + time.min(DEFAULT_PERIOD);
+            let delay = Duration::try_from_secs_f64(amount / pace).unwrap_or(MAX_PACING_DELAY);
+            self.paced_until = self.paced_until.max(now) + delay.min(MAX_PACING_DELAY);
         }
     }
 

@@ -20,6 +20,9 @@ const SATURATED_SLOPE: f64 = 0.8;
 /// Minimum number of answers in a latency measurement.
 const MIN_SAMPLES: f64 = 128.0;
 
+/// Minimum number of answers in a latency measurement, as a multiple of the window.
+const MIN_SAMPLES_PER_WINDOW: f64 = 4.0;
+
 /// Maximum number of measurements between trials. The number doubles after each failed trial.
 const MAX_PAUSE: u32 = 64;
 
@@ -118,7 +121,7 @@ impl ConcurrencyLimit {
         }
         search.latency_sum_s += (now - sent_at).max(Duration::from_micros(1)).as_secs_f64();
         search.count += 1;
-        if f64::from(search.count) < MIN_SAMPLES.max(4.0 * self.window) {
+        if f64::from(search.count) < MIN_SAMPLES.max(MIN_SAMPLES_PER_WINDOW * self.window) {
             return;
         }
         let latency = search.latency_sum_s / f64::from(search.count);

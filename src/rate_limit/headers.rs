@@ -96,10 +96,10 @@ impl LimitReport {
         if used <= 0.0 || reset <= 0.0 {
             return Refill::Unknown;
         }
-        let period = reset * limit / used;
+        let period_s = reset * limit / used;
         // A tolerance of 20 %, because reset times are rounded.
         let fits = |candidate: &Duration| {
-            let ratio = period / candidate.as_secs_f64();
+            let ratio = period_s / candidate.as_secs_f64();
             (1.0 / 1.2..1.2).contains(&ratio)
         };
         match [SECOND, MINUTE, HOUR, DAY].into_iter().find(fits) {

@@ -23,7 +23,8 @@ pub(crate) struct Pacer {
     pub daily_limit: DailyLimit,
     /// No request is sent before this instant.
     closed_until: Option<Instant>,
-    /// True from the closing of the gate until an answer arrives. Meanwhile, requests are sent one at a time.
+    /// True from the closing of the gate until a request that was sent after its opening is answered. Meanwhile,
+    /// requests are sent one at a time.
     is_half_open: bool,
     limits: LimitsConfig,
 }
@@ -82,7 +83,8 @@ impl Pacer {
         Ok(self.server_limits.charge(cost, now))
     }
 
-    /// Returns a change in the availability of the shared limits, if there is one.
+    /// Processes the reply of the Redis server, if one has arrived. Returns a change in the availability of the shared
+    /// limits, if there is one.
     pub(crate) fn poll_event(&mut self) -> Option<LimiterEvent> {
         self.shared.as_mut().and_then(SharedLimits::poll_event)
     }
@@ -100,7 +102,8 @@ impl Pacer {
         !reports.is_empty()
     }
 
-    /// Records an answer: opens the gate, and refunds the tokens that the answer did not use.
+    /// Records an answer: allows several requests at a time again if the request was sent after the gate opened, and
+    /// refunds the tokens that the answer did not use.
     pub(crate) fn answered(
         &mut self,
         reports: &[LimitReport],
@@ -147,8 +150,9 @@ impl Pacer {
         self.server_limits.limit_smaller_than(cost)
     }
 
-    /// Returns the requests and tokens per minute that all limits together allow. Shared limits are not included,
-    /// because the part of this process is unknown.
+    /// Returns the requests and tokens per minute that the user's and the server's limits allow. The user's daily limit
+    /// and the server's separate limits of input and output tokens are not included, nor are shared limits, because the
+    /// part of this process is unknown.
     pub(crate) fn per_minute(&self) -> (Option<f64>, Option<f64>) {
         let mut requests = self.limits.requests_per_minute.map(f64::from);
         let mut tokens = self.limits.tokens_per_minute.map(f64::from);

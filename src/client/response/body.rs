@@ -150,7 +150,7 @@ fn first_with_content<L>(choices: Vec<Option<Choice<L>>>) -> Option<Choice<L>> {
     if choices.len() == 1 {
         return choices.pop();
     }
-    // Requests ask for one choice, so only the choice with the lowest index counts.
+    // Requests ask for one choice, so of several choices with content, only the one with the lowest index counts.
     choices.sort_by_key(|choice| choice.extra.get("index").and_then(Value::as_u64));
     let first = choices.iter().position(has_content).unwrap_or(0);
     (!choices.is_empty()).then(|| choices.swap_remove(first))

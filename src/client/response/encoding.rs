@@ -109,7 +109,7 @@ impl ContentDecoder {
     /// Decodes the next chunk of the body.
     ///
     /// # Errors
-    /// If the encoding is invalid.
+    /// If the encoding is invalid, or the chunk unpacks to more than [`MAX_DECODED_CHUNK`] bytes.
     pub(crate) fn feed(&mut self, chunk: &[u8]) -> io::Result<Vec<u8>> {
         let DecoderState::Beginning(first_bytes) = &mut self.state else {
             return self.state.feed(chunk);
@@ -124,7 +124,7 @@ impl ContentDecoder {
     /// Ends the body. Returns its last decoded bytes.
     ///
     /// # Errors
-    /// If the encoded stream is truncated.
+    /// If the encoded stream is truncated or invalid.
     pub(crate) fn finish(mut self) -> io::Result<Vec<u8>> {
         let mut decoded = Vec::new();
         if matches!(self.state, DecoderState::Beginning(_)) {
@@ -225,8 +225,8 @@ pub(crate) fn decode_again(mut body: Bytes) -> Bytes {
     body
 }
 
-/// Decodes a gzip stream that is followed by other bytes or truncated. None if a checksum is wrong, or nothing could be
-/// decoded.
+/// Decodes a gzip stream that is followed by other bytes or truncated. A member with invalid data or a wrong checksum
+/// ends the result, without its text. None if nothing could be decoded.
 pub(crate) fn salvage_gzip(raw: &[u8]) -> Option<Vec<u8>> {
     let mut decoded = Vec::new();
     let mut remaining = raw;
@@ -247,7 +247,8 @@ pub(crate) fn salvage_gzip(raw: &[u8]) -> Option<Vec<u8>> {
     (!decoded.is_empty()).then_some(decoded)
 }
 
-/// Determines the encoding by its magic number, else by the label unless the bytes are plain text.
+/// Determines the encoding by its magic number, else by the label unless the bytes are plain text or lack the magic
+/// number of that encoding.
 fn encoding(first_bytes: &[u8], declared: Option<Encoding>) -> Option<Encoding> {
     match first_bytes {
         [0x1f, 0x8b, ..] => return Some(Encoding::Gzip),
@@ -259,11 +260,10 @@ fn encoding(first_bytes: &[u8], declared: Option<Encoding>) -> Option<Encoding> 
         _ => {}
     }
     let text = first_bytes.trim_ascii_start();
-    let is_plain_text = text.starts_with(b"{\"")
-        || text.starts_with(b"data:")
-        || text.starts_with(b"<!")
-        || matches!(declared, Some(Encoding::Gzip | Encoding::Zstd));
-    declared.filter(|_| !is_plain_text)
+    let is_plain_text =
+        text.starts_with(b"{\"") || text.starts_with(b"data:") || text.starts_with(b"<!");
+    let lacks_magic_number = matches!(declared, Some(Encoding::Gzip | Encoding::Zstd));
+    declared.filter(|_| !is_plain_text && !lacks_magic_number)
 }
 
 /// Returns true if the bytes begin with a zlib header (RFC 1950).

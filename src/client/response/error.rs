@@ -216,7 +216,7 @@ fn minimax_error(fields: &Map<String, Value>) -> Option<ApiError> {
 }
 
 /// Returns the wait in a field of the error or of an object inside it: `retry_after` in any spelling, in seconds or
-/// milliseconds, or `details[].retryDelay` of Google's errors, such as `"1.5s"`.
+/// milliseconds; `details[].retryDelay` of Google's errors, such as `"1.5s"`; or `estimated_time`.
 fn retry_delay(fields: &Map<String, Value>) -> Option<Duration> {
     const MAX_DEPTH: usize = 3;
     wait_in(fields, MAX_DEPTH)

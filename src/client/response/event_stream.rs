@@ -18,10 +18,11 @@ const SEPARATOR: u8 = 0x1e;
 /// Data of the last event, as OpenAI and others write it.
 const DONE: [&[u8]; 3] = [b"[DONE]", b"DONE", b"[done]"];
 
-/// Joins an event stream, or a sequence of bare chunks, into one body. Returns None if `body` is neither.
+/// Joins an event stream, or a sequence of bare chunks, into one body. Several objects that are not chunks become a
+/// list. Returns None for any other body.
 ///
 /// # Errors
-/// If the stream is truncated or contains no JSON.
+/// If the stream is truncated or contains no JSON, or a chunk that may contain a part of the answer is invalid.
 pub(crate) fn joined(body: &[u8]) -> Option<Result<Value, JsonProblem>> {
     let body = body.trim_ascii_start();
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);

@@ -87,7 +87,7 @@ fn add_part(part: Value, answer: &mut Answer) -> Option<Value> {
         kind if THINKING.contains(&kind) => &mut answer.reasoning,
         _ => return Some(part),
     };
-    // The text of a part is in the field named as its type, or in one of the other fields, and may be nested.
+    // The text of a part is in the field named after its type, or else in one of these fields, and may be nested.
     let inner = [kind, "text", "thinking", "summary"]
         .into_iter()
         .find_map(|name| fields.get(name).filter(|value| !value.is_null()));

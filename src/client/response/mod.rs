@@ -47,8 +47,8 @@ use crate::client::response::scan::{BodyWithoutLogprobs, Placeholder};
 /// Parses the body of a reply with a success status.
 ///
 /// Top-k logprobs are most of a body, so [`scan`] parses them first if they have the usual format; serde parses all
-/// other formats. If both parsers fail, the answer is parsed without logprobs, so that invalid logprobs do not discard
-/// it. A body that is not strict JSON of the usual shape is repaired and parsed again.
+/// other formats. If both parsers fail, the logprobs are parsed after the answer, so that invalid logprobs do not
+/// discard it. A body that is not strict JSON of the usual shape is repaired and parsed again.
 pub(crate) fn parse(body: &[u8]) -> Result<Completion, NoAnswer> {
     let completion = match parse_strict(body) {
         Err(_) => parse_repaired(body)?,

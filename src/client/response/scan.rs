@@ -196,16 +196,17 @@ impl<'a> Scanner<'a> {
         self.list(|scanner| {
             scanner.skip_space();
             let digits = &scanner.text.as_bytes()[scanner.pos..];
-            let count = digits.iter().take(4).take_while(|b| b.is_ascii_digit());
-            let count = count.count();
-            let value = digits[..count]
+            // A byte has at most three digits, so four are enough to detect a larger value.
+            let leading_digits = digits.iter().take(4).take_while(|b| b.is_ascii_digit());
+            let digit_count = leading_digits.count();
+            let value = digits[..digit_count]
                 .iter()
                 .fold(0, |value, digit| value * 10 + u32::from(digit - b'0'));
-            if count == 0 {
+            if digit_count == 0 {
                 return None;
             }
             bytes.push(value.try_into().ok()?);
-            scanner.pos += count;
+            scanner.pos += digit_count;
             Some(())
         })?;
         Some(bytes)

@@ -53,7 +53,7 @@ fn parse_counts(fields: &Map<String, Value>) -> Option<Usage> {
     // With few fields and many names, comparing is faster than hashing each name.
     let field = |name: &str| {
         let mut fields = fields.iter();
-        fields.find_map(|(found, value)| (found == name).then_some(value))
+        fields.find_map(|(field_name, value)| (field_name == name).then_some(value))
     };
     let first = |names: &[&str]| names.iter().find_map(|name| count(field(name)));
     let detail = |objects: &[&str], name: &str| {

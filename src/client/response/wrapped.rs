@@ -39,7 +39,8 @@ pub(crate) fn usage_in(value: &Value) -> Option<Usage> {
     first_usage
 }
 
-/// Calls `visit` with every object, outer ones first, including objects in JSON within a text.
+/// Calls `visit` with every object down to a nesting depth of `depth`, outer ones first. Texts that are JSON are
+/// searched as well if they contain `choices`.
 fn search(value: &Value, depth: usize, visit: &mut impl FnMut(&Map<String, Value>)) {
     search_except(value, &[], depth, visit);
 }

@@ -19,7 +19,7 @@ pub(crate) struct LocalPermits {
     /// Unused grants, oldest first.
     grants: VecDeque<Grant>,
     /// Number of permits to request per call. It doubles if the last grant was used immediately, and halves otherwise.
-    /// After a grant has expired unused, it is 1.
+    /// After a grant with unused requests has expired, it is 1.
     batch: u64,
     /// Time of the last grant. None after a later call of the script.
     last_grant: Option<Instant>,

@@ -27,11 +27,12 @@
 //!
 //! # Guarantees
 //!
-//! All times are read from the server's clock within the script. A permit is used within
-//! [`crate::rate_limit::redis::local_permits::MAX_PERMIT_AGE`] or dropped. In any minute, at most the limit, one burst
-//! and the amount of `MAX_PERMIT_AGE` are sent: together the limit and one second of it. While the server is
-//! unavailable, no request is sent. If the server has lost its data (by a restart without persistence, or an eviction),
-//! one more burst is admitted, and the count of the day starts at 0.
+//! The script reads all times from the server's clock. A permit is used within
+//! [`crate::rate_limit::redis::local_permits::MAX_PERMIT_AGE`] of the reply that grants it, or dropped. Unless replies
+//! are delayed, at most the limit, one burst and the amount of `MAX_PERMIT_AGE` are sent in any minute: together the
+//! limit and one second of it, if no request is larger than the usual burst. While the server is unavailable, no
+//! request is sent. If the server has lost its data (by a restart without persistence, or an eviction), one more burst
+//! is admitted, and the count of the day starts at 0.
 
 #[cfg(feature = "redis")]
 pub(crate) mod connection;
@@ -109,7 +110,7 @@ impl SharedLimits {
     /// `wake` is notified of each reply.
     ///
     /// # Errors
-    /// If the largest request can never be sent, or the server is unavailable.
+    /// If the largest request can never be sent, or the connection cannot be opened.
     pub(crate) async fn connect(
         endpoint: &config::EndpointConfig,
         largest: RequestCost,
@@ -158,7 +159,7 @@ impl SharedLimits {
         Err(now + REPLY_CHECK_INTERVAL)
     }
 
-    /// Processes the reply of the server, if one has arrived.
+    /// Processes the reply of the server, if one has arrived. Returns a change in the server's availability.
     pub(crate) fn poll_event(&mut self) -> Option<LimiterEvent> {
         let (replied_at, reply) = match self.replies.try_recv() {
             Ok(reply) => reply,
