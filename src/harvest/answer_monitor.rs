@@ -2,7 +2,7 @@
 //!
 //! An endpoint can answer every request with status 200 and send no logprobs, no text, answers of another model, or the
 //! same text every time. The user gets a note, usually after [`NOTE_AFTER`] such answers in a row. Consecutive unusable
-//! answers stop the endpoint.
+//! answers stop the endpoint; so do, by default, consecutive answers without usable logprobs.
 
 use std::collections::{HashMap, HashSet};
 
@@ -32,7 +32,8 @@ const MIN_TEXT_BYTES: usize = 24;
 /// Number of tokens by which an answer may exceed `max_tokens`.
 const EXTRA_TOKENS_ALLOWED: u64 = 4;
 
-/// Divisor of `max_tokens` for the same excess, if that allows more tokens.
+/// An answer may exceed `max_tokens` by `max_tokens` divided by this number, if that is more than
+/// [`EXTRA_TOKENS_ALLOWED`].
 const EXTRA_TOKENS_DIVISOR: u64 = 50;
 
 /// Number of model names above which a new name is not noted.
@@ -54,7 +55,7 @@ pub(crate) struct AnswerMonitor {
     has_budget: bool,
     /// Note about logprobs whose tokens are given by id; None if it has been shown or is not needed.
     token_ids_note: Option<String>,
-    /// Number of consecutive answers without usable logprobs.
+    /// Number of consecutive answers without usable logprobs; answers without text do not count.
     without_logprobs: u32,
     /// Number of consecutive quarantined answers.
     unusable: u32,
@@ -65,7 +66,8 @@ pub(crate) struct AnswerMonitor {
     repeated_text: RepeatedText,
     /// Names of the models that have answered.
     models: HashSet<String>,
-    /// Answers by the hash of the prompt's id. None after the note, or once two answers to a prompt differ.
+    /// Answers by the hash of the prompt's id. None if no note can follow: at temperature 0, after the note, once two
+    /// answers to a prompt differ, or after too many prompts with one answer each.
     samples: Option<HashMap<u64, EqualAnswers>>,
     is_over_max_tokens_noted: bool,
 }
@@ -211,7 +213,7 @@ impl AnswerMonitor {
         let is_unusable = facts.status == Status::Quarantined;
         match count_in_a_row(&mut self.unusable, is_unusable) {
             NOTE_AFTER => Some(MonitorAlert::Note(format!(
-                "{NOTE_AFTER} answers in a row are unusable ({}): the run stops at {STOP_AFTER}",
+                "{NOTE_AFTER} answers in a row are unusable ({}): requests to this teacher stop at {STOP_AFTER}",
                 facts.reason
             ))),
             STOP_AFTER => Some(MonitorAlert::Stop(run_error::unusable_answers(

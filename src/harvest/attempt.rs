@@ -53,7 +53,7 @@ pub(crate) struct FinishedAttempt {
 pub(crate) struct EncodedAnswer {
     pub encoded: EncodedRecord,
     pub facts: AnswerFacts,
-    /// Upper bound of the tokens used, charged if the reply reports no complete usage.
+    /// Upper bound of the tokens used, charged if the reply reports no plausible usage.
     pub bound: TokenBound,
 }
 
@@ -101,7 +101,7 @@ pub(crate) async fn run(
             if let (AttemptError::Transient { failure, .. }, Some(raw_body)) = (&error, raw_body)
                 && failure.class == "malformed"
             {
-                unreadable.save_unpaid(&row.key, &raw_body);
+                unreadable.save_without_answer(&row.key, &raw_body);
             }
             Err(error)
         }

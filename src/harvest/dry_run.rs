@@ -1,5 +1,5 @@
-//! `harvest --dry-run`: estimates requests and cost, and makes every check that a run would make. Sends nothing,
-//! writes nothing.
+//! `harvest --dry-run`: estimates requests and cost, and makes the checks of a run, except those of the probe findings
+//! and of the shared limits. Sends nothing, writes nothing.
 
 use std::path::Path;
 
@@ -102,7 +102,7 @@ pub(crate) fn run(settings: RunSettings, options: &HarvestOptions) -> Result<Har
     Ok(summary)
 }
 
-/// Adds the remaining budget, and a warning if it may end the run early.
+/// Adds the budget and the amount spent, and a warning if the remaining budget may end the run early.
 fn add_budget_warnings<S: LedgerStore>(
     summary: &mut HarvestSummary,
     plan: &Plan,
@@ -184,7 +184,7 @@ fn add_wait_warnings<S: LedgerStore>(
     Ok(())
 }
 
-/// Makes the checks of a run.
+/// Makes the checks that need no plan.
 fn check(settings: &RunSettings, options: &HarvestOptions) -> Result<()> {
     for upstream in &settings.endpoints {
         HttpTeacher::new(&upstream.teacher)?;

@@ -22,7 +22,7 @@ const OUTAGE_ROWS: usize = 3;
 /// Minimum number of consecutive failures in an outage.
 const OUTAGE_FAILURES: usize = 4;
 
-/// Maximum total of the requested waits that are excluded from an outage: a daily limit may require a day.
+/// Maximum total of the waits that are excluded from an outage: a daily limit may require a day.
 const MAX_EXCLUDED_WAIT: Duration = Duration::from_secs(86_400);
 
 /// Recent successes and failures of an endpoint.
@@ -30,7 +30,8 @@ const MAX_EXCLUDED_WAIT: Duration = Duration::from_secs(86_400);
 pub(crate) struct EndpointHealth {
     /// Time of the last success; initially the start of the run.
     last_success: Instant,
-    /// Total of the waits that the endpoint has requested since the last success.
+    /// Total of the waits since the last success that do not count as time without success: waits requested by the
+    /// endpoint, and outages of the shared limits.
     excluded_wait: Duration,
     /// A request has succeeded.
     has_succeeded: bool,
@@ -325,12 +326,12 @@ impl EndpointHealth {
         self.probes
     }
 
-    /// Excludes a requested wait from the time without success.
+    /// Excludes a wait from the time without success.
     pub(crate) fn exclude_wait(&mut self, wait: Duration) {
         self.excluded_wait = (self.excluded_wait + wait).min(MAX_EXCLUDED_WAIT);
     }
 
-    /// Returns the time since the last success, without the waits that the endpoint requested.
+    /// Returns the time since the last success, without the excluded waits.
     pub(crate) fn time_without_success(&self, now: Instant) -> Duration {
         (now - self.last_success).saturating_sub(self.excluded_wait)
     }

@@ -9,7 +9,7 @@
 //! | file | content |
 //! |---|---|
 //! | `options` | command-line options of a harvest |
-//! | `dry_run` | `--dry-run`: estimate of the run and every check that a run would make |
+//! | `dry_run` | `--dry-run`: estimate of the run, and its checks |
 //! | `dispatch/` | the task that sends requests and decides about the row of each reply |
 //! | `attempt`, `record` | one request in its own task; the cache record of its answer |
 //! | `upstream/`, `health`, `backoff` | live state of an endpoint; whether a row or the endpoint is failing; pauses between attempts |
@@ -98,7 +98,8 @@ pub async fn run(config: &Config, options: HarvestOptions) -> Result<HarvestSumm
     }
 }
 
-/// Runs like [`run`], but stops on the given signals instead of those of this process.
+/// Runs like [`run`], but stops on the given signals instead of those of this process, and ignores
+/// [`HarvestOptions::dry_run`].
 pub async fn run_until(
     config: &Config,
     options: HarvestOptions,
@@ -400,10 +401,12 @@ impl Run<'_> {
     }
 }
 
-/// Sends 15 to 20 cheap requests to each endpoint of the config and saves the findings in the run folder.
+/// Sends 11 to 19 cheap requests, not counting retries, to each endpoint of the config and saves the findings in the
+/// run folder.
 ///
 /// # Errors
-/// If an endpoint does not answer.
+/// If an endpoint does not answer a plain prompt or throttles for several minutes, the budget is exhausted, or a file
+/// of the run folder cannot be written. Then no findings are saved.
 pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
     let settings = &RunSettings::new(config)?;
     let clock = WallClock::system();

@@ -9,8 +9,8 @@ pub struct HarvestOptions {
     pub dry_run: bool,
     /// Maximum number of prompts; the first prompts of the source are used.
     pub limit: Option<usize>,
-    /// Kinds of rows to request again: `length`, `quarantined`, `failed`, or a quarantine reason. If set, no other rows
-    /// are requested.
+    /// Kinds of rows to request again: `length`, `quarantined`, `failed`, a quarantine reason or a finish reason. If
+    /// set, no other rows are requested; ignored while batches are under way.
     pub again: Vec<String>,
     /// Share of the requests that this process sends.
     pub shard: Option<RequestShard>,

@@ -72,7 +72,8 @@ pub(crate) fn record(
 
 /// Returns the reason why training must not use the answer; empty if training may use it.
 ///
-/// A truncated or filtered answer with text is not quarantined: `[data]` decides about it.
+/// A truncated or filtered answer with text is quarantined only if it violates the schema: otherwise `[data]` decides
+/// about it.
 fn quarantine_reason(template: &RequestTemplate, completion: &Completion) -> String {
     let answer = &completion.answer;
     if completion.unreadable.is_some() {

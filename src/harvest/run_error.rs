@@ -87,7 +87,7 @@ pub(crate) fn unusable_answers(count: u32, reason: &str) -> anyhow::Error {
     )
 }
 
-/// Error of an address from which no reply has ever arrived.
+/// Error of an address from which no reply has arrived in this run.
 pub(crate) fn no_reply(teacher: &config::TeacherConfig, message: &str) -> anyhow::Error {
     let base_url = &teacher.base_url;
     match base_url.strip_prefix("https://") {

@@ -115,7 +115,7 @@ impl RunFiles {
         self.account.close(still_in_flight)
     }
 
-    /// Copies the amounts in US dollars to the summary, if an endpoint has prices.
+    /// Copies the budget to the summary, and, if an endpoint has prices, the amounts spent in US dollars.
     pub(crate) fn summarise<'a>(
         &self,
         mut prices: impl Iterator<Item = &'a Price>,

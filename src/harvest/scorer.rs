@@ -53,9 +53,10 @@ pub struct EndpointScorer {
     cache: Cache,
     /// Index of the records in `cache`.
     lookup: Lookup,
-    /// None while a call is running, and after a call whose error ended the requests.
+    /// None while a call is running, and after a call that ended without a summary.
     run_files: Option<RunFiles>,
-    /// State of the endpoint and its rate limits between calls. None before the first call and while a call is running.
+    /// State of the endpoint and its rate limits between calls. None before the first call, while a call is running,
+    /// and after a call that ended without a summary.
     upstream: Option<Upstream>,
     stats: ScoringStats,
     quiet: bool,
@@ -66,7 +67,7 @@ pub struct EndpointScorer {
 /// Counts and cost of scoring.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct ScoringStats {
-    /// Number of texts to score.
+    /// Number of texts to score, not counting those that the scoring method cannot request.
     pub texts: u64,
     /// Number of texts found in the cache of scores.
     pub cached: u64,
@@ -84,7 +85,7 @@ pub struct ScoringStats {
 
 impl EndpointScorer {
     /// Opens the scorer of the config. None if a local model scores, or training is not on-policy. `quiet`
-    /// suppresses notes about long waits.
+    /// suppresses the notes of the requests, for example about long waits.
     ///
     /// # Errors
     /// If a setting, the key or the tokenizer's folder is missing ([`Exit::Usage`]), or the cache of scores cannot be

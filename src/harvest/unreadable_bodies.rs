@@ -1,4 +1,5 @@
-//! `unreadable/` in the run folder: response bodies that could not be parsed, saved unchanged for inspection.
+//! `unreadable/` in the run folder: response bodies that could not be parsed, saved for inspection. Only API keys in
+//! them are replaced.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -7,13 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::Result;
 
 /// Maximum number of bodies without an answer that a run saves: the first ones of a broken endpoint show the problem.
-const MAX_UNPAID: usize = 100;
+const MAX_WITHOUT_ANSWER: usize = 100;
 
 /// Saves the bodies. Clones share the count of saved bodies without an answer.
 #[derive(Clone)]
 pub(crate) struct UnreadableBodies {
     dir: PathBuf,
-    unpaid: Arc<AtomicUsize>,
+    without_answer: Arc<AtomicUsize>,
 }
 
 /// Returns the path of the folder.
@@ -25,7 +26,7 @@ impl UnreadableBodies {
     pub(crate) fn new(run_dir: &Path) -> UnreadableBodies {
         UnreadableBodies {
             dir: dir(run_dir),
-            unpaid: Arc::default(),
+            without_answer: Arc::default(),
         }
     }
 
@@ -37,9 +38,11 @@ impl UnreadableBodies {
         Ok(file)
     }
 
-    /// Saves a body without an answer, up to [`MAX_UNPAID`] bodies. The body of a later attempt at the row replaces it.
-    pub(crate) fn save_unpaid(&self, key: &str, body: &[u8]) {
-        if body.trim_ascii().is_empty() || self.unpaid.fetch_add(1, Ordering::Relaxed) >= MAX_UNPAID
+    /// Saves a body without an answer, up to [`MAX_WITHOUT_ANSWER`] bodies. The body of a later attempt at the row
+    /// replaces it.
+    pub(crate) fn save_without_answer(&self, key: &str, body: &[u8]) {
+        if body.trim_ascii().is_empty()
+            || self.without_answer.fetch_add(1, Ordering::Relaxed) >= MAX_WITHOUT_ANSWER
         {
             return;
         }

@@ -136,7 +136,7 @@ pub fn adopt(
     for (cut_at, question_half, record_key) in candidates {
         let question_rows = rows.get(question_half.as_str()).into_iter().flatten();
         let mut unanswered_rows = question_rows.filter(|row| {
-            // A truncated answer is adopted only if the cache has no other answer to the question.
+            // An answer truncated before `max_tokens` is adopted only if the cache has no other answer to the question.
             let min_length = if row.is_answered_by(cut_at) {
                 row.max_tokens
             } else {

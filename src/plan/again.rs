@@ -1,8 +1,8 @@
 //! `harvest --again`: requests rows again that were answered, given up or refused by a content filter.
 //!
-//! An answer leaves the cache only after all checks of the run have passed, and only if this run requests its
-//! row. A rerun of the command after a stop resumes: `again.json` lists the selected rows. If the stop came before
-//! `again.json` was written, the selection finds the moved answers in the file of replaced answers.
+//! An answer leaves the cache only after the checks of window, limits and budget have passed, and only if this run
+//! requests its row. A rerun of the command after a stop resumes: `again.json` lists the selected rows. If the stop
+//! came before `again.json` was written, the selection finds the moved answers in the file of replaced answers.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -185,7 +185,7 @@ pub(crate) fn finish(run_dir: &Path) -> Result<()> {
 }
 
 /// `again.json` in the run folder: rows whose old answers have left the cache. A rerun of the command after a stop
-/// requests only those rows that have no new answer.
+/// requests only the rows without a new answer.
 #[derive(Serialize, Deserialize)]
 struct AgainFile {
     #[serde(rename = "words")]

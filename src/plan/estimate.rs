@@ -32,7 +32,8 @@ pub struct Estimate {
     pub minutes: f64,
     /// Batch mode only.
     pub batches: Option<BatchEstimate>,
-    /// Number of bytes by which the cache will grow, at the mean size of its records.
+    /// Number of bytes by which the cache will grow, at the mean size of its records; `None` below [`MIN_RECORDS`]
+    /// records.
     pub disk_bytes: Option<u64>,
     /// Cached answers that this run does not use.
     pub cached: UnusedAnswers,

@@ -97,7 +97,7 @@ pub(crate) fn check_budget(
 const MAX_UNUSED_SEARCHED: u64 = 20_000;
 
 /// Counts the cached answers that the plan does not use. Reads at most [`MAX_UNUSED_SEARCHED`] records, and none if
-/// the plan has at least as many answered rows as the cache has keys (`cached_keys`).
+/// the plan has no open rows, or at least as many answered rows as the cache has keys (`cached_keys`).
 pub(crate) fn unused_answers(
     dir: &Path,
     plan: &Plan,

@@ -84,9 +84,9 @@ impl RowQueue {
         }
     }
 
-    /// Returns the row that is least suspected of causing its failures itself, so that its result tells about the
-    /// endpoint: a fresh row before any retry; of the due retries, first rows that are not failing, then rows with the
-    /// fewest setbacks. If no row is due, the error is that of [`RowQueue::peek`].
+    /// Returns the row that is least suspected of causing its failures itself, so that its result shows the state of
+    /// the endpoint: a fresh row before any retry; of the due retries, first rows that are not failing, then rows with
+    /// the fewest setbacks. If no row is due, the error is that of [`RowQueue::peek`].
     ///
     /// `is_failing` returns true for rows that have failed since the endpoint's last success. Rows that fail may be
     /// neighbours: with `from_middle`, the fresh row is taken from the middle of the longest range instead of the

@@ -36,7 +36,7 @@ pub struct ProbedEndpoint {
     pub logprobs: LogprobsOffer,
     /// True if the reply to a plain prompt contained the usage.
     pub reports_usage: bool,
-    /// True if the model generates billed reasoning before its answer, or gives no answer within the token limit.
+    /// True if the reply to a plain prompt contains or bills reasoning, or has no text within the token limit.
     pub thinks: bool,
     /// True if `n = 2` returns two choices; `None` if the endpoint refuses it.
     pub several_choices: Option<bool>,
@@ -220,7 +220,7 @@ impl ProbedEndpoint {
         }
         if offer.bytes == TokenBytes::Wrong {
             warnings.push(format!(
-                "{label} sends token bytes that do not spell its non-ASCII answers: such answers are \
+                "{label} sends tokens that do not spell its non-ASCII answers: such answers are \
                  trained on with cross-entropy only"
             ));
         }

@@ -21,7 +21,7 @@ use crate::probe::findings::ProbedEndpoint;
 /// Maximum number of attempts of one request, not counting throttled ones.
 const MAX_ATTEMPTS: u32 = 3;
 
-/// Maximum time for one request, including its retries.
+/// Time after which a request is not retried.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Pause after a throttled attempt whose reply does not name one.

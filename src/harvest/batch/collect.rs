@@ -231,8 +231,8 @@ impl BatchRun<'_> {
                 return Ok(());
             }
         }
-        for mistake in &object.errors {
-            let message = &mistake.error.message;
+        for file_error in &object.errors {
+            let message = &file_error.error.message;
             self.progress
                 .note(&format!("a batch has ended with an error: {message}"));
         }

@@ -59,12 +59,13 @@ impl BatchRun<'_> {
         if collection.readable_rows() == 0 {
             return self.end_failed_batch(index, &object);
         }
-        for mistake in &object.errors {
-            let line = mistake
+        for file_error in &object.errors {
+            let line = file_error
                 .line
                 .and_then(|line| usize::try_from(line).ok()?.checked_sub(1));
             if let Some(outcome @ None) = line.and_then(|line| collection.outcomes.get_mut(line)) {
-                let failure = RowFailure::new(mistake.error.code.as_str(), &mistake.error.message);
+                let failure =
+                    RowFailure::new(file_error.error.code.as_str(), &file_error.error.message);
                 *outcome = Some(RowOutcome::Refused(failure));
             }
         }

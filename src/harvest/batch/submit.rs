@@ -29,7 +29,8 @@ const FILE_NOT_FOUND_LIMITS: [u32; 2] = [6, 12];
 const CLOCK_SKEW_S: i64 = 86_400;
 
 impl BatchRun<'_> {
-    /// Makes a part of the first waiting rows that fit, and returns its index. None if no row fits now.
+    /// Makes a part of the first waiting rows that fit, and returns its index. None if no row fits now; then a first
+    /// row that exceeds the maximum file size has failed.
     pub(super) fn plan_part(&mut self, upstream: usize) -> Result<Option<usize>> {
         let sizes: Vec<RowSize> = {
             let waiting = self.upstreams[upstream].waiting.iter();
@@ -138,7 +139,8 @@ impl BatchRun<'_> {
         self.upstreams[upstream].stop(error);
     }
 
-    /// Advances a part until its batch is created or the part has to wait.
+    /// Advances a part until its batch is created or the part has to wait. Unless `may_send`, no file is uploaded and
+    /// no batch is created.
     pub(super) async fn submit(
         &mut self,
         index: usize,

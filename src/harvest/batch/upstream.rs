@@ -57,7 +57,7 @@ pub(crate) struct BatchUpstream {
     failed_batches: u32,
     /// True once the endpoint has accepted a batch.
     pub has_batches: bool,
-    /// Number of batches without answers, since the last batch with answers, that ended with an endpoint refusal.
+    /// Number of batches that ended with an endpoint refusal and without answers, since the last batch with answers.
     refused_batches: u32,
     /// Number of calls since the last success that were answered by an endpoint refusal.
     refused_calls: u32,

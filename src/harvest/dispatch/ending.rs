@@ -19,7 +19,8 @@ pub(crate) struct DispatchEnd {
 }
 
 impl Dispatcher<'_> {
-    /// Closes the run files and writes the summary. Requests still in flight count as lost attempts.
+    /// Closes the run files and writes the summary. Requests still in flight, and replies still held because the disk
+    /// is full, count as lost attempts.
     pub(super) fn finish(mut self) -> Result<DispatchEnd> {
         self.cache
             .sync()
@@ -54,7 +55,8 @@ impl Dispatcher<'_> {
         })
     }
 
-    /// Records the suspect rows, which the next run sends last, and the failed rows whose error class is new.
+    /// Records the suspect rows, which the next run sends last, and, for endpoints that have answered, the failed rows
+    /// whose error class is new.
     fn record_suspects(&mut self) -> Result<()> {
         for upstream in &self.upstreams {
             for row in upstream.suspects() {

@@ -45,7 +45,7 @@ use crate::signal::Signals;
 use crate::terminal::progress::Progress;
 pub(crate) use ending::DispatchEnd;
 
-/// Maximum number of answers recorded by one write.
+/// Maximum number of answers recorded by one write, unless they were held while the disk was full.
 const MAX_GROUP: usize = 64;
 
 /// State of a real-time run.
@@ -86,7 +86,8 @@ enum SendOutcome {
     Sent,
     /// The next request may be sent at this time.
     NotBefore(Instant),
-    /// No request can be sent before another event: no row is waiting, all slots are in use, or the disk is full.
+    /// No request can be sent before another event: no row is waiting, all slots are in use, the upstream has stopped,
+    /// or the disk is full.
     Blocked,
     /// The budget does not cover the request now. It may cover the request later, if requests in flight cost less than
     /// reserved.

@@ -109,7 +109,8 @@ fn build_queue(plan: &Plan, index: usize, now: Instant) -> RowQueue {
 
 /// Decision after a failed attempt.
 pub(crate) enum RetryDecision {
-    /// The row is back in the queue. `pause` is the time to report to the user during which no row is sent, or zero.
+    /// The row is back in the queue. `pause` is reported to the user as the time during which no row is sent; zero if
+    /// there is nothing to report.
     Retry { pause: Duration },
     /// The row ends without an answer.
     Failed(QueuedRow, RowFailure),
@@ -175,7 +176,7 @@ impl Upstream {
     }
 
     /// Checks that one more request may be in flight. At most one request is in flight during an outage, after a pause
-    /// until the next answer, and before the first answer.
+    /// until the next answer, and before the first answer (without a budget, only for [`FIRST_REQUEST_ALONE`]).
     ///
     /// # Errors
     /// The time of the next check; None if a reply has to arrive first.
@@ -429,8 +430,7 @@ impl Upstream {
         self.stopped.take()
     }
 
-    /// Returns a back-off pause for all rows, with jitter over its upper half only. Its maximum is `max_factor` times
-    /// `retry.max_s`.
+    /// Returns a back-off pause with jitter over its upper half only. Its maximum is `max_factor` times `retry.max_s`.
     fn backoff_pause(&self, attempt: u32, max_factor: f64) -> Duration {
         let retry = config::RetryConfig {
             max: self.retry.max.mul_f64(max_factor),
@@ -459,7 +459,7 @@ impl Upstream {
         }
     }
 
-    /// Returns true during an outage or a pause that the endpoint requested.
+    /// Returns true during an outage of the endpoint or of the shared limits, and during a pause of all requests.
     pub(crate) fn is_waiting(&self) -> bool {
         self.health.is_outage() || self.limiter.is_closed(Instant::now())
     }

@@ -40,8 +40,10 @@ const ROWS_TO_CONFIRM_WRONG_KEY: usize = 2;
 /// answers to the other rows.
 const MAX_ALWAYS_REFUSED_ROWS: usize = 20;
 
-/// Number of throttled requests of a row after which the row fails, if other rows are answered meanwhile. With the
-/// default pauses they span more than a minute, so that a limit per minute fails no row.
+/// Number of throttled requests of a row after which the row fails, if other rows were answered meanwhile and every
+/// remaining row was throttled as often. With the default pauses they span more than a minute, so that a limit per
+/// minute fails no row. Also a number of rounds of throttled requests: no row fails before it, and long requested waits
+/// are excluded from an outage only up to it.
 const MAX_THROTTLES_PER_ROW: u32 = 8;
 
 /// Number of rounds of requested waits above [`LONGEST_WAIT`] after which the endpoint is stopped.

@@ -269,10 +269,10 @@ fn truncated_line_fails_only_its_own_row() {
 
 #[test]
 fn errors_of_failed_batch_are_classified() {
-    let classify = |mistakes: Value| {
-        let card = json!({"id": "b", "errors": {"data": mistakes}}).to_string();
-        let card = crate::client::batch_object::BatchObject::parse(card.as_bytes());
-        classify_batch_failure(&card.unwrap().errors)
+    let classify = |errors: Value| {
+        let object = json!({"id": "b", "errors": {"data": errors}}).to_string();
+        let object = crate::client::batch_object::BatchObject::parse(object.as_bytes());
+        classify_batch_failure(&object.unwrap().errors)
     };
     let message = "Enqueued token limit reached for m. Limit: 90,000 enqueued tokens. Try later.";
     let tokens =
