@@ -12,7 +12,7 @@ pub enum Exit {
     /// 3: the run finished, and some rows failed.
     #[error("{0}")]
     SomeFailed(String),
-    /// 4: stopped by the budget, a window, a limit or an outage; rerun the command to resume.
+    /// 4: stopped by the budget, a deadline, a limit or an outage; rerun the command to resume.
     #[error("{0}")]
     Resumable(String),
     /// 5: a cache or a checkpoint is damaged, and continuing could lose data.

@@ -11,7 +11,8 @@ pub const VARIABLE: &str = "DISTILL_LOG";
 /// Starts logging to stderr: warnings and errors, or the events that the filter in [`VARIABLE`] selects, such as
 /// `DISTILL_LOG=debug`.
 ///
-/// The HTTP crates log at most warnings, and async-openai nothing: it logs whole request and response bodies.
+/// The HTTP crates log only warnings and errors. The events of async-openai are never logged, because they contain
+/// whole request and response bodies.
 pub fn set_up() {
     let filter = std::env::var(VARIABLE).unwrap_or_else(|_| "warn".into());
     let directives = format!(

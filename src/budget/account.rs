@@ -61,8 +61,8 @@ pub struct Account<S> {
 impl<S: LedgerStore> Account<S> {
     /// Opens the account. Counts the requests that a killed run left in flight as spent, and returns them. `cap` is the
     /// budget in US dollars. `price` applies to tokens that were spent while no price was set. `floor` is the measured
-    /// cost according to other records, such as the cache: the larger amount of dollars counts, and its tokens count if
-    /// the ledger has none.
+    /// cost according to other records, such as the cache: the larger amount of dollars counts, and the floor's tokens
+    /// count if the ledger has none.
     ///
     /// # Errors
     /// If the ledger cannot be written.
@@ -120,10 +120,10 @@ impl<S: LedgerStore> Account<S> {
         }
     }
 
-    /// Reserves the amount, durably. Returns false if it exceeds the cap.
+    /// Reserves the amount, durably. Returns false if the amounts spent and reserved would then exceed the cap.
     ///
     /// # Errors
-    /// If the ledger cannot be written; then nothing is reserved.
+    /// If the ledger or the log cannot be written; then nothing is reserved.
     pub fn reserve(&mut self, amount: &Reservation) -> Result<bool> {
         if self
             .cap
@@ -294,7 +294,7 @@ impl<S: LedgerStore> Account<S> {
     /// # Errors
     /// If the ledger or the log cannot be written.
     pub fn tick(&mut self) -> Result<()> {
-        // Removed or replaced files are written again from memory.
+        // Files that are not in place are written again from memory.
         if self.is_dirty || !self.store.is_in_place() {
             return self.save();
         }

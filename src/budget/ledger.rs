@@ -139,7 +139,7 @@ pub trait LedgerStore {
     /// Appends to the log. The entry survives a kill of the process when this returns.
     fn append(&mut self, spent: &Spent) -> Result<()>;
 
-    /// Returns false if the files were removed or replaced; the caller then saves the ledger again.
+    /// Returns false if the ledger was removed, or the log removed or replaced; the caller then saves the ledger again.
     fn is_in_place(&self) -> bool {
         true
     }

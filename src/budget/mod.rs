@@ -18,8 +18,8 @@
 //! ```
 //!
 //! at the prices in the config, as long as an answer costs no more than its bound: one prompt token for each
-//! byte of the request, and `sampling.max_tokens` completion tokens. An answer that costs more is counted in full, and
-//! later bounds are raised by its ratio.
+//! byte of the request and 8 for each message, and `sampling.max_tokens` completion tokens. An answer that costs more
+//! is counted in full, and later bounds are raised by its ratio.
 //!
 //! (1) `account`: the bound of a request is reserved before it is sent. Its reply replaces the reservation by the cost
 //! of the reported usage; by an upper bound if the attempt may have been billed without an answer, or the usage is

@@ -34,7 +34,7 @@ impl TokenBound {
         }
     }
 
-    /// Returns the cost in US dollars, or None without a price for input and output.
+    /// Returns the cost in US dollars; None unless the prices of input and output are both set.
     pub fn cost(&self, price: &Price) -> Option<f64> {
         let usage = Usage {
             prompt_tokens: self.input_tokens,
@@ -45,8 +45,8 @@ impl TokenBound {
     }
 }
 
-/// Returns the cost of a usage in US dollars, or None without a price for input and output. Without a price for cached
-/// input, cached tokens cost as much as other prompt tokens.
+/// Returns the cost of a usage in US dollars; None unless the prices of input and output are both set. Without a price
+/// for cached input, cached tokens cost as much as other prompt tokens.
 pub fn cost(usage: &Usage, price: &Price) -> Option<f64> {
     let input = price.input?;
     let output = price.output?;

@@ -139,7 +139,8 @@ impl AppendLog {
         })
     }
 
-    /// Switches to another file of `length` bytes, which durably contains the uncompressed lines of this file.
+    /// Switches to another file of `length` bytes, which durably contains the lines of this file that are not in the
+    /// compressed file.
     ///
     /// # Errors
     /// If the process has no file descriptor left.

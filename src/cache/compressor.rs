@@ -121,7 +121,7 @@ impl Compressor {
             if text.len() == length_before {
                 return Ok(text);
             }
-            // A line longer than a frame gets its own frame.
+            // The text ends inside a long line: read on until it contains a line end.
             if let Some(newline) = memchr::memrchr(b'\n', &text[length_before..]) {
                 text.truncate(length_before + newline + 1);
                 return Ok(text);

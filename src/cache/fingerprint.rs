@@ -2,7 +2,7 @@
 
 use crate::cache::hex;
 
-/// First 16 bytes of a key, which is a hash in hex. A million fingerprints take about 40 MB less memory than
+/// First 16 bytes of a key, which is a hash in hex. A million fingerprints take at least 48 MB less memory than
 /// the keys as text, and 128 bits make a collision negligible.
 pub(crate) type Fingerprint = [u8; 16];
 
@@ -21,7 +21,7 @@ pub(crate) fn fingerprint(key: &str) -> Fingerprint {
         })
 }
 
-/// Returns the first bytes of a hash in lower-case hex; `None` if `key` is anything else, or too short.
+/// Returns the first 16 bytes of a hash in lower-case hex; `None` if `key` is anything else, or too short.
 pub(crate) fn from_hex(key: &[u8]) -> Option<Fingerprint> {
     // Upper-case digits are refused, so that two keys that differ in case have different fingerprints.
     if key.iter().any(u8::is_ascii_uppercase) {

@@ -4,15 +4,16 @@
 //! description of the damage.
 //!
 //! A frame has its own checksum in addition to those of its lines. The headers of its blocks determine its length. Bytes
-//! after the last good frame are *torn*, because a crash may have left them, unless they begin with a complete frame that
-//! does not decompress and contain no block that was not written. All other bytes that are not a good frame are *damage*.
+//! after the last good frame are *torn*: a crash may have left them. But if they begin with a complete frame that does
+//! not decompress, they are torn only if they also contain a disk block that was not written. All other bytes that are
+//! not a good frame are *damage*.
 
 use std::io::{self, Read, Write};
 
 use super::line::{self, LineError};
 use super::recovery::{BadLine, FileEnding, ScanError};
 
-/// Bytes of text in one frame; a frame contains at most one line more. Half the size makes files 2 % larger, double the
+/// Bytes of text in one frame; long lines can make a frame larger. Half the size makes files 2 % larger, double the
 /// size makes them 1 % smaller.
 pub(crate) const FRAME_TEXT_BYTES: usize = 8 << 20;
 
@@ -200,32 +201,32 @@ impl<R: Read> FrameReader<R> {
     fn skip_damage(&mut self, is_complete: bool, why: &str) -> io::Result<(u64, FramePiece)> {
         let offset = self.offset;
         let mut has_unwritten_block = false;
-        let mut from = 1;
+        let mut search_start = 1;
         let is_last = loop {
-            let found = self
+            let magic_offset = self
                 .buffer
-                .get(from..)
+                .get(search_start..)
                 .and_then(|rest| memchr::memmem::find(rest, &MAGIC));
-            let Some(found) = found else {
+            let Some(magic_offset) = magic_offset else {
                 // The start of a frame, or of a run of NULs, may continue in the next bytes of the file.
-                let keep = UNWRITTEN_BLOCK.len().min(self.buffer.len());
+                let tail_bytes = UNWRITTEN_BLOCK.len().min(self.buffer.len());
                 has_unwritten_block |= contains_unwritten_block(&self.buffer);
-                self.consume(self.buffer.len() - keep);
-                from = keep.saturating_sub(MAGIC.len() - 1).max(1);
+                self.consume(self.buffer.len() - tail_bytes);
+                search_start = tail_bytes.saturating_sub(MAGIC.len() - 1).max(1);
                 if !self.read_more(READ_BYTES)? {
-                    self.consume(keep);
+                    self.consume(tail_bytes);
                     break true;
                 }
                 continue;
             };
-            let at = from + found;
-            if let Some(length) = self.frame_at(at)?
-                && decompress(&self.buffer[at..at + length]).is_ok()
+            let frame_start = search_start + magic_offset;
+            if let Some(length) = self.frame_at(frame_start)?
+                && decompress(&self.buffer[frame_start..frame_start + length]).is_ok()
             {
-                self.consume(at);
+                self.consume(frame_start);
                 break false;
             }
-            from = at + 1;
+            search_start = frame_start + 1;
         };
         let bad = FramePiece::Bad {
             end: self.offset,

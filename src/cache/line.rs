@@ -80,15 +80,18 @@ pub(crate) fn content_range(raw: &[u8], is_first: bool) -> Range<usize> {
 
 /// Checks the checksum of `line` (without its line end) and returns it.
 pub fn verify(line: &[u8]) -> Result<u32, LineError> {
-    let (covered, found) = line
+    let (covered, crc_field) = line
         .split_at_checked(line.len().wrapping_sub(CHECKSUM_BYTES))
         .ok_or(LineError::MissingChecksum)?;
-    if !covered.ends_with(b",") || !found.starts_with(b"\"crc\":\"") || !found.ends_with(b"\"}") {
+    if !covered.ends_with(b",")
+        || !crc_field.starts_with(b"\"crc\":\"")
+        || !crc_field.ends_with(b"\"}")
+    {
         return Err(LineError::MissingChecksum);
     }
     // Compared as text, so that each checksum has exactly one valid spelling.
     let crc = crc32c::crc32c(covered);
-    if found[7..15] == hex(crc) {
+    if crc_field[7..15] == hex(crc) {
         Ok(crc)
     } else {
         Err(LineError::Checksum)

@@ -152,7 +152,7 @@ struct MergeJob {
     in_conflicts_file: HashSet<KeyAndChecksum>,
 }
 
-/// New records of a source that have not been appended yet, with what the report counts once they are.
+/// New records of a source that have not been appended yet, and their sums, which are added to the report afterwards.
 #[derive(Default)]
 struct PendingRecords {
     records: Vec<EncodedRecord>,

@@ -21,8 +21,8 @@
 //! | `stats`, `unused_answers`, `files` | counts and sizes |
 //!
 //! Invariants: an acknowledged record is never changed or lost. One process at a time writes a cache. Files are
-//! created and replaced by `storage` alone, except for the lock. `record`, `stored`, `line`, `view`, `columns`,
-//! `keys`, `recovery`, `frames`, `verify_parallel` and `stats` open no files.
+//! created and replaced by `storage` alone, except for the lock, the index and the note about a moved file. `record`,
+//! `stored`, `line`, `view`, `columns`, `keys`, `recovery`, `frames`, `verify_parallel` and `stats` open no files.
 
 pub(crate) mod append_log;
 pub(crate) mod columns;

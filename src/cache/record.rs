@@ -32,8 +32,8 @@ pub struct Record {
     /// Identifies the request, in hex; two records of one key are two answers to one request. See
     /// [`super::question`].
     pub key: String,
-    /// `max_tokens` of the request if the answer was truncated there: a run with a larger `max_tokens` asks
-    /// again. 0 otherwise, and in records of schema 1.
+    /// `max_tokens` of the request if the answer was truncated there: a run with a larger `max_tokens` repeats the
+    /// request. 0 otherwise, and in records of schema 1.
     #[serde(default)]
     pub cut_at: u32,
     /// Id of the prompt, as in the prompt source.
@@ -99,7 +99,7 @@ pub struct Timing {
     /// Time at which the request was sent: RFC 3339 in UTC with milliseconds, as by [`Timing::stamp`].
     pub sent_at: String,
     pub latency_ms: u64,
-    /// Number of attempts, with the one that succeeded.
+    /// Number of attempts: the one that succeeded, and the failed ones that count towards `retry.max_attempts`.
     pub attempts: u32,
 }
 

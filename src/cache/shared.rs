@@ -14,8 +14,8 @@ use crate::cache::question::KeyVariants;
 /// Number of records after which a group is synced.
 pub(crate) const GROUP_RECORDS: usize = 64;
 
-/// Age of the first record of a group at which the group is synced. While a background sync has taken longer than this,
-/// appends wait for it.
+/// Age of the first record of a group at which the group is synced. Appends wait for a background sync that takes
+/// longer than this.
 pub(crate) const GROUP_AGE: Duration = Duration::from_secs(1);
 
 /// State of an open cache, for the writer, the sync thread and the compressor thread.

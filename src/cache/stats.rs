@@ -62,8 +62,9 @@ impl ReplacedStats {
 pub struct LogprobStats {
     /// Number of records with logprobs.
     pub records: u64,
-    /// Number of records whose concatenated tokens differ from the answer's text. Training uses hard labels for them,
-    /// unless the tokens are raw vocabulary entries that it can decode.
+    /// Number of records whose concatenated tokens differ from the answer's text. Training uses hard labels for such a
+    /// record, unless it finds the answer within the text of the tokens, or decodes raw vocabulary entries or token
+    /// ids.
     pub not_matching_text: u64,
     /// Number of emitted tokens of the records with logprobs.
     pub tokens: u64,
@@ -119,7 +120,7 @@ impl CacheStats {
         }
     }
 
-    /// Adds the sizes of the record's logprobs, which are encoded for it. This is slow for large caches.
+    /// Encodes the record's logprobs and adds their sizes. This is slow for large caches.
     pub fn measure_logprobs(&mut self, record: &Record) -> Result<()> {
         if let Some(logprobs) = &record.logprobs {
             self.logprobs.bytes += json_bytes(logprobs)?;

@@ -122,8 +122,7 @@ impl<'a> RecordView<'a> {
     /// Takes the messages of the request.
     ///
     /// # Errors
-    /// The request's parameters, if the request has no messages of only a role and a text. Other messages are in the
-    /// parameters.
+    /// The request's parameters, if a message is not just a role and a text: the parameters then contain all messages.
     pub(crate) fn take_messages(&mut self) -> Result<Vec<Message>, Value> {
         if self.request.messages.is_empty() {
             Err(serde_json::from_str(&self.request.params).unwrap_or_default())

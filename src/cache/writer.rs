@@ -203,8 +203,8 @@ impl Cache {
     /// Detects that another program has moved or changed a file.
     ///
     /// # Errors
-    /// If an earlier sync failed, so that nothing more can be appended; `DisplacedFile` if another program moved or
-    /// changed a file.
+    /// If nothing more can be appended, because an earlier sync or truncation failed; `DisplacedFile` if another
+    /// program moved or changed a file.
     pub fn check(&self) -> Result<()> {
         let mut state = self.shared.lock();
         state.check_files();
@@ -225,8 +225,9 @@ impl Cache {
     /// logged.
     ///
     /// # Errors
-    /// After a failed write, no part of the record is in the file, and the call may be repeated, for example once the
-    /// disk has space again. After a failed sync, the record may be lost, and nothing more can be appended.
+    /// After a failed write, the file is truncated to its previous length, and the call may be repeated, for example
+    /// once the disk has space again. After a failed sync, the record may be lost. After a failed sync or truncation,
+    /// nothing more can be appended.
     pub fn append(&self, record: &Record) -> Result<()> {
         self.append_encoded(&EncodedRecord::new(record)?)
     }

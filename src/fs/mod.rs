@@ -132,7 +132,7 @@ fn create_synced(path: &Path) -> std::io::Result<()> {
     sync_folder(parent_of(path))
 }
 
-/// Renames the finished folder `temporary` to `destination`, durably. `destination` must not exist, or be an empty
+/// Renames the finished folder `temporary` to `destination`, durably. `destination` must be missing or an empty
 /// folder. Both must be in the same file system.
 pub fn commit_dir(temporary: &Path, destination: &Path) -> Result<()> {
     sync_tree(temporary)
@@ -254,9 +254,9 @@ struct CountingReader {
 
 impl Read for CountingReader {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let read = self.file.read(buffer)?;
-        self.bytes += read as u64;
-        Ok(read)
+        let count = self.file.read(buffer)?;
+        self.bytes += count as u64;
+        Ok(count)
     }
 }
 
@@ -269,14 +269,14 @@ struct LimitedDecoder {
 
 impl Read for LimitedDecoder {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let read = self.inner.read(buffer)?;
-        self.bytes += read as u64;
+        let count = self.inner.read(buffer)?;
+        self.bytes += count as u64;
         let compressed_bytes = self.inner.get_ref().get_ref().bytes;
         if self.bytes > ALWAYS_ALLOWED_BYTES + compressed_bytes * MAX_EXPANSION {
             let message = format!("it decompresses to more than {MAX_EXPANSION} times its size");
             return Err(std::io::Error::other(message));
         }
-        Ok(read)
+        Ok(count)
     }
 }
 

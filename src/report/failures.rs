@@ -23,8 +23,8 @@ pub struct FailedRow {
     pub class: String,
     /// Message of the last error.
     pub message: String,
-    /// Number of failed attempts in this run; for a row that earlier runs gave up, the number of paid attempts in all
-    /// runs.
+    /// Number of failed attempts that count towards `retry.max_attempts`; for a row that earlier runs gave up, the
+    /// number of paid attempts in all runs.
     pub attempts: u32,
 }
 

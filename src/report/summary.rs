@@ -29,12 +29,14 @@ pub struct HarvestSummary {
     pub version: Version,
     /// Number of rows: prompts times samples, for every teacher.
     pub total: u64,
-    /// Number of rows that this run does not request: answered earlier, or with the same request as another row.
+    /// Number of rows that this run does not request: answered or refused by a content filter earlier, or with the same
+    /// request as another row.
     pub cached: u64,
     /// Number of rows in `cached` with the same request as another row.
     pub repeated: u64,
     pub ok: u64,
-    /// Number of answers that are recorded but not used for training; by reason in `quarantines`.
+    /// Number of answers that are recorded but not used for training, and of rows that a content filter refused; by
+    /// reason in `quarantines`.
     pub quarantined: u64,
     /// Number of rows that ended without an answer; by class in `failures`, in full in `failures.jsonl`.
     pub failed: u64,

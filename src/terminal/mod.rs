@@ -18,8 +18,8 @@ use std::time::Duration;
 
 /// Makes text from a model, an endpoint or a data file safe to print.
 ///
-/// Control characters (including escape sequences and C1) and characters that change the display order are
-/// replaced by visible escapes. Line feeds and tabs are kept.
+/// Control characters (including escape sequences and C1), line and paragraph separators, and characters that change
+/// the display order are replaced by visible escapes. Line feeds and tabs are kept.
 pub fn sanitise(text: &str) -> Cow<'_, str> {
     if !text.chars().any(is_unsafe) {
         return Cow::Borrowed(text);
