@@ -28,7 +28,7 @@ pub struct DataReport {
     /// Records by group, used and left out.
     #[serde(default)]
     pub groups: GroupCounts,
-    /// Number of selected records without an example, by reason.
+    /// Number of selected records without an example, and of separate answers (see `split`) without one, by reason.
     pub dropped: BTreeMap<String, u64>,
     /// Number of examples whose last answer trains on cross-entropy alone, by reason.
     pub ce_only: BTreeMap<String, u64>,
