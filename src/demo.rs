@@ -1,7 +1,7 @@
 //! `distill demo`: the whole pipeline on this machine, using only the code of the other commands.
 //!
-//! The teacher and the prompts are contained in the program. They are written to the run folder, together with one
-//! config per step. Each step runs with its config and prints the equivalent command.
+//! The teacher and the prompts are contained in the program. They are written to the run folder, together with the
+//! configs of the steps. Each step runs with its config and prints the equivalent command.
 
 mod folder;
 
@@ -216,7 +216,7 @@ fn start_teacher(options: &DemoOptions) -> Result<Server> {
     start(options.port).or_else(|_| start(0))
 }
 
-/// Returns the file names and texts of the configs, one per step.
+/// Returns the file names and texts of the configs. A student's training and evaluation share one.
 fn configs(options: &DemoOptions, base_url: &str) -> Vec<(String, String)> {
     let DemoOptions {
         prompts,

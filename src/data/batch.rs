@@ -32,12 +32,12 @@ pub struct Batch {
     pub soft_ids_NK: Vec<u32>,
     pub soft_logprobs_NK: Vec<f32>,
     /// Logprob of a label that the teacher emitted from outside its top-k; -inf if unknown, None for other labels.
-    /// Empty if all are None.
+    /// May be empty if all are None.
     pub sampled_logprobs_N: Vec<Option<f32>>,
-    /// True if the label was sampled from the distribution of the logprobs. Empty if all are false.
+    /// True if the label was sampled from the distribution of the logprobs. May be empty if all are false.
     pub is_exact_sample_N: Vec<bool>,
-    /// Whether the teacher's logprobs include the end of this position's answer; None if unknown. Empty if all are
-    /// None.
+    /// Whether the teacher's logprobs include the end of this position's answer; None if unknown. May be empty if
+    /// all are None.
     pub lists_end_N: Vec<Option<bool>>,
     /// Chunks, in order: the range of positions whose text the teacher's tokenizer splits differently, and the negative
     /// log-likelihood of the text under the teacher in nats.
@@ -85,7 +85,7 @@ impl Batch {
     }
 }
 
-/// Splits the examples of a step into micro-batches. If `train.micro_batch_tokens` is 0, each has
+/// Splits the examples of a step into micro-batches. If `train.micro_batch_tokens` is 0, each but the last has
 /// `train.micro_batch_size` examples, in order. Else the examples are packed: each micro-batch has at most
 /// `train.micro_batch_tokens` tokens, and a longer example is alone in its micro-batch.
 ///
@@ -131,8 +131,8 @@ pub struct Cursor {
 /// Selects the examples of each step. Each epoch has its own random order, which depends on the seed and the number of
 /// the epoch.
 ///
-/// A step takes `batch_size` examples, if necessary from two epochs. All steps have the same size, and each example is
-/// taken once per epoch.
+/// A step takes `batch_size` examples, if necessary from several epochs. All steps have the same size, and each example
+/// is taken once per epoch.
 #[derive(Debug, Clone)]
 pub struct BatchSampler {
     batch_size: usize,

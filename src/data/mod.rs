@@ -14,11 +14,12 @@
 //! | `text_scorer` | interface to a teacher that scores given texts |
 //!
 //! Shapes, as suffixes of arrays: B examples, T tokens, N supervised positions, N1 one more than N, K top-k, C chunks.
-//! Arrays of shape NK are flat, and each position may have another number of labels (K): the labels of the first
+//! Arrays of shape NK are flat, and the number of labels (K) may differ between positions: the labels of the first
 //! position, then those of the second, and so on. A separate array has the end or the offset of each position's labels.
 //!
 //! Invariants:
-//! - The examples depend only on the content of the source and on the settings, not on the number of threads.
+//! - The examples depend only on the content of the source, the tokenizers, the settings and the selection of records,
+//!   not on the number of threads.
 //! - A position without usable logprobs trains on cross-entropy.
 //! - `align`, `groups`, `logprob_check`, `sample_trie` and `sampling` are pure: no clock, file or random number.
 //! - [`prepared::index::VERSION`] is increased with every change of the examples or their files.

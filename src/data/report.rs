@@ -28,17 +28,18 @@ pub struct DataReport {
     /// Records by group, used and left out.
     #[serde(default)]
     pub groups: GroupCounts,
-    /// Number of selected records without an example, by reason.
+    /// Number of selected records without an example, and of separate answers (see `split`) without one, by reason.
     pub dropped: BTreeMap<String, u64>,
-    /// Number of supervised answers with cross-entropy alone, by reason.
+    /// Number of examples whose last answer trains on cross-entropy alone, by reason.
     pub ce_only: BTreeMap<String, u64>,
     /// Number of supervised answers.
     #[serde(default)]
     pub answers: u64,
-    /// Number of supervised answers without an end-of-turn token.
+    /// Number of supervised answers without an end-of-turn token, except truncated answers.
     #[serde(default)]
     pub without_end: u64,
-    /// Number of supervised answers whose reasoning the chat template leaves out, by what is done with it.
+    /// Number of supervised answers whose reasoning the chat template leaves out, or is in a separate field of the
+    /// record, by what is done with it.
     #[serde(default)]
     pub thinking: BTreeMap<String, u64>,
     /// Number of earlier answers of conversations that became separate examples, because the text before the answer in

@@ -1,4 +1,5 @@
-//! The run folder of the demo. The demo overwrites only files that it wrote itself.
+//! The run folder of the demo. The demo overwrites only files that it wrote itself. In the folder of an earlier
+//! version, which has no `demo.json`, it first copies a file that it cannot recognise.
 //!
 //! `demo.json` holds the hash of every content that the demo has written to each file. It is updated before the file,
 //! so that a demo that was killed at any moment recognises its own files and resumes.
@@ -33,8 +34,9 @@ impl DemoFolder {
     /// that every version of the demo has written.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if the folder contains files that the demo did not write, or a file of `names` was changed.
-    /// Without a manifest, the folder of an earlier version is recognised by its shipped files.
+    /// [`Exit::Usage`] if the manifest is invalid, or a file of `names` has content that the demo did not write.
+    /// Without a manifest, if the folder is not empty and not that of an earlier version, which is recognised by its
+    /// shipped files.
     pub(super) fn open<'a>(
         dir: &Path,
         names: impl Iterator<Item = &'a str>,

@@ -77,8 +77,8 @@ pub(super) fn write(
     Ok(report)
 }
 
-/// Converts a row to a line, or returns the reason to leave it out. Adds the number of alternatives without a token
-/// to `dropped`.
+/// Converts a row to a line, or returns the reason to leave it out. Adds the number of alternatives that [`entry`]
+/// drops to `dropped`.
 fn line(
     mut row: ExportRow,
     tokenizer: &Tokenizer,
@@ -216,7 +216,7 @@ fn entry(
         } else {
             find_id(bytes, tokenizer)
         };
-        // If two alternatives have the same token, the likelier one is kept.
+        // If two alternatives have the same token, the first one is kept.
         match id.filter(|id| !entry.ids.contains(id)) {
             Some(id) => {
                 entry.ids.push(id);

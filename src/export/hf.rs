@@ -39,7 +39,8 @@ impl HfRow {
     }
 }
 
-/// Returns true if the folder `out` contains only files that [`write`] creates.
+/// Returns true if the folder `out` contains only files with the names that [`write`] uses. Their contents are not
+/// checked.
 pub(super) fn is_export(out: &Path) -> Result<bool> {
     let entries = std::fs::read_dir(out)
         .and_then(|entries| entries.collect::<std::io::Result<Vec<_>>>())

@@ -15,7 +15,7 @@
 //!
 //! Invariants: records are streamed, so memory holds one record, or for Parquet one row group. A row that a format
 //! cannot represent is left out and counted with the reason. OUT replaces a file or a folder only with `--force`, and
-//! a folder only if an `hf` export wrote all its files.
+//! a folder only if all its files have the names of an `hf` export.
 //!
 //! # How to add an export format
 //!
@@ -56,7 +56,7 @@ pub enum Format {
     Parquet,
 }
 
-/// Writes the records that training would use to `out`, atomically.
+/// Writes the records that `distill train` selects to `out`, atomically.
 ///
 /// # Errors
 /// The first error of `records`; [`Exit::Usage`] if `out` exists and may not be replaced, if the format needs a
@@ -89,8 +89,8 @@ pub fn write(
     }
 }
 
-/// Refuses to replace anything without `force`. With `force`, an export may replace a file, and an `hf` export may
-/// replace the folder of another `hf` export.
+/// Refuses to replace anything without `force`. With `force`, an export may replace a file, and an `hf` export a folder
+/// for which [`hf::is_export`] returns true.
 fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
     let path = out.display();
     let Ok(metadata) = out.symlink_metadata() else {

@@ -22,8 +22,8 @@ pub struct ExportReport {
     pub rows: u64,
     /// Number of records left out, by reason.
     pub left_out: BTreeMap<String, u64>,
-    /// Number of top-k alternatives dropped because the tokenizer has no token for them. `None` for formats without
-    /// token ids.
+    /// Number of top-k alternatives dropped because the tokenizer has no token for them, or another alternative has the
+    /// same token. `None` for formats without token ids.
     pub dropped_alternatives: Option<u64>,
 }
 
@@ -43,7 +43,8 @@ impl ExportRow {
     }
 }
 
-/// Iterates over the records that `distill train` would use. Counts the other records by reason.
+/// Iterates over the records that `distill train` selects. Counts the other records by reason. Whether a record makes
+/// an example, for example within `data.max_length`, is not checked.
 pub(crate) struct ExportRows<'a, R> {
     pub(crate) records: R,
     pub(crate) settings: &'a config::DataConfig,

@@ -6,8 +6,8 @@
 //! A checkpoint is written atomically, by renaming its folder. The newest checkpoint is found by listing the
 //! parent folder.
 //!
-//! The fingerprint hashes the JSON of the settings. Order and names of the fields of `config::TrainConfig` and
-//! `config::LossConfig` are part of it: changing them makes old checkpoints unusable.
+//! The fingerprint hashes the JSON of [`Config::checkpoint_inputs`]. Order and names of the fields of the settings in
+//! it, such as `config::TrainConfig`, are part of it: changing them makes old checkpoints unusable.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -219,9 +219,9 @@ pub(crate) fn latest(dir: &Path) -> Result<Option<PathBuf>> {
 /// Restores `training` from the checkpoint at `path`.
 ///
 /// # Errors
-/// [`Exit::Damaged`] if a file is damaged. [`Exit::Usage`] if an earlier version of the program wrote the checkpoint,
-/// or if it has other `inputs` (see [`fingerprint_inputs`]). If the data differ, the error lists changes of
-/// `data_settings` as possible reasons.
+/// [`Exit::Damaged`] if a file is damaged, or `state.json` has another format version. [`Exit::Usage`] if the
+/// checkpoint was written before checkpoints stored their inputs, or has other `inputs` (see [`fingerprint_inputs`]).
+/// If the data differ, the error lists changes of `data_settings` as possible reasons.
 pub fn load(
     path: &Path,
     training: &mut TrainingState,

@@ -45,7 +45,7 @@ pub(crate) fn check(
 
 impl EarlyStopping {
     /// Records the validation after `step`. Returns true if it is the best one so far. A validation whose
-    /// metric is missing or not finite is not an improvement.
+    /// metric is missing or not finite is not an improvement. With [`config::BestMetric::Last`], records nothing.
     pub fn record(&mut self, metric: config::BestMetric, step: u64, means: &MetricMeans) -> bool {
         let (value, higher_is_better) = match metric {
             config::BestMetric::Last => return false,

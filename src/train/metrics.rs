@@ -100,7 +100,8 @@ pub struct MetricMeans {
     /// Loss term of the soft labels: the selected divergence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kd: Option<f64>,
-    /// Expected calibration error: mean absolute difference between confidence and accuracy over the confidence bins.
+    /// Expected calibration error: absolute difference between mean confidence and accuracy of a confidence bin,
+    /// averaged over the bins by their numbers of positions.
     pub calibration_error: Option<f64>,
     /// KL divergence to the teacher, in nats: on its top-k and the tail, or over the whole vocabulary with a local
     /// teacher.

@@ -92,10 +92,10 @@ impl From<StartMode> for TrainOptions {
     }
 }
 
-/// Trains the student of `config` until the last step or a signal, and writes its folder.
+/// Trains the student of `config` until the last step or until early stopping, and writes its folder.
 ///
 /// # Errors
-/// If data or student do not load, a number is not finite, or a file cannot be written.
+/// If data or student do not load, a number is not finite, a file cannot be written, or a signal stops the run.
 pub fn run(config: &Config, options: TrainOptions) -> Result<TrainSummary> {
     run_with_scorer(config, options, None)
 }

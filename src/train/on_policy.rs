@@ -113,8 +113,8 @@ impl<'a> OnPolicy<'a> {
         &self,
         examples: &'e [ExampleView<'v>],
     ) -> (&'e [ExampleView<'v>], &'e [ExampleView<'v>]) {
-        let generated = (self.settings.share * examples.len() as f64).round() as usize;
-        examples.split_at(examples.len() - generated.min(examples.len()))
+        let generated_count = (self.settings.share * examples.len() as f64).round() as usize;
+        examples.split_at(examples.len() - generated_count.min(examples.len()))
     }
 
     /// Generates answers to the prompts of `examples` in step `step`, and lets a teacher behind an API score them.

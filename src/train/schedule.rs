@@ -3,7 +3,7 @@
 use crate::config::{LrSchedule, TrainConfig};
 
 /// Returns the learning rate of step `step` (from 1) of `total`: a linear warmup to `train.learning_rate`, then the
-/// schedule down to `min_learning_rate_ratio` times `train.learning_rate`.
+/// schedule. All schedules but `constant` end at `min_learning_rate_ratio` times `train.learning_rate`.
 pub(crate) fn learning_rate(train: &TrainConfig, step: u64, total: u64) -> f64 {
     let peak = train.learning_rate;
     let warmup = train.warmup_steps.min(total);

@@ -67,8 +67,8 @@ fn soft_term(settings: &LossConfig, divergence: Divergence, default_weight: f32)
 /// Chooses the loss terms for the soft labels of a cache; `end` is the token that ends an answer.
 ///
 /// # Errors
-/// [`Exit::Usage`] if the logprobs do not belong to the answers, or do not support `loss.kd`. With `force` these errors
-/// are warnings.
+/// [`Exit::Usage`] if too few logprobs can be used, or the logprobs do not belong to the answers or do not support
+/// `loss.kd`. With `force` these errors are warnings.
 pub fn choose(
     settings: &LossConfig,
     report: &DataReport,

@@ -22,7 +22,7 @@ pub struct TrainSummary {
     pub best_step: Option<u64>,
     /// Number of tokens over all sessions.
     pub tokens: u64,
-    /// Duration of this session in seconds.
+    /// Duration of the training loop in this session, in seconds.
     pub seconds: f64,
     /// Speed of this session.
     pub tokens_per_s: f64,

@@ -30,7 +30,8 @@ impl TrainableModel {
     /// Loads or initialises the student.
     ///
     /// # Errors
-    /// If the folder does not load, or its tokenizer has ids beyond the embedding.
+    /// If the folder does not load, its tokenizer has ids beyond the embedding, or a pattern of `lora.targets` or
+    /// `train.freeze` matches nothing or leaves nothing to train.
     pub fn student(
         settings: &StudentConfig,
         adapters: &LoraConfig,
@@ -153,7 +154,7 @@ impl TrainableModel {
     }
 
     /// Writes a Hugging Face folder with the given weights, into which adapters are merged. An older folder is replaced
-    /// atomically.
+    /// atomically; files of other programs in it are kept.
     ///
     /// The tokenizer's files are copied from `tokenizer_dir`; `card` is the text of the README. Returns the
     /// differences between the copies and their sources.

@@ -25,7 +25,7 @@ pub struct Aligned {
     pub mapped_mass: f64,
     /// Positions whose emitted token is in the top-k; the expected rate is the probability mass of the top-k.
     pub in_top_k: Agreement,
-    /// Number of positions whose probabilities sum to more than 1.
+    /// Number of positions whose probabilities sum to more than 1 + [`super::EXCESS`].
     pub positions_over_one: u64,
     /// Positions where the teacher emitted its most likely token, counted before the mapping to student tokens.
     pub agreement: Agreement,
@@ -65,8 +65,8 @@ impl Aligned {
         self.ends_N.is_empty()
     }
 
-    /// Token ids and logprobs of the soft labels at `position`. Empty if the top-k has no usable token there, or if
-    /// `position` is past the end.
+    /// Token ids and logprobs of the soft labels at `position`. Empty if the position has none, or if `position` is
+    /// past the end.
     pub fn soft(&self, position: usize) -> (&[u32], &[f32]) {
         let Some(&end) = self.ends_N.get(position) else {
             return (&[], &[]);
@@ -78,7 +78,7 @@ impl Aligned {
     }
 
     /// Logprob of the emitted token if it is outside the top-k; -inf if that logprob is unknown. None if the token
-    /// is one of the top-k.
+    /// is one of the top-k, or the position has no soft labels, or is a later token of a split teacher token.
     pub fn sampled_logprob(&self, position: usize) -> Option<f32> {
         self.sampled_logprob_N
             .get(position)

@@ -194,7 +194,7 @@ impl<'a> Mapper<'a> {
     }
 
     /// Fills `listed` with the candidates at a position, and adds the position to the counts of `aligned`. Returns None
-    /// if the probabilities sum to more than 1; the other positions of the answer stay usable.
+    /// if the probabilities sum to more than 1 + [`EXCESS`]; the other positions of the answer stay usable.
     fn candidates_at<'t>(
         &self,
         teacher: &'t LogprobsView,

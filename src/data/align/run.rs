@@ -146,7 +146,7 @@ fn match_around_unknown(
 ) -> Option<Vec<TeacherSpan>> {
     let mut spans = Vec::new();
     let mut offset = 0;
-    // The first of the tokens of unknown bytes since the last match.
+    // Index of the first token of unknown bytes since the last match.
     let mut unknown: Option<usize> = None;
     // The end of the turn may follow tokens of unknown bytes.
     let is_end = |bytes: &Cow<'_, [u8]>| !is_unknown(bytes) && is_stop(bytes);

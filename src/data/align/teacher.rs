@@ -47,8 +47,8 @@ type Decode = fn(&str) -> Option<Vec<u8>>;
 /// Returns a decoder if the tokens may be raw vocabulary entries: these contain `Ġ`, `Ċ` or `▁`, and no space. The
 /// names of control tokens are ignored, because some contain `▁`.
 fn raw_spelling(teacher: &LogprobsView) -> Option<Decode> {
-    /// Number of positions to inspect. Few are enough, because nearly every position has a candidate that begins with a
-    /// space.
+    /// Number of positions whose candidates are inspected. Few are enough, because nearly every position has a
+    /// candidate that begins with a space.
     const POSITIONS: usize = 16;
     let positions = 0..teacher.top.lists().min(POSITIONS);
     let candidates = positions.flat_map(|at| teacher.top.get(at));

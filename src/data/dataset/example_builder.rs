@@ -53,7 +53,7 @@ pub(super) struct TokenizedRow {
     pub(super) ce_only: Option<String>,
     /// Number of supervised answers.
     answers: u64,
-    /// Number of supervised answers without an end-of-turn token.
+    /// Number of supervised answers without an end-of-turn token, except truncated answers.
     without_end: u64,
     /// Treatment of each supervised answer whose thinking the chat template leaves out.
     thinking: Vec<ThinkingChange>,

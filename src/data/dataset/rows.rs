@@ -132,7 +132,7 @@ fn row<'a>(
     let sampling = SamplingKind::from_params(params);
     let date = record.sent_at();
     let top_logprobs = params["top_logprobs"].as_u64();
-    // Messages with more than a role and a text each are in the parameters.
+    // If a message has other fields, or its content is not a string, the messages are in the parameters.
     let messages = record.take_messages();
     let messages =
         messages.or_else(|params| messages_of_request(&params).ok_or(NO_TEXT.to_owned()));

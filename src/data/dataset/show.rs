@@ -42,7 +42,7 @@ pub struct ShownToken {
     pub text: String,
     pub is_special: bool,
     pub is_supervised: bool,
-    /// Likeliest first; empty if the position trains on cross-entropy alone.
+    /// Most likely first; empty if the position has none.
     pub soft_labels: Vec<ShownLabel>,
     /// Probability outside the soft labels.
     pub tail: Option<f64>,
@@ -64,7 +64,8 @@ pub struct ShownLabel {
 
 /// Returns at most `limit` rows. With `id`, these are the rows whose key, line number or prompt id is `id`, or whose
 /// key starts with `id` (at least [`MIN_KEY_DIGITS`] digits). Without `id`, these are the first rows that make an
-/// example. Also returns the number of other rows that make no example, by reason.
+/// example. Also returns, by reason, the number of rows that make no example and are not returned. Rows that `id`
+/// rules out, and rows after the last returned one, are not counted.
 ///
 /// # Errors
 /// If the source or the teacher's tokenizer cannot be read.

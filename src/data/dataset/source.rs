@@ -32,7 +32,7 @@ pub(crate) enum DataSource {
 }
 
 impl DataSource {
-    /// Returns the file `data.source`, or the cache of the run if `data.source` is not set.
+    /// Returns the file `data.source`, or, if it is not set, the cache `data.cache` or the run's own cache.
     pub(crate) fn new(settings: &config::DataConfig, run_dir: &Path) -> Self {
         match &settings.source {
             None => Self::Cache(settings.cache_folder(run_dir)),
@@ -166,7 +166,7 @@ pub(crate) struct SourceReader {
     lines: LineReader,
     /// Number of lines read.
     number: u64,
-    /// Number of bytes read; for a compressed file, of uncompressed bytes.
+    /// Number of bytes read: of a cache as stored, of a compressed file of conversations after decompression.
     bytes: u64,
     /// True after the last line.
     is_at_end: bool,
@@ -254,7 +254,7 @@ impl SourceReader {
         self.number
     }
 
-    /// Number of bytes read so far; for a compressed file, of uncompressed bytes.
+    /// Number of bytes read so far: of a cache as stored, of a compressed file of conversations after decompression.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -312,7 +312,7 @@ fn parse_line(
     rows::from_line(line, number, settings).map(Some)
 }
 
-/// Callback for progress: its arguments are the number of bytes read and the total number of bytes. An error stops the
+/// Callback for progress: its arguments are [`SourceReader::bytes`] and [`DataSource::bytes`]. An error stops the
 /// reading.
 pub(crate) type OnProgress<'a> = &'a mut (dyn FnMut(u64, u64) -> Result<()> + Send);
 

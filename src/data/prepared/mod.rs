@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <run_dir>/prepared/<hash>/shard-00000.safetensors …   examples, column by column
-//!                           order.safetensors           the order in which they are taken
+//!                           order.safetensors           the order of the examples
 //!                           index.json                  sizes, checksums, the report; written last
 //! ```
 //!
@@ -15,8 +15,8 @@
 //! | `writer` | writing on several threads |
 //!
 //! Invariants:
-//! - The `<hash>` of the folder covers everything that the examples depend on: the bytes of the source, the tokenizer,
-//!   the settings.
+//! - The `<hash>` of the folder covers everything that the examples depend on: the bytes of the source, the tokenizers,
+//!   the settings and the selection of records.
 //! - A folder appears complete, by a rename, or not at all.
 //! - The files contain the hash of each example's prompt, but not whether the example is for training or validation.
 //!   Another `data.validation_share` therefore uses the same shards.
@@ -53,7 +53,7 @@ pub struct Prepared {
     shards: Vec<PreparedShard>,
     /// Index of the first example of each shard.
     starts: Vec<usize>,
-    /// Index of each example, counted over all shards, in the order in which examples are taken.
+    /// Index of each example, counted over all shards, in the order of [`Self::example`].
     places: Vec<u32>,
     prompt_hashes: Vec<u32>,
     content: String,
@@ -67,7 +67,7 @@ impl Prepared {
     /// training run. This reads every file once, which brings it into the page cache for the first epoch.
     ///
     /// # Errors
-    /// If a file is missing or damaged.
+    /// If a file is missing or damaged, or another version of the program wrote the folder.
     pub fn open(dir: &Path) -> Result<Option<Self>> {
         if !dir.exists() {
             return Ok(None);
@@ -224,10 +224,10 @@ fn map_shard(path: &Path, file: &FileChecksum) -> Result<ShardBytes> {
 /// # Errors
 /// If a folder cannot be read or removed.
 pub(crate) fn remove_older(root: &Path, used: &Path) -> Result<()> {
-    let read = || format!("could not read {}", root.display());
+    let could_not_read = || format!("could not read {}", root.display());
     let mut complete = Vec::new();
-    for entry in std::fs::read_dir(root).with_context(read)? {
-        let path = entry.with_context(read)?.path();
+    for entry in std::fs::read_dir(root).with_context(could_not_read)? {
+        let path = entry.with_context(could_not_read)?.path();
         if path == used || !path.is_dir() {
             continue;
         }

@@ -272,7 +272,8 @@ impl<'a> ExampleView<'a> {
         self.shard.is_exact_sample_B.get(self.bytes(), self.index) != 0
     }
 
-    /// Whether the teacher's logprobs include the end of the turn; None if the answer does not end its turn.
+    /// Whether the teacher's logprobs include the end of the turn; None if the answer does not end its turn, or
+    /// could not be aligned with its logprobs.
     pub fn lists_end(self) -> Option<bool> {
         match self.shard.lists_end_B.get(self.bytes(), self.index) {
             0 => None,

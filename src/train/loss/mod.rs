@@ -175,8 +175,8 @@ pub fn position(
 ///
 /// A chunk is a text of n student tokens and m teacher tokens, whose negative log-likelihood under the teacher is
 /// `nll`. The tokens differ, so only the two likelihoods of the text can be compared: with a the teacher's and b the
-/// student's negative log-likelihood, f = b - a + a log(a / b) is added to the cross-entropies. It is 0 if they are
-/// equal (the limit of ALM, arXiv 2503.20083, for small likelihoods).
+/// student's negative log-likelihood, f = b - a + a log(a / b) times `weights.alm` is added to the cross-entropies. f
+/// is 0 if a = b (the limit of ALM, arXiv 2503.20083, for small likelihoods).
 ///
 /// `logits_NV` has n x V entries; `targets_N` have no soft labels.
 #[inline(always)]

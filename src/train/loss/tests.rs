@@ -228,7 +228,7 @@ fn without_listed_end(
 
 #[test]
 fn unlisted_ends_have_zero_expected_gradient_at_a_match() {
-    let mean = |listed: &[u32], weights: LossWeights| {
+    let largest_mean = |listed: &[u32], weights: LossWeights| {
         let mut mean = [0.0; 6];
         for (label, p) in (0..).zip(WITH_END) {
             let mut logits = WITH_END.map(f32::ln);
@@ -248,12 +248,12 @@ fn unlisted_ends_have_zero_expected_gradient_at_a_match() {
                 &[4, 0, 1],
                 &[0, 4, 1, 2, 3, 5],
             ] {
-                let biased = mean(listed, weights);
+                let biased = largest_mean(listed, weights);
                 let weights = LossWeights {
                     end: UNLISTED,
                     ..weights
                 };
-                let corrected = mean(listed, weights);
+                let corrected = largest_mean(listed, weights);
                 assert!(
                     corrected < 1e-6,
                     "{divergence}, {weight}, {listed:?}: {corrected}"
