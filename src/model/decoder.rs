@@ -46,7 +46,8 @@ impl Decoder {
     /// Builds a decoder from `tensors`. Tensors that are variables are trainable.
     ///
     /// # Errors
-    /// Where a tensor is missing or its shape does not match `config`. The error names the first such tensor.
+    /// Where a tensor is missing or its shape does not match `config` (the error names the first such tensor), or one
+    /// of the two weights of an adapter is missing.
     pub(crate) fn new(config: &ModelConfig, tensors: &Tensors) -> Result<Self> {
         let weights = CheckedWeights::new(config, tensors)?;
         let new_layer = |index| {
@@ -166,10 +167,11 @@ impl ModelConfig {
         }
     }
 
-    /// Converts weights from the layout of the files to the layout in memory.
+    /// Converts weights from the layout of the files to the layout in memory. Shapes are not checked
+    /// here, but when a model is built.
     ///
     /// # Errors
-    /// Where a shape does not match the architecture.
+    /// Where a tensor cannot be split or copied.
     pub fn to_memory_layout(&self, stored: Tensors) -> Result<Tensors> {
         match self.architecture {
             Architecture::Llama(_) => Ok(stored),
@@ -192,8 +194,8 @@ impl ModelConfig {
 /// Reads the shape and the weights of a Hugging Face folder. Logs the names of unused tensors.
 ///
 /// # Errors
-/// Where a file is missing or malformed, the weights have more layers than `config.json`, or the folder
-/// contains an adapter.
+/// Where a file is missing or malformed, the weights have more layers than `config.json` or a tensor twice, or the
+/// folder contains an adapter.
 pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
     if dir.join(ADAPTER_CONFIG).exists() {
         bail!(Exit::Usage(format!(

@@ -26,7 +26,8 @@ impl Model {
     /// (B x V). Sequences may have different numbers of new tokens: prompts and single tokens can share a step.
     ///
     /// # Errors
-    /// Where an id is outside the vocabulary, a sequence exceeds the context, or a sequence has no new tokens.
+    /// Where an id is outside the vocabulary, a sequence exceeds the context, a sequence has no new tokens, or the
+    /// weights are not on the CPU.
     pub fn step(&self, tokens: &[&[u32]], caches: &mut [&mut KvCache]) -> Result<Vec<f32>> {
         let mut segments_B = Vec::with_capacity(tokens.len());
         let mut input_ids_T = Vec::new();

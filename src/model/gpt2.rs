@@ -80,10 +80,11 @@ pub(super) fn stored_name(name: String) -> String {
     part.map_or(name.clone(), |part| name.replace(part, FUSED_QKV))
 }
 
-/// Converts weights from the layout of the files to the layout in memory.
+/// Converts weights from the layout of the files to the layout in memory. Shapes are not checked here,
+/// but when a model is built.
 ///
 /// # Errors
-/// Where a fused weight cannot be split into three.
+/// Where a tensor cannot be split or copied.
 pub(crate) fn to_memory_layout(stored: Tensors) -> Result<Tensors> {
     let mut tensors = Tensors::new();
     for (name, tensor) in stored {

@@ -2,7 +2,7 @@
 //! variants: mistral (a sliding window; arXiv 2310.06825), qwen2 (biases; arXiv 2407.10671), qwen3 (a
 //! norm of every head; arXiv 2505.09388).
 //!
-//! The layer is written once, over [`Graph`], for training and generation on every device.
+//! The layer is written once, over [`Graph`]: it trains on every device and generates on the CPU.
 
 #![allow(
     non_snake_case,
@@ -40,7 +40,7 @@ pub(crate) struct LlamaLayer {
     gate: Projection,
     up: Projection,
     down: Projection,
-    /// Number of keys that a query sees, itself included. None: all keys before it.
+    /// Maximum number of keys that a query sees, its own included. None: its own key and all before it.
     window: Option<usize>,
 }
 

@@ -23,9 +23,10 @@ const WEIGHT: &str = ".weight";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 
-/// Creates adapters of rank `rank` for the linear layers whose names match one of `targets`, or for all
-/// linear layers if `targets` is empty. A is uniform between -1 / sqrt(inputs) and 1 / sqrt(inputs), and B
-/// is zero, so that new adapters do not change the decoder's output.
+/// Creates adapters of rank `rank` for the linear layers whose weights have a name (such as
+/// `model.layers.0.mlp.up_proj.weight`) that matches one of `targets`, or for all linear layers if `targets` is empty.
+/// A is uniform between -1 / sqrt(inputs) and 1 / sqrt(inputs), and B is zero, so that new adapters do not change the
+/// decoder's output.
 ///
 /// # Errors
 /// Where a tensor cannot be allocated.
@@ -60,7 +61,7 @@ pub fn new_adapters(
     Ok(tensors)
 }
 
-/// Returns the name of the first linear layer, as an example in messages.
+/// Returns the name of the weight of the first linear layer, as an example in messages.
 pub(crate) fn first_projection_name(config: &ModelConfig) -> String {
     let parameters = config.parameters();
     let mut projections = parameters
@@ -72,7 +73,7 @@ pub(crate) fn first_projection_name(config: &ModelConfig) -> String {
 /// Merges every adapter into its weight: W + s B A. Other weights are returned unchanged.
 ///
 /// # Errors
-/// Where shapes do not fit.
+/// Where a weight with an adapter, or the adapter, is not a contiguous f32 matrix on the CPU.
 pub fn merge(config: &ModelConfig, tensors: &Tensors) -> Result<Tensors> {
     let mut merged = Tensors::new();
     for (name, tensor) in tensors {

@@ -8,6 +8,7 @@
 //! | `config/` | the shape of a decoder, read from `config.json` |
 //! | `weights`, `parameters`, `lora` | safetensors files; names, shapes and initial values; adapters |
 //! | `llama`, `gpt2`, `decoder` | the layers of each architecture; the decoder around them |
+//! | `projection`, `norm` | the weights of a linear layer; the weights of a norm |
 //! | `graph`, `tape/`, `candle_graph/`, `gradients` | the operations, their two implementations, the gradients |
 //! | `forward`, `decoding`, `kv_cache` | passes over whole sequences; incremental decoding |
 //! | `batcher`, `sampling`, `text_stream`, `generate`, `score` | continuous batching, sampling, answers, scores |
@@ -161,7 +162,7 @@ impl Model {
         })
     }
 
-    /// Sets the backend. The default is [`Backend::CpuTape`] for weights on the CPU.
+    /// Sets the backend. The default is [`Backend::CpuTape`] for weights on the CPU, else [`Backend::Candle`].
     pub fn set_backend(&mut self, backend: Backend) {
         self.backend = backend;
     }
@@ -171,7 +172,7 @@ impl Model {
         self.backend
     }
 
-    /// Sets the precision of matrix products. The default is f32.
+    /// Sets the precision of matrix products, and of activations with [`Backend::Candle`]. The default is f32.
     pub fn set_precision(&mut self, precision: Precision) {
         self.precision = precision;
     }

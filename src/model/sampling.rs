@@ -50,8 +50,8 @@ impl SamplingParams {
         }
     }
 
-    /// Returns the parameters for answer `index` of several answers to requests with one seed. Each answer has its own
-    /// seed; answer 0 keeps the seed of the requests. The other seeds are far from the small numbers that users choose.
+    /// Returns the parameters for answer `index` of several answers for which the user set one seed. Each answer has
+    /// its own seed; answer 0 keeps the user's seed. The other seeds are far from the small numbers that users choose.
     pub(crate) fn for_answer(&self, index: usize) -> Self {
         /// 2^64 divided by the golden ratio.
         const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;

@@ -36,8 +36,8 @@ pub struct LoadedTensors {
 /// None if the tensor is not used. Unused tensors are not read and may have any type.
 ///
 /// # Errors
-/// Where a file is missing or malformed, the index lists a file outside the folder, or two tensors have
-/// the same name.
+/// Where a file is missing or malformed, the index lists a file outside the folder, two tensors have the same full
+/// name, or a used tensor is not f32, f16, bf16 or f64.
 pub fn load(dir: &Path, full_name: impl Fn(&str) -> Option<String>) -> Result<LoadedTensors> {
     let mut loaded = LoadedTensors::default();
     for path in weight_files(dir)? {
@@ -83,7 +83,7 @@ pub(crate) fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
     texts.collect()
 }
 
-/// Checks that no unused tensor belongs to a layer after the last of the decoder's `layers` layers.
+/// Checks that no unused tensor belongs to a layer beyond the `layers` layers of the decoder.
 ///
 /// # Errors
 /// Where the number of a tensor's layer is `layers` or more.
@@ -112,7 +112,7 @@ pub fn check_layers(unused: &BTreeSet<String>, layers: usize) -> Result<()> {
 /// Reads one safetensors file as f32.
 ///
 /// # Errors
-/// Where the file is missing or malformed, or a tensor is not of a float type.
+/// Where the file is missing or malformed, or a tensor is not f32, f16, bf16 or f64.
 pub fn load_file(path: &Path) -> Result<Tensors> {
     with_safetensors(path, |file| {
         let names = file.tensors.names();
@@ -131,7 +131,7 @@ impl SafetensorsFile<'_> {
     /// Reads the tensor `name` as f32.
     ///
     /// # Errors
-    /// Where it is missing or not of a float type.
+    /// Where it is missing, or not f32, f16, bf16 or f64.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let read = || -> Result<Tensor> {
             let view = self.tensors.tensor(name)?;

@@ -122,7 +122,7 @@ impl ArenaBlock {
         })
     }
 
-    /// Allocates the lowest free range of `size` values and returns its start.
+    /// Allocates `size` values from the lowest free range that is large enough. Returns their start.
     fn allocate(&mut self, size: usize) -> Option<usize> {
         let (&start, &len) = self.free.iter().find(|(_, len)| **len >= size)?;
         self.free.remove(&start);

@@ -69,7 +69,7 @@ pub struct Attention<'a> {
     pub heads: Heads,
     /// The segments, which cover all rows in order.
     pub segments: &'a [Range<usize>],
-    /// Maximum number of keys that a query sees, itself included. None: all keys before it.
+    /// Maximum number of keys that a query sees, its own included. None: its own key and all before it.
     pub window: Option<usize>,
     pub precision: Precision,
 }

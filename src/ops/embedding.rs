@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::GradientMut;
 
-/// Values per task that fills a gradient with zeros.
+/// Number of values of a gradient that one task sets to zero.
 const ZEROS_PER_TASK: usize = 1 << 16;
 
 /// Copies rows `ids_T` of `table_VD` to `y_TD`. `width` is D.
@@ -36,6 +36,9 @@ pub(crate) fn add(table_VD: &[f32], ids_T: &[u32], width: usize, y_TD: &mut [f32
 }
 
 /// Computes the gradient of the table: row `id` is the sum of the rows of `dy_TD` at the tokens `id`.
+///
+/// # Panics
+/// Where an id is outside the table.
 pub(crate) fn backward(dy_TD: &[f32], ids_T: &[u32], width: usize, dtable_VD: GradientMut) {
     if !dtable_VD.add {
         dtable_VD

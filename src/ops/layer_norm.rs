@@ -25,9 +25,9 @@ pub(crate) fn forward(
     y_TD: &mut [f32],
     statistics_T2: &mut [f32],
 ) {
-    let task = weight_D.len() * ROWS_PER_TASK;
-    y_TD.par_chunks_mut(task)
-        .zip(x_TD.par_chunks(task))
+    let task_len = weight_D.len() * ROWS_PER_TASK;
+    y_TD.par_chunks_mut(task_len)
+        .zip(x_TD.par_chunks(task_len))
         .zip(statistics_T2.par_chunks_mut(STATISTICS * ROWS_PER_TASK))
         .for_each(|((y_tD, x_tD), statistics_t2)| {
             simd!(|y_tD: &mut [f32],

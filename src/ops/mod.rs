@@ -203,7 +203,7 @@ impl Deref for CpuValues<'_> {
     }
 }
 
-/// Locks a mutex, also after a panic of another thread: the guarded state is valid at every point.
+/// Locks a mutex, even if a thread panicked while it held the lock: the guarded state is valid at every point.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex
         .lock()

@@ -8,8 +8,8 @@ const RESERVED_DESCRIPTORS: usize = 96;
 #[cfg(unix)]
 const MAX_DESCRIPTORS: libc::rlim_t = 65_536;
 
-/// Raises the soft descriptor limit as far as allowed and returns the number of connections that the
-/// process may hold open. None where the system has no such limit.
+/// Raises the soft descriptor limit as far as allowed, up to `MAX_DESCRIPTORS`, and returns the number of connections
+/// that the process may hold open. None where the system does not report such a limit.
 pub(crate) fn max_connections() -> Option<usize> {
     #[cfg(unix)]
     {

@@ -20,9 +20,9 @@ pub(crate) fn forward(
     y_TD: &mut [f32],
     scale_T: &mut [f32],
 ) {
-    let task = weight_D.len() * ROWS_PER_TASK;
-    y_TD.par_chunks_mut(task)
-        .zip(x_TD.par_chunks(task))
+    let task_len = weight_D.len() * ROWS_PER_TASK;
+    y_TD.par_chunks_mut(task_len)
+        .zip(x_TD.par_chunks(task_len))
         .zip(scale_T.par_chunks_mut(ROWS_PER_TASK))
         .for_each(|((y_tD, x_tD), scale_t)| {
             simd!(|y_tD: &mut [f32],

@@ -27,7 +27,7 @@ const STOP: u64 = u64::MAX;
 
 /// Watches the memory of the process while rows are rendered, until it is dropped.
 pub(crate) struct MemoryGuard {
-    /// Number of the row that is being rendered plus 1, `IDLE` or `STOP`.
+    /// `IDLE`, `STOP`, or 1 + the number of the row that is being rendered.
     row: Arc<AtomicU64>,
 }
 

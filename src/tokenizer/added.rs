@@ -15,7 +15,7 @@ use crate::tokenizer::files::TokenizerFiles;
 use crate::tokenizer::source::TokenizerJson;
 
 /// Adds to `tokenizer` the added tokens that only other files of the folder list, as `transformers` does when it loads
-/// the folder.
+/// the folder. Tokens that `tokenizer` already lists keep their ids and take all other fields from these files.
 pub(crate) fn add_missing(tokenizer: &mut TokenizerJson, files: &TokenizerFiles) {
     let mut new_ids = next_id(tokenizer)..;
     let mut new_id = || new_ids.next().unwrap_or(u64::MAX);
@@ -66,7 +66,8 @@ pub(crate) fn special_entry(content: &str, id: u64) -> Value {
     })
 }
 
-/// Returns the smallest id above all ids of the model and of its added tokens.
+/// Returns the id of the next added token, as the library chooses it: above the ids of all added tokens, and at least
+/// the number of tokens of the model.
 fn next_id(tokenizer: &TokenizerJson) -> u64 {
     let size = tokenizer.model.get_vocab_size() as u64;
     let added = tokenizer.json["added_tokens"].as_array();

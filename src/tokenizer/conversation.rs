@@ -20,8 +20,9 @@ use crate::tokenizer::chat_template::{
 use crate::tokenizer::encoder::ConversationEncoder;
 
 impl Tokenizer {
-    /// Returns the tokens with which the chat template ends a turn. These are the tokens after an answer, up to the
-    /// first control token that is a stop token, or, if there is none, up to the first control token.
+    /// Returns the tokens with which the chat template ends a turn. These are the tokens after an answer, up to and
+    /// including the first control token that is a stop token, or, without one, the first control token. None without a
+    /// chat template, or if it rejects the test conversation or writes no control token after the answer.
     pub(super) fn find_end_of_turn(&mut self) -> Option<Box<[u32]>> {
         let template = self.template.clone()?;
         // The end of turn does not depend on the date.
@@ -65,7 +66,8 @@ impl Tokenizer {
         Ok((ids, answer.content.clone()))
     }
 
-    /// Ids of a conversation, and the supervised ranges: each answer of the assistant with the token that ends it.
+    /// Ids of a conversation, and the supervised ranges: each answer of the assistant with the token that ends it. The
+    /// range of an answer that cannot be trained as a part of this conversation is empty.
     ///
     /// # Errors
     /// As [`Self::encode_prompt`].
@@ -135,10 +137,10 @@ pub(crate) fn encode(
 ) -> Result<EncodedConversation> {
     let spans = template.render(messages, false)?;
     let answers = rendered_answers(&spans, messages);
-    let count = messages.iter().filter(|m| m.role == "assistant").count();
-    if answers.len() != count {
+    let answer_count = messages.iter().filter(|m| m.role == "assistant").count();
+    if answers.len() != answer_count {
         bail!(
-            "the chat template prints {} of the {count} answers",
+            "the chat template prints {} of the {answer_count} answers",
             answers.len()
         );
     }
@@ -149,7 +151,7 @@ pub(crate) fn encode(
     let mut encoder = ConversationEncoder::new(tokenizer);
     let mut next_span = 0;
     for (number, answer) in answers.iter().enumerate() {
-        let is_last = number + 1 == count;
+        let is_last = number + 1 == answer_count;
         if !is_last && !every_answer {
             let skipped = AnswerTokens::without_tokens(answer.message);
             encoder.output.answers.push(skipped);
@@ -227,8 +229,8 @@ pub(crate) fn encode(
     Ok(encoder.output)
 }
 
-/// Encodes an answer after its generation prompt. Thinking is written as in the message, because the end of the
-/// generation prompt cannot be found in the rendered conversation.
+/// Encodes an answer after its generation prompt, if the rendered conversation does not contain this prompt or drops
+/// the thinking. Thinking is written as in the message, unless the prompt closes a block of thinking.
 fn encode_after_prompt(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
@@ -317,13 +319,13 @@ struct RenderedAnswer {
 
 impl RenderedAnswer {
     /// Offset in `text`, the rendered conversation, at which the generation prompt ends. None if the prompt is not
-    /// a prefix of `text` that ends after the previous message.
+    /// a prefix of `text` that ends between the previous message and this answer's content.
     fn end_of_prompt(&self, text: &str, prompt: &str) -> Option<usize> {
         let is_prefix = text[..self.start].starts_with(prompt);
         (is_prefix && prompt.len() >= self.template_start).then_some(prompt.len())
     }
 
-    /// Change of this answer's thinking after `prompt`. None if the template prints the thinking.
+    /// Change of this answer's thinking after `prompt`. None if the answer has no thinking or the template prints it.
     fn thinking_change(
         &self,
         spans: &[RenderedSpan],

@@ -21,9 +21,9 @@ pub(crate) struct ConversationEncoder<'a> {
     pub output: EncodedConversation,
     /// Text that is not encoded yet.
     pending: String,
-    /// What precedes the pending text: nothing, a control token, or text. Not an offset.
+    /// What precedes the pending text. Not an offset.
     position: TextPosition,
-    /// True directly after an answer: the next stop token ends the answer's turn.
+    /// True directly after an answer: the first stop token of the next template text ends the answer's turn.
     is_turn_open: bool,
 }
 
@@ -169,7 +169,7 @@ impl<'a> ConversationEncoder<'a> {
     }
 }
 
-/// Returns the beginning of a text, as far as it can affect the tokens at its start.
+/// Returns the first [`BYTES_AFTER_CUT`] bytes of a text, or fewer so that no character is cut.
 fn first_bytes(text: &str) -> &str {
     let ends = (0..=BYTES_AFTER_CUT.min(text.len())).rev();
     ends.into_iter()

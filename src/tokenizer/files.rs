@@ -84,7 +84,7 @@ impl TokenizerFiles {
     }
 
     /// Added tokens in `tokenizer_config.json`, or else in `added_tokens.json`, sorted by id, in the format of
-    /// `added_tokens` in `tokenizer.json`.
+    /// `added_tokens` in `tokenizer.json` without `id`.
     pub(crate) fn added_tokens(&self) -> Vec<Value> {
         let flags = ["special", "normalized", "single_word", "lstrip", "rstrip"];
         let mut tokens: Vec<(u64, Value)> = Vec::new();

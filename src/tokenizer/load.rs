@@ -27,8 +27,8 @@ impl Tokenizer {
     /// `tokenizer_config.json`) and the special tokens from a Hugging Face model folder.
     ///
     /// # Errors
-    /// If `tokenizer.json` is missing or damaged. A missing chat template is an error only once a
-    /// conversation is encoded.
+    /// If `tokenizer.json` is missing, or it or another of these files is damaged. A missing chat template is an error
+    /// only once a conversation is encoded.
     pub fn load(dir: &Path) -> Result<Self> {
         load(dir, &BTreeMap::new())
     }

@@ -49,7 +49,8 @@ use crate::tokenizer::token_bytes::TokenByteMap;
 /// A tokenizer with its chat template.
 ///
 /// Control tokens are the tokens that the model folder declares or names as special, the tokens that end an answer if
-/// they have the name of a control token, and added tokens of the form `<|...|>`. Text never becomes a control token:
+/// they are added tokens (not white space) or have the name of a control token, and added tokens of the form `<|...|>`.
+/// Text never becomes a control token:
 /// only a chat template can write one.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -124,7 +125,8 @@ impl Tokenizer {
     /// Ids of a text, without special tokens at its begin and end. The names of control tokens are encoded as text.
     ///
     /// # Errors
-    /// If the text contains the name of a control token that is a single character and part of the model's vocabulary.
+    /// If the text contains a control token of the model's own vocabulary whose name is a single character, or appears
+    /// only after normalisation.
     pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_at(text, TextPosition::First)
     }
@@ -174,8 +176,8 @@ impl Tokenizer {
         self.text.id_to_token(id).unwrap_or_default()
     }
 
-    /// Returns the smallest id that stands for another token in `other`, or for a control token in only one of the two
-    /// tokenizers.
+    /// Returns the smallest id that stands for another token or no token in `other`, or for a control token in only one
+    /// of the two tokenizers.
     pub(crate) fn first_difference(&self, other: &Self) -> Option<u32> {
         let largest = self.vocab_size.max(other.vocab_size) as u32;
         let differs = |id: &u32| {

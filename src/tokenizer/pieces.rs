@@ -110,7 +110,7 @@ fn ends_words_at_cuts(part: &Value) -> Option<bool> {
 }
 
 /// Cuts a text before each single space between a non-space and a letter, and between each letter and a punctuation
-/// mark after it.
+/// mark after it. Only ASCII characters count.
 fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let bytes = text.as_bytes();
     let mut start = 0;

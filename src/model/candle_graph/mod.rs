@@ -1,6 +1,6 @@
 //! The graph in candle's own operations, with candle's autograd. It runs on every device, and is the
 //! reference for the tests of the fused operations. Weights are stored in f32 and cast to the graph's
-//! data type where they are used. Activations have the graph's data type.
+//! data type where they are used. Activations have the graph's data type; norms compute in f32.
 //!
 //! | file | content |
 //! |---|---|

@@ -9,7 +9,8 @@ use crate::model::config::rope::Rope;
 use crate::model::config::shape::{Architecture, LlamaVariant, ModelConfig};
 use crate::ops::attention::Heads;
 
-/// The fields of `config.json` that are used, with the defaults of transformers.
+/// The fields of `config.json` that are used. Fields with a default have that of transformers' `LlamaConfig`, and
+/// `max_window_layers` that of `Qwen2Config`. All other fields that are not `Option` are required.
 #[derive(Deserialize)]
 struct LlamaFields {
     model_type: String,
@@ -125,8 +126,8 @@ fn heads(fields: &LlamaFields) -> Result<Heads> {
 }
 
 /// Returns the sliding window of each layer, by the rules of transformers. All layers of mistral have the window. In
-/// qwen with `use_sliding_window`, the layers have it that are "sliding_attention" in `layer_types`; without
-/// `layer_types`, the layers from number `max_window_layers` on have it. All other layers have none.
+/// qwen2 and qwen3 with `use_sliding_window`, `layer_types` marks the layers with the window as "sliding_attention";
+/// without `layer_types`, the layers from index `max_window_layers` on have it. All other layers have none.
 fn windows(fields: &LlamaFields, json: &Map<String, Value>) -> Result<Vec<Option<usize>>> {
     let layers = fields.num_hidden_layers;
     let window = match json.get("sliding_window") {

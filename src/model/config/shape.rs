@@ -50,6 +50,6 @@ pub struct LlamaVariant {
     pub mlp_bias: bool,
     /// Each query head and each key head is normalised.
     pub qk_norm: bool,
-    /// Number of keys that a query sees, itself included, per layer. None: all keys before it.
+    /// Maximum number of keys that a query sees, its own included, per layer. None: its own key and all before it.
     pub windows: Vec<Option<usize>>,
 }

@@ -28,7 +28,7 @@ impl Tape<'_, '_> {
     /// `gradients`.
     ///
     /// # Errors
-    /// Where memory runs out.
+    /// Where memory runs out, or the activations were discarded.
     pub fn backward(
         mut self,
         root: NodeHandle,

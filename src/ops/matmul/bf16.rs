@@ -14,8 +14,8 @@ fn pack_pairs<const L: usize>(part: FactorPart, packed: &mut [u32]) {
     /// Terms packed at a time.
     const RUN: usize = 32;
     let mut ordered = [[0.0; L]; RUN];
-    let panel = part.terms.div_ceil(2) * L;
-    for (index, packed) in packed.chunks_exact_mut(panel).enumerate() {
+    let panel_len = part.terms.div_ceil(2) * L;
+    for (index, packed) in packed.chunks_exact_mut(panel_len).enumerate() {
         for (run, packed) in packed.chunks_mut(RUN / 2 * L).enumerate() {
             let start = run * RUN;
             let lane = index * L;

@@ -29,7 +29,8 @@ pub(crate) struct Product<'a> {
 /// A lane is a row of the left factor or a column of the right one. A term is an index of the inner dimension. A
 /// panel holds [`Kernel::ROWS`] lanes of the left factor or [`Kernel::COLS`] lanes of the right one. An element
 /// holds [`Kernel::STEP`] consecutive terms of one lane. Elements with the same terms are adjacent, lane after
-/// lane. Lanes and terms past the end of a factor are zero.
+/// lane. Lanes and terms past the end of a factor are zero. Within a tile of columns, the AMX kernel has another order:
+/// see `amx`.
 pub(crate) trait Kernel: Copy + Sync {
     /// Rows of a tile.
     const ROWS: usize;
@@ -82,9 +83,9 @@ pub(crate) struct OutputStrip<'a> {
 }
 
 impl OutputStrip<'_> {
-    /// Returns `count` rows from `first`, or fewer at the end.
-    pub(crate) fn rows(&self, first: usize, count: usize) -> impl Iterator<Item = &[f32]> {
-        self.values[first * self.stride..]
+    /// Returns `count` rows from `first_row`, or fewer at the end, with all their columns.
+    pub(crate) fn rows(&self, first_row: usize, count: usize) -> impl Iterator<Item = &[f32]> {
+        self.values[first_row * self.stride..]
             .chunks(self.stride)
             .take(count)
     }

@@ -1,5 +1,5 @@
-//! Kernels that multiply f32: with the vector instructions that the `pulp` crate supports, and a scalar
-//! one for other CPUs.
+//! Kernels that pack their factors as f32: one for the AVX2 and AVX-512 instructions of the `pulp` crate, and a scalar
+//! one for products in bf16 precision on other CPUs.
 
 use std::cell::Cell;
 use std::thread::LocalKey;
@@ -90,18 +90,22 @@ pub(crate) fn pack<const L: usize>(part: FactorPart, packed: &mut [f32]) {
         lanes,
         terms,
     } = part;
-    let panel = terms * L;
+    let panel_len = terms * L;
     let full_panels = lanes / L;
     if lane_stride == 1 {
         // Term by term through all panels, in memory order.
         for t in 0..terms {
             let term = values[t * term_stride..][..lanes].chunks_exact(L);
-            for (panel, lanes) in packed.chunks_exact_mut(panel).zip(term) {
+            for (panel, lanes) in packed.chunks_exact_mut(panel_len).zip(term) {
                 panel[t * L..(t + 1) * L].copy_from_slice(lanes);
             }
         }
     } else if term_stride == 1 {
-        for (index, packed) in packed.chunks_exact_mut(panel).take(full_panels).enumerate() {
+        for (index, packed) in packed
+            .chunks_exact_mut(panel_len)
+            .take(full_panels)
+            .enumerate()
+        {
             let lane = |l: usize| &values[(index * L + l) * lane_stride..][..terms];
             transpose::<L>(std::array::from_fn(lane), packed);
         }
@@ -111,7 +115,7 @@ pub(crate) fn pack<const L: usize>(part: FactorPart, packed: &mut [f32]) {
     } else {
         0
     };
-    let panels = packed.chunks_exact_mut(panel).enumerate();
+    let panels = packed.chunks_exact_mut(panel_len).enumerate();
     for (index, packed) in panels.skip(packed_panels) {
         packed.fill(0.0);
         let first = index * L;

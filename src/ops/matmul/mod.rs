@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `matrix` | strided views of the factors and the output |
 //! | `blocks` | the blocking, and the trait of a kernel |
-//! | `kernel` | f32 kernels for the widest vectors of the CPU, and a scalar one |
+//! | `kernel` | kernels in f32, also with rounded factors: for AVX2 and AVX-512, and a scalar one |
 //! | `bf16` | the kernel for AVX512-BF16 |
 //! | `amx` | the kernel for Intel's matrix unit |
 //!
@@ -25,12 +25,13 @@ use crate::ops::matmul::matrix::{Mat, MatMut, Threads, span};
 use blocks::Product;
 use gemm::Parallelism;
 
-/// Number type to which the factors of a product are rounded. Storage and sums are always f32.
+/// Number type to which [`matmul`] rounds the factors of a product. Storage and sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
     #[default]
     F32,
-    /// 8 bits of mantissa. Faster on CPUs with AMX (Intel) or AVX512-BF16 (AMD), as fast as f32 on others.
+    /// 8 bits of mantissa. Faster than f32 on CPUs with AMX (Intel) or AVX512-BF16 (AMD), as fast on other CPUs with
+    /// AVX2, and slower on the rest.
     Bf16,
 }
 
@@ -54,7 +55,7 @@ impl Precision {
 }
 
 /// Minimum number of rows of an f32 product for the kernels of this folder. Smaller products use the `gemm`
-/// crate, because packing the weight would cost more than it saves.
+/// crate, because packing the weight would cost more than it saves. So do all f32 products on CPUs without AVX2.
 const MIN_ROWS: usize = 16;
 
 /// Computes `out = a b`, or `out += a b` with `add`.

@@ -25,11 +25,11 @@ pub(crate) fn read(
         let error_at_line =
             |problem: &str| usage(format!("{}:{number}: {problem}", path.display()));
         line.clear();
-        let read = file
+        let byte_count = file
             .take(MAX_LINE_BYTES + 1)
             .read_until(b'\n', &mut line)
             .map_err(|error| error_at_line(&error.to_string()))?;
-        if read == 0 {
+        if byte_count == 0 {
             return Ok(());
         }
         if line.len() as u64 > MAX_LINE_BYTES {

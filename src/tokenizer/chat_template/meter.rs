@@ -331,7 +331,8 @@ fn shallow_size(value: &Value) -> usize {
     }
 }
 
-/// Returns the size of a value in bytes, with all its contents. Stops at a size that exceeds every allowance.
+/// Returns the size of a value in bytes, with all its contents, or `usize::MAX` if its elements exceed [`ALLOWANCE`] or
+/// are nested deeper than [`RECURSION`].
 fn deep_size(value: &Value) -> usize {
     fn add(value: &Value, total: &mut usize, depth: usize) {
         *total = total.saturating_add(match value.as_str() {

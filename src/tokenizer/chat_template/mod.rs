@@ -187,7 +187,8 @@ impl ChatTemplate {
         self.date = Some(date);
     }
 
-    /// Returns the template with the date of a conversation: the date of its record, or the current time.
+    /// Returns the template with the date of a conversation: the fixed date, the current time, or `date`, the date of
+    /// the conversation's record.
     pub(crate) fn with_date(&self, date: Option<DateTime>) -> Cow<'_, ChatTemplate> {
         let date = match (self.date, date) {
             (Some(TemplateClock::Record), Some(date)) => date,

@@ -10,8 +10,8 @@ use serde_json::ser::Formatter;
 /// Maximum indent, which limits the size of the result.
 const MAX_INDENT: usize = 16;
 
-/// Filter `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`
-/// of `transformers`.
+/// Filter `tojson(value, indent=None, *, ensure_ascii=False, separators=None, sort_keys=False)`, with the keyword
+/// arguments of `transformers`. A positional argument is the indent, as in Jinja, but `ensure_ascii` in `transformers`.
 pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
     let (value, indent, options): (&Value, Option<usize>, Kwargs) = from_args(args)?;
     let indent = match indent {

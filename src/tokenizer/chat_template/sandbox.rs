@@ -24,17 +24,17 @@ const FUEL: usize = 100_000;
 const FUEL_PER_MESSAGE: usize = 2_000;
 /// Maximum size of a template in bytes.
 const MAX_TEMPLATE_BYTES: usize = 256 << 10;
-/// Maximum number of tokens of the template language in one tag, over which the compiler recurses.
+/// Maximum number of tokens of the template language in one tag. The compiler recurses over these tokens.
 const MAX_TAG_TOKENS: usize = 1_000;
-/// Maximum number of `elif` branches, over which the compiler recurses.
+/// Maximum number of `elif` branches in the whole template. The compiler recurses over these branches.
 const MAX_BRANCHES: usize = 500;
 
-/// Renders `source`. `messages` is the number of messages in the context and `input_bytes` their size; both raise the
-/// limits. `strftime_now` returns `date`.
+/// Renders `source`. `message_count` is the number of messages in the context and `input_bytes` their size; both raise
+/// the limits. `strftime_now` formats `date`.
 pub(crate) fn render(
     source: &str,
     context: Value,
-    messages: usize,
+    message_count: usize,
     input_bytes: usize,
     date: Option<DateTime>,
 ) -> Result<String, Error> {
@@ -60,7 +60,7 @@ pub(crate) fn render(
 
     let mut env = meter::environment(input_bytes, date);
     // The meter does not charge for the template's own text, so the fuel limits how often it is written.
-    let fuel = FUEL.min(ALLOWANCE / longest_text) + messages * FUEL_PER_MESSAGE;
+    let fuel = FUEL.min(ALLOWANCE / longest_text) + message_count * FUEL_PER_MESSAGE;
     env.set_fuel(Some(fuel as u64));
     let mut rendered = String::new();
     machinery::eval(
