@@ -41,8 +41,8 @@
 //! 4. Every trainable parameter receives a gradient, and no sum depends on the number of threads.
 //! 5. The API key is exposed in one expression (`client::credentials`), and printed, logged, cached and hashed nowhere.
 //! 6. Text that came from a model reaches a terminal only through [`terminal::sanitise`].
-//! 7. Waiting uses the monotonic clock. Wall-clock time only stamps records, reads HTTP dates, opens the request window,
-//!    and gives chat templates their date outside training.
+//! 7. Waiting uses the monotonic clock. Wall-clock time is only for timestamps, the daily count across restarts, HTTP
+//!    dates, the request window, the deadline, the age of prices, and the date of chat templates outside training.
 //! 8. Only [`fs`] and `cache::storage` write files.
 
 // Items are `pub` only if the binary or the tests use them.

@@ -45,7 +45,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Returns true if stdout was closed by its reader, as in `distill cache show | head`.
+/// Returns true if the error was caused by a closed pipe. The pipe is assumed to be stdout, closed by its reader, as in
+/// `distill cache show | head`.
 fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         cause

@@ -19,7 +19,7 @@ use crate::terminal::{format_count, table};
 /// Serves the model or the mock of the command line until a signal arrives.
 ///
 /// # Errors
-/// Always: [`Exit::Signal`] after a signal, or the error that stopped the server.
+/// Always: [`Exit::Signal`] after a signal, or an error if the server cannot start or one of its threads has panicked.
 pub fn run(args: &ServeArgs, global: &GlobalArgs) -> Result<()> {
     match (&args.mock, &args.model) {
         (Some(script), _) => run_mock(script, args, global),

@@ -169,8 +169,8 @@ fn place_of(
         _ => in_file(&[&["teacher"], own_key].concat(), None),
     };
     let in_section = || from_outside(mistake.key).or_else(|| in_file(&key, None));
-    // In the order of precedence: the entry, its section or the one that it inherits from `[teacher]`, the common
-    // section.
+    // In the order of precedence: the entry of `[[teachers]]`, a table of `[teacher]` such as `teacher.sampling`, the
+    // common section.
     in_entry
         .or_else(in_teacher)
         .or_else(in_section)

@@ -80,7 +80,7 @@ impl Config {
         cache_dir(&self.run_dir)
     }
 
-    /// Returns the cache folder that `train` and `eval` read.
+    /// Returns the cache folder that `train`, `eval` and `cache export` read.
     pub fn training_cache(&self) -> PathBuf {
         self.data.cache_folder(&self.run_dir)
     }
@@ -131,7 +131,8 @@ impl Config {
         })
     }
 
-    /// Returns the settings that select the examples, without paths, as JSON. A resumed run reports their changes.
+    /// Returns the settings that select the examples, as JSON, without the paths of the data, the teacher's tokenizer
+    /// and the prompt source. If the data of a resumed run have changed, the error lists changes of these settings.
     pub fn example_settings(&self) -> Value {
         let teacher = &self.teacher;
         let mut settings = json!({

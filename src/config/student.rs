@@ -107,8 +107,8 @@ pub enum StudentInit {
 #[serde(default, deny_unknown_fields)]
 pub struct LossConfig {
     pub kd: KdMode,
-    /// Weight of the soft-label term at positions with soft labels; the default is
-    /// `train::soft_labels::default_weight`.
+    /// Weight of the soft-label term at positions with soft labels. The default is
+    /// `train::soft_labels::default_weight`, and 1 for the full KL to a local teacher.
     pub kd_weight: Option<f64>,
     /// For `kd = "damped"` and "auto": weight lambda of the sampled token outside the top-k.
     pub tail_weight: f64,
@@ -215,7 +215,8 @@ pub struct TrainConfig {
     pub batch_size: usize,
     /// Examples per forward and backward pass; gradients accumulate up to `batch_size`.
     pub micro_batch_size: usize,
-    /// Maximum number of tokens per forward and backward pass; 0 to use `micro_batch_size` instead.
+    /// Maximum number of tokens per forward and backward pass; a longer example has its own pass. 0 to use
+    /// `micro_batch_size` instead.
     pub micro_batch_tokens: usize,
     pub learning_rate: f64,
     /// Final learning rate, as a share of `learning_rate`.
@@ -237,9 +238,10 @@ pub struct TrainConfig {
     pub max_grad_norm: f64,
     /// Number of steps between validations; 0 to validate only at the end.
     pub eval_every: u64,
-    /// Number of steps between checkpoints; 0 to write one only at the end.
+    /// Number of steps between checkpoints; 0 for none at regular intervals. One is also written at the end, at a stop
+    /// and after each new best validation.
     pub checkpoint_every: u64,
-    /// Number of the newest checkpoints to keep.
+    /// Number of the newest checkpoints to keep, at least 1. The best one is kept as well.
     pub keep_checkpoints: usize,
     /// Decay of the exponential moving average of the weights, which is evaluated and becomes the student; 0 for none.
     pub ema_decay: f64,

@@ -58,7 +58,7 @@ pub struct TeacherConfig {
     pub local: Option<PathBuf>,
     /// True to train the local teacher along with the student, by cross-entropy on the same examples.
     pub cotrain: bool,
-    /// Learning rate of the local teacher, as a share of `train.learning_rate`.
+    /// Learning rate of the local teacher, as a multiple of `train.learning_rate`.
     pub cotrain_rate: f64,
     /// Sampling of this teacher alone; missing keys have the values of `[sampling]`.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -14,6 +14,9 @@ use crate::mock::script::answers::AcceptedMaxTokens;
 /// Output tokens that the limits assume for a request without `max_tokens`.
 const DEFAULT_OUTPUT_TOKENS: u64 = 16;
 
+/// Maximum of `n`, as in OpenAI's API.
+const MAX_CHOICES: u64 = 128;
+
 /// A valid chat completion request.
 #[derive(Debug)]
 pub(crate) struct ParsedChat<'a> {
@@ -170,9 +173,9 @@ fn check_parameters(raw: &[u8], body: &ChatBody, script: &Script) -> Result<(), 
                 "invalid_value",
             ))
         }
-        _ if body.n.is_some_and(|n| !(1..=128).contains(&n)) => {
-            let message = "Invalid value for 'n': must be from 1 to 128.";
-            Err(MockReply::bad_field("n", message, "invalid_value"))
+        _ if body.n.is_some_and(|n| !(1..=MAX_CHOICES).contains(&n)) => {
+            let message = format!("Invalid value for 'n': must be from 1 to {MAX_CHOICES}.");
+            Err(MockReply::bad_field("n", &message, "invalid_value"))
         }
         _ => Ok(()),
     }

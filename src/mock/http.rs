@@ -20,6 +20,8 @@ use crate::mock::response::{MockReply, MockResponse};
 const MAX_BODY_BYTES: usize = 512 << 20;
 /// A body of at most this many bytes is sent in one write with its head.
 const SINGLE_WRITE_BYTES: usize = 64 << 10;
+/// Number of bytes of the next request after which reading pauses until the current request is answered.
+const MAX_READ_AHEAD_BYTES: usize = 64 << 10;
 /// Delay before a reset, so that the reset does not overtake the bytes sent before it.
 const RESET_DELAY: Duration = Duration::from_millis(20);
 
@@ -114,12 +116,12 @@ fn gzip_reply(reply: MockReply) -> io::Result<MockReply> {
 /// Returns when the client closes the connection. Bytes that the client sends before that, which belong to its next
 /// request, are appended to `received`.
 async fn wait_for_close(stream: &mut TcpStream, received: &mut Vec<u8>) -> io::Result<()> {
-    while received.len() < SINGLE_WRITE_BYTES {
+    while received.len() < MAX_READ_AHEAD_BYTES {
         if stream.read_buf(received).await? == 0 {
             return Ok(());
         }
     }
-    // A client that sends more than this is still connected.
+    // The client counts as connected from here on: its close is not detected.
     std::future::pending().await
 }
 

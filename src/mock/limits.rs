@@ -138,7 +138,8 @@ impl MockLimiter {
         }
     }
 
-    /// Checks a request against all limits. The error names the limit with the longest wait.
+    /// Checks a request against all limits. The error names the limit of concurrent requests, else a limit that the
+    /// request exceeds by itself, else the limit with the longest wait.
     fn check(&mut self, now: Instant, cost: TokenCost) -> Result<(), LimitRefusal> {
         if self
             .concurrency

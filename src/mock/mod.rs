@@ -17,7 +17,7 @@
 //!
 //! 1. [`Mock`] uses tokio's clock and no socket, so a test with a paused clock simulates a night within a second.
 //! 2. Random numbers depend only on the seed, the body and the number of earlier attempts with that body, not on the
-//!    order of the requests.
+//!    order of the requests. The plan of a batch depends on the seed and its number.
 //! 3. `http` writes to a raw socket, because no HTTP library sends a wrong length or resets a connection within a body.
 //!
 //! ```no_run

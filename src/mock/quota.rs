@@ -136,7 +136,7 @@ impl Quota {
         }
     }
 
-    /// Refills a bucket, or removes the charges of a fixed window that has ended, or those older than a sliding one.
+    /// Refills a bucket, or removes the charges that are no longer in the fixed or sliding window.
     fn advance(&mut self, now: Instant) {
         let capacity = self.capacity();
         let limit = self.limit();

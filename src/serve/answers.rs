@@ -27,13 +27,13 @@ pub(crate) fn submit(
     options: &GenerateOptions,
     n: usize,
 ) -> Result<mpsc::UnboundedReceiver<AnswerUpdate>, ErrorResponse> {
-    let slots = reserve(app, prompts.len() * n)?;
-    // When the client disconnects, the receiver is dropped, which frees the slots.
+    let permits = reserve(app, prompts.len() * n)?;
+    // When the client disconnects, the receiver is dropped: the engine drops queued answers and cancels running ones.
     let (reply, updates) = mpsc::unbounded_channel();
-    for (index, slot) in slots.enumerate() {
+    for (index, permit) in permits.enumerate() {
         let prompt = &prompts[index / n];
         let sampling = options.sampling.for_prompt(prompt);
-        slot.send(EngineJob::Generate(GenerateJob {
+        permit.send(EngineJob::Generate(GenerateJob {
             prompt: prompt.clone(),
             options: GenerateOptions {
                 sampling: sampling.for_answer(index % n),
@@ -95,9 +95,9 @@ pub(crate) async fn score(
     top_k: usize,
 ) -> Result<Vec<Vec<TokenLogprobs>>, ErrorResponse> {
     let mut receivers = Vec::with_capacity(texts.len());
-    for (slot, ids) in reserve(app, texts.len())?.zip(texts) {
+    for (permit, ids) in reserve(app, texts.len())?.zip(texts) {
         let (reply, receiver) = oneshot::channel();
-        slot.send(EngineJob::Score(ScoreJob {
+        permit.send(EngineJob::Score(ScoreJob {
             ids: ids.clone(),
             top_k,
             reply,

@@ -49,8 +49,8 @@ pub(crate) struct AnswerUpdate {
     pub update: Result<TokenUpdate, String>,
 }
 
-/// Runs jobs, up to `batch_size` at the same time, until every sender of `jobs` is dropped and all
-/// jobs are finished.
+/// Runs jobs, up to `batch_size` answers at the same time, until every sender of `jobs` is dropped and
+/// all jobs are finished.
 ///
 /// Jobs wait in the channel until a slot is free, so the capacity of the channel bounds the queue.
 pub(crate) fn run(

@@ -79,7 +79,7 @@ impl ErrorResponse {
         error
     }
 
-    /// An error of the HTTP request, not of its JSON fields: 404, 405 or 413.
+    /// An error of the HTTP request, not of its JSON fields: 404, 405 or 413, or 400 if the body cannot be read.
     pub(crate) fn http(status: StatusCode, message: String) -> Self {
         Self::new(status, message)
     }

@@ -65,9 +65,9 @@ pub struct ServeOptions {
     pub port: u16,
     /// Model name that requests must use; by default the name of the model folder.
     pub model_name: Option<String>,
-    /// Maximum number of answers generated at the same time.
+    /// Maximum number of answers generated at the same time, at least 1.
     pub batch_size: usize,
-    /// Maximum number of queued answers; further requests get 503.
+    /// Maximum number of queued jobs (answers and texts to score), at least 1; further requests get 503.
     pub queue: usize,
 }
 
@@ -198,8 +198,8 @@ impl Drop for Server {
     }
 }
 
-/// Serves until a token of `stop` is cancelled. Then drops the router and, with it, the last sender of
-/// jobs, which ends the engine.
+/// Serves until a token of `stop` is cancelled; after `drain`, until the running answers have ended or
+/// [`SHUTDOWN_TIMEOUT`] has passed. Then drops the router and, with it, the last sender of jobs, which ends the engine.
 async fn serve_http(
     listener: TcpListener,
     router: axum::Router,

@@ -20,7 +20,7 @@ pub(crate) struct ChatRequest {
     pub continue_final: bool,
     /// See [`RequestFields::prompt_logprobs`].
     pub prompt_logprobs: Option<usize>,
-    /// vLLM's `return_token_ids`: return the token ids of the prompt.
+    /// vLLM's `return_token_ids`: return the token ids of the prompt. A stream ignores it.
     pub prompt_ids: bool,
     pub stream: bool,
     /// Whether the stream ends with a chunk that contains the usage.

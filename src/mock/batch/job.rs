@@ -191,6 +191,7 @@ pub(crate) fn plan_rows(
 ) -> Vec<(usize, PlannedResult)> {
     let batch_script = &script.batch;
     let mut order: Vec<usize> = (0..rows).collect();
+    // 2^32 divided by the golden ratio spreads small numbers over more bits.
     let mut rng = fastrand::Rng::with_seed(script.seed ^ batch_number.wrapping_mul(0x9e37_79b9));
     rng.shuffle(&mut order);
     let mut results: Vec<PlannedResult> = (0..rows)

@@ -1,7 +1,7 @@
 //! OpenAI's file and batch API, on a virtual clock.
 //!
 //! Nothing runs in the background: the state of a batch is a function of time, which is computed when a request
-//! arrives. A batch is billed when it ends.
+//! arrives. A batch that has ended is billed by the next request or count.
 //!
 //! | file | content |
 //! |---|---|
@@ -31,6 +31,12 @@ use crate::mock::batch::rows::error_entry;
 use crate::mock::request::{MockRequest, method_not_allowed};
 use crate::mock::response::{MockReply, MockResponse};
 use crate::mock::script::batch::ScriptedOutcome;
+
+/// Default number of batches in a page of the list, as in OpenAI's API.
+const DEFAULT_PAGE_SIZE: usize = 20;
+
+/// Maximum number of batches in a page of the list, as in OpenAI's API.
+const MAX_PAGE_SIZE: usize = 100;
 
 /// All files and batches.
 #[derive(Debug, Default)]
@@ -244,7 +250,7 @@ impl BatchStore {
                 .next()
         };
         let limit = parameter("limit").and_then(|limit| limit.parse().ok());
-        let limit = limit.unwrap_or(20usize).clamp(1, 100);
+        let limit = limit.unwrap_or(DEFAULT_PAGE_SIZE).clamp(1, MAX_PAGE_SIZE);
         let mut batches = self.batches.iter().rev();
         if let Some(after) = parameter("after") {
             batches.by_ref().find(|batch| batch.id == after);

@@ -63,9 +63,9 @@ pub struct AnswerScript {
     pub max_tokens_field: AcceptedMaxTokens,
     /// Maximum of prompt tokens and `max_tokens` together.
     pub context_tokens: Option<u64>,
-    /// True if replies are compressed if the client accepts gzip.
+    /// True to compress complete replies to clients that accept gzip.
     pub gzip: bool,
-    /// True if an answer is billed if its client disconnects before the reply.
+    /// True to bill an answer whose client disconnects before the reply.
     pub bill_abandoned: bool,
 }
 

@@ -62,7 +62,7 @@ pub enum RetryAfter {
     Garbage,
 }
 
-/// A change of all limits: from `at_s` on, they are `factor` times those of the script.
+/// A change of all limits per minute and per day: from `at_s` on, they are `factor` times those of the script.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LimitChange {

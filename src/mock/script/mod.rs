@@ -66,7 +66,8 @@ impl Script {
     /// Reads the script at `path`.
     ///
     /// # Errors
-    /// [`crate::exit::Exit::Usage`] with file, line and column, and the nearest key for an unknown one.
+    /// [`crate::exit::Exit::Usage`] with the file; for invalid TOML, a wrong type or an unknown key also with line and
+    /// column; for an unknown key also with the nearest one.
     pub fn load(path: &Path) -> Result<Script> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             usage(format!(
