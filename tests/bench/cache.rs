@@ -1,7 +1,7 @@
 //! Makes large caches and times their opening; see `tests/bench/cache.sh`.
 //!
-//! `cache make DIR RECORDS [TOKENS [zstd]]` makes a cache of RECORDS records, whose answers have
-//! TOKENS tokens with top-20 logprobs. `cache open DIR` opens a cache and prints its time and memory as JSON.
+//! `cache make DIR RECORDS [TOKENS [zstd]]` makes a cache of RECORDS records with top-20 logprobs of TOKENS tokens each;
+//! the answers always have 60 words. `cache open DIR` opens a cache and prints its time and memory as JSON.
 
 #[path = "records.rs"]
 mod records;

@@ -3,7 +3,7 @@
 //! | command | effect |
 //! |---|---|
 //! | `prepare make DIR RECORDS` | makes a student's tokenizer and a cache of RECORDS answers of 300 tokens with top-20 logprobs |
-//! | `prepare run DIR` | prepares the cache into a run folder in DIR, or maps earlier examples; prints time and memory as JSON |
+//! | `prepare run DIR` | prepares the cache of the run folder DIR, or maps earlier examples; prints time and memory as JSON |
 //! | `prepare align DIR` | prints the number of teacher tokens that one core aligns per second |
 
 #[path = "records.rs"]
@@ -180,7 +180,7 @@ impl Teacher {
             let mut top = Vec::new();
             let mut top_logprob = Vec::new();
             for rank in 0..K {
-                // The first 300 tokens are control tokens and single bytes.
+                // The first 300 tokens include the control tokens and the single bytes.
                 let other = 300 + zipf(random, VOCABULARY - 300) as u32;
                 let mass = left * (0.3 + 0.6 * random.f32());
                 left -= mass;

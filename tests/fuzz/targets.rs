@@ -1,5 +1,5 @@
-//! The fuzz targets: what must hold for any bytes. `cargo fuzz` runs them without end (see
-//! `tests/nightly.sh`), and `tests/it/fuzz.rs` on the corpus and on simple mutations of it.
+//! The fuzz targets: what must hold for any bytes. `cargo fuzz` runs them for a given time (see `tests/nightly.sh`), and
+//! `tests/it/fuzz.rs` on the corpus and on simple mutations of it.
 
 use std::path::Path;
 
@@ -45,19 +45,19 @@ fn cache(bytes: &[u8]) {
     }
     assert_eq!(scan.position(), bytes.len() as u64);
     if let FileEnding::Torn(bad) = scan.ending() {
-        // What is before the tear is the same without it.
-        let mut whole = LineScan::new(&bytes[..bad.offset as usize]);
-        let mut found = 0;
-        while let Ok(is_more) = whole.advance().or_else(|error| match error {
+        // The part before the torn tail has at least as many lines, damaged ones included.
+        let mut before_tail = LineScan::new(&bytes[..bad.offset as usize]);
+        let mut lines_before_tail = 0;
+        while let Ok(is_more) = before_tail.advance().or_else(|error| match error {
             ScanError::Bad(_) => Ok(true),
             ScanError::Read(error) => Err(error),
         }) {
             if !is_more {
                 break;
             }
-            found += 1;
+            lines_before_tail += 1;
         }
-        assert!(found >= lines);
+        assert!(lines_before_tail >= lines);
     }
 
     let mut scan = FrameScan::new(bytes);
@@ -75,7 +75,7 @@ fn cache(bytes: &[u8]) {
     }
 }
 
-/// A record without its checksum, which would keep out nearly everything.
+/// A record. Its checksum is not verified, because nearly no input would pass.
 fn record(bytes: &[u8]) {
     let _ = (line::head(bytes), line::cost_usd(bytes));
     if let Ok(record) = line::decode(bytes) {
@@ -87,7 +87,7 @@ fn record(bytes: &[u8]) {
     }
 }
 
-/// A config file: what is understood says the same when it is written again.
+/// A config file: a config that is parsed is the same after it is written and parsed again.
 fn config(bytes: &[u8]) {
     let path = Path::new("config.toml");
     let Ok(text) = std::str::from_utf8(bytes) else {
@@ -100,7 +100,7 @@ fn config(bytes: &[u8]) {
     }
 }
 
-/// A file of prompts, behind a byte for its kind: each prompt has an id and messages.
+/// A byte that selects the kind of a prompt file, and the file: each prompt has an id and messages.
 fn prompts(bytes: &[u8]) {
     let Some((kind, bytes)) = bytes.split_first() else {
         return;
@@ -119,19 +119,21 @@ fn prompts(bytes: &[u8]) {
     }
 }
 
-/// A model folder: `config.json`, perhaps a weight index, and the weights, between lines of `--`. One
-/// that loads can be computed with.
+/// A model folder: `config.json`, perhaps a weight index, and the weights, separated by lines `--`. A model that loads
+/// has logits.
 fn model(bytes: &[u8]) {
-    const CUT: &[u8] = b"\n--\n";
+    const SEPARATOR: &[u8] = b"\n--\n";
     let mut parts = Vec::new();
-    let mut rest = bytes;
-    while let Some(at) = rest.windows(CUT.len()).position(|window| window == CUT)
+    let mut unsplit = bytes;
+    while let Some(at) = unsplit
+        .windows(SEPARATOR.len())
+        .position(|window| window == SEPARATOR)
         && parts.len() < 2
     {
-        parts.push(&rest[..at]);
-        rest = &rest[at + CUT.len()..];
+        parts.push(&unsplit[..at]);
+        unsplit = &unsplit[at + SEPARATOR.len()..];
     }
-    parts.push(rest);
+    parts.push(unsplit);
     let names: &[&str] = match parts.len() {
         3 => &[
             "config.json",

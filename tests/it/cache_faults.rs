@@ -22,8 +22,8 @@ const RECORDS: u64 = 200;
 enum Fault {
     /// The operation fails.
     Error(io::ErrorKind),
-    /// A write writes only this number of bytes, or half of its bytes if `None`; every second write that is hit writes
-    /// nothing. Other operations fail.
+    /// A write writes only this number of bytes, or half of its bytes if `None`. Of the operations that are hit, every
+    /// second one writes nothing if it is a write. Operations other than writes fail.
     Short(Option<usize>),
 }
 
@@ -235,7 +235,7 @@ impl Storage for SyncReporter {
 
 #[test]
 fn groups_are_synced_by_count_and_by_age() {
-    // Number of appended records, of syncs during the appends, and of syncs by `Cache::sync`.
+    // Durability, and the numbers of appended records, of syncs during the appends, and of syncs by `Cache::sync`.
     for (durability, appended, syncs, final_syncs) in [
         (Durability::Batch, 63, 0, 1),
         (Durability::Batch, 64, 1, 0),

@@ -364,13 +364,13 @@ fn merge_appends_and_counts_the_records_before_an_invalid_one() {
 fn merge_appends_conflicts_after_a_torn_one() {
     let source = folder(b"", &encode([other_answer(2)]));
     let whole = encode([other_answer(1)]);
-    for (length, left) in [(whole.len() / 2, 0), (whole.len() - 1, 1)] {
+    for (length, complete_conflicts) in [(whole.len() / 2, 0), (whole.len() - 1, 1)] {
         let into = folder(b"", &encode(records(0..5)));
         fs::write(conflicts_file(into.path()), &whole[..length]).unwrap();
         merge_caches(into.path(), Compression::None, &[source.path()]).unwrap();
         let expected: Vec<_> = [other_answer(1)]
             .into_iter()
-            .take(left)
+            .take(complete_conflicts)
             .chain([other_answer(2)])
             .collect();
         assert_eq!(

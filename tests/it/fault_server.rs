@@ -147,7 +147,7 @@ impl FaultServer {
         self.requests.lock().unwrap().len()
     }
 
-    /// Returns the number of requests without a complete reply.
+    /// Returns the number of requests whose reaction is not complete.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::SeqCst)
     }

@@ -248,7 +248,7 @@ fn examples_longer_than_the_context_of_the_model_are_left_out() {
 }
 
 #[test]
-fn contradictory_folders_are_refused_by_name() {
+fn contradictory_or_unsupported_settings_are_refused() {
     let set_rope_parameters = |value: Value| {
         move |dir: &Path| {
             edit(&dir.join("config.json"), |config| {

@@ -7,7 +7,7 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-/// Applies one to eight random changes.
+/// Applies up to eight random changes.
 fn mutate(bytes: &[u8], others: &[Vec<u8>], random: &mut fastrand::Rng) -> Vec<u8> {
     const WORDS: [&[u8]; 12] = [
         b"\"",
@@ -91,7 +91,7 @@ fn fuzz_targets_survive_their_corpus_and_mutations() {
 
 /// A corpus of inputs that are all refused would test only the first check of a target.
 #[test]
-fn corpus_contains_valid_inputs() {
+fn record_config_and_cache_corpora_contain_valid_inputs() {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus");
     let files = |name: &str| -> Vec<Vec<u8>> {
         let entries = fs::read_dir(corpus.join(name)).unwrap();

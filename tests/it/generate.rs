@@ -70,7 +70,7 @@ fn generated_answers_do_not_depend_on_batch_size() {
 }
 
 #[test]
-fn generated_answers_are_in_order_and_report_every_token() {
+fn generated_answers_report_every_token() {
     let fixture = Fixture::new();
     let prompts: Vec<Vec<u32>> = (0..40).map(|index| vec![index]).collect();
     let options = GenerateOptions {

@@ -139,7 +139,7 @@ pub fn ignores_hang_ups() -> bool {
     ignored.is_some_and(|mask| mask & 1 != 0)
 }
 
-/// Sends a signal, with its name without `SIG`.
+/// Sends the signal `name`, which is given without `SIG`.
 pub fn signal(child: &Child, name: &str) {
     let status = Command::new("kill")
         .args(["-s", name, &child.id().to_string()])

@@ -146,6 +146,7 @@ fn second_signal_stops_immediately() {
         std::thread::sleep(Duration::from_millis(5));
     }
     signal(&child, "INT");
+    // A signal within one second of the last one counts as a duplicate.
     std::thread::sleep(Duration::from_millis(2_500));
     let second_signal = Instant::now();
     signal(&child, "INT");

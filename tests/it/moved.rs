@@ -175,7 +175,7 @@ fn truncated_or_extended_cache_stops_run_and_loses_only_truncated_records() {
 }
 
 #[test]
-fn rescued_answers_are_merged_before_anything_is_bought() {
+fn harvest_is_refused_while_rescued_answers_are_not_merged() {
     let (fixture, child) = start_and_wait_for_quarter("");
     fs::remove_file(plain_file(&fixture)).unwrap();
     let (_, errors) = wait_for_end(child, Duration::from_secs(20));

@@ -55,7 +55,7 @@ enum Reply {
 struct Sent {
     bound: TokenBound,
     amount: Reservation,
-    /// Index in [`PRICES`] at which the request was sent.
+    /// Index in [`PRICES`] of the price at which the request was sent.
     price: usize,
 }
 

@@ -1,4 +1,5 @@
-//! The config file: its example, the precedence of its sources, and the settings that are hashed or inherited.
+//! The config file: its example, the precedence of its sources, and the settings that checkpoints store or teachers
+//! inherit.
 
 mod errors;
 
@@ -133,16 +134,16 @@ fn log_variable_is_not_a_setting() {
     assert!(load_text("", &[("DISTILL_LOG", "debug")], &[]).is_ok());
 }
 
-/// The JSON text of these settings is hashed into checkpoints and prepared examples. With another name or order of the
-/// keys, those of an earlier version would be refused.
+/// Checkpoints store the hash of the first settings and the text of the second ones. With another name or order of the
+/// keys, checkpoints of an earlier version would be refused, or changes would be reported for equal settings.
 #[test]
-fn hashed_settings_keep_names_and_order() {
+fn settings_in_checkpoints_keep_names_and_order() {
     let config = Config::default();
-    let hashed = [
+    let stored = [
         ("checkpoint_inputs", config.checkpoint_inputs(100)),
         ("example_settings", config.example_settings()),
     ];
-    for (name, value) in hashed {
+    for (name, value) in stored {
         let path = format!("{}/tests/it/golden/{name}.json", env!("CARGO_MANIFEST_DIR"));
         let golden = std::fs::read_to_string(&path).unwrap();
         assert_eq!(format!("{value:#}\n"), golden, "{name}");

@@ -60,10 +60,10 @@ fn raw_alternatives_of_plain_tokens_are_decoded() {
     let ids = tokenizer.encode_text("T").unwrap();
     let teacher = logprobs(&[("T", -1.0, &[("T", Some(-1.0)), ("Ġa", Some(-2.0))])]);
     let aligned = align(&tokenizer, &teacher, "T", &ids).unwrap();
-    let space = tokenizer.encode_text(" a").unwrap()[0];
+    let a_with_space = tokenizer.encode_text(" a").unwrap()[0];
     assert_eq!(
         soft_labels(&aligned)[0].clone().unwrap().ids,
-        [ids[0], space]
+        [ids[0], a_with_space]
     );
     // A space in an alternative shows that the tokens are text.
     let mixed = [("T", Some(-1.0)), ("Ġa", Some(-2.0)), (" a", Some(-3.0))];
@@ -77,13 +77,13 @@ fn raw_vocabulary_entries_are_decoded() {
     let tokenizer = tokenizer("bytelevel");
     let answer = "The ü\n";
     let ids = tokenizer.encode_text(answer).unwrap();
-    for (pieces, one) in [
+    for (pieces, alternative) in [
         (["The", "ĠÃ¼", "Ċ"], "ĠThe"),
         (["The", "▁ü", "<0x0A>"], "▁The"),
     ] {
         let rows: Vec<Row> = pieces.iter().map(|piece| (*piece, -1.0, &[][..])).collect();
         let mut teacher = logprobs(&rows);
-        teacher.top[0] = vec!["The".into(), one.into()];
+        teacher.top[0] = vec!["The".into(), alternative.into()];
         teacher.top_logprob[0] = vec![Some(-1.0), Some(-2.0)];
         let aligned = align(&tokenizer, &teacher, answer, &ids).unwrap();
         let first = soft_labels(&aligned)[0].clone().unwrap();

@@ -150,7 +150,8 @@ fn only_answers_and_their_ends_of_turn_are_supervised() {
             let supervised = &ids[range.clone()];
             let last = *supervised.last().unwrap();
             assert_eq!(tokenizer.decode(supervised).unwrap(), text, "{name}");
-            assert_eq!(tokenizer.stop_ids(), [last], "{name}: {end}");
+            assert_eq!(tokenizer.stop_ids(), [last], "{name}");
+            assert_eq!(tokenizer.id_of_control(end), Some(last), "{name}");
         }
         // The prompt of an answer has the ids before the answer.
         let prompt = tokenizer.encode_prompt(&messages[..3]).unwrap();

@@ -75,13 +75,13 @@ fn rows(file: &Path) -> Vec<Value> {
         .collect()
 }
 
-fn names(folder: &Path) -> Vec<PathBuf> {
-    let mut names: Vec<_> = fs::read_dir(folder)
+fn sorted_paths(folder: &Path) -> Vec<PathBuf> {
+    let mut paths: Vec<_> = fs::read_dir(folder)
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .collect();
-    names.sort();
-    names
+    paths.sort();
+    paths
 }
 
 /// Checks the number of rows, and the number of left out records by reason.
@@ -126,7 +126,7 @@ fn hf_rows_are_conversations_with_their_origin() {
     ] {
         assert!(card.contains(part), "{card}");
     }
-    assert_eq!(names(dir.path()), [out]);
+    assert_eq!(sorted_paths(dir.path()), [out]);
 }
 
 #[test]
@@ -144,7 +144,7 @@ fn hf_card_escapes_hostile_model_names() {
 }
 
 #[test]
-fn openai_rows_have_only_its_three_roles() {
+fn openai_rows_have_only_roles_of_the_fine_tuning_api() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.jsonl");
     let mut records = varied();
@@ -208,7 +208,7 @@ fn missing_settings_and_empty_caches_are_usage_errors() {
     assert_usage_error(&error, &["distill harvest"]);
     let error = export(vec![sample(3), sample(10)], Format::Hf, &out).unwrap_err();
     assert_usage_error(&error, &["no record to export", "2: quarantined"]);
-    assert!(names(dir.path()).is_empty());
+    assert!(sorted_paths(dir.path()).is_empty());
 }
 
 /// Formats that this build writes without a tokenizer.
@@ -244,7 +244,11 @@ fn failed_export_leaves_the_old_file() {
             };
             let error = write(records.into_iter(), format, &out, &settings).unwrap_err();
             assert_eq!(error.to_string(), "line 2 is damaged");
-            assert_eq!(names(dir.path()).len(), usize::from(force), "{format:?}");
+            assert_eq!(
+                sorted_paths(dir.path()).len(),
+                usize::from(force),
+                "{format:?}"
+            );
             assert_eq!(before, force.then(|| content(&data)));
         }
     }
@@ -267,7 +271,7 @@ fn existing_export_is_replaced_only_with_force() {
         let twice = [Ok(sample(1)), Ok(sample(2))];
         let report = write(twice.into_iter(), format, &out, &settings).unwrap();
         assert_eq!(report.rows, 2);
-        assert_eq!(names(dir.path()), std::slice::from_ref(&out));
+        assert_eq!(sorted_paths(dir.path()), std::slice::from_ref(&out));
 
         // A folder that was not written by an export is not replaced, even with `force`.
         let folder = dir.path().join("folder");
@@ -275,7 +279,7 @@ fn existing_export_is_replaced_only_with_force() {
         fs::write(folder.join("thesis.tex"), "years of work").unwrap();
         let error = write([Ok(sample(1))].into_iter(), format, &folder, &settings).unwrap_err();
         assert_usage_error(&error, &["another path"]);
-        assert_eq!(names(&folder).len(), 1);
+        assert_eq!(sorted_paths(&folder).len(), 1);
     }
 }
 
@@ -410,7 +414,7 @@ fn export_command_refuses_bad_arguments_before_writing() {
         assert_eq!(output.status.code(), Some(*status), "{args:?}: {errors}");
         assert!(errors.contains(part), "{args:?}: {errors}");
     }
-    assert_eq!(names(dir.path()), [dir.path().join("cache")]);
+    assert_eq!(sorted_paths(dir.path()), [dir.path().join("cache")]);
     assert_eq!(
         fs::read(dir.path().join("cache/responses.jsonl")).unwrap(),
         before
@@ -428,6 +432,6 @@ fn export_of_a_damaged_cache_exits_with_5_and_writes_nothing() {
     for format in ["hf", "trl"] {
         let output = run(dir.path(), &["--to", format, "--dir", "cache", "-o", "x"]);
         assert_eq!(output.status.code(), Some(5));
-        assert_eq!(names(dir.path()), [dir.path().join("cache")]);
+        assert_eq!(sorted_paths(dir.path()), [dir.path().join("cache")]);
     }
 }

@@ -27,7 +27,7 @@ use distill::train::trainable::TrainableModel;
 use super::{VOCABULARY, difference, examples, joined};
 use crate::model::tiny;
 
-/// The variables of a tiny model with features that the decoders of the other tests do not use.
+/// The variables of one attention layer with biases and a norm of the queries. Its window is a parameter of a run.
 struct TinyGraphModel(Vec<Var>);
 
 impl TinyGraphModel {

@@ -92,7 +92,7 @@ pub fn kl(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(term).sum()
 }
 
-/// Computes `share` of a plus the rest of b.
+/// Computes `share` * a + (1 - `share`) * b.
 fn mixture(a: &[f64], b: &[f64], share: f64) -> Vec<f64> {
     let pairs = a.iter().zip(b);
     pairs.map(|(a, b)| share * a + (1.0 - share) * b).collect()
@@ -105,7 +105,7 @@ pub fn log_softmax(logits: &[f64]) -> Vec<f64> {
 }
 
 /// Computes the distillation loss of Hinton et al. (arXiv 1503.02531) for logits of the whole vocabulary:
-/// cross-entropy, and the KL divergence at a temperature `tau` times its square.
+/// cross-entropy, and `tau` squared times the KL divergence at the temperature `tau`.
 pub fn hinton_loss(
     student: &[f64],
     teacher: &[f32],

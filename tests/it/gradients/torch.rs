@@ -96,6 +96,7 @@ const CASES: [&str; 8] = [
 
 /// Returns the largest absolute difference of two values at the same index.
 fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
     let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
     differences.fold(0.0, f32::max)
 }

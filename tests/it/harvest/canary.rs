@@ -57,14 +57,14 @@ fn assert_files_clean(dir: &Path) {
     }
 }
 
-/// A teacher that repeats the key in its answers, errors and headers.
+/// Starts a mock teacher that requires the key.
 fn teacher(script: &str) -> MockServer {
     let script = format!("key = \"{KEY}\"\n{script}");
     let script = Script::parse("mock.toml".as_ref(), &script).unwrap();
     distill::mock::server::start(script, [127, 0, 0, 1].into(), 0).unwrap()
 }
 
-/// Returns the script lines of a fault whose headers contain the key, and whose body does if the fault is an error.
+/// Returns the script lines of a fault with the key in its headers and, if it is an error, in its body.
 fn fault(kind: &str, conditions: &str) -> String {
     let is_error = ["http", "html", "insufficient", "redirect", "error"]
         .iter()

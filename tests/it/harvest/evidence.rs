@@ -360,7 +360,7 @@ async fn reset_hours_away_stops_run_with_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn single_absurd_wait_between_answers_is_ignored() {
+async fn single_absurd_wait_before_the_first_answer_is_ignored() {
     let reaction = reply_with(429, "retry-after", "99999999", json!({}));
     let seconds = seconds_with_first_reaction(reaction).await;
     assert!(seconds < 2.0, "{seconds} s");

@@ -20,7 +20,7 @@ pub enum Always {
     Quarantined,
     /// The row fails with this class after this number of attempts.
     Fails(&'static str, u64),
-    /// The run stops if nothing was answered before. Its effect between answers is given.
+    /// The run stops if nothing was answered before. Otherwise the fault has the given effect.
     Stops(BetweenAnswers),
     /// The row fails when it is the last one, after several waits.
     Throttled,
@@ -28,7 +28,7 @@ pub enum Always {
     Waits,
 }
 
-/// Effect of a reply that no request can succeed, if other requests are answered before and after it.
+/// Effect of a reply that says that no request can succeed, if other requests are answered before and after it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum BetweenAnswers {
     /// The row fails with this class.
@@ -223,7 +223,7 @@ fn fault_matrix_covers_every_fault() {
 
 /// Faults of the connection or the body over real TCP, each at one attempt.
 #[tokio::test(flavor = "multi_thread")]
-async fn fault_matrix_over_tcp_matches_simulation() {
+async fn single_faults_over_tcp_cost_at_most_one_attempt() {
     let faults = [
         "reset",
         "stall",

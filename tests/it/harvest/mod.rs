@@ -1,4 +1,4 @@
-//! `distill harvest` against a teacher over real TCP.
+//! `distill harvest` against a teacher over real TCP, or against a simulated one on the paused clock.
 
 mod bad_rows;
 mod batch;
@@ -64,7 +64,7 @@ impl Run {
         config.teacher.api_key_env = String::new();
         config.prompts.source = dir.path().join("prompts.txt");
         config.sampling.max_tokens = 16;
-        // The fault server sends no logprobs.
+        // Many replies of the test servers have no logprobs.
         config.harvest.on_missing_logprobs = OnMissingLogprobs::Warn;
         config.retry.base = Duration::from_secs_f64(0.002);
         config.retry.max = Duration::from_secs_f64(0.02);

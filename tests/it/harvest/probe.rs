@@ -95,7 +95,7 @@ async fn probe_detects_refused_parameters() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn probe_of_unreachable_endpoint_or_wrong_key_is_an_error() {
+async fn probe_without_key_or_of_unreachable_endpoint_is_an_error() {
     let (server, mut run) = teacher("key = \"sk-right\"");
     let error = distill::harvest::probe(&run.config).await.unwrap_err();
     assert!(error.to_string().contains("requires a key"), "{error}");

@@ -119,7 +119,7 @@ async fn connection_faults_end_the_connection_as_scripted() {
 }
 
 #[tokio::test]
-async fn body_faults_change_only_the_body() {
+async fn body_faults_change_the_body_of_a_200_reply() {
     let connection_faults = [
         "reset in body",
         "short body",

@@ -60,6 +60,7 @@ fn example_equals_the_defaults_and_has_every_key() {
             .any(|line| line.starts_with(&format!("{key} = ")));
         assert!(is_set || key == "faults", "the example lacks {key}");
     }
+    assert_eq!(full.faults.len(), 1);
     assert_ne!(full.faults, [ScriptedFault::new(FaultKind::Http(503))]);
     for kind in FaultKind::all() {
         assert!(

@@ -94,7 +94,8 @@ async fn echo_and_prompt_logprobs_agree() {
     let mut logprobs = vec![None];
     let mut ids = Vec::new();
     for position in &positions[1..] {
-        // The first entry is the token of the prompt. It is a fifth one if it is not among the four most likely tokens.
+        // The first entry is the token of the prompt. It is listed in addition to the four most likely tokens if it is
+        // not one of them.
         let entries: Vec<(&String, &Value)> = position.as_object().unwrap().iter().collect();
         let (id, entry) = entries[0];
         assert_eq!(entries.len(), if entry["rank"].is_null() { 5 } else { 4 });

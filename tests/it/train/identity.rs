@@ -145,8 +145,8 @@ fn copy_without_end_logprobs(source: &Path, target: &Path) {
     let cache = Cache::open(target, &config::CacheConfig::default()).unwrap();
     for record in distill::cache::reader::read(source).unwrap() {
         let mut record = record.unwrap();
-        let ended = record.answer.finish_reason == "stop";
-        if let Some(logprobs) = record.logprobs.as_mut().filter(|_| ended) {
+        let has_ended = record.answer.finish_reason == "stop";
+        if let Some(logprobs) = record.logprobs.as_mut().filter(|_| has_ended) {
             logprobs.token.pop();
             logprobs.logprob.pop();
             logprobs.top.pop();

@@ -23,7 +23,7 @@ use super::local_teacher::log_softmax;
 use super::{metrics, run_folder, weights};
 
 /// Serves the model in `teacher`, and configures it as the judge.
-fn serve_judge(config: &mut Config, teacher: &Path, by: ScoredBy) -> Server {
+fn serve_judge(config: &mut Config, teacher: &Path, scored_by: ScoredBy) -> Server {
     let options = ServeOptions {
         port: 0,
         model_name: Some("teacher".into()),
@@ -40,7 +40,7 @@ fn serve_judge(config: &mut Config, teacher: &Path, by: ScoredBy) -> Server {
     config.train.on_policy = true;
     config.on_policy.max_tokens = 8;
     config.on_policy.share = 1.0;
-    config.on_policy.judge = by;
+    config.on_policy.judge = scored_by;
     config.on_policy.tokenizer = Some(teacher.into());
     server
 }
@@ -138,12 +138,12 @@ fn judge_dialects_agree_with_each_other_and_with_the_models() {
     config.train.batch_size = 12;
     start_with_trained_student(&mut config);
     let mut divergences = Vec::new();
-    for (by, has_tokenizer) in [
+    for (scored_by, has_tokenizer) in [
         (ScoredBy::PromptLogprobs, false),
         (ScoredBy::PromptLogprobs, true),
         (ScoredBy::Echo, true),
     ] {
-        let _server = serve_judge(&mut config, &teacher, by);
+        let _server = serve_judge(&mut config, &teacher, scored_by);
         if !has_tokenizer {
             config.on_policy.tokenizer = None;
         }
@@ -151,11 +151,11 @@ fn judge_dialects_agree_with_each_other_and_with_the_models() {
         summary.unwrap();
         assert!(
             stats.texts >= 3 && stats.failed + stats.unusable == 0,
-            "{by:?}: {stats:?}"
+            "{scored_by:?}: {stats:?}"
         );
         let divergence = judged_kd(&config)[0];
         divergences.push(divergence);
-        if by == ScoredBy::PromptLogprobs {
+        if scored_by == ScoredBy::PromptLogprobs {
             let expected = expected_kd(&config, &teacher);
             let is_as_expected = if has_tokenizer {
                 (divergence - expected).abs() < 1e-5 * expected
@@ -267,6 +267,7 @@ fn judging_spends_the_run_budget_and_stops_with_a_checkpoint() {
     let error = summary.unwrap_err();
     assert_eq!(Exit::code_of(&error), 4, "{error:#}");
     assert!(format!("{error:#}").contains("--resume"), "{error:#}");
+    assert!(config.run_dir.join("checkpoints").exists());
     let spent = stats.cost_usd.unwrap();
     assert!(spent > 0.02 && spent <= 0.05, "{stats:?}");
 

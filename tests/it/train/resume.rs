@@ -299,7 +299,7 @@ fn checkpoint_that_changed_on_disk_is_refused() {
     let (_dir, config) = uninterrupted_run();
     let checkpoints = config.run_dir.join("checkpoints");
     let last = checkpoints.join(format!("step-{STEPS:06}"));
-    // Flips a bit of each file.
+    // Flips a bit of each of these files.
     for name in [
         "model.safetensors",
         "optimizer.safetensors",
@@ -330,7 +330,7 @@ fn checkpoint_that_changed_on_disk_is_refused() {
     std::fs::write(&path, state).unwrap();
     train::run(&config, StartMode::Resume.into()).unwrap();
 
-    // The best checkpoint is verified, too.
+    // `load_weights`, which loads the best checkpoint, also verifies it.
     checkpoint::load_weights(&checkpoints, 7).unwrap();
     let replaced = checkpoints.join("step-000007/ema.safetensors");
     std::fs::copy(last.join("ema.safetensors"), replaced).unwrap();

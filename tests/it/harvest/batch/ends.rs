@@ -232,7 +232,7 @@ async fn unreadable_results_file_is_saved_and_stops_run() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn batch_without_answers_has_no_output_file() {
+async fn batch_without_output_file_fails_its_rows() {
     let simulated = simulated_run("[batch]\nerror_rows = 100", 5, |config| {
         config.retry.max_attempts = 1;
     });

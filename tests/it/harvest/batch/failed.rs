@@ -84,7 +84,7 @@ async fn harvest_failing(
 }
 
 /// Replaces the last 5 answers of an error file by `errors`, which gets the `custom_id` of the last line. Files with
-/// less than 20 lines stay unchanged.
+/// fewer than 20 lines stay unchanged.
 fn with_errors(content: Bytes, errors: impl Fn(Value) -> Vec<Value>) -> Bytes {
     let text = String::from_utf8(content.to_vec()).unwrap();
     let lines: Vec<&str> = text.lines().collect();

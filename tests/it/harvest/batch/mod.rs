@@ -172,7 +172,7 @@ impl BatchApi for SimulatedBatchTeacher {
                 return Ok(FileDownload::Refused(refusal));
             }
             let path = format!("/v1/files/{file}/content");
-            let (reply, breaks) = match self.respond("GET", &path, b"").await {
+            let (reply, is_broken) = match self.respond("GET", &path, b"").await {
                 MockResponse::Complete(reply) => (reply, self.breaks_downloads),
                 MockResponse::ResetInBody(reply) => (reply, true),
                 _ => return Err(TransportError::Broken("reset".into())),
@@ -181,7 +181,7 @@ impl BatchApi for SimulatedBatchTeacher {
                 return Ok(FileDownload::Refused(http_reply(reply)));
             }
             let content = (self.change_file)(reply.body);
-            let length = if breaks || take_one(&self.halved_downloads) {
+            let length = if is_broken || take_one(&self.halved_downloads) {
                 content.len() / 2
             } else {
                 content.len()
@@ -191,7 +191,7 @@ impl BatchApi for SimulatedBatchTeacher {
                 .step_by(PIECE_LENGTH)
                 .map(|start| Ok(body.slice(start..length.min(start + PIECE_LENGTH))))
                 .collect();
-            if breaks {
+            if is_broken {
                 pieces.push(Err(TransportError::Broken("reset".into())));
             }
             Ok(FileDownload::Content(stream::iter(pieces).boxed()))

@@ -64,7 +64,7 @@ async fn batch_connection_faults_are_retried_and_bought_once() {
 }
 
 #[tokio::test]
-async fn batch_refused_key_ends_run_and_is_not_shown() {
+async fn batch_run_without_required_key_ends() {
     // The run sends no key, so every request gets a 401.
     let (_server, run) = run("key = \"sk-another-key-0123456789\"", |_| {});
     let summary = run.harvest().await;

@@ -15,6 +15,9 @@ const SLOT_US: u64 = 300_000_000;
 /// A day in microseconds.
 const DAY_US: u64 = 86_400_000_000;
 
+/// Bursts per minute: a burst has three quarters of one second's amount.
+const BURSTS_PER_MINUTE: u64 = 80;
+
 /// Wall-clock time at which the tests start, in microseconds since 1970.
 const START_US: u64 = 1_800_000_000_000_000;
 
@@ -56,7 +59,11 @@ impl Limits {
             limit => {
                 let interval = MINUTE_PS.div_ceil(limit);
                 let largest = [1, self.largest][index];
-                [interval, limit / 80 * interval, largest * interval]
+                [
+                    interval,
+                    limit / BURSTS_PER_MINUTE * interval,
+                    largest * interval,
+                ]
             }
         }
     }
@@ -305,8 +312,8 @@ fn busiest_window(times: &[u64], length: u64) -> usize {
 
 #[test]
 fn redis_script_respects_and_exhausts_minute_limit() {
-    // Limits of requests and tokens, tokens of each request and of the largest one, and the resulting limit and burst
-    // in requests per minute.
+    // Limits of requests and tokens, tokens of each request and of the largest one, and the resulting limit in
+    // requests per minute with its burst in requests.
     for (per_minute, each, largest, limit, burst) in [
         ([1, 0], 10, 10, 1, 1),
         ([159, 0], 10, 10, 159, 1),
