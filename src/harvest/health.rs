@@ -33,6 +33,9 @@ pub(crate) struct EndpointHealth {
     /// Total of the waits since the last success that do not count as time without success: waits requested by the
     /// endpoint, and outages of the shared limits.
     excluded_wait: Duration,
+    /// Total of the time since the last success in which the run itself sent nothing: outside the request window, until
+    /// a limit allows a request, without disk space, or between two runs. It does not count as time without success.
+    held_back: Duration,
     /// A request has succeeded.
     has_succeeded: bool,
     /// The endpoint has sent a reply of any kind.
@@ -118,6 +121,7 @@ impl EndpointHealth {
         Self {
             last_success: now,
             excluded_wait: Duration::ZERO,
+            held_back: Duration::ZERO,
             has_succeeded: false,
             has_replied: false,
             has_failed_as_before: false,
@@ -145,6 +149,7 @@ impl EndpointHealth {
     pub(crate) fn success(&mut self, sent_at: Instant, now: Instant) {
         self.last_success = now;
         self.excluded_wait = Duration::ZERO;
+        self.held_back = Duration::ZERO;
         self.has_succeeded = true;
         self.has_replied = true;
         let doubted_since = self.doubted_since.take();
@@ -331,9 +336,16 @@ impl EndpointHealth {
         self.excluded_wait = (self.excluded_wait + wait).min(MAX_EXCLUDED_WAIT);
     }
 
-    /// Returns the time since the last success, without the excluded waits.
+    /// Excludes time in which the run itself sent nothing. It has no maximum, unlike the waits that the endpoint
+    /// requests.
+    pub(crate) fn exclude_held_back(&mut self, elapsed: Duration) {
+        self.held_back += elapsed;
+    }
+
+    /// Returns the time since the last success, without the excluded waits and the time in which the run itself sent
+    /// nothing.
     pub(crate) fn time_without_success(&self, now: Instant) -> Duration {
-        (now - self.last_success).saturating_sub(self.excluded_wait)
+        (now - self.last_success).saturating_sub(self.excluded_wait + self.held_back)
     }
 }
 
@@ -360,6 +372,17 @@ mod tests {
         health.success(later, later);
         assert!(!health.is_outage() && health.probes() == 0);
         assert_eq!(health.time_without_success(later), Duration::ZERO);
+    }
+
+    #[test]
+    fn time_in_which_the_run_sent_nothing_is_no_outage() {
+        let start = Instant::now();
+        let at = |hours: u64| start + Duration::from_secs(3_600 * hours);
+        let mut health = EndpointHealth::new(start);
+        health.exclude_held_back(at(50) - start);
+        assert_eq!(health.time_without_success(at(51)), at(1) - start);
+        health.success(at(51), at(51));
+        assert_eq!(health.time_without_success(at(53)), at(2) - start);
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub(crate) struct Pacer {
     /// True from the closing of the gate until a request that was sent after its opening is answered. Meanwhile,
     /// requests are sent one at a time.
     is_half_open: bool,
+    /// Instant until which a limit refused the last request that the gate let pass; None if it was admitted.
+    limited_until: Option<Instant>,
     limits: LimitsConfig,
 }
 
@@ -49,6 +51,7 @@ impl Pacer {
             daily_limit,
             closed_until: None,
             is_half_open: false,
+            limited_until: None,
             limits,
         })
     }
@@ -72,6 +75,18 @@ impl Pacer {
         {
             return Err(until);
         }
+        let admitted = self.admit_to_limits(cost, slots, now);
+        self.limited_until = admitted.as_ref().err().copied();
+        admitted
+    }
+
+    /// Admits a request to all limits. The gate is open.
+    fn admit_to_limits(
+        &mut self,
+        cost: RequestCost,
+        slots: usize,
+        now: Instant,
+    ) -> Result<SendTicket, Instant> {
         self.daily_limit.check(now)?;
         self.server_limits.check(&cost, now)?;
         // These limits come after the other checks, because what they grant cannot be returned.
@@ -143,6 +158,11 @@ impl Pacer {
                 .shared
                 .as_ref()
                 .is_some_and(SharedLimits::is_unavailable)
+    }
+
+    /// Returns true if the next request waits for a limit, and not for the gate.
+    pub(crate) fn waits_for_limit(&self, now: Instant) -> bool {
+        !self.is_closed(now) && self.limited_until.is_some_and(|until| until > now)
     }
 
     /// Returns a limit of the server that is smaller than the cost of the request, if there is one.

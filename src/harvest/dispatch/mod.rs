@@ -457,10 +457,16 @@ impl<'a> Dispatcher<'a> {
         Ok(())
     }
 
-    /// Adds the time since the last call to the timeline.
+    /// Adds the time since the last call to the timeline. Time outside the window, or without disk space, is not an
+    /// outage of an endpoint.
     fn record_time(&mut self) {
         let now = Instant::now();
         let seconds = self.timeline.advance(now);
+        let elapsed = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        let is_paused = self.is_closed || self.held_answers.is_waiting();
+        for upstream in &mut self.upstreams {
+            upstream.exclude_held_back(elapsed, is_paused);
+        }
         let is_waiting = self.upstreams.iter().any(Upstream::is_waiting);
         let hour = self.timeline.hour(now);
         if self.is_closed {

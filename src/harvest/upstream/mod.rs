@@ -89,6 +89,8 @@ pub(crate) struct Upstream {
     stopped: Option<anyhow::Error>,
     /// Time of the last notice that the daily limit is used up.
     daily_limit_noted_at: Option<Instant>,
+    /// Time of the last reply, or of the last call of [`Upstream::resume_with`] if that was later.
+    last_active: Instant,
 }
 
 /// Builds the queue of an upstream; rows with the status [`RowStatus::Suspect`](crate::plan::RowStatus::Suspect) come
@@ -152,18 +154,23 @@ impl Upstream {
             monitor: AnswerMonitor::from_settings(&settings, run),
             stopped: None,
             daily_limit_noted_at: None,
+            last_active: now,
             settings,
             transport,
         })
     }
 
-    /// Replaces the queue by the rows of another plan; limits and health stay.
+    /// Replaces the queue by the rows of another plan; limits and health stay. The time since the last reply, in which
+    /// no row was waiting, does not count as an outage.
     ///
     /// # Errors
     /// If a request exceeds a limit.
     pub(crate) fn resume_with(&mut self, plan: &Plan, index: usize) -> Result<()> {
         self.limiter.allow_request_of(plan.largest(index))?;
-        self.queue = build_queue(plan, index, Instant::now());
+        let now = Instant::now();
+        self.health.exclude_held_back(now - self.last_active);
+        self.last_active = now;
+        self.queue = build_queue(plan, index, now);
         self.in_flight = 0;
         self.probe_sent_at = None;
         self.first_sent_at = None;
@@ -294,6 +301,7 @@ impl Upstream {
     /// Counts a request of `ticket` as ended, with or without a reply, and updates the limits from its headers.
     pub(crate) fn reply_received(&mut self, ticket: &SendTicket, reports: &[LimitReport]) {
         self.in_flight -= 1;
+        self.last_active = Instant::now();
         if self.probe_sent_at == Some(ticket.sent_at) {
             self.probe_sent_at = None;
         }
@@ -459,8 +467,21 @@ impl Upstream {
         }
     }
 
+    /// Excludes the last `elapsed` seconds from the time without success if no request was in flight because all
+    /// endpoints are paused (`is_paused`) or a limit is used up. Pauses after failures are not excluded.
+    pub(crate) fn exclude_held_back(&mut self, elapsed: Duration, is_paused: bool) {
+        let now = Instant::now();
+        let is_held_back = is_paused && !self.limiter.is_closed(now);
+        if self.in_flight == 0 && (is_held_back || self.limiter.waits_for_limit(now)) {
+            self.health.exclude_held_back(elapsed);
+        }
+    }
+
     /// Returns true during an outage of the endpoint or of the shared limits, and during a pause of all requests.
     pub(crate) fn is_waiting(&self) -> bool {
         self.health.is_outage() || self.limiter.is_closed(Instant::now())
     }
 }
+
+#[cfg(test)]
+mod tests;

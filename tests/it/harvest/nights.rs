@@ -351,6 +351,35 @@ async fn requests_stay_in_window_and_deadline_ends_run() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn time_outside_the_window_is_no_outage() {
+    let script =
+        "[answers]\nlatency_s = 1.0\n[[faults]]\nkind = \"http 503\"\nfrom_s = 0.0\nto_s = 7230.0";
+    // The window opens two hours after the start, and the first reply is an error.
+    let simulated = SimulatedRun::new(script, 20, |config| {
+        config.retry.max_outage = Duration::from_secs(1_800);
+        config.schedule.window = Some("22:00-02:00".parse().unwrap());
+    });
+    let summary = simulated.harvest().await;
+    assert_eq!((summary.ok, exit_of(&summary).0), (20, 0), "{summary:?}");
+    let faults = simulated.mock.stats().faults;
+    assert!(faults.values().sum::<u64>() > 0, "no request failed");
+    assert!(summary.hours[0].requests == 0 && summary.hours[1].requests == 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn closed_window_during_an_outage_does_not_extend_it() {
+    // The endpoint fails from ten minutes before the window closes until ten minutes after it opens again.
+    let script = "[answers]\nlatency_s = 1.0\n[[faults]]\nkind = \"http 503\"\nfrom_s = 21000.0\nto_s = 94200.0";
+    let simulated = SimulatedRun::new(script, 2_500, |config| {
+        config.limits.requests_per_minute = Some(10);
+        config.retry.max_outage = Duration::from_secs(3_600);
+        config.schedule.window = Some("22:00-02:00".parse().unwrap());
+    });
+    let summary = simulated.harvest().await;
+    assert_eq!((summary.ok, exit_of(&summary).0), (2_500, 0), "{summary:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn wall_clock_jumps_of_a_day_are_survived() {
     for jump in [-86_400, 86_400] {
         let mut simulated = SimulatedRun::new("[answers]\nlatency_s = 1.0", 3_000, |config| {
