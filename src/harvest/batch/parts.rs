@@ -51,7 +51,7 @@ impl PartLimits {
     pub(crate) fn new(limits: &config::BatchConfig, tokens: Option<u64>, usd: f64) -> PartLimits {
         PartLimits {
             rows: limits.max_requests,
-            bytes: (limits.max_megabytes * 1e6) as u64,
+            bytes: max_file_bytes(limits),
             output_bytes: limits.max_output_gigabytes * 1e9,
             tokens,
             usd,
@@ -100,6 +100,11 @@ impl PartLimits {
         }
         (count, sum, None)
     }
+}
+
+/// Returns the maximum size of a request file in bytes.
+pub(crate) fn max_file_bytes(limits: &config::BatchConfig) -> u64 {
+    (limits.max_megabytes * 1e6) as u64
 }
 
 /// Returns the size of a row whose cost is at most `usd`.

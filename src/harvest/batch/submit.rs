@@ -29,9 +29,10 @@ const FILE_NOT_FOUND_LIMITS: [u32; 2] = [6, 12];
 const CLOCK_SKEW_S: i64 = 86_400;
 
 impl BatchRun<'_> {
-    /// Makes a part of the first waiting rows that fit, and returns its index. None if no row fits now; then a first
-    /// row that exceeds the maximum file size has failed.
+    /// Makes a part of the first waiting rows that fit, and returns its index. None if no row fits now. Before that,
+    /// leading rows that exceed the maximum file size fail.
     pub(super) fn plan_part(&mut self, upstream: usize) -> Result<Option<usize>> {
+        self.fail_too_large_rows(upstream);
         let sizes: Vec<RowSize> = {
             let waiting = self.upstreams[upstream].waiting.iter();
             // One more row shows whether the part is full.
@@ -62,10 +63,8 @@ impl BatchRun<'_> {
         );
         let (count, sum, full) = limits.fit(sizes.iter().copied());
         if count == 0 {
-            match full {
-                Some(PartFull::RowTooLarge) => self.fail_too_large(upstream, sizes[0].bytes),
-                Some(PartFull::Budget) => self.stop_without_budget(upstream),
-                _ => {}
+            if full == Some(PartFull::Budget) {
+                self.stop_without_budget(upstream);
             }
             return Ok(None);
         }
@@ -115,15 +114,21 @@ impl BatchRun<'_> {
         )
     }
 
-    fn fail_too_large(&mut self, upstream: usize, bytes: u64) {
-        let Some(entry) = self.upstreams[upstream].waiting.pop_front() else {
-            return;
-        };
-        let message = format!(
-            "a request of {bytes} bytes is larger than `batch.max_megabytes` = {}",
-            self.settings.batch.max_megabytes
-        );
-        self.fail(upstream, entry, RowFailure::new("over the limit", &message));
+    /// Fails the leading waiting rows that exceed the maximum file size even as the only row of a part.
+    fn fail_too_large_rows(&mut self, upstream: usize) {
+        let max_bytes = parts::max_file_bytes(&self.settings.batch);
+        while let Some(entry) = self.upstreams[upstream].waiting.front().copied() {
+            let bytes = self.size(upstream, entry.row).bytes;
+            if bytes <= max_bytes {
+                return;
+            }
+            self.upstreams[upstream].waiting.pop_front();
+            let message = format!(
+                "a request of {bytes} bytes is larger than `batch.max_megabytes` = {}",
+                self.settings.batch.max_megabytes
+            );
+            self.fail(upstream, entry, RowFailure::new("over the limit", &message));
+        }
     }
 
     /// Stops the upstream because the budget is used up, unless a part that has not ended may still release budget.
