@@ -196,7 +196,13 @@ impl<'a> BatchRun<'a> {
             self.summary.turns += 1;
             let window = self.schedule.state(self.clock.now());
             if window == WindowState::Over && self.deadline_passed_at.is_none() {
-                self.deadline_passed_at = Some(Instant::now());
+                let now = Instant::now();
+                self.deadline_passed_at = Some(now);
+                // Batches are cancelled immediately, even during a pause after a failed call.
+                for upstream in &mut self.upstreams {
+                    upstream.not_before = now;
+                    upstream.next_poll = now;
+                }
                 self.progress
                     .note("the deadline has passed: batches under way are cancelled");
             }
@@ -213,7 +219,26 @@ impl<'a> BatchRun<'a> {
             if let Some(ended) = self.run_end() {
                 return Ok(ended);
             }
+            let paused_at = Instant::now();
             sleep_until(self.wake()).await;
+            if window != WindowState::Open {
+                self.exclude_closed_window(paused_at);
+            }
+        }
+    }
+
+    /// Excludes the time since `paused_at`, in which the request window was closed, from the outage of each upstream
+    /// that makes no calls outside the window.
+    fn exclude_closed_window(&mut self, paused_at: Instant) {
+        for upstream in 0..self.upstreams.len() {
+            let makes_calls = self.parts_of(upstream).into_iter().any(|index| {
+                let part = &self.journal.parts[index];
+                part.batch().is_some() || part.progress.is_creation_unconfirmed
+            });
+            let upstream = &mut self.upstreams[upstream];
+            if !makes_calls && upstream.not_before <= paused_at {
+                upstream.exclude_wait(paused_at.elapsed());
+            }
         }
     }
 

@@ -15,6 +15,7 @@ use crate::exit::Exit;
 use crate::harvest::answer_monitor::AnswerMonitor;
 use crate::harvest::backoff::backoff;
 use crate::harvest::run_error;
+use crate::harvest::upstream::LONGEST_WAIT;
 use crate::plan::Plan;
 use crate::plan::queue::QueuedRow;
 use crate::plan::run_settings::RunSettings;
@@ -28,6 +29,9 @@ const MAX_ENDPOINT_REFUSALS: u32 = 4;
 
 /// Number of consecutive failed batches after which the upstream stops.
 const MAX_FAILED_BATCHES: u32 = 3;
+
+/// Number of consecutive failed calls up to which requested waits are excluded from an outage.
+const MAX_EXCLUDED_WAITS: u32 = 8;
 
 /// Minimum pause after a batch of one row exceeded the limit of enqueued tokens.
 const MIN_TOKEN_LIMIT_PAUSE: Duration = Duration::from_secs(30);
@@ -49,8 +53,11 @@ pub(crate) struct BatchUpstream {
     pub next_poll: Instant,
     /// Number of failed calls since the last success.
     failures: u32,
-    /// Time of the last success.
-    last_success: Instant,
+    /// Time of the first failed call since the last success.
+    failing_since: Option<Instant>,
+    /// Total of the time since `failing_since` that does not count as an outage: waits requested by the endpoint, and
+    /// time outside the request window.
+    excluded_wait: Duration,
     /// True once the address has sent a reply.
     has_replied: bool,
     /// Number of consecutive failed batches.
@@ -86,7 +93,8 @@ impl BatchUpstream {
             not_before: now,
             next_poll: now,
             failures: 0,
-            last_success: now,
+            failing_since: None,
+            excluded_wait: Duration::ZERO,
             has_replied: false,
             failed_batches: 0,
             has_batches: false,
@@ -114,8 +122,14 @@ impl BatchUpstream {
     pub(crate) fn success(&mut self) {
         self.failures = 0;
         self.refused_calls = 0;
-        self.last_success = Instant::now();
+        self.failing_since = None;
+        self.excluded_wait = Duration::ZERO;
         self.has_replied = true;
+    }
+
+    /// Excludes time in which no call was made from an outage.
+    pub(crate) fn exclude_wait(&mut self, elapsed: Duration) {
+        self.excluded_wait += elapsed;
     }
 
     /// Handles a failed call. Returns the pause before the next call, and its reason.
@@ -126,7 +140,8 @@ impl BatchUpstream {
     ) -> (Duration, String) {
         let now = Instant::now();
         self.failures += 1;
-        let (min_pause, message) = match error {
+        let failing_since = *self.failing_since.get_or_insert(now);
+        let (requested_wait, message) = match error {
             AttemptError::EndpointRefused(refusal) => return self.call_refused(refusal, retry),
             AttemptError::Refused(failure) | AttemptError::Filtered(failure) => {
                 self.stop(anyhow!(
@@ -138,7 +153,7 @@ impl BatchUpstream {
             }
             AttemptError::Throttled { wait, message } => {
                 self.has_replied = true;
-                (wait, message)
+                (wait.map(|wait| wait.min(LONGEST_WAIT)), message)
             }
             AttemptError::KeyRenewed => return (Duration::ZERO, String::new()),
             AttemptError::Unreadable { problem, .. } => (None, problem),
@@ -150,16 +165,24 @@ impl BatchUpstream {
                         &failure.message,
                     ));
                 }
-                (Some(wait), failure.message)
+                // After an error, servers only guess the wait: ignore a wait of hours.
+                (
+                    Some(wait).filter(|wait| *wait <= LONGEST_WAIT),
+                    failure.message,
+                )
             }
         };
-        let outage = now - self.last_success;
+        let outage = (now - failing_since).saturating_sub(self.excluded_wait);
         if outage >= retry.max_outage {
             self.stop(run_error::outage(outage, &message));
         }
         // Jitter applies to the upper half of the pause only.
         let random = 0.5 + fastrand::f64() / 2.0;
-        let pause = backoff(self.failures, retry, random).max(min_pause.unwrap_or_default());
+        let requested_wait = requested_wait.unwrap_or_default();
+        if requested_wait > retry.max && self.failures <= MAX_EXCLUDED_WAITS {
+            self.exclude_wait(requested_wait);
+        }
+        let pause = backoff(self.failures, retry, random).max(requested_wait);
         self.not_before = now + pause;
         (pause, message)
     }

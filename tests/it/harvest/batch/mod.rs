@@ -5,6 +5,7 @@ mod failed;
 mod kills;
 mod money;
 mod tcp;
+mod waits;
 
 use std::collections::BTreeMap;
 use std::path::Path;
