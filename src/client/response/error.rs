@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use crate::client::response::text::text;
+use crate::rate_limit::wait::{duration, wait_from_s};
 
 /// An endpoint's error. Missing fields are empty.
 #[derive(Debug, Default, Clone, PartialEq)]
@@ -245,19 +246,24 @@ fn wait_in(fields: &Map<String, Value>, depth: usize) -> Option<Duration> {
     })
 }
 
-/// Parses a wait. A number without a unit is in units of `unit_s` seconds.
+/// Parses a wait, at most [`MAX_WAIT_S`](crate::rate_limit::wait::MAX_WAIT_S). A number without a unit is in units of
+/// `unit_s` seconds.
 fn delay(value: &Value, unit_s: f64) -> Option<Duration> {
-    let in_units = |number: f64| Duration::try_from_secs_f64(number * unit_s).ok();
+    let in_units = |number: f64| {
+        let is_wait = number.is_finite() && number >= 0.0;
+        is_wait.then_some(number * unit_s).and_then(wait_from_s)
+    };
     match value {
         Value::String(text) => match text.trim().parse() {
             Ok(number) => in_units(number),
-            Err(_) => crate::rate_limit::wait::duration(text),
+            Err(_) => duration(text),
         },
         Value::Number(number) => in_units(number.as_f64()?),
         // A protobuf duration: {"seconds": 1, "nanos": 500000000}.
         Value::Object(parts) => {
             let number = |name: &str| parts.get(name).and_then(Value::as_f64).unwrap_or(0.0);
-            Duration::try_from_secs_f64(number("seconds") + number("nanos") / 1e9).ok()
+            let seconds = number("seconds") + number("nanos") / 1e9;
+            (seconds >= 0.0).then_some(seconds).and_then(wait_from_s)
         }
         _ => None,
     }
@@ -287,6 +293,7 @@ pub(crate) fn is_error(error: &Value) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rate_limit::wait::MAX_WAIT_S;
 
     #[test]
     fn errors_are_parsed_in_every_shape() {
@@ -395,6 +402,14 @@ mod tests {
             (r#"{"message":"m"},"retry_after":4"#, Some(4.0)),
             (r#"{"message":"m","retry_after":"soon"}"#, None),
             (r#"{"message":"m","retry_after":-3}"#, None),
+            (
+                r#"{"message":"m","retry_after":9223372036854775807}"#,
+                Some(MAX_WAIT_S),
+            ),
+            (
+                r#"{"message":"m","retryDelay":{"seconds":1e18}}"#,
+                Some(MAX_WAIT_S),
+            ),
         ];
         for (error, expected) in cases {
             assert_eq!(wait(error), expected, "{error}");
