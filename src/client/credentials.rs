@@ -16,6 +16,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use crate::client::response;
 use crate::client::secrets::Secrets;
+use crate::config::error::contains_key;
 use crate::config::teacher::VARIABLE_START;
 use crate::config::{self, KeySource};
 use crate::exit::Exit;
@@ -62,7 +63,8 @@ pub(crate) struct Credentials {
 }
 
 impl Credentials {
-    /// Reads the key and expands the variables in the headers, the query and the base URL.
+    /// Reads the key and expands the variables in the headers, the query and the base URL. Their values are removed from
+    /// replies like a key, except for the host in the base URL, which may be a common word.
     ///
     /// # Errors
     /// [`Exit::Usage`] if a variable or the key is missing, or a value is not valid in a header.
@@ -78,11 +80,11 @@ impl Credentials {
                 header_name(&setting, name)?,
                 header_value(&format!("`{setting}`"), &expanded.text)?,
             );
-            secrets.extend(expanded.secrets);
+            secrets.extend(expanded.into_secrets());
         }
-        secrets.extend(expand("teacher.base_url", &settings.base_url)?.secrets);
+        secrets.extend(expand("teacher.base_url", &settings.base_url)?.into_address_secrets());
         for (name, value) in &settings.query {
-            secrets.extend(expand(&format!("teacher.query.{name}"), value)?.secrets);
+            secrets.extend(expand(&format!("teacher.query.{name}"), value)?.into_secrets());
         }
         let initial = RequestHeaders {
             headers,
@@ -204,8 +206,32 @@ impl Credentials {
 /// Value of a setting with its `${NAME}` variables expanded.
 pub(crate) struct Expanded {
     pub text: String,
-    /// Values of the variables.
-    secrets: Vec<String>,
+    /// Start in `text` and value of each variable.
+    variables: Vec<(usize, String)>,
+}
+
+impl Expanded {
+    /// Returns the values of the variables.
+    fn into_secrets(self) -> impl Iterator<Item = String> {
+        self.variables.into_iter().map(|(_, value)| value)
+    }
+
+    /// Returns the secret parts of the variables in an address: what stands after the host and the port, and parts of
+    /// any variable that look like a key. `config::address` accepts no address with a user name or a query.
+    fn into_address_secrets(self) -> Vec<String> {
+        let host = self.text.find("://").map_or(0, |start| start + 3);
+        let host_length = self.text[host..].find(['/', '\\', '?', '#']);
+        let host_end = host_length.map_or(self.text.len(), |length| host + length);
+        let mut secrets = Vec::new();
+        for (start, value) in self.variables {
+            let parts = value.split('/').filter(|part| contains_key(part));
+            secrets.extend(parts.map(str::to_owned));
+            let after_host = value.get(host_end.saturating_sub(start)..);
+            let after_host = after_host.unwrap_or_default().trim_matches('/');
+            secrets.push(after_host.to_owned());
+        }
+        secrets
+    }
 }
 
 /// Expands `${NAME}` in the value of `setting`.
@@ -215,7 +241,7 @@ pub(crate) struct Expanded {
 pub(crate) fn expand(setting: &str, text: &str) -> Result<Expanded> {
     let mut expanded = Expanded {
         text: String::new(),
-        secrets: Vec::new(),
+        variables: Vec::new(),
     };
     let mut remaining = text;
     while let Some((before, after)) = remaining.split_once(VARIABLE_START) {
@@ -229,8 +255,9 @@ pub(crate) fn expand(setting: &str, text: &str) -> Result<Expanded> {
             ))
         })?;
         expanded.text.push_str(before);
+        let start = expanded.text.len();
         expanded.text.push_str(&value);
-        expanded.secrets.push(value);
+        expanded.variables.push((start, value));
         remaining = after;
     }
     expanded.text.push_str(remaining);
@@ -420,6 +447,31 @@ mod tests {
         }
         assert!(!error.contains("api_key_env"), "{error}");
         assert_eq!(expand(setting, "a ${").unwrap().text, "a ${");
+    }
+
+    #[test]
+    fn only_the_path_and_keys_of_an_address_are_secret() {
+        let key = "sk-0123456789abcdef";
+        let cases: [(&str, &str, &str, &[&str]); 6] = [
+            ("https://", "research", ".openai.azure.com/v1", &[""]),
+            ("", "https://api.example.com:8000/v1", "", &["v1"]),
+            ("https://", "internal-gateway:8443", "", &[""]),
+            ("https://x/", "a-secret-path", "/v1", &["a-secret-path"]),
+            (
+                "https://",
+                "x.example/a-secret-path",
+                "",
+                &["a-secret-path"],
+            ),
+            ("https://", key, "/v1", &[key, ""]),
+        ];
+        for (before, value, after, expected) in cases {
+            let expanded = Expanded {
+                text: format!("{before}{value}{after}"),
+                variables: vec![(before.len(), value.to_owned())],
+            };
+            assert_eq!(expanded.into_address_secrets(), expected, "{value}");
+        }
     }
 
     #[test]
