@@ -92,9 +92,24 @@ impl HeldAnswers {
         std::mem::take(&mut self.replies)
     }
 
-    /// Ends the wait, because the disk has space again.
-    pub(crate) fn end_wait(&mut self) {
-        self.wait = None;
+    /// Handles the result of another attempt to save the account, after the attempt to write the held replies. Ends the
+    /// wait and returns true if the disk has space again. Otherwise the next attempt follows after a pause.
+    ///
+    /// # Errors
+    /// If the account cannot be saved for another reason than a full disk.
+    pub(crate) fn saved_again(&mut self, saved: anyhow::Result<()>) -> anyhow::Result<bool> {
+        match saved {
+            Ok(()) if self.has_replies() => Ok(false),
+            Ok(()) => {
+                self.wait = None;
+                Ok(true)
+            }
+            Err(error) if is_full(&error) => {
+                self.record_failure(&error);
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Returns true if the wait has lasted for [`MAX_WAIT`].
@@ -116,5 +131,25 @@ impl HeldAnswers {
         let elapsed = wait.since.elapsed();
         let error = run_error::disk_full(elapsed, &wait.message, recorded, answers.count());
         Some((replies, error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn ledger_on_a_full_disk_is_saved_again_after_a_pause() {
+        let full = || anyhow::Error::from(std::io::Error::from(ErrorKind::StorageFull));
+        let mut held = HeldAnswers::default();
+        assert!(held.record_failure(&full()));
+        for _ in 0..3 {
+            tokio::time::advance(RETRY_PAUSE).await;
+            assert!(!held.saved_again(Err(full())).unwrap());
+            assert_eq!(held.retry_at(), Some(Instant::now() + RETRY_PAUSE));
+        }
+        assert!(held.saved_again(Err(anyhow::anyhow!("broken"))).is_err());
+        assert!(held.saved_again(Ok(())).unwrap());
+        assert_eq!(held.retry_at(), None);
     }
 }

@@ -51,15 +51,10 @@ impl Dispatcher<'_> {
         }
         let replies = self.held_answers.take();
         self.record(replies)?;
-        let is_disk_still_full = self.held_answers.has_replies();
-        match self.run_files.account.save() {
-            Ok(()) if !is_disk_still_full => {
-                self.held_answers.end_wait();
-                self.progress.note("the disk has space again");
-                return Ok(None);
-            }
-            Err(error) if !disk_full::is_full(&error) => return Err(error),
-            _ => {}
+        let saved = self.run_files.account.save();
+        if self.held_answers.saved_again(saved)? {
+            self.progress.note("the disk has space again");
+            return Ok(None);
         }
         if (is_last || self.held_answers.has_timed_out())
             && let Some((lost, error)) = self.held_answers.give_up(self.cache.intact_len())
