@@ -5,7 +5,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::client::attempt_error::{AttemptError, RowFailure, possibly_billed};
+use crate::client::attempt_error::{AttemptError, RefusalReason, RowFailure, possibly_billed};
 use crate::client::refusal_reason::classify_error;
 use crate::client::response;
 use crate::client::response::completion::{Completion, NoAnswer};
@@ -70,12 +70,17 @@ pub(crate) fn classify_with(
             let assumed_status = if error.is_content_filter() { 400 } else { 500 };
             let status = error.status.unwrap_or(assumed_status);
             let mut attempt_error = classify_error(status, &reply.headers, &error, now);
-            if let AttemptError::Transient { failure, .. }
-            | AttemptError::Refused(failure)
-            | AttemptError::Filtered(failure) = &mut attempt_error
-            {
+            match &mut attempt_error {
                 // Generation may have started.
-                failure.may_be_billed = true;
+                AttemptError::Transient { failure, .. }
+                | AttemptError::Refused(failure)
+                | AttemptError::Filtered(failure) => failure.may_be_billed = true,
+                // A wrong key, model or address is detected before generation.
+                AttemptError::EndpointRefused(refusal) => {
+                    let reasons = [RefusalReason::Credit, RefusalReason::Forbidden];
+                    refusal.failure.may_be_billed = reasons.contains(&refusal.reason);
+                }
+                _ => {}
             }
             Err(attempt_error)
         }

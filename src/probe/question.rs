@@ -79,6 +79,7 @@ impl Probe<'_> {
             Err(AttemptError::Unreadable { .. }) => Charge::Possible,
             Err(
                 AttemptError::Refused(failure)
+                | AttemptError::EndpointRefused(EndpointRefusal { failure, .. })
                 | AttemptError::Filtered(failure)
                 | AttemptError::Transient { failure, .. },
             ) if failure.may_be_billed => Charge::Possible,

@@ -374,3 +374,25 @@ fn messages_are_shortened_to_one_sanitised_line() {
     );
     assert!(short.len() < 320);
 }
+
+#[test]
+fn endpoint_refusal_in_a_success_reply_may_be_billed() {
+    for (code, message, expected) in [
+        (402, "no credit", true),
+        (403, "no access", true),
+        (401, "wrong key", false),
+    ] {
+        for status in [200, code] {
+            let body = format!(r#"{{"error":{{"code":{code},"message":"{message}"}}}}"#);
+            let refused = classify(reply(status, &[], &body), SystemTime::UNIX_EPOCH + NOW);
+            let Err(AttemptError::EndpointRefused(refusal)) = refused else {
+                panic!("{status} {code} is no endpoint refusal");
+            };
+            let may_be_billed = expected && status == 200;
+            assert_eq!(
+                refusal.failure.may_be_billed, may_be_billed,
+                "{status} {code}"
+            );
+        }
+    }
+}

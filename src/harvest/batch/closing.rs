@@ -85,6 +85,8 @@ impl BatchRun<'_> {
                 failed: member.failed,
                 ..QueuedRow::fresh(row as usize)
             };
+            // An endpoint refusal does not use up the attempts of its row.
+            let is_row_failure = !matches!(outcome, Some(RowOutcome::EndpointRefused(_)));
             let failure = match outcome {
                 Some(RowOutcome::Refused(failure)) => {
                     *closing.refusals.entry(failure.message.clone()).or_default() += 1;
@@ -139,7 +141,7 @@ impl BatchRun<'_> {
                     RowFailure::new("lost in a batch", "the row is in neither file of its batch")
                 }
             };
-            let paid = if may_be_billed {
+            let paid = if may_be_billed && is_row_failure {
                 self.record_paid_attempt(entry, &failure)?
             } else {
                 0

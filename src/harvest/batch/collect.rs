@@ -102,10 +102,8 @@ impl RowOutcome {
             RowOutcome::Retry(failure)
             | RowOutcome::Refused(failure)
             | RowOutcome::Filtered(failure) => failure.may_be_billed,
-            RowOutcome::Answered
-            | RowOutcome::Empty(_)
-            | RowOutcome::Unreadable { .. }
-            | RowOutcome::EndpointRefused(_) => false,
+            RowOutcome::EndpointRefused(refusal) => refusal.failure.may_be_billed,
+            RowOutcome::Answered | RowOutcome::Empty(_) | RowOutcome::Unreadable { .. } => false,
         }
     }
 }

@@ -44,6 +44,7 @@ impl Dispatcher<'_> {
         };
         let failure = match &error {
             AttemptError::Refused(failure)
+            | AttemptError::EndpointRefused(EndpointRefusal { failure, .. })
             | AttemptError::Filtered(failure)
             | AttemptError::Transient { failure, .. } => Some(failure),
             _ => None,
@@ -60,7 +61,9 @@ impl Dispatcher<'_> {
         self.timeline.hour(Instant::now()).failed_attempts += 1;
         let mut entry = attempt.entry;
         let mut paid = 0;
-        if let Some(failure) = billed {
+        // An endpoint refusal is not the fault of its row, and does not use up the attempts of the row.
+        let is_row_failure = !matches!(error, AttemptError::EndpointRefused(_));
+        if let Some(failure) = billed.filter(|_| is_row_failure) {
             entry.paid += 1;
             paid = self.record_paid_attempt(entry, failure)?;
         }
