@@ -1,5 +1,5 @@
-//! `harvest --dry-run`: estimates requests and cost, and makes the checks of a run, except those of the probe findings
-//! and of the shared limits. Sends nothing, writes nothing.
+//! `harvest --dry-run`: estimates requests and cost, and makes the checks of a run, except that of the shared limits.
+//! Sends nothing, writes nothing.
 
 use std::path::Path;
 
@@ -19,7 +19,8 @@ use crate::harvest::{run_files, scorer};
 use crate::plan::again;
 use crate::plan::estimate::Estimate;
 use crate::plan::prepare::{
-    check_fits, check_money, prompts, request_templates, sample_stats, unused_answers,
+    check_endpoints, check_fits, check_money, prompts, request_templates, sample_stats,
+    unused_answers,
 };
 use crate::plan::run_settings::RunSettings;
 use crate::plan::unanswered::Unanswered;
@@ -44,7 +45,8 @@ pub(crate) fn run(settings: RunSettings, options: &HarvestOptions) -> Result<Har
     let dir = &settings.cache_dir;
     let cached = crate::cache::open::peek(dir)?;
     let stats = sample_stats(dir)?;
-    let templates = request_templates(&settings.endpoints, &[])?;
+    let probes = check_endpoints(&settings.run_dir, &settings.endpoints)?;
+    let templates = request_templates(&settings.endpoints, &probes)?;
     let unanswered = Unanswered::load(&settings.run_dir)?;
     let mut key_variants = cached.key_variants.clone();
     key_variants.has_schema_1 |=

@@ -2,11 +2,12 @@
 
 use distill::config::MaxTokensField;
 use distill::exit::Exit;
+use distill::harvest::options::HarvestOptions;
 use distill::mock::script::Script;
 use distill::mock::server::MockServer;
 use distill::probe::findings::{Finding, LogprobsKind, ProbedEndpoint, TokenBytes};
 
-use super::Run;
+use super::{Run, quiet_options};
 
 fn teacher(script: &str) -> (MockServer, Run) {
     let script = Script::parse("teacher.toml".as_ref(), script).unwrap();
@@ -70,6 +71,13 @@ async fn probe_detects_tempered_logprobs() {
         "{error}"
     );
     assert_eq!(server.mock().stats().requests, before, "a request was sent");
+    // A dry run makes the same check.
+    let options = HarvestOptions {
+        dry_run: true,
+        ..quiet_options()
+    };
+    let dry_run = distill::harvest::run(&run.config, options).await;
+    assert_eq!(Exit::code_of(&dry_run.unwrap_err()), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
