@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use jsonschema::Validator;
 use serde_json::{Value, json};
 
@@ -20,9 +20,10 @@ impl StructuredOutput {
     /// Reads the schema from a file, and its name from the file name.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if the file is not a valid JSON schema; another error if it cannot be read.
+    /// [`Exit::Usage`] if the file cannot be read, or is not a valid JSON schema.
     pub fn load(path: &Path) -> Result<StructuredOutput> {
-        let text = crate::fs::read_to_string(path).context("cannot read `sampling.schema`")?;
+        let text = crate::fs::read_to_string(path)
+            .map_err(|error| Exit::Usage(format!("cannot read `sampling.schema`: {error:#}")))?;
         let schema: Value = serde_json::from_str(&text).map_err(|error| {
             Exit::Usage(format!(
                 "{}:{}: invalid JSON: {error}",
@@ -161,6 +162,7 @@ mod tests {
             assert!(format!("{error:#}").contains(part), "{error:#}");
             assert_eq!(Exit::code_of(&error), 2);
         }
-        assert!(StructuredOutput::load(&dir.path().join("none.json")).is_err());
+        let missing = StructuredOutput::load(&dir.path().join("none.json"));
+        assert_eq!(Exit::code_of(&missing.err().unwrap()), 2);
     }
 }
