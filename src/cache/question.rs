@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use super::record::Record;
 use crate::cache::fingerprint::Fingerprint;
+use crate::cache::record::is_truncated;
 pub use template::QuestionTemplate;
 
 /// Version in the hashed text of every question. Increase it if the same text gets another meaning.
@@ -210,9 +211,10 @@ pub fn max_tokens(request: &Value) -> Option<u32> {
 
 /// Returns `max_tokens` of `request` if an answer with this finish reason was truncated there, or else 0.
 pub fn cut_at(request: &Value, finish_reason: &str) -> u32 {
-    match finish_reason {
-        "length" | "max_tokens" => max_tokens(request).unwrap_or(0),
-        _ => 0,
+    if is_truncated(finish_reason) {
+        max_tokens(request).unwrap_or(0)
+    } else {
+        0
     }
 }
 

@@ -94,6 +94,11 @@ pub struct Answer {
     pub reasoning: String,
 }
 
+/// Returns true if an answer with this finish reason was truncated at the maximum number of tokens.
+pub fn is_truncated(finish_reason: &str) -> bool {
+    matches!(finish_reason, "length" | "max_tokens")
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
     /// Time at which the request was sent: RFC 3339 in UTC with milliseconds, as by [`Timing::stamp`].

@@ -8,7 +8,7 @@ use crate::client::response::completion::Completion;
 use crate::plan::PlannedRow;
 
 use crate::cache::question;
-use crate::cache::record::{Record, SCHEMA, Status, Timing};
+use crate::cache::record::{Record, SCHEMA, Status, Timing, is_truncated};
 use crate::prompt::Prompt;
 
 /// Quarantine reason of a paid answer that cannot be parsed.
@@ -95,7 +95,7 @@ fn quarantine_reason(template: &RequestTemplate, completion: &Completion) -> Str
     }
     match answer.finish_reason.as_str() {
         // Usually hidden reasoning that used up `sampling.max_tokens`.
-        "length" => "empty: length".into(),
+        reason if is_truncated(reason) => "empty: length".into(),
         "" => "empty".into(),
         reason => format!("empty: {reason}"),
     }
@@ -107,6 +107,7 @@ mod tests {
     use crate::cache::record::Answer;
     use crate::cache::usage::Usage;
     use crate::config::{EndpointConfig, Price};
+    use crate::report::answer_facts::AnswerFacts;
     use serde_json::json;
 
     fn row() -> (PlannedRow, Prompt) {
@@ -164,6 +165,7 @@ mod tests {
             (" \n\t\u{3000}", "", "stop", "empty: stop"),
             ("", "no", "stop", "refusal"),
             ("", "", "length", "empty: length"),
+            ("", "", "max_tokens", "empty: length"),
             ("", "", "content_filter", "empty: content_filter"),
             ("", "", "", "empty"),
         ];
@@ -180,6 +182,23 @@ mod tests {
             let record = build_record(completion, &Price::default());
             assert_eq!(record.reason, expected);
             assert_eq!(record.status == Status::Ok, expected.is_empty());
+        }
+    }
+
+    #[test]
+    fn every_name_of_the_token_limit_counts_as_cut_off() {
+        for (finish_reason, expected) in [("length", true), ("max_tokens", true), ("stop", false)] {
+            let completion = Completion {
+                answer: Answer {
+                    text: "x".into(),
+                    finish_reason: finish_reason.into(),
+                    ..Answer::default()
+                },
+                ..Completion::default()
+            };
+            let record = build_record(completion, &Price::default());
+            let facts = AnswerFacts::new(record, None, 16);
+            assert_eq!(facts.is_cut_off, expected, "{finish_reason}");
         }
     }
 

@@ -15,7 +15,7 @@ use crate::cache::fingerprint::fingerprint;
 use crate::cache::keys::KeySet;
 use crate::cache::line;
 use crate::cache::question;
-use crate::cache::record::{Record, Status};
+use crate::cache::record::{Record, Status, is_truncated};
 use crate::cache::rewrite::{RewriteDecision, read_replaced, replaced_file, rewrite};
 use crate::cache::unused_answers::question_half_of;
 use crate::exit::Exit;
@@ -292,10 +292,7 @@ impl SelectedAnswers {
 fn is_selected(record: &Record, selectors: &[String]) -> bool {
     selectors.iter().any(|selector| match selector.as_str() {
         "quarantined" => record.status == Status::Quarantined,
-        "length" => matches!(
-            record.answer.finish_reason.as_str(),
-            "length" | "max_tokens"
-        ),
+        "length" => is_truncated(&record.answer.finish_reason),
         selector => {
             let reason = record.reason.as_str();
             let reason_class = reason.split(':').next().unwrap_or_default();

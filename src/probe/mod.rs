@@ -23,6 +23,7 @@ use serde_json::{Map, Value, json};
 
 use crate::budget::account::Account;
 use crate::budget::ledger::LedgerFiles;
+use crate::cache::record::is_truncated;
 use crate::client::response::completion::Completion;
 use crate::client::response::error::ApiError;
 use crate::client::response::json;
@@ -339,7 +340,7 @@ impl Probe<'_> {
                 let answer = serde_json::from_str::<Value>(&completion.answer.text);
                 if answer.is_ok_and(|answer| answer["answer"].is_string()) {
                     Finding::Works
-                } else if completion.answer.finish_reason == "length" {
+                } else if is_truncated(&completion.answer.finish_reason) {
                     Finding::Unknown
                 } else {
                     Finding::Ignored

@@ -1,7 +1,6 @@
 //! Properties of an answer that the summary counts and the monitor checks.
 
-use crate::cache::record::Record;
-use crate::cache::record::Status;
+use crate::cache::record::{Record, Status, is_truncated};
 use crate::cache::usage::Usage;
 use crate::data::align::token_ids;
 use crate::report::usable_logprobs;
@@ -50,7 +49,7 @@ impl AnswerFacts {
             text_bytes: text.len(),
             without_logprobs: problem.map(String::from),
             status: record.status,
-            is_cut_off: record.answer.finish_reason == "length",
+            is_cut_off: is_truncated(&record.answer.finish_reason),
             usage: record.usage,
             reason: record.reason,
             model: record.model,

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::cache::logprobs_view::LogprobsView;
-use crate::cache::record::{Record, Status};
+use crate::cache::record::{Record, Status, is_truncated};
 use crate::cache::view::RecordView;
 use crate::config::{self, Thinking};
 use crate::data::groups::{ExclusionReason, Group, RecordProperties, Selection};
@@ -137,10 +137,7 @@ fn row<'a>(
     let messages =
         messages.or_else(|params| messages_of_request(&params).ok_or(NO_TEXT.to_owned()));
     let mut messages = messages?;
-    let is_complete = !matches!(
-        record.answer.finish_reason.as_str(),
-        "length" | "max_tokens"
-    );
+    let is_complete = !is_truncated(&record.answer.finish_reason);
     messages.push(Message {
         role: "assistant".into(),
         content: record.answer.text,
