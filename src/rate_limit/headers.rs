@@ -73,7 +73,20 @@ pub(crate) enum Refill {
     Unknown,
 }
 
+/// Number of separate limits of one resource: one for each period in a header name, and one for names without a period.
+pub(crate) const LIMITS_PER_RESOURCE: usize = 5;
+
 impl LimitReport {
+    /// Returns the number of this limit among the limits of its resource, below [`LIMITS_PER_RESOURCE`].
+    pub(crate) fn index_in_resource(&self) -> usize {
+        let named_period = self.period.filter(|_| !self.is_bare);
+        let periods = [SECOND, MINUTE, HOUR, DAY];
+        let position = periods
+            .iter()
+            .position(|period| named_period == Some(*period));
+        position.map_or(0, |position| position + 1)
+    }
+
     /// Determines how the limit refills, and its period, from the reset time.
     ///
     /// The same header name means a limit per minute at one endpoint and per day at another (requests at Groq). A
@@ -194,12 +207,8 @@ fn parse_structured(headers: &HeaderMap, now: SystemTime, reports: &mut Vec<Limi
     }
     let report = find_or_insert(reports, Resource::Requests, None);
     report.is_window = true;
-    let seconds = |seconds: f64| {
-        Duration::try_from_secs_f64(seconds)
-            .ok()
-            .filter(|time| !time.is_zero())
-    };
-    report.window = window.and_then(seconds);
+    let window = window.and_then(crate::rate_limit::wait::wait_from_s);
+    report.window = window.filter(|window| !window.is_zero());
     report.limit = report.limit.or(limit);
     report.remaining = report.remaining.or(remaining);
     report.reset = report.reset.or(reset);

@@ -1,7 +1,7 @@
 //! [`SendTicket`]: send time and charges of a request.
 
 use crate::rate_limit::cost::RequestCost;
-use crate::rate_limit::headers::Resource;
+use crate::rate_limit::headers::{LIMITS_PER_RESOURCE, Resource};
 use tokio::time::Instant;
 
 /// Send time and charges of a request. The rate-limit headers of its reply are interpreted with them.
@@ -10,5 +10,5 @@ pub(crate) struct SendTicket {
     pub sent_at: Instant,
     pub(crate) cost: RequestCost,
     /// Amount charged to each bucket of the server's limits by all requests up to this one.
-    pub(crate) charged: [f64; Resource::ALL.len()],
+    pub(crate) charged: [f64; Resource::ALL.len() * LIMITS_PER_RESOURCE],
 }

@@ -1,4 +1,4 @@
-//! [`ServerLimits`]: the server's limits as its headers report them, one bucket per resource. Pure.
+//! [`ServerLimits`]: the server's limits as its headers report them, one bucket per resource and period. Pure.
 //!
 //! The values in a reply are as old as its request. Amounts charged since then are subtracted, and amounts refilled
 //! since then are added. As long as the send rate is close to the limit, the estimate is right for servers that count a
@@ -8,19 +8,22 @@ use tokio::time::Instant;
 
 use crate::rate_limit::bucket::ServerBucket;
 use crate::rate_limit::cost::RequestCost;
-use crate::rate_limit::headers::{LimitReport, Resource};
+use crate::rate_limit::headers::{LIMITS_PER_RESOURCE, LimitReport, Resource};
 use crate::rate_limit::send_ticket::SendTicket;
 
-/// Buckets of the server's limits, by resource.
+/// Buckets of the server's limits. A server may report several limits of one resource, for example per minute and per
+/// day, each with a bucket of its own.
 #[derive(Debug)]
 pub(crate) struct ServerLimits {
-    buckets: [ServerBucket; Resource::ALL.len()],
+    /// The first limit of each resource, then the second one of each, and so on; see
+    /// [`LimitReport::index_in_resource`].
+    buckets: [ServerBucket; Resource::ALL.len() * LIMITS_PER_RESOURCE],
 }
 
 impl ServerLimits {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
-            buckets: Resource::ALL.map(|_| ServerBucket::new(now)),
+            buckets: std::array::from_fn(|_| ServerBucket::new(now)),
         }
     }
 
@@ -38,10 +41,9 @@ impl ServerLimits {
 
     /// Charges a request that is sent.
     pub(crate) fn charge(&mut self, cost: RequestCost, now: Instant) -> SendTicket {
-        let mut charged = [0.0; Resource::ALL.len()];
-        for (index, resource) in Resource::ALL.into_iter().enumerate() {
-            let bucket = &mut self.buckets[index];
-            bucket.charge(cost.get(resource), now);
+        let mut charged = [0.0; Resource::ALL.len() * LIMITS_PER_RESOURCE];
+        for (index, bucket) in self.buckets.iter_mut().enumerate() {
+            bucket.charge(cost.get(resource_of(index)), now);
             charged[index] = bucket.charged;
         }
         SendTicket {
@@ -54,7 +56,7 @@ impl ServerLimits {
     /// Updates the buckets from the reply to the request of `ticket`.
     pub(crate) fn sync(&mut self, reports: &[LimitReport], ticket: &SendTicket, now: Instant) {
         for report in reports {
-            let index = report.resource as usize;
+            let index = index_of(report);
             self.buckets[index].sync(report, ticket, ticket.charged[index], now);
         }
     }
@@ -66,12 +68,12 @@ impl ServerLimits {
         used: &RequestCost,
         reports: &[LimitReport],
     ) {
-        for (index, resource) in Resource::ALL.into_iter().enumerate() {
+        for (index, bucket) in self.buckets.iter_mut().enumerate() {
             let is_reported = reports
                 .iter()
-                .any(|report| report.resource == resource && report.remaining.is_some());
+                .any(|report| index_of(report) == index && report.remaining.is_some());
+            let resource = resource_of(index);
             let unused = ticket.cost.get(resource) - used.get(resource);
-            let bucket = &mut self.buckets[index];
             if !is_reported && unused > 0.0 && resource != Resource::Requests {
                 bucket.level += unused;
                 bucket.charged -= unused;
@@ -81,9 +83,7 @@ impl ServerLimits {
 
     /// Returns the limits that the server has reported, in units per minute.
     pub(crate) fn per_minute(&self) -> impl Iterator<Item = (Resource, f64)> {
-        Resource::ALL
-            .into_iter()
-            .zip(&self.buckets)
+        self.buckets_with_resource()
             .filter_map(|(resource, bucket)| {
                 let per_minute = bucket.limit? / bucket.period().as_secs_f64() * 60.0;
                 bucket.last_report_sent_at.map(|_| (resource, per_minute))
@@ -92,9 +92,7 @@ impl ServerLimits {
 
     /// Returns a limit of tokens that is smaller than the cost of the request, if there is one.
     pub(crate) fn limit_smaller_than(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
-        Resource::ALL
-            .into_iter()
-            .zip(&self.buckets)
+        self.buckets_with_resource()
             .filter(|(resource, _)| *resource != Resource::Requests)
             .filter_map(|(resource, bucket)| Some((resource, bucket.limit?)))
             .find(|(resource, limit)| cost.get(*resource) > *limit)
@@ -102,12 +100,25 @@ impl ServerLimits {
 
     /// Returns the buckets that the server has reported, each with the amount that the request uses.
     fn reported_buckets(&self, cost: &RequestCost) -> impl Iterator<Item = (&ServerBucket, f64)> {
-        Resource::ALL
-            .into_iter()
-            .zip(&self.buckets)
+        self.buckets_with_resource()
             .map(|(resource, bucket)| (bucket, cost.get(resource)))
             .filter(|(bucket, _)| bucket.last_report_sent_at.is_some())
     }
+
+    fn buckets_with_resource(&self) -> impl Iterator<Item = (Resource, &ServerBucket)> {
+        let buckets = self.buckets.iter().enumerate();
+        buckets.map(|(index, bucket)| (resource_of(index), bucket))
+    }
+}
+
+/// Returns the resource of the bucket at `index`.
+fn resource_of(index: usize) -> Resource {
+    Resource::ALL[index % Resource::ALL.len()]
+}
+
+/// Returns the index of the bucket of a report.
+fn index_of(report: &LimitReport) -> usize {
+    report.index_in_resource() * Resource::ALL.len() + report.resource as usize
 }
 
 #[cfg(test)]
@@ -234,6 +245,50 @@ mod tests {
             (100..=160).contains(&count),
             "{count} requests in 62 s, with a limit of 5 every 2 s"
         );
+    }
+
+    #[test]
+    fn limits_per_minute_and_per_day_both_apply() {
+        let now = Instant::now();
+        // The order of the headers does not matter.
+        for periods in [["minute", "day"], ["day", "minute"]] {
+            for (exhausted, wait_s) in [("minute", 1.0), ("day", 6.0)] {
+                let mut headers = HeaderMap::new();
+                for period in periods {
+                    let limit = if period == "minute" { "60" } else { "14400" };
+                    let remaining = if period == exhausted { "0" } else { limit };
+                    for (name, value) in [("limit", limit), ("remaining", remaining)] {
+                        let name = format!("x-ratelimit-{name}-requests-{period}");
+                        let name: reqwest::header::HeaderName = name.parse().unwrap();
+                        headers.insert(name, value.parse().unwrap());
+                    }
+                }
+                let reports = headers::parse(&headers, SystemTime::UNIX_EPOCH);
+                let mut limits = ServerLimits::new(now);
+                let ticket = limits.charge(ONE, now);
+                limits.sync(&reports, &ticket, now);
+                let wait = limits.check(&ONE, now).unwrap_err() - now;
+                assert!((wait.as_secs_f64() - wait_s).abs() < 0.01, "{wait:?}");
+                let per_minute: Vec<f64> = limits.per_minute().map(|limit| limit.1).collect();
+                assert_eq!(per_minute, [60.0, 10.0]);
+            }
+        }
+    }
+
+    #[test]
+    fn window_of_any_length_is_accepted() {
+        let now = Instant::now();
+        let mut headers = HeaderMap::new();
+        headers.insert("ratelimit", "\"d\";r=0;t=2".parse().unwrap());
+        let policy = "\"d\";q=5;w=9223372036854775807";
+        headers.insert("ratelimit-policy", policy.parse().unwrap());
+        let reports = headers::parse(&headers, SystemTime::UNIX_EPOCH);
+        let mut limits = ServerLimits::new(now);
+        let ticket = limits.charge(ONE, now);
+        limits.sync(&reports, &ticket, now);
+        let later = after(now, 3.0);
+        assert_eq!(limits.check(&ONE, later), Ok(()));
+        limits.charge(ONE, later);
     }
 
     #[test]
