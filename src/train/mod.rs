@@ -422,6 +422,7 @@ fn on_policy_generator<'a>(
                 .context("internal error: `train.on_policy` without a teacher to score answers")?,
             mapper: Mapper::new(tokenizer, config.data.top_logprobs),
             prompts: dataset::prompts(&config.data, &config.run_dir, selection)?,
+            unaligned: 0,
         })
     };
     let on_policy = OnPolicy::new(&config.on_policy, &config.train, tokenizer, remote);
