@@ -28,7 +28,7 @@ const MAX_EXCLUDED_WAIT: Duration = Duration::from_secs(86_400);
 /// Recent successes and failures of an endpoint.
 #[derive(Debug)]
 pub(crate) struct EndpointHealth {
-    /// Time of the last success; initially the start of the run.
+    /// Time of the last success; initially the start of the plan.
     last_success: Instant,
     /// Total of the waits since the last success that do not count as time without success: waits requested by the
     /// endpoint, and outages of the shared limits.
@@ -163,6 +163,21 @@ impl EndpointHealth {
         if self.failing_since.is_some_and(|since| sent_at < since) {
             return;
         }
+        self.reset_failures();
+    }
+
+    /// Discards the failures of an earlier plan: their rows are not rows of the next plan, and the time between the plans
+    /// is not time without success.
+    pub(crate) fn begin_plan(&mut self, now: Instant) {
+        self.last_success = now;
+        self.excluded_wait = Duration::ZERO;
+        self.reset_failures();
+        self.forbidden.clear();
+        self.suspects.clear();
+        self.doubted_since = None;
+    }
+
+    fn reset_failures(&mut self) {
         self.failing_since = None;
         self.failing.clear();
         self.given_up = 0;
@@ -360,6 +375,26 @@ mod tests {
         health.success(later, later);
         assert!(!health.is_outage() && health.probes() == 0);
         assert_eq!(health.time_without_success(later), Duration::ZERO);
+    }
+
+    #[test]
+    fn next_plan_starts_without_the_failures_of_the_last_one() {
+        let now = Instant::now();
+        let mut health = EndpointHealth::new(now);
+        for row in 0..4 {
+            health.failure(row, false, 1, now);
+            health.request_forbidden(row, now);
+            health.endpoint_refused_before_answer(row);
+        }
+        assert!(health.is_outage() && health.suspects().count() > 0);
+        let later = now + Duration::from_secs(9);
+        health.begin_plan(later);
+        assert_eq!(health.suspects().count(), 0);
+        assert!(!health.is_outage() && !health.is_failing(0) && health.failures() == 0);
+        assert_eq!(health.time_without_success(later), Duration::ZERO);
+        // Only the fifth forbidden row of this plan reaches the threshold.
+        assert!((0..4).all(|row| !health.request_forbidden(row, later)));
+        assert!(!health.never_replied());
     }
 
     #[test]

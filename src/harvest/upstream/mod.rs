@@ -157,13 +157,16 @@ impl Upstream {
         })
     }
 
-    /// Replaces the queue by the rows of another plan; limits and health stay.
+    /// Replaces the queue by the rows of another plan; limits stay, and so does what is known about the endpoint.
     ///
     /// # Errors
     /// If a request exceeds a limit.
     pub(crate) fn resume_with(&mut self, plan: &Plan, index: usize) -> Result<()> {
         self.limiter.allow_request_of(plan.largest(index))?;
-        self.queue = build_queue(plan, index, Instant::now());
+        let now = Instant::now();
+        self.queue = build_queue(plan, index, now);
+        self.health.begin_plan(now);
+        self.has_suspects = plan.suspects[index] > 0;
         self.in_flight = 0;
         self.probe_sent_at = None;
         self.first_sent_at = None;
