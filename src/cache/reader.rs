@@ -105,9 +105,14 @@ impl CacheLines {
         let mut length = u64::MAX;
         if lines.compressed.is_some() {
             let mut scan = LineScan::new(BufReader::with_capacity(BUFFER_BYTES, &plain));
-            // Damage is reported later, when `advance` reaches the line.
-            while let Ok(true) = scan.advance() {
-                lines.in_plain.extend(keys::identity(scan.line()));
+            loop {
+                match scan.advance() {
+                    Ok(true) => lines.in_plain.extend(keys::identity(scan.line())),
+                    // Reported later, when `advance` reaches the damage.
+                    Err(ScanError::Bad(_)) => {}
+                    Err(error) => return Err(refusal(&plain_file(dir), error)),
+                    Ok(false) => break,
+                }
             }
             length = scan.position();
             plain

@@ -258,14 +258,28 @@ impl Selection {
                         hash.update(field.as_bytes()).update(b"\n");
                     }
                 }
-                let rows = config.rows.iter();
-                let mut keys: Vec<_> = rows.flat_map(|rows| &rows.keys).collect();
-                keys.sort_unstable();
-                for key in keys {
-                    hash.update(key);
+                match &config.rows {
+                    None => {
+                        hash.update(b"no prompts");
+                    }
+                    Some(rows) => {
+                        for keys in [&rows.keys, &rows.answered, &rows.questions] {
+                            update_keys(keys, hash);
+                        }
+                    }
                 }
             }
         }
+    }
+}
+
+/// Adds the number of keys and the keys, in a fixed order, to a hash.
+fn update_keys(keys: &KeySet, hash: &mut blake3::Hasher) {
+    let mut keys: Vec<_> = keys.iter().collect();
+    keys.sort_unstable();
+    hash.update(&(keys.len() as u64).to_le_bytes());
+    for key in keys {
+        hash.update(key);
     }
 }
 

@@ -15,6 +15,8 @@ use crate::terminal::{format_count, sanitise};
 
 const DATA: &str = "train.jsonl";
 const CARD: &str = "README.md";
+/// Text by which a dataset card is recognised. Every version has written it, so it must not change.
+const ORIGIN: &str = "harvested with `distill` through the teacher's chat API";
 
 /// A conversation that ends with the answer, and its origin.
 #[derive(Debug, Serialize)]
@@ -39,15 +41,21 @@ impl HfRow {
     }
 }
 
-/// Returns true if the folder `out` contains only files with the names that [`write`] uses. Their contents are not
-/// checked.
+/// Returns true if the folder `out` is empty, or contains only files with the names that [`write`] uses and its dataset
+/// card.
 pub(super) fn is_export(out: &Path) -> Result<bool> {
     let entries = std::fs::read_dir(out)
         .and_then(|entries| entries.collect::<std::io::Result<Vec<_>>>())
         .with_context(|| format!("could not read {}", out.display()))?;
-    Ok(entries
+    if entries.is_empty() {
+        return Ok(true);
+    }
+    let has_only_our_names = entries
         .iter()
-        .all(|entry| [DATA, CARD].iter().any(|name| entry.file_name() == *name)))
+        .all(|entry| [DATA, CARD].iter().any(|name| entry.file_name() == *name));
+    // A folder with such names and no readable card of ours may be the user's.
+    let card = std::fs::read(out.join(CARD)).unwrap_or_default();
+    Ok(has_only_our_names && String::from_utf8_lossy(&card).contains(ORIGIN))
 }
 
 /// Writes the dataset to the folder `out`.
@@ -85,7 +93,7 @@ fn card_text(report: &ExportReport, models: &BTreeMap<String, u64>) -> String {
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {DATA}\n\
          task_categories:\n- text-generation\ntags:\n- distillation\n---\n\n\
          # Answers of a teacher model\n\n\
-         {} conversations, harvested with `distill` through the teacher's chat API and exported\n\
+         {} conversations, {ORIGIN} and exported\n\
          from its cache: `messages` are the prompt and, last, the answer; `prompt_id` and\n\
          `sample` identify the answer.\n\n\
          | teacher, as the endpoint reports it | conversations |\n|---|---|\n",

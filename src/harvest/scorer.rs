@@ -10,6 +10,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use tokio::runtime::Runtime;
+use tokio::sync::Notify;
 
 use crate::cache;
 use crate::cache::logprobs_view::LogprobsView;
@@ -58,6 +59,8 @@ pub struct EndpointScorer {
     /// State of the endpoint and its rate limits between calls. None before the first call, while a call is running,
     /// and after a call that ended without a summary.
     upstream: Option<Upstream>,
+    /// Notified when a shared limit has an event. It stays the same in all calls, because the limits keep it.
+    wake: Arc<Notify>,
     stats: ScoringStats,
     quiet: bool,
     /// Cache of the harvest. It stays open, and so locked, so that no harvest uses the same budget account meanwhile.
@@ -154,6 +157,7 @@ impl EndpointScorer {
             lookup,
             run_files: Some(run_files),
             upstream: None,
+            wake: Arc::default(),
             stats: ScoringStats::default(),
             quiet,
             _harvest_cache: harvest_cache,
@@ -194,8 +198,8 @@ impl EndpointScorer {
         let cache = &self.cache;
         let endpoint = &self.endpoint;
         let transport = Arc::clone(&self.transport);
+        let wake = Arc::clone(&self.wake);
         let ended = self.runtime.block_on(async {
-            let wake = Arc::default();
             let upstream = match upstream {
                 Some(mut upstream) => {
                     upstream.resume_with(&plan, 0)?;

@@ -61,7 +61,11 @@ impl Pacer {
     /// # Errors
     /// If that request can never be sent.
     pub(crate) fn allow_request_of(&mut self, largest: RequestCost) -> Result<()> {
-        self.user_limits.allow_request_of(largest.tokens())
+        self.user_limits.allow_request_of(largest.tokens())?;
+        match &mut self.shared {
+            Some(shared) => shared.allow_request_of(largest),
+            None => Ok(()),
+        }
     }
 
     /// Admits a request. `slots` is the number of requests of this cost that could be sent now.

@@ -82,6 +82,11 @@ impl LocalTeacher {
         }))
     }
 
+    /// Returns the folder that the teacher was loaded from.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Returns the hash of the weights before training.
     pub fn hash(&self) -> &str {
         &self.hash

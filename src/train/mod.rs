@@ -59,6 +59,7 @@ use crate::tokenizer::Tokenizer;
 use checkpoint::{CheckpointState, TrainingState};
 use early_stopping::EarlyStopping;
 use ema::Ema;
+use local_teacher::LocalTeacher;
 use metrics::{MetricMeans, MetricsLog, StepMetrics};
 use objective::ModelPair;
 use on_policy::{OnPolicy, RemoteTeacher};
@@ -391,7 +392,7 @@ fn train(
         config.student.save_dtype,
         (tokenizer.dir(), &tokenizer),
         &model_card::student_card(
-            config.teacher.local.as_deref(),
+            training.teacher.as_ref().map(LocalTeacher::dir),
             settings.batch_size,
             training.student.model.config().model_type(),
             &summary,
@@ -421,6 +422,7 @@ fn on_policy_generator<'a>(
                 .context("internal error: `train.on_policy` without a teacher to score answers")?,
             mapper: Mapper::new(tokenizer, config.data.top_logprobs),
             prompts: dataset::prompts(&config.data, &config.run_dir, selection)?,
+            unaligned: 0,
         })
     };
     let on_policy = OnPolicy::new(&config.on_policy, &config.train, tokenizer, remote);

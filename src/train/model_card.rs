@@ -9,7 +9,8 @@ use crate::train::summary::TrainSummary;
 /// Metadata of the card, in YAML.
 const HEAD: &str = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- distillation\n---\n\n";
 
-/// Returns the Hugging Face model card of the student.
+/// Returns the Hugging Face model card of the student. `local_teacher` is the folder of a local teacher that was used in
+/// training; None if there was none.
 pub(crate) fn student_card(
     local_teacher: Option<&Path>,
     batch_size: usize,

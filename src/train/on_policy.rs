@@ -19,11 +19,12 @@ use serde::Serialize;
 
 use super::loss::divergence::Divergence;
 use crate::config::{LossConfig, OnPolicyConfig, TrainConfig};
-use crate::data::align::Mapper;
 use crate::data::align::aligned::Aligned;
+use crate::data::align::{Mapper, Mismatch};
 use crate::data::batch::Batch;
 use crate::data::prepared::shard::ExampleView;
 use crate::data::text_scorer::TextScorer;
+use crate::exit::Exit;
 use crate::model::Model;
 use crate::model::batcher::GenerateOptions;
 use crate::model::generate;
@@ -36,6 +37,9 @@ use crate::tokenizer::Tokenizer;
 /// Multiplier of the step number in the seeds of its answers. It differs from the multiplier of the answer's index
 /// ([`SamplingParams::for_answer`]), so that answers of different steps practically never share a seed.
 const SEED_SPREAD: u64 = 0xd134_2543_de82_ef95;
+
+/// Number of scored answers without soft labels, and without any answer with soft labels, after which training stops.
+const MAX_UNALIGNED: u64 = 32;
 
 /// Generator of the student's own answers.
 pub(crate) struct OnPolicy<'a> {
@@ -66,6 +70,8 @@ pub(crate) struct RemoteTeacher<'a> {
     pub mapper: Mapper<'a>,
     /// Prompts by the keys of the examples.
     pub prompts: HashMap<String, Vec<Message>>,
+    /// Number of answers that the teacher scored in this session, but for which it gave no soft labels.
+    pub unaligned: u64,
 }
 
 /// An answer that the student generated.
@@ -121,7 +127,8 @@ impl<'a> OnPolicy<'a> {
     /// The same seed, step and weights give the same answers.
     ///
     /// # Errors
-    /// If a prompt does not fit the model, or [`TextScorer::score`] fails.
+    /// If a prompt does not fit the model, [`TextScorer::score`] fails, or the logprobs of the first [`MAX_UNALIGNED`]
+    /// scored answers give no soft labels.
     pub(crate) fn generate(
         &mut self,
         student: &Model,
@@ -161,6 +168,12 @@ impl<'a> OnPolicy<'a> {
         };
         self.counts.generated += generated.len() as u64;
         self.counts.scored += (0..generated.len()).filter(is_scored).count() as u64;
+        if let Some(remote) = &self.remote
+            && self.counts.scored == 0
+            && remote.unaligned >= MAX_UNALIGNED
+        {
+            return Err(no_soft_labels(remote.unaligned));
+        }
         let mut batches = Vec::new();
         for start in (0..generated.len()).step_by(self.batch_size) {
             let mut batch = Batch {
@@ -223,12 +236,33 @@ impl RemoteTeacher<'_> {
             let aligned = self
                 .mapper
                 .align(&logprobs, text.as_bytes(), 0..text.len(), ids, None);
-            soft_labels[index] = aligned
-                .ok()
-                .filter(|labels| (0..labels.len()).any(|at| labels.is_soft(at)));
+            let has_soft_labels = |labels: &Aligned| (0..labels.len()).any(|at| labels.is_soft(at));
+            match aligned {
+                Ok(labels) if has_soft_labels(&labels) => soft_labels[index] = Some(labels),
+                Ok(_) => self.count_unaligned("its logprobs give no soft labels"),
+                Err(Mismatch::TokenIds) => self.count_unaligned("the teacher's tokens are ids"),
+                Err(mismatch) => self.count_unaligned(&mismatch.to_string()),
+            }
         }
         Ok(soft_labels)
     }
+
+    /// Counts an answer that was scored and cannot be trained, and warns about the first one.
+    fn count_unaligned(&mut self, reason: &str) {
+        if self.unaligned == 0 {
+            tracing::warn!("an answer of the student was scored but is not trained: {reason}");
+        }
+        self.unaligned += 1;
+    }
+}
+
+/// Returns the error for a teacher whose logprobs cannot be used.
+fn no_soft_labels(count: u64) -> anyhow::Error {
+    Exit::Usage(format!(
+        "the teacher scored {count} answers of the student, but none of them can be trained, because the teacher's \
+         tokens do not match their text: set `on_policy.tokenizer` to the folder of the teacher's tokenizer"
+    ))
+    .into()
 }
 
 /// Returns the longest prefix of an answer that is text, and its tokens. The prefix ends before the end of the turn,

@@ -292,6 +292,22 @@ fn damaged_frame_in_the_middle_is_refused_with_its_offset() {
 }
 
 #[test]
+fn verify_lists_all_damage_of_the_plain_file_beside_a_compressed_one() {
+    let plain = [
+        b"oops\n",
+        &encode(records(5..7))[..],
+        b"oops\n",
+        &encode(records(7..8)),
+    ];
+    let dir = folder(&frame(0..6), &plain.concat());
+    let report = cache::reader::verify_cache(dir.path(), &mut |_, _| Ok(())).unwrap();
+    let lines: Vec<u64> = report.damaged.iter().map(|(_, bad)| bad.line).collect();
+    assert_eq!((report.records, lines), (8, vec![1, 4]));
+    // The record that is in both files is read once.
+    assert!(report.repeated.is_empty(), "{:?}", report.repeated);
+}
+
+#[test]
 fn crash_during_compression_leaves_no_repeated_records() {
     for settings in [config::CacheConfig::default(), ZSTD] {
         let dir = folder(

@@ -117,12 +117,10 @@ impl<'a> ExampleBuilder<'a> {
             answer: tokenized.answer,
             is_exact_sample: row.sampling == SamplingKind::Exact,
         };
-        // Examples of a file are ordered by line and message, those of a cache by key. The message takes the low 16
-        // bits.
+        // Examples of a file are ordered by line and message, those of a cache by key.
         let order = if self.is_file { "" } else { &*row.key };
-        let message = row.message.unwrap_or(0).min(u16::MAX.into()) as u64;
         writer.push(
-            (order, (number << 16) + message),
+            (order, source_position(number, row.message)),
             prompt_hash(&row.prompt_id),
             tokenized.soft.mapped_mass,
             &example,
@@ -328,6 +326,34 @@ impl<'a> ExampleBuilder<'a> {
     }
 }
 
+/// Returns the position by which the examples of a file are ordered: those of a row are its own example, then its
+/// separate answers by `message`. Every position is different, so that the order does not depend on threads.
+fn source_position(number: u64, message: Option<usize>) -> u64 {
+    /// Bits for the message; the number of the row takes the others.
+    const MESSAGE_BITS: u32 = 24;
+    let rank = message.map_or(0, |message| message as u64 + 1);
+    (number << MESSAGE_BITS) + rank.min((1 << MESSAGE_BITS) - 1)
+}
+
 fn increment(counts: &mut BTreeMap<String, u64>, reason: String) {
     *counts.entry(reason).or_default() += 1;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_example_of_a_file_has_its_own_position() {
+        let in_order = [
+            source_position(1, None),
+            source_position(1, Some(0)),
+            source_position(1, Some(1)),
+            source_position(1, Some(70_000)),
+            source_position(1, Some(70_001)),
+            source_position(2, None),
+            source_position(2, Some(0)),
+        ];
+        assert!(in_order.is_sorted_by(|a, b| a < b), "{in_order:?}");
+    }
 }

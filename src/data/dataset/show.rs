@@ -1,6 +1,6 @@
 //! Examples token by token, for `distill data show`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 
 use anyhow::Result;
@@ -97,8 +97,8 @@ pub fn show(
     let mut shown = Vec::new();
     let mut skipped = BTreeMap::new();
     source.for_each_row(selected, |row| {
-        let mut rows = vec![row];
-        while let Some(row) = rows.pop() {
+        let mut rows = VecDeque::from([row]);
+        while let Some(row) = rows.pop_front() {
             let (key, prompt_id) = match &row {
                 Ok(row) => (&row.key, &row.prompt_id),
                 Err(skipped) => (&skipped.key, &skipped.prompt_id),

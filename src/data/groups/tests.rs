@@ -82,6 +82,46 @@ fn config_selection_names_the_first_difference() {
 }
 
 #[test]
+fn selection_hash_depends_on_everything_that_selects_a_record() {
+    let key = |digit: &str| crate::cache::fingerprint::fingerprint(&digit.repeat(64));
+    let rows = |keys: &[&str], answered: &[&str], questions: &[&str]| {
+        let set = |digits: &[&str]| digits.iter().map(|digit| key(digit)).collect();
+        Some(PlannedRows {
+            keys: set(keys),
+            answered: set(answered),
+            questions: set(questions),
+        })
+    };
+    let config_rows = [
+        // Without prompts, all answers of the teachers are selected; with prompts and without answers, none.
+        None,
+        rows(&[], &[], &[]),
+        rows(&["1"], &[], &[]),
+        rows(&[], &["1"], &[]),
+        rows(&[], &[], &["1"]),
+        rows(&["1", "2"], &["3"], &[]),
+        rows(&["1"], &["2", "3"], &[]),
+    ];
+    let config = config_rows.map(|rows| {
+        Selection::Config(ConfigSelection {
+            rows,
+            teachers: Vec::new(),
+        })
+    });
+    let named = Selection::Named(vec!["all".into()]);
+    let hashes: std::collections::HashSet<_> = config
+        .iter()
+        .chain([&Selection::All, &named])
+        .map(|selection| {
+            let mut hash = blake3::Hasher::new();
+            selection.update(&mut hash);
+            hash.finalize()
+        })
+        .collect();
+    assert_eq!(hashes.len(), 9);
+}
+
+#[test]
 fn groups_are_selected_by_id_model_endpoint_and_teacher() {
     let [plain, named, mock] = variants();
     let is_in = |name: &str, group| {

@@ -372,6 +372,7 @@ impl<'a> BatchRun<'a> {
             return self.into_remaining_rows();
         }
         self.run_files.close(&mut [], 0)?;
+        let ignored_rows_error = self.ignored_rows_error();
         let mut summary = self.summary;
         summary.pending = summary.total - summary.done();
         let max_attempts = self.settings.retry.max_attempts;
@@ -392,7 +393,9 @@ impl<'a> BatchRun<'a> {
                 };
                 Some(anyhow::Error::from(Exit::Signal(number)).context(advice))
             }
-            _ => upstream_error.or(summary.failed_rows_error(&self.settings.run_dir)),
+            _ => upstream_error
+                .or(ignored_rows_error)
+                .or(summary.failed_rows_error(&self.settings.run_dir)),
         };
         crate::report::write(&mut summary, &self.settings.run_dir)?;
         Ok(BatchOutcome::Finished(Box::new(summary)))

@@ -5,13 +5,15 @@ use std::collections::{HashMap, HashSet};
 use anyhow::Result;
 
 use super::BatchRun;
-use super::journal::PartState;
+use super::journal::{self, PartState};
 use crate::budget::dollars::Dollars;
+use crate::exit::Exit;
 use crate::terminal::{format_count, sanitise};
 
 impl BatchRun<'_> {
     /// Resumes the parts that earlier runs left under way: reserves their budget and removes their rows from the
-    /// queue.
+    /// queue. Rows of a batch at a teacher that is not in the config leave the queue too, because they were bought; see
+    /// [`BatchRun::ignored_rows_error`].
     pub(super) fn recover(&mut self) -> Result<()> {
         self.journal.remove_stale_files()?;
         let mut position_by_key = HashMap::new();
@@ -24,6 +26,11 @@ impl BatchRun<'_> {
                 upstream.settings.teacher.label() == part.teacher
                     && crate::config::teacher::identity(&upstream.settings.teacher) == part.endpoint
             });
+            if upstream.is_none() && !part.is_enqueued() {
+                // No batch exists, so its rows can be sent to the teachers of this config.
+                self.journal.end(index, "not created")?;
+                continue;
+            }
             let part_rows = self.journal.members(&part.nonce)?;
             let unanswered = part_rows
                 .iter()
@@ -68,5 +75,22 @@ impl BatchRun<'_> {
                 .retain(|entry| !recovered_rows.contains(&entry.row));
         }
         Ok(())
+    }
+
+    /// Returns an error if rows of the plan are in batches that this run ignores.
+    pub(super) fn ignored_rows_error(&self) -> Option<anyhow::Error> {
+        let parts = self.journal.parts.iter();
+        let ignored = parts.filter(|part| !part.is_done() && part.progress.upstream.is_none());
+        let rows: u64 = ignored
+            .map(|part| part.progress.rows.iter().flatten().count() as u64)
+            .sum();
+        let message = format!(
+            "{} rows are in batches at a teacher that is not in this config: restore its settings, such as \
+             `teacher.base_url`, and rerun the command to collect them; or remove these batches from {} and \
+             rerun the command to buy the answers from the teachers of this config",
+            format_count(rows),
+            journal::file(&self.settings.run_dir).display()
+        );
+        (rows > 0).then(|| Exit::Resumable(message).into())
     }
 }

@@ -89,8 +89,6 @@ pub(crate) struct Upstream {
     stopped: Option<anyhow::Error>,
     /// Time of the last notice that the daily limit is used up.
     daily_limit_noted_at: Option<Instant>,
-    /// Time of the last reply, or of the last call of [`Upstream::resume_with`] if that was later.
-    last_active: Instant,
 }
 
 /// Builds the queue of an upstream; rows with the status [`RowStatus::Suspect`](crate::plan::RowStatus::Suspect) come
@@ -154,23 +152,21 @@ impl Upstream {
             monitor: AnswerMonitor::from_settings(&settings, run),
             stopped: None,
             daily_limit_noted_at: None,
-            last_active: now,
             settings,
             transport,
         })
     }
 
-    /// Replaces the queue by the rows of another plan; limits and health stay. The time since the last reply, in which
-    /// no row was waiting, does not count as an outage.
+    /// Replaces the queue by the rows of another plan; limits stay, and so does what is known about the endpoint.
     ///
     /// # Errors
     /// If a request exceeds a limit.
     pub(crate) fn resume_with(&mut self, plan: &Plan, index: usize) -> Result<()> {
         self.limiter.allow_request_of(plan.largest(index))?;
         let now = Instant::now();
-        self.health.exclude_held_back(now - self.last_active);
-        self.last_active = now;
         self.queue = build_queue(plan, index, now);
+        self.health.begin_plan(now);
+        self.has_suspects = plan.suspects[index] > 0;
         self.in_flight = 0;
         self.probe_sent_at = None;
         self.first_sent_at = None;
@@ -301,7 +297,6 @@ impl Upstream {
     /// Counts a request of `ticket` as ended, with or without a reply, and updates the limits from its headers.
     pub(crate) fn reply_received(&mut self, ticket: &SendTicket, reports: &[LimitReport]) {
         self.in_flight -= 1;
-        self.last_active = Instant::now();
         if self.probe_sent_at == Some(ticket.sent_at) {
             self.probe_sent_at = None;
         }

@@ -73,6 +73,9 @@ const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// Shared limits of one endpoint. At most one call of the script is in progress.
 pub(crate) struct SharedLimits {
+    limits: config::LimitsConfig,
+    /// Tokens of the largest request.
+    largest: u64,
     rules: SharedRules,
     calls: Sender<Arguments>,
     replies: Receiver<ScriptReply>,
@@ -126,8 +129,28 @@ impl SharedLimits {
         let (reply_sender, replies) = mpsc::channel(1);
         let wake = Arc::clone(wake);
         tokio::spawn(run_calls(connection, pending_calls, reply_sender, wake));
-        Ok(Some(SharedLimits {
-            rules: SharedRules::new(&endpoint.limits, largest.tokens()),
+        let limits = endpoint.limits.clone();
+        Ok(Some(SharedLimits::new(
+            limits,
+            largest.tokens(),
+            calls,
+            replies,
+            max_outage,
+        )))
+    }
+
+    /// Creates the limits. `calls` and `replies` are the channels of [`run_calls`].
+    fn new(
+        limits: config::LimitsConfig,
+        largest: u64,
+        calls: Sender<Arguments>,
+        replies: Receiver<ScriptReply>,
+        max_outage: Duration,
+    ) -> SharedLimits {
+        SharedLimits {
+            rules: SharedRules::new(&limits, largest),
+            limits,
+            largest,
             calls,
             replies,
             is_call_pending: false,
@@ -135,7 +158,21 @@ impl SharedLimits {
             not_before: None,
             outage: None,
             max_outage,
-        }))
+        }
+    }
+
+    /// Allows requests of a higher cost than before. The script subtracts the largest request from the burst.
+    ///
+    /// # Errors
+    /// If that request can never be sent.
+    pub(crate) fn allow_request_of(&mut self, largest: RequestCost) -> Result<()> {
+        let largest = largest.tokens();
+        if largest > self.largest {
+            user_limits::check_largest(&self.limits, largest)?;
+            self.rules = SharedRules::new(&self.limits, largest);
+            self.largest = largest;
+        }
+        Ok(())
     }
 
     /// Takes a local permit for a request of `tokens` tokens. If there is none, calls the script for more. `slots` is
@@ -219,5 +256,37 @@ async fn run_calls(
             return;
         }
         wake.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cost(tokens: u64) -> RequestCost {
+        RequestCost {
+            input_tokens: tokens,
+            output_tokens: 0,
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn larger_request_is_reported_to_the_script() {
+        let limits = config::LimitsConfig {
+            tokens_per_minute: Some(6_000),
+            ..config::LimitsConfig::default()
+        };
+        let (calls, mut pending_calls) = mpsc::channel(1);
+        let (_reply_sender, replies) = mpsc::channel(1);
+        let max_outage = Duration::from_secs(60);
+        let mut shared = SharedLimits::new(limits.clone(), 100, calls, replies, max_outage);
+        for smaller_or_equal in [50, 100] {
+            shared.allow_request_of(cost(smaller_or_equal)).unwrap();
+        }
+        shared.allow_request_of(cost(1_000)).unwrap();
+        assert!(shared.take(1_000, 1, Instant::now()).is_err());
+        let expected = SharedRules::new(&limits, 1_000).arguments(1, 1_000, (0, 0));
+        assert_eq!(pending_calls.try_recv().unwrap(), expected);
+        assert!(shared.allow_request_of(cost(6_001)).is_err());
     }
 }

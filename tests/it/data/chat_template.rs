@@ -1,5 +1,6 @@
 //! Chat templates of real models, and hostile ones.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use distill::tokenizer::chat_template::{
@@ -8,6 +9,9 @@ use distill::tokenizer::chat_template::{
 use serde_json::json;
 
 use super::{ask, golden, messages};
+
+/// Environment variable that is set in the process of `hostile_templates_fail_within_limits`.
+const IN_CHILD: &str = "DISTILL_TEST_IN_CHILD";
 
 #[test]
 fn rendered_templates_match_transformers() {
@@ -172,6 +176,20 @@ fn template_args_become_default_values() {
 
 #[test]
 fn hostile_templates_fail_within_limits() {
+    // Peak memory is that of the process, so this test runs in a process of its own.
+    if std::env::var_os(IN_CHILD).is_none() {
+        let name = "data::chat_template::hostile_templates_fail_within_limits";
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args([name, "--exact", "--nocapture"])
+            .env(IN_CHILD, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{text}{errors}");
+        assert!(text.contains("1 passed"), "{text}");
+        return;
+    }
     let cases = [
         "{% for i in range(10**9) %}x{% endfor %}",
         "{% for i in range(1000) %}{% for j in range(1000) %}{% for k in range(1000) %}x{% endfor %}{% endfor %}{% endfor %}",

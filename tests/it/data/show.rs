@@ -4,11 +4,15 @@ use std::path::Path;
 use std::process::Command;
 
 use distill::cache::record::{Record, Status};
+use distill::config::DataConfig;
+use distill::data::dataset;
+use distill::data::groups::Selection;
 use serde_json::{Value, json};
 
 use super::align::same_tokenizer;
 use super::dataset::{record, write_cache};
-use super::{folder, tokenizer};
+use super::templates::{OPENS_THINKING, rows, tokenizer_with_template};
+use super::{ask, folder, tokenizer};
 
 /// Runs the binary. Returns its exit status and its output.
 fn distill(dir: &Path, arguments: &[&str]) -> (i32, String) {
@@ -162,6 +166,26 @@ fn data_show_prints_labels_of_merged_samples() {
         status == 0 && printed.matches("0.5000 \"").count() == 2,
         "{printed}"
     );
+}
+
+/// Every answer of this conversation becomes an example of its own.
+#[test]
+fn data_show_lists_separate_answers_in_the_order_of_their_messages() {
+    let (dir, tokenizer) = tokenizer_with_template(OPENS_THINKING);
+    let source = dir.path().join("rows.jsonl");
+    let turns = [ask("A?", "One."), ask("B?", "Two."), ask("C?", "Three.")];
+    std::fs::write(&source, rows(&[turns.concat()])).unwrap();
+    let settings = DataConfig {
+        source: Some(source),
+        ..DataConfig::default()
+    };
+    let keys = |limit| -> Vec<String> {
+        let all = &Selection::All;
+        let shown = dataset::show(&settings, dir.path(), all, &tokenizer, None, limit).unwrap();
+        shown.0.into_iter().map(|example| example.key).collect()
+    };
+    assert_eq!(keys(9), ["1", "1:1", "1:3"]);
+    assert_eq!(keys(2), ["1", "1:1"]);
 }
 
 #[test]

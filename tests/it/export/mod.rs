@@ -283,6 +283,36 @@ fn existing_export_is_replaced_only_with_force() {
     }
 }
 
+#[test]
+fn folder_of_the_user_with_the_names_of_an_hf_export_is_not_replaced() {
+    let settings = ExportSettings {
+        selection: &Selection::All,
+        data: &DataConfig::default(),
+        tokenizer: None,
+        force: true,
+    };
+    for names in [
+        &["README.md"][..],
+        &["train.jsonl"],
+        &["README.md", "train.jsonl"],
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        for name in names {
+            fs::write(dir.path().join(name), "years of work").unwrap();
+        }
+        let records = [Ok(sample(1))].into_iter();
+        let error = write(records, Format::Hf, dir.path(), &settings).unwrap_err();
+        assert_usage_error(&error, &["another path"]);
+        assert_eq!(sorted_paths(dir.path()).len(), names.len());
+        for name in names {
+            assert_eq!(
+                fs::read_to_string(dir.path().join(name)).unwrap(),
+                "years of work"
+            );
+        }
+    }
+}
+
 /// Creates a folder with a folder `cache` of these records.
 fn write_cache(records: Vec<Record>) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();

@@ -15,6 +15,7 @@ mod probe;
 mod reach;
 mod replies;
 mod runs;
+mod scoring;
 #[cfg(feature = "redis")]
 mod shared;
 mod tls;

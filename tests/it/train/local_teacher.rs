@@ -27,6 +27,8 @@ fn local_teacher_training_halves_the_kl_divergence() {
         let validation = summary.validation;
         if kd == KdMode::None {
             assert!(validation.kl.is_none(), "{validation:?}");
+            let card = std::fs::read_to_string(config.student_dir().join("README.md")).unwrap();
+            assert!(card.contains("- teacher: none"), "{card}");
             continue;
         }
         assert_eq!(validation.soft_positions, validation.positions);
@@ -36,6 +38,8 @@ fn local_teacher_training_halves_the_kl_divergence() {
         last_kls.push(last);
     }
     assert!(last_kls[0] != last_kls[1]);
+    let card = std::fs::read_to_string(config.student_dir().join("README.md")).unwrap();
+    assert!(card.contains("- teacher: model\n"), "{card}");
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use distill::cache::logprobs_view::LogprobsView;
+use distill::cache::record::Logprobs;
 use distill::config::{ComputeDtype, Config, KdMode, ScoredBy, StudentInit, TeacherConfig};
 use distill::data::text_scorer::TextScorer;
 use distill::exit::Exit;
@@ -327,6 +328,49 @@ fn endpoint_without_prompt_logprobs_is_refused_at_the_first_batch() {
     let _server = serve_judge(&mut config, &teacher, ScoredBy::PromptLogprobs);
     runtime.block_on(distill::harvest::probe(&config)).unwrap();
     assert!(EndpointScorer::new(&config, true).is_ok());
+}
+
+/// A judge whose tokens never spell the text.
+struct MismatchingScorer {
+    scored: usize,
+}
+
+impl TextScorer for MismatchingScorer {
+    fn score(
+        &mut self,
+        texts: Vec<Prompt>,
+        _: &StopFlag,
+    ) -> Result<Vec<Option<LogprobsView<'static>>>> {
+        self.scored += texts.len();
+        let logprobs = Logprobs {
+            token: vec!["another text".into()],
+            logprob: vec![Some(-0.5)],
+            top: vec![Vec::new()],
+            top_logprob: vec![Vec::new()],
+            ..Logprobs::default()
+        };
+        let view = LogprobsView::from(&logprobs).into_owned();
+        Ok(texts.iter().map(|_| Some(view.clone())).collect())
+    }
+}
+
+#[test]
+fn judge_whose_tokens_never_match_stops_the_training() {
+    let (_dir, mut config) = run_folder();
+    let teacher = config.student.path.clone();
+    // The settings of a judge; the scorer below replaces the server.
+    drop(serve_judge(&mut config, &teacher, ScoredBy::PromptLogprobs));
+    config.train.steps = Some(150);
+    let mut scorer = MismatchingScorer { scored: 0 };
+    let start = StartMode::New.into();
+    let error = train::run_with_scorer(&config, start, Some(&mut scorer)).unwrap_err();
+    assert_eq!(Exit::code_of(&error), 2, "{error:#}");
+    assert!(
+        format!("{error:#}").contains("`on_policy.tokenizer`"),
+        "{error:#}"
+    );
+    // It stops in the first step that reaches 32 answers, with 6 answers in a step.
+    assert!((32..38).contains(&scorer.scored), "{}", scorer.scored);
 }
 
 #[test]

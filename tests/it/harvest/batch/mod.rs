@@ -4,6 +4,7 @@ mod ends;
 mod failed;
 mod kills;
 mod money;
+mod moved_teacher;
 mod tcp;
 mod waits;
 

@@ -1,6 +1,7 @@
 //! Rate limits that several harvests share through Redis.
 
 mod outage;
+mod scoring;
 mod script;
 mod secrets;
 mod server;
