@@ -34,7 +34,7 @@ pub(crate) struct EndpointHealth {
     /// endpoint, and outages of the shared limits.
     excluded_wait: Duration,
     /// Total of the time since the last success in which the run itself sent nothing: outside the request window, until
-    /// a limit allows a request, or without disk space. It does not count as time without success.
+    /// a limit of the user allows a request, or without disk space. It does not count as time without success.
     held_back: Duration,
     /// A request has succeeded.
     has_succeeded: bool,

@@ -26,7 +26,7 @@ pub(crate) struct Pacer {
     /// True from the closing of the gate until a request that was sent after its opening is answered. Meanwhile,
     /// requests are sent one at a time.
     is_half_open: bool,
-    /// Instant until which a limit refused the last request that the gate let pass; None if it was admitted.
+    /// Instant until which the daily limit or the shared limits refused the last request; None if they did not.
     limited_until: Option<Instant>,
     limits: LimitsConfig,
 }
@@ -79,24 +79,15 @@ impl Pacer {
         {
             return Err(until);
         }
-        let admitted = self.admit_to_limits(cost, slots, now);
-        self.limited_until = admitted.as_ref().err().copied();
-        admitted
-    }
-
-    /// Admits a request to all limits. The gate is open.
-    fn admit_to_limits(
-        &mut self,
-        cost: RequestCost,
-        slots: usize,
-        now: Instant,
-    ) -> Result<SendTicket, Instant> {
-        self.daily_limit.check(now)?;
+        self.limited_until = None;
+        let mut note_wait = |until| *self.limited_until.insert(until);
+        self.daily_limit.check(now).map_err(&mut note_wait)?;
         self.server_limits.check(&cost, now)?;
         // These limits come after the other checks, because what they grant cannot be returned.
         self.user_limits.admit(cost.tokens())?;
         if let Some(shared) = &mut self.shared {
-            shared.take(cost.tokens(), slots, now)?;
+            let taken = shared.take(cost.tokens(), slots, now);
+            taken.map_err(note_wait)?;
         }
         self.daily_limit.count_request(now);
         Ok(self.server_limits.charge(cost, now))
@@ -164,8 +155,8 @@ impl Pacer {
                 .is_some_and(SharedLimits::is_unavailable)
     }
 
-    /// Returns true if the next request waits for a limit, and not for the gate.
-    pub(crate) fn waits_for_limit(&self, now: Instant) -> bool {
+    /// Returns true if the next request waits for the daily limit or the shared limits, and not for the gate.
+    pub(crate) fn waits_for_user_limit(&self, now: Instant) -> bool {
         !self.is_closed(now) && self.limited_until.is_some_and(|until| until > now)
     }
 

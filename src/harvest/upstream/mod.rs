@@ -463,11 +463,11 @@ impl Upstream {
     }
 
     /// Excludes the last `elapsed` seconds from the time without success if no request was in flight because all
-    /// endpoints are paused (`is_paused`) or a limit is used up. Pauses after failures are not excluded.
+    /// endpoints are paused (`is_paused`) or a limit of the user is used up. Pauses after failures are not excluded.
     pub(crate) fn exclude_held_back(&mut self, elapsed: Duration, is_paused: bool) {
         let now = Instant::now();
         let is_held_back = is_paused && !self.limiter.is_closed(now);
-        if self.in_flight == 0 && (is_held_back || self.limiter.waits_for_limit(now)) {
+        if self.in_flight == 0 && (is_held_back || self.limiter.waits_for_user_limit(now)) {
             self.health.exclude_held_back(elapsed);
         }
     }
