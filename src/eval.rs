@@ -92,6 +92,7 @@ pub(crate) fn run(
         Some(TemplateDate::Record) | None => tokenizer.use_clock(),
     }
     tokenizer.check_fits(model.config().vocab_size)?;
+    let stop = StopFlag::watch()?;
     let truth = match &config.eval.source {
         Some(source) => {
             let rows = load_rows(source, config.prompts.template.as_deref(), &config.eval)?;
@@ -101,6 +102,7 @@ pub(crate) fn run(
                 &rows,
                 &config.eval,
                 quiet,
+                &stop,
             )?)
         }
         None => None,
@@ -108,7 +110,7 @@ pub(crate) fn run(
     if let Some(date) = config.student.template_date {
         tokenizer.set_date(date.into());
     }
-    let teacher = match compare_with_teacher(config, &model, &tokenizer, selection) {
+    let teacher = match compare_with_teacher(config, &model, &tokenizer, selection, &stop) {
         Err(error) if truth.is_some() && matches!(error.downcast_ref(), Some(Exit::Usage(_))) => {
             tracing::warn!("cannot compare the student with its teacher: {error:#}");
             None
@@ -151,6 +153,7 @@ fn compare_with_truth(
     rows: &[(Prompt, String)],
     settings: &EvalConfig,
     quiet: bool,
+    stop: &StopFlag,
 ) -> Result<AccuracyReport> {
     let prompts: Vec<Vec<u32>> = rows
         .iter()
@@ -160,7 +163,6 @@ fn compare_with_truth(
         max_tokens: settings.max_tokens as usize,
         ..GenerateOptions::default()
     };
-    let stop = StopFlag::watch()?;
     let mut progress = Progress::new("eval", rows.len() as u64, quiet);
     let started = Instant::now();
     let mut answers = Vec::with_capacity(rows.len());
@@ -230,6 +232,7 @@ fn compare_with_teacher(
     student: &Model,
     tokenizer: &Tokenizer,
     selection: &dyn Fn() -> Result<Selection>,
+    stop: &StopFlag,
 ) -> Result<Option<MetricMeans>> {
     let teacher_dir = config.teacher.local.as_ref();
     let teacher = teacher_dir
@@ -243,23 +246,27 @@ fn compare_with_teacher(
     let data = match &config.eval.teacher_cache {
         Some(dir) => dataset::held_out(dir, &settings, tokenizer)
             .with_context(|| format!("cannot use `eval.teacher_cache` {}", dir.display()))?,
-        None if config.data.source.is_some() || config.training_cache().exists() => {
-            let no_progress = &mut |_, _| Ok(());
-            dataset::load(
-                &settings,
-                &config.run_dir,
-                &selection()?,
-                tokenizer,
-                no_progress,
-            )?
-        }
+        None if config.data.source.is_some() || config.training_cache().exists() => dataset::load(
+            &settings,
+            &config.run_dir,
+            &selection()?,
+            tokenizer,
+            &mut |_, _| stop.check(),
+        )?,
         None => return Ok(None),
     };
     warn_of_excluded_answers(&data);
     if data.validation().is_empty() {
         return Ok(None);
     }
-    objective::evaluate(models, data.validation(), config.eval.batch_size).map(Some)
+    let check_stop = || stop.check();
+    objective::evaluate(
+        models,
+        data.validation(),
+        config.eval.batch_size,
+        check_stop,
+    )
+    .map(Some)
 }
 
 /// Warns about dropped answers, and lists the groups of answers if there are several or some are left out.

@@ -20,7 +20,8 @@
 //!
 //! | floor | rooms | content |
 //! |---|---|---|
-//! | 13 | [`cli`], [`commands`] | clap types; one thin file per verb |
+//! | 14 | [`commands`] | one thin file per verb |
+//! | 13 | [`cli`] | clap types |
 //! | 12 | [`demo`] | harvest, train and eval with a local model as the teacher |
 //! | 11 | [`harvest`] | the run: dispatch of single requests, batch mode, decisions after errors, scoring of given texts |
 //! | 10 | [`report`], [`eval`] | summary, table, progress and advice of a run; a model compared with the truth and with its teacher |

@@ -1,6 +1,6 @@
 //! Parses the arguments, sets up logging, runs the command, and maps its result to an exit status.
 
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -32,7 +32,6 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             let code = Exit::code_of(&error);
             let text = format!("{error:#}");
@@ -43,14 +42,4 @@ fn main() -> ExitCode {
             ExitCode::from(code)
         }
     }
-}
-
-/// Returns true if the error was caused by a closed pipe. The pipe is assumed to be stdout, closed by its reader, as in
-/// `distill cache show | head`.
-fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        cause
-            .downcast_ref::<std::io::Error>()
-            .is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
-    })
 }

@@ -11,7 +11,7 @@ fuzz_seconds=${1:-1200}
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 step "K1 to K8: kills, cuts, flipped bits, failing disks, power losses, two processes, signals"
-NIGHTLY=1 cargo test --locked --test it -- --nocapture cache kills harvest::disk
+NIGHTLY=1 cargo test --locked --test it -- --nocapture cache kills harvest::disk budget train::resume
 
 step "S1: simulated overnight runs"
 DISTILL_NIGHTS=${NIGHTS:-2000} cargo test --locked --test it -- --nocapture simulated_nights | tail -n 5
@@ -27,7 +27,7 @@ if ! command -v cargo-fuzz > /dev/null; then
     PATH=$PWD/target/tools/bin:$PATH
 fi
 mkdir -p target/fuzz-corpus
-for target in cache record reply limits config prompts; do
+for target in cache record reply limits config prompts model; do
     echo "-- $target"
     mkdir -p "target/fuzz-corpus/$target"
     cargo +nightly fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz "$target" \

@@ -122,12 +122,14 @@ pub struct InFlight {
 impl InFlight {
     /// Warns about requests that a killed run left in flight.
     pub(crate) fn warn(self) {
-        if self.requests > 0 {
-            tracing::warn!(
-                "the last run was killed: up to {} requests were in flight and may have been billed without an answer",
-                self.requests
-            );
-        }
+        let requests = match self.requests {
+            0 => return,
+            1 => "1 request was".to_owned(),
+            count => format!("{count} requests were"),
+        };
+        tracing::warn!(
+            "the last run was killed: up to {requests} in flight and may have been billed without an answer"
+        );
     }
 }
 

@@ -14,6 +14,7 @@ use super::line::{self, LineError};
 use super::record::Record;
 use super::recovery::{BadLine, FileEnding, LineScan, ScanError};
 use super::{compressed_file, damaged, plain_file, refusal};
+use crate::exit::Exit;
 
 /// Size in bytes of the buffers for reading the plain file.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -21,10 +22,10 @@ const BUFFER_BYTES: usize = 1 << 20;
 /// Reads the records of the cache in `dir` in the order in which they were appended.
 ///
 /// A torn tail is skipped with a warning, because another process may be writing it. A damaged line yields an error
-/// with its number and offset ([`crate::exit::Exit::Damaged`]), and ends the iteration.
+/// with its number and offset ([`Exit::Damaged`]), and ends the iteration.
 ///
 /// # Errors
-/// If there is no cache in `dir`, or it cannot be opened.
+/// [`Exit::Usage`] if there is no cache in `dir`. If the cache cannot be opened.
 pub fn read(dir: &Path) -> Result<impl Iterator<Item = Result<Record>> + use<>> {
     Ok(Records {
         lines: CacheLines::open(dir)?,
@@ -77,7 +78,7 @@ impl CacheLines {
     /// Opens the cache in `dir`.
     ///
     /// # Errors
-    /// If there is no cache, or it cannot be read.
+    /// [`Exit::Usage`] if there is no cache. If it cannot be read.
     pub(crate) fn open(dir: &Path) -> Result<CacheLines> {
         super::check_files(dir)?;
         // The plain file is opened first: a line that is compressed from now on is read from the compressed file.
@@ -93,10 +94,10 @@ impl CacheLines {
         };
         let Some(mut plain) = plain else {
             if lines.compressed.is_none() {
-                bail!(
+                bail!(Exit::Usage(format!(
                     "no cache found in {}: run `distill harvest` first",
                     dir.display()
-                );
+                )));
             }
             return Ok(lines);
         };
@@ -294,7 +295,7 @@ pub struct VerifyReport {
 /// Decodes every record of the cache in `dir`, and lists damage and repeated keys.
 ///
 /// # Errors
-/// If there is no cache in `dir`, it cannot be read, or `on_progress` fails. Damage is not an error.
+/// [`Exit::Usage`] if there is no cache in `dir`. If it cannot be read, or `on_progress` fails. Damage is not an error.
 pub fn verify_cache(
     dir: &Path,
     on_progress: crate::cache::files::OnReadProgress<'_>,

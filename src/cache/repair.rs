@@ -12,6 +12,7 @@ use super::keys::{self, KeyAndChecksum, KeySet};
 use super::line::{self, LineError};
 use super::storage::{self, BufferedAppender, WrapFile};
 use super::{compressed_file, conflicts_file, exists, plain_file, quarantine_file};
+use crate::exit::Exit;
 
 /// Size in bytes of the buffer for reading the plain file.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -45,10 +46,13 @@ impl RepairReport {
 /// may contain a record twice.
 ///
 /// # Errors
-/// If there is no cache in `dir`, another process is writing it, a newer version wrote a line, or the disk fails.
+/// [`Exit::Usage`] if there is no cache in `dir`. If another process is writing it, a newer version wrote a line, or the disk fails.
 pub fn repair(dir: &Path) -> Result<RepairReport> {
     if !exists(dir) {
-        bail!("no cache found in {}", dir.display());
+        bail!(Exit::Usage(format!(
+            "no cache found in {}: pass the folder that contains responses.jsonl",
+            dir.display()
+        )));
     }
     let _lock = super::lock(dir)?;
     // Most caches are not damaged, so the first pass only counts.

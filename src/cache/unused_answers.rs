@@ -37,9 +37,13 @@ impl UnusedAnswers {
         let answers: u64 = self.adoptable.values().sum();
         let sources: Vec<&str> = self.adoptable.keys().map(String::as_str).collect();
         (answers > 0).then(|| {
+            let arguments = match arguments {
+                "" => String::new(),
+                arguments => format!(" {arguments}"),
+            };
             format!(
                 "the cache holds at least {} answers from {} to questions that are still open: \
-                 run `distill cache adopt {arguments}` to reuse them instead of requesting them again",
+                 run `distill cache adopt{arguments}` to reuse them instead of requesting them again",
                 format_count(answers),
                 sources.join(", ")
             )
@@ -150,4 +154,25 @@ pub(crate) fn count_unused(
         }
     }
     Ok(unused_answers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_names_a_command_with_and_without_arguments() {
+        let unused = UnusedAnswers {
+            adoptable: BTreeMap::from([("a".into(), 1)]),
+            ..UnusedAnswers::default()
+        };
+        for (arguments, command) in [
+            ("", "`distill cache adopt`"),
+            ("-c run.toml", "`distill cache adopt -c run.toml`"),
+        ] {
+            let advice = unused.advice(arguments).unwrap();
+            assert!(advice.contains(command), "{advice}");
+        }
+        assert_eq!(UnusedAnswers::default().advice(""), None);
+    }
 }

@@ -1,6 +1,6 @@
 //! `distill generate`: answers one prompt, or runs a chat in the terminal.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 
 use anyhow::{Context, Result};
 use serde_json::json;
@@ -19,9 +19,9 @@ use crate::tokenizer::Tokenizer;
 /// # Errors
 /// If the arguments are invalid, the model cannot be loaded or the generation fails.
 pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
-    if args.temperature < 0.0 || !(0.0..=1.0).contains(&args.top_p) || args.max_tokens == 0 {
-        let message =
-            "--temperature must be 0 or more, --top-p from 0 to 1, and --max-tokens greater than 0";
+    let is_temperature = args.temperature.is_finite() && args.temperature >= 0.0;
+    if !is_temperature || !(0.0..=1.0).contains(&args.top_p) || args.max_tokens == 0 {
+        let message = "--temperature must be finite and 0 or more, --top-p from 0 to 1, and --max-tokens greater than 0";
         return Err(Exit::Usage(message.into()).into());
     }
     let prompt = match args.prompt.as_deref() {
@@ -63,11 +63,10 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
         None => chat.interactive(messages),
         Some(prompt) => {
             messages.push(Message::new("user", prompt));
-            let answer = chat.answer(&messages)?;
-            if global.json {
-                super::print_json(&answer.json())?;
+            match chat.answer(&messages)? {
+                Some(answer) if global.json => super::print_json(&answer.json()),
+                _ => Ok(()),
             }
-            Ok(())
         }
     }
 }
@@ -113,8 +112,9 @@ impl ChatAnswer {
 }
 
 impl ChatSession {
-    /// Generates the answer to the messages, and prints it if `prints_answers`.
-    fn answer(&self, messages: &[Message]) -> Result<ChatAnswer> {
+    /// Generates the answer to the messages, and prints it if `prints_answers`. Stops and returns `None` if the reader
+    /// of stdout has closed it.
+    fn answer(&self, messages: &[Message]) -> Result<Option<ChatAnswer>> {
         let prompt = self.tokenizer.encode_prompt(messages)?;
         let mut answer = ChatAnswer {
             text: String::new(),
@@ -126,28 +126,27 @@ impl ChatSession {
         batcher.submit(prompt, &self.options)?;
         while !batcher.is_idle() {
             for update in batcher.step()? {
-                self.print(&update.text)?;
+                if !self.print(&update.text)? {
+                    return Ok(None);
+                }
                 answer.text.push_str(&update.text);
                 answer.completion_tokens += 1;
                 answer.finish_reason = update.finish_reason.unwrap_or(answer.finish_reason);
             }
         }
-        self.print("\n")?;
-        Ok(answer)
+        Ok(self.print("\n")?.then_some(answer))
     }
 
-    /// Prints text if `prints_answers`, sanitised for a terminal.
-    fn print(&self, text: &str) -> Result<()> {
+    /// Prints text if `prints_answers`, sanitised for a terminal. Returns false if the reader of stdout has closed it.
+    fn print(&self, text: &str) -> Result<bool> {
         if !self.prints_answers {
-            return Ok(());
+            return Ok(true);
         }
-        let mut stdout = std::io::stdout().lock();
-        if stdout.is_terminal() {
-            stdout.write_all(terminal::sanitise(text).as_bytes())?;
+        if std::io::stdout().is_terminal() {
+            super::print_if_open(&terminal::sanitise(text))
         } else {
-            stdout.write_all(text.as_bytes())?;
+            super::print_if_open(text)
         }
-        Ok(stdout.flush()?)
     }
 
     /// Runs a chat in the terminal until the input ends.
@@ -163,7 +162,9 @@ impl ChatSession {
                 continue;
             }
             messages.push(Message::new("user", line.trim()));
-            let answer = self.answer(&messages)?;
+            let Some(answer) = self.answer(&messages)? else {
+                return Ok(());
+            };
             messages.push(Message::new("assistant", answer.text));
         }
     }

@@ -27,9 +27,9 @@ pub mod serve;
 pub mod tokenize;
 pub mod train;
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::cli::ConfigFile;
@@ -39,7 +39,7 @@ use crate::terminal::escape_unsafe;
 
 /// Loads the config that the flags select.
 fn load_config(file: &ConfigFile) -> Result<LoadedConfig> {
-    load(&file.file, std::env::vars(), &file.set)
+    load(&file.file, std::env::vars_os(), &file.set)
 }
 
 /// Prints a result as one JSON object in one line. Its field `version` is the version of its format.
@@ -50,7 +50,21 @@ fn print_json(value: &impl Serialize) -> Result<()> {
     ))
 }
 
-/// Prints to stdout. A closed pipe is an error and not a panic; `main` ignores it.
+/// Prints to stdout. If the reader of stdout has closed it, the text is discarded, so that the exit status shows whether
+/// the command itself succeeded.
 fn print(text: &str) -> Result<()> {
-    Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
+    print_if_open(text).map(|_| ())
+}
+
+/// Prints to stdout. Returns false if the reader of stdout has closed it, as in `distill cache show | head`.
+fn print_if_open(text: &str) -> Result<bool> {
+    let mut stdout = std::io::stdout().lock();
+    let written = stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush());
+    match written {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("cannot write to stdout"),
+    }
 }

@@ -1,9 +1,8 @@
 //! `distill serve`: an OpenAI-compatible server over a local model, or a mock teacher.
 
-use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::json;
 use tokio::runtime::Builder;
 
@@ -77,21 +76,27 @@ fn run_mock(script: &Path, args: &ServeArgs, global: &GlobalArgs) -> Result<()> 
 /// Prints the server's URL. Scripts wait for this line.
 fn announce(base_url: &str, model: &str, global: &GlobalArgs) -> Result<()> {
     tracing::info!("serving `{model}`; press Ctrl-C to stop");
-    let mut stdout = std::io::stdout().lock();
     if global.json {
-        let ready = json!({"version": 1, "base_url": base_url, "model": model});
-        writeln!(stdout, "{ready}")?;
+        print_json(&json!({"version": 1, "base_url": base_url, "model": model}))
     } else {
-        writeln!(stdout, "listening on {base_url}")?;
+        print(&format!("listening on {base_url}\n"))
     }
-    Ok(stdout.flush()?)
 }
 
 /// Waits for a signal, and then until the running answers are finished or a second signal arrives. Returns the number
 /// of the first signal.
+///
+/// # Errors
+/// If a thread of the server ends before a signal, fails or panics.
 async fn wait_and_shut_down(server: Server) -> Result<u8> {
     let mut signals = Signals::listen()?;
-    let signal = signals.next().await.context("cannot wait for signals")?;
+    let signal = tokio::select! {
+        signal = signals.next() => signal.context("cannot wait for signals")?,
+        () = server.ended() => {
+            tokio::task::spawn_blocking(|| server.shutdown()).await??;
+            bail!("the server has stopped unexpectedly: start it again");
+        }
+    };
     tracing::info!("finishing the running answers; press Ctrl-C again to stop immediately");
     tokio::select! {
         result = tokio::task::spawn_blocking(|| server.shutdown()) => result??,

@@ -1,6 +1,7 @@
 //! Reading of the config from file, environment and flags, with the origin of each value.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -57,7 +58,7 @@ impl Serialize for Origin {
 /// variable, or `--set`.
 pub fn load(
     path: &Path,
-    environment: impl Iterator<Item = (String, String)>,
+    environment: impl Iterator<Item = (OsString, OsString)>,
     flags: &[String],
 ) -> Result<LoadedConfig> {
     let text = std::fs::read_to_string(path).map_err(|error| {
@@ -81,7 +82,8 @@ pub fn load(
     }
     let keys = all_keys()?;
     // Sorted, so that the first error does not depend on the order of the environment.
-    let variables: BTreeMap<String, String> = environment
+    let variables: BTreeMap<String, OsString> = environment
+        .map(|(name, value)| (name.to_string_lossy().into_owned(), value))
         .filter(|(name, _)| name.starts_with(PREFIX) && name != crate::log::VARIABLE)
         .collect();
     for (name, value) in variables {
@@ -97,6 +99,11 @@ pub fn load(
                 nearest(&name, names.iter().map(String::as_str), KEYS_HINT)
             )));
         };
+        let value = value.into_string().map_err(|_| {
+            usage(format!(
+                "the value of the environment variable {name} is not valid UTF-8"
+            ))
+        })?;
         set(&mut table, key, &value);
         check_value(key, &value, &name)?;
         origins.insert(key.clone(), Origin::Variable(name));

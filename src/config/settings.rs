@@ -110,7 +110,12 @@ impl Config {
         };
         let teacher = &self.teacher;
         let has_remote_judge = self.train.on_policy && self.on_policy.judge != ScoredBy::Local;
-        let judge = has_remote_judge.then_some((&teacher.base_url, &teacher.model));
+        // The only endpoint of an on-policy run scores the student's answers.
+        let endpoints = self.endpoints();
+        let judge = endpoints
+            .last()
+            .filter(|_| has_remote_judge)
+            .map(|endpoint| (&endpoint.teacher.base_url, &endpoint.teacher.model));
         // The caller hashes the contents of the files instead of their paths.
         let student = StudentConfig {
             path: PathBuf::new(),

@@ -44,6 +44,11 @@ impl Config {
             "must be at least 0 and below 1",
         )?;
         check(
+            self.data.max_length > 0,
+            "data.max_length",
+            "must be at least 1",
+        )?;
+        check(
             self.data.top_logprobs != Some(0),
             "data.top_logprobs",
             "must be at least 1; `loss.kd = \"none\"` trains without soft labels",
@@ -142,7 +147,7 @@ impl Config {
         check(
             is_judge_local || !self.train.on_policy || endpoints.len() == 1,
             "teachers",
-            "must not be set with `train.on_policy`: the student's answers are scored by one teacher, the one in `[teacher]`",
+            "must have at most one entry with `train.on_policy`: the student's answers are scored by one teacher",
         )?;
         check(
             is_judge_local
@@ -195,6 +200,16 @@ impl Config {
             "must be finite and not negative",
         )?;
         check(
+            is_share(train.min_learning_rate_ratio),
+            "train.min_learning_rate_ratio",
+            "must lie between 0 and 1: it is a share of `train.learning_rate`",
+        )?;
+        check(
+            train.weight_decay.is_finite() && train.weight_decay >= 0.0,
+            "train.weight_decay",
+            "must be finite and not negative",
+        )?;
+        check(
             is_share(train.beta1) && train.beta1 < 1.0,
             "train.beta1",
             "must be at least 0 and below 1",
@@ -203,6 +218,21 @@ impl Config {
             is_share(train.beta2) && train.beta2 < 1.0,
             "train.beta2",
             "must be at least 0 and below 1",
+        )?;
+        check(
+            train.epsilon.is_finite() && train.epsilon > 0.0,
+            "train.epsilon",
+            "must be finite and above 0",
+        )?;
+        check(
+            train.max_grad_norm.is_finite() && train.max_grad_norm >= 0.0,
+            "train.max_grad_norm",
+            "must be finite and not negative; 0 turns clipping off",
+        )?;
+        check(
+            train.keep_checkpoints > 0,
+            "train.keep_checkpoints",
+            "must be at least 1",
         )?;
         check(
             is_share(train.decay_share),
@@ -229,7 +259,22 @@ impl Config {
             "eval.batch_size",
             "must be at least 1",
         )?;
+        check(
+            self.eval.max_tokens > 0,
+            "eval.max_tokens",
+            "must be at least 1",
+        )?;
+        check(
+            self.eval.limit != Some(0),
+            "eval.limit",
+            "must be at least 1; omit it to use all rows",
+        )?;
         let student = &self.student;
+        check(
+            student.rope_theta.is_finite() && student.rope_theta > 0.0,
+            "student.rope_theta",
+            "must be finite and above 0",
+        )?;
         check(
             student.init == StudentInit::Pretrained
                 || (student.num_attention_heads > 0
@@ -249,6 +294,11 @@ impl Config {
             (1..=1_000_000_000).contains(&self.prompts.samples),
             "prompts.samples",
             "must be between 1 and 1,000,000,000",
+        )?;
+        check(
+            self.prompts.limit != Some(0),
+            "prompts.limit",
+            "must be at least 1; omit it to use all prompts",
         )?;
         check(
             self.retry.max_attempts > 0,

@@ -101,7 +101,8 @@ impl<'a> ParsedChat<'a> {
     }
 
     fn check_context(&self, script: &Script) -> Result<(), MockReply> {
-        let requested = self.prompt_tokens + self.max_tokens.unwrap_or_default();
+        let max_tokens = self.max_tokens.unwrap_or_default();
+        let requested = self.prompt_tokens.saturating_add(max_tokens);
         match script.answers.context_tokens {
             Some(context) if requested > context => {
                 let message = format!(

@@ -60,9 +60,7 @@ impl Mock {
         // The clock is read under the lock, so that the limiter's time does not decrease.
         let now = Instant::now();
         let elapsed = now.duration_since(self.started);
-        state
-            .stats
-            .record_chat_request(elapsed, cost.prompt_tokens + cost.output_tokens);
+        state.stats.record_chat_request(elapsed, cost.total());
         match state.limiter.admit(now, cost) {
             Ok(ticket) => {
                 let in_flight = state.limiter.in_flight();

@@ -15,6 +15,13 @@ pub(crate) struct TokenCost {
     pub output_tokens: u64,
 }
 
+impl TokenCost {
+    /// Returns the number of all tokens. It saturates, because a client may send any `max_tokens`.
+    pub(crate) fn total(self) -> u64 {
+        self.prompt_tokens.saturating_add(self.output_tokens)
+    }
+}
+
 /// The limit that a request exceeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LimitKind {
@@ -180,7 +187,7 @@ impl MockLimiter {
     fn charges(&mut self, cost: TokenCost) -> impl Iterator<Item = (LimitKind, &mut Quota, f64)> {
         let tokens = match self.output_tokens {
             Some(_) => cost.prompt_tokens,
-            None => cost.prompt_tokens + cost.output_tokens,
+            None => cost.total(),
         };
         [
             (LimitKind::Requests, &mut self.requests, 1),

@@ -187,15 +187,16 @@ impl StatsCollector {
 #[derive(Debug, Default)]
 struct BusiestMinute {
     /// Milliseconds since the start, and the amount of that millisecond.
-    entries: VecDeque<(u64, u64)>,
-    /// Sum of `entries`.
-    sum: u64,
+    entries: VecDeque<(u64, u128)>,
+    /// Sum of `entries`. Wide, because a client may send any `max_tokens`.
+    sum: u128,
     max_sum: u64,
 }
 
 impl BusiestMinute {
     fn add(&mut self, elapsed: Duration, amount: u64) {
         let ms = elapsed.as_millis() as u64;
+        let amount = u128::from(amount);
         while let Some(&(oldest_ms, oldest)) = self.entries.front()
             && oldest_ms + 60_000 <= ms
         {
@@ -207,7 +208,8 @@ impl BusiestMinute {
             _ => self.entries.push_back((ms, amount)),
         }
         self.sum += amount;
-        self.max_sum = self.max_sum.max(self.sum);
+        let sum = u64::try_from(self.sum).unwrap_or(u64::MAX);
+        self.max_sum = self.max_sum.max(sum);
     }
 }
 

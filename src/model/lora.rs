@@ -6,13 +6,14 @@
     reason = "tensor names end in their shape: see the legend in `model`"
 )]
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use candle_core::{Device, Tensor};
 use regex::Regex;
 
 use super::parameters::ParameterRole;
 use super::weights::Tensors;
 use crate::config::Parsed;
+use crate::exit::Exit;
 use crate::model::config::shape::ModelConfig;
 use crate::ops::CpuValues;
 use crate::ops::matmul::matrix::{Mat, MatMut, Threads};
@@ -61,13 +62,27 @@ pub fn new_adapters(
     Ok(tensors)
 }
 
-/// Returns the name of the weight of the first linear layer, as an example in messages.
-pub(crate) fn first_projection_name(config: &ModelConfig) -> String {
+/// Checks that each of `targets` matches the weight of a linear layer.
+///
+/// # Errors
+/// [`Exit::Usage`] that names the first pattern without a match.
+pub(crate) fn check_targets(config: &ModelConfig, targets: &[Parsed<Regex>]) -> Result<()> {
     let parameters = config.parameters();
-    let mut projections = parameters
+    let projections: Vec<&str> = parameters
         .iter()
-        .filter(|p| p.role == ParameterRole::Projection);
-    projections.next().map_or(String::new(), |p| p.name.clone())
+        .filter(|parameter| parameter.role == ParameterRole::Projection)
+        .map(|parameter| parameter.name.as_str())
+        .collect();
+    for target in targets {
+        if !projections.iter().any(|name| target.is_match(name)) {
+            bail!(Exit::Usage(format!(
+                "`lora.targets`: {:?} matches no linear layer of the student; its layers are named like {}",
+                target.as_str(),
+                projections.first().copied().unwrap_or_default()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Merges every adapter into its weight: W + s B A. Other weights are returned unchanged.

@@ -25,7 +25,7 @@ const MIN_SECONDS: f64 = 600.0;
 /// Returns one sentence per step, the most urgent first. `failures` is the path of `failures.jsonl`.
 pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<String> {
     let mut steps = Vec::new();
-    let config = &summary.arguments;
+    let config = summary.argument_suffix();
     let answers = summary.ok + summary.quarantined;
     let mut step = |is_needed: bool, text: String| {
         if is_needed {
@@ -51,8 +51,8 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
     step(
         refusals * MIN_ANSWERS_PER_PROBLEM > answers,
         format!(
-            "the teacher refused {} of the questions, and refusals are not used for training: `distill harvest \
-             {config} --again refusal` requests these answers again",
+            "the teacher refused {} of the questions, and refusals are not used for training: `distill \
+             harvest{config} --again refusal` requests these answers again",
             format_share(refusals, answers)
         ),
     );
@@ -66,7 +66,7 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
     step(
         summary.without_logprobs * MIN_ANSWERS_PER_PROBLEM > answers,
         format!(
-            "{} of the answers have no usable logprobs: `distill probe {config}` shows what the endpoint \
+            "{} of the answers have no usable logprobs: `distill probe{config}` shows what the endpoint \
              supports",
             format_share(summary.without_logprobs, answers)
         ),
@@ -108,7 +108,7 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
             "" => {
                 format!("{read_warnings}{config_change}train: `distill train` with the same config")
             }
-            config => format!("{read_warnings}{config_change}train: `distill train {config}`"),
+            config => format!("{read_warnings}{config_change}train: `distill train{config}`"),
         });
     }
     steps
@@ -116,8 +116,8 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
 
 /// Returns advice on how to request the failed rows again.
 fn retry_advice(summary: &HarvestSummary) -> String {
-    let config = &summary.arguments;
-    let again = format!("`distill harvest {config} --again failed`");
+    let config = summary.argument_suffix();
+    let again = format!("`distill harvest{config} --again failed`");
     match summary.given_up {
         0 => "rerun the command to retry these rows".into(),
         count if count == summary.failed => {
@@ -190,6 +190,8 @@ mod tests {
             "the run used 10 % of the rate limit of slow",
             "strict throttled 30.0 %",
             "refused 10.0 % of the questions",
+            "`distill harvest --again refusal`",
+            "`distill probe` shows",
         ] {
             assert!(bad.contains(part), "{part} is not in:\n{bad}");
         }
@@ -207,6 +209,7 @@ mod tests {
         };
         assert!(!advice(2, 0).contains("--again"));
         assert!(advice(2, 1).contains("except for 1 that"));
+        assert!(advice(2, 1).contains("`distill harvest --again failed`"));
         assert!(advice(2, 2).contains("these rows used up"));
     }
 

@@ -20,7 +20,7 @@ pub(crate) struct CollectedAnswer {
 /// i * n to i * n + n - 1.
 ///
 /// # Errors
-/// 503 if the queue is full.
+/// 503 if the queue is full; 400 if the answers do not fit an empty queue.
 pub(crate) fn submit(
     app: &AppState,
     prompts: &[Vec<u32>],
@@ -47,10 +47,20 @@ pub(crate) fn submit(
 }
 
 /// Reserves room in the queue for `jobs` jobs, all of them or none.
+///
+/// # Errors
+/// 503 if the queue is full; 400 if it could not hold the jobs even if it were empty.
 fn reserve(
     app: &AppState,
     jobs: usize,
 ) -> Result<mpsc::PermitIterator<'_, EngineJob>, ErrorResponse> {
+    let capacity = app.jobs.max_capacity();
+    if jobs > capacity {
+        return Err(ErrorResponse::bad_request(format!(
+            "the request needs {jobs} places in the queue, which has {capacity}: lower `n` or the number of prompts, \
+             or start the server with a larger `--queue`"
+        )));
+    }
     app.jobs
         .try_reserve_many(jobs)
         .map_err(|error| match error {
@@ -88,7 +98,7 @@ pub(crate) async fn collect(
 /// tokens at each position.
 ///
 /// # Errors
-/// 503 if the queue is full; 500 if the model fails.
+/// 503 if the queue is full; 400 if the texts do not fit an empty queue; 500 if the model fails.
 pub(crate) async fn score(
     app: &AppState,
     texts: &[Vec<u32>],

@@ -162,7 +162,7 @@ impl ChatStream {
         (0..self.chat.n).map(role_event).collect()
     }
 
-    /// Converts an update to events. The last update of the last answer adds the closing events.
+    /// Converts an update to events. The last update or the error of the last answer adds the closing events.
     fn events(&mut self, answer: AnswerUpdate) -> Vec<Result<Event, axum::Error>> {
         let TokenUpdate {
             text,
@@ -171,7 +171,11 @@ impl ChatStream {
             ..
         } = match answer.update {
             Ok(update) => update,
-            Err(message) => return vec![event(&ErrorResponse::internal(message).body())],
+            Err(message) => {
+                let mut events = vec![event(&ErrorResponse::internal(message).body())];
+                self.end_answer(&mut events);
+                return events;
+            }
         };
         self.completion_tokens += 1;
         let mut events = Vec::new();
@@ -185,12 +189,17 @@ impl ChatStream {
         }
         if finish_reason.is_some() {
             events.push(self.chunk(answer.index, MessageDelta::default(), None, finish_reason));
-            self.unfinished -= 1;
-            if self.unfinished == 0 {
-                self.push_closing_events(&mut events);
-            }
+            self.end_answer(&mut events);
         }
         events
+    }
+
+    /// Counts an answer that has ended or failed. After the last one, appends the closing events.
+    fn end_answer(&mut self, events: &mut Vec<Result<Event, axum::Error>>) {
+        self.unfinished -= 1;
+        if self.unfinished == 0 {
+            self.push_closing_events(events);
+        }
     }
 
     /// Appends the event with the usage, if it was requested, and the event that ends the stream.
@@ -228,4 +237,46 @@ impl ChatStream {
 
 fn event(data: &impl Serialize) -> Result<Event, axum::Error> {
     Event::default().json_data(data)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::tokenizer::Tokenizer;
+
+    #[test]
+    fn stream_ends_after_its_last_answer_has_failed() {
+        let folder =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden/tokenizers/bytelevel");
+        let app = Arc::new(AppState {
+            model: "tiny".into(),
+            fingerprint: String::new(),
+            started: 0,
+            context: 100,
+            vocab_size: 100,
+            tokenizer: Arc::new(Tokenizer::load(&folder).unwrap()),
+            jobs: mpsc::channel(1).0,
+        });
+        let mut stream = ChatStream {
+            unfinished: 2,
+            completion_tokens: 0,
+            include_usage: true,
+            chat: PendingChat {
+                head: app.head("chat.completion.chunk"),
+                prompt_tokens: 1,
+                n: 2,
+                returns_logprobs: false,
+                app,
+            },
+        };
+        let mut failed_events = |index| {
+            let update = Err("out of memory".into());
+            stream.events(AnswerUpdate { index, update }).len()
+        };
+        assert_eq!(failed_events(0), 1);
+        // The error, the usage and `[DONE]`.
+        assert_eq!(failed_events(1), 3);
+    }
 }

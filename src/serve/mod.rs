@@ -90,7 +90,9 @@ pub struct Server {
     address: SocketAddr,
     model_name: String,
     stop: ShutdownTokens,
-    threads: Vec<JoinHandle<()>>,
+    /// Cancelled when the first of the threads ends, also by a panic.
+    ended: CancellationToken,
+    threads: Vec<JoinHandle<Result<()>>>,
 }
 
 /// Signals that stop the HTTP thread.
@@ -140,24 +142,36 @@ pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
     };
     let serving = serve_http(listener, router, stop.clone());
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    let http = spawn_thread("http", move || {
-        if let Err(error) = runtime.block_on(serving) {
-            tracing::error!("the server failed: {error}");
-        }
+    let ended = CancellationToken::new();
+    let http = spawn_thread("http", &ended, move || {
+        runtime.block_on(serving).context("the server failed")
     })?;
-    let engine = spawn_thread("model", move || {
+    let engine = spawn_thread("model", &ended, move || {
         engine::run(&model, &tokenizer, options.batch_size, job_receiver);
+        Ok(())
     })?;
     Ok(Server {
         address,
         model_name,
         stop,
+        ended,
         threads: vec![http, engine],
     })
 }
 
-fn spawn_thread(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name(name.into()).spawn(run)
+/// Starts a thread that cancels `ended` when it ends.
+fn spawn_thread(
+    name: &str,
+    ended: &CancellationToken,
+    run: impl FnOnce() -> Result<()> + Send + 'static,
+) -> io::Result<JoinHandle<Result<()>>> {
+    let guard = ended.clone().drop_guard();
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(move || {
+            let _guard = guard;
+            run()
+        })
 }
 
 impl Server {
@@ -171,21 +185,30 @@ impl Server {
         &self.model_name
     }
 
+    /// Waits until a thread of the server has ended. Before [`Server::shutdown`] this means that the server has failed:
+    /// `shutdown` then returns the error.
+    pub fn ended(&self) -> impl Future<Output = ()> + use<> {
+        self.ended.clone().cancelled_owned()
+    }
+
     /// Stops accepting connections, waits up to 30 seconds for running answers, and returns once all
     /// threads have ended. It blocks: in async code, call it from a blocking task.
+    ///
+    /// # Errors
+    /// If a thread has failed or panicked.
     pub fn shutdown(mut self) -> Result<()> {
         self.stop.drain.cancel();
         self.join()
     }
 
     fn join(&mut self) -> Result<()> {
+        let mut result = Ok(());
         for thread in self.threads.drain(..) {
             let name = thread.thread().name().unwrap_or_default().to_string();
-            thread
-                .join()
-                .map_err(|_| anyhow!("the server's {name} thread panicked"))?;
+            let panicked = |_| Err(anyhow!("the server's {name} thread panicked"));
+            result = result.and(thread.join().unwrap_or_else(panicked));
         }
-        Ok(())
+        result
     }
 }
 
@@ -258,4 +281,42 @@ fn fingerprint(model_dir: &Path) -> Result<String> {
         "fp_{}",
         &hasher.finalize().to_hex()[..FINGERPRINT_DIGITS]
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns a server without a model: an HTTP thread that waits for the shutdown, and a model thread that runs `run`.
+    fn server(run: impl FnOnce() -> Result<()> + Send + 'static) -> Server {
+        let immediate = CancellationToken::new();
+        let drain = immediate.child_token();
+        let ended = CancellationToken::new();
+        let drain_begins = drain.clone().cancelled_owned();
+        let runtime = Builder::new_current_thread().build().unwrap();
+        let http = spawn_thread("http", &ended, move || {
+            runtime.block_on(drain_begins);
+            Ok(())
+        });
+        let engine = spawn_thread("model", &ended, run);
+        Server {
+            address: SocketAddr::from((Ipv4Addr::LOCALHOST, 1)),
+            model_name: "tiny".into(),
+            stop: ShutdownTokens { drain, immediate },
+            ended,
+            threads: vec![http.unwrap(), engine.unwrap()],
+        }
+    }
+
+    #[tokio::test]
+    async fn server_ends_with_the_error_of_a_dead_thread() {
+        let panicking = server(|| panic!("out of memory"));
+        panicking.ended().await;
+        let error = panicking.shutdown().unwrap_err().to_string();
+        assert_eq!(error, "the server's model thread panicked");
+
+        let failing = server(|| Err(anyhow!("no device")));
+        failing.ended().await;
+        assert_eq!(failing.shutdown().unwrap_err().to_string(), "no device");
+    }
 }

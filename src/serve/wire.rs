@@ -241,7 +241,8 @@ pub(crate) struct TextChoice<'a> {
 /// Logprobs as parallel lists, with one element per token.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct TextLogprobs<'a> {
-    /// Offset of each token in the text, in characters.
+    /// Offset of each token in the text, in characters. The offset of a token that continues a character is that of the
+    /// character.
     text_offset: Vec<usize>,
     /// Null at the first token of an echoed prompt, as in `top_logprobs`.
     token_logprobs: Vec<Option<f32>>,
@@ -279,13 +280,15 @@ impl<'a> TextLogprobs<'a> {
             }
         };
         let mut columns = Self::default();
-        let mut offset = 0;
+        let mut characters = CharacterCounter::default();
         let mut push = |id: u32, logprob: Option<f32>, top: Option<TopLogprobs<'a>>| {
-            columns.text_offset.push(offset);
             columns.token_logprobs.push(logprob);
             columns.tokens.push(name(id));
             columns.top_logprobs.push(top);
-            offset += TokenLogprob::new(id, 0.0, tokenizer).token.chars().count();
+            columns.text_offset.push(match tokenizer.token_bytes(id) {
+                Some(bytes) => characters.add(bytes),
+                None => characters.add(tokenizer.token_name(id).as_bytes()),
+            });
         };
         if let Some(id) = first_id {
             push(id, None, None);
@@ -305,5 +308,64 @@ impl<'a> TextLogprobs<'a> {
             );
         }
         columns
+    }
+}
+
+/// Counts the characters of a text whose bytes arrive in parts, such as tokens, that may split a character.
+#[derive(Debug, Default)]
+struct CharacterCounter {
+    /// Number of complete characters. As in the text, each invalid sequence counts as one replacement character.
+    complete: usize,
+    /// First bytes of a character whose other bytes have not arrived.
+    partial: Vec<u8>,
+}
+
+impl CharacterCounter {
+    /// Adds the next bytes. Returns the offset of their first character.
+    fn add(&mut self, bytes: &[u8]) -> usize {
+        let continues = bytes.first().is_none_or(|byte| (0x80..0xc0).contains(byte));
+        if !continues && !self.partial.is_empty() {
+            self.partial.clear();
+            self.complete += 1;
+        }
+        let offset = self.complete;
+        self.partial.extend_from_slice(bytes);
+        let mut rest = Vec::new();
+        for chunk in self.partial.utf8_chunks() {
+            // Another chunk follows the rest, so no further bytes complete its character.
+            self.complete += usize::from(!rest.is_empty()) + chunk.valid().chars().count();
+            rest.clear();
+            // `error_len` is `None` if more bytes can complete the character.
+            match std::str::from_utf8(chunk.invalid()) {
+                Ok(_) => {}
+                Err(error) if error.error_len().is_none() => rest = chunk.invalid().to_vec(),
+                Err(_) => self.complete += 1,
+            }
+        }
+        self.partial = rest;
+        offset
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn characters_that_are_split_over_tokens_count_once() {
+        let euro = "\u{20ac}".as_bytes();
+        for (tokens, offsets) in [
+            (vec![b"ab".as_slice(), euro, b"c"], [0, 2, 3]),
+            (vec![&euro[..1], &euro[1..], b"c"], [0, 0, 1]),
+            (vec![&euro[..2], &euro[2..], euro], [0, 0, 1]),
+            // An incomplete character before a letter, in two tokens and in one, and a byte that begins no character.
+            (vec![&euro[..2], b"a", b"c"], [0, 1, 2]),
+            (vec![b"\xe2\x82a", b"b", b"c"], [0, 2, 3]),
+            (vec![b"\x80", b"a", b"c"], [0, 1, 2]),
+        ] {
+            let mut counter = CharacterCounter::default();
+            let counted: Vec<usize> = tokens.iter().map(|token| counter.add(token)).collect();
+            assert_eq!(counted, offsets, "{tokens:?}");
+        }
     }
 }

@@ -9,6 +9,7 @@
 //! The fingerprint hashes the JSON of [`Config::checkpoint_inputs`]. Order and names of the fields of the settings in
 //! it, such as `config::TrainConfig`, are part of it: changing them makes old checkpoints unusable.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -192,9 +193,10 @@ fn folder(dir: &Path, step: u64) -> PathBuf {
 /// Loads the trained weights of the checkpoint after `step`: the moving average if there is one.
 ///
 /// # Errors
-/// [`Exit::Damaged`] if the checkpoint is missing or damaged.
+/// [`Exit::Damaged`] if the checkpoint is missing or damaged; [`Exit::Usage`] if it has another format version.
 pub fn load_weights(dir: &Path, step: u64) -> Result<Tensors> {
     let folder = folder(dir, step);
+    check_version(&folder)?;
     let load = || {
         check_files(&folder, &read_state(&folder)?.files)?;
         let average = folder.join(EMA);
@@ -205,7 +207,9 @@ pub fn load_weights(dir: &Path, step: u64) -> Result<Tensors> {
         };
         weights::load_file(&path)
     };
-    load().map_err(|error| damaged(&folder, &error))
+    // Later checkpoints name this one as the best, so a resumed run would need it as well.
+    let advice = "restore it from a backup, or start over with --fresh";
+    load().map_err(|error| damaged(&folder, &error, advice))
 }
 
 /// Returns the path of the newest checkpoint in `dir`; None if there is no checkpoint.
@@ -219,8 +223,8 @@ pub(crate) fn latest(dir: &Path) -> Result<Option<PathBuf>> {
 /// Restores `training` from the checkpoint at `path`.
 ///
 /// # Errors
-/// [`Exit::Damaged`] if a file is damaged, or `state.json` has another format version. [`Exit::Usage`] if the
-/// checkpoint was written before checkpoints stored their inputs, or has other `inputs` (see [`fingerprint_inputs`]).
+/// [`Exit::Damaged`] if a file is damaged. [`Exit::Usage`] if the checkpoint has another format version, was written
+/// before checkpoints stored their inputs, or has other `inputs` (see [`fingerprint_inputs`]).
 /// If the data differ, the error lists changes of `data_settings` as possible reasons.
 pub fn load(
     path: &Path,
@@ -228,12 +232,10 @@ pub fn load(
     inputs: &Value,
     data_settings: &Value,
 ) -> Result<CheckpointState> {
-    let state = read_state(path).map_err(|error| damaged(path, &error))?;
+    check_version(path)?;
+    let state = read_state(path).map_err(|error| damaged(path, &error, MOVE_AWAY))?;
     if state.fingerprint_inputs.is_null() {
-        bail!(Exit::Usage(format!(
-            "{} was written by an earlier version of distill and cannot be resumed: start over with --fresh",
-            path.display()
-        )));
+        return Err(other_version(path, "an earlier"));
     }
     if state.fingerprint != fingerprint(inputs) {
         let saved = &state.fingerprint_inputs;
@@ -258,7 +260,7 @@ pub fn load(
             changes
         )));
     }
-    check_files(path, &state.files).map_err(|error| damaged(path, &error))?;
+    check_files(path, &state.files).map_err(|error| damaged(path, &error, MOVE_AWAY))?;
     let mut restore = || -> Result<()> {
         let vars = &training.student.vars;
         weights::with_safetensors(&path.join(MODEL), |file| trainable::restore(vars, file))?;
@@ -279,7 +281,7 @@ pub fn load(
         }
         Ok(())
     };
-    restore().map_err(|error| damaged(path, &error))?;
+    restore().map_err(|error| damaged(path, &error, MOVE_AWAY))?;
     Ok(state)
 }
 
@@ -381,16 +383,32 @@ fn check_files(folder: &Path, hashes: &BTreeMap<String, String>) -> Result<()> {
     Ok(())
 }
 
+/// The field of `state.json` that every version of the format has.
+#[derive(Deserialize)]
+struct FormatVersion {
+    version: u32,
+}
+
+/// Checks the format version of the checkpoint at `path`. [`read_state`] reports a `state.json` without a version.
+///
+/// # Errors
+/// [`Exit::Usage`] if it is not [`VERSION`].
+fn check_version(path: &Path) -> Result<()> {
+    let text = fs::read_to_string(&path.join(STATE)).unwrap_or_default();
+    let Ok(FormatVersion { version }) = serde_json::from_str(&text) else {
+        return Ok(());
+    };
+    match version.cmp(&VERSION) {
+        Ordering::Less => Err(other_version(path, "an earlier")),
+        Ordering::Equal => Ok(()),
+        Ordering::Greater => Err(other_version(path, "a later")),
+    }
+}
+
 fn read_state(path: &Path) -> Result<CheckpointState> {
     let text = fs::read_to_string(&path.join(STATE))?;
     let state: CheckpointState =
         serde_json::from_str(&text).with_context(|| format!("{STATE} is damaged"))?;
-    if state.version != VERSION {
-        bail!(
-            "the version of {STATE} is {}, and this program reads {VERSION}",
-            state.version
-        );
-    }
     // Checkpoints of earlier versions have no checksum.
     if !state.files.is_empty() && state.checksum != state.hash()? {
         bail!("{STATE} is damaged: its checksum differs");
@@ -398,10 +416,21 @@ fn read_state(path: &Path) -> Result<CheckpointState> {
     Ok(state)
 }
 
-fn damaged(path: &Path, error: &anyhow::Error) -> anyhow::Error {
+/// Returns the error for a checkpoint that an earlier or a later version of the program has written.
+fn other_version(path: &Path, version: &str) -> anyhow::Error {
+    Exit::Usage(format!(
+        "{} was written by {version} version of distill and cannot be resumed: start over with --fresh",
+        path.display()
+    ))
+    .into()
+}
+
+/// Advice on a damaged checkpoint that is the newest one.
+const MOVE_AWAY: &str = "move it away to resume from the previous one, or start over with --fresh";
+
+fn damaged(path: &Path, error: &anyhow::Error, advice: &str) -> anyhow::Error {
     Exit::Damaged(format!(
-        "the checkpoint {} cannot be used: {error:#}; move it away to resume from the previous one, \
-         or start over with --fresh",
+        "the checkpoint {} cannot be used: {error:#}; {advice}",
         path.display()
     ))
     .into()

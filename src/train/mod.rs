@@ -244,7 +244,9 @@ fn train(
     let evaluate = |training: &TrainingState, student: &Model| {
         let teacher = training.teacher_model();
         let models = ModelPair { student, teacher };
-        objective::evaluate(models, validation_examples, settings.micro_batch_size)
+        // A validation is not interrupted: a stop takes effect after the step.
+        let batch_size = settings.micro_batch_size;
+        objective::evaluate(models, validation_examples, batch_size, || Ok(()))
     };
 
     let mut last_loss = 0.0;

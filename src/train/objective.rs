@@ -183,19 +183,22 @@ fn target(batch: &Batch, n: usize) -> PositionTarget<'_> {
     }
 }
 
-/// Returns the mean metrics of a model on examples, without gradients.
+/// Returns the mean metrics of a model on examples, without gradients. `check_stop` is called before each batch; its
+/// error ends the evaluation.
 ///
 /// # Errors
-/// If an example does not fit a model.
-pub(crate) fn evaluate<'a>(
+/// If an example does not fit a model, or `check_stop` fails.
+pub fn evaluate<'a>(
     models: impl Into<ModelPair<'a>>,
     examples: Examples,
     batch_size: usize,
+    check_stop: impl Fn() -> Result<()>,
 ) -> Result<MetricMeans> {
     let models = models.into();
     let weights = LossWeights::default();
     let mut sums = MetricSums::default();
     for start in (0..examples.len()).step_by(batch_size) {
+        check_stop()?;
         let batch = Batch::new(examples.iter().skip(start).take(batch_size));
         let mut objective = Objective::new(models, &batch, weights)?;
         sums.add(&models.student.visit_logits(input(&batch), &mut objective)?);

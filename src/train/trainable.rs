@@ -57,11 +57,8 @@ impl TrainableModel {
                 lora::new_adapters(&shape, rank, &adapters.targets, train.seed)?
             }
         };
-        if adapters.rank > 0 && new_adapters.is_empty() {
-            bail!(Exit::Usage(format!(
-                "`lora.targets` matches no linear layer of the student; its layers are named like {}",
-                lora::first_projection_name(&shape)
-            )));
+        if adapters.rank > 0 {
+            lora::check_targets(&shape, &adapters.targets)?;
         }
         let weights = weights::to_device(&weights, &device)?;
         let new_adapters = weights::to_device(&new_adapters, &device)?;

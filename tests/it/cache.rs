@@ -395,6 +395,35 @@ fn repeated_key_is_stored_once() {
 }
 
 #[test]
+fn missing_cache_is_a_usage_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = config::CacheConfig::default();
+    let sources = [dir.path().join("missing")];
+    let into = dir.path().join("into");
+    for error in [
+        reader::read(dir.path()).err().unwrap(),
+        cache::repair::repair(dir.path()).err().unwrap(),
+        cache::merge::merge(&into, &settings, &sources, &mut |_, _| Ok(()))
+            .err()
+            .unwrap(),
+    ] {
+        assert!(error.to_string().contains("no cache found"), "{error}");
+        assert_eq!(Exit::code_of(&error), 2, "{error}");
+    }
+}
+
+#[test]
+fn show_with_limit_0_does_not_claim_that_a_record_is_missing() {
+    let dir = folder(&encode([sample(0)]));
+    let key = sample(0).key;
+    for limit in [0, 1] {
+        commands::cache::show(dir.path(), Some(&key), limit, true).unwrap();
+    }
+    let error = commands::cache::show(dir.path(), Some("zz"), 1, true).unwrap_err();
+    assert!(error.to_string().contains("no record"), "{error}");
+}
+
+#[test]
 fn verify_lists_damage_and_repeated_keys() {
     let valid = encode([sample(0), sample(1), sample(0)]);
     let dir = folder(&valid);

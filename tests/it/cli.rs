@@ -1,6 +1,8 @@
 //! The `distill` binary: the pipeline with a tiny teacher, and the errors for bad input.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
@@ -37,6 +39,13 @@ fn assert_refused(output: &Output, status: i32, parts: &[&str]) {
         );
     }
     assert!(!errors.contains("panicked"), "{errors}");
+}
+
+/// Returns a stdout whose reader has closed it.
+fn closed_stdout() -> Stdio {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    writer.into()
 }
 
 /// A running `distill serve`, which is killed when dropped.
@@ -303,12 +312,39 @@ fn config_show_prints_origins_and_ignores_a_closed_pipe() {
         assert!(shown.contains(line), "{shown}");
     }
     assert!(stdout(&run(&["completions", "bash"])).contains("distill"));
-    let mut child = distill(&["config", "show", "-c", &config])
-        .stdout(Stdio::piped())
-        .spawn()
+    let status = distill(&["config", "show", "-c", &config])
+        .stdout(closed_stdout())
+        .status();
+    assert!(status.unwrap().success());
+}
+
+#[test]
+fn closed_stdout_does_not_hide_a_failure() {
+    let cache = tempfile::tempdir().unwrap();
+    std::fs::write(cache.path().join("responses.jsonl"), "oops\n").unwrap();
+    let verified = distill(&["cache", "verify", "--dir", cache.path().to_str().unwrap()])
+        .stdout(closed_stdout())
+        .output()
         .unwrap();
-    drop(child.stdout.take());
-    assert!(child.wait().unwrap().success());
+    assert_refused(&verified, 5, &["damaged lines: 1"]);
+}
+
+#[test]
+fn variable_that_is_not_utf_8_is_ignored() {
+    let (_dir, config) = run_folder("http://127.0.0.1:9/v1");
+    let shown = distill(&["config", "show", "-c", &config])
+        .env("LS_COLORS", OsStr::from_bytes(b"\xff"))
+        .output();
+    assert!(stdout(&shown.unwrap()).contains("train.steps"));
+}
+
+#[test]
+fn temperature_that_is_not_finite_is_refused() {
+    for temperature in ["nan", "inf", "-1"] {
+        let temperature = format!("--temperature={temperature}");
+        let refused = run(&["generate", "--model", "missing", &temperature, "hi"]);
+        assert_refused(&refused, 2, &["--temperature must be finite"]);
+    }
 }
 
 #[test]

@@ -263,7 +263,35 @@ fn contradictory_or_unsupported_settings_are_refused() {
         tiny::write_weights(dir, &tensors);
     };
     type Change = Box<dyn FnOnce(&Path)>;
-    let cases: [(Change, &str); 3] = [
+    let scaling = |name: &str, value: f64| {
+        let mut scaling = json!({
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        });
+        scaling[name] = value.into();
+        scaling
+    };
+    let cases: Vec<(Change, &str)> = vec![
+        (
+            Box::new(set_rope_parameters(json!({"rope_theta": 0}))),
+            "rope_theta is 0; expected a finite number above 0",
+        ),
+        (
+            Box::new(set_rope_parameters(json!({"rope_theta": -1e4}))),
+            "rope_theta is -10000; expected a finite number above 0",
+        ),
+        (
+            Box::new(set_rope_parameters(scaling("factor", 0.0))),
+            "factor of the rope scaling is 0;",
+        ),
+        (
+            Box::new(set_rope_parameters(scaling("low_freq_factor", -1.0))),
+            "low_freq_factor of the rope scaling is -1;",
+        ),
+        (
+            Box::new(set_rope_parameters(scaling("low_freq_factor", 4.0))),
+            "expected less than high_freq_factor, which is 4",
+        ),
         (Box::new(repeat_norm), "model.norm.weight twice"),
         (
             Box::new(set_rope_parameters(

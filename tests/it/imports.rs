@@ -323,6 +323,28 @@ fn rooms_import_only_from_lower_floors_and_files_form_no_cycles() {
     assert_eq!(imports.in_cycles(), Vec::<String>::new());
 }
 
+/// `lib.rs` lists the rooms in a table, from the top. `main` and `lib` are not in it.
+#[test]
+fn map_in_lib_rs_shows_the_floors() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs");
+    let text = std::fs::read_to_string(path).unwrap();
+    let rows = text.lines().filter_map(|line| line.strip_prefix("//! | "));
+    let rows = rows.filter(|row| row.starts_with(|char: char| char.is_ascii_digit()));
+    let rooms = |row: &str| -> BTreeSet<String> {
+        let rooms = row.split(" | ").nth(1).unwrap().split(", ");
+        rooms
+            .map(|room| room.trim_matches(['[', '`', ']']).to_owned())
+            .collect()
+    };
+    let mut map: Vec<BTreeSet<String>> = rows.map(rooms).collect();
+    map.reverse();
+    let floors = FLOORS[..FLOORS.len() - 1].iter();
+    let floors: Vec<BTreeSet<String>> = floors
+        .map(|rooms| rooms.iter().map(|room| room.to_string()).collect())
+        .collect();
+    assert_eq!(map, floors);
+}
+
 /// Adds reversed imports to the real sources.
 #[test]
 fn reversed_imports_are_detected() {

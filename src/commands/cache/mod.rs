@@ -300,7 +300,11 @@ pub fn show(dir: &Path, selector: Option<&str>, limit: usize, json: bool) -> Res
             shown.push(record);
         }
     }
-    if let (Some(selector), true) = (selector, shown.is_empty()) {
+    // With a limit of 0 no record was compared with the selector.
+    if let Some(selector) = selector
+        && shown.is_empty()
+        && limit > 0
+    {
         return Err(anyhow!(
             "no record has the prompt id `{}` or a key that starts with it",
             sanitise(selector)

@@ -384,12 +384,14 @@ impl<'a> BatchRun<'a> {
             .find_map(BatchUpstream::take_error);
         summary.error = match ended {
             BatchRunEnd::Signal(number) => {
-                let advice = format!(
-                    "{under_way} batches continue at the endpoint; rerun the command to collect them"
-                );
                 let advice = match under_way {
                     0 => "every answer is recorded; rerun the command to resume".into(),
-                    _ => advice,
+                    1 => {
+                        "1 batch continues at the endpoint; rerun the command to collect it".into()
+                    }
+                    count => format!(
+                        "{count} batches continue at the endpoint; rerun the command to collect them"
+                    ),
                 };
                 Some(anyhow::Error::from(Exit::Signal(number)).context(advice))
             }

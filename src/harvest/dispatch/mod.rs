@@ -415,10 +415,13 @@ impl<'a> Dispatcher<'a> {
     /// Handles a signal. Returns true for the second signal, which stops the run immediately.
     fn handle_signal(&mut self, number: u8) -> bool {
         let is_second = std::mem::replace(&mut self.has_signal, true);
-        let in_flight = self.in_flight.len();
+        let in_flight = match self.in_flight.len() {
+            1 => "1 request".to_owned(),
+            count => format!("{count} requests"),
+        };
         if is_second {
             let message = format!(
-                "stopped immediately: {in_flight} requests were in flight and may be billed without an answer; \
+                "stopped immediately: {in_flight} in flight may be billed without an answer; \
                  rerun the command to resume"
             );
             self.stop = Some(anyhow::Error::from(Exit::Signal(number)).context(message));
@@ -427,7 +430,7 @@ impl<'a> Dispatcher<'a> {
             let advice = "every answer is recorded; rerun the command to resume";
             self.stop.get_or_insert(error.context(advice));
             self.progress.note(&format!(
-                "waiting for {in_flight} requests in flight; press Ctrl-C again after a second to stop immediately"
+                "waiting for {in_flight} in flight; press Ctrl-C again after a second to stop immediately"
             ));
         }
         is_second

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::mock::batch::context::BatchContext;
 use crate::mock::batch::lifecycle::{BatchLifecycle, BatchSnapshot, BatchStatus};
 use crate::mock::batch::rows;
-use crate::mock::batch::rows::BatchRow;
+use crate::mock::batch::rows::{BatchRow, total_tokens};
 use crate::mock::response::MockReply;
 use crate::mock::script::Script;
 use crate::mock::script::batch::RequestCountsMode;
@@ -61,7 +61,7 @@ impl BatchJob {
 
     /// Returns the number of tokens of all rows: prompt tokens and `max_tokens`.
     pub(crate) fn tokens(&self) -> u64 {
-        self.rows.iter().map(|row| row.tokens).sum()
+        total_tokens(&self.rows)
     }
 
     /// Answers the rows. Returns the results, and the contents of the output file and the error file.

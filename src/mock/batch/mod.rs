@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use crate::mock::batch::context::BatchContext;
 use crate::mock::batch::job::{AnswerRowFn, BatchJob, plan_rows};
 use crate::mock::batch::lifecycle::{BatchLifecycle, BatchStatus};
-use crate::mock::batch::rows::error_entry;
+use crate::mock::batch::rows::{error_entry, total_tokens};
 use crate::mock::request::{MockRequest, method_not_allowed};
 use crate::mock::response::{MockReply, MockResponse};
 use crate::mock::script::batch::ScriptedOutcome;
@@ -204,9 +204,8 @@ impl BatchStore {
                 .iter()
                 .filter(|batch| !batch.snapshot(context).status.is_final())
                 .map(BatchJob::tokens)
-                .sum();
-            let new_tokens: u64 = rows.iter().map(|row| row.tokens).sum();
-            if enqueued + new_tokens > limit {
+                .fold(0, u64::saturating_add);
+            if enqueued.saturating_add(total_tokens(&rows)) > limit {
                 let message = format!(
                     "Enqueued token limit reached for {} in organization org-mock. Limit: {limit} \
                      enqueued tokens. Please try again once some in_progress batches have been \

@@ -22,6 +22,12 @@ pub(crate) struct BatchRow {
     pub tokens: u64,
 }
 
+/// Returns the number of tokens of all rows. It saturates, because a client may send any `max_tokens`.
+pub(crate) fn total_tokens(rows: &[BatchRow]) -> u64 {
+    let tokens = rows.iter().map(|row| row.tokens);
+    tokens.fold(0, u64::saturating_add)
+}
+
 #[derive(Deserialize)]
 struct InputLine<'a> {
     custom_id: Option<String>,
@@ -113,10 +119,7 @@ fn read_line(
     }
     let body = file.slice_ref(body.get().as_bytes());
     let tokens = match ParsedChat::parse(&body, script) {
-        Ok(chat) => {
-            let cost = chat.cost();
-            cost.prompt_tokens.saturating_add(cost.output_tokens)
-        }
+        Ok(chat) => chat.cost().total(),
         // An unknown model fails the batch. After other errors, only the row fails.
         Err(reply) if reply.status == 404 => {
             let message = "The provided model does not exist.".to_string();

@@ -30,7 +30,7 @@ impl Rope {
     /// earlier versions write `rope_theta` and `rope_scaling`.
     ///
     /// # Errors
-    /// Where the type of scaling is not supported.
+    /// Where the type of scaling is not supported, or a value is out of its range.
     pub(super) fn from_json(json: &Map<String, Value>) -> Result<Self> {
         // transformers 5 also prefers `rope_scaling` to `rope_parameters`, if it is not empty.
         let settings = |name: &str| {
@@ -62,12 +62,20 @@ impl Rope {
                  use {other}"
             );
         }
+        if !theta.is_finite() || theta <= 0.0 {
+            return config_error(format!(
+                "rope_theta is {theta}; expected a finite number above 0"
+            ));
+        }
         let kind = field("rope_type").or(field("type")).and_then(Value::as_str);
         let llama3 = match kind {
             None | Some("default") => None,
             Some("llama3") => {
                 let map = Value::Object(scaling.cloned().unwrap_or_default());
-                Some(serde_json::from_value(map).context("invalid rope scaling of type llama3")?)
+                let scaling: Llama3Scaling =
+                    serde_json::from_value(map).context("invalid rope scaling of type llama3")?;
+                scaling.check()?;
+                Some(scaling)
             }
             Some(other) => {
                 return config_error(format!("rope scaling of type {other:?} is not supported"));
@@ -115,6 +123,32 @@ impl Rope {
 }
 
 impl Llama3Scaling {
+    /// Checks the ranges of the values, outside which frequencies would be infinite, negative or NaN.
+    fn check(&self) -> Result<()> {
+        for (name, value) in [
+            ("factor", self.factor),
+            ("low_freq_factor", self.low_freq_factor),
+            ("high_freq_factor", self.high_freq_factor),
+            (
+                "original_max_position_embeddings",
+                self.original_max_position_embeddings,
+            ),
+        ] {
+            if !value.is_finite() || value <= 0.0 {
+                return config_error(format!(
+                    "{name} of the rope scaling is {value}; expected a finite number above 0"
+                ));
+            }
+        }
+        if self.low_freq_factor >= self.high_freq_factor {
+            return config_error(format!(
+                "low_freq_factor of the rope scaling is {}; expected less than high_freq_factor, which is {}",
+                self.low_freq_factor, self.high_freq_factor
+            ));
+        }
+        Ok(())
+    }
+
     /// Returns the scaled frequency. Frequencies are in radians per position.
     fn scale(&self, frequency: f64) -> f64 {
         let context = self.original_max_position_embeddings;

@@ -209,6 +209,36 @@ fn mistakes_in_values_have_a_position_and_a_key() {
 }
 
 #[test]
+fn numbers_out_of_their_range_are_refused_by_name() {
+    for (key, values) in [
+        ("data.max_length", &["0"][..]),
+        ("eval.limit", &["0"]),
+        ("eval.max_tokens", &["0"]),
+        ("prompts.limit", &["0"]),
+        ("student.rope_theta", &["nan", "inf", "0.0", "-1.0"]),
+        ("train.epsilon", &["nan", "0.0", "-1.0"]),
+        ("train.keep_checkpoints", &["0"]),
+        ("train.max_grad_norm", &["nan", "inf", "-1.0"]),
+        ("train.min_learning_rate_ratio", &["nan", "-0.1", "1.1"]),
+        ("train.weight_decay", &["nan", "inf", "-0.1"]),
+    ] {
+        for value in values {
+            let error = load_text("", &[], &[&format!("{key}={value}")]).unwrap_err();
+            let message = error.to_string();
+            let expected = format!("--set: `{key}` must ");
+            assert!(message.starts_with(&expected), "{value}: {message}");
+            assert_eq!(Exit::code_of(&error), 2);
+        }
+    }
+    let limits = [
+        "train.max_grad_norm=0.0",
+        "train.min_learning_rate_ratio=1.0",
+        "train.weight_decay=0.0",
+    ];
+    assert!(load_text("", &[], &limits).is_ok());
+}
+
+#[test]
 fn mistakes_in_flags_and_variables_name_their_origin_and_setting() {
     let error = load_text("", &[], &["sampling.top_p=2.0"]).unwrap_err();
     let message = error.to_string();

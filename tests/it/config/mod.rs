@@ -4,11 +4,14 @@
 mod errors;
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 use distill::config::load::parse;
 use distill::config::{Config, load};
 use distill::exit::Exit;
+use serde_json::json;
 
 const EXAMPLE: &str = include_str!("../../../config.example.toml");
 
@@ -81,7 +84,7 @@ fn load_text(text: &str, environment: &[(&str, &str)], flags: &[&str]) -> anyhow
     std::fs::write(&path, text).unwrap();
     let environment = environment
         .iter()
-        .map(|(name, value)| (name.to_string(), value.to_string()));
+        .map(|(name, value)| (OsString::from(name), OsString::from(value)));
     let flags: Vec<String> = flags.iter().map(|flag| flag.to_string()).collect();
     load(&path, environment, &flags).map(|loaded| loaded.config)
 }
@@ -148,6 +151,37 @@ fn settings_in_checkpoints_keep_names_and_order() {
         let golden = std::fs::read_to_string(&path).unwrap();
         assert_eq!(format!("{value:#}\n"), golden, "{name}");
     }
+}
+
+#[test]
+fn checkpoint_inputs_name_the_teacher_that_scores_answers() {
+    let on_policy = "[train]\non_policy = true\n[on_policy]\njudge = \"prompt_logprobs\"\n";
+    let judge = |teacher: &str| {
+        let config = load_text(&format!("{on_policy}{teacher}"), &[], &[]).unwrap();
+        config.checkpoint_inputs(100)["judge"].clone()
+    };
+    let address = "base_url = \"http://localhost:1/v1\"";
+    let section = judge(&format!("[teacher]\n{address}\nmodel = \"a\""));
+    assert_eq!(section, json!(["http://localhost:1/v1", "a"]));
+    let entry = |model: &str| judge(&format!("[[teachers]]\n{address}\nmodel = \"{model}\""));
+    assert_eq!(entry("a"), section);
+    assert_eq!(entry("b"), json!(["http://localhost:1/v1", "b"]));
+}
+
+#[test]
+fn value_that_is_not_utf_8_is_an_error_only_in_a_variable_of_a_setting() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    std::fs::write(&path, "").unwrap();
+    let load_with = |name: &str| {
+        let value = OsString::from_vec(b"\xff".to_vec());
+        load(&path, [(name.into(), value)].into_iter(), &[])
+    };
+    assert!(load_with("LS_COLORS").is_ok());
+    let error = load_with("DISTILL_TEACHER_MODEL").unwrap_err();
+    let expected = "the environment variable DISTILL_TEACHER_MODEL is not valid UTF-8";
+    assert!(error.to_string().contains(expected), "{error}");
+    assert_eq!(Exit::code_of(&error), 2);
 }
 
 #[test]

@@ -423,7 +423,7 @@ fn export_command_refuses_bad_arguments_before_writing() {
         ),
         (
             &["--to", "trl", "--dir", "nowhere", "-o", "x"],
-            1,
+            2,
             "no cache",
         ),
         (

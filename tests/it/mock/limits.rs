@@ -56,6 +56,21 @@ async fn each_window_counts_a_minute() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn huge_max_tokens_is_counted_without_overflow() {
+    let huge = json!({"max_tokens": u64::MAX});
+    let unlimited = mock("");
+    for _ in 0..2 {
+        assert_eq!(ask_with(&unlimited, "hi", huge.clone()).await.status, 200);
+    }
+    let stats = unlimited.stats();
+    assert_eq!(stats.most_tokens_asked_in_a_minute, u64::MAX);
+    let limited = mock("[limits]\ntokens_per_minute = 100");
+    assert_eq!(ask_with(&limited, "hi", huge.clone()).await.status, 429);
+    let with_context = mock("[answers]\ncontext_tokens = 100");
+    assert_eq!(ask_with(&with_context, "hi", huge).await.status, 400);
+}
+
+#[tokio::test(start_paused = true)]
 async fn small_bucket_limits_bursts_within_a_minute() {
     let limits = "[limits]\nrequests_per_minute = 60\nburst_s = 1";
     assert_eq!(

@@ -52,6 +52,26 @@ async fn validation_errors_have_openai_format() {
 }
 
 #[tokio::test]
+async fn more_answers_than_the_queue_holds_are_a_bad_request() {
+    let fixture = start(1, 2);
+    let three_answers = request("hi", json!({"n": 3}));
+    let three_prompts = json!({"model": "tiny", "prompt": ["a", "b", "c"], "max_tokens": 1});
+    let three_scores = json!({"model": "tiny", "prompt": ["a", "b", "c"], "max_tokens": 0, "echo": true,
+        "logprobs": 1});
+    for (path, body) in [
+        ("/chat/completions", three_answers),
+        ("/completions", three_prompts),
+        ("/completions", three_scores),
+    ] {
+        let response = fixture.send_to(path, &body).await;
+        assert_eq!(response.status(), 400);
+        let answer: Value = response.json().await.unwrap();
+        let message = answer["error"]["message"].as_str().unwrap();
+        assert!(message.contains("`--queue`"), "{message}");
+    }
+}
+
+#[tokio::test]
 async fn http_errors_have_openai_format() {
     let fixture = start(4, 64);
     let client = &fixture.client;

@@ -145,7 +145,8 @@ async fn multiple_prompts_get_n_answers_each() {
     assert_ne!(choices[0]["text"], choices[1]["text"]);
     for choice in choices {
         let offsets = floats(&choice["logprobs"]["text_offset"]);
-        assert!(offsets.is_sorted_by(|a, b| a < b));
+        // A token that continues a character has the offset of the character.
+        assert!(offsets.is_sorted());
     }
 }
 

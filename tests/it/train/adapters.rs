@@ -127,15 +127,17 @@ fn lora_resumes_to_the_same_bytes_and_refuses_other_frozen_weights() {
 }
 
 #[test]
-fn lora_targets_that_match_no_layer_are_refused_with_a_layer_name() {
+fn lora_target_that_matches_no_layer_is_refused_with_a_layer_name() {
     let (_dir, mut config) = run_folder();
     config.lora.rank = RANK;
-    config.lora.targets = vec!["c_attn".parse().unwrap()];
-    let error = train::run(&config, StartMode::New.into()).err().unwrap();
-    let message = format!("{error:#}");
-    assert!(
-        message.contains("model.layers.0.self_attn.q_proj"),
-        "{message}"
-    );
-    assert_eq!(Exit::code_of(&error), 2);
+    for targets in [&["c_attn"][..], &["q_proj", "c_attn"]] {
+        let targets = targets.iter().map(|target| target.parse().unwrap());
+        config.lora.targets = targets.collect();
+        let error = train::run(&config, StartMode::New.into()).err().unwrap();
+        let message = format!("{error:#}");
+        for part in ["\"c_attn\"", "model.layers.0.self_attn.q_proj"] {
+            assert!(message.contains(part), "{message}");
+        }
+        assert_eq!(Exit::code_of(&error), 2);
+    }
 }

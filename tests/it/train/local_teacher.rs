@@ -1,9 +1,11 @@
 //! Local teachers, frozen and co-trained.
 
+use anyhow::bail;
 use distill::config::{ComputeDtype, KdMode, StudentInit};
 use distill::exit::Exit;
 use distill::model::{Model, ModelInput};
 use distill::train;
+use distill::train::objective;
 use distill::train::summary::StartMode;
 
 use super::{metrics, run_folder};
@@ -55,6 +57,8 @@ fn reported_kl_equals_the_kl_of_both_models() {
         [&config.student.path, &config.student_dir()].map(|dir| Model::load(dir).unwrap());
     let tokenizer = distill::tokenizer::Tokenizer::load(&config.student.path).unwrap();
     let data = crate::data::dataset::load(&config, &tokenizer).unwrap();
+    let stopped = objective::evaluate(&student, data.validation(), 2, || bail!(Exit::Signal(2)));
+    assert_eq!(Exit::code_of(&stopped.unwrap_err()), 130);
     let mut sum = 0.0;
     let mut count = 0;
     for example in data.validation().iter() {

@@ -327,6 +327,20 @@ fn checkpoint_that_changed_on_disk_is_refused() {
     std::fs::write(&path, state.replace(&step, "\"step\": 7")).unwrap();
     let error = train::run(&config, StartMode::Resume.into()).unwrap_err();
     assert_eq!(distill::exit::Exit::code_of(&error), 5, "{error:#}");
+    // Another version is not damage. It may have other fields.
+    for (other, expected) in [
+        ("{\"version\": 1}", "an earlier version"),
+        ("{\"version\": 3}", "a later version"),
+    ] {
+        std::fs::write(&path, other).unwrap();
+        let error = train::run(&config, StartMode::Resume.into()).unwrap_err();
+        let message = format!("{error:#}");
+        assert!(
+            message.contains(expected) && message.contains("--fresh"),
+            "{message}"
+        );
+        assert_eq!(distill::exit::Exit::code_of(&error), 2, "{message}");
+    }
     std::fs::write(&path, state).unwrap();
     train::run(&config, StartMode::Resume.into()).unwrap();
 
@@ -336,4 +350,10 @@ fn checkpoint_that_changed_on_disk_is_refused() {
     std::fs::copy(last.join("ema.safetensors"), replaced).unwrap();
     let error = checkpoint::load_weights(&checkpoints, 7).unwrap_err();
     assert_eq!(distill::exit::Exit::code_of(&error), 5, "{error:#}");
+    // A resumed run would need the best checkpoint again, so moving it away does not help.
+    let message = error.to_string();
+    assert!(
+        message.contains("from a backup") && !message.contains("move it away"),
+        "{message}"
+    );
 }

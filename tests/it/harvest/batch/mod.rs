@@ -350,7 +350,7 @@ async fn signal_leaves_batches_for_next_run_to_collect() {
     let summary = summary.unwrap().unwrap();
     let (code, message) = super::exit_of(&summary);
     assert_eq!(code, 143);
-    assert!(message.contains("1 batches continue"), "{message}");
+    assert!(message.contains("1 batch continues"), "{message}");
     assert_eq!(
         (summary.pending, batches_by_status(&summary)),
         (20, vec![("in_progress", 1)])
