@@ -139,7 +139,8 @@ impl RunFiles {
     }
 }
 
-/// Reads the account of the run folder without locking it.
+/// Reads the account of the run folder without locking it. Without a budget, its spent amount may leave out tokens that
+/// only the caches record, because reading all records of a large cache takes seconds.
 ///
 /// # Errors
 /// If its files are damaged.
@@ -148,7 +149,8 @@ pub(crate) fn open_read_only(
     cached_usd: f64,
 ) -> Result<Account<ReadOnlyLedger>> {
     let (ledger, is_complete) = ledger::read_only(&settings.run_dir)?;
-    let (account, _) = account(settings, ReadOnlyLedger, ledger, is_complete, cached_usd)?;
+    let is_enough = is_complete || settings.budget_usd.is_none();
+    let (account, _) = account(settings, ReadOnlyLedger, ledger, is_enough, cached_usd)?;
     Ok(account)
 }
 
