@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 
-/// Returns true if a message contains text or a tool call.
+/// Returns true if a value of a reply (a choice, a message, a part of one) contains a string that is not empty, such as
+/// text or the arguments of a tool call. Fields named `role`, `type`, `id` or `name` do not count.
 pub(crate) fn has_text(value: &Value) -> bool {
     match value {
         Value::String(text) => !text.is_empty(),

@@ -27,14 +27,14 @@ impl Dispatcher<'_> {
             .map_err(|error| run_error::not_recorded(error, self.cache.intact_len()))?;
         self.check_cache()?;
         self.record_time();
-        let still_in_flight = (self.in_flight.len() + self.held_answers.take().len()) as u64;
-        let written = self.record_suspects();
+        let lost_at_end = (self.in_flight.len() + self.held_answers.take().len()) as u64;
+        let written = self.record_unanswered();
         self.downgrade_write_error(written)?;
-        let closed = self.run_files.close(&mut self.upstreams, still_in_flight);
+        let closed = self.run_files.close(&mut self.upstreams, lost_at_end);
         self.downgrade_write_error(closed)?;
         self.update_costs();
         let mut summary = std::mem::take(&mut self.summary);
-        summary.attempts_lost += still_in_flight;
+        summary.attempts_lost += lost_at_end;
         summary.pending = summary.total - summary.done();
         let max_attempts = self.settings.retry.max_attempts;
         summary.given_up = self.run_files.given_up(&summary.failed_rows, max_attempts);
@@ -55,9 +55,9 @@ impl Dispatcher<'_> {
         })
     }
 
-    /// Records the suspect rows, which the next run sends last, and, for endpoints that have answered, the failed rows
-    /// whose error class is new.
-    fn record_suspects(&mut self) -> Result<()> {
+    /// Records the suspect rows, which the next run sends last. For endpoints that have answered, also records the
+    /// failed rows, except those that are already recorded with the same error class.
+    fn record_unanswered(&mut self) -> Result<()> {
         for upstream in &self.upstreams {
             for row in upstream.suspects() {
                 let failure = RowFailure::new("", "");
@@ -89,7 +89,8 @@ impl Dispatcher<'_> {
         Ok(())
     }
 
-    /// Downgrades a write error to a warning if the disk is full or the folder was moved.
+    /// Downgrades a write error to a warning if the disk is full, or if another process has moved or changed the files
+    /// of the cache.
     fn downgrade_write_error(&self, written: Result<()>) -> Result<()> {
         match written {
             Err(error) if self.is_displaced => {

@@ -84,19 +84,19 @@ impl BatchLifecycle {
             script.finalizing_s
         };
         // A batch that is cancelled during validation never starts.
-        let is_running = validated <= now.min(stopped) && !self.is_invalid;
+        let has_started = validated <= now.min(stopped) && !self.is_invalid;
         let mut snapshot = BatchSnapshot {
-            status: if is_running {
+            status: if has_started {
                 BatchStatus::InProgress
             } else {
                 BatchStatus::Validating
             },
-            processed_rows: if is_running {
+            processed_rows: if has_started {
                 self.processed_rows(script, now.min(stopped))
             } else {
                 0
             },
-            in_progress_at: is_running.then_some(validated),
+            in_progress_at: has_started.then_some(validated),
             ..BatchSnapshot::default()
         };
         if now < stopped {

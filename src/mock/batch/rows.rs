@@ -18,7 +18,8 @@ const MAX_ERRORS: usize = 100;
 pub(crate) struct BatchRow {
     pub custom_id: String,
     pub body: Bytes,
-    /// Number of prompt tokens plus `max_tokens`.
+    /// Number of tokens that count towards `batch.enqueued_tokens`: those of the prompt, plus `max_tokens` or its
+    /// default for each of `n` choices; 0 if the body is invalid.
     pub tokens: u64,
 }
 

@@ -11,7 +11,8 @@ use serde_json::ser::Formatter;
 const MAX_INDENT: usize = 16;
 
 /// Filter `tojson(value, indent=None, *, ensure_ascii=False, separators=None, sort_keys=False)`, with the keyword
-/// arguments of `transformers`. A positional argument is the indent, as in Jinja, but `ensure_ascii` in `transformers`.
+/// arguments of `transformers`. The second positional argument is the indent, as in Jinja's own filter; in
+/// `transformers` it is `ensure_ascii`.
 pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
     let (value, indent, options): (&Value, Option<usize>, Kwargs) = from_args(args)?;
     let indent = match indent {
@@ -133,7 +134,7 @@ impl Formatter for &mut PythonFormatter {
         writer.write_all(self.key_separator.as_bytes())
     }
 
-    /// Python writes the exponent of a float with a sign and two digits.
+    /// Python writes the exponent of a float with a sign and at least two digits.
     fn write_f64<W: ?Sized + Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
         let text = format!("{value:?}");
         match text.split_once('e') {

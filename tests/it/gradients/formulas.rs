@@ -38,9 +38,10 @@ fn divergence_value(divergence: Divergence, logq_V: &[f64], target: PositionTarg
         let sum: f64 = values.iter().map(|value| value.exp()).sum();
         values.iter().map(|value| value.exp() / sum).collect()
     };
-    let student_logits = |tau: f64| teacher.iter().map(|(id, _)| logq_V[*id] / tau).collect();
+    let scaled_logq = |tau: f64| teacher.iter().map(|(id, _)| logq_V[*id] / tau).collect();
     let renormalized: Vec<f64> = t.iter().map(|t| t / teacher_mass).collect();
-    // A distribution over all tokens has no tail. The student's tail is not 0, because it is in a logarithm.
+    // A distribution over all tokens has no tail. The student's is set to its lower bound in `divergence`, because some
+    // formulas take its logarithm.
     let is_complete = teacher.len() == logq_V.len();
     let (teacher_tail, student_tail) = if is_complete {
         (0.0, 1e-7)
@@ -62,7 +63,7 @@ fn divergence_value(divergence: Divergence, logq_V: &[f64], target: PositionTarg
         Divergence::Temperature(tau) => {
             let tau = f64::from(tau);
             let tempered = softmax(teacher.iter().map(|(_, logprob)| logprob / tau).collect());
-            let within = kl(&tempered, &softmax(student_logits(tau)));
+            let within = kl(&tempered, &softmax(scaled_logq(tau)));
             let between = kl(&[teacher_mass, teacher_tail], &[student_mass, student_tail]);
             tau * tau * teacher_mass * within + between
         }
@@ -80,7 +81,7 @@ fn divergence_value(divergence: Divergence, logq_V: &[f64], target: PositionTarg
         Divergence::SkewReverseKl(alpha) => kl(&s, &mixture(&s, &t, f64::from(alpha))),
         Divergence::Tvd => t.iter().zip(&s).map(|(t, s)| (t - s).abs() / 2.0).sum(),
         Divergence::Renormalize => kl(&renormalized, &s_without_tail),
-        Divergence::RenormalizeBoth => kl(&renormalized, &softmax(student_logits(1.0))),
+        Divergence::RenormalizeBoth => kl(&renormalized, &softmax(scaled_logq(1.0))),
     })
 }
 
@@ -104,8 +105,9 @@ pub fn log_softmax(logits: &[f64]) -> Vec<f64> {
     logits.iter().map(|z| z - largest - sum.ln()).collect()
 }
 
-/// Computes the distillation loss of Hinton et al. (arXiv 1503.02531) for logits of the whole vocabulary:
-/// cross-entropy, and `tau` squared times the KL divergence at the temperature `tau`.
+/// Computes the distillation loss of Hinton et al. (arXiv 1503.02531): the weighted sum of cross-entropy and of `tau`
+/// squared times the KL divergence at the temperature `tau`. `student` and `teacher` are the logits of their whole
+/// vocabularies. The teacher's distribution is over the tokens that both have, the student's over all of its tokens.
 pub fn hinton_loss(
     student: &[f64],
     teacher: &[f32],
@@ -116,11 +118,15 @@ pub fn hinton_loss(
     let tau = f64::from(tau);
     let kd_weight = f64::from(weights.soft[0].weight);
     let shared = teacher.len().min(student.len());
-    let at_temperature =
+    let log_probs_at_tau =
         |logits: Vec<f64>| log_softmax(&logits.iter().map(|logit| logit / tau).collect::<Vec<_>>());
-    let p = at_temperature(teacher[..shared].iter().map(|l| f64::from(*l)).collect());
-    let q = at_temperature(student.to_vec());
-    let kl: f64 = p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum();
+    let logp = log_probs_at_tau(teacher[..shared].iter().map(|l| f64::from(*l)).collect());
+    let logq = log_probs_at_tau(student.to_vec());
+    let kl: f64 = logp
+        .iter()
+        .zip(&logq)
+        .map(|(logp, logq)| logp.exp() * (logp - logq))
+        .sum();
     let ce = position_loss(
         &log_softmax(student),
         Divergence::Tail,

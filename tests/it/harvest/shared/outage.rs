@@ -1,4 +1,4 @@
-//! No request is sent while the Redis server cannot be reached.
+//! Redis servers that cannot be used, from the start or for some time during a run.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use super::*;
 use crate::harvest::exit_of;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unreachable_redis_at_start_is_an_error_with_advice() {
+async fn unusable_redis_at_start_is_an_error_with_advice() {
     let redis = Redis::with_password(Some("right"));
     let address = redis.url().replace(":right@", "");
     let unused_port = free_port();
@@ -60,7 +60,7 @@ async fn unreachable_redis_at_start_is_an_error_with_advice() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_error_with_password_is_not_shown() {
+async fn password_in_redis_error_is_not_shown() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
@@ -103,7 +103,7 @@ async fn redis_outage_blocks_requests_then_exits_resumable() {
         tokio::time::sleep(Duration::from_millis(100)).await;
         (killed_at, teacher.count())
     };
-    let (summary, (killed_at, sent_before)) = tokio::join!(harvest(&run, &teacher), kill_redis);
+    let (summary, (killed_at, sent_early)) = tokio::join!(harvest(&run, &teacher), kill_redis);
     let summary = summary.unwrap();
     let (code, message) = exit_of(&summary);
     assert_eq!(code, 4, "{message}");
@@ -115,11 +115,11 @@ async fn redis_outage_blocks_requests_then_exits_resumable() {
     let outage = killed_at.elapsed();
     assert!(outage >= Duration::from_millis(500), "{outage:?}");
     assert!(outage < Duration::from_secs(10), "{outage:?}");
-    // One more request may use a permit granted before the outage. All answers in flight are recorded.
+    // One more request may use a permit granted before the kill. All answers in flight are recorded.
     let sent = teacher.count();
     assert!(
-        sent <= sent_before + 1,
-        "{sent} requests, {sent_before} of them before the outage"
+        sent <= sent_early + 1,
+        "{sent} requests, {sent_early} of them until 100 ms after the kill"
     );
     assert_eq!(summary.ok as usize, teacher.count());
     assert_eq!(run.records().len(), teacher.count());
