@@ -22,13 +22,13 @@ const VERSION: u32 = 1;
 /// Writes the export and prints its counts.
 ///
 /// # Errors
-/// [`Exit::Usage`] for invalid flags or a path in the cache folder; if the cache cannot be read or the export cannot be
-/// written.
+/// [`Exit::Usage`] for invalid flags or a path in the cache folder. Other errors if the cache cannot be read or the
+/// export cannot be written.
 pub(crate) fn run(args: &ExportArgs, global: &GlobalArgs) -> Result<()> {
     let format = export_format(args.to);
     if args.tokenizer.is_some() && format != Format::Axolotl {
         bail!(Exit::Usage(
-            "--tokenizer is only for `--to axolotl`: the other formats contain text, so omit it"
+            "--tokenizer is only for `--to axolotl`, because the other formats contain text: omit --tokenizer"
                 .into()
         ));
     }
@@ -82,7 +82,7 @@ fn load_source(
                 None | Some(Groups::All) => Selection::All,
                 Some(Groups::Named(names)) => crate::plan::questions::named(dir, names)?,
                 Some(Groups::Asked) => bail!(Exit::Usage(
-                    "`--groups asked` needs the questions of a config: give -c FILE".into()
+                    "`--groups asked` needs the questions of a config: give -c FILE instead of --dir".into()
                 )),
             };
             Ok((dir.clone(), config::DataConfig::default(), selection))
@@ -107,7 +107,8 @@ fn load_source(
 fn check_outside(out: &Path, cache: &Path) -> Result<()> {
     let absolute = std::path::absolute(out)?;
     let parent = absolute.parent().unwrap_or(&absolute);
-    // If one of the folders does not exist, the export is not inside the cache, or fails later.
+    // If one of the folders does not exist, no file of the cache can be replaced: most exports fail later, and `hf`
+    // creates a new folder.
     let (Ok(parent), Ok(cache)) = (parent.canonicalize(), cache.canonicalize()) else {
         return Ok(());
     };

@@ -30,7 +30,7 @@ const MIN_REFILL_WAIT: Duration = Duration::from_millis(1);
 /// Maximum wait for a refill.
 const MAX_REFILL_WAIT: Duration = Duration::from_secs(86_400);
 
-/// Maximum time by which pacing delays the requests after one request.
+/// Maximum delay that pacing adds after one request.
 const MAX_PACING_DELAY: Duration = Duration::from_secs(60);
 
 /// Assumed period of a limit if the server does not report it.
@@ -58,7 +58,8 @@ pub(crate) struct ServerBucket {
     pub(crate) last_report_sent_at: Option<Instant>,
     /// Amount charged by all requests since the start, minus the refunds.
     pub(crate) charged: f64,
-    /// Instant at which requests at an even pace would have used the amount charged.
+    /// Instant up to which the charges, without refunds, last at an even pace. The next request may leave [`BURST`]
+    /// earlier.
     paced_until: Instant,
 }
 
@@ -153,10 +154,11 @@ impl ServerBucket {
         }
     }
 
-    /// Determines how the limit refills from this report and earlier ones.
+    /// Determines, from this report and earlier ones, how the limit refills.
     ///
-    /// A bucket whose capacity is one second of a limit per minute reports the same values as a window that is about to
-    /// end. The two are distinguished over several replies: only for a bucket, the reported end moves with each reply.
+    /// Some servers enforce a limit per minute with a token bucket that holds only the amount of one second. It reports
+    /// the same values as a window that is about to end. Several replies distinguish the two: only with a token bucket,
+    /// the reported end moves with each reply.
     fn classify_refill(&mut self, report: &LimitReport, now: Instant) -> Refill {
         let refill = report.refill();
         let (Refill::AtReset, Some(reset)) = (refill, report.reset) else {
@@ -213,7 +215,8 @@ impl ServerBucket {
         });
         match (self.refill, self.classify_refill(report, now)) {
             (_, Refill::Unknown) if !self.has_no_window => {}
-            // A single reply that looks like the end of a window may have a rounded reset time.
+            // Earlier replies showed a constant rate. This one looks like the end of a window, perhaps only because its
+            // reset time is rounded, so neither is assumed.
             (Refill::Constant(_), Refill::AtReset) if had_report => self.refill = Refill::Unknown,
             (_, refill) => self.refill = refill,
         }

@@ -56,21 +56,21 @@ pub(crate) fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<To
 
 fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let path = dir.join("tokenizer.json");
-    let source = match std::fs::read_to_string(&path) {
+    let json_text = match std::fs::read_to_string(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => bail!(Exit::Usage(format!(
             "{} does not exist; a model folder needs a tokenizer.json",
             path.display()
         ))),
-        source => source.with_context(|| format!("cannot read {}", path.display()))?,
+        json_text => json_text.with_context(|| format!("cannot read {}", path.display()))?,
     };
     let invalid = || format!("{} is not a valid tokenizer", path.display());
-    let mut tokenizer = TokenizerJson::parse(&source).with_context(invalid)?;
+    let mut tokenizer = TokenizerJson::parse(&json_text).with_context(invalid)?;
     let mut files = TokenizerFiles::read(dir)?;
-    if let Some(source) = &mut files.chat_template {
-        *source = with_arguments(source, arguments)?;
+    if let Some(template) = &mut files.chat_template {
+        *template = with_arguments(template, arguments)?;
     }
-    let fingerprint = files.fingerprint(&source)?;
-    drop(source);
+    let fingerprint = files.fingerprint(&json_text)?;
+    drop(json_text);
 
     added::add_missing(&mut tokenizer, &files);
     let control_ids = mark_control_tokens(&mut tokenizer, &files);
@@ -80,8 +80,8 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let continuing = continuing
         .map(|json| build(&json, model.clone()))
         .transpose()?;
-    let text = build(&json, model)?;
-    let mut control = text.get_added_vocabulary().clone();
+    let text_tokenizer = build(&json, model)?;
+    let mut control = text_tokenizer.get_added_vocabulary().clone();
     control.set_encode_special_tokens(false);
 
     let mut special = control_ids;
@@ -94,17 +94,20 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         }
     }
     let stop_ids = files.eos_token_ids().unwrap_or_else(|| {
-        let eos = files.token("eos_token").and_then(|t| text.token_to_id(t));
+        let eos = files
+            .token("eos_token")
+            .and_then(|t| text_tokenizer.token_to_id(t));
         eos.into_iter().collect()
     });
     // An ordinary token, such as a line break, may also end answers. It remains part of texts.
     let is_control = |id: &&u32| {
-        text.id_to_token(**id)
+        text_tokenizer
+            .id_to_token(**id)
             .is_some_and(|name| is_control_name(&name))
     };
     special.extend(stop_ids.iter().filter(is_control));
 
-    let vocabulary = text.get_model().get_vocab();
+    let vocabulary = text_tokenizer.get_model().get_vocab();
     let ids = vocabulary.values().chain(control.get_vocab().values());
     let vocab_size = ids.max().map_or(0, |&id| id as usize + 1);
     if vocab_size > MAX_VOCABULARY {
@@ -117,11 +120,12 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let unknown = json["model"]["unk_token"]
         .as_str()
         .or(files.token("unk_token"))
-        .and_then(|token| text.token_to_id(token))
+        .and_then(|token| text_tokenizer.token_to_id(token))
         .or_else(|| json["model"]["unk_id"].as_u64()?.try_into().ok());
-    let space_after_control = !has_first_metaspace(&json["pre_tokenizer"]);
-    // A normalizer prepends its space before normalised added tokens are matched, so text after them gets no space. The
-    // pre-tokenizer `Metaspace` adds its space after all added tokens are matched.
+    let space_after_control = !adds_space_only_at_start(&json["pre_tokenizer"]);
+    // Added tokens split a text into pieces. The pre-tokenizer `Metaspace` adds its space after all of them are found:
+    // each piece gets one. A normalizer adds its space before the added tokens with `normalized` are found: the piece
+    // after such a token gets none.
     let is_metaspace = has_part(&json["pre_tokenizer"], "Metaspace");
     let adds_space = space_after_control && continuing.is_some();
     let before_space: HashSet<u32> = plain_added
@@ -142,11 +146,14 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     });
     let mut tokenizer = Tokenizer {
         dir: dir.into(),
-        plain_added: AddedTokenSearch::new(text.get_added_vocabulary(), &json["normalizer"])?,
+        plain_added: AddedTokenSearch::new(
+            text_tokenizer.get_added_vocabulary(),
+            &json["normalizer"],
+        )?,
         before_space,
         space_after_control,
         prepends_by_normalizer: has_part(&json["normalizer"], "Prepend"),
-        text,
+        text: text_tokenizer,
         continuing,
         control,
         special,
@@ -252,8 +259,8 @@ fn remove_prefix_space(part: &mut Value, is_removed: &mut bool) {
     }
 }
 
-/// Returns true for `Metaspace` with the scheme `first`, which adds the space only at the start of a text. All other
-/// schemes and parts also add it after each control token.
-fn has_first_metaspace(pre_tokenizer: &Value) -> bool {
+/// Returns true for `Metaspace` with the scheme `first`, which adds the space only at the start of a text. Everything
+/// else that adds a space also adds it after each control token.
+fn adds_space_only_at_start(pre_tokenizer: &Value) -> bool {
     has_part(pre_tokenizer, "Metaspace") && pre_tokenizer.to_string().contains(r#""first""#)
 }

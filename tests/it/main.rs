@@ -1,4 +1,6 @@
-//! Integration tests: one file or folder per command or promise.
+//! Integration tests: one file or folder per command or guarantee.
+//!
+//! `cache_samples`, `fault_server` and `tiny` are helpers.
 
 // A test fails by panicking.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
@@ -37,8 +39,8 @@ mod serve;
 mod tiny;
 mod train;
 
-/// Returns true if `tests/nightly.sh` runs the tests, which then use larger sizes. The variable has no prefix
-/// `DISTILL_`, because the binary reads such variables as settings.
+/// Returns true if the tests run with larger sizes, as in the first step of `tests/nightly.sh`. The variable has no
+/// prefix `DISTILL_`, because the binary, which inherits it, reads such variables as settings.
 fn nightly() -> bool {
     std::env::var_os("NIGHTLY").is_some()
 }

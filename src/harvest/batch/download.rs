@@ -22,7 +22,8 @@ const MAX_READ_FAILURES: u32 = 20;
 const MAX_KEY_BYTES: usize = 16 << 10;
 
 impl BatchRun<'_> {
-    /// Opens a results file. Returns None if the endpoint still does not find the file after several tries.
+    /// Opens a results file of the part `index`. Returns None once the endpoint has refused the file so often that the
+    /// part gives up on it; earlier refusals are errors, after which the step is retried.
     pub(super) async fn rows_of_file(
         &mut self,
         index: usize,
@@ -33,8 +34,7 @@ impl BatchRun<'_> {
         Ok(content.map(|chunks| ResultRows::new(FileLines::new(chunks))))
     }
 
-    /// Starts the download of a results file. Returns None if the endpoint still does not find the file after several
-    /// tries.
+    /// Starts the download of a results file. Returns None in the same case as [`Self::rows_of_file`].
     async fn content_of_file(
         &mut self,
         index: usize,
@@ -59,14 +59,14 @@ impl BatchRun<'_> {
         }
     }
 
-    /// Reads the next line of a results file.
+    /// Reads the next row of a results file; None after the last row.
     pub(super) async fn next_row(
         &mut self,
         index: usize,
         rows: &mut ResultRows,
     ) -> Result<Option<Bytes>, BatchStepError> {
         match rows.next().await {
-            Ok(line) => Ok(line),
+            Ok(row) => Ok(row),
             Err(error) => Err(self.read_failed(index, outcome::classify_transport_error(error))),
         }
     }
@@ -74,10 +74,10 @@ impl BatchRun<'_> {
     /// Counts a failed read of a results file. The outage limit does not bound these failures, because other requests
     /// may succeed meanwhile.
     fn read_failed(&mut self, index: usize, error: AttemptError) -> BatchStepError {
-        let progress = &mut self.journal.parts[index].progress;
-        progress.read_failures += 1;
-        let count = progress.read_failures;
-        let upstream = progress.upstream;
+        let part_progress = &mut self.journal.parts[index].progress;
+        part_progress.read_failures += 1;
+        let count = part_progress.read_failures;
+        let upstream = part_progress.upstream;
         let message = error.message().to_owned();
         if count == 1 {
             self.progress.note(&format!(
@@ -119,11 +119,11 @@ impl BatchRun<'_> {
             buffer.extend_from_slice(&piece);
             buffer = batches.without_key(buffer.into()).into();
             // An API key may span two pieces, so the last bytes are written only with the next piece.
-            let searched_bytes = buffer.len().saturating_sub(MAX_KEY_BYTES);
+            let writable_bytes = buffer.len().saturating_sub(MAX_KEY_BYTES);
             file_copy
-                .write_all(&buffer[..searched_bytes])
+                .write_all(&buffer[..writable_bytes])
                 .context(context)?;
-            buffer.drain(..searched_bytes);
+            buffer.drain(..writable_bytes);
         }
         file_copy.write_all(&buffer).context(context)?;
         file_copy.commit(true)?;

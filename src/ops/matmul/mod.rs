@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `matrix` | strided views of the factors and the output |
 //! | `blocks` | the blocking, and the trait of a kernel |
-//! | `kernel` | kernels in f32, also with rounded factors: for AVX2 and AVX-512, and a scalar one |
+//! | `kernel` | kernels for AVX2 and AVX-512 (factors in f32, or rounded to bf16), and a scalar one (rounded) |
 //! | `bf16` | the kernel for AVX512-BF16 |
 //! | `amx` | the kernel for Intel's matrix unit |
 //!
@@ -30,8 +30,8 @@ use gemm::Parallelism;
 pub enum Precision {
     #[default]
     F32,
-    /// 8 bits of mantissa. Faster than f32 on CPUs with AMX (Intel) or AVX512-BF16 (AMD), as fast on other CPUs with
-    /// AVX2, and slower on the rest.
+    /// 8 significant bits, 7 of them stored. Faster than f32 on CPUs with AMX (Intel) or AVX512-BF16 (AMD), as fast on
+    /// other CPUs with AVX2, and slower on the rest.
     Bf16,
 }
 
@@ -54,14 +54,15 @@ impl Precision {
     }
 }
 
-/// Minimum number of rows of an f32 product for the kernels of this folder. Smaller products use the `gemm`
-/// crate, because packing the weight would cost more than it saves. So do all f32 products on CPUs without AVX2.
+/// Minimum number of rows of an f32 product for the kernels of this folder. Products with fewer rows use the `gemm`
+/// crate, because packing the right factor would cost more than it saves. So do all f32 products on CPUs without AVX2.
 const MIN_ROWS: usize = 16;
 
 /// Computes `out = a b`, or `out += a b` with `add`.
 ///
 /// # Panics
-/// Where the inner sizes differ or a view extends past its slice.
+/// If the inner sizes differ, a view extends past its slice, or the row stride of `out` is less than its number of
+/// columns.
 pub fn matmul(out: MatMut, a: Mat, b: Mat, add: bool, threads: Threads, precision: Precision) {
     let (m, k, n) = (a.rows, a.cols, b.cols);
     assert_eq!(k, b.rows, "the inner sizes of a matrix product differ");
@@ -118,7 +119,8 @@ fn matmul_by_gemm(product: Product) {
         Threads::All => Parallelism::Rayon(rayon::current_num_threads()),
     };
     // SAFETY: `matmul` checked the three spans against their slices, `out` is borrowed mutably
-    // so it overlaps neither input, and every stride fits an isize because the slices exist.
+    // so it overlaps neither input. A stride between two values of a view is less than the length of
+    // its slice, so it fits an isize; any other stride leads to no value.
     unsafe {
         gemm::gemm(
             a.rows,
@@ -174,7 +176,7 @@ mod tests {
         ];
         for (m, k, n) in sizes {
             let (a, b) = (random(m * k, &mut rng), random(k * n, &mut rng));
-            let (a_t, b_t) = (column_major(&a, m, k), column_major(&b, k, n));
+            let (a_by_column, b_by_column) = (column_major(&a, m, k), column_major(&b, k, n));
             let mut expected = vec![0.0; m * n];
             for row in 0..m {
                 for i in 0..k {
@@ -184,11 +186,17 @@ mod tests {
                 }
             }
             let (a, b) = (Mat::strided(&a, m, k, k), Mat::strided(&b, k, n, n));
-            let a_t = Mat::strided(&a_t, k, m, m).t();
-            let b_t = Mat::strided(&b_t, n, k, k).t();
+            // The same matrices, stored by column.
+            let a_by_column = Mat::strided(&a_by_column, k, m, m).t();
+            let b_by_column = Mat::strided(&b_by_column, n, k, k).t();
             // Rows are followed by a gap of two values, which must not change.
             let stride = n + 2;
-            for (a, b) in [(a, b), (a_t, b), (a, b_t), (a_t, b_t)] {
+            for (a, b) in [
+                (a, b),
+                (a_by_column, b),
+                (a, b_by_column),
+                (a_by_column, b_by_column),
+            ] {
                 for precision in [Precision::F32, Precision::Bf16] {
                     for threads in [Threads::One, Threads::All] {
                         let mut out = vec![1.0; m * stride];
@@ -238,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn all_kernels_of_this_cpu_agree() {
+    fn kernels_of_this_cpu_agree() {
         let mut rng = fastrand::Rng::with_seed(2);
         for (m, k, n) in [(19, 400, 23), (70, 1100, 97), (64, 64, 64)] {
             let (a, b) = (random(m * k, &mut rng), random(k * n, &mut rng));
@@ -265,7 +273,7 @@ mod tests {
                     let run = |product: Product| product.run(bf16::Avx512Bf16::detect().unwrap());
                     assert_eq!(expected, product_by(run));
                 }
-                let wide = |product: Product| match pulp::Arch::new() {
+                let vector_rounded = |product: Product| match pulp::Arch::new() {
                     pulp::Arch::V4(simd) => {
                         product.run(kernel::VectorKernel::<_, 14, 32> {
                             simd,
@@ -280,7 +288,7 @@ mod tests {
                     }
                     _ => product.run(kernel::ScalarKernel),
                 };
-                assert_eq!(expected, product_by(wide));
+                assert_eq!(expected, product_by(vector_rounded));
             }
         }
     }

@@ -18,10 +18,10 @@ const MAX_BATCH: u64 = 64;
 pub(crate) struct LocalPermits {
     /// Unused grants, oldest first.
     grants: VecDeque<Grant>,
-    /// Number of permits to request per call. It doubles if the last grant was used immediately, and halves otherwise.
-    /// After a grant with unused requests has expired, it is 1.
+    /// Number of permits to request per call. At each call after a grant, it doubles if the grant was used up
+    /// immediately, and halves otherwise. It is reset to 1 when a grant with unused requests expires.
     batch: u64,
-    /// Time of the last grant. None after a later call of the script.
+    /// Time of the grant since the last call of the script; None if there was none.
     last_grant: Option<Instant>,
 }
 
@@ -89,7 +89,8 @@ impl LocalPermits {
         (sum(|grant| grant.requests), sum(|grant| grant.tokens))
     }
 
-    /// Returns the number of permits to request, at most `slots` and at least 1.
+    /// Returns the number of permits to request in the call that follows, at least 1. `slots` is the number of requests
+    /// that could be sent now; more permits are not requested.
     pub(crate) fn next_batch(&mut self, slots: usize, now: Instant) -> u64 {
         if let Some(last_grant) = self.last_grant.take() {
             self.batch = if now.saturating_duration_since(last_grant) < MAX_PERMIT_AGE / 4 {
@@ -119,13 +120,13 @@ mod tests {
         permits.add(1, 50, after(now, 100));
         assert!(permits.take(150, now));
         assert_eq!(permits.unused(), (2, 100));
-        // The second request uses up the first grant and a part of the second one.
         assert!(!permits.take(101, now));
+        // The second request uses up the first grant and a part of the second one.
         assert!(permits.take(60, now));
         assert_eq!(permits.unused(), (1, 40));
         assert!(
             !permits.take(41, after(now, 251)),
-            "the first grant has expired"
+            "only 40 tokens are left"
         );
         assert_eq!(permits.unused(), (1, 40));
         assert!(!permits.take(1, after(now, 351)));

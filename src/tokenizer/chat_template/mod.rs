@@ -8,7 +8,7 @@
 //! | file | content |
 //! |---|---|
 //! | `sandbox` | runs a template with limits on work and memory |
-//! | `meter` | the environment of a template, which charges for all data that is processed |
+//! | `meter` | the environment of a template, which counts the bytes that each operation processes, up to a limit |
 //! | `python_date`, `python_json`, `python_text` | functions of Python that templates use |
 
 pub(crate) mod meter;
@@ -52,7 +52,7 @@ pub fn with_arguments(
         }
         if RESERVED.contains(&name.as_str()) || TOKEN_VARIABLES.contains(&name.as_str()) {
             bail!(Exit::Usage(format!(
-                "`student.template_args` must not contain {name:?}: every rendering sets it"
+                "`student.template_args` must not contain {name:?}: distill sets this variable itself"
             )));
         }
         if !source.contains(name.as_str()) {
@@ -61,7 +61,8 @@ pub fn with_arguments(
             )));
         }
         let value = literal(value);
-        // The line break keeps the first line of the template separate.
+        // `trim_blocks` removes this line break from the output. Without it, the template would not begin at the start
+        // of a line, so `lstrip_blocks` would not apply to its first line.
         text.push_str(&format!(
             "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}\n"
         ));
@@ -182,7 +183,8 @@ impl ChatTemplate {
         }
     }
 
-    /// Sets the date that `strftime_now` returns. Without a date, rendering a template that calls it fails.
+    /// Sets the source of the date that `strftime_now` returns. Rendering a template that calls it fails without a
+    /// date, and with a source other than [`TemplateClock::Fixed`], which [`Self::with_date`] produces.
     pub fn set_date(&mut self, date: TemplateClock) {
         self.date = Some(date);
     }
@@ -215,7 +217,7 @@ impl ChatTemplate {
             add_generation_prompt,
             tools => Value::from(()),
             documents => Value::from(()),
-            ..Value::from_pairs(self.tokens.iter().map(|(role, token)| (*role, token.as_str())))
+            ..Value::from_pairs(self.tokens.iter().map(|(name, token)| (*name, token.as_str())))
         };
         sandbox::render(
             &self.source,
@@ -233,15 +235,15 @@ impl ChatTemplate {
     /// Renders a conversation as spans. Their concatenated texts equal [`Self::render_text`].
     ///
     /// # Errors
-    /// As [`Self::render_text`], and if the template changes a content other than by stripping white space, such as its
-    /// case.
+    /// As [`Self::render_text`], and if the template does more to a content than strip white space, for example if it
+    /// changes the case.
     pub fn render(
         &self,
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<Vec<RenderedSpan>> {
         let unmarked = self.render_text(messages, add_generation_prompt)?;
-        let marker = marker(messages);
+        let marker_start = marker_start(messages);
         // A template may omit an empty message, but would print its marker. The second attempt therefore leaves empty
         // contents empty.
         for mark_empty in [true, false] {
@@ -256,7 +258,7 @@ impl ChatTemplate {
                             marked_content.push_str(part.text);
                         } else {
                             marked_content
-                                .push_str(&format!("{marker}{}{MARKER_END}", parts.len()));
+                                .push_str(&format!("{marker_start}{}{MARKER_LAST}", parts.len()));
                             parts.push((message, part.text));
                         }
                     }
@@ -264,7 +266,7 @@ impl ChatTemplate {
                 })
                 .collect();
             let marked = self.render_text(&marked_messages, add_generation_prompt)?;
-            if let Some(spans) = split_at_markers(&unmarked, &marked, &marker, &parts) {
+            if let Some(spans) = split_at_markers(&unmarked, &marked, &marker_start, &parts) {
                 return Ok(spans);
             }
         }
@@ -273,11 +275,12 @@ impl ChatTemplate {
 }
 
 /// First and last character of a marker: private-use characters, which no template searches for.
-const MARKER_START: char = '\u{F8F0}';
-const MARKER_END: char = '\u{F8F1}';
+const MARKER_FIRST: char = '\u{F8F0}';
+const MARKER_LAST: char = '\u{F8F1}';
 
-/// Returns a text that no message contains, because it contains the hash of all messages.
-fn marker(messages: &[Message]) -> String {
+/// Returns the start of every marker; a number and [`MARKER_LAST`] follow it. No message contains this start, because
+/// it contains the hash of all messages.
+fn marker_start(messages: &[Message]) -> String {
     let mut hasher = blake3::Hasher::new();
     for message in messages {
         hasher.update(message.role.as_bytes());
@@ -285,7 +288,7 @@ fn marker(messages: &[Message]) -> String {
         hasher.update(message.content.as_bytes());
         hasher.update(b"\0");
     }
-    format!("{MARKER_START}{}-", hasher.finalize().to_hex())
+    format!("{MARKER_FIRST}{}-", hasher.finalize().to_hex())
 }
 
 /// Part of a message: text, or a thinking tag with the white space around it.
@@ -297,8 +300,9 @@ struct ContentPart<'a> {
 /// The opening and the closing tag of thinking.
 pub(crate) const THINKING_TAGS: (&str, &str) = ("<think>", "</think>");
 
-/// Splits an answer that begins with thinking into tags, thinking and answer, because some templates parse, move or
-/// drop thinking. Any other message is one part.
+/// Splits a message of the assistant that begins with thinking into four parts: opening tag, thinking, closing tag, and
+/// the answer after it. They are separate because some templates parse, move or drop thinking. Any other message is one
+/// part.
 fn split_thinking<'a>(role: &str, content: &'a str) -> Vec<ContentPart<'a>> {
     let text = |text: &'a str| ContentPart {
         text,
@@ -375,21 +379,22 @@ pub(crate) fn thinking_spans(message: usize, content: &str) -> Option<[RenderedS
 }
 
 /// Splits `unmarked` at the places of the markers in `marked`, which hold indices into `parts` (message index and
-/// text). Returns None if the two renderings also differ in other places.
+/// text). Returns None if the template changed a part other than by stripping white space, or the renderings differ
+/// outside the parts.
 fn split_at_markers(
     unmarked: &str,
     marked: &str,
-    marker: &str,
+    marker_start: &str,
     parts: &[(usize, &str)],
 ) -> Option<Vec<RenderedSpan>> {
-    let mut pieces = marked.split(marker);
+    let mut pieces = marked.split(marker_start);
     let first = pieces.next().unwrap_or_default();
     let mut remaining = unmarked.strip_prefix(first)?;
     let mut spans = Vec::new();
     push_template(&mut spans, first);
     let mut pieces = pieces.peekable();
     while let Some(piece) = pieces.next() {
-        let (number, template) = piece.split_once(MARKER_END)?;
+        let (number, template) = piece.split_once(MARKER_LAST)?;
         let &(message, content) = parts.get(number.parse::<usize>().ok()?)?;
         let is_last = pieces.peek().is_none();
         let (text, after) = printed_forms(content).into_iter().find_map(|form| {
