@@ -233,7 +233,12 @@ impl ServerBucket {
         self.updated = now;
         self.window_end = match (self.refill, report.reset) {
             (Refill::AtReset, Some(reset)) => Some(now + reset),
+            // A reply without a reset says nothing about the window that an earlier reply has reported.
+            (Refill::AtReset, None) => self.window_end.filter(|end| *end > now),
             _ => None,
         };
+        if self.refill == Refill::AtReset && self.window_end.is_none() {
+            self.refill = Refill::Unknown;
+        }
     }
 }

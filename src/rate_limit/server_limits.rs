@@ -231,6 +231,20 @@ mod tests {
     }
 
     #[test]
+    fn limit_is_used_if_only_the_reply_of_an_exhausted_one_has_a_reset() {
+        let now = Instant::now();
+        let mut limits = ServerLimits::new(now);
+        let ticket = limits.charge(ONE, now);
+        limits.sync(&reports("", "0", "2s"), &ticket, now);
+        let reset_at = after(now, 2.0);
+        limits.check(&ONE, reset_at).unwrap();
+        let ticket = limits.charge(ONE, reset_at);
+        limits.sync(&reports("", "50", ""), &ticket, reset_at);
+        let count = count_sent(&mut limits, reset_at, 180.0);
+        assert!((120..=220).contains(&count), "{count}");
+    }
+
+    #[test]
     fn window_length_is_taken_from_the_policy_header() {
         let now = Instant::now();
         let mut headers = HeaderMap::new();

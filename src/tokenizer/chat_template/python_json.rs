@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use minijinja::value::{Kwargs, from_args};
+use minijinja::value::{ArgType, Kwargs, from_args};
 use minijinja::{Error, ErrorKind, Value};
 use serde::Serialize;
 use serde_json::ser::Formatter;
@@ -10,21 +10,27 @@ use serde_json::ser::Formatter;
 /// Maximum indent, which limits the size of the result.
 const MAX_INDENT: usize = 16;
 
-/// Filter `tojson(value, indent=None, *, ensure_ascii=False, separators=None, sort_keys=False)`, with the keyword
-/// arguments of `transformers`. The second positional argument is the indent, as in Jinja's own filter; in
-/// `transformers` it is `ensure_ascii`.
+/// Filter `tojson(value, ensure_ascii=False, indent=None, separators=None, *, sort_keys=False)`, with the arguments and the
+/// output of `transformers`.
 pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
-    let (value, indent, options): (&Value, Option<usize>, Kwargs) = from_args(args)?;
-    let indent = match indent {
-        Some(indent) => Some(indent),
-        None => options.get::<Option<usize>>("indent")?,
-    };
+    type Arguments<'a> = (
+        &'a Value,
+        Option<Value>,
+        Option<usize>,
+        Option<Vec<String>>,
+        Kwargs,
+    );
+    let (value, ensure_ascii, indent, separators, named): Arguments = from_args(args)?;
+    let ensure_ascii = argument(ensure_ascii, &named, "ensure_ascii")?;
+    let indent = argument(indent, &named, "indent")?;
+    let separators = argument(separators, &named, "separators")?;
+    let sort_keys: Option<bool> = named.get("sort_keys")?;
+    named.assert_all_used()?;
     if indent.is_some_and(|width| width > MAX_INDENT) {
         return Err(invalid(&format!(
             "tojson supports an indent of at most {MAX_INDENT} spaces"
         )));
     }
-    let separators: Option<Vec<String>> = options.get("separators")?;
     let (item_separator, key_separator) = match separators.as_deref() {
         Some([item, key]) => (item.clone(), key.clone()),
         Some(_) => return Err(invalid("tojson needs two separators")),
@@ -39,15 +45,10 @@ pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
         indent,
         depth: 0,
         is_empty: true,
-        ensure_ascii: options
-            .get::<Option<bool>>("ensure_ascii")?
-            .unwrap_or(false),
+        ensure_ascii: ensure_ascii.is_some_and(|value: Value| value.is_true()),
     };
-    let sort_keys = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
-    options.assert_all_used()?;
-
     let mut json = serde_json::to_value(value).map_err(|e| invalid(&e.to_string()))?;
-    if sort_keys {
+    if sort_keys == Some(true) {
         json.sort_all_objects();
     }
     let mut out = Vec::new();
@@ -58,6 +59,21 @@ pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
     .map_err(|e| invalid(&e.to_string()))?;
     let text = String::from_utf8(out).map_err(|e| invalid(&e.to_string()))?;
     Ok(Value::from(text))
+}
+
+/// Returns the value of an argument that may be given by position or by name.
+fn argument<'a, T>(
+    positional: Option<T>,
+    named: &'a Kwargs,
+    name: &'a str,
+) -> Result<Option<T>, Error>
+where
+    Option<T>: ArgType<'a, Output = Option<T>>,
+{
+    match positional {
+        Some(value) => Ok(Some(value)),
+        None => named.get(name),
+    }
 }
 
 fn invalid(message: &str) -> Error {
@@ -154,15 +170,47 @@ impl Formatter for &mut PythonFormatter {
         writer: &mut W,
         fragment: &str,
     ) -> io::Result<()> {
-        if !self.ensure_ascii || fragment.is_ascii() {
+        if !self.ensure_ascii {
             return writer.write_all(fragment.as_bytes());
         }
         for unit in fragment.encode_utf16() {
             match u8::try_from(unit) {
-                Ok(ascii) if ascii.is_ascii() => writer.write_all(&[ascii])?,
+                // Python escapes the control character DEL as well.
+                Ok(byte) if byte < 0x7f => writer.write_all(&[byte])?,
                 _ => write!(writer, "\\u{unit:04x}")?,
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use minijinja::Environment;
+
+    use super::*;
+
+    fn render(expression: &str) -> String {
+        let mut environment = Environment::new();
+        environment.add_filter("tojson", |args: minijinja::value::Rest<Value>| {
+            tojson(&args)
+        });
+        let context = minijinja::context! { x => vec!["\u{e9}\u{7f}"] };
+        let rendered = environment.render_str(&format!("{{{{ {expression} }}}}"), context);
+        rendered.unwrap_or_else(|error| error.to_string())
+    }
+
+    #[test]
+    fn arguments_are_those_of_transformers() {
+        for (expression, expected) in [
+            ("x | tojson", "[\"\u{e9}\u{7f}\"]"),
+            ("x | tojson(true)", "[\"\\u00e9\\u007f\"]"),
+            ("x | tojson(ensure_ascii=true)", "[\"\\u00e9\\u007f\"]"),
+            ("x | tojson(false, 1)", "[\n \"\u{e9}\u{7f}\"\n]"),
+            ("x | tojson(indent=1)", "[\n \"\u{e9}\u{7f}\"\n]"),
+        ] {
+            assert_eq!(render(expression), expected, "{expression}");
+        }
+        assert!(render("x | tojson(width=3)").contains("width"));
     }
 }
