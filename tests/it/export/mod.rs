@@ -401,7 +401,7 @@ fn export_command_refuses_bad_arguments_before_writing() {
                 "t",
             ],
             2,
-            "omit it",
+            "omit --tokenizer",
         ),
         (
             &[
