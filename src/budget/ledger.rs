@@ -208,7 +208,7 @@ struct LedgerVersion {
 }
 
 impl LedgerFiles {
-    /// Opens and locks the account of the run folder. The flag has the same meaning as in [`read_only`].
+    /// Opens and locks the account of the run folder. The flag has the same meaning as in `read_only`.
     ///
     /// # Errors
     /// If another process has the lock; [`Exit::Damaged`] if a file is damaged or newer than this version.

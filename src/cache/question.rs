@@ -6,7 +6,7 @@
 //! ```
 //!
 //! All records of one question share the second half of their keys, for every endpoint; records of schema 1 have other
-//! keys. An answer that was truncated at `max_tokens` has another first half ([`truncated_key`]), so that a run with a
+//! keys. An answer that was truncated at `max_tokens` has another first half (`truncated_key`), so that a run with a
 //! larger `max_tokens` requests the question again.
 
 pub(crate) mod template;

@@ -127,7 +127,7 @@ impl Timing {
 /// Columns are smaller than a list of objects per position, and each has one type, as readers that infer a
 /// schema need. A token is stored by its bytes: as text if they are UTF-8, otherwise as `""` here and in hex
 /// in `raw`. A logprob is `None` if the endpoint sent null, a number that is not finite, or one at or below
-/// [`MISSING_LOGPROB`]. Logprobs have f32 precision, in which endpoints compute.
+/// `MISSING_LOGPROB`. Logprobs have f32 precision, in which endpoints compute.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Logprobs {
     /// Emitted tokens (T).

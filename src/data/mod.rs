@@ -22,7 +22,7 @@
 //!   not on the number of threads.
 //! - A position without usable logprobs trains on cross-entropy.
 //! - `align`, `groups`, `logprob_check`, `sample_trie` and `sampling` are pure: no clock, file or random number.
-//! - [`prepared::index::VERSION`] is increased with every change of the examples or their files.
+//! - `prepared::index::VERSION` is increased with every change of the examples or their files.
 
 pub mod align;
 pub mod batch;

@@ -21,7 +21,7 @@
 //!
 //! 1. Add a variant to [`Format`], and to `ExportFormat` in `cli.rs` (its name is the value of `--to`); map one to
 //!    the other in `commands::export::export_format`.
-//! 2. Add a file `export/<format>.rs` with the serialised row type, and a function from [`rows::ExportRow`] to it,
+//! 2. Add a file `export/<format>.rs` with the serialised row type, and a function from `rows::ExportRow` to it,
 //!    or to the reason to leave the row out. Copy `trl.rs` for plain text, `axolotl.rs` for token ids.
 //! 3. Call it in [`write()`]: through `rows::write_lines` for JSONL, or on `AtomicFile` yourself. If OUT is a folder,
 //!    extend `check_replaceable`.

@@ -59,7 +59,7 @@ pub enum FinishReason {
 /// One new token of one answer.
 #[derive(Debug)]
 pub struct TokenUpdate {
-    /// The id that [`Batcher::submit`] returned.
+    /// The id that `Batcher::submit` returned.
     pub id: u64,
     /// The sampled token, which may be the end of the turn.
     pub token: u32,

@@ -284,7 +284,7 @@ pub(crate) fn to_device(tensors: &Tensors, device: &Device) -> Result<Tensors> {
     tensors.iter().map(copy).collect()
 }
 
-/// Returns the entries of `tensors` for [`write`], which writes them as `dtype`.
+/// Returns the entries of `tensors` for [`write()`], which writes them as `dtype`.
 ///
 /// # Errors
 /// Where a tensor is not contiguous f32 on the CPU.

@@ -119,7 +119,7 @@ impl Attention<'_> {
     /// Computes the gradients of q, k and v. With P the probabilities and dP = dO V^T:
     /// dV = P^T dO, dS = scale P (dP - rowsum(dO * O)), dQ = dS K, dK = dS^T Q.
     ///
-    /// `scratch` has [`Attention::scratch_len`] values.
+    /// `scratch` has `Attention::scratch_len` values.
     pub fn backward(
         &self,
         forward: AttentionForward,

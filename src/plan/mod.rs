@@ -100,7 +100,7 @@ pub struct Plan {
     pub repeated: u64,
     /// Fingerprints of the keys of all rows in `total`.
     pub keys: KeySet,
-    /// Fingerprints of the questions of all rows in `total`; see [`question::question_fingerprint`].
+    /// Fingerprints of the questions of all rows in `total`; see `question::question_fingerprint`.
     pub questions: KeySet,
 }
 

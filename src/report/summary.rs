@@ -100,7 +100,7 @@ pub struct HarvestSummary {
     pub error: Option<anyhow::Error>,
 }
 
-/// The number [`SUMMARY_VERSION`], which is the default.
+/// The number `SUMMARY_VERSION`, which is the default.
 #[derive(Debug, Serialize)]
 pub struct Version(u32);
 

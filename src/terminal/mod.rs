@@ -6,7 +6,7 @@
 //! | `progress.rs` | progress bars and lines on stderr |
 //!
 //! Invariant: text from a model, an endpoint or a data file reaches a terminal only through [`sanitise`] (or, as
-//! JSON, through [`escape_unsafe`]).
+//! JSON, through `escape_unsafe`).
 
 pub(crate) mod progress;
 

@@ -101,7 +101,7 @@ impl Progress {
     }
 }
 
-/// Progress of reading large files in MB, shown only after [`Self::SHOW_AFTER`].
+/// Progress of reading large files in MB, shown only after `Self::SHOW_AFTER`.
 pub struct ReadProgress {
     label: &'static str,
     quiet: bool,

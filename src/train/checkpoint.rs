@@ -114,7 +114,7 @@ pub struct CheckpointState {
     pub early_stopping: EarlyStopping,
     /// Hash of `fingerprint_inputs`.
     pub fingerprint: String,
-    /// See [`fingerprint_inputs`]; kept to report changes. Null in checkpoints of earlier versions.
+    /// See `fingerprint_inputs`; kept to report changes. Null in checkpoints of earlier versions.
     #[serde(rename = "basis", default)]
     pub fingerprint_inputs: Value,
     /// See [`Config::example_settings`]; kept to report changes.
@@ -224,7 +224,7 @@ pub(crate) fn latest(dir: &Path) -> Result<Option<PathBuf>> {
 ///
 /// # Errors
 /// [`Exit::Damaged`] if a file is damaged. [`Exit::Usage`] if the checkpoint has another format version, was written
-/// before checkpoints stored their inputs, or has other `inputs` (see [`fingerprint_inputs`]).
+/// before checkpoints stored their inputs, or has other `inputs` (see `fingerprint_inputs`).
 /// If the data differ, the error lists changes of `data_settings` as possible reasons.
 pub fn load(
     path: &Path,
@@ -305,7 +305,7 @@ pub(crate) fn fingerprint_inputs(
     Ok(settings)
 }
 
-/// Returns the hash of [`fingerprint_inputs`].
+/// Returns the hash of `fingerprint_inputs`.
 pub fn fingerprint(inputs: &Value) -> String {
     blake3::hash(inputs.to_string().as_bytes())
         .to_hex()

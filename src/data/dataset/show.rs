@@ -63,7 +63,7 @@ pub struct ShownLabel {
 }
 
 /// Returns at most `limit` rows. With `id`, these are the rows whose key, line number or prompt id is `id`, or whose
-/// key starts with `id` (at least [`MIN_KEY_DIGITS`] digits). Without `id`, these are the first rows that make an
+/// key starts with `id` (at least `MIN_KEY_DIGITS` digits). Without `id`, these are the first rows that make an
 /// example. Also returns, by reason, the number of rows that make no example and are not returned. Rows that `id`
 /// rules out, and rows after the last returned one, are not counted.
 ///

@@ -124,9 +124,9 @@ pub(crate) const TOKEN_VARIABLES: [&str; 7] = [
 pub enum TemplateClock {
     /// The same date for all conversations.
     Fixed(DateTime),
-    /// The current time, which [`ChatTemplate::with_date`] reads once per conversation.
+    /// The current time, which `ChatTemplate::with_date` reads once per conversation.
     Clock(fn() -> DateTime),
-    /// The date of each record, which is passed to [`ChatTemplate::with_date`].
+    /// The date of each record, which is passed to `ChatTemplate::with_date`.
     Record,
 }
 
@@ -184,7 +184,7 @@ impl ChatTemplate {
     }
 
     /// Sets the source of the date that `strftime_now` returns. Rendering a template that calls it fails without a
-    /// date, and with a source other than [`TemplateClock::Fixed`], which [`Self::with_date`] produces.
+    /// date, and with a source other than [`TemplateClock::Fixed`], which `Self::with_date` produces.
     pub fn set_date(&mut self, date: TemplateClock) {
         self.date = Some(date);
     }

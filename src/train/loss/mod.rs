@@ -19,7 +19,7 @@
 //! 2. Add its value and derivative to `DistributionPair::term` in `divergence.rs`, and a row with its paper to the
 //!    table at the top of that file. If it depends on t and s alone, it is a closure for `sum_over_events`.
 //! 3. Add a variant to the enum `config::KdMode` with its `name`, and map it in
-//!    [`divergence::Divergence::from_config`]. Parameters go to `config::LossConfig`, `config/validate.rs` and
+//!    `divergence::Divergence::from_config`. Parameters go to `config::LossConfig`, `config/validate.rs` and
 //!    `config.example.toml`. The JSON of `config::LossConfig` is hashed into checkpoints: keep the order of its fields,
 //!    and do not serialise a new field at its default value.
 //! 4. Choose its default weight in `soft_labels::default_weight`; measure it with `tests/bench/softlabels.sh`.
