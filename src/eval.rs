@@ -110,7 +110,37 @@ pub(crate) fn run(
     if let Some(date) = config.student.template_date {
         tokenizer.set_date(date.into());
     }
-    let teacher = match compare_with_teacher(config, &model, &tokenizer, selection, &stop) {
+    let load_teacher = || {
+        let dir = config.teacher.local.as_ref();
+        dir.map(|dir| local_teacher::load_frozen(dir, &tokenizer, &config.train))
+            .transpose()
+    };
+    let load_answers = |context| {
+        let settings = config.data.within(context);
+        match &config.eval.teacher_cache {
+            Some(dir) => dataset::held_out(dir, &settings, &tokenizer)
+                .with_context(|| format!("cannot use `eval.teacher_cache` {}", dir.display()))
+                .map(Some),
+            None if config.data.source.is_some() || config.training_cache().exists() => {
+                dataset::load(
+                    &settings,
+                    &config.run_dir,
+                    &selection()?,
+                    &tokenizer,
+                    &mut |_, _| stop.check(),
+                )
+                .map(Some)
+            }
+            None => Ok(None),
+        }
+    };
+    let teacher = match compare_with_teacher(
+        &model,
+        load_teacher,
+        load_answers,
+        config.eval.batch_size,
+        &stop,
+    ) {
         Err(error) if truth.is_some() && matches!(error.downcast_ref(), Some(Exit::Usage(_))) => {
             tracing::warn!("cannot compare the student with its teacher: {error:#}");
             None
@@ -225,48 +255,29 @@ fn parse_json(text: &str) -> Option<Value> {
     serde_json::from_str(text.trim()).ok()
 }
 
-/// Computes mean metrics on the teacher's answers in `eval.teacher_cache`, or on the validation share of the training
-/// data. Returns `None` if there are no such answers.
+/// Computes mean metrics on the teacher's answers that `load_answers` returns for a number of tokens, the context of the
+/// models. Returns `None` if there are no such answers. `load_teacher` returns the local teacher, if any.
 fn compare_with_teacher(
-    config: &Config,
     student: &Model,
-    tokenizer: &Tokenizer,
-    selection: &dyn Fn() -> Result<Selection>,
+    load_teacher: impl FnOnce() -> Result<Option<Model>>,
+    load_answers: impl FnOnce(usize) -> Result<Option<Dataset>>,
+    batch_size: usize,
     stop: &StopFlag,
 ) -> Result<Option<MetricMeans>> {
-    let teacher_dir = config.teacher.local.as_ref();
-    let teacher = teacher_dir
-        .map(|dir| local_teacher::load_frozen(dir, tokenizer, &config.train))
-        .transpose()?;
+    let teacher = load_teacher()?;
     let models = ModelPair {
         student,
         teacher: teacher.as_ref(),
     };
-    let settings = config.data.within(models.context());
-    let data = match &config.eval.teacher_cache {
-        Some(dir) => dataset::held_out(dir, &settings, tokenizer)
-            .with_context(|| format!("cannot use `eval.teacher_cache` {}", dir.display()))?,
-        None if config.data.source.is_some() || config.training_cache().exists() => dataset::load(
-            &settings,
-            &config.run_dir,
-            &selection()?,
-            tokenizer,
-            &mut |_, _| stop.check(),
-        )?,
-        None => return Ok(None),
+    let Some(data) = load_answers(models.context())? else {
+        return Ok(None);
     };
     warn_of_excluded_answers(&data);
     if data.validation().is_empty() {
         return Ok(None);
     }
     let check_stop = || stop.check();
-    objective::evaluate(
-        models,
-        data.validation(),
-        config.eval.batch_size,
-        check_stop,
-    )
-    .map(Some)
+    objective::evaluate(models, data.validation(), batch_size, check_stop).map(Some)
 }
 
 /// Warns about dropped answers, and lists the groups of answers if there are several or some are left out.

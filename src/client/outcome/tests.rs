@@ -386,7 +386,7 @@ fn endpoint_refusal_in_a_success_reply_may_be_billed() {
             let body = format!(r#"{{"error":{{"code":{code},"message":"{message}"}}}}"#);
             let refused = classify(reply(status, &[], &body), SystemTime::UNIX_EPOCH + NOW);
             let Err(AttemptError::EndpointRefused(refusal)) = refused else {
-                panic!("{status} {code} is no endpoint refusal");
+                panic!("{status} {code} is not an endpoint refusal");
             };
             let may_be_billed = expected && status == 200;
             assert_eq!(
