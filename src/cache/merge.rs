@@ -107,11 +107,7 @@ pub fn merge_all(
 
 fn check_source(into: &Path, source: &Path) -> Result<()> {
     if !exists(source) {
-        let message = format!(
-            "no cache found in {}: pass the folder that contains responses.jsonl",
-            source.display()
-        );
-        return Err(Exit::Usage(message).into());
+        return Err(super::not_found(source));
     }
     let is_same = match (into.canonicalize(), source.canonicalize()) {
         (Ok(into), Ok(source)) => into == source,

@@ -116,6 +116,15 @@ pub fn exists(dir: &Path) -> bool {
     plain_file(dir).exists() || compressed_file(dir).exists()
 }
 
+/// Returns the error for a folder without a cache, which the user has named.
+fn not_found(dir: &Path) -> anyhow::Error {
+    Exit::Usage(format!(
+        "no cache found in {}: pass the folder that contains responses.jsonl",
+        dir.display()
+    ))
+    .into()
+}
+
 /// Converts the error of a scan of `path` into an error message for the user.
 fn refusal(path: &Path, error: ScanError) -> anyhow::Error {
     match error {

@@ -5,14 +5,13 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::frames::{self, CompressionLevel, FramePiece, FrameReader};
 use super::keys::{self, KeyAndChecksum, KeySet};
 use super::line::{self, LineError};
 use super::storage::{self, BufferedAppender, WrapFile};
 use super::{compressed_file, conflicts_file, exists, plain_file, quarantine_file};
-use crate::exit::Exit;
 
 /// Size in bytes of the buffer for reading the plain file.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -46,13 +45,11 @@ impl RepairReport {
 /// may contain a record twice.
 ///
 /// # Errors
-/// [`Exit::Usage`] if there is no cache in `dir`. If another process is writing it, a newer version wrote a line, or the disk fails.
+/// [`Exit::Usage`](crate::exit::Exit::Usage) if `dir` does not contain a cache. If another process is writing it, a
+/// newer version wrote a line, or the disk fails.
 pub fn repair(dir: &Path) -> Result<RepairReport> {
     if !exists(dir) {
-        bail!(Exit::Usage(format!(
-            "no cache found in {}: pass the folder that contains responses.jsonl",
-            dir.display()
-        )));
+        return Err(super::not_found(dir));
     }
     let _lock = super::lock(dir)?;
     // Most caches are not damaged, so the first pass only counts.

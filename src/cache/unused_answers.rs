@@ -12,7 +12,7 @@ use super::question::{self, Question};
 use super::reader::CacheLines;
 use super::record::{Record, is_mock};
 use crate::cache::fingerprint::Fingerprint;
-use crate::terminal::format_count;
+use crate::terminal::{after_space, format_count};
 
 /// Number of cached answers that a run does not use, by reason.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -37,10 +37,7 @@ impl UnusedAnswers {
         let answers: u64 = self.adoptable.values().sum();
         let sources: Vec<&str> = self.adoptable.keys().map(String::as_str).collect();
         (answers > 0).then(|| {
-            let arguments = match arguments {
-                "" => String::new(),
-                arguments => format!(" {arguments}"),
-            };
+            let arguments = after_space(arguments);
             format!(
                 "the cache holds at least {} answers from {} to questions that are still open: \
                  run `distill cache adopt{arguments}` to reuse them instead of requesting them again",

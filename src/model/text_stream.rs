@@ -65,7 +65,7 @@ impl TextStream {
 
     /// Releases the text that later tokens cannot change.
     pub(crate) fn release(&mut self) -> String {
-        let held_back = self.partial_character().max(self.partial_stop());
+        let held_back = incomplete_character(&self.bytes[self.released..]).max(self.partial_stop());
         self.release_until(self.bytes.len() - held_back)
     }
 
@@ -78,18 +78,6 @@ impl TextStream {
         let text = String::from_utf8_lossy(&self.bytes[self.released..end]).into_owned();
         self.released = end;
         text
-    }
-
-    /// Length of an incomplete character at the end, in bytes.
-    fn partial_character(&self) -> usize {
-        match self.bytes[self.released..].utf8_chunks().last() {
-            Some(chunk) => match std::str::from_utf8(chunk.invalid()) {
-                // Without an error length, the bytes are the beginning of a character.
-                Err(error) if error.error_len().is_none() => chunk.invalid().len(),
-                _ => 0,
-            },
-            None => 0,
-        }
     }
 
     /// Length of the longest suffix that is the beginning of a stop string, in bytes.
@@ -105,6 +93,18 @@ impl TextStream {
             .filter_map(|stop| longest_match(&stop))
             .max()
             .unwrap_or(0)
+    }
+}
+
+/// Returns the length of the incomplete character at the end of `bytes`, which more bytes can complete.
+pub(crate) fn incomplete_character(bytes: &[u8]) -> usize {
+    let Some(chunk) = bytes.utf8_chunks().last() else {
+        return 0;
+    };
+    match std::str::from_utf8(chunk.invalid()) {
+        // Without an error length, the bytes are the beginning of a character.
+        Err(error) if error.error_len().is_none() => chunk.invalid().len(),
+        _ => 0,
     }
 }
 

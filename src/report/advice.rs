@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::exit::Exit;
 use crate::plan::run_settings::TrainingObstacle;
 use crate::report::summary::HarvestSummary;
-use crate::terminal::{format_count, format_share};
+use crate::terminal::{after_space, format_count, format_share};
 
 /// Exit status of [`Exit::SomeFailed`].
 const SOME_FAILED: u8 = 3;
@@ -25,7 +25,7 @@ const MIN_SECONDS: f64 = 600.0;
 /// Returns one sentence per step, the most urgent first. `failures` is the path of `failures.jsonl`.
 pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<String> {
     let mut steps = Vec::new();
-    let config = summary.argument_suffix();
+    let config = after_space(&summary.arguments);
     let answers = summary.ok + summary.quarantined;
     let mut step = |is_needed: bool, text: String| {
         if is_needed {
@@ -116,7 +116,7 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
 
 /// Returns advice on how to request the failed rows again.
 fn retry_advice(summary: &HarvestSummary) -> String {
-    let config = summary.argument_suffix();
+    let config = after_space(&summary.arguments);
     let again = format!("`distill harvest{config} --again failed`");
     match summary.given_up {
         0 => "rerun the command to retry these rows".into(),

@@ -200,14 +200,6 @@ impl HarvestSummary {
         }
     }
 
-    /// Returns `arguments` with a leading space, to append to a command; empty if there are none.
-    pub(crate) fn argument_suffix(&self) -> String {
-        match self.arguments.as_str() {
-            "" => String::new(),
-            arguments => format!(" {arguments}"),
-        }
-    }
-
     /// Number of rows that have ended, cached ones included.
     pub fn done(&self) -> u64 {
         self.cached + self.ok + self.quarantined + self.failed

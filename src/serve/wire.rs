@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::cache::record::MISSING_LOGPROB;
 use crate::model::batcher::FinishReason;
 use crate::model::sampling::TokenLogprobs;
+use crate::model::text_stream::incomplete_character;
 use crate::tokenizer::Tokenizer;
 
 /// The fields that all objects of one response share.
@@ -330,19 +331,10 @@ impl CharacterCounter {
         }
         let offset = self.complete;
         self.partial.extend_from_slice(bytes);
-        let mut rest = Vec::new();
-        for chunk in self.partial.utf8_chunks() {
-            // Another chunk follows the rest, so no further bytes complete its character.
-            self.complete += usize::from(!rest.is_empty()) + chunk.valid().chars().count();
-            rest.clear();
-            // `error_len` is `None` if more bytes can complete the character.
-            match std::str::from_utf8(chunk.invalid()) {
-                Ok(_) => {}
-                Err(error) if error.error_len().is_none() => rest = chunk.invalid().to_vec(),
-                Err(_) => self.complete += 1,
-            }
-        }
-        self.partial = rest;
+        let complete = self.partial.len() - incomplete_character(&self.partial);
+        let text = String::from_utf8_lossy(&self.partial[..complete]);
+        self.complete += text.chars().count();
+        self.partial.drain(..complete);
         offset
     }
 }

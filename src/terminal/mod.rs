@@ -35,6 +35,15 @@ pub fn sanitise(text: &str) -> Cow<'_, str> {
     Cow::Owned(safe)
 }
 
+/// Returns the arguments of a command with a space before them, to append to the command; empty if there are none.
+pub(crate) fn after_space(arguments: &str) -> String {
+    if arguments.is_empty() {
+        String::new()
+    } else {
+        format!(" {arguments}")
+    }
+}
+
 /// Escapes the characters that [`sanitise`] replaces, as JSON escapes: the text stays JSON with the same value.
 pub(crate) fn escape_unsafe(json: &str) -> Cow<'_, str> {
     if !json.chars().any(is_unsafe) {
