@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use crate::budget::dollars::Dollars;
 use crate::cache::usage::Usage;
 use crate::exit::Exit;
+use crate::fs::FileLock;
 use crate::fs::LogFile;
-use crate::fs::lock::FileLock;
 
 /// Version of `ledger.json`. Version 1 did not contain the measured cost.
 const VERSION: u32 = 2;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use serde_json::json;
 
-use super::{load_config, print, print_json};
+use super::{json_line, load_config, print};
 use crate::cli::{CacheLocation, ConfigFile, ExportArgs, ExportFormat, GlobalArgs};
 use crate::config::{self, Groups};
 use crate::data::groups::Selection;
@@ -49,16 +49,23 @@ pub(crate) fn run(args: &ExportArgs, global: &GlobalArgs) -> Result<()> {
     };
     let records = crate::cache::reader::read(&folder)?;
     let report = export::write(records, format, &args.out, &settings)?;
-    if global.json {
-        return print_json(&json!({
+    let text = if global.json {
+        json_line(&json!({
             "version": VERSION,
             "file": args.out,
             "rows": report.rows,
             "left_out": report.left_out,
             "dropped_alternatives": report.dropped_alternatives,
-        }));
+        }))?
+    } else {
+        report_text(&report, &args.out)
+    };
+    // A program that reads the export from a pipe must not read the counts as well.
+    if crate::fs::is_stream(&args.out) {
+        eprint!("{text}");
+        return Ok(());
     }
-    print(&report_text(&report, &args.out))
+    print(&text)
 }
 
 fn export_format(format: ExportFormat) -> Format {
@@ -105,7 +112,7 @@ fn load_source(
 
 /// Refuses an export into the cache folder, where it could replace paid answers.
 fn check_outside(out: &Path, cache: &Path) -> Result<()> {
-    let absolute = std::path::absolute(out)?;
+    let absolute = std::path::absolute(crate::fs::follow_link(out))?;
     let parent = absolute.parent().unwrap_or(&absolute);
     // If one of the folders does not exist, no file of the cache can be replaced: most exports fail later, and `hf`
     // creates a new folder.

@@ -44,10 +44,13 @@ fn load_config(file: &ConfigFile) -> Result<LoadedConfig> {
 
 /// Prints a result as one JSON object in one line. Its field `version` is the version of its format.
 fn print_json(value: &impl Serialize) -> Result<()> {
-    print(&format!(
-        "{}\n",
-        escape_unsafe(&serde_json::to_string(value)?)
-    ))
+    print(&json_line(value)?)
+}
+
+/// Serialises to one line of JSON without characters that a terminal interprets.
+fn json_line(value: &impl Serialize) -> Result<String> {
+    let text = serde_json::to_string(value)?;
+    Ok(format!("{}\n", escape_unsafe(&text)))
 }
 
 /// Prints to stdout. If the reader of stdout has closed it, the text is discarded, so that the exit status shows whether

@@ -15,7 +15,7 @@
 //!
 //! Invariants: records are streamed, so memory holds one record, or for Parquet one row group. A row that a format
 //! cannot represent is left out and counted with the reason. OUT replaces a file or a folder only with `--force`, and
-//! a folder only if all its files have the names of an `hf` export.
+//! a folder only if all its files have the names of an `hf` export. A pipe or a character device is written to directly.
 //!
 //! # How to add an export format
 //!
@@ -45,6 +45,7 @@ use crate::cache::record::Record;
 use crate::data::groups::GroupCounts;
 use crate::exit::Exit;
 use crate::export::rows::{ExportReport, ExportRows, ExportSettings, write_lines};
+use crate::fs::is_stream;
 
 /// Format of an export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,20 +91,23 @@ pub fn write(
 }
 
 /// Refuses to replace anything without `force`. With `force`, an export may replace a file, and an `hf` export a folder
-/// for which [`hf::is_export`] returns true.
+/// for which [`hf::is_export`] returns true. Pipes and character devices are not replaced but written to.
 fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
     let path = out.display();
-    let Ok(metadata) = out.symlink_metadata() else {
+    if out.symlink_metadata().is_err() {
         return Ok(());
-    };
+    }
+    if is_stream(out) && format != Format::Hf {
+        return Ok(());
+    }
     if !force {
         bail!(Exit::Usage(format!(
             "{path} exists already: choose another path, or replace it with --force"
         )));
     }
     let is_replaceable = match format {
-        Format::Hf => metadata.is_dir() && hf::is_export(out)?,
-        _ => !metadata.is_dir(),
+        Format::Hf => out.is_dir() && hf::is_export(out)?,
+        _ => !out.is_dir(),
     };
     if !is_replaceable {
         bail!(Exit::Usage(format!(

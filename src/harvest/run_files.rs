@@ -224,20 +224,22 @@ impl MergeAccount {
         Ok(MergeAccount(Some(account)))
     }
 
-    /// Adds the cost of the merged records to the amount spent.
+    /// Adds the cost of the merged records to the amount spent. Returns false if the run folder has no account; then
+    /// the next harvest computes the amount from the cache.
     ///
     /// # Errors
     /// If the account cannot be written.
-    pub(crate) fn add(self, cost_usd: f64, unpriced: Usage) -> Result<()> {
+    pub(crate) fn add(self, cost_usd: f64, unpriced: Usage) -> Result<bool> {
         let Some(mut account) = self.0 else {
-            return Ok(());
+            return Ok(false);
         };
         account.add_spent(&Spent {
             measured_usd: Dollars::at_least(cost_usd),
             measured_tokens: unpriced.into(),
             ..Spent::default()
         })?;
-        account.close(0)
+        account.close(0)?;
+        Ok(true)
     }
 }
 

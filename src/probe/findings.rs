@@ -32,6 +32,7 @@ pub struct ProbedEndpoint {
     pub requests: u32,
     /// Model name as reported by the endpoint.
     pub reported_model: String,
+    /// Field of the token limit in the plain prompt that was answered. The probe tries the configured field first.
     pub max_tokens_field: Option<MaxTokensField>,
     pub logprobs: LogprobsOffer,
     /// True if the reply to a plain prompt contained the usage.
@@ -173,21 +174,19 @@ impl ProbedEndpoint {
             .into())
         };
         let mut warnings = Vec::new();
+        let max_tokens_field = sampling.max_tokens_field;
         for (parameter, reason) in &self.refused {
+            if parameter == max_tokens_field.name() {
+                return refuse(format!(
+                    "{label} refuses `{parameter}` ({reason}): set `sampling.max_tokens_field` = \"{}\"",
+                    max_tokens_field.other().name()
+                ));
+            }
             if is_sent(parameter, config) {
                 return refuse(format!(
                     "{label} refuses `{parameter}` ({reason}): do not set it in `[sampling]`"
                 ));
             }
-        }
-        if let Some(field) = self.max_tokens_field
-            && field != sampling.max_tokens_field
-        {
-            return refuse(format!(
-                "{label} refuses `{}`: set `sampling.max_tokens_field` = \"{}\"",
-                sampling.max_tokens_field.name(),
-                field.name()
-            ));
         }
         if self.thinks && !sampling.reasoning {
             warnings.push(format!(
@@ -331,11 +330,19 @@ mod tests {
                 .check(&config(|sampling| sampling.top_logprobs = 0))
                 .is_ok()
         );
+        let old_field = config(|sampling| sampling.max_tokens_field = MaxTokensField::MaxTokens);
+        // The probe did not try the old field.
+        assert!(good().check(&old_field).is_ok());
+        let mut without_old_field = good();
+        without_old_field
+            .refused
+            .insert("max_tokens".into(), "no".into());
         assert_refused(
-            &good(),
-            &config(|sampling| sampling.max_tokens_field = MaxTokensField::MaxTokens),
-            "\"max_completion_tokens\"",
+            &without_old_field,
+            &old_field,
+            "refuses `max_tokens` (no): set `sampling.max_tokens_field` = \"max_completion_tokens\"",
         );
+        assert!(without_old_field.check(&config(|_| {})).is_ok());
         let mut without_seed = good();
         without_seed.refused.insert("seed".into(), "no".into());
         assert!(without_seed.check(&config(|_| {})).is_ok());

@@ -100,7 +100,12 @@ impl Probe<'_> {
                     self.record_basics(&completion, &reply);
                     return Ok(());
                 }
-                ProbeOutcome::Refused(message, _) => refusal = message,
+                ProbeOutcome::Refused(message, _) => {
+                    self.findings
+                        .refused
+                        .insert(field.name().into(), message.clone());
+                    refusal = message;
+                }
             }
         }
         Err(anyhow!("the endpoint refuses a plain prompt: {refusal}"))

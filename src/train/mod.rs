@@ -96,7 +96,8 @@ impl From<StartMode> for TrainOptions {
 /// Trains the student of `config` until the last step or until early stopping, and writes its folder.
 ///
 /// # Errors
-/// If data or student do not load, a number is not finite, a file cannot be written, or a signal stops the run.
+/// If another process trains in the run folder, data or student do not load, a number is not finite, a file cannot be
+/// written, or a signal stops the run.
 pub fn run(config: &Config, options: TrainOptions) -> Result<TrainSummary> {
     run_with_scorer(config, options, None)
 }
@@ -146,6 +147,11 @@ fn train(
     // A file that the student's folder needs may be unreadable: fail before the training, not after it.
     let shape = training.student.model.config();
     folder::files(shape, "", (tokenizer.dir(), &tokenizer), "")?;
+    fs::create_dir_all(&config.run_dir)?;
+    let _lock = fs::FileLock::acquire(
+        &config.run_dir.join("train.lock"),
+        "is training in this run folder: wait until it ends, or set another `run_dir`",
+    )?;
     let data_settings = config.data.within(training.models().context());
     let mut reading = ReadProgress::new("prepare", quiet);
     let data = dataset::load(
@@ -211,7 +217,6 @@ fn train(
         cursor,
     )?;
     let earlier_steps = training.optimizer.step();
-    fs::create_dir_all(&config.run_dir)?;
     let mut metrics = MetricsLog::open(&config.run_dir.join("metrics.jsonl"), earlier_steps)?;
 
     let mut progress = Progress::new("train", total_steps, quiet);

@@ -123,6 +123,42 @@ fn failed_write_dir_leaves_the_old_folder() {
     assert_eq!(names(dir.path()), ["dataset"]);
 }
 
+#[cfg(unix)]
+#[test]
+fn links_stay_and_their_files_are_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let [folder, file] = ["folder", "folder/file"].map(|name| dir.path().join(name));
+    let [folder_link, file_link] = ["folder link", "file link"].map(|name| dir.path().join(name));
+    create_dir_all(&folder).unwrap();
+    fs::write(&file, "old").unwrap();
+    std::os::unix::fs::symlink(&folder, &folder_link).unwrap();
+    std::os::unix::fs::symlink(&file, &file_link).unwrap();
+    write_atomic(&file_link, b"new").unwrap();
+    assert_eq!(fs::read(&file).unwrap(), b"new");
+    write_dir_with(&folder_link, |folder| {
+        write_atomic(&folder.join("file"), b"newer")
+    })
+    .unwrap();
+    assert_eq!(fs::read(&file).unwrap(), b"newer");
+    assert!(file_link.is_symlink() && folder_link.is_symlink());
+    assert_eq!(names(dir.path()), ["file link", "folder", "folder link"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn pipe_is_not_replaced_by_a_file() {
+    use std::os::unix::fs::FileTypeExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("summary.json");
+    let status = std::process::Command::new("mkfifo").arg(&path).status();
+    assert!(status.unwrap().success());
+    // Without a reader, opening the pipe would wait.
+    let error = write_atomic(&path, b"{}").unwrap_err();
+    assert!(error.to_string().contains("summary.json"), "{error:#}");
+    assert!(fs::metadata(&path).unwrap().file_type().is_fifo());
+    assert_eq!(names(dir.path()), ["summary.json"]);
+}
+
 #[test]
 fn pipe_in_a_model_folder_is_refused() {
     let dir = tempfile::tempdir().unwrap();

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
 
+use distill::budget::ledger::{LedgerFiles, Spent};
 use distill::cache;
 
 use crate::harvest_process::{HarvestFixture, ignores_hang_ups, signal, wait_for_end};
@@ -41,13 +42,21 @@ fn record_count(dir: &Path) -> u64 {
     }
 }
 
-/// Merges the rescued records, as the error message advises.
+/// Returns the amounts spent, as the ledger of the run folder records them.
+fn spent(fixture: &HarvestFixture) -> Spent {
+    let (_, ledger, _) = LedgerFiles::open(&fixture.folder.path().join("run")).unwrap();
+    ledger.spent
+}
+
+/// Merges the rescued records, as the error message advises. They are already paid for.
 fn merge_rescued(fixture: &HarvestFixture) {
+    let spent_before = spent(fixture);
     let status = std::process::Command::new(env!("CARGO_BIN_EXE_distill"))
         .args(["cache", "merge", "--dir"])
         .args([fixture.cache(), rescued(fixture)])
         .status();
     assert!(status.unwrap().success());
+    assert_eq!(spent(fixture), spent_before);
     fs::remove_dir_all(rescued(fixture)).unwrap();
 }
 

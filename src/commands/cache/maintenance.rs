@@ -7,13 +7,13 @@ use serde_json::json;
 
 use crate::cache::merge::{self, MergeReport};
 use crate::cache::usage::Usage;
-use crate::cache::{conflicts_file, quarantine_file, repair};
+use crate::cache::{self, conflicts_file, quarantine_file, repair};
 use crate::commands::{print, print_json};
 use crate::config::{self, Price};
 use crate::harvest::run_files::MergeAccount;
 use crate::plan::adopt::Adopted;
 use crate::terminal::progress::ReadProgress;
-use crate::terminal::{format_count, sanitise};
+use crate::terminal::{format_count, format_dollars, sanitise};
 
 /// Version of the JSON output of `distill cache`.
 pub(crate) const VERSION: u32 = 1;
@@ -77,13 +77,18 @@ pub(crate) fn merge(
         Ok(())
     });
     drop(progress);
-    // Also after an error: the account must include the answers of the completed merges.
-    let cost_usd = reports.iter().map(|report| report.cost_usd).sum();
+    // Also after an error: the account must include the answers of the completed merges. It already includes rescued
+    // answers, which this run folder paid for.
+    let is_rescue = |source: &Path| is_same_dir(source, &cache::open_file::rescue_dir(dir));
+    let mut cost_usd = 0.0;
     let mut unpriced = Usage::default();
-    reports
-        .iter()
-        .for_each(|report| unpriced.add(&report.unpriced));
-    account.add(cost_usd, unpriced)?;
+    for (source, report) in sources.iter().zip(&reports) {
+        if !is_rescue(source) {
+            cost_usd += report.cost_usd;
+            unpriced.add(&report.unpriced);
+        }
+    }
+    let is_counted = account.add(cost_usd, unpriced)?;
     result?;
     if json {
         let sources = sources.iter().zip(&reports).map(|(source, report)| {
@@ -99,6 +104,13 @@ pub(crate) fn merge(
     let mut text = String::new();
     for (source, report) in sources.iter().zip(&reports) {
         text += &merge_text(source, report);
+    }
+    if is_counted && cost_usd > 0.0 {
+        text += &format!(
+            "the cost of these answers, {}, now counts as spent by {}\n",
+            format_dollars(cost_usd),
+            run_dir.display()
+        );
     }
     let conflicts: u64 = reports.iter().map(|report| report.conflicts).sum();
     if conflicts > 0 {
@@ -119,6 +131,12 @@ pub(crate) fn merge(
         }
     }
     print(&sanitise(&text))
+}
+
+/// Returns true if both paths lead to the same existing folder.
+fn is_same_dir(first: &Path, second: &Path) -> bool {
+    let canonical = |path: &Path| path.canonicalize().ok();
+    canonical(first).is_some_and(|first| canonical(second) == Some(first))
 }
 
 /// Formats the counts of one merged cache.

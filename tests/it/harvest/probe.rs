@@ -94,7 +94,10 @@ async fn probe_detects_refused_parameters() {
     );
     assert!(endpoint.thinks);
     let refused: Vec<_> = endpoint.refused.keys().map(String::as_str).collect();
-    assert_eq!(refused, ["logprobs", "seed", "temperature"]);
+    assert_eq!(
+        refused,
+        ["logprobs", "max_completion_tokens", "seed", "temperature"]
+    );
 
     // A config without the refused features works.
     run.config.sampling.reasoning = true;

@@ -34,6 +34,23 @@ fn uninterrupted_run() -> (tempfile::TempDir, Config) {
     (dir, config)
 }
 
+#[test]
+fn second_training_in_the_same_run_folder_is_refused() {
+    let (_dir, config) = run_folder();
+    let path = config.run_dir.join("train.lock");
+    std::fs::create_dir_all(&config.run_dir).unwrap();
+    let lock = distill::fs::FileLock::acquire(&path, "").unwrap();
+    let error = train::run(&config, StartMode::New.into()).unwrap_err();
+    let message = error.to_string();
+    assert!(
+        message.contains("is training in this run folder"),
+        "{message}"
+    );
+    assert!(!config.run_dir.join("metrics.jsonl").exists());
+    drop(lock);
+    train::run(&config, StartMode::New.into()).unwrap();
+}
+
 /// Returns the files of a finished run by name, and its metrics.
 fn outcome(config: &Config) -> (BTreeMap<String, Vec<u8>>, Vec<serde_json::Value>) {
     let last = config.run_dir.join(format!("checkpoints/step-{STEPS:06}"));
