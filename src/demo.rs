@@ -21,7 +21,7 @@ use crate::signal::StopFlag;
 use crate::terminal::{format_count, table};
 use crate::train::summary::StartMode;
 use crate::train::{self, checkpoint};
-use folder::DemoFolder;
+use folder::{DemoFolder, Sizes};
 
 /// Options of the demo.
 #[derive(Debug, Clone)]
@@ -121,7 +121,12 @@ pub(crate) fn run(options: &DemoOptions, quiet: bool) -> Result<DemoSummary> {
     let shipped = FILES.iter().map(|(name, _)| (*name).to_owned());
     let written = configs(options, "").into_iter().map(|(name, _)| name);
     let names: Vec<String> = shipped.chain(written).chain([SUMMARY.to_owned()]).collect();
-    let mut folder = DemoFolder::open(dir, names.iter().map(String::as_str), &FILES)?;
+    let sizes = Sizes {
+        prompts: options.prompts,
+        heldout: options.heldout,
+        steps: options.steps,
+    };
+    let mut folder = DemoFolder::open(dir, names.iter().map(String::as_str), &FILES, sizes)?;
     for (name, bytes) in FILES {
         folder.write(name, bytes)?;
     }
@@ -146,8 +151,15 @@ pub(crate) fn run(options: &DemoOptions, quiet: bool) -> Result<DemoSummary> {
     print(format!(
         "$ distill serve --model {} --port {}",
         dir.join("teacher").display(),
-        options.port
+        teacher.port()
     ));
+    if options.port != 0 && teacher.port() != options.port {
+        print(format!(
+            "port {} is taken: the configs name port {} instead",
+            options.port,
+            teacher.port()
+        ));
+    }
     for name in ["harvest", "heldout"] {
         let config = command("harvest", name)?;
         let mut summary = block_on(harvest::run(

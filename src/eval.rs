@@ -149,8 +149,9 @@ pub(crate) fn run(
     };
     if truth.is_none() && teacher.is_none() {
         bail!(Exit::Usage(
-            "there is nothing to evaluate on: set `eval.source` to held-out rows with their true \
-             answers, or `eval.teacher_cache` to a cache of held-out answers"
+            "there is nothing to evaluate on: set `eval.source` to held-out rows with their true answers, or \
+             `eval.teacher_cache` to a cache of held-out answers, or hold out answers of the training cache with a \
+             larger `data.validation_share`"
                 .into()
         ));
     }

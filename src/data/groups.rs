@@ -375,8 +375,16 @@ impl GroupCounts {
         used.map(|count| (&count.group, count.used))
     }
 
+    /// Returns true if there are groups, and all are of a mock.
+    pub(crate) fn has_only_mocks(&self) -> bool {
+        !self.0.is_empty() && self.0.values().all(|count| count.group.is_mock)
+    }
+
     /// Returns advice on how to use the groups that are left out, if there are any.
     pub fn advice(&self) -> Option<String> {
+        if self.has_only_mocks() {
+            return Some("set `data.groups` to \"mock\" to use the answers of the mock".into());
+        }
         let mut settings = Vec::new();
         for (is_mock, setting) in [(false, "\"all\""), (true, "\"mock\"")] {
             let is_left_out =

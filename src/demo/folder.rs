@@ -22,9 +22,21 @@ pub(super) struct DemoFolder {
     manifest: Manifest,
 }
 
+/// Flags of the demo that determine its data and its training. A run folder keeps them, because a training cannot
+/// resume with other ones.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(super) struct Sizes {
+    pub prompts: usize,
+    pub heldout: usize,
+    pub steps: u64,
+}
+
 #[derive(Serialize, Deserialize)]
 struct Manifest {
     version: u32,
+    /// `None` in the folder of an earlier version.
+    #[serde(default)]
+    sizes: Option<Sizes>,
     /// Hashes of all contents that the demo has written, by file.
     files: BTreeMap<String, BTreeSet<String>>,
 }
@@ -34,13 +46,15 @@ impl DemoFolder {
     /// that every version of the demo has written.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if the manifest is invalid, or a file of `names` has content that the demo did not write.
+    /// [`Exit::Usage`] if the manifest is invalid or has other sizes, or a file of `names` has content that the demo did
+    /// not write.
     /// Without a manifest, if the folder is not empty and not that of an earlier version, which is recognised by its
     /// shipped files.
     pub(super) fn open<'a>(
         dir: &Path,
         names: impl Iterator<Item = &'a str>,
         shipped: &[(&str, &[u8])],
+        sizes: Sizes,
     ) -> Result<Self> {
         let path = dir.join(MANIFEST);
         if !path.exists() {
@@ -54,10 +68,13 @@ impl DemoFolder {
             } else {
                 check_is_empty(dir)?;
             }
-            let version = VERSION;
             return Ok(Self {
                 dir: dir.to_owned(),
-                manifest: Manifest { version, files },
+                manifest: Manifest {
+                    version: VERSION,
+                    sizes: Some(sizes),
+                    files,
+                },
             });
         }
         let text = fs::read_to_string(&path)?;
@@ -67,6 +84,17 @@ impl DemoFolder {
                 path.display()
             ))
         })?;
+        let earlier = manifest.sizes.unwrap_or(sizes);
+        if earlier != sizes {
+            bail!(Exit::Usage(format!(
+                "the demo in {} was started with --prompts {} --heldout {} --steps {}: resume it with these flags, or \
+                 choose another folder with --dir",
+                dir.display(),
+                earlier.prompts,
+                earlier.heldout,
+                earlier.steps
+            )));
+        }
         let folder = Self {
             dir: dir.to_owned(),
             manifest,
@@ -165,8 +193,37 @@ mod tests {
 
     const NAMES: [&str; 2] = ["prompts.jsonl", "kl.toml"];
 
+    const SIZES: Sizes = Sizes {
+        prompts: 200,
+        heldout: 60,
+        steps: 30,
+    };
+
     fn open(dir: &Path) -> Result<DemoFolder> {
-        DemoFolder::open(dir, NAMES.into_iter(), &[("prompts.jsonl", b"shipped")])
+        open_with(dir, SIZES)
+    }
+
+    fn open_with(dir: &Path, sizes: Sizes) -> Result<DemoFolder> {
+        let shipped: &[(&str, &[u8])] = &[("prompts.jsonl", b"shipped")];
+        DemoFolder::open(dir, NAMES.into_iter(), shipped, sizes)
+    }
+
+    #[test]
+    fn demo_with_other_sizes_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        open(dir.path()).unwrap().write("kl.toml", b"old").unwrap();
+        let sizes = Sizes {
+            prompts: 100,
+            ..SIZES
+        };
+        let error = open_with(dir.path(), sizes).err().unwrap();
+        let message = error.to_string();
+        assert_eq!(Exit::code_of(&error), 2, "{message}");
+        let flags = "--prompts 200 --heldout 60 --steps 30";
+        assert!(
+            message.contains(flags) && message.contains("--dir"),
+            "{message}"
+        );
     }
 
     #[track_caller]
@@ -190,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn demo_resumes_its_own_folder_with_other_settings() {
+    fn demo_resumes_its_own_folder_with_another_port() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(".hidden"), "").unwrap();
         for port in ["8017", "8018", "8017"] {

@@ -104,12 +104,18 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
             Some(TrainingObstacle::NoStudent) => "set `student.path` to a model folder, and then ",
             None => "",
         };
-        steps.push(match config.as_str() {
-            "" => {
-                format!("{read_warnings}{config_change}train: `distill train` with the same config")
-            }
-            config => format!("{read_warnings}{config_change}train: `distill train{config}`"),
-        });
+        let (flag, setting) = match summary.from_mock {
+            0 => ("", ""),
+            _ => (
+                " --set data.groups=mock",
+                ", and with `data.groups` = \"mock\" to use the answers of the mock",
+            ),
+        };
+        let train = match config.as_str() {
+            "" => format!("`distill train` with the same config{setting}"),
+            config => format!("`distill train{config}{flag}`"),
+        };
+        steps.push(format!("{read_warnings}{config_change}train: {train}"));
     }
     steps
 }
@@ -157,6 +163,16 @@ mod tests {
         assert_eq!(
             with_warning,
             "read the warnings, and then train: `distill train -c run.toml`"
+        );
+        let rehearsal = steps(HarvestSummary {
+            ok: 100,
+            from_mock: 100,
+            arguments: "-c run.toml".into(),
+            ..HarvestSummary::default()
+        });
+        assert_eq!(
+            rehearsal,
+            "train: `distill train -c run.toml --set data.groups=mock`"
         );
         let bad = steps(HarvestSummary {
             ok: 90,

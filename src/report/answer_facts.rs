@@ -1,6 +1,6 @@
 //! Properties of an answer that the summary counts and the monitor checks.
 
-use crate::cache::record::{Record, Status, is_truncated};
+use crate::cache::record::{Record, Status, is_mock, is_truncated};
 use crate::cache::usage::Usage;
 use crate::data::align::token_ids;
 use crate::report::usable_logprobs;
@@ -28,6 +28,8 @@ pub struct AnswerFacts {
     pub usage: Option<Usage>,
     /// Maximum number of completion tokens, from the request.
     pub max_tokens: u64,
+    /// True if the answer comes from a mock teacher, which is scripted.
+    pub is_mock: bool,
 }
 
 impl AnswerFacts {
@@ -54,6 +56,7 @@ impl AnswerFacts {
             reason: record.reason,
             model: record.model,
             max_tokens,
+            is_mock: is_mock(&record.fingerprint),
         }
     }
 }

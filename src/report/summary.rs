@@ -92,6 +92,9 @@ pub struct HarvestSummary {
     /// Reason why `distill train` with this config would not train on the answers.
     #[serde(skip)]
     pub before_training: Option<TrainingObstacle>,
+    /// Number of answers of a mock teacher, which `distill train` uses only if `data.groups` selects them.
+    #[serde(skip)]
+    pub from_mock: u64,
     /// Rows that failed or were refused by a content filter, for `failures.jsonl`.
     #[serde(skip)]
     pub failed_rows: Vec<FailedRow>,
@@ -218,6 +221,7 @@ impl HarvestSummary {
             self.usage.add(usage);
         }
         self.cut_off += u64::from(answer.is_cut_off);
+        self.from_mock += u64::from(answer.is_mock);
         // An empty answer has no tokens, and so no logprobs.
         let expects_logprobs = wants_logprobs && answer.text_bytes > 0;
         if let Some(reason) = &answer.without_logprobs

@@ -180,6 +180,10 @@ impl Server {
         format!("http://{}/v1", self.address)
     }
 
+    pub(crate) fn port(&self) -> u16 {
+        self.address.port()
+    }
+
     /// Model name that requests must use.
     pub fn model_name(&self) -> &str {
         &self.model_name

@@ -36,8 +36,14 @@ impl Tokenizer {
     /// Loads the tokenizer of a student with the variables and the date of its chat template.
     ///
     /// # Errors
-    /// As [`Self::load`].
+    /// As [`Self::load`], and [`Exit::Usage`] if `student.path` has no `tokenizer.json`.
     pub fn for_student(settings: &config::StudentConfig) -> Result<Self> {
+        if !settings.path.join("tokenizer.json").exists() {
+            bail!(Exit::Usage(format!(
+                "`student.path` = {} has no tokenizer.json: set it to the student's Hugging Face folder",
+                settings.path.display()
+            )));
+        }
         let mut tokenizer = load(&settings.path, &settings.template_args)?;
         if let Some(date) = settings.template_date {
             tokenizer.set_date(date.into());

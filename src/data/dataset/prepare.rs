@@ -83,6 +83,8 @@ pub(crate) fn run(
         if let Some(advice) = report.groups.advice() {
             reasons.push(if settings.cache.is_some() {
                 format!("`data.cache` is the cache of another run: {advice}")
+            } else if report.groups.has_only_mocks() {
+                format!("run `distill harvest` with a real endpoint, or {advice}")
             } else {
                 format!("run `distill harvest`, or {advice}")
             });

@@ -33,6 +33,7 @@ fn good(prompt: u32) -> AnswerFacts {
             ..Usage::default()
         }),
         max_tokens: 50,
+        is_mock: false,
     }
 }
 
