@@ -126,7 +126,7 @@ impl ScoringMethod {
     ) -> Result<Option<Logprobs>, NoAnswer> {
         let Some(positions) = reply["prompt_logprobs"].as_array() else {
             return Err(missing_logprob(
-                "no `prompt_logprobs`: it has no vLLM API, or does not enable the field",
+                "no `prompt_logprobs`: it is not vLLM, or does not enable the field",
             ));
         };
         // The first position has no logprobs, since no token precedes it.
@@ -147,7 +147,7 @@ impl ScoringMethod {
     ///
     /// In order of preference: the ids that the server reports; the ids of the answer by the teacher's tokenizer; the
     /// first id of each position. Newer servers list the prompt's token first. Older servers sort by probability, so
-    /// that the first id may be wrong; [`answer_logprobs`] rejects tokens that do not spell the answer.
+    /// the first id may be wrong; [`answer_logprobs`] rejects tokens that do not spell the answer.
     fn final_token_ids(
         &self,
         positions: &[&Map<String, Value>],

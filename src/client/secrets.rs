@@ -20,7 +20,7 @@ const MIN_LENGTH: usize = 8;
 /// Length in bytes below which a key is searched as a whole word only, and not in hexadecimal or base64.
 const MIN_ENCODED_LENGTH: usize = 20;
 
-/// Length of `&#x0073;` in bytes.
+/// Maximum length of an HTML entity in bytes, as of `&#x0073;`.
 const MAX_ENTITY_LENGTH: usize = 8;
 
 /// Replacement text for a removed key.
@@ -203,8 +203,8 @@ fn forms(secret: &str) -> Vec<Vec<u8>> {
     forms
 }
 
-/// Returns true if the text escapes a character of a key. Escaped line breaks, quotes and non-ASCII letters are
-/// common, but keys do not contain them.
+/// Returns true if the text escapes a character that a key may contain. Escaped line breaks, quotes and non-ASCII
+/// letters are common, but keys do not contain them.
 fn has_escaped_letters(text: &[u8]) -> bool {
     memchr3_iter(b'\\', b'%', b'&', text).any(|position| {
         // Each run of backslashes is parsed once, at its start.

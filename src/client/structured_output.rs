@@ -123,7 +123,7 @@ mod tests {
         }
     }
 
-    /// Verdicts of older drafts that versions of the validator have changed.
+    /// Versions of the validator treat these schemas of older drafts differently.
     #[test]
     fn schemas_of_older_drafts_keep_their_meaning() {
         let dir = tempfile::tempdir().unwrap();

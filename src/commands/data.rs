@@ -25,7 +25,8 @@ const MIN_PROBABILITY: f64 = 5e-5;
 /// Runs `distill data`.
 ///
 /// # Errors
-/// If the config, the student's tokenizer or the data cannot be loaded; [`Exit::Usage`] if no row matches.
+/// If the config, the student's tokenizer or the data cannot be loaded; [`Exit::Usage`] if no row matches or makes an
+/// example.
 pub fn run(args: &DataArgs, global: &GlobalArgs) -> Result<()> {
     match &args.command {
         DataCommand::Show(args) => show(args, global),
@@ -153,7 +154,7 @@ fn format_example(example: &ShownExample, style: ColourStyle) -> String {
     if example.tokens.is_empty() {
         return text;
     }
-    // The text, with a bar between tokens, and brackets around supervised tokens.
+    // The text, with `|` between tokens, and `>>>` and `<<<` around each run of supervised tokens.
     let mut is_supervised = false;
     for (position, token) in example.tokens.iter().enumerate() {
         if token.is_supervised != is_supervised {
@@ -185,8 +186,8 @@ fn format_example(example: &ShownExample, style: ColourStyle) -> String {
     text
 }
 
-/// Formats the targets of a supervised token: its soft labels, the tail, and probabilities outside the top-k or of a
-/// text chunk.
+/// Formats the targets of a supervised token: its soft labels, the tail, the probability of an emitted token outside
+/// the top-k, and the probability of a text chunk.
 fn labels(token: &ShownToken) -> String {
     let printed = token.soft_labels.iter().take(MAX_LABELS);
     let printed = printed.take_while(|label| label.probability >= MIN_PROBABILITY);

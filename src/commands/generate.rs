@@ -19,8 +19,8 @@ use crate::tokenizer::Tokenizer;
 /// # Errors
 /// If the arguments are invalid, the model cannot be loaded or the generation fails.
 pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> Result<()> {
-    let is_temperature = args.temperature.is_finite() && args.temperature >= 0.0;
-    if !is_temperature || !(0.0..=1.0).contains(&args.top_p) || args.max_tokens == 0 {
+    let is_valid_temperature = args.temperature.is_finite() && args.temperature >= 0.0;
+    if !is_valid_temperature || !(0.0..=1.0).contains(&args.top_p) || args.max_tokens == 0 {
         let message = "--temperature must be finite and 0 or more, --top-p from 0 to 1, and --max-tokens greater than 0";
         return Err(Exit::Usage(message.into()).into());
     }

@@ -92,7 +92,7 @@ pub(crate) fn without_slash(url: &str) -> &str {
     url.trim().trim_end_matches('/')
 }
 
-/// Returns the part of an address that a message may repeat: no user name, password or query.
+/// Returns the part of an address that a message may repeat: no user name, password, query or fragment.
 fn without_secrets(url: &str) -> String {
     let (url, _) = url.split_once(['?', '#']).unwrap_or((url, ""));
     let (scheme, after_scheme) = url.split_once("://").unwrap_or(("", url));

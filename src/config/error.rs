@@ -11,7 +11,7 @@ use crate::exit::Exit;
 /// Maximum number of valid keys that a message lists.
 const MAX_LISTED_KEYS: usize = 12;
 
-/// Minimum Jaro-Winkler similarity, from 0 to 1, of a key that a message suggests.
+/// Jaro-Winkler similarity, from 0 to 1, that a suggested key must exceed.
 const MIN_SIMILARITY: f64 = 0.7;
 
 /// A mistake in the value of a setting.

@@ -200,12 +200,12 @@ impl Default for LimitsConfig {
 pub struct RetryConfig {
     /// Maximum number of attempts for a request with transient failures (5xx, timeout, reset).
     pub max_attempts: u32,
-    /// Maximum pause before the first retry of a row. The maximum doubles with each retry; the pause is a random number
-    /// up to it.
+    /// Maximum pause before the first retry of a row. The maximum doubles with each retry; the pause is random, between
+    /// 0 and the maximum.
     #[serde(rename = "base_s", with = "seconds")]
     pub base: Duration,
-    /// Bound of the doubling. Pauses between the probes of an outage, and waits that the endpoint requests, may be
-    /// longer.
+    /// Limit of the doubled maximum. Pauses between the probes of an outage, and waits that the endpoint requests, may
+    /// be longer.
     #[serde(rename = "max_s", with = "seconds")]
     pub max: Duration,
     /// Time without a success after which an endpoint is stopped. Other endpoints continue; the run exits with 4.

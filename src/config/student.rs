@@ -29,7 +29,7 @@ pub struct StudentConfig {
     pub tie_word_embeddings: bool,
     pub rope_theta: f64,
     pub max_position_embeddings: usize,
-    /// Number type of the saved weights; training is in f32.
+    /// Number type of the saved weights; during training they are f32.
     pub save_dtype: SaveDtype,
 }
 

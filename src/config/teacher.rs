@@ -24,8 +24,8 @@ pub struct TeacherConfig {
     pub name: String,
     /// Weight of this teacher in the distribution of the prompts over all teachers.
     pub share: f64,
-    /// Address of the endpoint; `${NAME}` is replaced by the environment variable. The value is removed from answers like
-    /// a key if it stands after the host.
+    /// Address of the endpoint; `${NAME}` is replaced by the environment variable. The part of the variable's value
+    /// after the host is removed from answers, like a key.
     pub base_url: String,
     pub model: String,
     /// Name of the environment variable with the key; empty for an endpoint without a key.

@@ -23,7 +23,7 @@ const ID_DIGITS: usize = 8;
 /// Properties that all answers of a group share.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
-    /// Endpoint as in cache keys: its name or its address.
+    /// Endpoint as in cache keys: the teacher's name, or the address.
     endpoint: String,
     /// Model of the request.
     model: String,
@@ -168,10 +168,10 @@ pub struct ConfigSelection {
     pub teachers: Vec<TeacherIdentity>,
 }
 
-/// Cache keys of the rows of a plan.
+/// Cache keys and questions of the rows of a plan.
 #[derive(Debug, Clone, Default)]
 pub struct PlannedRows {
-    /// Key of the answer to each answered row.
+    /// Cache key of the answer to each answered row.
     pub keys: KeySet,
     /// Questions of the answered rows.
     pub answered: KeySet,

@@ -246,9 +246,9 @@ mod tests {
                     .map(|_| (0.3 + 0.4 * random.f64(), random.u32(..50)))
                     .collect();
                 for (at, number) in random_numbers.iter().enumerate() {
-                    let hit = *number < tops[at].0;
-                    right.count(at, tops[at].0, hit);
-                    wrong.count(at, tops[at + 1].0, hit && tops[at].1 == tops[at + 1].1);
+                    let is_hit = *number < tops[at].0;
+                    right.count(at, tops[at].0, is_hit);
+                    wrong.count(at, tops[at + 1].0, is_hit && tops[at].1 == tops[at + 1].1);
                 }
             }
             assert_eq!(

@@ -2,7 +2,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `groups` | groups of answers in a cache, and the selection of those to train on |
+//! | `groups` | groups of answers in a cache, and the selection of answers to train on |
 //! | `sampling` | whether an answer was sampled from the distribution of its logprobs |
 //! | `dataset` | reads rows, makes examples, splits them by prompt |
 //! | `align` | maps soft labels from the teacher's tokens to the student's, by bytes |

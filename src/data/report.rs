@@ -38,8 +38,8 @@ pub struct DataReport {
     /// Number of supervised answers without an end-of-turn token, except truncated answers.
     #[serde(default)]
     pub without_end: u64,
-    /// Number of supervised answers whose reasoning the chat template leaves out, or is in a separate field of the
-    /// record, by what is done with it.
+    /// Number of supervised answers whose reasoning the chat template drops, or the record has in a separate field, by
+    /// its treatment.
     #[serde(default)]
     pub thinking: BTreeMap<String, u64>,
     /// Number of earlier answers of conversations that became separate examples, because the text before the answer in

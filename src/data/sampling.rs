@@ -9,7 +9,8 @@ pub enum SamplingKind {
     Exact,
     /// A sharper distribution: at a lower temperature, or with unlikely tokens truncated.
     Sharper,
-    /// Unknown: no temperature or one above 1, penalties, or parameters that exclude tokens.
+    /// Unknown: no temperature or one above 1, penalties, or parameters that exclude tokens or change their
+    /// probabilities.
     Unknown,
 }
 

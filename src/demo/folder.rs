@@ -34,7 +34,7 @@ pub(super) struct Sizes {
 #[derive(Serialize, Deserialize)]
 struct Manifest {
     version: u32,
-    /// `None` in the folder of an earlier version.
+    /// `None` if an earlier version wrote the manifest.
     #[serde(default)]
     sizes: Option<Sizes>,
     /// Hashes of all contents that the demo has written, by file.
@@ -46,10 +46,9 @@ impl DemoFolder {
     /// that every version of the demo has written.
     ///
     /// # Errors
-    /// [`Exit::Usage`] if the manifest is invalid or has other sizes, or a file of `names` has content that the demo did
-    /// not write.
-    /// Without a manifest, if the folder is not empty and not that of an earlier version, which is recognised by its
-    /// shipped files.
+    /// [`Exit::Usage`] if the manifest is invalid or has other sizes, or a file of `names` has content that the demo
+    /// did not write. Without a manifest: if the folder is neither empty nor the folder of an earlier version, which is
+    /// recognised by its shipped files.
     pub(super) fn open<'a>(
         dir: &Path,
         names: impl Iterator<Item = &'a str>,
@@ -276,7 +275,7 @@ mod tests {
         assert_refused(dir.path(), "kl.toml");
     }
 
-    /// Killed after each write of a file: of the manifest, and of the file itself.
+    /// After the kill, the manifest lists the new content; the file has the old content, or does not exist.
     #[test]
     fn demo_resumes_after_a_kill_between_manifest_and_file() {
         let dir = tempfile::tempdir().unwrap();

@@ -15,7 +15,8 @@
 //! | `scan`, `logprobs` | fast and lenient parser of logprobs |
 //! | `error`, `error_body` | errors of every shape |
 //!
-//! Invariant: an answer is paid for, so neither a missing, mistyped or unknown field nor invalid JSON discards it.
+//! Invariant: an answer is paid for, so it is never discarded because of a missing, mistyped or unknown field, or of
+//! JSON that can be repaired.
 
 pub(crate) mod body;
 pub(crate) mod completion;

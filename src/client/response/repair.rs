@@ -13,7 +13,7 @@ pub(crate) struct JsonRepair<'a> {
     pub(crate) out: Vec<u8>,
     /// Stack of open brackets.
     pub(crate) open: Vec<u8>,
-    /// Length of `out` after the last complete element of a list in the outermost object.
+    /// Length of `out` after the last complete object or list inside a list of the outermost object.
     pub(crate) complete_length: usize,
 }
 

@@ -4,7 +4,7 @@ use crate::cache::record::Answer;
 use crate::client::response::*;
 use serde_json::{Value, json};
 
-/// Parses a body whose answer must be `hi`, complete.
+/// Parses a body, and checks that the answer is `hi` with the finish reason `stop`.
 #[track_caller]
 fn parse_hi(body: &str) -> Completion {
     let completion = parse(body.as_bytes()).unwrap_or_else(|e| panic!("{body}: {e:?}"));
@@ -72,8 +72,8 @@ fn reasoning_tokens_are_counted_once() {
         }));
         completion.usage.unwrap().completion_tokens
     };
-    assert_eq!(usage(35, 45), 35, "among the completion's tokens");
-    assert_eq!(usage(5, 45), 35, "beside them");
+    assert_eq!(usage(35, 45), 35, "included in completion_tokens");
+    assert_eq!(usage(5, 45), 35, "not included in completion_tokens");
 }
 
 #[test]

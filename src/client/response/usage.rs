@@ -90,7 +90,7 @@ fn parse_counts(fields: &Map<String, Value>) -> Option<Usage> {
     .or_else(|| first(&["reasoning_tokens", "thoughtsTokenCount"]))
     .unwrap_or(0);
     // Some providers (xAI, Gemini) do not count thinking as completion tokens. Then the total is larger than the sum of
-    // prompt and completion; without a total, there may be more thinking than completion tokens.
+    // prompt and completion. Without a total, this shows only if there are more reasoning than completion tokens.
     match total {
         Some(total) => {
             completion_tokens = completion_tokens.max(total.saturating_sub(prompt_tokens))

@@ -97,9 +97,9 @@ fn reported_token_ids_make_the_order_of_a_position_irrelevant() {
 fn logprobs_that_do_not_spell_the_answer_are_dropped_with_a_reason() {
     for answer in ["n cat", " a dog", "\n a cat", "long before \n a cat"] {
         let completion = read(reply(true), answer).unwrap();
-        let is_whole = answer == "\n a cat";
-        assert_eq!(completion.logprobs.is_some(), is_whole, "{answer:?}");
-        assert_eq!(completion.logprobs_fault.is_none(), is_whole);
+        let is_spelled = answer == "\n a cat";
+        assert_eq!(completion.logprobs.is_some(), is_spelled, "{answer:?}");
+        assert_eq!(completion.logprobs_fault.is_none(), is_spelled);
     }
 }
 

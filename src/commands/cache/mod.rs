@@ -87,7 +87,7 @@ fn config(location: &CacheLocation) -> Result<Option<Config>> {
 }
 
 /// Returns the settings for writing the cache: the `[cache]` section of the config, or the defaults if only the folder
-/// is given. With the defaults, a compressed cache stays compressed.
+/// is given. A compressed cache in a given folder stays compressed.
 fn settings(location: &CacheLocation) -> Result<config::CacheConfig> {
     let mut settings = config(location)?.map_or_else(Default::default, |config| config.cache);
     if let Some(dir) = &location.dir
@@ -285,8 +285,8 @@ fn verify_text(report: &VerifyReport) -> String {
     sanitise(&text).into_owned()
 }
 
-/// Prints at most `limit` records of the cache in `dir`: the records whose prompt id is `selector` or whose key starts
-/// with `selector`, or all records with `None`.
+/// Prints the first records of the cache in `dir`, at most `limit`. With a selector, prints only records whose prompt
+/// id is `selector` or whose key starts with it.
 pub fn show(dir: &Path, selector: Option<&str>, limit: usize, json: bool) -> Result<()> {
     let mut shown = Vec::new();
     for record in crate::cache::reader::read(dir)? {

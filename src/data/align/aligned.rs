@@ -97,7 +97,7 @@ impl Aligned {
             || self.sampled_logprob(position).is_some_and(f32::is_finite)
     }
 
-    /// Appends a position with complete soft labels: token ids and logprobs, best first.
+    /// Appends a position whose soft labels (token ids and logprobs, best first) have a total probability of 1.
     pub fn push(&mut self, labels: &[(u32, f32)]) {
         self.ids_NK.extend(labels.iter().map(|label| label.0));
         self.logprobs_NK.extend(labels.iter().map(|label| label.1));

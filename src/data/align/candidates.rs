@@ -32,9 +32,9 @@ pub enum SampledToken {
     NotListed,
 }
 
-/// Fills `listed` with the teacher's tokens at a position that have usable logprobs. If there are more than
-/// `max_candidates`, or more than `top_logprobs` (the number in the request), only the most likely ones are kept. The
-/// emitted token is appended if it is not one of them and its logprob is usable. Probabilities that sum to slightly
+/// Fills `listed` with the teacher's tokens at `position`, except tokens without a usable logprob. If there are more
+/// than `max_candidates`, or more than `top_logprobs` (the number in the request), only the most likely ones are kept.
+/// The emitted token is appended if it is not one of them and its logprob is usable. Probabilities that sum to slightly
 /// more than 1 are normalised.
 ///
 /// Some servers append the emitted token to their list if it is outside the top-k. So a token belongs to the top-k

@@ -6,7 +6,7 @@
 //! | group | soft labels |
 //! |---|---|
 //! | one teacher token, one student token | both predict the next bytes, so the teacher's candidates become student tokens |
-//! | one teacher token, several student tokens | the first position gets the first student token of each candidate; a later position gets the candidates that start with the bytes before it |
+//! | one teacher token, several student tokens | the first position gets the first student token of each candidate; a later position gets the candidates that extend the bytes of the earlier student tokens |
 //! | several teacher tokens | none: the positions train on cross-entropy, or as a [`Chunk`] |
 //!
 //! With the same tokenizer on both sides, all groups have one token on each side, and every token maps to itself.

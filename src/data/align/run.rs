@@ -10,7 +10,7 @@ use std::ops::Range;
 const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();
 /// Maximum number of bytes after an answer: a stop string and the end of the turn.
 const MAX_TRAILING_BYTES: usize = 256;
-/// Maximum number of bytes of a token whose bytes are not reported.
+/// Assumed maximum number of bytes of a token whose bytes are not reported.
 const MAX_UNKNOWN_BYTES: usize = 16;
 
 /// Teacher tokens that end at a known byte of the answer.
@@ -79,8 +79,9 @@ fn match_whole_answer(
 
 /// Finds `text` near the end of the bytes of all tokens. `start` is the index of the text's first byte in the answer.
 ///
-/// If the text occurs several times, the first of these rules that applies selects an occurrence: it starts at the
-/// first token and ends with a token; it starts and ends with tokens; it starts with a token; it is the last one.
+/// If the text occurs several times, an occurrence is selected by the first of these rules that applies: it starts at
+/// the first token and ends at a token boundary; it starts and ends at token boundaries; it starts at a token boundary;
+/// it is the last one.
 fn find_text(tokens: &[Cow<'_, [u8]>], text: &[u8], start: usize) -> Option<Vec<TeacherSpan>> {
     if text.is_empty() {
         return None;

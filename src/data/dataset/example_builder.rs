@@ -326,7 +326,7 @@ impl<'a> ExampleBuilder<'a> {
     }
 }
 
-/// Returns the position by which the examples of a file are ordered: those of a row are its own example, then its
+/// Returns the position by which the examples of a file are ordered. The row's own example comes first, then its
 /// separate answers by `message`. Every position is different, so that the order does not depend on threads.
 fn source_position(number: u64, message: Option<usize>) -> u64 {
     /// Bits for the message; the number of the row takes the others.

@@ -6,7 +6,7 @@
 //! | `rows` | parses a line as a conversation that ends in an answer, or returns the reason to leave it out |
 //! | `example_builder` | tokenises a row, and aligns its soft labels |
 //! | `prepare` | converts all rows to examples, on all cores |
-//! | `show` | prints examples token by token, for `distill data show` |
+//! | `show` | returns examples token by token, for `distill data show` |
 //!
 //! Invariants:
 //! - The examples depend only on the inputs of their hash, never on timing or the number of threads.

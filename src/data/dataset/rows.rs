@@ -171,7 +171,7 @@ pub(crate) fn prompt_of(
     messages_of_request(&record.request).ok_or_else(|| NO_TEXT.into())
 }
 
-/// Reason to leave out a record with images, for example.
+/// Reason to leave out a record whose prompt is not only text, but contains images, for example.
 const NO_TEXT: &str = "the request has messages that are not text";
 
 /// Checks status and finish reason of an answer.

@@ -18,7 +18,8 @@ use super::order;
 use crate::data::report::DataReport;
 use crate::fs;
 
-/// Size of a shard in bytes. Each thread holds one in memory; files ten times as large are not read faster.
+/// Approximate size in bytes at which a shard is complete. Each thread holds one in memory; files ten times as large
+/// are not read faster.
 const SHARD_BYTES: usize = 32 << 20;
 
 /// Destination of the files.
