@@ -255,7 +255,7 @@ impl EndpointHealth {
         self.has_succeeded || self.has_failed_as_before
     }
 
-    /// Records an endpoint refusal before the first answer. Returns the number of rows with one.
+    /// Records an endpoint refusal before the first answer. Returns the number of rows with an endpoint refusal.
     pub(crate) fn endpoint_refused_before_answer(&mut self, row: usize) -> usize {
         self.has_replied = true;
         self.has_failed = true;

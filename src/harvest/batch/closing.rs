@@ -15,14 +15,14 @@ use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, UnansweredLine};
 use crate::report::failures::FailedRow;
 
-/// Minimum number of refused rows, all with the same message, for which the settings are assumed to be wrong, and not the
-/// rows.
+/// Minimum number of refused rows, all with the same message, at which the settings are assumed to be wrong rather than
+/// the rows.
 const SAME_REFUSALS: usize = 5;
 
 /// Sums over the rows of a part while the part is closed.
 #[derive(Default)]
 struct ClosingTotals {
-    /// Number of rows without an answer that may be billed.
+    /// Number of unanswered rows that may be billed.
     lost: u64,
     /// Reserved cost of these rows in US dollars.
     lost_usd: f64,
@@ -85,7 +85,7 @@ impl BatchRun<'_> {
                 failed: member.failed,
                 ..QueuedRow::fresh(row as usize)
             };
-            // An endpoint refusal does not use up the attempts of its row.
+            // An endpoint refusal is not recorded as a paid attempt of its row.
             let is_row_failure = !matches!(outcome, Some(RowOutcome::EndpointRefused(_)));
             let failure = match outcome {
                 Some(RowOutcome::Refused(failure)) => {
@@ -189,7 +189,7 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    /// Charges the reserved cost of the rows without an answer that may be billed.
+    /// Charges the reserved cost of the unanswered rows that may be billed.
     fn settle_lost(
         &mut self,
         index: usize,

@@ -30,7 +30,7 @@ const MAX_ENDPOINT_REFUSALS: u32 = 4;
 /// Number of consecutive failed batches after which the upstream stops.
 const MAX_FAILED_BATCHES: u32 = 3;
 
-/// Number of consecutive failed calls up to which requested waits are excluded from an outage.
+/// Number of consecutive failed calls whose requested waits are excluded from an outage. The waits of later calls count.
 const MAX_EXCLUDED_WAITS: u32 = 8;
 
 /// Minimum pause after a batch of one row exceeded the limit of enqueued tokens.
