@@ -293,8 +293,8 @@ impl BatchJournal {
         self.run_dir.join("batches")
     }
 
-    /// Writes the two files of a new part: the requests to upload, and a [`PartRow`] for each request. `entries` are the
-    /// rows, each with its reserved budget in US dollars.
+    /// Writes the two files of a new part: the requests to upload, and a [`PartRow`] for each request. `entries` are
+    /// the rows, each with its reserved budget in US dollars.
     pub(crate) fn write_rows(
         &self,
         nonce: &str,
