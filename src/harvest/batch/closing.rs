@@ -207,7 +207,7 @@ impl BatchRun<'_> {
 
     /// Records an attempt that may have been billed. Returns the number of such attempts of the row over all runs.
     fn record_paid_attempt(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
-        let unanswered_line = self.line(entry, Kind::PaidAttempt, failure);
+        let unanswered_line = self.unanswered_line(entry, Kind::PaidAttempt, failure);
         self.run_files.unanswered.add(&unanswered_line)?;
         Ok(self
             .run_files
@@ -223,7 +223,7 @@ impl BatchRun<'_> {
         entry: QueuedRow,
         failure: &RowFailure,
     ) -> Result<()> {
-        let line = self.line(entry, Kind::Filtered, failure);
+        let line = self.unanswered_line(entry, Kind::Filtered, failure);
         self.run_files.unanswered.add(&line)?;
         let row = FailedRow::new(&self.plan, upstream, entry, failure.clone());
         self.summary.filtered(row);
@@ -231,7 +231,12 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    fn line(&self, entry: QueuedRow, kind: Kind, failure: &RowFailure) -> UnansweredLine {
+    fn unanswered_line(
+        &self,
+        entry: QueuedRow,
+        kind: Kind,
+        failure: &RowFailure,
+    ) -> UnansweredLine {
         UnansweredLine::new(&self.plan, entry, kind, failure, self.clock.now())
     }
 }

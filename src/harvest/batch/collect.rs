@@ -312,7 +312,7 @@ impl BatchRun<'_> {
                     continue;
                 }
             };
-            self.answered(index, collection, row, completion)?;
+            self.record_answer(index, collection, row, completion)?;
             collection.outcomes[row] = Some(RowOutcome::Answered);
         }
         Ok(())
@@ -402,7 +402,7 @@ impl BatchRun<'_> {
         };
         let outcome = match result {
             Ok(completion) if completion.has_content() => {
-                self.answered(index, collection, row, *completion)?;
+                self.record_answer(index, collection, row, *completion)?;
                 RowOutcome::Answered
             }
             Ok(completion) => RowOutcome::Empty(completion),
@@ -425,7 +425,7 @@ impl BatchRun<'_> {
     }
 
     /// Records an answer, charges it and counts it.
-    fn answered(
+    fn record_answer(
         &mut self,
         index: usize,
         collection: &mut PartCollection,
