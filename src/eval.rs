@@ -59,7 +59,7 @@ pub(crate) struct AccuracyReport {
 /// Version of the JSON object that `distill eval --json` prints.
 pub(crate) const VERSION: u32 = 1;
 
-/// Number of batches that are generated between two updates of the progress and two checks for signals.
+/// Number of batches between two progress updates. Each update is followed by a check for signals.
 const BATCHES_PER_UPDATE: usize = 8;
 
 /// Evaluates `eval.model`, or the student of this run. `selection` returns the selection of the training cache's
@@ -256,8 +256,8 @@ fn parse_json(text: &str) -> Option<Value> {
     serde_json::from_str(text.trim()).ok()
 }
 
-/// Computes mean metrics on the teacher's answers that `load_answers` returns for a number of tokens, the context of the
-/// models. Returns `None` if there are no such answers. `load_teacher` returns the local teacher, if any.
+/// Computes mean metrics on held-out answers of the teacher. Returns `None` if there are no such answers.
+/// `load_teacher` returns the local teacher, if any. `load_answers` takes the context of the models in tokens.
 fn compare_with_teacher(
     student: &Model,
     load_teacher: impl FnOnce() -> Result<Option<Model>>,

@@ -15,7 +15,7 @@ pub enum Exit {
     /// 4: stopped by the budget, a deadline, a limit or an outage; rerun the command to resume.
     #[error("{0}")]
     Resumable(String),
-    /// 5: a cache or a checkpoint is damaged, and continuing could lose data.
+    /// 5: a cache, ledger, journal or checkpoint is damaged or newer than this version, and continuing could lose data.
     #[error("{0}")]
     Damaged(String),
     /// 129, 130 or 143 (128 + the signal's number): stopped cleanly after SIGHUP, Ctrl-C or SIGTERM.

@@ -46,7 +46,7 @@ const FILLER: f32 = -50.0;
 const TOKENS_DIFFER: &str =
     "the tokenizer splits the answer into other tokens than the teacher did";
 
-/// A conversation that ends with the answer, with k entries for each of its last N tokens.
+/// A conversation that ends with the answer, with k alternatives for each of its last N tokens.
 #[derive(Debug, Serialize)]
 struct AxolotlRow {
     messages: Vec<Message>,
@@ -77,8 +77,8 @@ pub(super) fn write(
     Ok(report)
 }
 
-/// Converts a row to a line, or returns the reason to leave it out. Adds the number of alternatives that [`entry`]
-/// drops to `dropped`.
+/// Converts a row to a line, or returns the reason to leave it out. Adds to `dropped` the number of alternatives that
+/// [`entry`] drops from a converted row.
 fn line(
     mut row: ExportRow,
     tokenizer: &Tokenizer,
@@ -164,7 +164,7 @@ fn entries(
             TokenEntry::certain(id)
         });
     }
-    // No token follows the last one, but axolotl uses its entry if it ends the turn.
+    // No token follows the last one, but if it is the end-of-turn token, axolotl uses its entry.
     let last = from_answer.last().ok_or("no answer")?;
     entries.push(TokenEntry::certain(*last));
 

@@ -41,8 +41,8 @@ impl HfRow {
     }
 }
 
-/// Returns true if the folder `out` is empty, or contains only files with the names that [`write`] uses and its dataset
-/// card.
+/// Returns true if the folder `out` is empty, or is an earlier export: it contains only names that [`write`] uses, and
+/// its dataset card contains [`ORIGIN`].
 pub(super) fn is_export(out: &Path) -> Result<bool> {
     let entries = std::fs::read_dir(out)
         .and_then(|entries| entries.collect::<std::io::Result<Vec<_>>>())

@@ -15,7 +15,7 @@
 //!
 //! Invariants: records are streamed, so memory holds one record, or for Parquet one row group. A row that a format
 //! cannot represent is left out and counted with the reason. OUT replaces a file or a folder only with `--force`, and
-//! a folder only if all its files have the names of an `hf` export. A pipe or a character device is written to directly.
+//! a folder only if it is empty or an earlier `hf` export. A pipe or a character device is written to directly.
 //!
 //! # How to add an export format
 //!
@@ -23,8 +23,8 @@
 //!    the other in `commands::export::export_format`.
 //! 2. Add a file `export/<format>.rs` with the serialised row type, and a function from `rows::ExportRow` to it,
 //!    or to the reason to leave the row out. Copy `trl.rs` for plain text, `axolotl.rs` for token ids.
-//! 3. Call it in [`write()`]: through `rows::write_lines` for JSONL, or on `AtomicFile` yourself. If OUT is a folder,
-//!    extend `check_replaceable`.
+//! 3. Call it in [`write()`]: through `rows::write_lines` for JSONL; for other files, write to an `AtomicFile`. If OUT
+//!    is a folder, extend `check_replaceable`.
 //! 4. Declare the module above, and add a row to the table of formats here and in `README.md`.
 //! 5. Add a case to `tests/it/export/mod.rs` (or a file beside it), and load the file with the tool that reads it in
 //!    `tests/python/exports.py`.
@@ -90,8 +90,8 @@ pub fn write(
     }
 }
 
-/// Refuses to replace anything without `force`. With `force`, an export may replace a file, and an `hf` export a folder
-/// for which [`hf::is_export`] returns true. Pipes and character devices are not replaced but written to.
+/// Refuses to replace anything without `force`. With `force`, an `hf` export may replace a folder for which
+/// [`hf::is_export`] returns true; the other formats may replace a file. Pipes and character devices are written to.
 fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
     let path = out.display();
     if out.symlink_metadata().is_err() {

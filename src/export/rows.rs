@@ -43,8 +43,8 @@ impl ExportRow {
     }
 }
 
-/// Iterates over the records that `distill train` selects. Counts the other records by reason. Whether a record makes
-/// an example, for example within `data.max_length`, is not checked.
+/// Iterates over the records that `distill train` selects. Counts the other records by reason. Does not check whether
+/// a record can become a training example: `data.max_length`, for example, is ignored.
 pub(crate) struct ExportRows<'a, R> {
     pub(crate) records: R,
     pub(crate) settings: &'a config::DataConfig,

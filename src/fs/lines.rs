@@ -31,7 +31,7 @@ pub fn append(path: &Path, lines: &[u8]) -> Result<()> {
     append().with_context(|| format!("could not append to {}", path.display()))
 }
 
-/// An append-only text file, such as a metrics file. A power loss may lose lines after the last sync.
+/// An append-only text file, such as a metrics file. A power loss may lose the lines appended after the last sync.
 pub struct LogFile {
     file: File,
     path: PathBuf,

@@ -43,8 +43,8 @@ pub(super) fn parent_of(path: &Path) -> &Path {
     }
 }
 
-/// Copies the entries that other programs have put into the folder `from` to the folder `to`: all entries for whose
-/// names `is_ours` returns false. Skips names that exist in `to`.
+/// Copies the files and folders of other programs from the folder `from` to the folder `to`. These are the entries for
+/// whose names `is_ours` returns false. Skips names that exist in `to`.
 pub fn copy_foreign_entries(from: &Path, to: &Path, is_ours: impl Fn(&str) -> bool) -> Result<()> {
     if !from.is_dir() {
         return Ok(());

@@ -26,7 +26,7 @@ const COMPARED_PROMPTS: usize = 10;
 /// Maximum number of prompts whose first answer is stored for the comparison.
 const MAX_STORED_PROMPTS: usize = 100 * COMPARED_PROMPTS;
 
-/// Minimum length of a compared text in bytes: shorter ones are labels, which repeat legitimately.
+/// Minimum length of a compared text in bytes: shorter texts may be labels, which repeat legitimately.
 const MIN_TEXT_BYTES: usize = 24;
 
 /// Number of tokens by which an answer may exceed `max_tokens`.
@@ -72,7 +72,7 @@ pub(crate) struct AnswerMonitor {
     is_over_max_tokens_noted: bool,
 }
 
-/// One text as the answer to consecutive prompts.
+/// A text that was the answer to consecutive prompts.
 #[derive(Debug, Default)]
 struct RepeatedText {
     text_hash: u64,
@@ -167,7 +167,7 @@ impl AnswerMonitor {
     /// Detects a server that ignores the field of `max_tokens`: its answers exceed the reserved budget.
     fn check_max_tokens(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
         let used = facts.usage?.completion_tokens;
-        // Some servers complete a multi-token character.
+        // Some servers emit additional tokens to complete a character that spans several tokens.
         let excess = EXTRA_TOKENS_ALLOWED.max(facts.max_tokens / EXTRA_TOKENS_DIVISOR);
         let allowed = facts.max_tokens + excess;
         if self.is_over_max_tokens_noted || used <= allowed {

@@ -150,7 +150,7 @@ fn smallest_reservation<S: LedgerStore>(plan: &Plan, account: &Account<S>) -> Op
     rows.min()
 }
 
-/// Adds a warning for each wait with which a run started now would begin.
+/// Adds a warning for each reason why a run started now would wait before its first request.
 fn add_wait_warnings<S: LedgerStore>(
     summary: &mut HarvestSummary,
     schedule: &ScheduleConfig,

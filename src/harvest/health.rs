@@ -144,8 +144,8 @@ impl EndpointHealth {
         }
     }
 
-    /// Records an answer to a request sent at `sent_at`. The answer resets the failures, unless the request was sent before
-    /// the first of them: it may have been in flight for minutes.
+    /// Records an answer to a request sent at `sent_at`. The answer resets the failures, unless the request was sent
+    /// before the first failure: such a request may have been in flight for minutes.
     pub(crate) fn success(&mut self, sent_at: Instant, now: Instant) {
         self.last_success = now;
         self.excluded_wait = Duration::ZERO;
@@ -171,8 +171,8 @@ impl EndpointHealth {
         self.reset_failures();
     }
 
-    /// Discards the failures of an earlier plan: their rows are not rows of the next plan, and the time between the plans
-    /// is not time without success.
+    /// Discards the failures of an earlier plan: their rows are not rows of the next plan, and the time between the
+    /// plans is not time without success.
     pub(crate) fn begin_plan(&mut self, now: Instant) {
         self.last_success = now;
         self.excluded_wait = Duration::ZERO;
@@ -255,7 +255,7 @@ impl EndpointHealth {
         self.has_succeeded || self.has_failed_as_before
     }
 
-    /// Records an endpoint refusal before the first answer. Returns the number of rows with one.
+    /// Records an endpoint refusal before the first answer. Returns the number of rows with an endpoint refusal.
     pub(crate) fn endpoint_refused_before_answer(&mut self, row: usize) -> usize {
         self.has_replied = true;
         self.has_failed = true;
@@ -313,8 +313,8 @@ impl EndpointHealth {
         self.refusal.add(message) >= SAME_REFUSALS && !self.has_succeeded
     }
 
-    /// Records a server error. Returns true if nothing has succeeded and at least [`SAME_ERRORS`] consecutive errors had
-    /// this message.
+    /// Records a server error. Returns true if nothing has succeeded and at least [`SAME_ERRORS`] consecutive errors
+    /// had this message.
     pub(crate) fn server_failed(&mut self, message: &str) -> bool {
         self.server_error.add(message) >= SAME_ERRORS && !self.has_succeeded
     }

@@ -385,7 +385,7 @@ impl Run<'_> {
         Ok(dispatcher.with_waker(wake))
     }
 
-    /// Connects to the limits that an upstream shares with other processes. None if it has no rows.
+    /// Connects to the limits that an upstream shares with other processes. None if the upstream has no rows.
     async fn shared_limits(
         &self,
         plan: &Plan,

@@ -69,7 +69,7 @@ impl RunFiles {
     }
 
     /// Reserves the amount for a request. Returns false if the budget does not cover the amount. With a daily limit,
-    /// the request counts are written before the requests are sent. After an error nothing is reserved.
+    /// the request counts are written before the request is sent. After an error nothing is reserved.
     pub(crate) fn reserve(
         &mut self,
         amount: &Reservation,
@@ -154,7 +154,8 @@ pub(crate) fn open_read_only(
     Ok(account)
 }
 
-/// Opens the account stored in `store`; `is_complete` is the flag returned by [`LedgerFiles::open`].
+/// Opens the account stored in `store`. `is_complete` is the flag returned by [`LedgerFiles::open`]. If it is false,
+/// the tokens without a cost are summed from the caches.
 fn account<S: LedgerStore>(
     settings: &RunSettings,
     store: S,
@@ -224,8 +225,8 @@ impl MergeAccount {
         Ok(MergeAccount(Some(account)))
     }
 
-    /// Adds the cost of the merged records to the amount spent. Returns false if the run folder has no account; then
-    /// the next harvest computes the amount from the cache.
+    /// Adds the cost of the merged records to the amount spent. Returns false if the run folder has no complete
+    /// account; then the next harvest computes the amount from the cache.
     ///
     /// # Errors
     /// If the account cannot be written.

@@ -1,5 +1,5 @@
-//! `unreadable/` in the run folder: response bodies that could not be parsed, saved for inspection. Only API keys in
-//! them are replaced.
+//! `unreadable/` in the run folder: response bodies that could not be parsed, saved for inspection. They are unchanged,
+//! except that API keys are replaced.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn deadline_without_a_date_is_the_next_one() {
+    fn deadline_without_a_date_is_its_next_occurrence() {
         let deadline = |text: &str| {
             let schedule =
                 RequestWindow::new(&schedule_config("", text), at("2026-11-22 22:00")).unwrap();

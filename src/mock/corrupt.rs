@@ -61,7 +61,7 @@ fn bad_utf8(mut body: Vec<u8>) -> Vec<u8> {
     body
 }
 
-/// Creates a valid answer of `size` bytes, or of the shortest possible length if that is more.
+/// Creates a valid answer of `size` bytes, or the shortest valid answer if that is longer.
 fn huge(size: usize) -> Vec<u8> {
     let head = br#"{"choices":[{"index":0,"message":{"role":"assistant","content":""#;
     let tail = br#""},"finish_reason":"stop"}]}"#;

@@ -13,7 +13,7 @@ use crate::mock::script::limits::RetryAfter;
 /// Redirect target on a host that does not exist.
 const OTHER_HOST: &str = "https://elsewhere.invalid/v1/chat/completions";
 
-/// The properties of a request to which the conditions of a fault refer.
+/// The properties of a request that the conditions of a fault test.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RequestFacts<'a> {
     /// Path without the query.

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use crate::mock::quota::{Quota, QuotaStatus};
 use crate::mock::script::limits::{LimitChange, LimitScript, TokenCounting};
 
-/// The numbers of tokens that a request is charged.
+/// The numbers of tokens charged for a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TokenCost {
     pub prompt_tokens: u64,
@@ -183,7 +183,7 @@ impl MockLimiter {
         }
     }
 
-    /// Returns the quotas of the script, each with the amount that a request is charged.
+    /// Returns the quotas of the script, each with the amount charged for a request.
     fn charges(&mut self, cost: TokenCost) -> impl Iterator<Item = (LimitKind, &mut Quota, f64)> {
         let tokens = match self.output_tokens {
             Some(_) => cost.prompt_tokens,

@@ -24,7 +24,7 @@ struct LogprobTemplate {
 }
 
 impl LogprobTemplates {
-    /// Creates templates for up to `max_alternatives` at a temperature. Temperature 1 does not change the
+    /// Creates templates for up to `max_alternatives` alternatives at a temperature. Temperature 1 does not change the
     /// probabilities.
     pub(crate) fn new(max_alternatives: usize, temperature: f64) -> LogprobTemplates {
         let templates = (0..PROBABILITY_LEVELS).map(|level| {

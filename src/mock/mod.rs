@@ -116,7 +116,7 @@ impl Mock {
         &self.script
     }
 
-    /// Returns the counts so far. Bills the batches that have ended.
+    /// Bills the batches that have ended. Then returns the counts so far.
     pub fn stats(&self) -> MockStats {
         let mut state = self.state();
         let context = self.batch_context();
@@ -166,8 +166,8 @@ impl Mock {
         answer::write(chat, &inputs, &mut self.rng(hash, u32::MAX))
     }
 
-    /// Returns the random numbers of an attempt, which depend only on seed, body and attempt. Answers use the attempt
-    /// number `u32::MAX`, so that every attempt gets the same answer.
+    /// Returns the random number generator of an attempt, seeded by the script's seed, the body and the attempt number.
+    /// Answers use the attempt number `u32::MAX`, so that every attempt gets the same answer.
     fn rng(&self, hash: BodyHash, attempt: u32) -> fastrand::Rng {
         // 2^64 divided by the golden ratio spreads small numbers over all bits.
         let attempt = u64::from(attempt).wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -15,14 +15,14 @@ use crate::plan::queue::QueuedRow;
 use crate::plan::unanswered::{Kind, UnansweredLine};
 use crate::report::failures::FailedRow;
 
-/// Minimum number of refused rows, all with the same message, for which the settings are assumed to be wrong, and not the
-/// rows.
+/// Minimum number of refused rows, all with the same message, at which the settings are assumed to be wrong rather than
+/// the rows.
 const SAME_REFUSALS: usize = 5;
 
 /// Sums over the rows of a part while the part is closed.
 #[derive(Default)]
 struct ClosingTotals {
-    /// Number of rows without an answer that may be billed.
+    /// Number of unanswered rows that may be billed.
     lost: u64,
     /// Reserved cost of these rows in US dollars.
     lost_usd: f64,
@@ -85,7 +85,7 @@ impl BatchRun<'_> {
                 failed: member.failed,
                 ..QueuedRow::fresh(row as usize)
             };
-            // An endpoint refusal does not use up the attempts of its row.
+            // An endpoint refusal is not recorded as a paid attempt of its row.
             let is_row_failure = !matches!(outcome, Some(RowOutcome::EndpointRefused(_)));
             let failure = match outcome {
                 Some(RowOutcome::Refused(failure)) => {
@@ -189,7 +189,7 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    /// Charges the reserved cost of the rows without an answer that may be billed.
+    /// Charges the reserved cost of the unanswered rows that may be billed.
     fn settle_lost(
         &mut self,
         index: usize,
@@ -207,7 +207,7 @@ impl BatchRun<'_> {
 
     /// Records an attempt that may have been billed. Returns the number of such attempts of the row over all runs.
     fn record_paid_attempt(&mut self, entry: QueuedRow, failure: &RowFailure) -> Result<u32> {
-        let unanswered_line = self.line(entry, Kind::PaidAttempt, failure);
+        let unanswered_line = self.unanswered_line(entry, Kind::PaidAttempt, failure);
         self.run_files.unanswered.add(&unanswered_line)?;
         Ok(self
             .run_files
@@ -223,7 +223,7 @@ impl BatchRun<'_> {
         entry: QueuedRow,
         failure: &RowFailure,
     ) -> Result<()> {
-        let line = self.line(entry, Kind::Filtered, failure);
+        let line = self.unanswered_line(entry, Kind::Filtered, failure);
         self.run_files.unanswered.add(&line)?;
         let row = FailedRow::new(&self.plan, upstream, entry, failure.clone());
         self.summary.filtered(row);
@@ -231,7 +231,12 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    fn line(&self, entry: QueuedRow, kind: Kind, failure: &RowFailure) -> UnansweredLine {
+    fn unanswered_line(
+        &self,
+        entry: QueuedRow,
+        kind: Kind,
+        failure: &RowFailure,
+    ) -> UnansweredLine {
         UnansweredLine::new(&self.plan, entry, kind, failure, self.clock.now())
     }
 }

@@ -40,7 +40,8 @@ pub(super) struct PartCollection {
     timing: Timing,
     /// True if the endpoint did not run the rows that no file names.
     pub(super) unnamed_rows_not_run: bool,
-    /// Number of lines that name no row of the part, or add no answer to a row that has an outcome already.
+    /// Number of results that name no row of the part, or whose row has an outcome already. An answer still replaces
+    /// any other outcome.
     pub(super) ignored: u64,
     /// Text of the lines from which no row can be parsed.
     pub(super) unreadable: Vec<u8>,
@@ -311,7 +312,7 @@ impl BatchRun<'_> {
                     continue;
                 }
             };
-            self.answered(index, collection, row, completion)?;
+            self.record_answer(index, collection, row, completion)?;
             collection.outcomes[row] = Some(RowOutcome::Answered);
         }
         Ok(())
@@ -401,7 +402,7 @@ impl BatchRun<'_> {
         };
         let outcome = match result {
             Ok(completion) if completion.has_content() => {
-                self.answered(index, collection, row, *completion)?;
+                self.record_answer(index, collection, row, *completion)?;
                 RowOutcome::Answered
             }
             Ok(completion) => RowOutcome::Empty(completion),
@@ -424,7 +425,7 @@ impl BatchRun<'_> {
     }
 
     /// Records an answer, charges it and counts it.
-    fn answered(
+    fn record_answer(
         &mut self,
         index: usize,
         collection: &mut PartCollection,

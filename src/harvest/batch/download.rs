@@ -22,8 +22,8 @@ const MAX_READ_FAILURES: u32 = 20;
 const MAX_KEY_BYTES: usize = 16 << 10;
 
 impl BatchRun<'_> {
-    /// Opens a results file of the part `index`. Returns None once the endpoint has refused the file so often that the
-    /// part gives up on it; earlier refusals are errors, after which the step is retried.
+    /// Opens a results file of the part `index`. Returns None if the endpoint has refused the file too often; earlier
+    /// refusals are errors, so that the step is retried.
     pub(super) async fn rows_of_file(
         &mut self,
         index: usize,

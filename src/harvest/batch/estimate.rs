@@ -45,7 +45,7 @@ pub(crate) fn estimate_batches(settings: &RunSettings, plan: &Plan) -> Result<Ba
         let mut remaining = &sizes[..];
         while !remaining.is_empty() {
             let (count, ..) = limits.fit(remaining.iter().copied());
-            // A row larger than a file fails and needs no batch.
+            // A row larger than the maximum file size fails and needs no batch.
             estimate.batches += u64::from(count > 0);
             remaining = &remaining[count.max(1)..];
         }

@@ -75,7 +75,7 @@ impl BatchRun<'_> {
         self.close_part(index, collection, "failed")
     }
 
-    /// Ends a failed batch: refused lines fail, all other rows return to the queue.
+    /// Ends a failed batch: the rows of refused lines fail, all other rows return to the queue.
     pub(super) fn end_failed_batch(
         &mut self,
         index: usize,

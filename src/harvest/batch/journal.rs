@@ -44,7 +44,7 @@ pub(crate) struct BatchJournal {
     run_dir: PathBuf,
 }
 
-/// Part: the rows that are sent as one batch.
+/// Rows that are sent as one batch.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct BatchPart {
     /// Random name of the part, also in the metadata of the batch.
@@ -211,8 +211,8 @@ pub(crate) fn check_none_under_way(run_dir: &Path) -> Result<()> {
     if under_way > 0 {
         return Err(Exit::Usage(format!(
             "{under_way} batches of this run folder are under way, and their answers would be \
-             bought twice: set `schedule.mode = \"batch\"` to wait for them, and `schedule.deadline` \
-             to a time in the past to cancel them and send the remaining rows in real time"
+             bought twice: set `schedule.mode = \"batch\"` to wait for them; to cancel them and send the \
+             remaining rows in real time, also set `schedule.deadline` to a time in the past"
         ))
         .into());
     }
@@ -293,8 +293,8 @@ impl BatchJournal {
         self.run_dir.join("batches")
     }
 
-    /// Writes the two files of a new part: the requests to upload, and a [`PartRow`] for each request. `entries` are the
-    /// rows, each with its reserved budget in US dollars.
+    /// Writes the two files of a new part: the requests to upload, and a [`PartRow`] for each request. `entries` are
+    /// the rows, each with its reserved budget in US dollars.
     pub(crate) fn write_rows(
         &self,
         nonce: &str,

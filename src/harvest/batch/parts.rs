@@ -38,7 +38,7 @@ pub(crate) struct PartLimits {
 pub(crate) enum PartFull {
     /// Maximum number of rows, request bytes or output bytes of a part.
     Part,
-    /// Remaining tokens of the limit of enqueued tokens.
+    /// Remainder of the limit of enqueued tokens.
     Tokens,
     /// Remaining budget.
     Budget,

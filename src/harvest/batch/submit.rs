@@ -22,15 +22,16 @@ use crate::plan::queue::QueuedRow;
 /// Delay in seconds before each search for a batch whose creation had no reply. A new batch may be listed late.
 const LOOKUP_DELAYS_S: [u64; 4] = [0, 5, 15, 40];
 
-/// Numbers of times that an uploaded file may be "not found": before a second upload, and before the upstream stops.
+/// Numbers of "not found" replies for an uploaded file. After the first number, the file is uploaded again; after more
+/// than the second, the upstream stops.
 const FILE_NOT_FOUND_LIMITS: [u32; 2] = [6, 12];
 
 /// Maximum clock skew in seconds: the search for a nonce covers batches created up to this long before its part.
 const CLOCK_SKEW_S: i64 = 86_400;
 
 impl BatchRun<'_> {
-    /// Makes a part of the first waiting rows that fit, and returns its index. None if no row fits now. Before that,
-    /// leading rows that exceed the maximum file size fail.
+    /// Fails the leading rows that exceed the maximum file size. Then makes a part of the first waiting rows that fit,
+    /// and returns its index. None if no row fits now.
     pub(super) fn plan_part(&mut self, upstream: usize) -> Result<Option<usize>> {
         self.fail_too_large_rows(upstream);
         let sizes: Vec<RowSize> = {
@@ -144,8 +145,8 @@ impl BatchRun<'_> {
         self.upstreams[upstream].stop(error);
     }
 
-    /// Advances a part until its batch is created or the part has to wait. Unless `may_send`, no file is uploaded and
-    /// no batch is created.
+    /// Advances a part until its batch is created or the part has to wait. If `may_send` is false, uploads no file and
+    /// creates no batch.
     pub(super) async fn submit(
         &mut self,
         index: usize,
@@ -263,8 +264,8 @@ impl BatchRun<'_> {
         Ok(())
     }
 
-    /// Searches for the batch of a creation without a reply. If the last search, a minute after the first, does not
-    /// find the batch, it is created again.
+    /// Searches for a batch whose creation had no reply. If the last search, a minute after the first, does not find
+    /// the batch, it is created again.
     async fn find_batch(&mut self, index: usize, file: String) -> Result<(), BatchStepError> {
         let (upstream, transport) = self.upstream_of(index)?;
         let part = &self.journal.parts[index];

@@ -30,7 +30,7 @@ const MAX_ENDPOINT_REFUSALS: u32 = 4;
 /// Number of consecutive failed batches after which the upstream stops.
 const MAX_FAILED_BATCHES: u32 = 3;
 
-/// Number of consecutive failed calls up to which requested waits are excluded from an outage.
+/// Number of consecutive failed calls whose requested waits are excluded from an outage. Later waits are not excluded.
 const MAX_EXCLUDED_WAITS: u32 = 8;
 
 /// Minimum pause after a batch of one row exceeded the limit of enqueued tokens.
@@ -202,16 +202,16 @@ impl BatchUpstream {
         (pause, message)
     }
 
-    /// Handles an endpoint refusal in a batch without answers. The upstream stops at the first one if no row was answered
-    /// yet, and otherwise after more than [`MAX_ENDPOINT_REFUSALS`] of them.
+    /// Handles an endpoint refusal in a batch without answers. The upstream stops at the first one if no row was
+    /// answered yet, and otherwise after more than [`MAX_ENDPOINT_REFUSALS`] of them.
     pub(crate) fn batch_refused(&mut self, refusal: EndpointRefusal, retry: &config::RetryConfig) {
         self.refused_batches += 1;
         self.not_before = Instant::now() + backoff(self.refused_batches, retry, 1.0);
         self.stop_if_confirmed(refusal, self.has_answered, self.refused_batches);
     }
 
-    /// Stops after `count` endpoint refusals, if these are enough. `has_worked` is true if the endpoint has worked before,
-    /// so that more than one is needed.
+    /// Stops after `count` endpoint refusals, if these are enough. `has_worked` is true if the endpoint has worked
+    /// before, so that more than one is needed.
     fn stop_if_confirmed(&mut self, refusal: EndpointRefusal, has_worked: bool, count: u32) {
         let EndpointRefusal { reason, failure } = refusal;
         let teacher = &self.settings.teacher;

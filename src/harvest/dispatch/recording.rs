@@ -60,7 +60,7 @@ impl Dispatcher<'_> {
             && let Some((lost, error)) = self.held_answers.give_up(self.cache.intact_len())
         {
             self.summary.attempts_lost += lost.len() as u64;
-            // The exit code still names the signal; the message reports the lost answers.
+            // The exit status is still that of the signal; the message reports the lost answers.
             let signal = self.stop.as_ref().and_then(Exit::signal_of);
             self.stop = Some(match signal {
                 Some(number) => {

@@ -61,7 +61,7 @@ impl Dispatcher<'_> {
         self.timeline.hour(Instant::now()).failed_attempts += 1;
         let mut entry = attempt.entry;
         let mut paid = 0;
-        // An endpoint refusal is not the fault of its row, and does not use up the attempts of the row.
+        // An endpoint refusal is not the fault of its row, so it is not recorded as a paid attempt of the row.
         let is_row_failure = !matches!(error, AttemptError::EndpointRefused(_));
         if let Some(failure) = billed.filter(|_| is_row_failure) {
             entry.paid += 1;

@@ -22,7 +22,7 @@ fn outage_needs_several_failing_rows_and_ends_with_a_success() {
 }
 
 #[test]
-fn time_in_which_the_run_sent_nothing_is_no_outage() {
+fn time_in_which_the_run_sent_nothing_is_not_an_outage() {
     let start = Instant::now();
     let at = |hours: u64| start + Duration::from_secs(3_600 * hours);
     let mut health = EndpointHealth::new(start);

@@ -41,14 +41,14 @@ use crate::terminal::format_duration;
 /// resume in the error; longer waits after other errors are ignored.
 pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(3_600);
 
-/// Number of failed requests after which an address that has sent no reply is given up.
+/// Number of failed requests after which an endpoint stops if its address has never replied.
 const FIRST_CONTACT_ATTEMPTS: u32 = 3;
 
 /// Longest pause between two probes of an outage, as a multiple of `retry.max_s`.
 const OUTAGE_PAUSE_FACTOR: f64 = 5.0;
 
-/// Number of remaining rows up to which each of them may be a row that always fails. In an outage these rows are then
-/// tried at shorter intervals.
+/// Maximum number of remaining rows at which all of them may be rows that always fail. In an outage such rows are tried
+/// at shorter intervals.
 const LAST_ROWS: usize = 50;
 
 /// Maximum time in which each of the last rows is tried once during an outage.
@@ -157,7 +157,8 @@ impl Upstream {
         })
     }
 
-    /// Replaces the queue by the rows of another plan; limits stay, and so does what is known about the endpoint.
+    /// Replaces the queue by the rows of another plan. Keeps the limits and the health of the endpoint, except its
+    /// failures since the last success.
     ///
     /// # Errors
     /// If a request exceeds a limit.
@@ -178,8 +179,8 @@ impl Upstream {
         self.queue.is_empty() || self.stopped.is_some()
     }
 
-    /// Checks that one more request may be in flight. At most one request is in flight during an outage, after a pause
-    /// until the next answer, and before the first answer (without a budget, only for [`FIRST_REQUEST_ALONE`]).
+    /// Checks that one more request may be in flight. At most one request is in flight during an outage, between a
+    /// pause and the next answer, and before the first answer (without a budget, only for [`FIRST_REQUEST_ALONE`]).
     ///
     /// # Errors
     /// The time of the next check; None if a reply has to arrive first.
@@ -294,7 +295,8 @@ impl Upstream {
         }
     }
 
-    /// Counts a request of `ticket` as ended, with or without a reply, and updates the limits from its headers.
+    /// Counts the request of `ticket` as ended, with or without a reply, and updates the limits from the headers of the
+    /// reply.
     pub(crate) fn reply_received(&mut self, ticket: &SendTicket, reports: &[LimitReport]) {
         self.in_flight -= 1;
         if self.probe_sent_at == Some(ticket.sent_at) {
@@ -462,8 +464,8 @@ impl Upstream {
         }
     }
 
-    /// Excludes the last `elapsed` seconds from the time without success if no request was in flight because all
-    /// endpoints are paused (`is_paused`) or a limit of the user is used up. Pauses after failures are not excluded.
+    /// Excludes `elapsed`, the time until now, from the time without success if no request was in flight because the
+    /// run is paused (`is_paused`) or a limit of the user is used up. Pauses after failures are not excluded.
     pub(crate) fn exclude_held_back(&mut self, elapsed: Duration, is_paused: bool) {
         let now = Instant::now();
         let is_held_back = is_paused && !self.limiter.is_closed(now);

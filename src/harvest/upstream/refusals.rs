@@ -1,8 +1,8 @@
 //! Decisions after a refusal: wait, try another row, fail the row or stop.
 //!
-//! An "endpoint refusal" ([`EndpointRefusal`]) says that no request can succeed: wrong key, address or model, no credit,
-//! no access. Some endpoints send such a reply to one row only, so a run stops at once only if nothing contradicts it.
-//! Once other rows were answered, several rounds of endpoint refusals must confirm it.
+//! An "endpoint refusal" ([`EndpointRefusal`]) says that no request can succeed: wrong key, address or model, no
+//! credit, no access. Some endpoints send such a reply to one row only, so a run stops immediately only if nothing
+//! contradicts the refusal. Once other rows were answered, several rounds of endpoint refusals must confirm it.
 
 use std::time::Duration;
 
@@ -36,14 +36,14 @@ const ROWS_TO_CONFIRM_WITH_SUSPECTS: usize = 8;
 /// Like [`ROWS_TO_CONFIRM_REFUSAL`], for refusals of the key.
 const ROWS_TO_CONFIRM_WRONG_KEY: usize = 2;
 
-/// Number of remaining rows up to which each of them may be a row that the endpoint always refuses, if the cache holds
-/// answers to the other rows.
+/// Maximum number of remaining rows at which all of them may be rows that the endpoint always refuses, if the cache
+/// holds answers to other rows.
 const MAX_ALWAYS_REFUSED_ROWS: usize = 20;
 
-/// Number of throttled requests of a row after which the row fails, if other rows were answered meanwhile and every
-/// remaining row was throttled as often. With the default pauses they span more than a minute, so that a limit per
-/// minute fails no row. Also a number of rounds of throttled requests: no row fails before it, and long requested waits
-/// are excluded from an outage only up to it.
+/// Number of throttled requests after which a row fails, if other rows were answered meanwhile and every remaining row
+/// was throttled as often. With the default pauses the requests span more than a minute, so that a limit per minute
+/// fails no row. Also a number of rounds of throttled requests: no row fails in an earlier round, and long requested
+/// waits of later rounds are not excluded from an outage.
 const MAX_THROTTLES_PER_ROW: u32 = 8;
 
 /// Number of rounds of requested waits above [`LONGEST_WAIT`] after which the endpoint is stopped.

@@ -77,7 +77,7 @@ fn send(upstream: &mut Upstream, plan: &Plan) -> (SendTicket, QueuedRow) {
 const HOUR: Duration = Duration::from_secs(3_600);
 
 #[tokio::test(start_paused = true)]
-async fn time_between_two_plans_is_no_outage() {
+async fn time_between_two_plans_is_not_an_outage() {
     let config = config(|_| {});
     let plan = plan(&config);
     let mut upstream = upstream(&config, &plan);
@@ -91,7 +91,7 @@ async fn time_between_two_plans_is_no_outage() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn wait_for_the_daily_limit_is_no_outage() {
+async fn wait_for_the_daily_limit_is_not_an_outage() {
     let config = config(|config| config.limits.requests_per_day = Some(1));
     let plan = plan(&config);
     let mut upstream = upstream(&config, &plan);
@@ -116,7 +116,7 @@ async fn pause_of_the_run_is_excluded_from_an_outage_and_backoff_is_not() {
     upstream.exclude_held_back(2 * HOUR, true);
     send_failing(&mut upstream, &plan);
     assert!(upstream.take_error().is_none());
-    // After the first failure no request is sent for a moment, which counts.
+    // The pause after a failure is not excluded.
     upstream.exclude_held_back(HOUR, true);
     tokio::time::advance(HOUR).await;
     send_failing(&mut upstream, &plan);

@@ -183,7 +183,7 @@ mod tests {
         }
     }
 
-    /// Checks the status and the number of processed rows at seconds after the creation.
+    /// Checks the status and the number of processed rows. Each time is in seconds after the creation.
     #[track_caller]
     fn check(
         lifecycle: &BatchLifecycle,

@@ -1,7 +1,8 @@
 //! OpenAI's file and batch API, on a virtual clock.
 //!
 //! Nothing runs in the background: the state of a batch is a function of time, which is computed when a request
-//! arrives. A batch that has ended is billed by the next request or count.
+//! arrives. A batch that has ended is billed at the next request other than a chat completion, or when the counts are
+//! read.
 //!
 //! | file | content |
 //! |---|---|
@@ -53,7 +54,7 @@ struct StoredFile {
     name: String,
     purpose: String,
     content: Bytes,
-    /// Real time, since the start of the mock, from which on requests find the file.
+    /// Real time since the start of the mock at which the file becomes visible to requests.
     visible_at: Duration,
     /// Time of creation, in virtual seconds since the start of the mock.
     created: f64,

@@ -13,7 +13,7 @@ pub(crate) struct Upload<'a> {
 /// Parses an upload. The content is not copied, because `body` may have hundreds of megabytes.
 ///
 /// # Errors
-/// A message that names the missing part.
+/// A message that says what is missing.
 pub(crate) fn parse<'a>(content_type: &str, body: &'a [u8]) -> Result<Upload<'a>, &'static str> {
     let boundary = content_type
         .split(';')
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn error_names_the_missing_part() {
+    fn error_says_what_is_missing() {
         for (content_type, body, part) in [
             ("application/json", "{}", "multipart/form-data"),
             (TYPE, "{}", "boundary"),

@@ -1,7 +1,7 @@
 use super::*;
 use serde_json::json;
 
-/// Returns the id of the row and a word for its result.
+/// Returns the id of the row and a label of its result.
 fn classify_line(line: &str) -> Option<(String, String)> {
     let mut row_results = parse_line(&Bytes::copy_from_slice(line.as_bytes()));
     assert!(row_results.len() <= 1, "{line}");
