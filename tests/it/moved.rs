@@ -48,7 +48,7 @@ fn spent(fixture: &HarvestFixture) -> Spent {
     ledger.spent
 }
 
-/// Merges the rescued records, as the error message advises. They are already paid for.
+/// Merges the rescued records, as the error message advises. The ledger already contains their cost.
 fn merge_rescued(fixture: &HarvestFixture) {
     let spent_before = spent(fixture);
     let status = std::process::Command::new(env!("CARGO_BIN_EXE_distill"))

@@ -118,7 +118,7 @@ impl SimulatedRun {
             .unwrap()
     }
 
-    /// As [`SimulatedRun::harvest_until_kill`], with another transport and with signals.
+    /// Like [`SimulatedRun::harvest_until_kill`], with another transport and with signals.
     pub async fn harvest_over(
         &self,
         transport: impl Transport + 'static,
@@ -160,7 +160,7 @@ impl SimulatedRun {
     }
 }
 
-/// Totals of a simulation over all its processes.
+/// Totals of a simulation. A killed process counts only in `kills` and `processes`.
 #[derive(Debug, Default)]
 struct Totals {
     requests: u64,
