@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Long versions of CI checks: kills, signals, damage, crash images, simulated overnight runs, fuzz targets and a soak test.
+# Long versions of the CI checks: kills, signals, damage, crash images, simulated overnight runs, fuzz targets and a
+# soak test.
 #
 # usage: tests/nightly.sh [FUZZ_SECONDS]      (per target; default 1200, about five hours in total)
 #
@@ -10,18 +11,18 @@ fuzz_seconds=${1:-1200}
 
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
-step "K1 to K8: kills, cuts, flipped bits, failing disks, power losses, two processes, signals"
+step "kills, truncated files, flipped bits, failing disks, power losses, two processes, signals"
 NIGHTLY=1 cargo test --locked --test it -- --nocapture cache kills harvest::disk budget train::resume
 
-step "S1: simulated overnight runs"
+step "simulated overnight runs"
 DISTILL_NIGHTS=${NIGHTS:-2000} cargo test --locked --test it -- --nocapture simulated_nights | tail -n 5
 
-step "S3: soak test"
+step "soak test"
 cargo build --locked --release --quiet --bin distill
 tests/soak.sh 100000 900 none
 tests/soak.sh 100000 900 zstd
 
-step "Z: fuzz targets"
+step "fuzz targets"
 if ! command -v cargo-fuzz > /dev/null; then
     cargo install --quiet --root target/tools cargo-fuzz
     PATH=$PWD/target/tools/bin:$PATH

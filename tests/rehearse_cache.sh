@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Rehearses the cache of the release binary: killed during compression, harvested in shards and merged, damaged and repaired,
-# exported, and on a full disk.
+# Rehearses the cache of the release binary: killed during compression, harvested in shards and merged, damaged and
+# repaired, exported, and on a full disk.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 distill=$PWD/${DISTILL:-target/release/distill}
@@ -21,7 +21,7 @@ seq 600 | sed 's/^/tell me about the number /' > prompts.txt
 trap 'kill "${server:-}" "${victim:-}" 2> /dev/null || true; rm -rf "$scratch"' EXIT
 serve --mock mock.toml
 
-# config NAME COMPRESSION LOGPROBS
+# config NAME COMPRESSION TOP_LOGPROBS
 config() {
     cat > "$1.toml" << END
 run_dir = "$1"
@@ -45,14 +45,14 @@ records() { "$distill" cache stats -c "$1.toml" --json | sed 's/.*"stats":{"reco
 
 echo "-- killed during compression, and resumed"
 config packed zstd 20
-for life in 0.8 1.2; do
+for seconds in 0.8 1.2; do
     "$distill" harvest -c packed.toml > /dev/null 2>&1 &
     victim=$!
-    sleep "$life"
+    sleep "$seconds"
     kill -9 "$victim"
     wait "$victim" 2> /dev/null || true
     victim=
-    echo "killed after $life s: $(records packed) records, $(stat -c %s packed/cache/responses.jsonl.zst) bytes in frames"
+    echo "killed after $seconds s: $(records packed) records, $(stat -c %s packed/cache/responses.jsonl.zst) bytes in frames"
 done
 "$distill" harvest -c packed.toml | grep -E "cached|answered|failed|pending"
 "$distill" cache verify -c packed.toml

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Rehearses on-policy training of the release binary, scored by an endpoint: with both APIs, killed and resumed, stopped by
-# Ctrl-C, and out of budget.
+# Rehearses on-policy training of the release binary, scored by an endpoint: with both APIs, killed and resumed, stopped
+# by Ctrl-C, and out of budget.
 #
 #     tests/rehearse_judge.sh DEMO_DIR [BASE_URL MODEL]
 #
-# DEMO_DIR is the folder of a finished `distill demo`. Its teacher scores; its student without soft labels is the start of
-# the training. The script serves the teacher itself, unless another server offers it as MODEL at BASE_URL:
+# DEMO_DIR is the folder of a finished `distill demo`. Its teacher scores the answers. Training starts from its student
+# without soft labels. The script serves the teacher itself, unless another server offers it as MODEL at BASE_URL:
 #
 #     vllm serve demo/teacher --served-model-name teacher --max-model-len 512 --dtype float32
 #     tests/rehearse_judge.sh demo http://127.0.0.1:8000/v1 teacher

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# S3 of tests/nightly.sh: a long harvest against `distill serve --mock`. Its memory, threads and open files must not grow.
+# Soak test of tests/nightly.sh: a long harvest against `distill serve --mock`. Its memory, threads and open files must
+# not grow.
 #
 # usage: tests/soak.sh [REQUESTS] [SECONDS] [none|zstd]      (default: 100000 900 none)
 set -euo pipefail

@@ -24,7 +24,7 @@ pub struct HarvestFixture {
 }
 
 impl HarvestFixture {
-    /// `script` is the script of the teacher. `settings` are lines that end the section `[limits]` of the config, or
+    /// `script` is the script of the teacher. `settings` is appended to the config: lines of the section `[limits]`, or
     /// further sections.
     pub fn new(prompts: usize, script: &str, settings: &str) -> HarvestFixture {
         let runtime = Runtime::new().unwrap();
@@ -78,8 +78,8 @@ impl HarvestFixture {
             .unwrap()
     }
 
-    /// Runs a harvest that must succeed. If the last one was killed, it must report the requests that may have been
-    /// billed.
+    /// Runs a harvest that must succeed. If the previous harvest was killed, this one must report the requests that may
+    /// have been billed.
     pub fn finish(&self) {
         let ledger = std::fs::read(self.folder.path().join("run/ledger.json"));
         let ledger: Value = serde_json::from_slice(&ledger.unwrap_or_default()).unwrap_or_default();
@@ -130,7 +130,7 @@ pub fn wait_for_end(mut child: Child, timeout: Duration) -> (ExitStatus, String)
     )
 }
 
-/// Returns true if the tests ignore SIGHUP, as under `nohup`. Their child processes then ignore it as well.
+/// Returns true if this process ignores SIGHUP, as under `nohup`. Its child processes then ignore it as well.
 pub fn ignores_hang_ups() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -139,7 +139,7 @@ pub fn ignores_hang_ups() -> bool {
     ignored.is_some_and(|mask| mask & 1 != 0)
 }
 
-/// Sends the signal `name`, which is given without `SIG`.
+/// Sends a signal. `name` is without the prefix `SIG`.
 pub fn signal(child: &Child, name: &str) {
     let status = Command::new("kill")
         .args(["-s", name, &child.id().to_string()])

@@ -214,12 +214,12 @@ impl Imports {
             .collect()
     }
 
-    /// Returns the files that import themselves through other files, and those between two such cycles.
+    /// Returns the files in import cycles, and the files on a path from one cycle to another.
     fn in_cycles(&self) -> Vec<String> {
         let mut files: BTreeSet<&String> = self.files.values().collect();
         let mut edges: BTreeSet<(&String, &String)> =
             self.edges.keys().map(|(from, to)| (from, to)).collect();
-        // Removes files that import no remaining file, or that no remaining file imports, until there are none.
+        // Repeatedly removes the files that import no remaining file and the files that no remaining file imports.
         loop {
             let from: BTreeSet<&String> = edges.iter().map(|(from, _)| *from).collect();
             let to: BTreeSet<&String> = edges.iter().map(|(_, to)| *to).collect();

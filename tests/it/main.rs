@@ -1,6 +1,6 @@
 //! Integration tests: one file or folder per command or guarantee.
 //!
-//! `cache_samples`, `fault_server` and `tiny` are helpers.
+//! `cache_samples`, `fault_server`, `harvest_process` and `tiny` are helpers.
 
 // A test fails by panicking.
 #![allow(clippy::expect_used, clippy::unwrap_used)]

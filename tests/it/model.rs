@@ -112,7 +112,7 @@ fn weights_that_do_not_match_the_config_are_named() {
             .to_string()
             .contains("model.layers.1.mlp.up_proj.weight")
     );
-    // More layers than the config has.
+    // The weights have more layers than the config.
     let names = tensors.keys().cloned().collect();
     let error = weights::check_layers(&names, 1);
     let error = error.err().unwrap().to_string();

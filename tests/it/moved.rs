@@ -48,7 +48,7 @@ fn spent(fixture: &HarvestFixture) -> Spent {
     ledger.spent
 }
 
-/// Merges the rescued records, as the error message advises. They are already paid for.
+/// Merges the rescued records, as the error message advises. The ledger already contains their cost.
 fn merge_rescued(fixture: &HarvestFixture) {
     let spent_before = spent(fixture);
     let status = std::process::Command::new(env!("CARGO_BIN_EXE_distill"))
@@ -115,7 +115,7 @@ fn moved_removed_or_replaced_cache_stops_run_and_loses_nothing() {
         |fixture| fs::rename(elsewhere(fixture), fixture.cache()).unwrap(),
         none,
     );
-    // The ledger of the budget is moved along.
+    // The ledger of the budget moves with the run folder.
     let run = |fixture: &HarvestFixture| fixture.folder.path().join("run");
     check_changed_files(
         "was moved to",

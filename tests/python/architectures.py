@@ -2,9 +2,9 @@
 
 usage: architectures.py DISTILL DEMO_DIR FOLDER
 
-Writes a small decoder of each architecture with random weights into FOLDER by `save_pretrained`, with
-the tokenizer of the demo's teacher, and trains it for some steps on the demo's cache: all weights, or
-adapters in the case `lora`. transformers_check.py compares the students.
+For each architecture, `save_pretrained` writes a small decoder with random weights into FOLDER. It has the
+tokenizer of the demo's teacher, and is trained for some steps on the demo's cache: all weights, or adapters
+in the case `lora`. transformers_check.py compares the students.
 """
 
 import json

@@ -6,11 +6,11 @@
 # DEMO_DIR is the folder of a finished `distill demo` (default: demo). PARQUET_DISTILL is a distill binary
 # with the feature `parquet`; without it the check of the Parquet export is skipped.
 #
-# 1. transformers: a student loads by its Auto classes, with logits within 1e-3 and equal greedy text; also
-#    a student of each architecture.
+# 1. transformers loads a student, its teacher and a student of each architecture. Logits agree within 1e-3, and
+#    greedy texts are equal.
 # 2. datasets and jq read the cache directly.
-# 3. The official openai client against `distill serve`.
-# 4. datasets, openai, TRL, axolotl, pyarrow, pandas and duckdb read the files of `distill cache export`.
+# 3. datasets, openai, TRL, axolotl, pyarrow, pandas and duckdb read the files of `distill cache export`.
+# 4. The official openai client uses `distill serve`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 demo=${1:-demo}

@@ -2,7 +2,7 @@
 
 usage: python exports.py DISTILL DEMO_DIR [DISTILL_WITH_PARQUET]
 
-Exports the demo's cache with DISTILL first. The first check that fails ends the script with a
+Each check begins with an export of the demo's cache. The first check that fails ends the script with a
 traceback and a non-zero exit status.
 """
 

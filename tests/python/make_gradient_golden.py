@@ -1,4 +1,4 @@
-"""Writes logits, loss and the gradient of every parameter by PyTorch, for `tests/it/gradients/torch.rs`.
+"""Writes logits, loss and the gradient of every parameter, computed by PyTorch, for `tests/it/gradients/torch.rs`.
 
 usage: make_gradient_golden.py OUTPUT_DIR
 
@@ -6,7 +6,8 @@ The models are small decoders of transformers with random weights, in double pre
 a batch of its own, without padding or packing. NAME.safetensors has `weight.*` (the initial weights in
 f32), `gradient.*` and `logits.*` (one tensor per sequence); NAME.json has all other data. In the case
 `lora`, PEFT's adapters are trained.
-The loss is (1/N) sum [(1 - lambda) CE + lambda KD], KD the divergence on the top-k and the tail.
+The loss is (1/N) sum [(1 - lambda) CE + lambda KD], where KD is the divergence on the top-k and the tail. A
+position without soft labels has CE alone.
 """
 
 import json

@@ -6,8 +6,9 @@
 Writes tests/it/golden/tokenizers/:
     bytelevel/      byte-level BPE with GPT-2's pre-tokenizer and a ChatML template (Qwen, SmolLM)
     sentencepiece/  BPE with byte fallback and a prefix space by normalizer, Llama 2's template
-    metaspace/      the same vocabulary, prefix space by `Metaspace` at the start only, Llama 3's template
-each with golden.json: token ids of `apply_chat_template`; and templates.json: rendered templates.
+    metaspace/      BPE with byte fallback and a prefix space by `Metaspace` at the start only, Llama 3's template
+Each folder has a golden.json with rendered conversations, plain texts, and the token ids of both.
+templates.json has the rendered TEMPLATES.
 """
 
 import json

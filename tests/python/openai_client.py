@@ -112,11 +112,11 @@ assert all(abs(a - b) < 1e-3 for a, b in zip(read.logprobs.token_logprobs[1:], c
 passed(f"completions: {len(read.logprobs.tokens)} tokens of the prompt, with equal logprobs when generated and when scored")
 
 dialect = {"prompt_logprobs": 3, "continue_final_message": True, "add_generation_prompt": False, "return_token_ids": True}
-said = messages + [{"role": "assistant", "content": "It is wide and blue."}]
-told = chat(messages=said, max_tokens=1, extra_body=dialect)
-positions = told.prompt_logprobs
-assert positions[0] is None and len(positions) == told.usage.prompt_tokens == len(told.prompt_token_ids)
-own = [position[str(token)] for position, token in zip(positions[1:], told.prompt_token_ids[1:])]
+conversation = messages + [{"role": "assistant", "content": "It is wide and blue."}]
+scored = chat(messages=conversation, max_tokens=1, extra_body=dialect)
+positions = scored.prompt_logprobs
+assert positions[0] is None and len(positions) == scored.usage.prompt_tokens == len(scored.prompt_token_ids)
+own = [position[str(token)] for position, token in zip(positions[1:], scored.prompt_token_ids[1:])]
 assert "".join(token["decoded_token"] for token in own).endswith("It is wide and blue.")
 assert all(token["logprob"] <= 0 for token in own) and all(3 <= len(position) <= 4 for position in positions[1:])
 passed(f"vLLM's prompt_logprobs: {len(positions)} positions, which end with the given answer")

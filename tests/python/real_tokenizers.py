@@ -61,7 +61,7 @@ ANSWERS = [
 ]
 
 # Minimum share of positions with soft labels if teacher and student have the same tokenizer.
-LEAST_SHARE = 0.95
+MIN_SHARE = 0.95
 
 failures = []
 
@@ -300,7 +300,7 @@ def main(distill, folder):
         shares = [share(distill, folder, caches[teacher], teacher, student) for student in FAMILIES]
         print(f"{teacher:12}", *(f"{100 * value:10.1f} %" for value in shares), flush=True)
         own = shares[FAMILIES.index(teacher)]
-        check(own >= LEAST_SHARE, f"{teacher} -> {teacher}: {own:.3f}")
+        check(own >= MIN_SHARE, f"{teacher} -> {teacher}: {own:.3f}")
     print(f"\n{len(failures)} failures")
     return 1 if failures else 0
 

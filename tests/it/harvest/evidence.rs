@@ -128,7 +128,7 @@ async fn always_forbidden_row_fails_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn contradicted_claim_fails_only_its_row() {
+async fn contradicted_endpoint_refusal_fails_only_its_row() {
     let server = teacher_with_one_bad_row(usize::MAX, reply(401, json!({}))).await;
     let mut run = run_of(&server, 60);
     run.config.limits.concurrency = 2;
@@ -168,7 +168,8 @@ async fn exhausted_or_locked_account_exits_resumable() {
         let summary = run.harvest().await;
         let (code, message) = exit_of(&summary);
         assert_eq!((code, summary.ok), (4, 10), "{context}: {message}");
-        // Five equal refusals end the run. On a busy machine, each of up to three late answers may reset the count.
+        // Five rounds of refusals, or five forbidden rows, stop the run. On a busy machine, each of up to three late
+        // answers may reset the count.
         assert!(
             summary.failed <= 20 && summary.requests < 60,
             "{context}: {summary:?}"
@@ -195,7 +196,7 @@ async fn content_filter_refusals_are_recorded_and_not_retried() {
             json!({"error": {"code": "content_filter", "message": "filtered"}}),
         ),
     ] {
-        // The endpoint refuses the first rows of the source. The run sends one request at a time.
+        // One request at a time, so that the eight refusals come before the first answer.
         let server = FaultServer::start(move |seen| {
             let number: usize = seen.prompt()[1..].parse().unwrap();
             if number < 8 {
@@ -256,7 +257,7 @@ async fn seconds_with_first_reaction(reaction: Reaction) -> f64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_retry_after_format_is_respected() {
+async fn retry_after_formats_are_respected() {
     let message = "You exceeded your current quota, please check your plan and billing details. Quota exceeded for metric: generate_requests_per_minute, limit: 15\nPlease retry in 0.6s.";
     let gemini =
         json!([{"error": {"code": 429, "message": message, "status": "RESOURCE_EXHAUSTED"}}]);

@@ -35,7 +35,7 @@ fn refused(config: &Config) -> (u8, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn groups_of_other_settings_are_used_only_by_name() {
+async fn groups_with_other_settings_are_used_only_on_request() {
     let server = FaultServer::start(answer).await;
     let mut run = Run::new(&server, &["one", "two", "three"]);
     run.config.sampling.temperature = Some(1.0);
@@ -172,7 +172,7 @@ async fn mock_answers_are_used_only_by_name() {
     assert!(refused(config).1.contains("no such group"));
     config.data.groups = Groups::Named(vec!["mock".into()]);
     assert_eq!(kept(config).0, 5);
-    // Another endpoint does not adopt its answers.
+    // Another endpoint does not adopt the mock's answers.
     let address = std::mem::replace(&mut config.teacher.base_url, "http://other/v1".into());
     let adopted = adopt(config).unwrap();
     assert_eq!(
@@ -180,7 +180,7 @@ async fn mock_answers_are_used_only_by_name() {
         (0, 5, 0)
     );
     config.teacher.base_url = address;
-    // They are not used as the only group of another run either.
+    // Another run does not use the mock's answers either, although they are the only group in its cache.
     let dir = tempfile::tempdir().unwrap();
     config.data.cache = Some(config.own_cache());
     config.run_dir = dir.path().join("run");
@@ -190,7 +190,7 @@ async fn mock_answers_are_used_only_by_name() {
     assert!(matches!(selection, Selection::Config(_)));
 }
 
-/// Settings that keep an answer cached for the harvest also keep it in the dataset.
+/// After a change of settings, an answer that the harvest still counts as cached is still in the dataset.
 #[tokio::test(flavor = "multi_thread")]
 async fn cached_answers_are_trained_on() {
     let server = FaultServer::start(answer).await;

@@ -262,7 +262,7 @@ async fn again_killed_after_its_last_answer_requests_nothing() {
     assert_eq!(restarted.requests, 2);
 }
 
-/// The run is killed after it moved the old answers, before it writes the marker.
+/// The run is killed after it has moved the old answers and before it writes the marker.
 #[tokio::test(flavor = "multi_thread")]
 async fn again_killed_before_its_marker_requests_each_row_once() {
     let refusal = reply(401, error("Incorrect API key provided", "invalid_api_key"));
@@ -325,7 +325,7 @@ async fn again_after_a_stop_skips_answered_rows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn again_failed_requests_failed_rows() {
+async fn again_with_word_failed_requests_failed_rows() {
     let broken = Reaction::ShortBody(completion("x", 0).to_string().into_bytes());
     let (server, is_broken) = refusing_teacher("bad", broken).await;
     is_broken.store(true, Relaxed);
@@ -340,7 +340,7 @@ async fn again_failed_requests_failed_rows() {
     );
     is_broken.store(false, Relaxed);
     let summary = run.harvest().await;
-    // Both attempts may have been billed, so a plain rerun makes no further one.
+    // Both attempts may have been billed, so a plain rerun makes no further attempt.
     assert_eq!((summary.requests, summary.failed), (0, 1));
     let summary = harvest_again(&run, &["failed"]).await.unwrap();
     assert_eq!((summary.total, summary.ok), (1, 1));
@@ -373,7 +373,7 @@ async fn cache_of_earlier_version_stays_valid() {
     restore_schema_1_run(&mut run);
     assert_eq!(cached_and_requests(&run).await, (12, 0));
     let before = run.records();
-    // After `max_tokens` changes, the records are unused until they are adopted.
+    // After `max_tokens` changes, records of schema 1 are unused until they are adopted.
     run.config.sampling.max_tokens = 40;
     let adopted = adopt(&run.config).unwrap();
     assert_eq!((adopted.records, adopted.questions), (12, 12));

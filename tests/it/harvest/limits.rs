@@ -30,13 +30,13 @@ struct SentRequest {
 }
 
 /// A teacher that records its requests and answers after `latency`. It refuses each request whose number is a multiple
-/// of `refuse`, with a `Retry-After`.
+/// of `refuse_every`, with a `Retry-After`.
 struct RecordingTeacher {
     sent: Mutex<Vec<SentRequest>>,
     /// Start and end of the wait that each `Retry-After` demands.
     waits: Mutex<Vec<(Instant, Instant)>>,
     latency: Duration,
-    refuse: usize,
+    refuse_every: usize,
     retry_after: Duration,
 }
 
@@ -61,7 +61,7 @@ impl Transport for RecordingTeacher {
                     body.to_string().into(),
                 ))
             };
-            if number.is_multiple_of(self.refuse) {
+            if number.is_multiple_of(self.refuse_every) {
                 let now = Instant::now();
                 let wait = (now, now + self.retry_after);
                 self.waits.lock().unwrap().push(wait);
@@ -110,7 +110,7 @@ proptest! {
         tokens_per_minute in proptest::option::of(200u32..200_000),
         concurrency in 1usize..100,
         latency in 0u64..20_000,
-        refuse in 2usize..40,
+        refuse_every in 2usize..40,
         retry_after in 1u64..90_000,
         rows in 1usize..200,
         lengths in 1usize..200,
@@ -130,7 +130,7 @@ proptest! {
             sent: Mutex::default(),
             waits: Mutex::default(),
             latency: Duration::from_millis(latency),
-            refuse,
+            refuse_every,
             retry_after: Duration::from_millis(retry_after),
         });
         let summary = paused_runtime().block_on(harvest(&run, vec![teacher.clone()])).unwrap();
@@ -176,7 +176,7 @@ async fn rate_limit_is_fully_used() {
     }
 }
 
-/// A run reads limits that the config does not set from the headers of the server, and follows their changes.
+/// Limits that the config does not set are read from the server's headers, and their changes are followed.
 #[tokio::test(start_paused = true)]
 async fn rate_limit_headers_prevent_refusals() {
     for dialect in ["openai", "groq", "anthropic", "together", "fireworks"] {
@@ -302,7 +302,7 @@ async fn shared_limits_without_redis_feature_are_an_error() {
 }
 
 #[test]
-fn teachers_have_separate_limits_and_stop_separately() {
+fn teachers_have_separate_limits() {
     let prompts: Vec<_> = (0..400).map(|number| number.to_string()).collect();
     let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
     let mut run = Run::at("http://localhost:1/v1", &prompts);
@@ -324,7 +324,7 @@ fn teachers_have_separate_limits_and_stop_separately() {
             sent: Mutex::default(),
             waits: Mutex::default(),
             latency: Duration::from_secs(1),
-            refuse: usize::MAX,
+            refuse_every: usize::MAX,
             retry_after: Duration::from_secs(1),
         })
     };

@@ -24,20 +24,21 @@ pub enum Always {
     Stops(BetweenAnswers),
     /// The row fails when it is the last one, after several waits.
     Throttled,
-    /// The run waits as requested, and exits as resumable when no other row is left.
-    Waits,
+    /// The requested wait is longer than an hour. Two such replies without an answer in between end the run, which can
+    /// be resumed.
+    Exits,
 }
 
-/// Effect of a reply that says that no request can succeed, if other requests are answered before and after it.
+/// Effect of an endpoint refusal (no request can succeed) if other requests are answered before and after it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum BetweenAnswers {
     /// The row fails with this class.
     Fails(&'static str),
     /// The row is requested a few times more, then the run exits as resumable.
-    Waits,
+    Exits,
 }
 
-use Always::{Fails, Kept, Quarantined, Stops, Throttled, Waits};
+use Always::{Exits, Fails, Kept, Quarantined, Stops, Throttled};
 
 /// Lines of a fault in the script, and its effect.
 pub const FAULTS: [(&str, Always); 56] = [
@@ -54,7 +55,7 @@ pub const FAULTS: [(&str, Always); 56] = [
         "kind = \"http 429\"\nretry_after = \"past_date\"",
         Throttled,
     ),
-    ("kind = \"http 429\"\nretry_after = \"far_date\"", Waits),
+    ("kind = \"http 429\"\nretry_after = \"far_date\"", Exits),
     (
         "kind = \"http 429\"\nretry_after = \"date\"\nretry_after_s = 5.0",
         Throttled,
@@ -79,7 +80,7 @@ pub const FAULTS: [(&str, Always); 56] = [
     ("kind = \"html 429\"", Throttled),
     (
         "kind = \"insufficient_quota\"",
-        Stops(BetweenAnswers::Waits),
+        Stops(BetweenAnswers::Exits),
     ),
     ("kind = \"html 502\"", Fails("http 502", 6)),
     ("kind = \"http 500\"", Fails("http 500", 6)),
@@ -91,8 +92,8 @@ pub const FAULTS: [(&str, Always); 56] = [
     ("kind = \"http 409\"", Fails("http 409", 6)),
     ("kind = \"http 425\"", Fails("http 425", 6)),
     ("kind = \"http 400\"", Fails("http 400", 1)),
-    ("kind = \"http 401\"", Stops(BetweenAnswers::Waits)),
-    ("kind = \"http 402\"", Stops(BetweenAnswers::Waits)),
+    ("kind = \"http 401\"", Stops(BetweenAnswers::Exits)),
+    ("kind = \"http 402\"", Stops(BetweenAnswers::Exits)),
     (
         "kind = \"http 403\"",
         Stops(BetweenAnswers::Fails("http 403")),
@@ -103,7 +104,7 @@ pub const FAULTS: [(&str, Always); 56] = [
     ),
     ("kind = \"http 413\"", Fails("http 413", 1)),
     ("kind = \"http 422\"", Fails("http 422", 1)),
-    ("kind = \"redirect\"", Stops(BetweenAnswers::Waits)),
+    ("kind = \"redirect\"", Stops(BetweenAnswers::Exits)),
     ("kind = \"refused\"", Fails("unreachable", 6)),
     ("kind = \"reset\"", Fails("connection lost", 6)),
     ("kind = \"stall\"", Fails("timeout", 6)),
@@ -155,7 +156,7 @@ async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
                     assert_eq!((summary.ok, summary.failed), (3, 1), "{context}");
                 }
                 Kept | Quarantined => assert_eq!(summary.requests, 4, "{context}"),
-                Stops(..) | Fails(..) | Throttled | Waits => {
+                Stops(..) | Fails(..) | Throttled | Exits => {
                     assert_eq!((summary.ok, exit_of(&summary).0), (4, 0), "{context}");
                     assert_eq!(summary.requests, 4 + times, "{context}");
                 }
@@ -179,9 +180,9 @@ async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
                 assert_eq!(summary.failures.get(class), Some(&1), "{context}");
                 assert_eq!(summary.requests, 4, "{context}");
             }
-            Stops(BetweenAnswers::Waits) => {
+            Stops(BetweenAnswers::Exits) => {
                 assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{context}");
-                // Five to eight attempts at the row: up to two more for each answer in between.
+                // Three answers, and five to eight attempts at the row: an answer in between allows further attempts.
                 assert!((8..=11).contains(&summary.requests), "{context}");
             }
             Throttled => {
@@ -189,7 +190,7 @@ async fn fault_matrix_transient_costs_attempts_permanent_costs_rows() {
                 assert_eq!(summary.failures.get("throttled"), Some(&1), "{context}");
                 assert!((11..=14).contains(&summary.requests), "{context}");
             }
-            Waits => {
+            Exits => {
                 assert_eq!((summary.ok, summary.pending, code), (3, 1, 4), "{context}");
                 assert!(summary.requests < 200, "{context}");
             }

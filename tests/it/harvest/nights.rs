@@ -118,7 +118,7 @@ impl SimulatedRun {
             .unwrap()
     }
 
-    /// As [`SimulatedRun::harvest_until_kill`], with another transport and with signals.
+    /// Like [`SimulatedRun::harvest_until_kill`], with another transport and with signals.
     pub async fn harvest_over(
         &self,
         transport: impl Transport + 'static,
@@ -160,7 +160,7 @@ impl SimulatedRun {
     }
 }
 
-/// Totals of a simulation over all its processes.
+/// Totals of a simulation. A killed process counts only in `kills` and `processes`.
 #[derive(Debug, Default)]
 struct Totals {
     requests: u64,
@@ -170,7 +170,7 @@ struct Totals {
     processes: u64,
 }
 
-/// Number of processes after which a simulation ends even if rows are pending or failed.
+/// Number of processes above which a simulation ends even if rows are pending or failed.
 const MAX_PROCESSES: u64 = 200;
 
 /// Harvests 20,000 prompts with random faults, limits and kills, and checks the invariants.
@@ -351,7 +351,7 @@ async fn requests_stay_in_window_and_deadline_ends_run() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn time_outside_the_window_is_no_outage() {
+async fn time_outside_the_window_does_not_count_as_outage() {
     let script =
         "[answers]\nlatency_s = 1.0\n[[faults]]\nkind = \"http 503\"\nfrom_s = 0.0\nto_s = 7230.0";
     // The window opens two hours after the start, and the first reply is an error.

@@ -1,4 +1,4 @@
-//! Malformed replies: an answer in one is recorded, and never bought again.
+//! Malformed replies. An answer in a malformed reply is recorded, and not bought again.
 
 use std::io::Write;
 
@@ -98,7 +98,7 @@ async fn request_accepts_compressed_replies() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn truncated_utf8_becomes_replacement_character() {
+async fn invalid_unicode_becomes_replacement_character() {
     let body_with_text = |text: &[u8]| {
         let body = completion("hi", 0).to_string().into_bytes();
         let start = memchr::memmem::find(&body, b"\"hi\"").unwrap() + 1;

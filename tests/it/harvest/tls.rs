@@ -83,7 +83,7 @@ async fn client_certificate_is_presented() {
     run.config.retry.max_attempts = 2;
     let summary = run.harvest().await;
     assert_eq!(summary.ok, 0, "without a client certificate");
-    // The request may have been billed, so it counts against the attempts of the row.
+    // The failed attempts may have been billed and would count in a second run in the same folder.
     run.config.run_dir = run.dir.path().join("another");
     run.config.teacher.client_certificate = Some(golden("client.pem"));
     let summary = run.harvest().await;

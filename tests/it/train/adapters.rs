@@ -49,8 +49,11 @@ fn lora_trains_only_adapters_and_saves_them_merged() {
     // Swap the answers, so that the pretrained student is wrong.
     let rows = dir.path().join("rows.jsonl");
     let text = std::fs::read_to_string(&rows).unwrap();
-    let [yes, no] = ["\"content\":\"in\"", "\"content\":\"he\""];
-    let swapped = text.replace(yes, "?").replace(no, yes).replace('?', no);
+    let [first, second] = ["\"content\":\"in\"", "\"content\":\"he\""];
+    let swapped = text
+        .replace(first, "?")
+        .replace(second, first)
+        .replace('?', second);
     std::fs::write(&rows, swapped).unwrap();
 
     config.train.steps = Some(12);

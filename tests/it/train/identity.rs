@@ -31,13 +31,13 @@ use crate::tiny;
 
 /// Maximum number of tokens of a model's input.
 const CONTEXT: usize = 128;
-/// A token for each printable ASCII character and for the line feed, and the control tokens.
+/// Number of tokens: the printable ASCII characters, the line feed, and the control tokens.
 const VOCAB_SIZE: usize = 96 + tiny::CONTROL.len();
 const PROMPTS: usize = 50;
 const SAMPLES: u32 = 2;
 /// Maximum norm of the gradient of the student's own soft labels, relative to the gradient of cross-entropy.
 const MAX_GRADIENT: f64 = 1e-5;
-/// As [`MAX_GRADIENT`], for a step in bf16 with soft labels in f32: rounding errors are correlated across positions.
+/// Like [`MAX_GRADIENT`], for a step in bf16 with soft labels in f32: rounding errors are correlated across positions.
 const MAX_GRADIENT_BF16: f64 = 0.5;
 /// Maximum [`deviation`] of gradients whose expectation is zero.
 const MAX_DEVIATION: f64 = 3.0;
@@ -287,7 +287,7 @@ async fn student_distilled_from_itself_has_zero_gradient() {
             }
             let mut zero_in_expectation = vec![("cross-entropy", ce_gradients)];
             if precision == Precision::F32 {
-                // At a match, a smaller lambda only scales the gradient.
+                // `Damped(1.0)` is `unbiased`. At a match, a smaller lambda only scales the gradient.
                 zero_in_expectation.push((
                     "unbiased",
                     inputs.compute(soft_term(Divergence::Damped(1.0), 1.0)),

@@ -87,7 +87,7 @@ fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
-/// Returns the divergence from the judge of each step that has one.
+/// Returns the divergence between student and judge at each step with scored answers.
 fn judged_kd(config: &Config) -> Vec<f64> {
     let lines = metrics(config);
     lines
@@ -118,7 +118,7 @@ fn on_policy_training_with_a_remote_judge_lowers_the_divergence() {
     assert_eq!(stats.requests + stats.cached, stats.texts, "{stats:?}");
 }
 
-/// Configures a pretrained student that can write text.
+/// Trains a student that can write text, and configures it as the pretrained student.
 fn start_with_trained_student(config: &mut Config) {
     let mut first = config.clone();
     first.run_dir = config.run_dir.with_file_name("pretrained");
@@ -129,7 +129,8 @@ fn start_with_trained_student(config: &mut Config) {
     config.student.path = first.student_dir();
 }
 
-/// The divergence of a text is the same with every dialect, and equals the divergence of the two models.
+/// With the teacher's tokenizer, both dialects give the divergence of the two models. Without it, the divergence is a
+/// little smaller.
 #[test]
 fn judge_dialects_agree_with_each_other_and_with_the_models() {
     let (_dir, mut config) = run_folder();
@@ -369,7 +370,7 @@ fn judge_whose_tokens_never_match_stops_the_training() {
         format!("{error:#}").contains("`on_policy.tokenizer`"),
         "{error:#}"
     );
-    // It stops in the first step that reaches 32 answers, with 6 answers in a step.
+    // Training stops in the first step that reaches 32 answers. A step has 6 answers.
     assert!((32..38).contains(&scorer.scored), "{}", scorer.scored);
 }
 

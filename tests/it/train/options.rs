@@ -74,7 +74,7 @@ fn early_stopping_saves_the_best_weights_and_ends_after_patience() {
         .min_by(|a, b| a.1.total_cmp(&b.1))
         .unwrap();
     assert_eq!(summary.best_step, Some(best));
-    // Four validations, two steps each, follow the best one.
+    // Four validations, two steps apart, follow the best one.
     assert_eq!(summary.steps, best + 2 * 4);
     assert_eq!(summary.validation.ce, Some(ce));
     let checkpoint = config.run_dir.join(format!("checkpoints/step-{best:06}"));
@@ -174,7 +174,7 @@ fn non_finite_loss_or_gradient_stops_before_the_update() {
             Box::new(move |tensors| scale(tensors, "lm_head.weight", 1e38)),
         ),
         (
-            // The logits have the usual size, but the gradient overflows in the head's weights.
+            // The logits have the usual size, but the head's weights make the gradient overflow.
             "gradient",
             Box::new(move |tensors| {
                 let head = tensors["lm_head.weight"].sign().unwrap();

@@ -344,7 +344,7 @@ fn checkpoint_that_changed_on_disk_is_refused() {
     std::fs::write(&path, state.replace(&step, "\"step\": 7")).unwrap();
     let error = train::run(&config, StartMode::Resume.into()).unwrap_err();
     assert_eq!(distill::exit::Exit::code_of(&error), 5, "{error:#}");
-    // Another version is not damage. It may have other fields.
+    // A checkpoint of another version is not damaged. It may have other fields.
     for (other, expected) in [
         ("{\"version\": 1}", "an earlier version"),
         ("{\"version\": 3}", "a later version"),

@@ -141,7 +141,7 @@ fn auto_reports_the_chosen_divergence() {
         printed.contains("tail, weight 0.8, because no answer is an exact sample"),
         "{printed}"
     );
-    // The answers are sampled from a sharper distribution than the logprobs.
+    // The answers are sampled from a sharper distribution than their logprobs describe.
     let sharpened = answers(40, 0, 0.3, &json!({"temperature": 1.0}));
     let (status, printed) = train(&sharpened, "auto", &[]);
     assert_eq!(status, 0, "{printed}");

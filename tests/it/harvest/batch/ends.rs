@@ -11,7 +11,7 @@ use distill::harvest::options::HarvestOptions;
 
 #[tokio::test(start_paused = true)]
 async fn batch_row_errors_are_retried_or_failed_and_counted() {
-    // The rows at the same six positions of each batch fail.
+    // Six rows of each batch fail. The second and third batch consist of the six rows that failed before.
     let script = "[batch]\nerror_rows = 6\nrequest_counts = \"all_completed\"";
     let simulated = simulated_run(script, 20, |config| config.retry.max_attempts = 3);
     let summary = harvest(&simulated).await;
@@ -275,7 +275,7 @@ async fn unknown_batch_status_is_shown_and_polled() {
 
 #[tokio::test(start_paused = true)]
 async fn uploaded_file_not_yet_visible_is_retried() {
-    // A second is waited out. Within 45 seconds, the run uploads the file a second time.
+    // After 1 second, a retry finds the file. In 45 seconds, six creations fail, so the run uploads the file again.
     for missing_s in [1, 45] {
         let simulated = simulated_run(&format!("[batch]\nmissing_s = {missing_s}"), 5, |_| {});
         let summary = harvest(&simulated).await;
@@ -318,7 +318,7 @@ async fn batch_connection_faults_lose_nothing() {
     }
 }
 
-/// The date is relative to the clock of the run, which is not the clock of the system here.
+/// The date is relative to the simulated wall clock of the run, not to the system clock.
 #[tokio::test(start_paused = true)]
 async fn download_waits_until_the_date_in_retry_after() {
     let script = "[[faults]]\nkind = \"http 429\"\npath = \"/content\"\nfirst = 1\n\
@@ -372,7 +372,7 @@ async fn batch_outage_is_waited_out_or_exits_resumable() {
 
 #[tokio::test(start_paused = true)]
 async fn enqueued_token_limit_is_respected_or_detected() {
-    // By the count of the endpoint, a row has about 20 tokens.
+    // The endpoint counts about 20 tokens per row.
     let script = "[batch]\nenqueued_tokens = 300";
     for configured in [None, Some(500)] {
         let simulated = simulated_run(script, 60, |config| {

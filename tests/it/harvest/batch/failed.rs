@@ -50,8 +50,8 @@ async fn failed_batch_fails_named_rows_and_three_stop_run() {
     assert_eq!(simulated.mock.stats().billed.answers, 0);
 }
 
-/// Changes a completed batch to a failed one with all its lines in the error file, as a server reports it after it
-/// refused one row.
+/// Changes a completed batch to a failed one with all its lines in the error file. Some servers report a batch like
+/// this after they refused one row.
 fn failed_with_error_file(mut object: Value) -> Value {
     if object["status"] == "completed" {
         object["status"] = "failed".into();
@@ -83,8 +83,8 @@ async fn harvest_failing(
     harvest_over(simulated, teacher).await
 }
 
-/// Replaces the last 5 answers of an error file by `errors`, which gets the `custom_id` of the last line. Files with
-/// fewer than 20 lines stay unchanged.
+/// Replaces the last 5 answers of an error file with the result of `errors`, whose argument is the `custom_id` of the
+/// last line. Files with fewer than 20 lines stay unchanged.
 fn with_errors(content: Bytes, errors: impl Fn(Value) -> Vec<Value>) -> Bytes {
     let text = String::from_utf8(content.to_vec()).unwrap();
     let lines: Vec<&str> = text.lines().collect();
@@ -111,7 +111,7 @@ async fn rows_named_in_error_file_fail_and_rest_is_retried() {
     assert_eq!((summary.ok, summary.failed), (19, 1), "{summary:?}");
     assert_eq!(batches_by_status(&summary), [("failed", 2)]);
     assert_eq!(simulated.run.failures()[0]["class"], "invalid_request");
-    // Rows without a line in the error file are requested again, and no attempt of them counts as lost.
+    // Rows without a line in the error file are requested again, and none of their attempts counts as lost.
     let batches = summary.batches.as_ref().unwrap();
     assert_eq!(
         (summary.attempts_lost, batches.lost, batches.requeued_rows),

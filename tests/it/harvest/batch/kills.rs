@@ -1,4 +1,4 @@
-//! Batch mode that is killed repeatedly, at random times.
+//! Batch runs that are killed repeatedly, at random times.
 
 use super::*;
 

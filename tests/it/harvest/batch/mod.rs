@@ -76,7 +76,7 @@ impl SimulatedBatchTeacher {
         }
     }
 
-    /// Returns the reply 403 while `forbidden_calls` is not used up.
+    /// Decrements `forbidden_calls` and returns a reply with status 403; None if it is already zero.
     fn forbid(&self) -> Option<HttpReply> {
         let body = json!({"error": {"message": "not now"}}).to_string();
         take_one(&self.forbidden_calls)
@@ -202,7 +202,7 @@ impl BatchApi for SimulatedBatchTeacher {
     }
 }
 
-/// Bytes per piece of a download. It splits lines and characters.
+/// Length in bytes of the pieces of a download. Pieces end inside lines and characters.
 const PIECE_LENGTH: usize = 777;
 
 /// Decrements a counter. Returns false if it is already zero.

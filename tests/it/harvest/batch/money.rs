@@ -6,7 +6,7 @@ use super::super::exit_of;
 use super::*;
 
 /// Returns the sum of the costs of all records, in dollars. Checks that it is not above the full price of all billed
-/// answers, by the prices of [`priced`].
+/// answers, at the prices of [`priced`].
 fn recorded_usd(simulated: &SimulatedRun) -> f64 {
     let billed = simulated.mock.stats().billed;
     let records = simulated.run.records();
@@ -120,11 +120,11 @@ async fn batch_size_is_reduced_to_fit_the_budget() {
 #[tokio::test(start_paused = true)]
 async fn batch_reservation_survives_a_kill() {
     // Every answer costs as much as is reserved for it, and the budget covers 30 answers.
-    let cap = 30.5 * 16.0 * 4.0 / 1e6 / 2.0;
+    let budget_usd = 30.5 * 16.0 * 4.0 / 1e6 / 2.0;
     let simulated = simulated_run("[answers]\ntokens = 16", 20, |config| {
         priced(config);
         config.price.input = Some(0.0);
-        config.budget.usd = Some(cap);
+        config.budget.usd = Some(budget_usd);
     });
     let (_sender, receiver) = unbounded_channel();
     let kill_after = Some(Duration::from_secs(100));
@@ -140,7 +140,7 @@ async fn batch_reservation_survives_a_kill() {
     assert_eq!((summary.ok, summary.pending), (30, 370));
     let reported_usd = summary.run_folder_usd.unwrap();
     assert!(
-        (reported_usd - 30.0 / 30.5 * cap).abs() < 1e-12,
+        (reported_usd - 30.0 / 30.5 * budget_usd).abs() < 1e-12,
         "{reported_usd}"
     );
     // The next process collects the batch, so no attempt is lost.

@@ -34,7 +34,7 @@ async fn deadline_ends_a_requested_wait() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn time_outside_the_window_is_no_outage_of_a_batch_api() {
+async fn time_outside_the_window_does_not_count_as_batch_outage() {
     // The window opens two hours after the start. Uploads fail in the whole first night, and for five minutes of the
     // second one.
     let script =

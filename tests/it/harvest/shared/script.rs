@@ -97,12 +97,12 @@ fn call_script(
     invocation.invoke(redis).unwrap()
 }
 
-/// Reference model: GCRA (generic cell rate algorithm) by theoretical arrival time, one request at a time, and the day
-/// as a list of all admitted requests.
+/// Reference model. Limits per minute: GCRA (generic cell rate algorithm) with theoretical arrival times, one request
+/// at a time. Daily limit: a list of all admitting calls.
 #[derive(Default)]
 struct Model {
     buckets: [Option<TheoreticalArrival>; 2],
-    /// Slot and number of requests of each admitted call.
+    /// Slot of each admitting call, and the number of requests that it charged.
     day: Vec<(u64, u64)>,
 }
 
@@ -115,7 +115,7 @@ struct TheoreticalArrival {
 }
 
 impl Model {
-    /// As [`call_script`].
+    /// Returns the same values as [`call_script`].
     fn call(&mut self, microseconds: u64, call: &Call) -> [u64; 3] {
         let now = i128::from(microseconds) * 1_000_000;
         let Call { each, limits, .. } = *call;
@@ -281,7 +281,7 @@ fn redis_script_matches_reference_model() {
     });
 }
 
-/// Returns the send times of `count` or more requests in microseconds, if each one is sent as soon as it is admitted.
+/// Returns the send times of at least `count` requests in microseconds, if each one is sent as soon as it is admitted.
 fn send_times(redis: &Redis, limits: Limits, each: u64, count: usize) -> Vec<u64> {
     let (mut connection, script) = (redis.connect(), script_with_given_time());
     let mut now = START_US;
