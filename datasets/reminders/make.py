@@ -429,7 +429,7 @@ def expand(rng, pattern):
 
 
 def fix(row, phrases):
-    """A correction of one slot, whose last value counts; empty if none fits. Of two days (or times), corrects the new."""
+    """A correction of one slot, whose last value counts; empty if none fits. A move corrects the new day or time."""
     moved = any(name.startswith("to_") for name in phrases)
     fixable = [name for name in phrases if name in FIXABLE and not phrases[name].ambiguity
                and not (moved and name in ("on", "day", "at", "time"))]

@@ -1,4 +1,4 @@
-//! Errors with advice for an endpoint that refuses every request.
+//! Error messages, with advice, for an endpoint that refuses every request.
 
 use anyhow::anyhow;
 
@@ -6,7 +6,7 @@ use crate::client::attempt_error::RefusalReason;
 use crate::config::{self, KeySource};
 use crate::exit::Exit;
 
-/// Returns the error message, with advice, for an endpoint that refuses every request.
+/// Returns the error, with advice, for an endpoint that refuses every request.
 pub(crate) fn refused(
     reason: RefusalReason,
     message: &str,
