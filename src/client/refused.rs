@@ -79,7 +79,7 @@ pub(crate) fn path_advice(teacher: &config::TeacherConfig) -> &'static str {
     }
 }
 
-/// As [`refused`], for an endpoint that answered earlier in the run. The exit status says that the run can be resumed.
+/// As [`refused`], for an endpoint that answered earlier in the run. The exit status is that of [`Exit::Resumable`].
 pub(crate) fn refused_after_answers(
     reason: RefusalReason,
     message: &str,
