@@ -38,7 +38,7 @@ pub enum Verb {
     Demo(DemoArgs),
     /// Request every answer that is not in the cache from the teacher
     Harvest(HarvestArgs),
-    /// Test what the endpoint supports, with about twenty cheap requests
+    /// Test what the endpoint supports, with 11 to 19 cheap requests
     ///
     /// The requests count against the budget. They are sent immediately: `[schedule]` and `[limits]` do not apply.
     Probe(ProbeArgs),
@@ -106,7 +106,7 @@ pub struct HarvestArgs {
     pub limit: Option<usize>,
     /// Request only these answers again (comma-separated): length (truncated), quarantined, a reason that the summary
     /// lists under quarantined, or failed (rows that used up retry.max_attempts paid attempts or were refused by a
-    /// content filter; the command without --again retries all other failed rows); old answers move to
+    /// content filter). The command without --again retries all other failed rows. Old answers move to
     /// responses.replaced.jsonl
     #[arg(long, value_name = "WHAT", value_delimiter = ',')]
     pub again: Vec<String>,

@@ -7,9 +7,9 @@ Needs nothing but Python 3.8, and writes the same text each time. The task, the 
 their distribution are described in README.md; the numbers printed at the end are the ones quoted there.
 
 How a row is made: an intent's pattern is expanded ("(a|b)" picks one, "[x]" keeps x with probability 0.4),
-then its {slots} are filled. A slot yields a Phrase: the words, and what they mean as JSON fields. A phrase
-that people read in more than one way has several readings with probabilities; a row has at most one such
-phrase, and the truth of the row is drawn from its readings.
+then its {slots} are filled. A slot yields a Phrase: the words, and their meaning as JSON fields. An ambiguous
+phrase has several readings with probabilities. A row has at most one such phrase, and the true answer of the
+row is drawn from its readings.
 """
 
 import gzip
@@ -24,13 +24,13 @@ import phrasebook as book
 SEED = 20240611
 COUNTS = {"train": 300000, "prompt": 12000, "test": 600}
 AMBIGUOUS_ROWS = 0.22  # share of rows that may hold an ambiguous phrase; about half of them find a slot for one
-WORDS = range(6, 31)
+WORDS = range(6, 31)  # number of words in a message
 
 KEYS = ("action", "ask", "list", "items", "title", "day", "part", "time", "minutes", "repeat", "before",
         "to_day", "to_time", "shift", "people", "place")
 
 class Phrase:
-    """Words, and what they mean: readings is a list of (fields, probability)."""
+    """Words and their meaning: readings is a list of (fields, probability)."""
 
     def __init__(self, text, fields=None, readings=None, ambiguity=None):
         self.text = text
@@ -44,7 +44,7 @@ def two(name, text, probabilities, first, second):
 
 
 class Rng:
-    """Everything is drawn through random(), whose sequence Python promises to keep between versions."""
+    """Draws everything through random(), whose sequence Python promises to keep between versions."""
 
     def __init__(self, seed):
         self.random = random.Random(seed).random
@@ -83,7 +83,7 @@ class Row:
         self.title = None      # the event's title, once it is known
 
     def ambiguous(self, p=0.5):
-        """Whether the next phrase is to be an ambiguous one; true at most once a row."""
+        """Decides whether the next phrase is ambiguous; true at most once per row."""
         if self.may_be_ambiguous and self.rng.chance(p):
             self.may_be_ambiguous = False
             return True
@@ -115,7 +115,7 @@ def event(row, article=None):
 
 
 def task(row):
-    """Something to be reminded of. Its bare hours are read as those of any open appointment."""
+    """A task to be reminded of. Bare hours are read as for an appointment of the kind "open"."""
     rng = row.rng
     row.kind = "open"
     name = person_name(rng)
@@ -136,7 +136,7 @@ def event_task(rng):
 
 
 def attached_task(row):
-    """A task about an event, perhaps with a day at the end: which of the two happens on that day?"""
+    """A task about an event. A day at the end is ambiguous: the day of the reminder, or of the event."""
     row.kind = "open"
     title = event_task(row.rng)
     if not row.ambiguous(0.9):
@@ -147,7 +147,7 @@ def attached_task(row):
 
 
 def dated_task(row):
-    """The same where the sentence says already when to remind: the day is the event's."""
+    """A task about an event on a day, for sentences that also give the day of the reminder."""
     row.kind = "open"
     title = event_task(row.rng) + " on " + book.DAY_NAMES[row.rng.pick(book.DAYS[:5])]
     return Phrase(title, {"title": title})
@@ -241,7 +241,7 @@ def clock(hour, minute=0):
 
 
 def bare_hours(kind):
-    """12-hour numbers that have one reading, with the hour meant, for this kind of appointment."""
+    """The unambiguous hours on the 12-hour clock, with their 24-hour meaning, for a kind of appointment."""
     if kind == "evening":
         return {h: h + 12 for h in (5, 6, 7, 8, 9, 10)}
     if kind == "morning":
@@ -306,7 +306,7 @@ def time(row, field="time", at=False):
 
 
 def day_and_time(row):
-    """Phrasings in which the day decides what the hour means, or the other way round."""
+    """Phrasings that join a day and a time: "Friday evening at 7", or the ambiguous "Friday at midnight"."""
     rng = row.rng
     weekday = rng.pick(book.DAYS)
     name = book.DAY_NAMES[weekday]
@@ -338,7 +338,7 @@ def duration(row, minutes=None):
 
 
 def span(row):
-    """From one time to another: the answer wants the start and the minutes between them."""
+    """From one time to another: the answer has the start and the minutes between them."""
     rng = row.rng
     hour, meant = rng.pick(sorted(h for h in bare_hours(row.kind).items() if h[0] not in (11, 12)))
     start = rng.pick([0, 0, 30])
@@ -366,7 +366,7 @@ def repeat(row):
 
 
 def shift(row):
-    """Moving by an amount instead of to a time."""
+    """A move by an amount of time, instead of to a time."""
     rng = row.rng
     amount = duration(row, rng.pick([15, 30, 30, 45, 60, 60, 90, 120]))
     n = amount.readings[0][0]["minutes"]
@@ -429,7 +429,7 @@ def expand(rng, pattern):
 
 
 def fix(row, phrases):
-    """A correction of one slot: the last value counts. With two days (or times) it means the one moved to."""
+    """A correction of one slot, whose last value counts; empty if none fits. A move corrects the new day or time."""
     moved = any(name.startswith("to_") for name in phrases)
     fixable = [name for name in phrases if name in FIXABLE and not phrases[name].ambiguity
                and not (moved and name in ("on", "day", "at", "time"))]
@@ -446,7 +446,7 @@ def fix(row, phrases):
 
 
 def message(rng):
-    """One (text, readings, ambiguity), or None where the draw gave nothing usable."""
+    """Draws one (text, readings, ambiguity); None if the draw is not usable."""
     action, _, kind, fixed, patterns = rng.weighted([(intent, intent[1]) for intent in book.INTENTS])
     row = Row(rng, kind or "work")
     if action == "none":
@@ -501,7 +501,7 @@ def readings_of(action, fixed, phrases):
 def dump(name, rows):
     path = Path(__file__).parent / name
     lines = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows).encode()
-    # Without a name and a time inside, the same lines make the same file.
+    # Without a file name and a timestamp in the header, the same lines give the same file.
     path.write_bytes(gzip.compress(lines, 9, mtime=0) if name.endswith(".gz") else lines)
 
 
@@ -512,7 +512,7 @@ def main():
         row = message(rng)
         if row is None:
             continue
-        same = re.sub(r"[^\w:/]+", " ", row[0].lower()).strip()  # texts that differ in case or commas alone are one
+        same = re.sub(r"[^\w:/]+", " ", row[0].lower()).strip()  # equal if only case or punctuation differs
         if same not in seen:
             seen.add(same)
             made.append(row + (rng.weighted(row[1]),))
@@ -532,7 +532,7 @@ def main():
 
 
 def report(files):
-    """The numbers in README.md: how often each ambiguity occurs, and what the best possible model would get right."""
+    """Prints the numbers in README.md: the rows with each ambiguity, and the accuracy of the best possible model."""
     every = [row for rows in files.values() for row in rows]
     print("ambiguity       rows    best accuracy on them")
     kinds = Counter(row[2] for row in every)
@@ -547,7 +547,7 @@ def report(files):
 
 
 def best(rows):
-    """Expected accuracy of always giving the likeliest reading."""
+    """Expected accuracy of a model that always gives the likeliest reading."""
     tops = [max(p for _, p in row[1]) for row in rows]
     return sum(tops) / len(tops)
 

@@ -15,10 +15,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 HERE = Path(__file__).parent
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
-# As GPT-2 splits text, but digits go in pairs and JSON keys keep the punctuation around them, so that
+# Splits text as GPT-2 does, but digits in pairs, and JSON keys with the punctuation around them, so that
 # `{"action":"`, `","title":"` and `"],"place":"` can become one token each.
 SPLIT = "|".join([
-    r'(?:\{|"?\]?,)"[a-z_]+":\[?"?',  # a key, with what closes the value before it and opens its own
+    r'(?:\{|"?\]?,)"[a-z_]+":\[?"?',  # a key, with the end of the value before it and the start of its own
     r'"?\]?\}|","',                   # the end of the object; between two strings of a list
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
     r" ?\p{L}+",

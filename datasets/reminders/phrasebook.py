@@ -71,7 +71,7 @@ DAY_TYPOS = {"mon": "Monady", "tue": "Tuseday", "wed": "Wendsday", "thu": "Thrus
 MONTHS = """January February March April May June July August September October November December""".split()
 SMALL = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
-# Other words for so many minutes than "45 minutes".
+# Words for a number of minutes, besides the form "45 minutes".
 DURATIONS = {
     10: ["ten minutes"], 15: ["fifteen minutes", "a quarter of an hour"], 20: ["twenty minutes"],
     30: ["half an hour", "thirty minutes"], 45: ["forty-five minutes", "three quarters of an hour"],
@@ -80,10 +80,10 @@ DURATIONS = {
     120: ["two hours", "2 hours", "2h", "a couple of hours"], 180: ["three hours", "3 hours", "3h"],
     240: ["four hours", "4 hours", "half a day"]}
 
-# --- what has no single reading ---------------------------------------------------------------------------------
+# --- ambiguous phrasings ------------------------------------------------------------------------------------------
 
-# Phrasings without a single reading -> probability of each meaning. Bare hours: probability of "pm" (by hour).
-NEXT_WEEKDAY = (0.75, 0.25)   # the one of next week, or the coming one
+# Probability of each reading, in the order of the comment. BARE_HOUR: probability of pm, by hour.
+NEXT_WEEKDAY = (0.75, 0.25)   # the one a week after the coming one, or the coming one
 HALF_HOUR = (0.85, 0.15)      # "half five": 5:30, or 4:30 as in German, Dutch and the Nordic languages
 WEEKEND = (0.75, 0.25)        # Saturday, or Sunday
 NUMERIC_DATE = (0.7, 0.3)     # 3/4: the third of April, or March the fourth
@@ -100,7 +100,7 @@ VAGUE_TIME = {"first thing": (("09:00", 0.8), ("08:00", 0.2)), "after lunch": ((
               "by end of day": (("17:00", 0.9), ("18:00", 0.1)), "around teatime": (("16:00", 0.7), ("17:00", 0.3)),
               "before lunch": (("11:30", 0.75), ("11:00", 0.25))}
 
-# --- intents: action, weight, how a bare hour is read where no title says it, fixed fields, patterns ----------
+# --- intents: action, weight, kind (how a bare hour is read, unless the title decides it), fixed fields, patterns ---
 
 WHEN = "({on} {at}|{on} {at}|{at} {on}|{dt}|{dt}|{on}|{at})"
 INTENTS = [
@@ -205,7 +205,7 @@ SMALL_TALK = [
 
 OPENERS = ["hey, ", "hi, ", "ok ", "so ", "please ", "quick one: ", "when you get a sec, ", "hello! ", "right, ",
            "oh and ", "one more thing: ", "morning! "]
-# Small print that changes nothing; some of it names times and days that are not the answer.
+# Remarks that do not change the answer; some contain irrelevant times and days.
 ASIDES = ["just got out of the 3pm call, ", "it's 5 already and I'm still at my desk, ", "long day... ",
           "on the train so short one: ", "sorry to bother you on a Sunday, ", "before I forget, ",
           "spoke to {x} yesterday. ", "{x} just rang. ", "I've had a coffee with {x}, so ",

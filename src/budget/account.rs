@@ -1,4 +1,4 @@
-//! [`Account`]: the spending of a run folder, in a running process. Pure, except for its store.
+//! [`Account`]: the spending and the reservations of a run folder, in memory. Pure, except for its store.
 
 use anyhow::Result;
 
@@ -171,7 +171,7 @@ impl<S: LedgerStore> Account<S> {
         self.reserved.usd = self.reserved.usd.minus(amount.usd);
     }
 
-    /// Records the maximum number of requests in flight from now on.
+    /// Records the maximum number of requests in flight from now on, and the cap.
     ///
     /// # Errors
     /// If the ledger cannot be written.

@@ -11,7 +11,7 @@ pub struct Dollars(u64);
 
 const PICODOLLARS_PER_DOLLAR: f64 = 1e12;
 
-/// Rounding error of a product of floats, in picodollars, that does not change a rounded amount.
+/// Rounding error of a product of floats in picodollars; an error up to this size does not change a rounded amount.
 const TOLERANCE: f64 = 1e-3;
 
 impl Dollars {

@@ -53,13 +53,14 @@ impl From<Usage> for UnpricedTokens {
     }
 }
 
-/// Dollars spent, and tokens spent while no price was set.
+/// Dollars spent, and tokens used while no price was set.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Spent {
     /// Cost of the usage that endpoints reported.
     pub measured_usd: Dollars,
-    /// Upper bounds for attempts that may have been billed, answers without usage, and requests in flight at a kill.
+    /// Upper bounds of the cost of attempts that may have been billed, of answers without usage, and of requests in
+    /// flight at a kill.
     pub estimated_usd: Dollars,
     #[serde(skip_serializing_if = "UnpricedTokens::is_none")]
     pub measured_tokens: UnpricedTokens,
@@ -94,7 +95,7 @@ pub struct Ledger {
     pub spent: Spent,
     /// Upper bound for the requests in flight; zero after a clean end of a run.
     pub in_flight: InFlight,
-    /// Number of attempts that may have been billed without an answer, including requests in flight at a kill.
+    /// Number of attempts that may have been billed without an answer, including the requests in flight at a kill.
     pub attempts_lost: u64,
     /// Largest ratio of the cost of an answer to its upper bound, or 0 if no answer has cost more than its bound.
     pub excess: f64,
@@ -114,7 +115,7 @@ pub struct InFlight {
     pub usd: Dollars,
     /// Cap that the sum of the amount spent and the cost in flight did not exceed; `None` without a budget.
     pub budget_usd: Option<Dollars>,
-    /// Tokens in flight while no price is set.
+    /// Upper bound of the tokens of the requests in flight while no price is set.
     #[serde(skip_serializing_if = "UnpricedTokens::is_none")]
     pub tokens: UnpricedTokens,
 }

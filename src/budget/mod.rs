@@ -3,7 +3,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `account` | reservations and spending of a run folder, in memory |
+//! | `account` | spending and reservations of a run folder, in memory |
 //! | `ledger` | `ledger.json` and its log on disk, and the lock |
 //! | `price` | cost of a usage, and upper bounds of the tokens of a request |
 //! | `dollars` | amounts of US dollars |
@@ -26,7 +26,8 @@
 //! missing, incomplete or impossible; or by zero if the request was refused.
 //!
 //! (2) `ledger`: spending is appended to a log. An upper bound of the reservations is written before the request is
-//! sent, with a margin, so that it is written rarely. Both only grow during a run. A lock admits one process at a time.
+//! sent, with a margin, so that it is written rarely. The logged amount and the bound only grow during a run. A lock
+//! admits one process at a time.
 //!
 //! `tests/it/budget/` checks the invariant by a property test over sequences of these events, and by a search over
 //! every interleaving of two processes with four requests and a crash or a lost reply at every step.

@@ -1,4 +1,4 @@
-//! An append-only file, [`AppendLog`]. Part of a line that a failed write left is truncated away. Nothing is appended
+//! An append-only file, [`AppendLog`]. After a failed write, the incomplete line is truncated away. Nothing is appended
 //! after a failed truncation or a failed fsync.
 
 use std::io;
@@ -11,8 +11,8 @@ use crate::cache::open_file::{DisplacedFile, OpenFile};
 use crate::cache::storage;
 use crate::cache::storage::{Storage, SyncJob};
 
-/// File to which one writer appends, with counters of the lines that are not durable yet. In the compressed file, a frame
-/// counts as one line.
+/// File to which one writer appends, with counters of the lines that are not durable yet. In the compressed file, a
+/// frame counts as one line.
 pub(crate) struct AppendLog {
     storage: Box<dyn Storage>,
     /// True if the storage supports [`Storage::sync_job`].
@@ -70,7 +70,7 @@ impl AppendLog {
     ///
     /// # Errors
     /// If the write fails. The file is then truncated to its previous length; if truncating fails as well, every later
-    /// append is refused. Also after an earlier sync or rescue has failed.
+    /// append is refused. Also if an earlier sync or rescue has failed.
     pub(crate) fn append(&mut self, text: &[u8], lines: usize) -> Result<()> {
         self.check_writable()?;
         self.check_file();

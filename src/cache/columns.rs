@@ -125,7 +125,7 @@ impl<'a> ColumnScanner<'a> {
     }
 }
 
-/// Maximum number of decimal digits of which every significand is below 2^53, so that an f64 holds it exactly.
+/// Number of decimal digits up to which every integer is below 2^53, so that an f64 holds it exactly.
 const MAX_EXACT_DIGITS: usize = 15;
 
 /// Mask of the 29 significand bits of an f64 that an f32 does not have.

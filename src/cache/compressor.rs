@@ -61,8 +61,8 @@ impl Compressor {
         })
     }
 
-    /// Compresses all lines of the plain file if its length of `length` bytes exceeds [`FAST_THRESHOLD_BYTES`], for
-    /// example after compression was turned on for an existing cache. Returns the new length of the plain file in bytes.
+    /// Compresses all lines of the plain file if `length`, its length in bytes, exceeds [`FAST_THRESHOLD_BYTES`], for
+    /// example after compression was turned on for an existing cache. Returns the new length of the plain file.
     pub(crate) fn compress_large(
         &mut self,
         length: u64,
@@ -150,7 +150,7 @@ impl Compressor {
         .with_context(|| format!("could not shorten {}", path.display()))
     }
 
-    /// Copies the length of the compressed file, and a change of it by another program, into `state`.
+    /// Copies the length of the compressed file into `state`, and its change by another program, if there is one.
     pub(crate) fn report_to(&self, state: &mut CacheState) {
         if let Some((_, length)) = &mut state.frames {
             *length = self.frames.length();

@@ -3,7 +3,7 @@
 use crate::cache::hex;
 
 /// First 16 bytes of a key, which is a hash in hex. A million fingerprints take at least 48 MB less memory than
-/// the keys as text, and 128 bits make a collision negligible.
+/// the keys as text. With 128 bits, collisions are negligible.
 pub(crate) type Fingerprint = [u8; 16];
 
 /// Returns the fingerprint of `key`. A key that is not a BLAKE3 hash in lower-case hex (another program may

@@ -1,12 +1,12 @@
 //! The compressed form of a cache: a sequence of zstd frames, each of which holds whole lines.
 //!
-//! `zstdcat` reads such a file. The functions here are pure: they read bytes from their arguments, and return lines or a
-//! description of the damage.
+//! `zstdcat` reads such a file. The functions here are pure: they read bytes from their arguments, and return lines or
+//! a description of the damage.
 //!
-//! A frame has its own checksum in addition to those of its lines. The headers of its blocks determine its length. Bytes
-//! after the last good frame are *torn*: a crash may have left them. But if they begin with a complete frame that does
-//! not decompress, they are torn only if they also contain a disk block that was not written. All other bytes that are
-//! not a good frame are *damage*.
+//! A frame has its own checksum in addition to those of its lines. The headers of its blocks determine its length.
+//! Bytes after the last good frame are *torn*: a crash may have left them. But if they begin with a complete frame that
+//! does not decompress, they are torn only if they also contain a disk block that was not written. All other bytes that
+//! are not a good frame are *damage*.
 
 use std::io::{self, Read, Write};
 
@@ -97,7 +97,7 @@ pub fn decompress(frame: &[u8]) -> io::Result<Vec<u8>> {
     }
 }
 
-/// Returns the whole lines that can still be read from a broken frame.
+/// Returns the lines with a correct checksum that can still be read from a broken frame.
 pub fn salvage(broken: &[u8]) -> Vec<u8> {
     let mut text = Vec::new();
     if let Ok(decoder) = zstd::Decoder::new(broken) {
@@ -145,8 +145,8 @@ impl<R: Read> FrameReader<R> {
         }
     }
 
-    /// Returns the bytes of the next frame, not decompressed; `None` at the end of the file, or if the next bytes are not
-    /// a whole frame.
+    /// Returns the bytes of the next frame, not decompressed; `None` at the end of the file, or if the next bytes are
+    /// not a whole frame.
     pub(crate) fn advance_raw(&mut self) -> io::Result<Option<Vec<u8>>> {
         self.fill()?;
         let length = self.frame_at(0)?;
@@ -175,7 +175,8 @@ impl<R: Read> FrameReader<R> {
         self.offset
     }
 
-    /// Length of the frame that starts at `at` in the buffer; reads as much of the file as the frame needs.
+    /// Length of the frame that starts at `at` in the buffer; `None` if no whole frame starts there. Reads as much of
+    /// the file as the frame needs.
     fn frame_at(&mut self, at: usize) -> io::Result<Option<usize>> {
         loop {
             let rest = &self.buffer[at..];
@@ -273,7 +274,7 @@ pub struct FrameScan<R> {
     line: std::ops::Range<usize>,
     /// Offset of the next line in `text`.
     next: usize,
-    /// Number of the current line, counted from 1.
+    /// Number of the current line in the text of all frames, counted from 1.
     number: u64,
     /// Bytes that a crash may have left at the end of the file.
     torn: Option<BadLine>,

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! The index only repeats content of the cache. It is valid as long as the cache files have the sizes, times and
-//! inodes that they had when the index was written. Otherwise all records are read. The writer writes a new index when
-//! it closes a cache of at least 4 MiB.
+//! inodes that they had when the index was written. Otherwise all records are read. The writer of a cache of at least
+//! 4 MiB writes a new index when it closes the cache.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -60,12 +60,12 @@ struct IndexHeader {
     crc: u32,
 }
 
-/// Metadata of a file that change whenever its content changes.
+/// Metadata of a file, which changes whenever the content changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct FileStamp {
     bytes: u64,
     modified_ns: u64,
-    /// Change time of the inode, which programs cannot set. 0, like the inode, on systems other than Unix.
+    /// Change time of the inode, which programs cannot set. On systems other than Unix this time and the inode are 0.
     changed_s: i64,
     changed_ns: i64,
     inode: u64,

@@ -10,8 +10,8 @@ use super::line::{self, LineError};
 /// Set of key fingerprints. A fingerprint is part of a hash, so a fast hasher is enough.
 pub(crate) type KeySet = HashSet<Fingerprint, FixedState>;
 
-/// Fingerprint of a record's key, and the checksum of its line. Both are needed to identify a record, since two different
-/// answers to one request have the same key.
+/// Fingerprint of a record's key, and the checksum of its line. Both are needed to identify a record, since two
+/// different answers to one request have the same key.
 pub(crate) type KeyAndChecksum = (Fingerprint, u32);
 
 /// Returns fingerprint and checksum of the record in a complete line.

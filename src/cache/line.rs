@@ -69,8 +69,8 @@ fn hex(crc: u32) -> [u8; 8] {
     std::array::from_fn(|index| DIGITS[(crc >> (28 - 4 * index)) as usize & 15])
 }
 
-/// Range of a line's content in `raw`: without the newline, and without the bytes that editors add, which are a
-/// carriage return before the newline and a byte order mark at the start of a file.
+/// Range of a line's content in `raw`: without the newline and without the bytes that editors add. These are a
+/// carriage return before the newline, and a byte order mark if the line `is_first` in its file.
 pub(crate) fn content_range(raw: &[u8], is_first: bool) -> Range<usize> {
     let line = raw.strip_suffix(b"\n").unwrap_or(raw);
     let line = line.strip_suffix(b"\r").unwrap_or(line);
@@ -98,8 +98,8 @@ pub fn verify(line: &[u8]) -> Result<u32, LineError> {
     }
 }
 
-/// Parses the schema version and key of a line that [`verify`] has accepted. If the line begins in the form
-/// that this version writes, only its beginning is parsed.
+/// Parses the schema version, `key` and `cut_at` of a line that [`verify`] has accepted. If the line begins in the
+/// form that distill writes, only its beginning is parsed.
 pub fn head(line: &[u8]) -> Result<LineHead<'_>, LineError> {
     let head = match leading_head(line) {
         Some(head) => head,
@@ -196,7 +196,7 @@ pub fn decode(line: &[u8]) -> Result<Record, LineError> {
 }
 
 /// Decodes a record like [`decode`]; also checks that the cost is plausible and that the key belongs to the request.
-pub(crate) fn decode_own(line: &[u8]) -> Result<Record, LineError> {
+pub(crate) fn decode_checked(line: &[u8]) -> Result<Record, LineError> {
     cost_usd(line)?;
     let record = decode(line)?;
     if question::is_key_of(&record) {

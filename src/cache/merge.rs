@@ -44,9 +44,9 @@ pub struct MergeReport {
     pub unpriced: Usage,
 }
 
-/// Appends every record of `sources` whose key is new to the cache in `into`, which is created if it does not
-/// exist. If two different records have the same key, the first stays, and the second is appended to
-/// `responses.conflicts.jsonl`. The sources do not change. An interrupted merge can be rerun.
+/// Appends the records of `sources` to the cache in `into`, except for records whose key it contains. The cache is
+/// created if it does not exist. If two different records have the same key, the first stays, and the second is
+/// appended to `responses.conflicts.jsonl`. The sources do not change. An interrupted merge can be rerun.
 ///
 /// # Errors
 /// If a source is not a cache, or contains a damaged record ([`Exit::Damaged`]). The records before it are merged.
@@ -137,7 +137,7 @@ fn identities(dir: &Path) -> Result<HashSet<KeyAndChecksum>> {
 /// not belong to its request.
 fn cost_and_usage(line: &[u8]) -> Result<(f64, Option<Usage>), line::LineError> {
     let cost_usd = line::cost_usd(line)?;
-    let record = line::decode_own(line)?;
+    let record = line::decode_checked(line)?;
     Ok((cost_usd, record.usage.filter(|_| cost_usd == 0.0)))
 }
 

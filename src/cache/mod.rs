@@ -14,7 +14,7 @@
 //! | `line`, `frames`, `recovery` | the line and frame formats; distinction of a torn tail from damage |
 //! | `question`, `fingerprint`, `keys` | keys of records |
 //! | `writer`, `shared`, `append_log`, `compressor`, `storage` | the one writer and its background threads |
-//! | `open`, `index`, `verify_parallel` | opening a cache: from its index, or else by a verification of all lines on all cores |
+//! | `open`, `index`, `verify_parallel` | opening a cache from its index, or by verifying all lines on all cores |
 //! | `open_file` | detecting that another program moved or changed a file |
 //! | `reader`, `lookup`, `view`, `logprobs_view`, `columns` | sequential and random access, also during writes |
 //! | `repair`, `merge`, `rewrite` | moving damaged, conflicting and replaced records to other files |

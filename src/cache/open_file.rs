@@ -110,7 +110,7 @@ impl OpenFile {
         match rescue(self, rescued_bytes, &rescue_dir) {
             Ok(rescue_file) => (displaced, Ok(Some(rescue_file))),
             Err(error) => {
-                let text = format!("{displaced}; but that failed: {error:#}");
+                let text = format!("{displaced}; but writing the rescue file failed: {error:#}");
                 (DisplacedFile(text), Err(()))
             }
         }

@@ -201,8 +201,8 @@ pub(crate) fn question_fingerprint(key: &str) -> Fingerprint {
         .unwrap_or_else(|| crate::cache::fingerprint::fingerprint(half))
 }
 
-/// Returns `max_completion_tokens` of a request, or else `max_tokens`; `None` if neither is a number, or the number does
-/// not fit into a u32.
+/// Returns `max_completion_tokens` of a request, or else `max_tokens`; `None` if neither is a number, or the number
+/// does not fit into a u32.
 pub fn max_tokens(request: &Value) -> Option<u32> {
     let names = ["max_completion_tokens", "max_tokens"];
     let value = names.iter().find_map(|name| request.get(*name)?.as_u64())?;
@@ -350,8 +350,8 @@ fn write_fields(value: &Value, text: &mut Vec<u8>, is_wanted: impl Fn(&str) -> b
     }
 }
 
-/// Writes the fields in [`IGNORED_FIELDS`], in the order of the request. The text is only counted, not hashed, so its
-/// separators need not be in the order of JSON.
+/// Writes the fields in [`IGNORED_FIELDS`], in the order of the request. Only the length of this text is used, so its
+/// separators may be in the wrong order.
 fn write_ignored(request: &Value, text: &mut Vec<u8>) {
     let fields = request.as_object().into_iter().flatten();
     for (name, value) in fields.filter(|(name, _)| IGNORED_FIELDS.contains(&name.as_str())) {

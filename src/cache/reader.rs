@@ -306,7 +306,7 @@ pub fn verify_cache(
     let mut record_counts = std::collections::BTreeMap::<String, u64>::new();
     loop {
         match lines.advance() {
-            Ok(true) => match line::decode_own(lines.line()) {
+            Ok(true) => match line::decode_checked(lines.line()) {
                 Ok(record) => {
                     report.records += 1;
                     *record_counts.entry(record.key).or_default() += 1;

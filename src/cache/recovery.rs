@@ -2,8 +2,8 @@
 //!
 //! A crash can leave two things at the end of an append-only file: a line without its newline, or blocks that
 //! were never written and read as NUL bytes. Such a *torn tail*, which no other line follows, was never synced, so it
-//! may be cut off. Every other invalid line is *damage*, for example by a disk error or an edit by hand, and is always
-//! reported.
+//! may be cut off. Every other invalid line is *damage*, caused for example by a disk error or an edit by hand, and is
+//! always reported.
 
 use std::io::{self, BufRead};
 use std::ops::Range;

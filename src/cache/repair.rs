@@ -255,7 +255,7 @@ impl RepairPass {
 fn is_record(line: &[u8]) -> Result<bool> {
     let result = line::verify(line)
         .and_then(|_| line::head(line))
-        .and_then(|_| line::decode_own(line));
+        .and_then(|_| line::decode_checked(line));
     match result {
         Ok(_) => Ok(true),
         Err(newer @ LineError::Newer(_)) => Err(newer.into()),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// Operations on a file that a cache appends to. Tests implement them with faults.
+/// Operations on a file that a cache appends to. Tests implement them to inject faults.
 pub trait Storage: Send {
     /// Appends some of `bytes` and returns their number, as `write(2)` does.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;

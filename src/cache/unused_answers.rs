@@ -17,8 +17,8 @@ use crate::terminal::{after_space, format_count};
 /// Number of cached answers that a run does not use, by reason.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct UnusedAnswers {
-    /// Number of answers to open questions, by endpoint. Another endpoint gave the answer, or its key is of an earlier
-    /// version; `distill cache adopt` adopts it.
+    /// Number of answers to open questions, by endpoint. Another endpoint gave them, or their keys are of an earlier
+    /// version; `distill cache adopt` adopts them.
     #[serde(rename = "elsewhere")]
     pub adoptable: BTreeMap<String, u64>,
     /// Number of answers to prompts of the run with other settings.

@@ -26,8 +26,8 @@ const MIN_INDEXED_BYTES: u64 = 4 << 20;
 /// A cache that is open for appending. At most one exists per folder, over all processes.
 ///
 /// An appended record survives the end of this process, because the write has reached the operating system. It survives
-/// a power loss once it is synced; records appended within a short time, a group, are synced together. All methods may
-/// be called from any thread; those that append or sync may wait for the disk.
+/// a power loss once it is synced. With `durability = "batch"`, records appended within a short time form a group and
+/// are synced together. All methods may be called from any thread; those that append or sync may wait for the disk.
 pub struct Cache {
     shared: Arc<SharedCache>,
     durability: Durability,
@@ -94,8 +94,8 @@ impl Cache {
         Self::open_with(dir, settings, storage::plain_storage(), &mut |_, _| Ok(()))
     }
 
-    /// Opens a cache like [`Cache::open`]; `wrap` creates the storage of each file, and `on_progress` is called while the cache is
-    /// read.
+    /// Opens a cache like [`Cache::open`]; `wrap` creates the storage of each file, and `on_progress` is called while
+    /// the cache is read.
     pub fn open_with(
         dir: &Path,
         settings: &config::CacheConfig,

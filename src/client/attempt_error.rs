@@ -8,7 +8,7 @@ use crate::terminal::sanitise;
 /// Failure of one attempt.
 #[derive(Debug)]
 pub(crate) enum AttemptError {
-    /// The reply says that no request can succeed. It may be wrong about the other requests.
+    /// The endpoint refuses every request, according to the reply. Other requests may still succeed.
     EndpointRefused(EndpointRefusal),
     /// This request cannot succeed; other requests can.
     Refused(RowFailure),
@@ -42,8 +42,7 @@ impl AttemptError {
         }
     }
 
-    /// Removes keys from the message. A message that was joined from several parts may contain a key of which each part
-    /// holds only a piece.
+    /// Removes keys from the message. The joined message may contain a key that was split between parts of the reply.
     pub(crate) fn clean(&mut self, secrets: &Secrets) {
         let message = match self {
             AttemptError::EndpointRefused(EndpointRefusal { failure, .. })
@@ -58,7 +57,7 @@ impl AttemptError {
     }
 }
 
-/// A reply that says that no request can succeed: wrong key, address or model, no credit, no access.
+/// Refusal of every request: wrong key, address or model, no credit, no access.
 #[derive(Debug)]
 pub(crate) struct EndpointRefusal {
     pub reason: RefusalReason,

@@ -19,8 +19,8 @@ pub(crate) const ENDPOINT: &str = "/v1/chat/completions";
 /// Maximum length of a line in bytes; no useful answer is longer.
 pub(crate) const MAX_LINE_LENGTH: usize = 64 << 20;
 
-/// As [`outcome::check`], for a call of the files and batches API: "not found" means the file or batch, so it refuses
-/// only this call.
+/// As [`outcome::check`], for a call of the files and batches API. "Not found" means the file or batch, so it refuses
+/// only this call; so does a content filter.
 pub(crate) fn check(
     reply: Result<HttpReply, TransportError>,
     now: SystemTime,

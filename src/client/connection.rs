@@ -19,8 +19,8 @@ pub(crate) struct EndpointAddress {
 }
 
 impl EndpointAddress {
-    /// Expands and checks `teacher.base_url`: it must be https, or http where that is allowed, and contain no
-    /// credentials, no query and no path of an API method.
+    /// Expands and checks `teacher.base_url`. It must be https, or http where that is allowed, and must not contain
+    /// credentials, a query or the path of an API method. Also expands the query parameters.
     ///
     /// # Errors
     /// [`Exit::Usage`] if an environment variable is not set or the address is not accepted, with the change to make.

@@ -1,8 +1,8 @@
 //! API key and extra headers of requests, and the renewal of keys that expire.
 //!
-//! A key from a file or a command may expire during a run. When the endpoint rejects it, it is renewed once for all
-//! requests in flight: the key is read again; if the endpoint accepted a key before, until it has changed or a timeout
-//! has passed.
+//! A key from a file or a command may expire during a run. When the endpoint rejects it, the key is read again, once
+//! for all requests in flight. If the endpoint accepted a key before, reading is repeated until the key has changed or
+//! a timeout has passed.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
@@ -54,17 +54,17 @@ pub(crate) struct Credentials {
     settings: config::TeacherConfig,
     header: HeaderName,
     current: Mutex<Arc<RequestHeaders>>,
-    /// Number of renewals since the endpoint last accepted a key.
+    /// Number of renewals since the endpoint last accepted a key, including those that read the same key.
     rejected_keys: AtomicU32,
     /// The endpoint has accepted a key.
     was_accepted: AtomicBool,
-    /// Locked during a renewal. Key version and end time of the last renewal that failed.
+    /// Key version and end time of the last renewal that failed. Locked during a renewal.
     failed_renewal: tokio::sync::Mutex<Option<(u64, Instant)>>,
 }
 
 impl Credentials {
-    /// Reads the key and expands the variables in the headers, the query and the base URL. Their values are removed from
-    /// replies like a key, except for the host in the base URL, which may be a common word.
+    /// Reads the key and expands the variables in the headers, the query and the base URL. Their values are removed
+    /// from replies like a key, except for the host in the base URL, which may be a common word.
     ///
     /// # Errors
     /// [`Exit::Usage`] if a variable or the key is missing, or a value is not valid in a header.
@@ -216,8 +216,8 @@ impl Expanded {
         self.variables.into_iter().map(|(_, value)| value)
     }
 
-    /// Returns the secret parts of the variables in an address: what stands after the host and the port, and parts of
-    /// any variable that look like a key. `config::address` accepts no address with a user name or a query.
+    /// Returns the secret parts of the variables in an address: the part after the host and the port, and parts of
+    /// any variable that look like a key. `config::address` rejects addresses with a user name or a query.
     fn into_address_secrets(self) -> Vec<String> {
         let host = self.text.find("://").map_or(0, |start| start + 3);
         let host_length = self.text[host..].find(['/', '\\', '?', '#']);

@@ -2,14 +2,14 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `transport` | traits [`transport::Transport`] and [`transport::BatchApi`], which tests implement without a network; raw replies and errors |
+//! | `transport` | traits [`transport::Transport`] and [`transport::BatchApi`]; raw replies; transport errors |
 //! | `http`, `http_batches`, `sender` | implementation of both traits over HTTP |
-//! | `connection`, `credentials`, `secrets` | base URL and TLS; API key, its renewal and headers; removal of keys from replies |
+//! | `connection`, `credentials`, `secrets` | base URL and TLS; API key and headers; removal of keys from replies |
 //! | `request`, `structured_output` | request bodies; JSON schema of the answers |
 //! | `response` | lenient parser of replies |
 //! | `score_text` | logprobs of a text that the teacher did not write |
 //! | `batch_object` | batch objects, pages of batches, lines of result files |
-//! | `outcome`, `refusal_reason`, `retry_after` | classification of replies; errors of the account or endpoint; waits that an endpoint requests |
+//! | `outcome`, `refusal_reason`, `retry_after` | classification of replies and of error replies; requested waits |
 //! | `attempt_error`, `refused` | errors of one attempt; error messages, with advice, of a run that stops |
 //!
 //! Invariants:

@@ -194,8 +194,8 @@ fn reports_missing_model(message: &str) -> bool {
         "deprecated",
         "not available",
     ];
-    /// Words that may stand between "model" and a phrase of `MISSING`. One other word, the model's name, may stand there
-    /// as well.
+    /// Words that may stand between "model" and a phrase of `MISSING`. One other word, the model's name, may stand
+    /// there as well.
     const FILLERS: [&str; 14] = [
         "",
         "is",

@@ -1,4 +1,4 @@
-//! Errors with advice for an endpoint that refuses every request.
+//! Error messages, with advice, for an endpoint that refuses every request.
 
 use anyhow::anyhow;
 
@@ -6,7 +6,7 @@ use crate::client::attempt_error::RefusalReason;
 use crate::config::{self, KeySource};
 use crate::exit::Exit;
 
-/// Returns the error message, with advice, for an endpoint that refuses every request.
+/// Returns the error, with advice, for an endpoint that refuses every request.
 pub(crate) fn refused(
     reason: RefusalReason,
     message: &str,
@@ -79,7 +79,7 @@ pub(crate) fn path_advice(teacher: &config::TeacherConfig) -> &'static str {
     }
 }
 
-/// As [`refused`], for an endpoint that answered earlier in the run. The exit status says that the run can be resumed.
+/// As [`refused`], for an endpoint that answered earlier in the run. The exit status is that of [`Exit::Resumable`].
 pub(crate) fn refused_after_answers(
     reason: RefusalReason,
     message: &str,

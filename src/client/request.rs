@@ -70,8 +70,8 @@ impl RequestTemplate {
         body
     }
 
-    /// Returns the question templates of the first [`MAX_TEMPLATES`] samples at most, which are valid for prompts
-    /// without request fields. Empty for scoring requests.
+    /// Returns one question template per sample, for the first [`MAX_TEMPLATES`] samples. They are valid only for
+    /// prompts without request fields of their own. Empty for scoring requests.
     pub fn templates(&self, samples: u32) -> Vec<QuestionTemplate> {
         if self.scoring.is_some() {
             return Vec::new();

@@ -114,7 +114,7 @@ fn tokens_spent_without_a_price_are_charged_at_the_first_price() {
     // The other request is in flight when the process is killed.
     let next = account(1.0, first.ledger.clone(), &PRICE);
     assert_eq!(next.spent().measured_usd, Dollars::at_least(0.002));
-    // The reservations were written ahead in steps: two requests, then two more.
+    // The first reservation was written ahead, with an upper bound that covers two requests.
     assert_eq!(next.spent().estimated_usd, Dollars::at_least(0.022));
     assert!(next.spent().measured_tokens.is_none() && next.spent().estimated_tokens.is_none());
 }

@@ -20,7 +20,8 @@ pub struct Completion {
     pub logprobs_fault: Option<String>,
     /// All other fields of the body, with their values unchanged.
     pub extra: Map<String, Value>,
-    /// The text came as a stream delta without a finish reason: if the connection broke, the rest of the text is missing.
+    /// The text came as a stream delta without a finish reason: if the connection broke, the rest of the text is
+    /// missing.
     pub is_stream_delta: bool,
     /// Reason why the reply could not be parsed at all.
     pub unreadable: Option<String>,

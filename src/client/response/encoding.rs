@@ -247,8 +247,8 @@ pub(crate) fn salvage_gzip(raw: &[u8]) -> Option<Vec<u8>> {
     (!decoded.is_empty()).then_some(decoded)
 }
 
-/// Determines the encoding by its magic number, else by the label unless the bytes are plain text or lack the magic
-/// number of that encoding.
+/// Determines the encoding by its magic number, or else by the label. The label is ignored if the bytes are plain text,
+/// or lack the magic number of a labelled gzip or zstd body.
 fn encoding(first_bytes: &[u8], declared: Option<Encoding>) -> Option<Encoding> {
     match first_bytes {
         [0x1f, 0x8b, ..] => return Some(Encoding::Gzip),

@@ -52,7 +52,7 @@ impl ApiError {
         }
     }
 
-    /// Returns the error in a body of a reply with any status, or None if its fields report no error.
+    /// Returns the error in the body of a reply of any status; None if its fields report no error.
     pub fn in_body(fields: &Map<String, Value>) -> Option<ApiError> {
         if let Some(error) = fields.get("error").filter(|error| is_error(error)) {
             let mut error = ApiError::from_value(error);

@@ -52,7 +52,7 @@ pub(crate) struct WireToken<'a> {
 }
 
 impl WireToken<'_> {
-    /// Returns the token's bytes. If they are missing or empty, as for control tokens, returns those of its text.
+    /// Returns the token's bytes, or the bytes of its text if they are missing or empty, as for control tokens.
     pub(crate) fn spelled(&self) -> &[u8] {
         match &self.bytes {
             Some(bytes) if !bytes.as_slice().is_empty() => bytes.as_slice(),

@@ -102,7 +102,7 @@ fn keep_alive_events_are_skipped() {
 }
 
 #[test]
-fn truncated_stream_is_cut_off_whatever_its_end() {
+fn partial_text_is_not_an_answer_if_an_error_follows_or_a_chunk_is_missing() {
     let chunk = |text: &str, finish: Value| json!({"choices": [{"delta": {"content": text}, "finish_reason": finish}]});
     let first = chunk("hel", Value::Null);
     let last = chunk("lo", json!("stop"));
