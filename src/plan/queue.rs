@@ -14,7 +14,7 @@ pub struct QueuedRow {
     /// Number of failed attempts that count towards `retry.max_attempts`. Throttled attempts, attempts in an outage,
     /// and endpoint refusals that are tried again do not count. In an outage, a row may get some attempts back.
     pub failed: u32,
-    /// Number of attempts that may have been billed without an answer.
+    /// Number of attempts, except endpoint refusals, that may have been billed without an answer.
     pub paid: u32,
     /// Number of replies that throttled this row.
     pub throttled: u32,
