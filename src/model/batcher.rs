@@ -264,8 +264,8 @@ impl Sequence {
         })
     }
 
-    /// Takes the logprobs of the tokens whose text is released. At the end of the answer, takes all remaining logprobs,
-    /// or, if there is a stop string, those of the tokens that have a byte before it.
+    /// Takes the logprobs of the tokens whose text is released. At the end of the answer, takes all remaining logprobs;
+    /// after a stop string, only those of the tokens that begin before it.
     fn take_reportable(&mut self, is_finished: bool) -> Vec<TokenLogprobs> {
         let released = self.text.released();
         let reportable = self

@@ -71,7 +71,7 @@ impl Script {
     pub fn load(path: &Path) -> Result<Script> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             usage(format!(
-                "cannot read the script {}: {error}; copy tests/mock/example.toml to start one",
+                "cannot read the script {}: {error}; copy tests/mock/example.toml as a starting point",
                 path.display()
             ))
         })?;
