@@ -16,7 +16,7 @@ const FOREVER: Duration = Duration::from_secs(1_000_000_000);
 /// The state of one rate limit. `now` must not decrease from call to call.
 #[derive(Debug)]
 pub(crate) struct Quota {
-    /// The script's limit for each `period`.
+    /// The script's limit per `period`.
     base_limit: f64,
     /// Current factor of [`crate::mock::script::limits::LimitChange`].
     factor: f64,
@@ -51,7 +51,7 @@ enum QuotaWindow {
 pub(crate) struct QuotaStatus {
     pub limit: f64,
     pub remaining: f64,
-    /// Time until the quota is unused again.
+    /// Time until the full quota is available again.
     pub reset: Duration,
 }
 
@@ -108,7 +108,7 @@ impl Quota {
         }
     }
 
-    /// Returns the current limit for each period.
+    /// Returns the current limit per period.
     fn limit(&self) -> f64 {
         self.base_limit * self.factor
     }
@@ -191,8 +191,8 @@ impl Quota {
         })
     }
 
-    /// Charges `cost`, also if that makes the remaining amount negative. The level of a bucket falls at most to minus its
-    /// capacity.
+    /// Charges `cost`, even if that makes the remaining amount negative. The level of a bucket never falls below minus
+    /// its capacity.
     pub(crate) fn charge(&mut self, now: Instant, cost: f64) {
         self.advance(now);
         let capacity = self.capacity();
@@ -210,7 +210,7 @@ impl Quota {
     }
 
     /// Refunds `amount` of a charge made at `charged_at`, or charges more if `amount` is negative. Does nothing if the
-    /// window, fixed or sliding, no longer contains the charge.
+    /// charge is no longer in the fixed or sliding window.
     pub(crate) fn refund(&mut self, now: Instant, charged_at: Instant, amount: f64) {
         self.advance(now);
         let capacity = self.capacity();

@@ -68,7 +68,7 @@ pub fn start(script: Script, host: IpAddr, port: u16) -> Result<MockServer> {
 }
 
 impl MockServer {
-    /// Returns the base URL for clients: `http://127.0.0.1:PORT/v1`.
+    /// Returns the base URL for clients: `http://HOST:PORT/v1`.
     pub fn base_url(&self) -> String {
         format!("http://{}/v1", self.address)
     }

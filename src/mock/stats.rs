@@ -18,7 +18,7 @@ pub struct MockStats {
     pub requests: u64,
     /// Number of replies by status, including incomplete ones.
     pub by_status: BTreeMap<u16, u64>,
-    /// Number of answers without a fault, without those of batches.
+    /// Number of answers without a fault, except those of batches.
     pub answered: u64,
     /// Number of requests rejected by a limit.
     pub throttled: u64,
@@ -28,11 +28,11 @@ pub struct MockStats {
     pub faults: BTreeMap<String, u64>,
     pub in_flight: u64,
     pub max_in_flight: u64,
-    /// Maximum number of chat requests within 60 seconds, including rejected ones.
+    /// Maximum number of valid chat requests within 60 seconds, including those rejected by a limit.
     pub most_requests_in_a_minute: u64,
     /// Maximum number of tokens (prompt and `max_tokens`) requested within 60 seconds.
     pub most_tokens_asked_in_a_minute: u64,
-    /// Maximum number of tokens billed within 60 seconds, without batches.
+    /// Maximum number of tokens billed within 60 seconds, except those of batches.
     pub most_tokens_billed_in_a_minute: u64,
     pub billed: BillingTotals,
     /// Number of distinct bodies of admitted chat requests and batch rows.
@@ -92,7 +92,7 @@ impl StatsCollector {
         self.stats.requests += 1;
     }
 
-    /// Records a chat request with its tokens (prompt and `max_tokens`).
+    /// Records a valid chat request with its tokens (prompt and `max_tokens`).
     pub(crate) fn record_chat_request(&mut self, elapsed: Duration, tokens: u64) {
         self.requests.add(elapsed, 1);
         self.requested_tokens.add(elapsed, tokens);

@@ -84,7 +84,7 @@ struct Sequence {
     sampler: Sampler,
     top_logprobs: Option<usize>,
     text: TextStream,
-    /// Tokens whose logprobs were not reported yet.
+    /// Tokens whose logprobs have not been reported yet.
     unreported: VecDeque<UnreportedToken>,
 }
 
@@ -103,7 +103,7 @@ pub struct Batcher<'a> {
     tokenizer: &'a Tokenizer,
     /// Maximum number of running answers.
     slots: usize,
-    /// Number of token ids that can be sampled. Higher ids are padding of the model's embedding.
+    /// Number of token ids that can be sampled. Ids from this number on are padding of the model's embedding.
     vocabulary: usize,
     sequences: Vec<Sequence>,
     next_id: u64,
@@ -132,7 +132,7 @@ impl<'a> Batcher<'a> {
         self.sequences.is_empty()
     }
 
-    /// Adds an answer to `prompt`, which starts in the next step. Returns the id of its updates.
+    /// Adds an answer to `prompt`; it starts in the next step. Returns the id of its updates.
     ///
     /// # Errors
     /// If the prompt is empty, or leaves no room for an answer in the model's context.
@@ -176,7 +176,7 @@ impl<'a> Batcher<'a> {
     /// the caller must [`clear`](Self::clear) them.
     pub fn step(&mut self) -> Result<Vec<TokenUpdate>> {
         let mut budget = PROMPT_TOKENS_PER_STEP;
-        // Running answers that take part in this step, each with its new tokens.
+        // Running answers that take part in this step, each with the tokens to process.
         let mut active: Vec<(&mut Sequence, Vec<u32>)> = Vec::new();
         for sequence in &mut self.sequences {
             let tokens = sequence.next_tokens(&mut budget);
@@ -210,8 +210,8 @@ impl<'a> Batcher<'a> {
 }
 
 impl Sequence {
-    /// Takes the tokens for this step: the last sampled token, or as many prompt tokens as `budget` allows, which are
-    /// subtracted from it. A single pending token is always taken.
+    /// Takes the tokens for this step: the last sampled token, or as many prompt tokens as `budget` allows. Subtracts
+    /// the prompt tokens from `budget`. A single pending token is always taken and does not count.
     fn next_tokens(&mut self, budget: &mut usize) -> Vec<u32> {
         if self.pending.len() == 1 {
             return std::mem::take(&mut self.pending);
@@ -264,8 +264,8 @@ impl Sequence {
         })
     }
 
-    /// Takes the logprobs of the tokens whose text is released. At the end of the answer, takes all remaining logprobs,
-    /// or, if there is a stop string, those of the tokens that have a byte before it.
+    /// Takes the logprobs of the tokens whose text is released. At the end of the answer, takes all remaining logprobs;
+    /// after a stop string, only those of the tokens that begin before it.
     fn take_reportable(&mut self, is_finished: bool) -> Vec<TokenLogprobs> {
         let released = self.text.released();
         let reportable = self

@@ -39,7 +39,7 @@ enum DecoderLayer {
     Gpt2(gpt2::Gpt2Layer),
 }
 
-/// The file that marks a folder of PEFT: an adapter without the weights of its base model.
+/// The file that marks a PEFT folder, which holds an adapter without the weights of its base model.
 const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 impl Decoder {
@@ -83,7 +83,7 @@ impl Decoder {
         &self.head_VD
     }
 
-    /// Runs the decoder over `input_ids_T`, up to the final norm. Returns the hidden states (N x D) at
+    /// Runs the decoder over `input_ids_T`, up to and including the final norm. Returns the hidden states (N x D) at
     /// `positions_N`, which are indices in `input_ids_T`.
     ///
     /// # Errors
@@ -147,7 +147,7 @@ impl ModelConfig {
         list.into_inner()
     }
 
-    /// Number of elements of all weights. A tied LM head is not counted again.
+    /// Returns the number of elements of all weights. A tied LM head is not counted again.
     pub(crate) fn parameter_count(&self) -> usize {
         self.parameters()
             .iter()
@@ -194,8 +194,8 @@ impl ModelConfig {
 /// Reads the shape and the weights of a Hugging Face folder. Logs the names of unused tensors.
 ///
 /// # Errors
-/// Where a file is missing or malformed, the weights have more layers than `config.json` or a tensor twice, or the
-/// folder contains an adapter.
+/// Where a file is missing or malformed, the weights have more layers than `config.json`, two tensors have the same
+/// name, or the folder contains an adapter.
 pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
     if dir.join(ADAPTER_CONFIG).exists() {
         bail!(Exit::Usage(format!(

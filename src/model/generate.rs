@@ -16,7 +16,7 @@ pub struct Generated {
     /// The decoded text, without the end of the turn and without the stop string.
     pub text: String,
     pub finish_reason: FinishReason,
-    /// Logprobs of `ids`, without those of the stop string, if [`GenerateOptions::top_logprobs`] is set.
+    /// Logprobs of `ids`, without tokens that begin in the stop string, if [`GenerateOptions::top_logprobs`] is set.
     pub token_logprobs: Vec<TokenLogprobs>,
 }
 

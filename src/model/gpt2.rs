@@ -56,7 +56,7 @@ pub(crate) struct Gpt2Layer {
     proj: Projection,
 }
 
-/// Adds the weights of a layer in memory, in the order of the forward pass.
+/// Adds the weights that a layer has in memory, in the order of the forward pass.
 pub(super) fn add_layer_parameters(list: &mut ParameterList, layer: usize, config: &ModelConfig) {
     let hidden = config.hidden_size;
     let inner = config.intermediate_size;
@@ -74,7 +74,7 @@ fn module_name(layer: usize, module: &str) -> String {
     format!("{PREFIX}h.{layer}.{module}")
 }
 
-/// Returns the name in the files of the weight that is called `name` in memory.
+/// Converts the name of a weight in memory to its name in the files.
 pub(super) fn stored_name(name: String) -> String {
     let part = QKV_PARTS.iter().find(|part| name.contains(*part));
     part.map_or(name.clone(), |part| name.replace(part, FUSED_QKV))

@@ -1,6 +1,6 @@
 //! The llama decoder (Touvron et al., arXiv 2302.13971): SmolLM2, Llama 3, TinyLlama. Also its
-//! variants: mistral (a sliding window; arXiv 2310.06825), qwen2 (biases; arXiv 2407.10671), qwen3 (a
-//! norm of every head; arXiv 2505.09388).
+//! variants: mistral (a sliding window; arXiv 2310.06825), qwen2 (biases; arXiv 2407.10671), qwen3
+//! (norms of query and key heads; arXiv 2505.09388).
 //!
 //! The layer is written once, over [`Graph`]: it trains on every device and generates on the CPU.
 
@@ -40,7 +40,7 @@ pub(crate) struct LlamaLayer {
     gate: Projection,
     up: Projection,
     down: Projection,
-    /// Maximum number of keys that a query sees, its own included. None: its own key and all before it.
+    /// Sliding window: the maximum number of keys that a query sees, including its own. None: no window.
     window: Option<usize>,
 }
 

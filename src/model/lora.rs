@@ -1,4 +1,4 @@
-//! LoRA adapters among the weights of a decoder (Hu et al., arXiv 2106.09685), with the names, initial
+//! LoRA adapters of the linear layers of a decoder (Hu et al., arXiv 2106.09685), with the name endings, initial
 //! values and scale of PEFT.
 
 #![allow(
@@ -24,8 +24,8 @@ const WEIGHT: &str = ".weight";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 
-/// Creates adapters of rank `rank` for the linear layers whose weights have a name (such as
-/// `model.layers.0.mlp.up_proj.weight`) that matches one of `targets`, or for all linear layers if `targets` is empty.
+/// Creates adapters of rank `rank` for the linear layers whose weight name, such as
+/// `model.layers.0.mlp.up_proj.weight`, matches one of `targets`. If `targets` is empty, all linear layers get one.
 /// A is uniform between -1 / sqrt(inputs) and 1 / sqrt(inputs), and B is zero, so that new adapters do not change the
 /// decoder's output.
 ///

@@ -18,7 +18,7 @@ pub struct ParameterSpec {
 }
 
 impl ParameterSpec {
-    /// Number of elements.
+    /// Returns the number of elements.
     pub(crate) fn element_count(&self) -> usize {
         self.shape.iter().product()
     }
@@ -49,7 +49,7 @@ impl ParameterList {
         });
     }
 
-    /// Adds `module.weight` (outputs x inputs), and `module.bias` (outputs) with `has_bias`.
+    /// Adds `module.weight` (outputs x inputs), and `module.bias` (outputs) if `has_bias`.
     pub(super) fn add_projection(
         &mut self,
         module: &str,
@@ -63,7 +63,7 @@ impl ParameterList {
         }
     }
 
-    /// Adds `module.weight` (width), and `module.bias` (width) with `has_bias`.
+    /// Adds `module.weight` (width), and `module.bias` (width) if `has_bias`.
     pub(super) fn add_norm(&mut self, module: &str, width: usize, has_bias: bool) {
         self.add(format!("{module}.weight"), &[width], ParameterRole::Norm);
         if has_bias {

@@ -16,8 +16,8 @@ use crate::ops::math;
 pub struct SamplingParams {
     /// 0 selects the most likely token; 1 samples from the model's own distribution.
     pub temperature: f64,
-    /// Probability mass of the most likely tokens, from which the sampler chooses: 0 to 1 (nucleus sampling, Holtzman
-    /// et al., arXiv 1904.09751).
+    /// The sampler chooses from the smallest set of most likely tokens with at least this probability mass, 0 to 1
+    /// (nucleus sampling, Holtzman et al., arXiv 1904.09751).
     pub top_p: f64,
     /// Seed of the random numbers. The same seed, prompt and parameters give the same answer.
     pub seed: u64,
@@ -50,8 +50,9 @@ impl SamplingParams {
         }
     }
 
-    /// Returns the parameters for answer `index` of several answers for which the user set one seed. Each answer has
-    /// its own seed; answer 0 keeps the user's seed. The other seeds are far from the small numbers that users choose.
+    /// Returns the parameters for answer `index` of several answers that share the seed set by the user. Each answer
+    /// gets its own seed; answer 0 keeps the user's seed. The other seeds are far from the small numbers that users
+    /// choose.
     pub(crate) fn for_answer(&self, index: usize) -> Self {
         /// 2^64 divided by the golden ratio.
         const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;

@@ -28,11 +28,11 @@ struct ScoredToken {
 }
 
 /// Returns the logprobs of the tokens of each text, except the first token, which has no context (S - 1 per text). All
-/// texts share one forward pass. `vocabulary` is the number of tokens: the ids from this number upwards are padding of
-/// the model's embedding, and excluded from the softmax.
+/// texts share one forward pass. `vocabulary` is the number of tokens. Ids from this number on are padding of the
+/// model's embedding and are excluded from the softmax.
 ///
 /// # Errors
-/// If a scored token is outside the vocabulary, a text does not fit the model, or its logits are not finite.
+/// If a scored token is outside the vocabulary, a text does not fit the model's context, or its logits are not finite.
 pub(crate) fn score(
     model: &Model,
     vocabulary: usize,

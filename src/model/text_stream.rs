@@ -4,8 +4,8 @@
 /// the beginning of a stop string.
 ///
 /// Offsets count bytes of the answer. The released parts, joined, are the lossy UTF-8 decoding of all bytes
-/// before the stop string. They do not depend on how the bytes were split into tokens: of several stop strings, the one
-/// that is complete first ends the answer, and the longest one of those that end at the same byte.
+/// before the stop string. They do not depend on how the bytes were split into tokens. The stop string that is complete
+/// first ends the answer; of several that end at the same byte, the longest one counts.
 #[derive(Debug)]
 pub(crate) struct TextStream {
     bytes: Vec<u8>,

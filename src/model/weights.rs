@@ -25,9 +25,9 @@ struct WeightIndex {
 /// The tensors of a model folder.
 #[derive(Debug, Default)]
 pub struct LoadedTensors {
-    /// Tensors by the full names that the caller of [`load`] returned.
+    /// Tensors by the names that `full_name` of [`load`] returned.
     pub tensors: Tensors,
-    /// Tensors without a full name, by their names in the files.
+    /// Names in the files of the tensors without a full name.
     pub unused: BTreeSet<String>,
 }
 
@@ -83,10 +83,10 @@ pub(crate) fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
     texts.collect()
 }
 
-/// Checks that no unused tensor belongs to a layer beyond the `layers` layers of the decoder.
+/// Checks that no unused tensor belongs to a layer that the decoder, with `layers` layers, does not have.
 ///
 /// # Errors
-/// Where the number of a tensor's layer is `layers` or more.
+/// Where the index of a tensor's layer is `layers` or more.
 pub fn check_layers(unused: &BTreeSet<String>, layers: usize) -> Result<()> {
     let layer_index = |name: &str| -> Option<usize> {
         let prefixes = ["model.", "transformer."];
@@ -145,7 +145,7 @@ impl SafetensorsFile<'_> {
 /// Calls `read` with the safetensors file at `path`.
 ///
 /// # Errors
-/// Where it is missing or malformed.
+/// Where the file is missing or malformed, or `read` fails.
 pub fn with_safetensors<R>(
     path: &Path,
     read: impl FnOnce(&SafetensorsFile) -> Result<R>,
@@ -242,7 +242,7 @@ fn le_bytes(values: &[f32]) -> Cow<'_, [u8]> {
     }
 }
 
-/// Writes a safetensors file, one tensor in memory at a time. Call it within
+/// Writes a safetensors file. Converts one tensor at a time, to save memory. Call it within
 /// [`crate::fs::write_dir_with`].
 ///
 /// # Errors

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use super::{lock, simd};
 
 /// Values per task of an update.
-const VALUES_PER_TASK: usize = 1 << 16;
+const UPDATES_PER_TASK: usize = 1 << 16;
 
 /// The constants of one optimizer step.
 #[derive(Debug, Clone, Copy)]
@@ -19,7 +19,7 @@ pub struct AdamWStep {
     pub beta2: f32,
     pub epsilon: f32,
     pub weight_decay: f32,
-    /// Factor of the gradients, from clipping by their norm.
+    /// Factor that clips the gradients by their norm; 1 if they are not clipped.
     pub gradient_scale: f32,
 }
 
@@ -74,10 +74,10 @@ impl InplaceOp1 for AdamW<'_> {
         }
         let step = self.step;
         values
-            .par_chunks_mut(VALUES_PER_TASK)
-            .zip(self.gradient.par_chunks(VALUES_PER_TASK))
-            .zip(first.par_chunks_mut(VALUES_PER_TASK))
-            .zip(second.par_chunks_mut(VALUES_PER_TASK))
+            .par_chunks_mut(UPDATES_PER_TASK)
+            .zip(self.gradient.par_chunks(UPDATES_PER_TASK))
+            .zip(first.par_chunks_mut(UPDATES_PER_TASK))
+            .zip(second.par_chunks_mut(UPDATES_PER_TASK))
             .for_each(|(((values, gradient), first), second)| {
                 simd!(|values: &mut [f32],
                        gradient: &[f32],
@@ -117,7 +117,7 @@ pub fn adamw_candle(
     Ok(())
 }
 
-/// Number of partial sums of [`sum_of_squares`], which lets the compiler use vector registers.
+/// Number of partial sums of [`sum_of_squares`]. Several sums let the compiler use vector registers.
 const LANES: usize = 8;
 
 /// Returns the sum of the squares of `values`.
@@ -135,7 +135,7 @@ pub(crate) fn sum_of_squares(values: &[f32]) -> f64 {
     })
 }
 
-/// Updates the moments m and v and the parameter p from the gradient g, in step t, with the learning rate lr
+/// Updates the moments m and v and the parameter p in step t, with the scaled gradient g, the learning rate lr
 /// and the weight decay wd: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
 /// p = p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), with m^ = m / (1 - b1^t), v^ = v / (1 - b2^t).
 #[inline(always)]

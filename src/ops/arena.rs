@@ -1,9 +1,9 @@
 //! An arena allocator: memory that is reused by every training step.
 //!
-//! A step allocates and drops some thousand large buffers. The general allocator would map each
-//! buffer, fault it in page by page and unmap it. In an arena, a buffer is a range of a block that
-//! stays mapped. Allocation is first-fit from the lowest address, so the memory in use stays dense:
-//! gradients take the space of activations that were dropped. Blocks request huge pages.
+//! A step allocates and drops many large buffers. The general allocator would map each buffer, fault it in page
+//! by page and unmap it. In an arena, a buffer is a range of a block that stays mapped. Allocation is first-fit
+//! from the lowest address, so the memory in use stays dense: gradients take the space of activations that were
+//! dropped. Blocks request huge pages.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
@@ -122,7 +122,8 @@ impl ArenaBlock {
         })
     }
 
-    /// Allocates `size` values from the lowest free range that is large enough. Returns their start.
+    /// Allocates `size` values from the lowest free range that is large enough. Returns the start of the allocated
+    /// range, or None if no free range is large enough.
     fn allocate(&mut self, size: usize) -> Option<usize> {
         let (&start, &len) = self.free.iter().find(|(_, len)| **len >= size)?;
         self.free.remove(&start);

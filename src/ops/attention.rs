@@ -1,5 +1,5 @@
-//! Causal grouped-query attention over segments laid end to end. Queries and keys already carry the
-//! rotary embedding.
+//! Causal grouped-query attention over segments laid end to end. The rotary embedding is already applied to the
+//! queries and keys.
 //!
 //! For each query row: o = softmax(scale q K^T) V over the visible keys of its segment. A row sees
 //! itself and the rows before it; with a sliding window of w, only the last w of these. Queries are
@@ -69,12 +69,12 @@ pub struct Attention<'a> {
     pub heads: Heads,
     /// The segments, which cover all rows in order.
     pub segments: &'a [Range<usize>],
-    /// Maximum number of keys that a query sees, its own included. None: its own key and all before it.
+    /// Sliding window: the maximum number of keys that a query sees, including its own. None: no window.
     pub window: Option<usize>,
     pub precision: Precision,
 }
 
-/// Inputs and results of a forward pass, as the backward pass needs them.
+/// Inputs and results of a forward pass that the backward pass needs.
 #[derive(Clone, Copy)]
 pub struct AttentionForward<'a> {
     pub q_THC: &'a [f32],
@@ -234,8 +234,8 @@ impl Attention<'_> {
         }
     }
 
-    /// Copies the gradient `part` of all query heads from `scratch` to the rows of `gradient`, of `width` values
-    /// each. Sums over groups of `group` query heads: 1 for dQ, and H / G for dK and dV, because H / G query heads
+    /// Writes the gradient `part` of all query heads from `scratch` to the rows of `gradient`, of `width` values each.
+    /// Sums over groups of `group` query heads. `group` is 1 for dQ, and H / G for dK and dV, because H / G query heads
     /// share a key/value head.
     fn gather(
         &self,
@@ -285,8 +285,8 @@ enum ScratchPart {
     Value,
 }
 
-/// Attention over the keys and values of one sequence of S tokens. The keys carry the rotary
-/// embedding.
+/// Attention over the keys and values of one sequence of S tokens. The rotary embedding is already applied to the
+/// keys.
 #[derive(Clone, Copy)]
 pub(crate) struct CachedAttention<'a> {
     pub heads: Heads,

@@ -35,7 +35,7 @@ pub(crate) fn add(table_VD: &[f32], ids_T: &[u32], width: usize, y_TD: &mut [f32
     }
 }
 
-/// Computes the gradient of the table: row `id` is the sum of the rows of `dy_TD` at the tokens `id`.
+/// Computes the gradient of the table: row i is the sum of the rows of `dy_TD` whose id is i.
 ///
 /// # Panics
 /// Where an id is outside the table.

@@ -1,8 +1,8 @@
 //! The LM head and the loss in one operation, chunked over the supervised positions.
 //!
 //! The logits (N x V) are the largest tensor of a step and are never stored whole. One chunk of rows
-//! is computed, turned in place into its loss and gradient, multiplied back, and overwritten by the
-//! next chunk. Both gradients are ready when the forward pass ends.
+//! is computed and turned into its gradient in place. From it, the gradients of the hidden states and of the head's
+//! weight are computed. Then the next chunk overwrites it. Both gradients are ready when the forward pass ends.
 
 #![allow(
     non_snake_case,
@@ -96,7 +96,7 @@ impl PositionGroups {
         })
     }
 
-    /// Number of positions (N).
+    /// Returns the number of positions (N).
     pub fn positions(&self) -> usize {
         self.ends.last().copied().unwrap_or(0)
     }
@@ -157,8 +157,8 @@ pub(crate) struct HeadGradients<'a> {
 }
 
 /// Computes the loss of `hidden_ND` under the LM head `weight_VD`, a linear layer from D to V, and the gradients of
-/// `hidden_ND` and `weight_VD`. `visitor` turns each chunk of logits into its gradient and returns the loss of each
-/// position.
+/// `hidden_ND` and `weight_VD`. `visitor` turns the logits of each group into their gradient and returns the loss of
+/// each position.
 ///
 /// `logits_chunk` is scratch space for [`chunk_rows`] rows of logits, or N rows if that is less.
 ///

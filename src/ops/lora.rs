@@ -1,5 +1,4 @@
-//! The low-rank adapter of a linear layer: `y += s (x A^T) B^T` (Hu et al., arXiv 2106.09685). The
-//! weight of the layer stays frozen.
+//! The low-rank adapter of a linear layer: `y += s (x A^T) B^T` (Hu et al., arXiv 2106.09685).
 
 #![allow(
     non_snake_case,

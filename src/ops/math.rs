@@ -1,12 +1,12 @@
 //! Scalar functions and reductions that the compiler can turn into vector instructions.
 
-/// Number of partial sums of a reduction, which lets the compiler use vector registers.
+/// Number of partial sums of a reduction. Several sums let the compiler use vector registers.
 const LANES: usize = 8;
 
 /// e^x with a relative error of about 1e-7, in operations that the compiler can vectorise. libm's `expf`
 /// would be a call per value.
 ///
-/// x = n ln 2 + f with |f| <= ln 2 / 2, so e^x = 2^n e^f. A polynomial of degree 6 with the coefficients of
+/// x = n ln 2 + f with |f| <= ln 2 / 2, so e^x = 2^n e^f. A polynomial of degree 7 with the coefficients of
 /// Cephes' `expf` computes e^f. x is limited to -87 .. 88, where e^x is a normal f32.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
@@ -16,7 +16,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
     let rounded = x * LOG2_E + ROUND;
     let n = rounded - ROUND;
-    // ln 2 in two parts, of which the first has few bits, keeps the remainder exact.
+    // ln 2 is split into two parts. The first has few bits, which keeps the remainder exact.
     let f = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
     let mut p = 1.987_569_1e-4;
     for c in [
@@ -48,7 +48,7 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 /// Returns the largest of `values`, or -inf if there are none.
 #[inline(always)]
 pub(crate) fn max(values: &[f32]) -> f32 {
-    // The compiler may not reorder a fold with `f32::max`, and so cannot vectorise it.
+    // The compiler must not reorder a fold with `f32::max`, and so cannot vectorise it.
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut largest = [f32::NEG_INFINITY; 4 * LANES];
     let chunks = values.chunks_exact(4 * LANES);

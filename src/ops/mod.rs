@@ -72,7 +72,7 @@ struct NormTask<'a> {
     dx_tD: &'a mut [f32],
     /// Add to `dx_tD` instead of overwriting it.
     add: bool,
-    /// The task's part of the gradient of the weight. Contains zeros when the task starts.
+    /// The task's part of the gradient of the weight. It is zero when the task starts.
     dweight_D: &'a mut [f32],
 }
 

@@ -1,6 +1,6 @@
 //! Operating-system limits and settings of this process: memory, threads, file descriptors, signals.
 
-/// File descriptors that are not used for connections: those of files, name resolution and libraries.
+/// Number of file descriptors reserved for files, name resolution and libraries.
 const RESERVED_DESCRIPTORS: usize = 96;
 
 /// Maximum number of descriptors requested. Some systems have no hard limit, but allocate tables in
@@ -9,7 +9,7 @@ const RESERVED_DESCRIPTORS: usize = 96;
 const MAX_DESCRIPTORS: libc::rlim_t = 65_536;
 
 /// Raises the soft descriptor limit as far as allowed, up to `MAX_DESCRIPTORS`, and returns the number of connections
-/// that the process may hold open. None where the system does not report such a limit.
+/// that the process may hold open. Returns None where the system does not report such a limit.
 pub(crate) fn max_connections() -> Option<usize> {
     #[cfg(unix)]
     {
@@ -57,7 +57,7 @@ pub(crate) fn is_out_of_descriptors(error: &std::io::Error) -> bool {
     }
 }
 
-/// Returns the resident memory of the process in bytes. None where the system does not report it.
+/// Returns the resident memory of the process in bytes, or None where the system does not report it.
 pub(crate) fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status
@@ -67,7 +67,7 @@ pub(crate) fn resident_bytes() -> Option<u64> {
     Some(kilobytes * 1_024)
 }
 
-/// Returns free memory of the allocator to the system. Call it after work that leaves many small free
+/// Gives free memory of the allocator back to the system. Call it after work that leaves many small free
 /// blocks.
 pub(crate) fn trim_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -153,7 +153,7 @@ pub(crate) fn remove_from_cache(
 }
 
 /// Removes the paid attempts and refusals of the rows from `unanswered.jsonl`, once per selection. Returns the number
-/// of rows that had any.
+/// of these rows that the file listed.
 fn forget(
     run_dir: &Path,
     selectors: &[String],
@@ -304,7 +304,7 @@ fn is_selected(record: &Record, selectors: &[String]) -> bool {
 
 /// Rows of this run that `--again` selects.
 pub(crate) struct RowsToRepeat {
-    /// Plan of the selected rows; a row with another answer in the cache counts as cached.
+    /// Plan of the selected rows. A row with another answer in the cache counts as cached.
     pub plan: Plan,
     /// Keys of the rows to request, in every key schema.
     keys: HashSet<String>,

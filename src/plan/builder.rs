@@ -15,7 +15,7 @@ use crate::prompt::Prompt;
 use crate::terminal::format_count;
 
 /// Inputs of the loop that adds rows to a plan.
-struct PlanBuilder<'a, S> {
+struct PlanInputs<'a, S> {
     endpoints: Vec<KeyEndpoint>,
     /// Question templates of the current endpoint, by sample. A sample without a template needs the full request body
     /// for its keys.
@@ -27,7 +27,7 @@ struct PlanBuilder<'a, S> {
     key_status: S,
 }
 
-impl<S: Fn(&str) -> Result<RowStatus>> PlanBuilder<'_, S> {
+impl<S: Fn(&str) -> Result<RowStatus>> PlanInputs<'_, S> {
     /// Returns the status of a row: answered if one of its keys has an answer that is complete or was truncated at
     /// `max_tokens` or later.
     fn row_status(&self, keys: &CacheKeys, max_tokens: u32) -> Result<RowStatus> {
@@ -108,7 +108,7 @@ impl Plan {
             let teacher = &template.endpoint.teacher;
             KeyEndpoint::new(&teacher.name, crate::config::teacher::identity(teacher))
         };
-        let mut builder = PlanBuilder {
+        let mut inputs = PlanInputs {
             endpoints: plan.templates.iter().map(key_endpoint).collect(),
             templates: Vec::new(),
             scope,
@@ -127,7 +127,7 @@ impl Plan {
             plan.questions.reserve(rows_per_endpoint as usize);
         }
         for endpoint in 0..shares.len() {
-            builder.templates = plan.templates[endpoint].templates(settings.samples);
+            inputs.templates = plan.templates[endpoint].templates(settings.samples);
             let start = plan.rows.len();
             let mut suspects = Vec::new();
             for &prompt in &order {
@@ -142,7 +142,7 @@ impl Plan {
                         endpoint,
                         prompt,
                         settings.samples,
-                        &mut builder,
+                        &mut inputs,
                     )?);
                 }
             }
@@ -159,16 +159,16 @@ impl Plan {
         endpoint: usize,
         prompt: usize,
         samples: u32,
-        builder: &mut PlanBuilder<'_, impl Fn(&str) -> Result<RowStatus>>,
+        inputs: &mut PlanInputs<'_, impl Fn(&str) -> Result<RowStatus>>,
     ) -> Result<Vec<PlannedRow>> {
         let mut suspects = Vec::new();
         for sample in 0..samples {
             let max_tokens = self.templates[endpoint].endpoint.sampling.max_tokens;
-            let with_schema_1 = builder.variants.has_schema_1 || builder.scope.only.is_some();
+            let with_schema_1 = inputs.variants.has_schema_1 || inputs.scope.only.is_some();
             let planned_prompt = &self.prompts[prompt];
-            let template = builder.templates.get(sample as usize);
+            let template = inputs.templates.get(sample as usize);
             let template = template.filter(|_| planned_prompt.raw.is_none() && !with_schema_1);
-            let identity = &builder.endpoints[endpoint];
+            let identity = &inputs.endpoints[endpoint];
             let (question, keys) = match template {
                 Some(template) => {
                     let question = template.question(&planned_prompt.messages);
@@ -182,7 +182,7 @@ impl Plan {
                 }
             };
             let key_fingerprint = fingerprint(&keys.key);
-            if !builder.scope.contains(&key_fingerprint, &keys) {
+            if !inputs.scope.contains(&key_fingerprint, &keys) {
                 continue;
             }
             self.total += 1;
@@ -192,7 +192,7 @@ impl Plan {
                 self.repeated += 1;
                 continue;
             }
-            let status = builder.row_status(&keys, max_tokens)?;
+            let status = inputs.row_status(&keys, max_tokens)?;
             let row = PlannedRow {
                 prompt: prompt as u32,
                 sample,

@@ -28,9 +28,10 @@ pub struct Estimate {
     pub cost_usd: Option<(f64, f64)>,
     /// Cost in US dollars with `likely_completion_tokens`; `None` without them or without a price.
     pub likely_cost_usd: Option<f64>,
-    /// Minimum number of minutes under the configured limits; 0 without limits, and for batches.
+    /// Minimum number of minutes under the configured limits, which count `sampling.max_tokens` for every answer; 0
+    /// without limits, and for batches.
     pub minutes: f64,
-    /// Batch mode only.
+    /// Estimated batches; `None` except in batch mode.
     pub batches: Option<BatchEstimate>,
     /// Number of bytes by which the cache will grow, at the mean size of its records; `None` below [`MIN_RECORDS`]
     /// records.

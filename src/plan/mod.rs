@@ -59,7 +59,7 @@ pub struct PlannedRow {
     pub sample: u32,
     /// Cache key of the answer; see [`question`].
     pub key: String,
-    /// Cache key by schema 1; `None` if the cache has no records of that schema.
+    /// Cache key by schema 1. Set only if the cache has records of that schema, or if [`PlanScope::only`] selects rows.
     pub old_key: Option<Box<str>>,
     /// Length of the request body in bytes.
     pub bytes: u32,
@@ -69,7 +69,7 @@ pub struct PlannedRow {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RowStatus {
     Open,
-    /// Open, and a likely cause of failures in an earlier run: see `unanswered::Kind`.
+    /// Open, and a possible cause of failures in an earlier run: see `unanswered::Kind`.
     Suspect,
     /// Answered in the cache, or refused by a content filter in an earlier run.
     Answered,
@@ -88,7 +88,7 @@ pub struct Plan {
     pub rows_by_endpoint: Vec<Range<usize>>,
     /// Number of rows in the scope of the plan, answered, given-up and repeated rows included.
     pub total: u64,
-    /// Number of rows in `total` that are answered or in `repeated`.
+    /// Number of rows in `total` that are answered or repeated.
     pub cached: u64,
     /// Number of [`RowStatus::Answered`] rows by endpoint.
     pub answered: Vec<u64>,

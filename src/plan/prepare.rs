@@ -30,7 +30,7 @@ use crate::terminal::format_dollars;
 use crate::terminal::progress::ReadProgress;
 
 /// Builds the request template of each endpoint. `probe_hashes` has the hash of each endpoint's probe findings, in the
-/// same order; an endpoint without an entry gets the empty hash.
+/// order of the endpoints; an endpoint without an entry gets the empty hash.
 ///
 /// # Errors
 /// If a JSON schema cannot be loaded.
@@ -191,8 +191,8 @@ pub(crate) fn open_cache(
     })
 }
 
-/// Checks that every endpoint has prices if a budget is set. Logs a warning about outdated prices, and about a budget
-/// in one of several shards.
+/// Checks that every endpoint has prices if a budget is set. Logs warnings about outdated prices, and about a budget
+/// that applies to one of several shards alone.
 ///
 /// # Errors
 /// [`Exit::Usage`] if a budget is set and an endpoint has no price.

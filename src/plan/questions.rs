@@ -24,7 +24,7 @@ use crate::prompt::Prompt;
 /// Returns the selection of answers that `data.groups` describes.
 ///
 /// # Errors
-/// If a JSON schema of the config or the cache cannot be read; [`Exit::Usage`] if a name matches no group.
+/// If the cache or a JSON schema of the config cannot be read; [`Exit::Usage`] if a name matches no group.
 pub fn selection(config: &Config) -> Result<Selection> {
     match &config.data.groups {
         Groups::All => Ok(Selection::All),

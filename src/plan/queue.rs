@@ -14,7 +14,7 @@ pub struct QueuedRow {
     /// Number of failed attempts that count towards `retry.max_attempts`. Throttled attempts, attempts in an outage,
     /// and endpoint refusals that are tried again do not count. In an outage, a row may get some attempts back.
     pub failed: u32,
-    /// Number of attempts that may have been billed without an answer.
+    /// Number of attempts, except endpoint refusals, that may have been billed without an answer.
     pub paid: u32,
     /// Number of replies that throttled this row.
     pub throttled: u32,
@@ -57,7 +57,7 @@ impl RowQueue {
         }
     }
 
-    /// Number of rows in the queue.
+    /// Returns the number of rows in the queue.
     pub(crate) fn len(&self) -> usize {
         self.fresh.iter().map(Range::len).sum::<usize>() + self.delayed.len()
     }
@@ -84,9 +84,9 @@ impl RowQueue {
         }
     }
 
-    /// Returns the row that is least suspected of causing its failures itself, so that its result shows the state of
-    /// the endpoint: a fresh row before any retry; of the due retries, first rows that are not failing, then rows with
-    /// the fewest setbacks. If no row is due, the error is that of [`RowQueue::peek`].
+    /// Returns the row that is least likely to be the cause of a failure, so that its result shows the state of the
+    /// endpoint. A fresh row comes before all retries. Of the due retries, rows that are not failing come first, then
+    /// rows with the fewest setbacks. If no row is due, the error is that of [`RowQueue::peek`].
     ///
     /// `is_failing` returns true for rows that have failed since the endpoint's last success. Rows that fail may be
     /// neighbours: with `from_middle`, the fresh row is taken from the middle of the longest range instead of the

@@ -107,7 +107,7 @@ impl RunSettings {
         }
     }
 
-    /// Maximum number of requests in flight over all endpoints.
+    /// Returns the maximum number of requests in flight over all endpoints.
     pub(crate) fn concurrency(&self) -> usize {
         let endpoints = self.endpoints.iter();
         endpoints.map(|endpoint| endpoint.limits.concurrency).sum()

@@ -13,7 +13,7 @@ pub struct RequestShard {
 }
 
 impl RequestShard {
-    /// Number of shards.
+    /// Returns the number of shards, N.
     pub(crate) fn count(self) -> u64 {
         self.count
     }

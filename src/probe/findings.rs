@@ -39,7 +39,7 @@ pub struct ProbedEndpoint {
     pub reports_usage: bool,
     /// True if the reply to a plain prompt contains or bills reasoning, or has no text within the token limit.
     pub thinks: bool,
-    /// True if `n = 2` returns two choices; `None` if the endpoint refuses it.
+    /// True if a request with `n = 2` returns two choices; `None` if the endpoint refuses `n`.
     pub several_choices: Option<bool>,
     /// Result for `seed`: the same seed gives the same answer.
     pub seed: Finding,
@@ -78,7 +78,7 @@ pub enum LogprobsKind {
     Unknown,
 }
 
-/// Comparison of the token bytes with the answer, including its non-ASCII characters.
+/// Whether the token bytes spell the answer, including its non-ASCII characters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenBytes {
@@ -146,8 +146,8 @@ impl ProbedEndpoints {
 }
 
 impl ProbedEndpoint {
-    /// Returns the BLAKE3 hash of the findings in hex, without time and number of requests. It is stored in each
-    /// record.
+    /// Returns the BLAKE3 hash of the findings in hex, without the time and the number of requests. Each record stores
+    /// the hash.
     pub fn hash(&self) -> Result<String> {
         let findings = ProbedEndpoint {
             probed_at: String::new(),

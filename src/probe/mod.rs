@@ -7,7 +7,8 @@
 //! | `findings` | `endpoint.json`, and checks of a config against it |
 //!
 //! Invariants:
-//! - Each request reserves its maximum cost in the budget before it is sent, and settles the reservation after.
+//! - Each request reserves its maximum cost in the budget before it is sent, and settles the reservation after the
+//!   reply.
 //! - After the first answer, a refusal or a lasting error is a finding and does not end the probe.
 //! - Probe requests do not use the config's sampling settings, except for `sampling.max_tokens_field`.
 //! - Records that `harvest` writes after a probe contain the hash of its findings.
@@ -45,7 +46,7 @@ const NON_ASCII_ANSWER: u32 = 100;
 /// Numbers of alternatives to request, the largest first: the maxima of common servers.
 const TOP_LOGPROBS: [u32; 4] = [20, 8, 5, 1];
 
-/// Minimum difference between two logprobs whose change with the temperature is measured.
+/// Minimum gap between two logprobs at temperature 1. Smaller gaps are not compared with those at temperature 0.5.
 const MIN_LOGPROB_GAP: f32 = 0.05;
 
 /// Prompt whose answer has many likely first tokens.

@@ -24,7 +24,7 @@ const MAX_ATTEMPTS: u32 = 3;
 /// Time after which a request is not retried.
 const TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Pause after a throttled attempt whose reply does not name one.
+/// Pause after a throttled attempt whose reply does not state how long to wait.
 const THROTTLED_PAUSE: Duration = Duration::from_secs(5);
 
 /// Minimum pause after a transient failure.
@@ -92,8 +92,9 @@ impl Probe<'_> {
     /// Sends the prompt, with the fields that `change` sets, until it is answered or refused.
     ///
     /// # Errors
-    /// If the endpoint has not answered any request yet and claims that none can succeed or fails [`MAX_ATTEMPTS`]
-    /// times; if the retries would take longer than [`TIMEOUT`]; or if the budget is exhausted.
+    /// If, before the first answer, the endpoint claims that no request can succeed, fails [`MAX_ATTEMPTS`] times, or
+    /// sends a reply that cannot be parsed; if the retries would take longer than [`TIMEOUT`]; or if the budget is
+    /// exhausted.
     pub(crate) async fn send(
         &mut self,
         prompt: &str,

@@ -16,7 +16,7 @@ use crate::ops::process;
 /// Maximum growth of the process's resident memory, in bytes, while one row is rendered.
 const MAX_GROWTH_BYTES: u64 = 512 << 20;
 
-/// Interval between two checks. A doubling string grows far less than the limit within it.
+/// Interval between two checks. Within it, a doubling string grows far less than the limit.
 const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Value of [`MemoryGuard::row`] while no row is rendered.

@@ -12,7 +12,7 @@
 //! | `message` | one turn of a conversation |
 //! | `control_tokens` | names of control tokens |
 //!
-//! Invariants: every error about a row names the file and the line, or the index of the row in a JSON array or a
+//! Invariants: every error about a row names the file and the line, or the position of the row in a JSON array or a
 //! Parquet file. All prompts are read and rendered before the first request. Every prompt has a unique id.
 
 pub(crate) mod control_tokens;
@@ -99,7 +99,8 @@ pub fn load(
     Ok(prompts.into_iter().map(|(prompt, ())| prompt).collect())
 }
 
-/// Loads every row of `source` as a prompt, paired with the result of `map_row` for the prompt's id and the row.
+/// Loads every row of `source` as a prompt. Pairs each prompt with the result of `map_row`, which gets the prompt's id
+/// and the row.
 pub fn load_with<T>(
     source: &Path,
     template: Option<&Path>,

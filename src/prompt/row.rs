@@ -13,7 +13,7 @@ pub struct RawRequest {
     /// `messages` of the row, if a message has fields other than `role` and `content`, or a `content` that is not a
     /// string.
     pub messages: Option<Value>,
-    /// The `REQUEST_FIELDS` that the row has.
+    /// Those of `REQUEST_FIELDS` that the row has.
     pub fields: Map<String, Value>,
 }
 

@@ -41,11 +41,11 @@ pub enum AcceptedMaxTokens {
 pub struct AnswerScript {
     pub text: AnswerText,
     pub token: TokenUnit,
-    /// Number of tokens of an answer; the text is repeated or cut to it. None: the text is sent once.
+    /// Number of tokens of an answer; the text is repeated or cut to this length. None: the text is sent once.
     pub tokens: Option<NumberRange>,
     /// Latency of an answer, in seconds.
     pub latency_s: NumberRange,
-    /// Seconds added to the latency for every token of the answer.
+    /// Seconds added to the latency for every completion token, including reasoning tokens.
     pub token_s: f64,
     /// True if requested logprobs are sent.
     pub logprobs: bool,
@@ -53,15 +53,15 @@ pub struct AnswerScript {
     pub top_logprobs: usize,
     /// True if the temperature changes the logprobs.
     pub tempered: bool,
-    /// Number of hidden reasoning tokens, which are billed and count against `max_tokens`.
+    /// Number of hidden reasoning tokens per choice. They are billed and count against `max_tokens`.
     pub reasoning_tokens: u64,
-    /// Number of cached prompt tokens that the usage of an answer reports.
+    /// Number of cached prompt tokens that the usage reports, at most the number of prompt tokens.
     pub cached_tokens: u64,
     pub finish_reason: String,
     /// Top-level request fields that are rejected with a 400.
     pub refuse_parameters: Vec<String>,
     pub max_tokens_field: AcceptedMaxTokens,
-    /// Maximum of prompt tokens and `max_tokens` together.
+    /// Maximum sum of prompt tokens and `max_tokens`.
     pub context_tokens: Option<u64>,
     /// True to compress complete replies to clients that accept gzip.
     pub gzip: bool,

@@ -23,8 +23,8 @@ pub enum ScriptedOutcome {
 pub enum RequestCountsMode {
     /// The actual counts.
     Right,
-    /// Processed rows count as completed. When the batch has ended, all rows do, even those that failed or are in no
-    /// file.
+    /// All processed rows count as completed. When the batch has ended, all rows count as completed, even rows that
+    /// failed or are in no file.
     AllCompleted,
     Zero,
     Null,
@@ -42,16 +42,16 @@ pub struct BatchScript {
     pub finalizing_s: f64,
     pub cancelling_s: f64,
     pub outcome: ScriptedOutcome,
-    /// Number of rows in the error file, in each of three formats in turn.
+    /// Number of rows of each batch that are in the error file. Their lines have three formats in turn.
     pub error_rows: usize,
-    /// Number of rows that are in neither result file.
+    /// Number of rows of each batch that are in neither result file.
     pub lost_rows: usize,
     pub request_counts: RequestCountsMode,
     /// Status to report instead of `in_progress`.
     pub status: Option<String>,
     /// Real seconds after an upload during which the file is "not found".
     pub missing_s: f64,
-    /// Number of batches, from the first one on, that are created although the reply is lost.
+    /// Number of batches, counted from the first, whose creation succeeds but whose reply is lost.
     pub lost_creates: u32,
     /// Maximum number of tokens in all unfinished batches; a batch that exceeds it fails.
     pub enqueued_tokens: Option<u64>,

@@ -9,7 +9,7 @@ use crate::mock::script::limits::RetryAfter;
 use crate::mock::script::values::{is_valid_amount, require};
 
 /// A fault and its conditions: `first`, `share`, `from_s`, `to_s`, `path` and `matching`. The fault applies to a
-/// request for which all conditions that are set hold.
+/// request if all conditions that are set hold.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ScriptedFault {
@@ -19,9 +19,9 @@ pub struct ScriptedFault {
     pub first: Option<u32>,
     /// Probability that the fault applies to a request.
     pub share: Option<f64>,
-    /// First second of the fault, counted from the start of the mock.
+    /// Start of the fault, in seconds since the start of the mock.
     pub from_s: Option<f64>,
-    /// Second at which the fault ends, counted from the start of the mock.
+    /// End of the fault, in seconds since the start of the mock.
     pub to_s: Option<f64>,
     /// Text that the path must contain. If unset, the fault applies only to chat requests and batch rows.
     pub path: Option<String>,
@@ -36,7 +36,7 @@ pub struct ScriptedFault {
     /// Headers to add to the reply. They replace headers of the same name.
     #[serde(default)]
     pub headers: BTreeMap<String, String>,
-    /// Body of the reply, instead of the one that belongs to the kind.
+    /// Body of the reply, which replaces the body of the kind.
     pub body: Option<String>,
     /// Format in which an error states how long to wait. None by default.
     pub retry_after: Option<RetryAfter>,

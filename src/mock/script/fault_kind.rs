@@ -42,7 +42,7 @@ pub enum FaultKind {
     Empty,
     /// Half of the body, with a matching content length.
     Truncated,
-    /// A content that is not valid UTF-8.
+    /// Content that is not valid UTF-8.
     BadUtf8,
     /// An empty list of `choices`.
     NoChoices,
@@ -54,7 +54,7 @@ pub enum FaultKind {
     FloatCreated,
     /// `logprobs` is null although the request asks for logprobs.
     LogprobsNull,
-    /// Half of the tokens have logprobs, and half of the requested alternatives.
+    /// Only half of the tokens have logprobs, each with half of the requested alternatives.
     LogprobsFewer,
     /// The logprob of the least likely alternative is `NaN` without quotes, as Python writes it.
     LogprobsNan,
@@ -70,13 +70,13 @@ pub enum FaultKind {
     HugeBody,
     /// Nested arrays of depth `size`, by default 100,000.
     DeepJson,
-    /// Another `model` than the requested one.
+    /// A `model` other than the requested one.
     OtherModel,
     /// No `usage`.
     NoUsage,
     /// A `refusal` instead of the content.
     Refusal,
-    /// An empty content with the `finish_reason` `content_filter`.
+    /// Empty content with the `finish_reason` `content_filter`.
     ContentFilter,
     /// The `finish_reason` `length`, as of an answer that was cut off at `max_tokens`.
     Length,

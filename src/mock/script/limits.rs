@@ -1,10 +1,10 @@
-//! `[limits]`: limits per minute, per day and of concurrent requests, and their headers.
+//! `[limits]`: limits per minute, per day and on concurrent requests, and rate-limit headers.
 
 use serde::{Deserialize, Serialize};
 
 use crate::mock::script::values::{is_valid_amount, require};
 
-/// The period over which a limit per minute counts.
+/// The window over which a limit per minute is counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LimitWindow {
@@ -80,7 +80,7 @@ pub struct LimitScript {
     /// Prompt and output tokens; only prompt tokens if `output_tokens_per_minute` is set.
     pub tokens_per_minute: Option<u64>,
     pub output_tokens_per_minute: Option<u64>,
-    /// Limit of each day since the start of the mock.
+    /// Maximum number of requests in each 24 hours since the start of the mock.
     pub requests_per_day: Option<u64>,
     /// Maximum number of concurrent requests.
     pub concurrency: Option<u64>,

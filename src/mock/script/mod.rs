@@ -4,7 +4,7 @@
 //! seed = 1                  # latencies and faults depend on it, on the body, and on the number of attempts
 //! model = "mock"
 //! [answers]                 # the content of answers, and the request fields that are rejected
-//! [limits]                  # limits per minute, per day and of concurrent requests, and their headers
+//! [limits]                  # limits per minute, per day and on concurrent requests, and rate-limit headers
 //! [[faults]]                # faults and their conditions; the first entry whose conditions hold applies
 //! [batch]                   # the batch API, on a virtual clock
 //! ```
@@ -32,7 +32,7 @@ use crate::mock::script::values::{KEYS_HINT, require};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Script {
-    /// Seed of all random numbers. They also depend on the request body and its number of attempts,
+    /// Seed of all random numbers. They also depend on the request body and on the number of attempts with that body,
     /// but not on the order in which requests arrive.
     pub seed: u64,
     /// Model name that requests must use; `*` accepts every name.
@@ -66,12 +66,12 @@ impl Script {
     /// Reads the script at `path`.
     ///
     /// # Errors
-    /// [`crate::exit::Exit::Usage`] with the file; for invalid TOML, a wrong type or an unknown key also with line and
-    /// column; for an unknown key also with the nearest one.
+    /// [`crate::exit::Exit::Usage`], which names the file. For invalid TOML, a wrong type or an unknown key, the error
+    /// also has line and column. For an unknown key, it also suggests the most similar key.
     pub fn load(path: &Path) -> Result<Script> {
         let text = std::fs::read_to_string(path).map_err(|error| {
             usage(format!(
-                "cannot read the script {}: {error}; copy tests/mock/example.toml to start one",
+                "cannot read the script {}: {error}; copy tests/mock/example.toml as a starting point",
                 path.display()
             ))
         })?;

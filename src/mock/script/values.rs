@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Last part of the error messages about keys and kinds.
+/// Last part of the error messages about unknown keys and kinds.
 pub(crate) const KEYS_HINT: &str = "tests/mock/example.toml documents every key";
 
 /// A number, or a range from which each request draws a number.

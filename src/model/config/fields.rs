@@ -23,7 +23,7 @@ pub(crate) fn without_nulls(json: &Map<String, Value>) -> Value {
 /// Checks the number of layers, before anything is allocated per layer.
 ///
 /// # Errors
-/// If there are none or more than [`MAX_LAYERS`].
+/// If there are no layers, or more than [`MAX_LAYERS`].
 pub(crate) fn check_layer_count(layers: usize) -> Result<()> {
     if layers == 0 || layers > MAX_LAYERS {
         return config_error(format!(

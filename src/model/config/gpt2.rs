@@ -8,7 +8,8 @@ use crate::model::config::fields::{config_error, without_nulls};
 use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::ops::attention::Heads;
 
-/// The fields of `config.json` that are used. Sizes are required; other fields have the defaults of transformers.
+/// The fields of `config.json` that are used. All sizes except `n_inner` are required; the other fields have the
+/// defaults of transformers.
 #[derive(Deserialize)]
 struct Gpt2Fields {
     vocab_size: usize,

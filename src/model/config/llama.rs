@@ -9,8 +9,8 @@ use crate::model::config::rope::Rope;
 use crate::model::config::shape::{Architecture, LlamaVariant, ModelConfig};
 use crate::ops::attention::Heads;
 
-/// The fields of `config.json` that are used. Fields with a default have that of transformers' `LlamaConfig`, and
-/// `max_window_layers` that of `Qwen2Config`. All other fields that are not `Option` are required.
+/// The fields of `config.json` that are used. Defaults are those of transformers' `LlamaConfig`, or of `Qwen2Config`
+/// for the two window fields. Fields without a default that are not `Option` are required.
 #[derive(Deserialize)]
 struct LlamaFields {
     model_type: String,

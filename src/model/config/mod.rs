@@ -33,7 +33,7 @@ pub use rope::{Llama3Scaling, Rope};
 /// angles of every position are precomputed.
 const MAX_POSITIONS: usize = 1 << 17;
 
-/// Maximum of the vocabulary, hidden, feed-forward and attention sizes.
+/// Maximum of each of the vocabulary, hidden, feed-forward and attention sizes.
 const MAX_WIDTH: usize = 1 << 24;
 
 impl ModelConfig {
@@ -139,7 +139,7 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Returns `config.json` for the student's folder, with `dtype` as the data type of the weights, and a
+    /// Returns `config.json` for the student's folder, with `dtype` as the data type of the weights. Also returns a
     /// description of each other difference from the file that was read.
     pub fn to_json(&self, dtype: &str) -> (Value, Vec<&'static str>) {
         let mut json = self.json.clone();

@@ -25,7 +25,7 @@ pub struct ModelConfig {
     pub tie_word_embeddings: bool,
     /// Standard deviation of random initial weights.
     pub initializer_range: f64,
-    /// Scale of LoRA adapters among the weights: alpha / rank.
+    /// Scale of the LoRA adapters, if the weights include any: alpha / rank.
     pub adapter_scale: f64,
     /// `config.json` as read. It is written to the student's folder, so that no field is lost.
     pub(crate) json: Map<String, Value>,
@@ -48,8 +48,8 @@ pub struct LlamaVariant {
     pub output_bias: bool,
     /// The projections of the feed-forward network have biases.
     pub mlp_bias: bool,
-    /// Each query head and each key head is normalised.
+    /// Each query head and each key head has an RMSNorm.
     pub qk_norm: bool,
-    /// Maximum number of keys that a query sees, its own included, per layer. None: its own key and all before it.
+    /// Sliding window of each layer: the maximum number of keys that a query sees, including its own. None: no window.
     pub windows: Vec<Option<usize>>,
 }

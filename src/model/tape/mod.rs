@@ -70,7 +70,7 @@ pub struct Tape<'a, 'c> {
     key_value_source: KeyValueSource<'a, 'c>,
     activations: Activations,
     nodes: Vec<Node>,
-    /// Nodes whose values are dropped as soon as no [`NodeHandle`] to them exists.
+    /// Nodes whose values are dropped at the first operation after their last [`NodeHandle`] is gone.
     droppable: Vec<Rc<usize>>,
 }
 

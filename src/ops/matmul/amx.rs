@@ -1,6 +1,6 @@
 //! The kernel for AMX, the matrix unit of Intel's server CPUs. One instruction multiplies a 16 x 32 tile
-//! with a 32 x 16 tile of bf16 values and adds the products in f32, sixteen times as fast as vector
-//! instructions. AMX treats factors and sums below 1.2e-38 as zero.
+//! with a 32 x 16 tile of bf16 values and adds the products in f32, sixteen times as fast as f32
+//! vector instructions. AMX treats factors and sums with a magnitude below 1.2e-38 as zero.
 //!
 //! std has no stable intrinsics for AMX, so this file uses inline assembly (Intel 64 and IA-32
 //! Architectures Software Developer's Manual, volume 1, chapter 18).
@@ -84,7 +84,7 @@ impl Kernel for Amx {
     const ROWS: usize = KERNEL_SIDE;
     const COLS: usize = KERNEL_SIDE;
     const STEP: usize = TERMS;
-    const DEPTH: usize = 1024;
+    const MAX_TERMS: usize = 1024;
     type Element = TileRow;
 
     /// Tiles of 16 lanes, one lane per row.
@@ -112,7 +112,7 @@ impl Kernel for Amx {
 /// Packs panels of 32 lanes: two tiles of 16 lanes for every 32 terms.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 fn pack<const PAIRS: bool>(part: FactorPart, packed: &mut [TileRow]) {
-    // Unlike `Kernel::DEPTH`, in elements of 32 terms per lane, as in `Kernel::multiply`.
+    // Number of elements per lane, as in `Kernel::multiply`. An element has 32 terms.
     let depth = part.terms.div_ceil(TERMS);
     let panels = packed.len() / (depth * KERNEL_SIDE);
     for k in 0..depth {
@@ -145,8 +145,8 @@ fn packed_tile<const PAIRS: bool>(part: FactorPart, lane: usize, term: usize) ->
         terms: TERMS.min(part.terms - term),
         ..part
     };
-    // Adjacent lanes are loaded as one pair of terms per row, others as one lane per row. A tile in the layout that is
-    // not wanted is transposed.
+    // If lanes are adjacent in memory, each row is loaded as one pair of terms of all lanes, otherwise as one lane. The
+    // tile is transposed if the caller needs the other layout.
     let is_loaded_in_pairs = part.lane_stride == 1;
     if is_loaded_in_pairs {
         for (pair, row) in tile.iter_mut().enumerate().take(part.terms.div_ceil(2)) {
@@ -278,7 +278,7 @@ fn multiply(rows: &[TileRow], cols: &[TileRow], depth: usize, strip: OutputStrip
     unsafe {
         asm!("ldtilecfg [{}]", in(reg) &raw const TILE_CONFIG, options(nostack, readonly, preserves_flags));
     }
-    // The sums at the edge of the output, where fewer than 32 rows or columns are left.
+    // Sums of a tile at the edge of the output, where fewer than 32 rows or columns are left.
     let mut edge = [[0.0f32; KERNEL_SIDE]; KERNEL_SIDE];
     for (j, cols) in cols.chunks_exact(depth * KERNEL_SIDE).enumerate() {
         let width = KERNEL_SIDE.min(strip.cols - j * KERNEL_SIDE);

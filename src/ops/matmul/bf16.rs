@@ -1,5 +1,5 @@
 //! The kernel for AVX512-BF16: instructions that multiply pairs of bf16 and add the products in f32. They
-//! treat factors below 1.2e-38 as zero, unlike the kernels of `kernel`.
+//! treat factors with a magnitude below 1.2e-38 as zero, unlike the kernels of `kernel`.
 
 use super::blocks::FactorPart;
 use super::kernel::{bf16_bits, pack};
@@ -94,7 +94,7 @@ mod x86 {
         const ROWS: usize = ROWS;
         const COLS: usize = COLS;
         const STEP: usize = 2;
-        const DEPTH: usize = 640;
+        const MAX_TERMS: usize = 640;
         type Element = u32;
 
         fn pack_rows(self, part: FactorPart, packed: &mut [u32]) {

@@ -40,7 +40,7 @@ pub(crate) trait Kernel: Copy + Sync {
     const STEP: usize;
     /// Maximum number of terms per part of a sum: a panel of columns must stay in the cache while it is
     /// multiplied with all rows of a strip.
-    const DEPTH: usize;
+    const MAX_TERMS: usize;
     type Element: Copy + Default + Send + Sync + 'static;
 
     /// Packs a part of the left factor.
@@ -107,17 +107,17 @@ impl Product<'_> {
             rows.filter(|_| !add).for_each(|row| row[..n].fill(0.0));
             return;
         }
-        let depth = even_chunk(k, K::DEPTH, K::STEP);
+        let part_terms = even_chunk(k, K::MAX_TERMS, K::STEP);
         let columns = even_chunk(n, MAX_COLUMNS, K::COLS);
         let buffers = K::buffers();
-        // Taken out, not borrowed: while this thread waits for tasks, it may run another product.
+        // The buffer is taken, not borrowed: while this thread waits for tasks, it may run another product.
         let mut cols_buffer = buffers.with(|[_, cols]| cols.take());
-        let elements = depth / K::STEP;
+        let elements = part_terms / K::STEP;
         grow(&mut cols_buffer, columns * elements);
         for first in (0..n).step_by(columns) {
             let cols = columns.min(n - first);
-            for start in (0..k).step_by(depth) {
-                let terms = depth.min(k - start);
+            for start in (0..k).step_by(part_terms) {
+                let terms = part_terms.min(k - start);
                 let elements = terms.div_ceil(K::STEP);
                 let packed = &mut cols_buffer[..cols.next_multiple_of(K::COLS) * elements];
                 let pack = |(task, packed): (usize, &mut [K::Element])| {

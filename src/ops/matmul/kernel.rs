@@ -1,5 +1,5 @@
-//! Kernels that pack their factors as f32: one for the AVX2 and AVX-512 instructions of the `pulp` crate, and a scalar
-//! one for products in bf16 precision on other CPUs.
+//! Kernels that pack their factors as f32: one for AVX2 and AVX-512, through the `pulp` crate, and a scalar one for
+//! products in bf16 precision on other CPUs.
 
 use std::cell::Cell;
 use std::thread::LocalKey;
@@ -24,7 +24,7 @@ impl<S: Simd, const R: usize, const C: usize> Kernel for VectorKernel<S, R, C> {
     const ROWS: usize = R;
     const COLS: usize = C;
     const STEP: usize = 1;
-    const DEPTH: usize = 600;
+    const MAX_TERMS: usize = 600;
     type Element = f32;
 
     fn pack_rows(self, part: FactorPart, packed: &mut [f32]) {
@@ -148,7 +148,7 @@ fn transpose<const L: usize>(lanes: [&[f32]; L], packed: &mut [f32]) {
     }
 }
 
-/// Terms transposed at a time: the values of a vector.
+/// Number of terms transposed at a time: the number of values in an AVX vector.
 const RUN: usize = 8;
 
 /// Transposes terms `start .. start + 8`, 8 lanes at a time, by three rounds of swaps between two
@@ -303,7 +303,7 @@ impl Kernel for ScalarKernel {
     const ROWS: usize = SCALAR_SIDE;
     const COLS: usize = SCALAR_SIDE;
     const STEP: usize = 1;
-    const DEPTH: usize = 256;
+    const MAX_TERMS: usize = 256;
     type Element = f32;
 
     fn pack_rows(self, part: FactorPart, packed: &mut [f32]) {

@@ -27,8 +27,8 @@ use crate::prompt::source::rows::{OnRow, usage};
 /// except Parquet may be compressed with gzip; their names have `.gz` after the suffix.
 ///
 /// # Errors
-/// [`Exit::Usage`](crate::exit::Exit::Usage), with the line where it is known, if the content does not match the
-/// format; and the errors of `on_row`.
+/// [`Exit::Usage`](crate::exit::Exit::Usage) if the file cannot be read or does not match the format, with the line
+/// where it is known; and the errors of `on_row`.
 pub(crate) fn read(path: &Path, on_row: OnRow<'_>) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let name = name.to_lowercase();

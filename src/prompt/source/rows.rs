@@ -5,8 +5,8 @@ use serde_json::Value;
 
 use crate::exit::Exit;
 
-/// Callback for each row, with the number of the row and the row. The number, counted from 1, is the line at which the
-/// row starts, or the index of the row in a JSON array or a Parquet file.
+/// Callback that gets the number of each row and the row. The number is the line at which the row starts, or the
+/// position of the row in a JSON array or a Parquet file, counted from 1.
 pub(crate) type OnRow<'a> = &'a mut dyn FnMut(usize, Value) -> Result<()>;
 
 /// Returns a usage error.
