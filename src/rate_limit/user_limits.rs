@@ -38,7 +38,7 @@ pub(crate) struct UserLimits {
     clock: TokioClock,
     requests: Option<Gcra>,
     tokens: Option<Gcra>,
-    /// Tokens granted to the first request of the queue, which still waits for the limit of requests. A grant cannot be
+    /// Tokens granted to the first request of the queue while it still waits for the request limit. A grant cannot be
     /// returned, so it is kept for the next call.
     granted_tokens: u32,
     limits: LimitsConfig,
@@ -47,8 +47,9 @@ pub(crate) struct UserLimits {
 }
 
 impl UserLimits {
-    /// Creates limiters whose burst is less than one second of the limit, but at least the largest request. In any minute
-    /// they admit at most the limit plus one burst. `largest` is the estimated number of tokens of the largest request.
+    /// Creates limiters whose burst is less than one second of the limit, but at least the largest request. In any
+    /// minute they admit at most the limit plus one burst. `largest` is the estimated number of tokens of the largest
+    /// request.
     ///
     /// # Errors
     /// If the largest request can never be sent.
