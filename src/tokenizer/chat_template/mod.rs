@@ -183,8 +183,8 @@ impl ChatTemplate {
         }
     }
 
-    /// Sets the source of the date that `strftime_now` returns. Rendering a template that calls it fails without a
-    /// date, and with a source other than [`TemplateClock::Fixed`], which `Self::with_date` produces.
+    /// Sets the source of the date that `strftime_now` returns. A template that calls `strftime_now` can be rendered
+    /// only with [`TemplateClock::Fixed`]; `Self::with_date` replaces the other sources by it.
     pub fn set_date(&mut self, date: TemplateClock) {
         self.date = Some(date);
     }
