@@ -23,8 +23,8 @@ pub(crate) struct Pacer {
     pub daily_limit: DailyLimit,
     /// No request is sent before this instant.
     closed_until: Option<Instant>,
-    /// True from the closing of the gate until a request that was sent after its opening is answered. Meanwhile,
-    /// requests are sent one at a time.
+    /// True from the closing of the gate until a request that was sent after the gate opened again is answered.
+    /// Meanwhile, requests are sent one at a time.
     is_half_open: bool,
     /// Instant until which the daily limit or the shared limits refused the last request; None if they did not.
     limited_until: Option<Instant>,
@@ -68,7 +68,7 @@ impl Pacer {
         }
     }
 
-    /// Admits a request. `slots` is the number of requests of this cost that could be sent now.
+    /// Admits a request. `slots` is the number of requests of this cost that could be sent now without rate limits.
     ///
     /// # Errors
     /// The instant at which to try again.

@@ -1,8 +1,8 @@
 //! [`UserLimits`]: the user's limits of requests and tokens per minute.
 //!
 //! The algorithm is GCRA (generic cell rate algorithm), from the crate `governor`, on tokio's clock, which tests can
-//! pause. Only the dispatcher calls it, one request at a time in the order of the queue, because governor does not
-//! serve waiting callers in order, and a grant cannot be returned.
+//! pause. Only the dispatcher calls it, for one request at a time in the order of the queue: governor does not serve
+//! waiting callers in order, and a grant cannot be returned.
 
 use std::num::NonZeroU32;
 use std::time::Duration;

@@ -15,7 +15,7 @@ pub struct HourStats {
     pub seconds: f64,
     /// Part of `seconds` outside `schedule.window`.
     pub closed_s: f64,
-    /// Part of `seconds` spent waiting for an endpoint that throttled or was down.
+    /// Part of `seconds` in which an endpoint throttled or was down, or the shared limits were unavailable.
     pub waiting_s: f64,
 }
 

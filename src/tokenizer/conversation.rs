@@ -311,7 +311,7 @@ struct RenderedAnswer {
     message: usize,
     /// Offset of the content in the rendered text.
     start: usize,
-    /// Offset of the template text before the content.
+    /// Offset at which the template text before the content begins.
     template_start: usize,
     /// Spans of the content, and of template text between them.
     spans: Range<usize>,

@@ -21,7 +21,7 @@ pub(crate) struct ConversationEncoder<'a> {
     pub output: EncodedConversation,
     /// Text that is not encoded yet.
     pending: String,
-    /// What precedes the pending text. Not an offset.
+    /// The kind of token before the pending text. Not an offset.
     position: TextPosition,
     /// True directly after an answer: the first stop token of the next template text ends the answer's turn.
     is_turn_open: bool,

@@ -90,7 +90,7 @@ impl LocalPermits {
     }
 
     /// Returns the number of permits to request in the next call: at least 1, and otherwise at most `slots`, the number
-    /// of requests that could be sent now.
+    /// of requests that could be sent now without rate limits.
     pub(crate) fn next_batch(&mut self, slots: usize, now: Instant) -> u64 {
         if let Some(last_grant) = self.last_grant.take() {
             self.batch = if now.saturating_duration_since(last_grant) < MAX_PERMIT_AGE / 4 {

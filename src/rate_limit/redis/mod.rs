@@ -177,7 +177,7 @@ impl SharedLimits {
     }
 
     /// Takes a local permit for a request of `tokens` tokens. If the local permits do not cover it, calls the script
-    /// for more. `slots` is the number of requests of this size that could be sent now.
+    /// for more. `slots` is the number of requests of this size that could be sent now without rate limits.
     ///
     /// # Errors
     /// The instant at which to try again, unless a reply arrives earlier.

@@ -8,7 +8,7 @@
 //! | file | content |
 //! |---|---|
 //! | `sandbox` | runs a template with limits on work and memory |
-//! | `meter` | the environment of a template, which counts the bytes that each operation processes, up to a limit |
+//! | `meter` | the environment of a template, which limits the bytes that its operations process |
 //! | `python_date`, `python_json`, `python_text` | functions of Python that templates use |
 
 pub(crate) mod meter;
