@@ -68,7 +68,8 @@ impl Signals {
         Ok(Signals { numbers, flag })
     }
 
-    /// Creates a stream that reads signal numbers from a channel instead of the operating system, for tests.
+    /// Creates a stream that reads signal numbers from a channel instead of the operating system, for tests. Its flag
+    /// is never set.
     pub fn from_channel(numbers: UnboundedReceiver<u8>) -> Signals {
         Signals {
             numbers,

@@ -25,7 +25,7 @@ struct TemplateFile {
     examples: Vec<FewShotExample>,
 }
 
-/// A few-shot example, which is sent unchanged: braces in it are not rendered.
+/// A few-shot example. It is sent unchanged: braces in it are not rendered.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FewShotExample {
@@ -74,11 +74,12 @@ impl Template {
         })
     }
 
-    /// Renders the conversation of one row: the system message, the examples, the user message. The message of the
-    /// memory limit names `row_number`.
+    /// Renders the conversation of one row: the system message, the examples, the user message. If the row exceeds the
+    /// memory limit, the process ends with a message that names `row_number`.
     ///
     /// # Errors
-    /// [`Exit::Usage`], without the location of the row: an undefined variable, or another error of the template.
+    /// [`Exit::Usage`] if the template uses an undefined variable or cannot be rendered. The message does not name the
+    /// row.
     pub fn render(&self, row_number: usize, row: &Value) -> Result<Vec<Message>> {
         let mut messages = Vec::with_capacity(2 + 2 * self.examples.len());
         if self.has_system {

@@ -58,8 +58,8 @@ pub(crate) struct ServerBucket {
     pub(crate) last_report_sent_at: Option<Instant>,
     /// Amount charged by all requests since the start, minus the refunds.
     pub(crate) charged: f64,
-    /// Instant up to which the charges, without refunds, last at an even pace. The next request may leave [`BURST`]
-    /// earlier.
+    /// Instant at which an even pace would send the next request. The request may be sent up to [`BURST`] earlier.
+    /// Refunds do not change it.
     paced_until: Instant,
 }
 
@@ -156,9 +156,9 @@ impl ServerBucket {
 
     /// Determines, from this report and earlier ones, how the limit refills.
     ///
-    /// Some servers enforce a limit per minute with a token bucket that holds only the amount of one second. It reports
-    /// the same values as a window that is about to end. Several replies distinguish the two: only with a token bucket,
-    /// the reported end moves with each reply.
+    /// Some servers enforce a limit per minute with a token bucket that holds only the amount of one second. One reply
+    /// from such a bucket looks like a window that is about to end. Several replies distinguish the two: only a token
+    /// bucket moves the reported end with each reply.
     fn classify_refill(&mut self, report: &LimitReport, now: Instant) -> Refill {
         let refill = report.refill();
         let (Refill::AtReset, Some(reset)) = (refill, report.reset) else {
@@ -179,7 +179,7 @@ impl ServerBucket {
         }
     }
 
-    /// Handles an exhausted limit of unknown size: blocks requests until its reset, if the server reports one.
+    /// Handles an exhausted limit of unknown size: blocks requests until the reset time, if the server reports it.
     fn block_until_reset(&mut self, report: &LimitReport, ticket: &SendTicket, now: Instant) {
         let Some(reset) = report.reset else { return };
         self.last_report_sent_at = Some(ticket.sent_at);
@@ -215,8 +215,8 @@ impl ServerBucket {
         });
         match (self.refill, self.classify_refill(report, now)) {
             (_, Refill::Unknown) if !self.has_no_window => {}
-            // Earlier replies showed a constant rate. This one looks like the end of a window, perhaps only because its
-            // reset time is rounded, so neither is assumed.
+            // Earlier replies showed a constant rate, and this one shows a window, perhaps only because its reset time
+            // is rounded. Neither is assumed.
             (Refill::Constant(_), Refill::AtReset) if had_report => self.refill = Refill::Unknown,
             (_, refill) => self.refill = refill,
         }
@@ -233,7 +233,7 @@ impl ServerBucket {
         self.updated = now;
         self.window_end = match (self.refill, report.reset) {
             (Refill::AtReset, Some(reset)) => Some(now + reset),
-            // A reply without a reset says nothing about the window that an earlier reply has reported.
+            // A reply without a reset time does not end the window of an earlier reply.
             (Refill::AtReset, None) => self.window_end.filter(|end| *end > now),
             _ => None,
         };

@@ -1,10 +1,11 @@
 //! [`ConcurrencyLimit`]: the maximum number of requests in flight (the window). If the server answers 429 or reports
-//! limits, the window follows additive increase and multiplicative decrease; otherwise a search by latency sets it. Pure.
+//! limits, the window follows additive increase and multiplicative decrease. Otherwise a search by latency sets it.
+//! Pure.
 //!
-//! A server with a queue shows its capacity only by latency: when it is saturated, half the window halves the latency,
-//! and the throughput stays the same. From time to time the search tries a smaller window, and keeps it if the latency
-//! fell in proportion; or a larger one, and keeps it if the latency did not rise in proportion. By Little's law
-//! (window = throughput * latency) this compares throughputs.
+//! A server with a queue shows its capacity only by its latency: when the server is saturated, halving the window
+//! halves the latency and leaves the throughput unchanged. From time to time the search tries a smaller or a larger
+//! window. It keeps the smaller one if the latency fell in proportion, and the larger one if the latency did not rise
+//! in proportion. By Little's law (window = throughput * latency) this compares throughputs.
 
 use std::time::Duration;
 
@@ -23,10 +24,10 @@ const MIN_SAMPLES: f64 = 128.0;
 /// Minimum number of answers in a latency measurement, as a multiple of the window.
 const MIN_SAMPLES_PER_WINDOW: f64 = 4.0;
 
-/// Maximum number of measurements between trials. The number doubles after each failed trial.
+/// Maximum number of measurements to skip before a trial. The number doubles after each failed trial.
 const MAX_PAUSE: u32 = 64;
 
-/// Window of one endpoint.
+/// Maximum number of requests in flight to one endpoint.
 #[derive(Debug)]
 pub(crate) struct ConcurrencyLimit {
     /// `limits.concurrency`.
@@ -51,7 +52,7 @@ struct LatencySearch {
     count: u32,
     /// Window, and mean latency in seconds, before the current trial. None if no trial is running.
     baseline: Option<(f64, f64)>,
-    /// True if the current trial, or else the next one, has a larger window.
+    /// True if the trial has a larger window than the baseline: the current trial or, if none is running, the next one.
     is_trial_larger: bool,
     /// Number of measurements to skip after the next failed trial.
     pause_after_failure: u32,

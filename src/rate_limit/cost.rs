@@ -1,8 +1,8 @@
-//! [`RequestCost`]: the amounts that a request uses of the resources that rate limits count.
+//! [`RequestCost`]: the amount of each rate-limited resource that a request uses.
 
 use crate::rate_limit::headers::Resource;
 
-/// Tokens of a request: estimated before it is sent, or reported by its answer.
+/// Tokens of a request: estimated before it is sent, or reported with its answer.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct RequestCost {
     pub input_tokens: u64,

@@ -1,7 +1,7 @@
 //! [`DailyLimit`]: the user's limit of requests in any 24 hours, across restarts. Pure.
 //!
-//! Requests are counted in slots of five minutes, which keeps the list short. The ledger counts requests before they are
-//! sent, so its count is never too low after a kill.
+//! Requests are counted in slots of five minutes, which keeps the list short. The ledger counts requests before they
+//! are sent, so its count is never too low after a kill.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -14,12 +14,12 @@ const DAY_S: i64 = 86_400;
 /// Length of a slot in seconds.
 const SLOT_S: i64 = 300;
 
-/// Age of a slot at which none of its requests counts any more, in seconds. Ages are measured from the beginning of the
-/// slot, and its last request may be as young as its end.
+/// Age of a slot in seconds at which its requests no longer count. The age is measured from the beginning of the slot,
+/// but the last request may have been sent at its end.
 const EXPIRED_SLOT_S: i64 = DAY_S + SLOT_S;
 
 /// Each write of the ledger counts `limit / PRECOUNT_DIVISOR` requests in advance. A larger divisor means more writes,
-/// and fewer requests that are counted although a kill prevented them.
+/// but fewer requests that are counted and, because of a kill, never sent.
 const PRECOUNT_DIVISOR: u64 = 200;
 
 /// The limit, and the count of the requests of the last 24 hours.
@@ -34,7 +34,7 @@ pub(crate) struct DailyLimit {
     /// Number of requests that the ledger counts but that are not sent yet. At 0, the ledger must be written before the
     /// next request.
     precounted: u64,
-    /// Instant until which the limit is used up.
+    /// Instant until which the limit stays used up at least. None if it is not used up.
     full_until: Option<Instant>,
 }
 
@@ -108,8 +108,9 @@ impl DailyLimit {
         self.limit.is_some() && self.precounted == 0
     }
 
-    /// Returns the slots for the ledger as (age in seconds, number of requests). The caller must write them: unless
-    /// this is the last write of the run, they include requests counted in advance, which may be sent from now on.
+    /// Returns the slots for the ledger as (age in seconds, number of requests). Unless this is the last write of the
+    /// run, they include requests counted in advance. These may be sent from now on, so the caller must write the slots
+    /// first.
     pub(crate) fn ledger_slots(&mut self, now: Instant, is_last: bool) -> Vec<(i64, u64)> {
         let Some(limit) = self.limit else {
             return Vec::new();
@@ -150,7 +151,7 @@ mod tests {
         check_any_24_hours(|now_s| now_s % 7 == 0);
     }
 
-    /// Sends requests for three days. `restarts` decides by the number of seconds since the start.
+    /// Sends requests for three days. `restarts` gets the seconds since the start and returns true for a restart.
     fn check_any_24_hours(restarts: impl Fn(u64) -> bool) {
         let start = Instant::now();
         let mut daily = DailyLimit::new(Some(100), &[], start);

@@ -2,8 +2,8 @@
 //!
 //! One grammar covers all dialects: a header name begins with the prefix of a family (`x-ratelimit-`,
 //! `anthropic-ratelimit-`, `x-tokenlimit-`, the IETF's `ratelimit-`). Then it names, in any order, a value (`limit`,
-//! `remaining`, `reset`), a resource (`requests`, `tokens`, `input-tokens`, `tokens-generated`, ...) and sometimes a
-//! period (`minute`, `day`).
+//! `remaining`, `reset`), and optionally a resource (`requests`, `tokens`, `input-tokens`, `tokens-generated`, ...) and
+//! a period (`minute`, `day`).
 
 use std::time::{Duration, SystemTime};
 
@@ -67,9 +67,9 @@ pub(crate) enum Refill {
     /// At a constant rate, which refills the full limit in this time. [`LimitReport::reset`] is the time until the
     /// bucket is full.
     Constant(Duration),
-    /// To the full limit at the end of a window, which is after [`LimitReport::reset`].
+    /// To the full limit at the end of a window. [`LimitReport::reset`] is the time until that end.
     AtReset,
-    /// The reply does not show it, or nothing has been used yet.
+    /// The reply does not show it, for example because nothing has been used yet.
     Unknown,
 }
 
@@ -77,7 +77,7 @@ pub(crate) enum Refill {
 pub(crate) const LIMITS_PER_RESOURCE: usize = 5;
 
 impl LimitReport {
-    /// Returns the number of this limit among the limits of its resource, below [`LIMITS_PER_RESOURCE`].
+    /// Returns the index of this limit among the limits of its resource, below [`LIMITS_PER_RESOURCE`].
     pub(crate) fn index_in_resource(&self) -> usize {
         let named_period = self.period.filter(|_| !self.is_bare);
         let periods = [SECOND, MINUTE, HOUR, DAY];
@@ -91,9 +91,9 @@ impl LimitReport {
     ///
     /// The same header name means a limit per minute at one endpoint and per day at another (requests at Groq). A
     /// bucket with a constant refill rate is full again after `period * used / limit`, so the reset time determines
-    /// the period if some amount is used. If no usual period fits, the reset time is the end of a window. An almost
-    /// empty bucket that is full again within a second probably belongs to a limit per minute and holds one second of
-    /// it; the result is then `Unknown`.
+    /// the period if some amount is used. If no usual period fits, the reset time is the end of a window. A period of
+    /// one second with less than a tenth remaining is `Unknown`: it probably is a limit per minute whose bucket holds
+    /// only the amount of one second.
     pub(crate) fn refill(&self) -> Refill {
         if let Some(period) = self.period {
             return Refill::Constant(period);
@@ -144,7 +144,7 @@ pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<LimitReport> {
         report.is_window |= name.as_str().starts_with("ratelimit-");
     }
     for report in &mut reports {
-        // Names without a resource and a period mean a limit per day at OpenRouter, and per second at Together.
+        // A bare name means a limit per day at OpenRouter, and per second at Together.
         if report.is_bare
             && report
                 .reset
@@ -158,7 +158,7 @@ pub(crate) fn parse(headers: &HeaderMap, now: SystemTime) -> Vec<LimitReport> {
     reports
 }
 
-/// Returns the report of a resource and period, and adds it if it is missing.
+/// Returns the report of a resource and period; adds an empty one if there is none.
 fn find_or_insert(
     reports: &mut Vec<LimitReport>,
     resource: Resource,
@@ -223,7 +223,7 @@ fn parameters(line: &str) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
-/// Value of a limit that a header contains.
+/// Kind of value that a header contains.
 #[derive(Debug, Clone, Copy)]
 enum ValueKind {
     Limit,

@@ -15,9 +15,9 @@
 //! | `cost`, `send_ticket` | cost of a request; send time and charges of a sent request |
 //! | `wait` | parser of waiting times in headers and messages |
 //!
-//! Invariants: in any minute, requests and tokens are at most the user's limit plus one burst; in any 24 hours,
-//! requests are at most the daily limit, even after a kill; waiting uses the monotonic clock; only
-//! `redis/connection` accesses the network, and no file here accesses the disk.
+//! Invariants: in any minute, requests and tokens are at most the user's limit plus one burst (limits shared by Redis:
+//! see the guarantees in `redis/mod.rs`); in any 24 hours, requests are at most the daily limit, even after a kill;
+//! waiting uses the monotonic clock; only `redis/connection` accesses the network, and no file here accesses the disk.
 //!
 //! # How to add a rate-limit dialect
 //!
@@ -28,7 +28,7 @@
 //! 3. If its reset values have a new format, add it to `until` in `wait.rs`.
 //! 4. Add a captured reply to the cases of the test `rate_limit_headers_of_all_dialects_are_parsed`.
 //! 5. If the limit refills in a new way, extend `LimitReport::refill` and the tests in `server_limits.rs`.
-//! 6. To rehearse it end to end, let the mock send these headers (`HeaderDialect` in `src/mock/script/limits.rs`).
+//! 6. To test it end to end, let the mock send these headers (`HeaderDialect` in `src/mock/script/limits.rs`).
 
 pub(crate) mod bucket;
 pub(crate) mod concurrency;

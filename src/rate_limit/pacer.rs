@@ -23,8 +23,8 @@ pub(crate) struct Pacer {
     pub daily_limit: DailyLimit,
     /// No request is sent before this instant.
     closed_until: Option<Instant>,
-    /// True from the closing of the gate until a request that was sent after its opening is answered. Meanwhile,
-    /// requests are sent one at a time.
+    /// True from the closing of the gate until a request that was sent after the gate opened again is answered.
+    /// Meanwhile, requests are sent one at a time.
     is_half_open: bool,
     /// Instant until which the daily limit or the shared limits refused the last request; None if they did not.
     limited_until: Option<Instant>,
@@ -68,7 +68,7 @@ impl Pacer {
         }
     }
 
-    /// Admits a request. `slots` is the number of requests of this cost that could be sent now.
+    /// Admits a request. `slots` is the number of requests of this cost that could be sent now without rate limits.
     ///
     /// # Errors
     /// The instant at which to try again.
@@ -160,14 +160,14 @@ impl Pacer {
         !self.is_closed(now) && self.limited_until.is_some_and(|until| until > now)
     }
 
-    /// Returns a limit of the server that is smaller than the cost of the request, if there is one.
+    /// Returns a token limit of the server that is smaller than the cost of the request, if there is one.
     pub(crate) fn limit_smaller_than(&self, cost: &RequestCost) -> Option<(Resource, f64)> {
         self.server_limits.limit_smaller_than(cost)
     }
 
-    /// Returns the requests and tokens per minute that the user's and the server's limits allow. The user's daily limit
-    /// and the server's separate limits of input and output tokens are not included, nor are shared limits, because the
-    /// part of this process is unknown.
+    /// Returns the requests and tokens per minute that the user's and the server's limits allow. Not included are the
+    /// user's daily limit, the server's separate limits of input and output tokens, and shared limits, because this
+    /// process's share of them is unknown.
     pub(crate) fn per_minute(&self) -> (Option<f64>, Option<f64>) {
         let mut requests = self.limits.requests_per_minute.map(f64::from);
         let mut tokens = self.limits.tokens_per_minute.map(f64::from);
@@ -215,7 +215,7 @@ mod tests {
         tokio::time::advance(Duration::from_secs(20)).await;
         let first = limiter.admit(ONE, 1).unwrap();
         assert!(limiter.is_half_open());
-        // The answer to a request sent before the gate closed does not open it.
+        // The answer to a request sent before the gate closed does not end the half-open state.
         limiter.answered(&[], &sent_before, None);
         assert!(limiter.is_half_open());
         limiter.answered(&[], &first, None);

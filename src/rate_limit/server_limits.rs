@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn limit_is_used_if_only_the_reply_of_an_exhausted_one_has_a_reset() {
+    fn limit_applies_when_only_the_reply_that_reports_exhaustion_has_a_reset() {
         let now = Instant::now();
         let mut limits = ServerLimits::new(now);
         let ticket = limits.charge(ONE, now);

@@ -1,8 +1,8 @@
 //! [`UserLimits`]: the user's limits of requests and tokens per minute.
 //!
 //! The algorithm is GCRA (generic cell rate algorithm), from the crate `governor`, on tokio's clock, which tests can
-//! pause. Only the dispatcher calls it, one request at a time in the order of the queue, because governor does not
-//! serve waiting callers in order, and a grant cannot be returned.
+//! pause. Only the dispatcher calls it, for one request at a time in the order of the queue: governor does not serve
+//! waiting callers in order, and a grant cannot be returned.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -38,7 +38,7 @@ pub(crate) struct UserLimits {
     clock: TokioClock,
     requests: Option<Gcra>,
     tokens: Option<Gcra>,
-    /// Tokens granted to the first request of the queue, which still waits for the limit of requests. A grant cannot be
+    /// Tokens granted to the first request of the queue while it still waits for the request limit. A grant cannot be
     /// returned, so it is kept for the next call.
     granted_tokens: u32,
     limits: LimitsConfig,
@@ -47,8 +47,9 @@ pub(crate) struct UserLimits {
 }
 
 impl UserLimits {
-    /// Creates limiters whose burst is less than one second of the limit, but at least the largest request. In any minute
-    /// they admit at most the limit plus one burst. `largest` is the estimated number of tokens of the largest request.
+    /// Creates limiters whose burst is less than one second of the limit, but at least the largest request. In any
+    /// minute they admit at most the limit plus one burst. `largest` is the estimated number of tokens of the largest
+    /// request.
     ///
     /// # Errors
     /// If the largest request can never be sent.

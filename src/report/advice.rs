@@ -10,7 +10,8 @@ use crate::terminal::{after_space, format_count, format_share};
 /// Exit status of [`Exit::SomeFailed`].
 const SOME_FAILED: u8 = 3;
 
-/// Advice on refused, cut-off or logprob-free answers is given if more than 1 in this number of answers is affected.
+/// Advice on refused or cut-off answers, or on answers without logprobs, is given if more than 1 in this number of
+/// answers is affected.
 const MIN_ANSWERS_PER_PROBLEM: u64 = 20;
 
 /// Advice on throttled requests is given if more than 1 in this number of requests was throttled.
@@ -214,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn given_up_rows_are_advised_to_use_again_failed() {
+    fn advice_on_given_up_rows_names_again_failed() {
         let advice = |failed, given_up| {
             steps(HarvestSummary {
                 ok: 90,

@@ -21,7 +21,7 @@ pub struct AnswerFacts {
     pub text_hash: u64,
     /// Length of the text in bytes.
     pub text_bytes: usize,
-    /// Reason why the answer has no usable logprobs; `None` if it has.
+    /// Reason why the answer has no usable logprobs; `None` if it has some.
     pub without_logprobs: Option<String>,
     /// True if the logprobs name tokens by id (`token_id:N`).
     pub has_token_ids: bool,

@@ -11,14 +11,16 @@ use crate::terminal::{format_count, sanitise};
 pub struct BatchCounts {
     /// Number of batches, by the last status that the endpoint reported.
     pub parts: BTreeMap<String, u64>,
-    /// Number of batches that were created although the reply was lost. They were found by the nonce in their metadata.
+    /// Number of batches whose creation succeeded although the reply was lost. They were found by the nonce in their
+    /// metadata.
     pub adopted: u64,
     /// Number of rows that a batch left unanswered, and that are requested again.
     #[serde(rename = "asked_again")]
     pub requeued_rows: u64,
     /// Number of rows of completed batches that are neither in the output file nor in the error file.
     pub lost: u64,
-    /// Number of result lines for an unknown row, or for a row to whose result they add no answer.
+    /// Number of result lines that were ignored: their row is unknown, or it already has a result and the line is not
+    /// its first answer.
     pub ignored: u64,
     /// Number of recorded answers to prompts outside this run's plan.
     #[serde(rename = "besides")]

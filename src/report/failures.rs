@@ -24,7 +24,7 @@ pub struct FailedRow {
     /// Message of the last error.
     pub message: String,
     /// Number of failed attempts that count towards `retry.max_attempts`; for a row that earlier runs gave up, the
-    /// number of paid attempts in all runs.
+    /// number of paid attempts in all earlier runs.
     pub attempts: u32,
 }
 
@@ -68,7 +68,7 @@ impl FailedRow {
         }
     }
 
-    /// Identifies the row, with empty `class` and `message` and 0 `attempts`.
+    /// Creates the line of a row, with empty `class` and `message` and 0 `attempts`.
     fn without_failure(plan: &Plan, endpoint: usize, row: &PlannedRow) -> FailedRow {
         FailedRow {
             teacher: plan.templates[endpoint].endpoint.teacher.label().into(),
@@ -87,7 +87,7 @@ pub(crate) fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("failures.jsonl")
 }
 
-/// Replaces the file by one with the failed rows of this run. The rows of earlier runs may have an answer now.
+/// Replaces the file by one with the failed rows of this run. Rows that failed in earlier runs may have an answer now.
 pub(crate) fn write(run_dir: &Path, rows: &[FailedRow]) -> Result<()> {
     let path = file(run_dir);
     if rows.is_empty() && !path.exists() {

@@ -43,7 +43,7 @@ impl Rates {
     /// Formats the state of the run as one line.
     pub(crate) fn line(&self, summary: &HarvestSummary) -> String {
         let mut parts = Vec::new();
-        // The remaining time comes first, since a narrow terminal cuts off the end of the line.
+        // The remaining time comes first, because a narrow terminal cuts off the end of the line.
         let rows_per_minute = self.per_minute(|sample| sample.done);
         if rows_per_minute > 0.0 {
             let open_rows = summary.total.saturating_sub(summary.done());

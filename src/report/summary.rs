@@ -80,7 +80,7 @@ pub struct HarvestSummary {
     /// Number of iterations of the dispatcher's loop; tests check that it does not spin.
     #[serde(skip)]
     pub turns: u64,
-    /// Dry run only: estimate of the open rows.
+    /// Dry run only: estimate for the pending rows.
     pub estimate: Option<Estimate>,
     /// Earlier runs in this folder, followed by this run.
     pub runs: Vec<PastRun>,
@@ -103,7 +103,7 @@ pub struct HarvestSummary {
     pub error: Option<anyhow::Error>,
 }
 
-/// The number `SUMMARY_VERSION`, which is the default.
+/// The version number, by default `SUMMARY_VERSION`.
 #[derive(Debug, Serialize)]
 pub struct Version(u32);
 
@@ -155,8 +155,8 @@ impl PastRun {
 /// Maximum number of entries in the run history; older ones are dropped.
 const MAX_RUNS: usize = 1_000;
 
-/// Returns the history in `summary.json` of the run folder, with room for the entry of this run; empty if the file
-/// cannot be read.
+/// Returns the history in `summary.json` of the run folder: at most [`MAX_RUNS`] - 1 entries, so that this run fits.
+/// Empty if the file cannot be read.
 pub(crate) fn past_runs(run_dir: &Path) -> Vec<PastRun> {
     #[derive(Deserialize)]
     struct History {
@@ -170,7 +170,8 @@ pub(crate) fn past_runs(run_dir: &Path) -> Vec<PastRun> {
     runs
 }
 
-/// Returns the number of answers that earlier runs recorded in this folder, according to `summary.json`.
+/// Returns the number of answers that earlier runs in this folder recorded, according to `summary.json`. Rows that a
+/// content filter refused are included.
 pub(crate) fn recorded_before(run_dir: &Path) -> u64 {
     let runs = past_runs(run_dir);
     runs.iter().map(|run| run.ok + run.quarantined).sum()
@@ -195,7 +196,7 @@ pub fn file(run_dir: &Path) -> PathBuf {
 }
 
 impl HarvestSummary {
-    /// Returns the summary, or the error in it as an error.
+    /// Returns the summary or, if it contains an error, the error.
     pub fn into_result(mut self) -> Result<HarvestSummary> {
         match self.error.take() {
             Some(error) => Err(error),

@@ -16,7 +16,7 @@ use crate::terminal::{
 const MIN_OPEN_SECONDS: f64 = 60.0;
 
 impl HarvestSummary {
-    /// Formats the summary as a table, followed by advice and cost, or by the notes of a dry run.
+    /// Formats the summary as a table, followed by advice, the slowest hour and the cost, or by the notes of a dry run.
     pub fn to_table(&self) -> String {
         let count = |name: &str, number| [name.to_string(), format_count(number)];
         let mut rows = vec![
@@ -237,7 +237,7 @@ fn estimate_rows(summary: &HarvestSummary, estimate: &Estimate) -> Vec<[String; 
     rows.map(|(name, value)| [name.into(), value]).collect()
 }
 
-/// Formats the number of batches and their maximum time: a provider may take 24 hours for each.
+/// Formats the number of batches and their maximum time: a provider may take 24 hours for the batches of one round.
 fn batch_time(batches: &BatchEstimate) -> String {
     let to_submit = match batches.batches {
         0 => "no new batch".to_owned(),

@@ -15,7 +15,7 @@ pub struct HourStats {
     pub seconds: f64,
     /// Part of `seconds` outside `schedule.window`.
     pub closed_s: f64,
-    /// Part of `seconds` spent waiting for an endpoint that throttled or was down.
+    /// Part of `seconds` in which an endpoint throttled or was down, or the shared limits were unavailable.
     pub waiting_s: f64,
 }
 
@@ -27,7 +27,7 @@ pub struct LimitUse {
     pub requests: u64,
     /// Number of requests that the limits allowed; `None` without a known limit.
     pub requests_allowed: Option<f64>,
-    /// Prompt estimates and `max_tokens`, as limits count them.
+    /// Sum of the prompt estimates and of `max_tokens`, as limits count them.
     pub tokens: u64,
     /// Number of tokens that the limits allowed; `None` without a known limit.
     pub tokens_allowed: Option<f64>,
@@ -124,8 +124,8 @@ impl Timeline {
 /// Minimum number of seconds within `schedule.window` for an hour to be compared with others.
 const MIN_COMPARED_SECONDS: f64 = 1_800.0;
 
-/// Returns the hour with the fewest answers per second within `schedule.window`, among the hours with more than
-/// [`MIN_COMPARED_SECONDS`] of it.
+/// Returns the hour with the fewest answers per second within `schedule.window`. Only hours with more than
+/// [`MIN_COMPARED_SECONDS`] within the window are compared.
 pub(crate) fn slowest(hours: &[HourStats]) -> Option<&HourStats> {
     let open_seconds = |hour: &HourStats| hour.seconds - hour.closed_s;
     let rate = |hour: &HourStats| hour.answered as f64 / open_seconds(hour);

@@ -20,7 +20,7 @@ pub(crate) struct CollectedAnswer {
 /// i * n to i * n + n - 1.
 ///
 /// # Errors
-/// 503 if the queue is full; 400 if the answers do not fit an empty queue.
+/// 503 if the queue is full; 400 if the answers do not fit an empty queue; 500 if the model thread has stopped.
 pub(crate) fn submit(
     app: &AppState,
     prompts: &[Vec<u32>],
@@ -49,7 +49,7 @@ pub(crate) fn submit(
 /// Reserves room in the queue for `jobs` jobs, all of them or none.
 ///
 /// # Errors
-/// 503 if the queue is full; 400 if it could not hold the jobs even if it were empty.
+/// 503 if the queue is full; 400 if even an empty queue could not hold the jobs; 500 if the model thread has stopped.
 fn reserve(
     app: &AppState,
     jobs: usize,
@@ -72,7 +72,7 @@ fn reserve(
 /// Waits for `count` answers. Returns the answers and the total number of their tokens.
 ///
 /// # Errors
-/// 500 if the model fails.
+/// 500 if the model fails or its thread has stopped.
 pub(crate) async fn collect(
     mut updates: mpsc::UnboundedReceiver<AnswerUpdate>,
     count: usize,
@@ -98,7 +98,8 @@ pub(crate) async fn collect(
 /// tokens at each position.
 ///
 /// # Errors
-/// 503 if the queue is full; 400 if the texts do not fit an empty queue; 500 if the model fails.
+/// 503 if the queue is full; 400 if the texts do not fit an empty queue; 500 if the model fails or its thread has
+/// stopped.
 pub(crate) async fn score(
     app: &AppState,
     texts: &[Vec<u32>],

@@ -15,7 +15,7 @@ use super::{chat, completions};
 /// Maximum size of a request body. A larger one is rejected with 413.
 const MAX_BODY_BYTES: usize = 16 << 20;
 
-/// Builds the routes and their shared state.
+/// Builds the routes, which share the state `app`.
 pub(crate) fn router(app: AppState) -> Router {
     Router::new()
         .route("/v1/models", get(list_models))
@@ -32,7 +32,7 @@ async fn list_models(State(app): State<Arc<AppState>>) -> Json<Value> {
     Json(json!({"object": "list", "data": [app.model_json()]}))
 }
 
-/// Handles `/v1/models/{model}`. The name may contain slashes, as names on the Hugging Face Hub do.
+/// Handles `/v1/models/{model}`. The model's name may contain slashes, as names on the Hugging Face Hub do.
 async fn show_model(
     State(app): State<Arc<AppState>>,
     Path(model): Path<String>,

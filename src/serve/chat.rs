@@ -162,7 +162,7 @@ impl ChatStream {
         (0..self.chat.n).map(role_event).collect()
     }
 
-    /// Converts an update to events. The last update or the error of the last answer adds the closing events.
+    /// Converts an update to events. Adds the closing events once every answer has ended or failed.
     fn events(&mut self, answer: AnswerUpdate) -> Vec<Result<Event, axum::Error>> {
         let TokenUpdate {
             text,

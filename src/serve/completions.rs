@@ -27,7 +27,7 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 struct CompletionRequest {
     model: String,
     prompts: Vec<PromptInput>,
-    /// `max_tokens` may be 0 only with `echo`; then the response contains the prompt alone.
+    /// `max_tokens` may be 0 only with `echo`; then the response contains only the prompt.
     options: GenerateOptions,
     n: usize,
     /// Whether the text of the response begins with the prompt.

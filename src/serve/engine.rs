@@ -31,7 +31,7 @@ pub(crate) struct ScoreJob {
 
 /// An answer to generate.
 pub(crate) struct GenerateJob {
-    /// Token ids of the prompt, up to the first token to generate.
+    /// Token ids of the prompt.
     pub prompt: Vec<u32>,
     pub options: GenerateOptions,
     /// Index of the answer within its request.
@@ -80,7 +80,7 @@ struct Engine<'a> {
     batcher: Batcher<'a>,
     /// Jobs of the next scoring pass.
     score_jobs: Vec<ScoreJob>,
-    /// Index within its request and reply channel of each running answer, by its id in the batcher.
+    /// The running answers by their id in the batcher: index within the request, and reply channel.
     clients: HashMap<u64, (usize, mpsc::UnboundedSender<AnswerUpdate>)>,
     jobs: mpsc::Receiver<EngineJob>,
 }

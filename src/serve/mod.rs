@@ -53,7 +53,7 @@ use crate::tokenizer::Tokenizer;
 /// Number of hex digits of the model's fingerprint.
 const FINGERPRINT_DIGITS: usize = 12;
 
-/// Time limit of running answers after the beginning of a shutdown.
+/// Time limit for running answers after the beginning of a shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Options of a server.
@@ -100,7 +100,7 @@ pub struct Server {
 struct ShutdownTokens {
     /// Stops accepting connections; running answers finish.
     drain: CancellationToken,
-    /// Also cancels running answers, and `drain`, its child token.
+    /// Cancels running answers and, because it is the parent token, also `drain`.
     immediate: CancellationToken,
 }
 
@@ -175,7 +175,7 @@ fn spawn_thread(
 }
 
 impl Server {
-    /// Base URL for clients: `http://127.0.0.1:PORT/v1`.
+    /// Base URL for clients, such as `http://127.0.0.1:8000/v1`.
     pub fn base_url(&self) -> String {
         format!("http://{}/v1", self.address)
     }
@@ -225,8 +225,9 @@ impl Drop for Server {
     }
 }
 
-/// Serves until a token of `stop` is cancelled; after `drain`, until the running answers have ended or
-/// [`SHUTDOWN_TIMEOUT`] has passed. Then drops the router and, with it, the last sender of jobs, which ends the engine.
+/// Serves until `stop.immediate` is cancelled. After `stop.drain` is cancelled, serves only until the running answers
+/// have ended or [`SHUTDOWN_TIMEOUT`] has passed. Then drops the router and, with it, the last sender of jobs, which
+/// ends the engine.
 async fn serve_http(
     listener: TcpListener,
     router: axum::Router,
@@ -291,7 +292,7 @@ fn fingerprint(model_dir: &Path) -> Result<String> {
 mod tests {
     use super::*;
 
-    /// Returns a server without a model: an HTTP thread that waits for the shutdown, and a model thread that runs `run`.
+    /// Returns a server without a model. Its HTTP thread waits for the shutdown, and its model thread runs `run`.
     fn server(run: impl FnOnce() -> Result<()> + Send + 'static) -> Server {
         let immediate = CancellationToken::new();
         let drain = immediate.child_token();

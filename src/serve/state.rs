@@ -39,8 +39,8 @@ impl AppState {
         }
     }
 
-    /// Checks that a prompt of `tokens` tokens fits the context. If the prompt `is_answered`, the context must have
-    /// room for one more token.
+    /// Checks that a prompt of `tokens` tokens fits the context. If `is_answered` is true, the context must have room
+    /// for one more token.
     ///
     /// # Errors
     /// 400 that names `field`.

@@ -242,7 +242,7 @@ pub(crate) struct TextChoice<'a> {
 /// Logprobs as parallel lists, with one element per token.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct TextLogprobs<'a> {
-    /// Offset of each token in the text, in characters. The offset of a token that continues a character is that of the
+    /// Offset of each token in the text, in characters. A token that continues a character has the offset of that
     /// character.
     text_offset: Vec<usize>,
     /// Null at the first token of an echoed prompt, as in `top_logprobs`.
@@ -312,7 +312,7 @@ impl<'a> TextLogprobs<'a> {
     }
 }
 
-/// Counts the characters of a text whose bytes arrive in parts, such as tokens, that may split a character.
+/// Counts the characters of a text whose bytes arrive in parts, such as tokens. A part may end within a character.
 #[derive(Debug, Default)]
 struct CharacterCounter {
     /// Number of complete characters. As in the text, each invalid sequence counts as one replacement character.

@@ -41,7 +41,7 @@ pub struct AnswerTokens {
 }
 
 impl AnswerTokens {
-    /// Returns an answer without tokens, which cannot be trained as a part of this conversation.
+    /// Returns the entry of an answer that is not trained as a part of this conversation: all its ranges are empty.
     pub(crate) fn without_tokens(message: usize) -> AnswerTokens {
         AnswerTokens {
             message,
@@ -59,9 +59,9 @@ impl AnswerTokens {
 /// The difference between the generation prompt and the text before the answer in the rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PromptDifference {
-    /// The end of the generation prompt.
+    /// The part of the generation prompt that differs, shortened.
     pub generation: String,
-    /// The end of the text before the answer.
+    /// The part of the text before the answer that differs, shortened.
     pub conversation: String,
 }
 

@@ -273,8 +273,8 @@ fn closes_thinking(prompt: &str) -> bool {
     prompt.trim_end().ends_with(THINKING_TAGS.1)
 }
 
-/// Returns `tag`, the opening tag of an answer with the white space around it, without its part that already stands at
-/// the end of the generation prompt.
+/// Removes from `tag` the part that the end of the generation prompt already contains. `tag` is the opening tag of an
+/// answer with the white space around it.
 fn unwritten_tag<'a>(tag: &'a str, prompt: &str) -> &'a str {
     let trimmed_prompt = prompt.trim_end();
     if !trimmed_prompt.ends_with(THINKING_TAGS.0) {
@@ -311,7 +311,7 @@ struct RenderedAnswer {
     message: usize,
     /// Offset of the content in the rendered text.
     start: usize,
-    /// Offset of the template text before the content.
+    /// Offset at which the template text before the content begins.
     template_start: usize,
     /// Spans of the content, and of template text between them.
     spans: Range<usize>,

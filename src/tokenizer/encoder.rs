@@ -21,7 +21,7 @@ pub(crate) struct ConversationEncoder<'a> {
     pub output: EncodedConversation,
     /// Text that is not encoded yet.
     pending: String,
-    /// What precedes the pending text. Not an offset.
+    /// The kind of token before the pending text. Not an offset.
     position: TextPosition,
     /// True directly after an answer: the first stop token of the next template text ends the answer's turn.
     is_turn_open: bool,
@@ -93,7 +93,7 @@ impl<'a> ConversationEncoder<'a> {
         )
     }
 
-    /// Returns true if encoding two texts separately gives the tokens of both together.
+    /// Returns true if encoding two texts separately gives the same tokens as encoding them together.
     fn can_cut(&self, left: &str, position: TextPosition, right: &str) -> Result<bool> {
         if left.is_empty() || right.is_empty() {
             return Ok(true);
@@ -192,9 +192,9 @@ fn suffix_start(tokenizer: &Tokenizer, ids: &[u32], tokens: &Range<usize>, bytes
     start
 }
 
-/// Returns the byte range of the part of `content` that was written: it ends with the last occurrence of `last`, the
-/// last span of `written`, and extends to the left as far as `content` equals the end of `written`, the encoded text of
-/// the answer.
+/// Returns the byte range of the part of `content` that was written. `written` is the encoded text of the answer, and
+/// `last` its last span. The range ends with the last occurrence of `last` and extends to the left as far as `content`
+/// equals the end of `written`.
 fn written_range(content: &str, written: &str, last: &str) -> Range<usize> {
     let end = content.rfind(last).unwrap_or(0) + last.len();
     let common = content[..end].chars().rev().zip(written.chars().rev());

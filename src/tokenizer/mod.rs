@@ -12,8 +12,8 @@
 //!
 //! Invariants:
 //! - Text never becomes a control token; only a chat template can write control tokens.
-//! - The ids of a conversation are those of the whole rendered text, except that an answer is encoded separately, as the
-//!   model generates it after the generation prompt.
+//! - The ids of a conversation are those of the whole rendered text, except that an answer is encoded separately, as
+//!   the model generates it after the generation prompt.
 //! - The ids of a text do not depend on how it is cut into pieces.
 
 pub(crate) mod added;
@@ -50,8 +50,7 @@ use crate::tokenizer::token_bytes::TokenByteMap;
 ///
 /// Control tokens are the tokens that the model folder declares or names as special, the tokens that end an answer if
 /// they are added tokens (not white space) or have the name of a control token, and added tokens of the form `<|...|>`.
-/// Text never becomes a control token:
-/// only a chat template can write one.
+/// Text never becomes a control token: only a chat template can write one.
 #[derive(Debug)]
 pub struct Tokenizer {
     dir: PathBuf,
@@ -122,11 +121,11 @@ impl Tokenizer {
         &self.dir
     }
 
-    /// Ids of a text, without special tokens at its begin and end. The names of control tokens are encoded as text.
+    /// Ids of a text, without special tokens at its beginning and end. The names of control tokens are encoded as text.
     ///
     /// # Errors
-    /// If the text contains a control token of the model's own vocabulary whose name is a single character, or appears
-    /// only after normalisation.
+    /// If the text contains the name of a control token of the model's own vocabulary, and this name is a single
+    /// character or appears only after normalisation.
     pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
         self.encode_at(text, TextPosition::First)
     }
@@ -337,7 +336,7 @@ impl Tokenizer {
         let vocabulary = self.text.get_added_vocabulary();
         let mut added_tokens = added::find(vocabulary, self.text.get_normalizer(), text);
         // The library adds the prefix space before it matches normalised tokens. A token at the start that matched only
-        // with that space is not in a text that gets no prefix space.
+        // with that space is therefore dropped if the text gets no prefix space.
         let needs_prefix_space = |(range, id): &(Range<usize>, u32)| {
             let token = vocabulary.get_added_tokens_decoder().get(id);
             range.start == 0

@@ -69,7 +69,7 @@ impl TokenizerJson {
         let mut model = if json["model"]["type"] == "BPE" {
             let bpe_fields = fields.iter().map(|(name, raw)| (&**name, *raw));
             let bpe_fields = bpe_fields.filter(|(name, _)| BPE_FIELDS.contains(name));
-            // Without a JSON value of the vocabulary.
+            // Avoids a JSON value of the vocabulary.
             BPE::deserialize(MapDeserializer::new(bpe_fields)).map(ModelWrapper::BPE)
         } else {
             serde_json::from_str(model.get())

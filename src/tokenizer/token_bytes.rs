@@ -102,7 +102,7 @@ impl TokenByteMap {
     }
 }
 
-/// Detects the alphabet by the parts of the tokenizer that encode or decode it.
+/// Detects the alphabet from the parts of the tokenizer that encode or decode it.
 fn alphabet(tokenizer: &Value) -> Option<Alphabet> {
     let uses = |kind: &str| {
         ["decoder", "pre_tokenizer", "normalizer"]

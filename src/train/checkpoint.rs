@@ -6,8 +6,9 @@
 //! A checkpoint is written atomically, by renaming its folder. The newest checkpoint is found by listing the
 //! parent folder.
 //!
-//! The fingerprint hashes the JSON of [`Config::checkpoint_inputs`]. Order and names of the fields of the settings in
-//! it, such as `config::TrainConfig`, are part of it: changing them makes old checkpoints unusable.
+//! The fingerprint hashes the JSON of [`Config::checkpoint_inputs`] together with hashes of the data and the weights.
+//! The order and the names of the fields of settings such as `config::TrainConfig` affect it: changing them makes old
+//! checkpoints unusable.
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -149,7 +150,7 @@ pub(crate) const VERSION: u32 = 2;
 /// Writes a checkpoint, then removes all but the newest `keep` checkpoints and the best one.
 ///
 /// # Errors
-/// If the checkpoint cannot be written. Earlier checkpoints are not changed in this case.
+/// If the checkpoint cannot be written (earlier checkpoints are then unchanged), or an old one cannot be removed.
 pub fn save(
     dir: &Path,
     training: &mut TrainingState,
@@ -425,7 +426,7 @@ fn other_version(path: &Path, version: &str) -> anyhow::Error {
     .into()
 }
 
-/// Advice on a damaged checkpoint that is the newest one.
+/// Advice for a damaged checkpoint that is the newest one.
 const MOVE_AWAY: &str = "move it away to resume from the previous one, or start over with --fresh";
 
 fn damaged(path: &Path, error: &anyhow::Error, advice: &str) -> anyhow::Error {

@@ -109,7 +109,7 @@ pub(crate) fn precision(train: &TrainConfig) -> Precision {
     }
 }
 
-/// Returns the words of the opening line for the device: " on CUDA" or " on Metal", empty for the CPU.
+/// Returns the name of the device for the opening line: " on CUDA" or " on Metal", empty for the CPU.
 pub(crate) fn label(train: &TrainConfig) -> &'static str {
     match train.device {
         config::Device::Cuda => " on CUDA",

@@ -40,7 +40,7 @@ pub(crate) struct StudentFiles {
 /// is the text of the README.
 ///
 /// # Errors
-/// If a file cannot be read.
+/// If a file cannot be read or its content is not valid.
 pub(crate) fn files(
     shape: &ModelConfig,
     dtype: &str,

@@ -43,7 +43,8 @@ impl LocalTeacher {
     /// Loads `teacher.local`; None if it is not set.
     ///
     /// # Errors
-    /// If the model does not load, or its tokenizer is not the student's ([`Exit::Usage`]).
+    /// [`Exit::Usage`] if the folder is not a model folder, or its tokenizer differs from the student's. Another error
+    /// if the model does not load.
     pub fn from_config(
         settings: &TeacherConfig,
         train: &TrainConfig,
@@ -137,7 +138,8 @@ impl LocalTeacher {
 /// Loads the model in `dir` as the teacher of a comparison with a student that uses `tokenizer`.
 ///
 /// # Errors
-/// If the model does not load, or its tokenizer differs from `tokenizer` ([`Exit::Usage`]).
+/// [`Exit::Usage`] if `dir` is not a model folder, or its tokenizer differs from `tokenizer`. Another error if the
+/// model does not load.
 pub(crate) fn load_frozen(dir: &Path, tokenizer: &Tokenizer, train: &TrainConfig) -> Result<Model> {
     check_tokenizer(dir, tokenizer)?;
     let mut model = Model::load(dir)?;
@@ -145,7 +147,8 @@ pub(crate) fn load_frozen(dir: &Path, tokenizer: &Tokenizer, train: &TrainConfig
     Ok(model)
 }
 
-/// Checks that teacher and student have the same tokens; otherwise their distributions cannot be compared.
+/// Checks that `dir` is a model folder, and that teacher and student have the same tokens: otherwise their
+/// distributions cannot be compared.
 fn check_tokenizer(dir: &Path, student: &Tokenizer) -> Result<()> {
     if !dir.join("config.json").is_file() {
         bail!(Exit::Usage(format!(

@@ -101,7 +101,7 @@ pub struct MetricMeans {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kd: Option<f64>,
     /// Expected calibration error: absolute difference between mean confidence and accuracy of a confidence bin,
-    /// averaged over the bins by their numbers of positions.
+    /// averaged over the bins, weighted by their numbers of positions.
     pub calibration_error: Option<f64>,
     /// KL divergence to the teacher, in nats: on its top-k and the tail, or over the whole vocabulary with a local
     /// teacher.
@@ -117,7 +117,7 @@ pub struct MetricMeans {
 pub(crate) struct MetricsLog(LogFile);
 
 impl MetricsLog {
-    /// Opens the file and removes the lines of later steps than `step`, because these steps will be repeated.
+    /// Opens the file and removes the lines of the steps after `step`, because these steps will be repeated.
     ///
     /// # Errors
     /// If the file cannot be opened.

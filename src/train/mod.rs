@@ -2,7 +2,7 @@
 //!
 //! A step processes `batch_size` examples in micro-batches. With N the number of supervised positions of the whole
 //! step, and kd the weight of the soft labels (`loss.kd_weight`; 0 at positions without soft labels), it minimises
-//! L = (1/N) sum \[(1 - kd) CE + kd KD\], and the terms of chunks (see [`loss::chunk`]). N is counted over the step,
+//! L = (1/N) sum \[(1 - kd) CE + kd KD\], plus the terms of chunks (see [`loss::chunk`]). N is counted over the step,
 //! not over a micro-batch, so the gradient does not depend on `micro_batch_size`.
 //!
 //! | file | content |
@@ -480,7 +480,7 @@ fn opening_line(
     )
 }
 
-/// Returns the number of steps: `train.steps`, or, if it is not set, as many as `train.epochs` needs.
+/// Returns the number of steps: `train.steps` or, if it is not set, the number (at least 1) that `train.epochs` needs.
 fn total_steps(settings: &TrainConfig, examples: usize) -> u64 {
     settings.steps.unwrap_or_else(|| {
         let steps = settings.epochs * examples as f64 / settings.batch_size as f64;

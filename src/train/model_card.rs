@@ -9,8 +9,8 @@ use crate::train::summary::TrainSummary;
 /// Metadata of the card, in YAML.
 const HEAD: &str = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- distillation\n---\n\n";
 
-/// Returns the Hugging Face model card of the student. `local_teacher` is the folder of a local teacher that was used in
-/// training; None if there was none.
+/// Returns the Hugging Face model card of the student. `local_teacher` is the folder of the local teacher that was used
+/// in training, if there was one.
 pub(crate) fn student_card(
     local_teacher: Option<&Path>,
     batch_size: usize,

@@ -38,7 +38,7 @@ use crate::tokenizer::Tokenizer;
 /// ([`SamplingParams::for_answer`]), so that answers of different steps practically never share a seed.
 const SEED_SPREAD: u64 = 0xd134_2543_de82_ef95;
 
-/// Number of scored answers without soft labels, and without any answer with soft labels, after which training stops.
+/// Number of scored answers after which training stops if none of them has soft labels.
 const MAX_UNALIGNED: u64 = 32;
 
 /// Generator of the student's own answers.
@@ -56,10 +56,10 @@ pub(crate) struct OnPolicy<'a> {
 /// Numbers of generated answers in this session.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct OnPolicyCounts {
-    /// Answers that the student generated.
+    /// Answers that the student generated, empty ones excluded.
     #[serde(rename = "written")]
     pub generated: u64,
-    /// Answers for which the teacher gave soft labels.
+    /// Answers for which the teacher gave soft labels. A local teacher gives them for all answers.
     #[serde(rename = "judged")]
     pub scored: u64,
 }

@@ -11,8 +11,7 @@ use crate::terminal::format_count;
 use crate::tokenizer::Tokenizer;
 use crate::train::loss::position::{EndToken, SoftTerm};
 
-/// Minimum share of usable answers, as its reciprocal: of the answers with logprobs, at least 1 / 20 must have soft
-/// labels.
+/// Of the answers with logprobs, at least 1 in this number must have soft labels.
 const MIN_USABLE_ONE_IN: u64 = 20;
 
 /// Loss terms for the soft labels of a data set.

@@ -19,7 +19,7 @@ const ADDRESS_HINT: &str = "write it as \"redis://user:password@host:6379/0\" (`
 /// Connection that is opened again after an error.
 pub(crate) struct Connection {
     client: Client,
-    /// The password in both forms, as it stands in the address and decoded. Error messages must not contain it.
+    /// The password, decoded and as written in the address. Error messages must not contain it.
     passwords: Vec<String>,
     connection: Option<MultiplexedConnection>,
     script: Script,
@@ -34,7 +34,7 @@ impl Connection {
     pub(crate) async fn open(url: &RedisUrl, keys: [String; KEY_COUNT]) -> Result<Connection> {
         let address = url.reveal();
         let client = Client::open(address)
-            // The error of the crate is not shown, because it might contain a part of the address.
+            // The error of the `redis` crate is not shown, because it might contain a part of the address.
             .map_err(|_| {
                 Exit::Usage(format!(
                     "`limits.shared` is not a valid Redis address: {ADDRESS_HINT}"
@@ -74,7 +74,7 @@ impl Connection {
     /// Runs the script.
     ///
     /// # Errors
-    /// A description of the error, after which the script may nevertheless have run.
+    /// A description of the error. The script may have run nevertheless.
     pub(crate) async fn admit(
         &mut self,
         arguments: &Arguments,
@@ -95,7 +95,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Runs the script, which is loaded again if the server has lost it.
+    /// Runs the script. Loads it again if the server has lost it.
     async fn run(&mut self, arguments: &Arguments) -> Result<[u64; REPLY_LENGTH], RedisError> {
         let script = self.script.clone();
         let mut invocation = script.prepare_invoke();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Maximum age of a permit. Older permits are dropped: used together with newer ones, they would exceed the limit.
+/// Maximum age of a permit. Older permits are dropped: used together with newer ones, they could exceed the limit.
 pub(crate) const MAX_PERMIT_AGE: Duration = Duration::from_millis(250);
 
 /// Maximum number of permits to request per call of the script.
@@ -18,10 +18,10 @@ const MAX_BATCH: u64 = 64;
 pub(crate) struct LocalPermits {
     /// Unused grants, oldest first.
     grants: VecDeque<Grant>,
-    /// Number of permits to request per call. At each call after a grant, it doubles if the grant was used up
-    /// immediately, and halves otherwise. It is reset to 1 when a grant with unused requests expires.
+    /// Number of permits to request per call. At each call after a grant, it doubles if the grant was used up within a
+    /// quarter of [`MAX_PERMIT_AGE`], and halves otherwise. It is reset to 1 when a grant with unused requests expires.
     batch: u64,
-    /// Time of the grant since the last call of the script; None if there was none.
+    /// Time of the latest grant since the last call of the script; None if there was no grant.
     last_grant: Option<Instant>,
 }
 
@@ -89,8 +89,8 @@ impl LocalPermits {
         (sum(|grant| grant.requests), sum(|grant| grant.tokens))
     }
 
-    /// Returns the number of permits to request in the call that follows, at least 1. `slots` is the number of requests
-    /// that could be sent now; more permits are not requested.
+    /// Returns the number of permits to request in the next call: at least 1, and otherwise at most `slots`, the number
+    /// of requests that could be sent now without rate limits.
     pub(crate) fn next_batch(&mut self, slots: usize, now: Instant) -> u64 {
         if let Some(last_grant) = self.last_grant.take() {
             self.batch = if now.saturating_duration_since(last_grant) < MAX_PERMIT_AGE / 4 {

@@ -10,12 +10,12 @@
 //! # The arithmetic
 //!
 //! Each limit per minute is the Generic Cell Rate Algorithm in its form as a continuous-state leaky
-//! bucket (ITU-T I.371, annex A; ATM Forum TM 4.0, section 4.4.2). A bucket has a level X, last written
-//! at LCT, and an increment I, the time that one unit takes at the limit. At the time t it has drained
-//! to X' = max(0, X - (t - LCT)). If X' > L the request waits for X' - L; otherwise X becomes X' + n I for a
-//! request of n units, and LCT becomes t. The amount admitted in a time w is then at most
-//! (w + L) / I plus the last request. With L = burst - largest, where `largest` is the largest request
-//! of any process, that is limit + burst in a minute. As for one process alone, the burst is
+//! bucket (ITU-T I.371, annex A; ATM Forum TM 4.0, section 4.4.2). A bucket has a level X, which was last written at
+//! the time LCT (last conformance time), an increment I, which is the time that one unit takes at the limit, and a
+//! tolerance L. At the time t it has drained to X' = max(0, X - (t - LCT)). If X' > L the request waits for X' - L;
+//! otherwise X becomes X' + n I for a request of n units, and LCT becomes t. The amount admitted in a time w is then at
+//! most (w + L) / I plus the last request. With L = (burst - largest) I, where `largest` is the largest request of any
+//! process, that is limit + burst in a minute. As for one process alone, the burst is
 //! [`crate::rate_limit::user_limits::burst`] or the largest request, whichever is more.
 //! The condition does not depend on n, so a process with small requests cannot starve another one with large
 //! requests.
@@ -29,10 +29,10 @@
 //!
 //! The script reads all times from the server's clock. A permit is used within
 //! [`crate::rate_limit::redis::local_permits::MAX_PERMIT_AGE`] of the reply that grants it, or dropped. Unless replies
-//! are delayed, at most the limit, one burst and the amount of `MAX_PERMIT_AGE` are sent in any minute: together the
-//! limit and one second of it, if no request is larger than the usual burst. While the server is unavailable, no
-//! request is sent. If the server has lost its data (by a restart without persistence, or an eviction), one more burst
-//! is admitted, and the count of the day starts at 0.
+//! are delayed, at most the limit, one burst, and the amount that drains in `MAX_PERMIT_AGE` are sent in any minute. If
+//! no request is larger than the usual burst, this is the limit plus one second of it. While the server is unavailable,
+//! no request is sent. If the server has lost its data (by a restart without persistence, or an eviction), one more
+//! burst is admitted, and the count of the day starts at 0.
 
 #[cfg(feature = "redis")]
 pub(crate) mod connection;
@@ -58,8 +58,8 @@ use crate::rate_limit::redis::local_permits::LocalPermits;
 use crate::rate_limit::redis::rules::{Arguments, SharedCharge, SharedRules};
 use crate::rate_limit::user_limits;
 
-/// Maximum time until the script runs again. A longer wait may be wrong, if the server loses its data or its clock is
-/// set.
+/// Maximum wait for the limits until the script runs again. A longer wait could be wrong, because meanwhile the server
+/// may lose its data, or its clock may be set.
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
 /// Maximum time until the dispatcher checks for a reply. Usually the reply wakes it earlier.
@@ -161,7 +161,8 @@ impl SharedLimits {
         }
     }
 
-    /// Allows requests of a higher cost than before. The script subtracts the largest request from the burst.
+    /// Allows requests of a higher cost than before. The rules change, because the script subtracts the largest request
+    /// from the burst.
     ///
     /// # Errors
     /// If that request can never be sent.
@@ -175,8 +176,8 @@ impl SharedLimits {
         Ok(())
     }
 
-    /// Takes a local permit for a request of `tokens` tokens. If there is none, calls the script for more. `slots` is
-    /// the number of requests of this size that could be sent now.
+    /// Takes a local permit for a request of `tokens` tokens. If the local permits do not cover it, calls the script
+    /// for more. `slots` is the number of requests of this size that could be sent now without rate limits.
     ///
     /// # Errors
     /// The instant at which to try again, unless a reply arrives earlier.
@@ -242,7 +243,7 @@ impl SharedLimits {
     }
 }
 
-/// Runs the calls of the script one after the other, until the sender or the receiver is dropped.
+/// Runs the calls of the script one after the other, until the other end of `calls` or `replies` is dropped.
 async fn run_calls(
     mut connection: Connection,
     mut calls: Receiver<Arguments>,

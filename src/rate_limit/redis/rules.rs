@@ -15,11 +15,11 @@ pub(crate) const REPLY_LENGTH: usize = 3;
 /// Arguments of the script, in the order of `ARGV`.
 pub(crate) type Arguments = [u64; 11];
 
-/// A minute in picoseconds. With this unit, the interval of every limit is an integer that Lua's doubles represent
+/// A minute in picoseconds. In this unit, the interval of every limit is an integer that a double of Lua represents
 /// exactly.
 const MINUTE_PS: u64 = 60_000_000_000_000;
 
-/// Integer up to which a double represents every integer.
+/// Largest integer up to which a double represents every integer.
 const MAX_EXACT: u64 = 1 << 53;
 
 /// Returns the names of the script's keys. The part in braces is the same in all of them, so that a cluster keeps
@@ -126,7 +126,7 @@ mod tests {
                 let bucket = Bucket::new(Some(per_minute), largest);
                 let minute = bucket.interval * u64::from(per_minute);
                 assert!(minute >= MINUTE_PS && minute - MINUTE_PS < u64::from(per_minute));
-                // The highest level, plus what drains in two minutes, which is the longest time that the script counts.
+                // The highest level, plus the two minutes after which the script assumes that a bucket has drained.
                 assert!(bucket.burst + 2 * bucket.largest + 2 * MINUTE_PS < MAX_EXACT);
             }
         }

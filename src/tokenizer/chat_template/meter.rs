@@ -364,8 +364,8 @@ fn deep_size(value: &Value) -> usize {
     total
 }
 
-/// Returns the error of a template that does something forbidden. `action` says what, as a clause that begins with
-/// `it`.
+/// Returns the error of a template that does something forbidden. `action` is a clause that begins with `it` and names
+/// the forbidden action.
 pub(crate) fn refusal(action: &str) -> Error {
     Error::new(
         ErrorKind::InvalidOperation,

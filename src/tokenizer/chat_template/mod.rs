@@ -8,7 +8,7 @@
 //! | file | content |
 //! |---|---|
 //! | `sandbox` | runs a template with limits on work and memory |
-//! | `meter` | the environment of a template, which counts the bytes that each operation processes, up to a limit |
+//! | `meter` | the environment of a template, which limits the bytes that its operations process |
 //! | `python_date`, `python_json`, `python_text` | functions of Python that templates use |
 
 pub(crate) mod meter;
@@ -183,8 +183,8 @@ impl ChatTemplate {
         }
     }
 
-    /// Sets the source of the date that `strftime_now` returns. Rendering a template that calls it fails without a
-    /// date, and with a source other than [`TemplateClock::Fixed`], which `Self::with_date` produces.
+    /// Sets the source of the date that `strftime_now` returns. A template that calls `strftime_now` can be rendered
+    /// only with [`TemplateClock::Fixed`]; `Self::with_date` replaces the other sources by it.
     pub fn set_date(&mut self, date: TemplateClock) {
         self.date = Some(date);
     }

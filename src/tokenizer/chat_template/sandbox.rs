@@ -1,9 +1,9 @@
 //! Runs an untrusted chat template with limits on work and memory.
 //!
-//! A template is a part of a model, which may come from anyone. The engine's own limit ("fuel") counts instructions, but
-//! one instruction can double a string (thirty of them make a gigabyte), copy it or compare it. Therefore the data that
-//! operators, filters, tests and methods read and produce, and all output, are charged by their size to one allowance
-//! per rendering ([`meter`]).
+//! A template is a part of a model, which may come from anyone. The engine's own limit ("fuel") counts instructions,
+//! but one instruction can double a string (thirty of them make a gigabyte), copy it or compare it. Therefore each
+//! rendering has one allowance of bytes. All output, and the data that operators, filters, tests and methods read and
+//! produce, are charged to it by size ([`meter`]).
 //!
 //! The engine does not let a program intercept operators, so they are replaced by function calls in the compiled
 //! template.
@@ -74,8 +74,9 @@ pub(crate) fn render(
     Ok(rendered)
 }
 
-/// Replaces an instruction that applies an operator by a call of the charged function with the same operands and result.
-/// Returns the length of the template text that the instruction writes, 0 for all instructions except `EmitRaw`.
+/// Replaces an instruction that applies an operator by a call of the charged function with the same operands and
+/// result. Returns the length of the template text that the instruction writes: 0 for all instructions except
+/// `EmitRaw`.
 fn replace_operator(instruction: &mut Instruction) -> Result<usize, Error> {
     let (function, operands) = match instruction {
         Instruction::Add => ("operator +", 2),
@@ -99,8 +100,8 @@ fn replace_operator(instruction: &mut Instruction) -> Result<usize, Error> {
 }
 
 /// Refuses templates that would exhaust the compiler's stack or memory. The compiler recurses over nested expressions,
-/// and it evaluates constant expressions: in a tag with a multiplication, the product of all constants bounds the size of
-/// their results.
+/// and it evaluates constant expressions: in a tag with a multiplication, the product of all constants bounds the size
+/// of their results.
 fn check_source(source: &str, syntax: &SyntaxConfig) -> Result<(), Error> {
     if source.len() > MAX_TEMPLATE_BYTES {
         return Err(refusal("it is too long"));

@@ -36,8 +36,8 @@ impl Softmax {
     }
 }
 
-/// Computes the loss and the gradient like [`super::position()`], from the teacher's logits instead of its top-k. Their
-/// number is V or the size of the teacher's vocabulary.
+/// Computes the loss and the gradient like [`super::position()`], from the teacher's logits instead of its top-k. There
+/// are V teacher logits, or as many as the teacher's vocabulary has tokens; logits beyond V are ignored.
 ///
 /// `tail`, `unbiased`, `damped` and both kinds of `renormalize` are identical here: the KL divergence. `temperature` is
 /// the loss of Hinton et al. (arXiv 1503.02531).

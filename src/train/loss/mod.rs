@@ -1,8 +1,8 @@
 //! Loss of one supervised position, and its gradient with respect to the position's logits.
 //!
 //! With q = softmax(z) the student's distribution and y the emitted token, CE = -log q_y. The term KD of the soft
-//! labels is a [`divergence`]. All functions are pure, replace the logits with their gradient, and pass over the logits
-//! a few times.
+//! labels is a [`divergence`]. All functions are pure, except that they replace the logits with their gradient. They
+//! pass over the logits a few times.
 //!
 //! | file | content |
 //! |---|---|
@@ -87,7 +87,7 @@ pub fn position(
         ids_K.swap_remove(index);
         Some(logprobs_K.swap_remove(index).exp())
     });
-    // With K masked, the sum over the vocabulary is the tail itself: no cancellation in 1 - Q.
+    // With K and the end token masked, the sum over the vocabulary is the tail itself: no cancellation in 1 - Q.
     let logits_K: Vec<f32> = ids_K.iter().map(|&id| logits_V[id as usize]).collect();
     let end_logit = end.map_or(f32::NEG_INFINITY, |end| logits_V[end as usize]);
     for &id in ids_K.iter().chain(&end) {

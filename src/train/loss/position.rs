@@ -33,7 +33,7 @@ pub struct LossWeights {
     /// epsilon: CE is taken against (1 - epsilon) of the label and epsilon of the uniform
     /// distribution (Szegedy et al., arXiv 1512.00567).
     pub label_smoothing: f32,
-    /// Weight of the likelihoods of chunks.
+    /// Weight of the terms of chunks (see [`super::chunk`]).
     pub alm: f32,
     /// The end token; None if it is treated like any other token.
     pub end: Option<EndToken>,
