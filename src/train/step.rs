@@ -123,8 +123,8 @@ impl Stepper {
     /// batch.
     ///
     /// # Errors
-    /// If a loss or gradient is not finite: the error names the examples, and no parameter has changed. Or if an example
-    /// does not fit a model.
+    /// If an example does not fit a model, or a loss or gradient is not finite. If not finite, the error names the
+    /// examples. No parameter has changed.
     pub(crate) fn run(
         &mut self,
         (student, optimizer): (&TrainableModel, &mut Optimizer),

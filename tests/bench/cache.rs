@@ -1,7 +1,8 @@
 //! Makes large caches and times their opening; see `tests/bench/cache.sh`.
 //!
-//! `cache make DIR RECORDS [TOKENS [zstd]]` makes a cache of RECORDS records with answers of 60 words. With TOKENS, each
-//! record has top-20 logprobs of TOKENS tokens. `cache open DIR` opens a cache and prints the time and memory as JSON.
+//! `cache make DIR RECORDS [TOKENS [zstd]]` makes a cache of RECORDS records with answers of 60 words. With TOKENS,
+//! each record has top-20 logprobs of TOKENS tokens. `cache open DIR` opens a cache and prints the time and memory as
+//! JSON.
 
 #[path = "records.rs"]
 mod records;

@@ -3,9 +3,9 @@
 #
 #     tests/bench/cache.sh [--quick] [--check] [DEMO_DIR]
 #
-# The files are in the page cache, so the times do not depend on the disk. With DEMO_DIR (a finished `distill demo`), the
-# demo's prompts are harvested again from its teacher, without and with compression; only this measures the bytes per
-# token. --check exits with status 1 and names each result that misses its aim.
+# The files are in the page cache, so the times do not depend on the disk. With DEMO_DIR (a finished `distill demo`),
+# the demo's prompts are harvested again from its teacher, without and with compression; only this measures the bytes
+# per token. --check exits with status 1 and names each result that misses its aim.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 records=1000000 rounds=5 check= demo=
@@ -39,8 +39,8 @@ subprocess.run(sys.argv[2:], check=True, stdout=open(sys.argv[1], "w"))
 print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)' "$@"
 }
 
-# row LABEL DIR THREADS INDEX: times the opening of the cache in DIR and sets seconds, peak and rate. THREADS is 0 for all
-# cores. INDEX is keep (opens with the index) or none (deletes the index first).
+# row LABEL DIR THREADS INDEX: times the opening of the cache in DIR and sets seconds, peak and rate. THREADS is 0 for
+# all cores. INDEX is keep (opens with the index) or none (deletes the index first).
 row() {
     local times=() peaks=() out bytes=0
     for ((round = 0; round <= rounds; round++)); do

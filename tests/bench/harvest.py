@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Times `distill harvest` beside other clients on loopback; called by harvest.sh, which creates the environment.
 
-Contestants run in turn, each as a separate process on one core, against `distill serve --mock` on another core. Each number
-is the median over the rounds. The time of rows/s includes the start and the end of the process.
+Contestants run in turn, each as a separate process on one core, against `distill serve --mock` on another core. Each
+number is the median over the rounds. The time of rows/s includes the start and the end of the process.
 """
 
 import argparse

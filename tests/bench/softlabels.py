@@ -1,7 +1,8 @@
 """Compares students of each loss on soft labels with their teacher; called by softlabels.sh.
 
-A teacher is trained on the text of softlabels_text.py and queried over HTTP. Small students are trained on its answers, with the
-same steps and seeds for each treatment, and compared with the teacher's full distributions on held-out prompts.
+A teacher is trained on the text of softlabels_text.py and queried over HTTP. Small students are trained on its answers,
+with the same steps and seeds for each treatment, and compared with the teacher's full distributions on held-out
+prompts.
 """
 
 import argparse
@@ -115,8 +116,8 @@ class Bench:
                 "dtype": self.options.dtype}
 
     def make_teacher(self):
-        """Makes the texts, the tokenizers, a teacher and its answers. Returns the negative log-probability and the size of
-        the grammar's texts."""
+        """Makes the texts, the tokenizers, a teacher and its answers. Returns the negative log-probability and the size
+        of the grammar's texts."""
         known = text.make(self.folder, self.rows, self.options.seed)
         text.tokenizers(self.folder, {"bytelevel": 1024, "pieces": 1500, "large": 4096}, self.options.seed)
         config = self.config("teacher", run_dir="teacher", data={"source": "teacher.jsonl", "max_length": 256},
@@ -215,8 +216,8 @@ def table(found, rows):
 
 
 def grid(found, title, rows, columns, of):
-    """Prints the KL to the teacher by k (`rows`) and weight (`columns`). The student of a cell is `of(row, column)`; cells of
-    untrained students stay empty."""
+    """Prints the KL to the teacher by k (`rows`) and weight (`columns`). The student of a cell is `of(row, column)`;
+    cells of untrained students stay empty."""
     print(f"\n{title:28}" + "".join(f"{column:>26}" for column in columns))
     for row in rows:
         cells = [found.get(of(row, column)) for column in columns]
@@ -225,8 +226,9 @@ def grid(found, title, rows, columns, of):
 
 
 def worth(found, student, seeds):
-    """Returns, by seed, how many text-only answers one answer of this student's data is worth: (KL_CE / KL)^(1 / s), where -s
-    is the slope of a line fitted to ln KL_CE over the ln of the number of answers. CE is cross-entropy alone."""
+    """Returns, by seed, how many text-only answers one answer of this student's data is worth: (KL_CE / KL)^(1 / s),
+    where -s is the slope of a line fitted to ln KL_CE over the ln of the number of answers. CE is cross-entropy
+    alone."""
     values = []
     for at in range(len(seeds)):
         points = [(math.log(times), -math.log(found[CE._replace(times=times)][at]["kl"])) for times in TIMES]

@@ -6,8 +6,8 @@
 #
 # The text comes from a grammar with known probabilities, and from the documentation of the crates in cargo's registry
 # folder. --quick runs a small version. --check exits with status 1 and names each claim of tests/bench/README.md that
-# does not hold. The full version also draws tests/bench/softlabels.svg. DISTILL_BENCH_PYTHON is the path of a Python with
-# `tokenizers`.
+# does not hold. The full version also draws tests/bench/softlabels.svg. DISTILL_BENCH_PYTHON is the path of a Python
+# with `tokenizers`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${DISTILL_BENCH_PYTHON:-target/bench/softlabels/bin/python}

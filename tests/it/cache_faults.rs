@@ -22,8 +22,8 @@ const RECORDS: u64 = 200;
 enum Fault {
     /// The operation fails.
     Error(io::ErrorKind),
-    /// A write writes only this number of bytes, or half of its bytes if `None`. Every second faulty operation, if it is
-    /// a write, writes nothing. Operations other than writes fail.
+    /// A write writes only this number of bytes, or half of its bytes if `None`. Every second faulty operation, if it
+    /// is a write, writes nothing. Operations other than writes fail.
     Short(Option<usize>),
 }
 

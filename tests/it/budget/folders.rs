@@ -1,5 +1,6 @@
-//! Tests the invariant on run folders with the real binary. It harvests, probes, sends batches and is killed. Caches are
-//! truncated, repaired, deleted and merged, and prices are set late. A scripted teacher counts the tokens that it bills.
+//! Tests the invariant on run folders with the real binary. It harvests, probes, sends batches and is killed. Caches
+//! are truncated, repaired, deleted and merged, and prices are set late. A scripted teacher counts the tokens that it
+//! bills.
 
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};

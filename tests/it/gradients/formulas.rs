@@ -139,8 +139,8 @@ pub fn hinton_loss(
     (1.0 - kd_weight) * ce + kd_weight * tau * tau * kl
 }
 
-/// Computes the loss of a position, the weighted sum of cross-entropy and divergence. `logq_V` are the log-probabilities
-/// of the student.
+/// Computes the loss of a position, the weighted sum of cross-entropy and divergence. `logq_V` are the
+/// log-probabilities of the student.
 #[allow(non_snake_case, reason = "shapes as suffixes")]
 pub fn position_loss(
     logq_V: &[f64],
