@@ -29,7 +29,7 @@ fn finished(n: u64, finish_reason: &str) -> Record {
     record
 }
 
-/// Returns nine records. Five are usable; one of these has messages whose content is a list of parts.
+/// Returns nine records. Five are usable; one of these has a message whose content is a list of parts.
 fn varied() -> Vec<Record> {
     vec![
         sample(0),
