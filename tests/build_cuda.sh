@@ -10,9 +10,9 @@
 #
 # CUDA_COMPUTE_CAP selects the GPU (80: A100, 86: RTX 30, 89: RTX 40 and L4, 90: H100
 # and H200). The default is the GPU that nvidia-smi reports, or 80 without nvidia-smi.
-# Kernels for 80 also run on newer GPUs; from 90 on, the kernels for quantized weights
-# and for mixtures of experts do not, because they contain machine code for one
-# generation only.
+# Kernels for 80 also run on newer GPUs. The kernels for quantized weights and for
+# mixtures of experts are an exception on GPUs of 90 and newer: they contain machine
+# code for one generation only.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,10 +22,10 @@ if command -v nvcc >/dev/null; then
     CUDA_HOME="${CUDA_HOME:-$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")}"
 else
     # NVIDIA publishes the toolkit as wheels; those of 13.x unpack into one folder with
-    # the layout of a toolkit. The version is 13.0 because the kernels are embedded as
-    # PTX, which the driver compiles at run time, and a driver reads PTX only from a
-    # toolkit that is not newer than itself. 13.0 works with every driver from release
-    # 580 on. (The wheels of CUDA 12 do not contain nvcc.)
+    # the layout of a toolkit. The kernels are embedded as PTX, which the driver compiles
+    # at run time. A driver reads PTX only from a toolkit that is not newer than itself,
+    # so the version is 13.0: it works with every driver from release 580 on. (The wheels
+    # of CUDA 12 do not contain nvcc.)
     wheels='cuda-toolkit[nvcc,cudart,cccl,cublas,curand,nvrtc]==13.0.*'
     if [ ! -e "$out/wheels-done" ]; then
         python3 -m venv --clear "$out/venv"
@@ -35,8 +35,8 @@ else
     "$out/venv/bin/pip" list --disable-pip-version-check | grep -E '^(cuda|nvidia)-'
     CUDA_HOME="$(echo "$out"/venv/lib/python3*/site-packages/nvidia/cu13)"
 
-    # The wheels lack three parts of a toolkit: lib64, library names without a version,
-    # which the linker needs, and a stub of the driver's libcuda.
+    # The wheels lack three parts of a toolkit: lib64, the library names without a version
+    # that the linker needs, and a stub of the driver's libcuda.
     ln -sfn lib "$CUDA_HOME/lib64"
     for library in "$CUDA_HOME"/lib/lib{cudart,cublas,cublasLt,curand,nvrtc}.so.*; do
         ln -sf "$(basename "$library")" "${library%%.so.*}.so"

@@ -82,8 +82,8 @@ pub struct StepResult {
 }
 
 impl Stepper {
-    /// Creates a stepper for `model`. `soft_labels` are the loss terms of the examples, `on_policy` the divergences of
-    /// generated answers.
+    /// Creates a stepper for `model`. `soft_labels` selects the loss terms of the examples, `on_policy` the divergences
+    /// of generated answers.
     pub(crate) fn new(
         train: &TrainConfig,
         loss: &LossConfig,
@@ -123,7 +123,8 @@ impl Stepper {
     /// batch.
     ///
     /// # Errors
-    /// If a loss or gradient is not finite. The error names the examples, and no parameter has changed.
+    /// If an example does not fit a model, or a loss or gradient is not finite. If not finite, the error names the
+    /// examples. No parameter has changed.
     pub(crate) fn run(
         &mut self,
         (student, optimizer): (&TrainableModel, &mut Optimizer),

@@ -30,8 +30,8 @@ impl TrainableModel {
     /// Loads or initialises the student.
     ///
     /// # Errors
-    /// If the folder does not load, its tokenizer has ids beyond the embedding, or a pattern of `lora.targets` or
-    /// `train.freeze` matches nothing or leaves nothing to train.
+    /// If the folder does not load, the tokenizer has ids beyond the embedding, a pattern of `lora.targets` or
+    /// `train.freeze` matches nothing, or `train.freeze` leaves nothing to train.
     pub fn student(
         settings: &StudentConfig,
         adapters: &LoraConfig,
@@ -150,7 +150,7 @@ impl TrainableModel {
         weights::hash(&self.frozen)
     }
 
-    /// Writes a Hugging Face folder with the given weights, into which adapters are merged. An older folder is replaced
+    /// Writes a Hugging Face folder with the given weights; adapters are merged into them. An older folder is replaced
     /// atomically; files of other programs in it are kept.
     ///
     /// The tokenizer's files are copied from `tokenizer_dir`; `card` is the text of the README. Returns the

@@ -1,7 +1,7 @@
-//! The upper limit for `tests/bench/harvest.sh`: requests by reqwest in a loop, whose replies are neither parsed nor kept.
+//! The upper limit for `tests/bench/harvest.sh`: a reqwest loop that neither parses nor keeps the replies.
 //!
-//! `bare URL ROWS CONCURRENCY [TOP_LOGPROBS MAX_TOKENS]` sends ROWS requests, CONCURRENCY at a time,
-//! and prints the number of bytes received.
+//! `bare URL ROWS CONCURRENCY [TOP_LOGPROBS MAX_TOKENS]` sends ROWS requests, CONCURRENCY at a time, and prints the
+//! number of bytes received.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

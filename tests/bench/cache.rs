@@ -1,7 +1,8 @@
 //! Makes large caches and times their opening; see `tests/bench/cache.sh`.
 //!
-//! `cache make DIR RECORDS [TOKENS [zstd]]` makes a cache of RECORDS records with top-20 logprobs of TOKENS tokens each;
-//! the answers always have 60 words. `cache open DIR` opens a cache and prints its time and memory as JSON.
+//! `cache make DIR RECORDS [TOKENS [zstd]]` makes a cache of RECORDS records with answers of 60 words. With TOKENS,
+//! each record has top-20 logprobs of TOKENS tokens. `cache open DIR` opens a cache and prints the time and memory as
+//! JSON.
 
 #[path = "records.rs"]
 mod records;
@@ -114,7 +115,7 @@ fn open(dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Peak memory of this process in MiB, if the system reports it.
+/// Returns the peak memory of this process in MiB, if the system reports it.
 fn peak_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

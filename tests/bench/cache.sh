@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Times the opening of a cache of a million records, and measures the bytes per token with top-20 logprobs.
+# Times the opening of a cache of a million records, and measures the bytes per answer token with top-20 logprobs.
 #
 #     tests/bench/cache.sh [--quick] [--check] [DEMO_DIR]
 #
-# The files are in the page cache, so the times do not depend on the disk. With DEMO_DIR (a finished `distill demo`) its
-# prompts are harvested again from its teacher, without and with compression. --check exits 1 and names each result that
-# misses its aim.
+# The files are in the page cache, so the times do not depend on the disk. With DEMO_DIR (a finished `distill demo`),
+# the demo's prompts are harvested again from its teacher, without and with compression; only this measures the bytes
+# per token. --check exits with status 1 and names each result that misses its aim.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 records=1000000 rounds=5 check= demo=
@@ -25,10 +25,10 @@ folder=$(mktemp -d "$PWD/target/bench-cache.XXXXXX")
 trap 'rm -rf "$folder"; [ -z "${server:-}" ] || kill "$server"' EXIT
 missed=
 
-# number NAME JSON
+# number NAME JSON: the number with this name.
 number() { sed "s/.*\"$1\":\([0-9.]*\).*/\1/" <<< "$2"; }
 median() { sort -n | awk '{ v[NR] = $1 } END { print (NR % 2 ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2) }'; }
-# miss TEXT CONDITION (awk)
+# miss TEXT CONDITION: adds the text to the missed aims if the condition (awk) is true.
 miss() { if awk "BEGIN { exit !($2) }"; then missed+="$1"$'\n'; fi; }
 
 # measure FILE COMMAND: seconds and peak MiB of a command that writes to FILE.
@@ -39,7 +39,8 @@ subprocess.run(sys.argv[2:], check=True, stdout=open(sys.argv[1], "w"))
 print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)' "$@"
 }
 
-# row LABEL DIR THREADS (1, 0 for all) INDEX (keep or none)
+# row LABEL DIR THREADS INDEX: times the opening of the cache in DIR and sets seconds, peak and rate. THREADS is 0 for
+# all cores. INDEX is keep (opens with the index) or none (deletes the index first).
 row() {
     local times=() peaks=() out bytes=0
     for ((round = 0; round <= rounds; round++)); do

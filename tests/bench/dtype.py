@@ -3,9 +3,9 @@
 usage: dtype.py DISTILL DEMO_DIR [--seeds N] [--steps N] [--check]
 
 Trains the student of `DEMO_DIR/kl.toml` (written by `distill demo`) in f32 and in bf16 with the same
-seeds, and prints mean, minimum and maximum over the seeds. --check exits 1 if the difference between
-bf16 and f32 exceeds the difference between seeds. The script runs on any CPU: one without bf16
-instructions rounds the same values.
+seeds, and prints mean, minimum and maximum over the seeds. --check exits with status 1 if the
+difference between bf16 and f32 exceeds the range of f32 over the seeds. The script runs on any CPU:
+without bf16 instructions, the same values are rounded in software.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-EVERY = 100
+# Number of steps over which the training loss is averaged.
+WINDOW = 100
 
 
 def train(options, dtype, seed):
@@ -53,9 +54,9 @@ def main():
             runs[dtype].append(train(options, dtype, seed))
     missed = []
     print(f"{'':32}{'f32':>28}{'bf16':>28}{'difference':>12}{'seeds':>9}")
-    every = min(EVERY, options.steps)
-    rows = {f"training loss, steps to {end}": lambda run, end=end: statistics.mean(run[0][end - every:end])
-            for end in sorted({every, max(every, options.steps // 2), options.steps})}
+    window = min(WINDOW, options.steps)
+    rows = {f"training loss, steps to {end}": lambda run, end=end: statistics.mean(run[0][end - window:end])
+            for end in sorted({window, max(window, options.steps // 2), options.steps})}
     rows["validation cross-entropy"] = lambda run: run[1]["ce"]
     rows["validation KL to the teacher"] = lambda run: run[1]["kl"]
     for name, value in rows.items():
@@ -65,7 +66,7 @@ def main():
         print(f"{name:32}{show(f32):>28}{show(bf16):>28}{difference:+12.4f}{spread:9.4f}", flush=True)
         # A single seed has no spread.
         if options.seeds > 1 and abs(difference) > spread:
-            missed.append(f"{name}: bf16 differs by {difference:+.4f}, seeds differ by {spread:.4f}")
+            missed.append(f"{name}: bf16 differs by {difference:+.4f}, the f32 seeds by up to {spread:.4f}")
     for miss in missed:
         print(f"missed: {miss}")
     return 1 if missed and options.check else 0

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Times `distill harvest` beside other clients on loopback; called by harvest.sh, which creates the environment.
 
-Contestants run in turn, each as a separate process on one core, against `distill serve --mock` on another. A figure is
-the median over the rounds; rows/s includes the start and the end of the process.
+Contestants run in turn, each as a separate process on one core, against `distill serve --mock` on another core. Each
+number is the median over the rounds. The time of rows/s includes the start and the end of the process.
 """
 
 import argparse
@@ -110,13 +110,13 @@ def command(name, arguments, folder, url, case):
 
 
 def run_case(title, case, contestants, arguments):
-    """Returns the figures of each round by contestant."""
+    """Returns the measurements of each round by contestant."""
     figures = {name: [] for name in contestants}
     for round_number in range(min(arguments.rounds, case.get("rounds", 99)) + 1):
-        # Unwritten pages of a run slow the next one: the order alternates, so that this affects all contestants.
+        # Unwritten pages of one contestant slow the next one. The order alternates, so that this affects all of them.
         for name in contestants if round_number % 2 else reversed(contestants):
             os.sync()
-            # Slow peers get fewer rows; rows/s does not depend on it.
+            # Slow peers get fewer rows; this hardly changes their rows/s.
             mine = dict(case, rows=min(case["rows"], case.get("slow_rows", case["rows"]) * SHARE.get(name, 1_000)))
             if round_number == 0 and not arguments.quick:
                 mine["rows"] //= 10  # the warm-up
@@ -165,7 +165,7 @@ def main():
         "P3": ("top-20 logprobs of 500 tokens", dict(
             rows=2_000 // scale, slow_rows=100 // scale, concurrency=64, top=20, max_tokens=500,
             script='[answers]\ntokens = 500\n[limits]\nheaders = "none"\n')),
-        # Like "P3", with compressed replies: shows the CPU time of decompression.
+        # P3 with compressed replies: shows the CPU time of decompression.
         "P3gzip": ("top-20 logprobs of 500 tokens, gzip", dict(
             rows=2_000 // scale, slow_rows=100 // scale, concurrency=64, top=20, max_tokens=500,
             script='[answers]\ntokens = 500\ngzip = true\n[limits]\nheaders = "none"\n')),

@@ -3,8 +3,8 @@
 #
 #     tests/bench/harvest.sh [--quick] [--check] [--cases P1,P3] [--peers aiohttp] [--rounds 5] [--before DISTILL]
 #
-# --before measures another build of distill in the same rounds. --check exits 1 and names each result that misses its
-# aim. The Python environment is created under target/.
+# --before measures another build of distill in the same rounds. --check exits with status 1 and names each result that
+# misses its aim. The Python environment is created under target/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

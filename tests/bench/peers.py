@@ -70,7 +70,7 @@ def with_curator():
     os.environ["CURATOR_CACHE_DIR"] = OUT
     import tiktoken
 
-    # Curator would download the vocabulary that it counts tokens with. Counting bytes instead is never slower.
+    # To count tokens, curator would download a vocabulary. It counts bytes instead.
     vocabulary = {bytes([byte]): byte for byte in range(256)}
     count = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=vocabulary, special_tokens={})
     tiktoken.get_encoding = tiktoken.encoding_for_model = lambda _: count

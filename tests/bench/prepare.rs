@@ -83,7 +83,7 @@ fn words(random: &mut fastrand::Rng) -> Vec<String> {
         .collect()
 }
 
-/// Random rank with a Zipf distribution, as ranks of words in a text.
+/// Returns a random rank below `ranks`, with a Zipf distribution like the words of a text.
 fn zipf(random: &mut fastrand::Rng, ranks: usize) -> usize {
     let rank = (ranks as f64).powf(random.f64()) as usize;
     rank.min(ranks) - 1
@@ -131,7 +131,7 @@ fn make_tokenizer(dir: &Path, words: &[String]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A teacher with the student's tokenizer: every position gets soft labels, which is the most work.
+/// A teacher with the student's tokenizer. Every position gets soft labels, so the preparation has the most work.
 struct Teacher {
     tokenizer: Tokenizer,
     words: Vec<String>,
@@ -269,7 +269,8 @@ fn align(dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// CPU time of all threads of this process in seconds, if the system reports it. It does not depend on other load.
+/// Returns the CPU time of all threads of this process in seconds, if the system reports it. Other load does not change
+/// it.
 fn cpu_seconds() -> Option<f64> {
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
     let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
@@ -278,7 +279,7 @@ fn cpu_seconds() -> Option<f64> {
     Some(ticks as f64 / 100.0)
 }
 
-/// Peak memory of this process in MiB, if the system reports it.
+/// Returns the peak memory of this process in MiB, if the system reports it.
 fn peak_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

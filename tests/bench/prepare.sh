@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Times the preparation of a cache of answers of 300 tokens with top-20 logprobs, on two threads.
+# Times the preparation of a cache on two threads. Its answers have 300 tokens with top-20 logprobs.
 #
 #     tests/bench/prepare.sh [--quick] [--check] [RECORDS]
 #
-# A record takes 120 KB of disk, and its prepared example 36 KB more. The cache is read once before, so
-# as far as it fits into memory the times do not depend on the disk. --check exits 1 and names each
-# result that misses its aim; the aims for 100,000 records (the default) are scaled to RECORDS.
+# A record takes 120 KB of disk, and its prepared example 36 KB more. The cache is read once before the
+# timing, so the times do not depend on the disk if the cache fits into memory. --check exits with
+# status 1 and names each result that misses its aim. The aim for the time is given for 100,000 records
+# (the default) and scaled to RECORDS.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 records=100000 check=
@@ -22,9 +23,9 @@ folder=$(mktemp -d "$PWD/target/bench-prepare.XXXXXX")
 trap 'rm -rf "$folder"' EXIT
 missed=
 
-# number NAME JSON
+# number NAME JSON: the number with this name.
 number() { sed "s/.*\"$1\":\([0-9.]*\).*/\1/" <<< "$2"; }
-# miss TEXT CONDITION (awk)
+# miss TEXT CONDITION: adds the text to the missed aims if the condition (awk) is true.
 miss() { if awk "BEGIN { exit !($2) }"; then missed+="$1"$'\n'; fi; }
 threads=2
 
@@ -45,7 +46,7 @@ disk=$(du -sb "$folder/prepared" | cut -f1)
 speed=$(awk "BEGIN { printf \"%.0f\", $tokens / $seconds / $threads }")
 aligned=$(awk "BEGIN { printf \"%.0f\", $(number tokens_per_s "$align") }")
 awk "BEGIN {
-    printf \"%d records of %d answer tokens, %d with soft labels; %.2f GB of cache\n\", $records, $tokens, $soft, $bytes / 1e9
+    printf \"%d records with %d answer tokens, %d of them with soft labels; %.2f GB of cache\n\", $records, $tokens, $soft, $bytes / 1e9
     printf \"prepared    %8.2f s %6d MiB %9.0f records/s %9.0f tokens/s on each of $threads cores, %.2f GB on disk\n\", \
         $seconds, $peak, $records / $seconds, $speed, $disk / 1e9
     printf \"            %8.1f s of processor time, loading the tokenizer included\n\", $cpu

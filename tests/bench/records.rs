@@ -1,10 +1,10 @@
-//! Records like those of a real run, for the benchmarks that need many.
+//! Records like those of a real run, for the benchmarks.
 
 use distill::cache::record::{Answer, Logprobs, Record, SCHEMA, Status, Timing};
 use distill::cache::usage::Usage;
 use serde_json::{Map, json};
 
-/// Record number `n`: an answer of `tokens` tokens to `question`.
+/// Returns the record with number `n`. `tokens` is the reported number of tokens of `answer`.
 pub fn record(
     n: u64,
     question: String,

@@ -1,7 +1,8 @@
 """Compares students of each loss on soft labels with their teacher; called by softlabels.sh.
 
-A teacher is trained on text with entropy and queried over HTTP. Small students are trained on its answers, with the same steps
-and seeds for each treatment, and compared with the teacher's full distributions on held-out prompts.
+A teacher is trained on the text of softlabels_text.py and queried over HTTP. Small students are trained on its answers,
+with the same steps and seeds for each treatment, and compared with the teacher's full distributions on held-out
+prompts.
 """
 
 import argparse
@@ -21,19 +22,22 @@ from typing import NamedTuple
 import softlabels_text as text
 
 KS = [1, 5, 12, 20]
-# Values of `loss.kd_weight`, and of `loss.tail_weight` (1 is `unbiased`, 0 is `tail`).
+# Values of `loss.kd_weight`.
 WEIGHTS = [0.5, 0.8, 0.9, 1.0]
-LAMBDAS = [1.0, 0.7, 0.5, 0.35, 0.2, 0.1]
+# Values of `loss.tail_weight`; 1 is `unbiased`.
+TAIL_WEIGHTS = [1.0, 0.7, 0.5, 0.35, 0.2, 0.1]
+# Default of `loss.tail_weight`.
 DAMPED = 0.35
 DIVERGENCES = ["temperature", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "renormalize", "renormalize_both"]
 STUDENTS = "students.jsonl"
 # Examples per step.
 BATCH = 32
-# Multiples of the number of answers and steps.
+# Factors for the number of answers and of steps.
 TIMES = [1, 2, 4]
 MORE = TIMES[-1]
-# Sampling temperature of answers that are not samples of their logprobs' distribution.
+# Sampling temperature below 1: the answers are not samples of the distribution that their logprobs describe.
 COOL = 0.7
+# Hidden size, intermediate size and number of layers.
 SHAPE = {"teacher": (192, 512, 4), "student": (96, 256, 2)}
 
 
@@ -64,7 +68,7 @@ def damped(k, tail_weight=DAMPED, weight=1.0, **others):
 
 
 def toml(value):
-    """Formats sections of keys as TOML, whose strings, numbers and booleans are those of JSON."""
+    """Formats sections of keys as TOML. Strings, numbers and booleans are written as in JSON."""
     lines = [f"{key} = {json.dumps(item)}" for key, item in value.items() if not isinstance(item, dict)]
     for name, section in value.items():
         if isinstance(section, dict):
@@ -78,7 +82,7 @@ class Bench:
         self.folder = Path(options.folder)
         self.lock = Lock()
         self.running = 0
-        # Reports by student and seed, also those of an interrupted run with --resume.
+        # Reports by student, seed and steps. With --resume they include those of the interrupted run.
         self.known = {}
         if (self.folder / STUDENTS).exists():
             lines = (self.folder / STUDENTS).read_text().splitlines()
@@ -112,7 +116,8 @@ class Bench:
                 "dtype": self.options.dtype}
 
     def make_teacher(self):
-        """Makes the texts, the tokenizers, a teacher and its answers. Returns log-probability and size of the grammar's texts."""
+        """Makes the texts, the tokenizers, a teacher and its answers. Returns the negative log-probability and the size
+        of the grammar's texts."""
         known = text.make(self.folder, self.rows, self.options.seed)
         text.tokenizers(self.folder, {"bytelevel": 1024, "pieces": 1500, "large": 4096}, self.options.seed)
         config = self.config("teacher", run_dir="teacher", data={"source": "teacher.jsonl", "max_length": 256},
@@ -211,7 +216,8 @@ def table(found, rows):
 
 
 def grid(found, title, rows, columns, of):
-    """Prints the KL to the teacher by k and weight, for the students that were trained."""
+    """Prints the KL to the teacher by k (`rows`) and weight (`columns`). The student of a cell is `of(row, column)`;
+    cells of untrained students stay empty."""
     print(f"\n{title:28}" + "".join(f"{column:>26}" for column in columns))
     for row in rows:
         cells = [found.get(of(row, column)) for column in columns]
@@ -220,8 +226,9 @@ def grid(found, title, rows, columns, of):
 
 
 def worth(found, student, seeds):
-    """Number of text-only answers that one answer of this student is worth, by seed: (KL_CE / KL)^(1 / s), with -s the slope
-    of the line through ln KL of cross-entropy alone over ln of the number of answers."""
+    """Returns, by seed, how many text-only answers one answer of this student's data is worth: (KL_CE / KL)^(1 / s),
+    where -s is the slope of a line fitted to ln KL_CE over the ln of the number of answers. CE is cross-entropy
+    alone."""
     values = []
     for at in range(len(seeds)):
         points = [(math.log(times), -math.log(found[CE._replace(times=times)][at]["kl"])) for times in TIMES]
@@ -232,9 +239,10 @@ def worth(found, student, seeds):
 
 
 def losses(bench, seeds):
-    """Trains and prints all losses on the top-k, beside the answers alone and the full distribution."""
+    """Trains students with every loss on the top-k, on the answers alone and on the full distribution, and prints their
+    results."""
     ks = [5] if bench.options.quick else KS
-    weights, lambdas = ([1.0], [DAMPED]) if bench.options.quick else (WEIGHTS, LAMBDAS)
+    weights, tail_weights = ([1.0], [DAMPED]) if bench.options.quick else (WEIGHTS, TAIL_WEIGHTS)
     few = [("cross-entropy alone", CE)]
     few += [("renormalize, weight 0.5", Student("renormalize", k, 0.5)) for k in ks]
     few += [(f"tail, weight {weight:g}", tail(k, weight)) for weight in (0.5, 0.8) for k in ks]
@@ -252,11 +260,11 @@ def losses(bench, seeds):
     of_slope = [CE._replace(times=times) for times in TIMES]
     students = [student for _, student in [*few, *more, *cool, *alone]] + weighed + of_slope
     students += [tail(k, weight) for k in ks for weight in weights]
-    students += [damped(k, tail_weight) for k in ks for tail_weight in lambdas]
+    students += [damped(k, tail_weight) for k in ks for tail_weight in tail_weights]
     found = bench.students(students, seeds)
     table(found, few + more + cool + alone)
     grid(found, "tail, by weight", ks, weights, tail)
-    grid(found, "damped, by tail_weight", ks, lambdas, damped)
+    grid(found, "damped, by tail_weight", ks, tail_weights, damped)
     grid(found, f"damped {DAMPED}, by weight", [k], weights, lambda k, weight: damped(k, DAMPED, weight))
     print("\ntext-only answers that one answer is worth")
     for label, student in [*few[1:], *more[1:]]:
@@ -265,7 +273,7 @@ def losses(bench, seeds):
 
 
 def tokenizers(bench, seeds):
-    """Trains and prints students with another tokenizer."""
+    """Trains students with another tokenizer, and prints their results."""
     size = bench.heldout_bytes()
     own = bench.evaluate("teacher/student", data={"max_length": 256}, eval={"teacher_cache": "heldout/cache"})
     floor = own["ce"] * own["positions"] / size
@@ -276,7 +284,7 @@ def tokenizers(bench, seeds):
     reports = bench.students(treatments.values(), seeds)
     found = {label: [report["ce"] * report["positions"] / size - floor for report in reports[student]]
              for label, student in treatments.items()}
-    print(f"\n{'nats a byte above the teacher':32}{'':>10}")
+    print(f"\n{'nats per byte above the teacher':32}{'':>10}")
     for label, values in found.items():
         print(f"{label:32}{spread(values):>26}", flush=True)
     print("\ncoverage of the teacher's answers")
@@ -350,7 +358,7 @@ def misses(found, others):
               best[k] < min(min(kl(tail(k, weight)) for weight in WEIGHTS), kl(damped(k, 1.0)), kl(Student("renormalize", k, 0.5)))
               for k in KS}
     claims |= {f"another tail_weight is no more than 2 % closer at k = {k}":
-               best[k] < 1.02 * min(kl(damped(k, tail_weight)) for tail_weight in LAMBDAS) for k in KS}
+               best[k] < 1.02 * min(kl(damped(k, tail_weight)) for tail_weight in TAIL_WEIGHTS) for k in KS}
     claims |= {
         "damped comes closer with k": best[1] > best[5] > best[20],
         "tail at weight 0.8 is within 1 % of the best": all(kl(tail(k, 0.8)) < 1.01 * min(kl(tail(k, weight)) for weight in WEIGHTS) for k in KS),

@@ -1,5 +1,5 @@
-"""Training text for the teacher of tests/bench/softlabels.py: a grammar with known probabilities, and documentation from the
-sources of our dependencies. Both are conversations. Also makes the tokenizers."""
+"""Training text for the teacher of tests/bench/softlabels.py: sentences of a grammar with known probabilities, and
+documentation of crates. Both are written as conversations. Also makes the tokenizers."""
 
 import glob
 import json
@@ -14,8 +14,8 @@ CONTROL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
 class Grammar:
-    """Sentences of subject, verb and object, each drawn from the words that the topic and the preceding word allow. Each text
-    has a single derivation, so its probability is the product of the probabilities of its choices."""
+    """Sentences of subject, verb and object, each drawn from the words that the topic or an earlier word allows. Each
+    text has a single derivation, so its probability is the product of the probabilities of its choices."""
 
     TOPICS = ["garden", "harbour", "kitchen", "library", "market", "mountain", "office", "station", "theatre", "workshop"]
     SYLLABLES = ["ba", "do", "fen", "gri", "hal", "ku", "lo", "mir", "no", "pel", "ra", "sti", "tor", "ul", "ves", "wen"]
@@ -69,7 +69,8 @@ class Grammar:
 
 
 def paragraphs(seed, limit):
-    """Paragraphs from documentation comments and READMEs of the crates that this project is built from."""
+    """Returns paragraphs from documentation comments and READMEs of the crates in cargo's registry folder: at least
+    `limit`, or all if there are fewer."""
     home = os.environ.get("CARGO_HOME", os.path.expanduser("~/.cargo"))
     comment = re.compile(r"^\s*//[/!] ?(.*)$")
     found = set()
@@ -160,8 +161,8 @@ def make(folder, rows, seed):
 
 
 def tokenizers(folder, sizes, seed):
-    """Writes the model folders `bytelevel` and `large` (byte-level BPE of two sizes) and `pieces` (SentencePiece-style BPE with
-    byte fallback). `bytelevel` is trained on all texts, the others on half of them."""
+    """Writes the model folders `bytelevel` and `large` (byte-level BPE of two sizes) and `pieces` (SentencePiece-style
+    BPE with byte fallback). `bytelevel` is trained on all texts, the others on half of them."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     with open(os.path.join(folder, "teacher.jsonl")) as file:

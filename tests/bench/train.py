@@ -1,7 +1,7 @@
 """Times training steps of PyTorch and transformers on random tokens, and prints them beside those of `distill`.
 
-`train.py step OPTIONS` times PyTorch and prints a line of JSON, like the example program `train` with
-the same options. `train.py table PROGRAM` runs both in turn and prints the table.
+`train.py step OPTIONS` times PyTorch and prints a line of JSON. The example program `train` does the
+same for distill. `train.py table PROGRAM` runs both in turn and prints the table.
 """
 
 import argparse

@@ -1,8 +1,7 @@
 //! Times training steps on random tokens; see `tests/bench/train.sh`. `train.py` does the same with PyTorch.
 //!
-//! `train [--shape NAME] [--batch N] [--length N] [--vocabulary N] [--prompt SHARE] [--k N]
-//! [--steps N] [--threads N] [--dtype f32|bf16]
-//! [--lora RANK] [--checkpoint]` prints a line of JSON.
+//! `train [--shape NAME] [--batch N] [--length N] [--vocabulary N] [--prompt SHARE] [--k N] [--steps N] [--threads N]
+//! [--dtype f32|bf16] [--lora RANK] [--checkpoint]` prints a line of JSON.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -121,7 +120,7 @@ impl Case {
         })
     }
 
-    /// A batch of random tokens; the last part of each sequence is supervised.
+    /// Returns a batch of random tokens. In each sequence, the tokens after the prompt are supervised.
     fn random_batch(&self) -> Batch {
         let mut random = fastrand::Rng::with_seed(0);
         let mut batch = Batch {
@@ -213,7 +212,7 @@ fn time(case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// Peak memory of this process in MiB.
+/// Returns the peak memory of this process in MiB.
 fn peak_mib() -> Result<f64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"));

@@ -1,5 +1,5 @@
-//! The fuzz targets: what must hold for any bytes. `cargo fuzz` runs them for a given time (see `tests/nightly.sh`), and
-//! `tests/it/fuzz.rs` on the corpus and on simple mutations of it.
+//! The fuzz targets: properties that hold for any bytes. `cargo fuzz` runs the targets for a given time (see
+//! `tests/nightly.sh`). `tests/it/fuzz.rs` runs them on the corpus and on simple mutations of it.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use distill::harvest::fuzz;
 use distill::model::{Model, ModelInput};
 use distill::prompt;
 
-/// Runs the target that has this corpus.
+/// Runs the target with this name, which is also the name of its corpus folder.
 pub fn run(target: &str, bytes: &[u8]) {
     match target {
         "cache" => cache(bytes),
@@ -87,7 +87,7 @@ fn record(bytes: &[u8]) {
     }
 }
 
-/// A config file: a config that is parsed is the same after it is written and parsed again.
+/// A config file: a parsed config is unchanged after it is written and parsed again.
 fn config(bytes: &[u8]) {
     let path = Path::new("config.toml");
     let Ok(text) = std::str::from_utf8(bytes) else {
@@ -100,7 +100,7 @@ fn config(bytes: &[u8]) {
     }
 }
 
-/// A byte that selects the kind of a prompt file, and the file: each prompt has an id and messages.
+/// A byte that selects the kind of prompt file, and the file: each prompt has an id and messages.
 fn prompts(bytes: &[u8]) {
     let Some((kind, bytes)) = bytes.split_first() else {
         return;
@@ -120,7 +120,7 @@ fn prompts(bytes: &[u8]) {
 }
 
 /// A model folder: `config.json`, perhaps a weight index, and the weights, separated by lines `--`. A model that loads
-/// has logits.
+/// computes one logit per token of its vocabulary.
 fn model(bytes: &[u8]) {
     const SEPARATOR: &[u8] = b"\n--\n";
     let mut parts = Vec::new();

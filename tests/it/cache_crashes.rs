@@ -370,7 +370,7 @@ fn check(dir: &Path, all: &[Record], failure: DiskFailure) -> u64 {
     disk.operations.load(Ordering::Relaxed)
 }
 
-/// The first failing operation is every third one, or every one in the nightly run.
+/// Every third operation is tested as the first that fails; in the nightly run, every operation.
 #[test]
 fn compressed_cache_survives_a_failure_of_any_operation() {
     let all = records(45);

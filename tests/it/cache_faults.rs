@@ -15,15 +15,15 @@ use distill::config::{self, Durability};
 use crate::cache_samples::{encode, sample, scan};
 use crate::nightly;
 
-/// Number of records that are appended; more than three groups.
+/// Number of records that are appended: more than three groups of 64.
 const RECORDS: u64 = 200;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
     /// The operation fails.
     Error(io::ErrorKind),
-    /// A write writes only this number of bytes, or half of its bytes if `None`. Of the operations that are hit, every
-    /// second one writes nothing if it is a write. Operations other than writes fail.
+    /// A write writes only this number of bytes, or half of its bytes if `None`. Every second faulty operation, if it
+    /// is a write, writes nothing. Operations other than writes fail.
     Short(Option<usize>),
 }
 

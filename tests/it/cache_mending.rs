@@ -143,7 +143,7 @@ fn repair_rescues_readable_lines_of_a_damaged_frame() {
         frame(records(30..40)),
     ];
     let mut broken = frames[1].clone();
-    // The damage is in the third of four blocks.
+    // The damage is after the middle of the frame, so the first blocks stay readable.
     let damage_start = broken.len() * 5 / 8;
     broken[damage_start..damage_start + 64].fill(0xff);
     let file = [&frames[0][..], &broken, &frames[2]].concat();

@@ -1,4 +1,4 @@
-//! Property tests: any record round-trips through its line, and bytes after the records do not affect them.
+//! Property tests: any record round-trips through its line, and bytes after the records do not change what is read.
 
 use distill::cache::line;
 use distill::cache::raw_token::RawToken;

@@ -58,7 +58,7 @@ pub fn sample(number: u64) -> Record {
     }
 }
 
-/// Returns the logprobs of the answer `<number + 1> 🦀`, whose crab is split into two tokens that are not valid UTF-8.
+/// Returns the logprobs of the answer `<number + 1> 🦀`. Its crab is split into two tokens that are not valid UTF-8.
 fn crab_logprobs(number: u64) -> Logprobs {
     let raw = |position, rank, hex: &str| RawToken {
         position,

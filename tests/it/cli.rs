@@ -41,7 +41,7 @@ fn assert_refused(output: &Output, status: i32, parts: &[&str]) {
     assert!(!errors.contains("panicked"), "{errors}");
 }
 
-/// Returns a stdout whose reader has closed it.
+/// Returns a stdout that is a pipe without a reader.
 fn closed_stdout() -> Stdio {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);

@@ -1,4 +1,4 @@
-//! Tests the invariant on run folders with the real binary, which harvests, probes, sends batches and is killed. Caches
+//! Tests the invariant on run folders with the real binary. It harvests, probes, sends batches and is killed. Caches
 //! are truncated, repaired, deleted and merged, and prices are set late. A scripted teacher counts the tokens that it
 //! bills.
 
@@ -47,11 +47,11 @@ struct Folder {
     is_priced: bool,
     /// Budget in dollars. It is raised at random steps.
     cap: f64,
-    /// Dollars billed by other teachers, whose answers were merged.
+    /// Cost in dollars of the answers of other teachers that were merged.
     merged: f64,
     merges: u32,
-    /// Whether requests were sent under the cap and nothing was merged since. All billed dollars must then be within
-    /// the cap.
+    /// Whether requests were sent under the cap and nothing was merged since then. If so, the billed dollars must be
+    /// within the cap.
     is_cap_checked: bool,
     /// Number of steps that sent requests under the cap.
     steps_under_cap: u32,
@@ -156,14 +156,14 @@ impl Folder {
         real_time_answers as usize + journal.matches("\"nonce\"").count()
     }
 
-    /// Returns the dollars billed by all teachers.
+    /// Returns the dollars billed by this teacher, plus the cost of merged answers.
     fn billed(&self) -> f64 {
         let billed = self.mock.stats().billed;
         let prompts = 0.01 * billed.prompt_tokens as f64;
         (prompts + 2.0 * billed.completion_tokens as f64) / 1e6 + self.merged
     }
 
-    /// Checks that the billed dollars are within the cap, once they must be.
+    /// Checks that the billed dollars are within the cap, if they must be.
     fn check(&self) {
         let billed = self.billed();
         assert!(
@@ -277,7 +277,7 @@ impl Folder {
     }
 }
 
-/// Waits for the process, and kills it after `timeout`. Returns its output on stderr.
+/// Waits until the process ends, and kills it if that takes longer than `timeout`. Returns its output on stderr.
 fn wait_for_end(mut child: Child, timeout: Duration) -> String {
     let started = Instant::now();
     while child.try_wait().unwrap().is_none() {

@@ -32,12 +32,12 @@ enum Request {
 #[derive(Debug, Clone)]
 struct World {
     disk: Disk,
-    /// At most one is open at a time, because of the lock.
+    /// Accounts of the processes. At most one is open at a time, because of the lock.
     processes: [Option<Account<FaultyStore>>; 2],
     requests: [Request; 4],
     /// Number of attempts of each request.
     attempts: [u8; 4],
-    /// Number of attempts of each request whose reply was lost, and which may be billed later.
+    /// Number of attempts of each request whose reply was lost and that may be billed later.
     lost: [u8; 4],
     billed: Dollars,
 }
@@ -61,7 +61,8 @@ enum Step {
     Bill(usize, bool),
     /// The endpoint bills an attempt whose reply was lost.
     BillLost(usize),
-    /// The endpoint replies: to a billed request with usage (if true) or without, to another one with a refusal.
+    /// The endpoint replies to a billed request, with usage (if true) or without. It refuses a request that is not
+    /// billed.
     Answer(usize, bool),
     /// The reply is lost.
     Lose(usize),
@@ -140,7 +141,7 @@ impl World {
         steps
     }
 
-    /// Returns every world that a step can lead to: it succeeds, or the process crashes at one of its writes.
+    /// Returns every world that a step can lead to: the step succeeds, or the process crashes at one of its writes.
     fn successors(&self, step: Step) -> Vec<World> {
         let crashes =
             (0..2).flat_map(|write| [Fault::Crash(write, false), Fault::Crash(write, true)]);

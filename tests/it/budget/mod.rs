@@ -10,7 +10,7 @@ use distill::budget::dollars::Dollars;
 use distill::budget::ledger::{Ledger, LedgerStore, Spent};
 use distill::config::Price;
 
-/// One dollar per million input or output tokens, so that a million tokens cost one dollar.
+/// One dollar per million input tokens, and the same per million output tokens.
 pub const PRICE: Price = Price {
     input: Some(1.0),
     cached_input: None,
@@ -66,7 +66,7 @@ pub struct FaultyStore {
 }
 
 impl FaultyStore {
-    /// Applies a write to the disk, or the fault.
+    /// Applies a write to the disk, or the fault that is set.
     fn write(&mut self, write: impl FnOnce(&mut Disk)) -> Result<()> {
         match &mut self.fault {
             Some(Fault::Crash(0, reaches_disk) | Fault::Error(reaches_disk)) => {

@@ -159,8 +159,8 @@ impl World {
         }
     }
 
-    /// Calls `operation` with the account of the process. Returns false if it failed; the process ends then, unless the
-    /// fault is [`Fault::Error`].
+    /// Calls `operation` with the account of the process. Returns false without a process, or if the operation fails;
+    /// the process then ends, unless the fault is [`Fault::Error`].
     fn run(
         &mut self,
         operation: impl FnOnce(&mut Account<FaultyStore>) -> anyhow::Result<()>,
@@ -332,7 +332,7 @@ impl World {
     }
 
     fn make_batch(&mut self, rows: u64, tokens: u64) {
-        // The journal of a batch is written before the batch is submitted.
+        // A batch needs a price, and its journal must be written before it is submitted.
         if PRICES[self.price].output.is_none() || self.survives_faults() {
             return;
         }
@@ -421,7 +421,7 @@ impl World {
         }
     }
 
-    /// Checks that the files and the journal of the batches cover all that may be billed, as after a kill.
+    /// Checks that after a kill, the files and the journal of the batches would cover all that may be billed.
     fn check(&self) {
         let held = self
             .batch

@@ -230,12 +230,12 @@ fn numbers_out_of_their_range_are_refused_by_name() {
             assert_eq!(Exit::code_of(&error), 2);
         }
     }
-    let limits = [
+    let boundaries = [
         "train.max_grad_norm=0.0",
         "train.min_learning_rate_ratio=1.0",
         "train.weight_decay=0.0",
     ];
-    assert!(load_text("", &[], &limits).is_ok());
+    assert!(load_text("", &[], &boundaries).is_ok());
 }
 
 #[test]
@@ -278,7 +278,7 @@ fn dates_may_be_unquoted_but_other_types_are_errors() {
 
 #[test]
 fn environment_variables_in_the_endpoint_are_not_expanded_on_loading() {
-    // `${GATEWAY}/v1` is not checked as a URL, because its variable is not expanded on loading.
+    // So `${GATEWAY}/v1` is not checked as a URL.
     let with_variable = "[teacher]\nbase_url = \"${GATEWAY}/v1\"\nheaders = { A = \"${B}\" }";
     load_text(with_variable, &[], &[]).unwrap();
 }

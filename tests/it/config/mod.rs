@@ -137,8 +137,8 @@ fn log_variable_is_not_a_setting() {
     assert!(load_text("", &[("DISTILL_LOG", "debug")], &[]).is_ok());
 }
 
-/// Checkpoints store the hash of the first settings and the text of the second ones. With another name or order of the
-/// keys, checkpoints of an earlier version would be refused, or changes would be reported for equal settings.
+/// Checkpoints store a hash of `checkpoint_inputs` and the text of `example_settings`. With another name or order of
+/// the keys, checkpoints of an earlier version would be refused, or changes would be reported for equal settings.
 #[test]
 fn settings_in_checkpoints_keep_names_and_order() {
     let config = Config::default();

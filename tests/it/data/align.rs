@@ -188,7 +188,7 @@ fn tokens_that_do_not_spell_the_answer_are_a_mismatch() {
 }
 
 #[test]
-fn replacement_characters_count_to_the_tail() {
+fn replacement_characters_count_towards_the_tail() {
     let tokenizer = tokenizer("bytelevel");
     let ids = tokenizer.encode_text("The").unwrap();
     let top = [("The", Some(-1.0)), ("\u{fffd}", Some(-1.5))];
@@ -363,7 +363,7 @@ fn split_token_parts_get_renormalised_continuations() {
                 &[
                     (" is two", logprob(0.4)),
                     (" is three", logprob(0.2)),
-                    // Ends with the first token of the student.
+                    // Equals the first token of the student.
                     (" is", logprob(0.1)),
                     (" was", logprob(0.3 - missing)),
                 ],

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{ask, golden, messages};
 
-/// Environment variable that is set in the process of `hostile_templates_fail_within_limits`.
+/// Environment variable that is set in the child process of `hostile_templates_fail_within_limits`.
 const IN_CHILD: &str = "DISTILL_TEST_IN_CHILD";
 
 #[test]

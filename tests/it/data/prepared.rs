@@ -131,8 +131,8 @@ fn prepared_examples_match_their_answers() {
     }
 }
 
-/// A change may require new examples, and it may change the training. If the new examples are equal, the training is,
-/// too.
+/// A change may require new examples, and it may change the training. If the new examples equal the old ones, the
+/// training does not change.
 #[test]
 fn examples_are_prepared_again_only_after_relevant_changes() {
     type Change = fn(&mut Run);

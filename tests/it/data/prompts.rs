@@ -175,7 +175,8 @@ fn answers_merging_with_template_text_become_separate_examples() {
     }
 }
 
-/// The merges of this tokenizer split a run of one character by its length, so its last token depends on its first one.
+/// This tokenizer joins hyphens in pairs, from the start of a run. If their number is odd, the last one joins the line
+/// feed of the template.
 #[test]
 fn long_runs_before_template_text_are_compared_whole() {
     const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";

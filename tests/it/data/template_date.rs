@@ -11,7 +11,7 @@ use super::dataset::{load, record, write_cache};
 use super::templates::{CHATML, rows, spell, tokenizer_with_template, two_turns};
 
 #[test]
-fn template_without_its_date_is_a_usage_error() {
+fn missing_template_date_is_a_usage_error() {
     let template = CHATML.replace(
         "{% for",
         "{% if messages | length > 2 %}{{ strftime_now('%Y') }}{% endif %}{% for",

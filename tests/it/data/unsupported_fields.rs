@@ -31,14 +31,14 @@ fn rows_with_unsupported_fields_are_refused_by_name() {
         ("weight", json!(0)),
     ] {
         let is_reasoning = value.is_string() || field == "reasoning_details";
-        for is_of_row in [false, true] {
-            // Some datasets have such a field per row as a flag for reasoning, which is ignored.
-            if is_of_row && is_reasoning {
+        for is_in_row in [false, true] {
+            // In some datasets such a field of a row is a flag for reasoning. It is ignored.
+            if is_in_row && is_reasoning {
                 continue;
             }
             let mut answer = json!({"role": "assistant", "content": "Me."});
             let mut row = json!({"messages": []});
-            if is_of_row {
+            if is_in_row {
                 row[field] = value.clone();
             } else {
                 answer[field] = value.clone();

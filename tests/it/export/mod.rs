@@ -29,7 +29,7 @@ fn finished(n: u64, finish_reason: &str) -> Record {
     record
 }
 
-/// Returns nine records, of which five are usable. One of them has its text in parts.
+/// Returns nine records. Five are usable; one of these has a message whose content is a list of parts.
 fn varied() -> Vec<Record> {
     vec![
         sample(0),
@@ -84,7 +84,7 @@ fn sorted_paths(folder: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// Checks the number of rows, and the number of left out records by reason.
+/// Checks the number of rows, and the number of records left out by reason.
 #[track_caller]
 fn assert_counts(report: &ExportReport, rows: u64, reasons: &[(&str, u64)]) {
     let reasons = reasons
@@ -313,7 +313,7 @@ fn folder_of_the_user_with_the_names_of_an_hf_export_is_not_replaced() {
     }
 }
 
-/// Creates a folder with a folder `cache` of these records.
+/// Creates a folder with a cache of these records in the subfolder `cache`.
 fn write_cache(records: Vec<Record>) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join("cache")).unwrap();
@@ -369,80 +369,44 @@ fn export_command_counts_rows_left_out() {
 fn export_command_refuses_bad_arguments_before_writing() {
     let dir = write_cache(varied());
     // Arguments, exit status, and a part of the message.
-    let cases: &[(&[&str], i32, &str)] = &[
+    let cases = [
+        ("--to axolotl --dir cache -o x", 2, "--tokenizer"),
+        ("--to trl --dir cache -o x --groups a,b", 2, "no such group"),
         (
-            &["--to", "axolotl", "--dir", "cache", "-o", "x"],
-            2,
-            "--tokenizer",
-        ),
-        (
-            &[
-                "--to", "trl", "--dir", "cache", "-o", "x", "--groups", "a,b",
-            ],
-            2,
-            "no such group",
-        ),
-        (
-            &[
-                "--to", "trl", "--dir", "cache", "-o", "x", "--groups", "asked",
-            ],
+            "--to trl --dir cache -o x --groups asked",
             2,
             "give -c FILE",
         ),
         (
-            &[
-                "--to",
-                "trl",
-                "--dir",
-                "cache",
-                "-o",
-                "x",
-                "--tokenizer",
-                "t",
-            ],
+            "--to trl --dir cache -o x --tokenizer t",
             2,
             "omit --tokenizer",
         ),
         (
-            &[
-                "--to",
-                "trl",
-                "--dir",
-                "cache",
-                "-o",
-                "cache/responses.jsonl",
-                "--force",
-            ],
+            "--to trl --dir cache -o cache/responses.jsonl --force",
             2,
             "cache folder",
         ),
         (
-            &["--to", "hf", "--dir", "cache", "-o", "cache", "--force"],
+            "--to hf --dir cache -o cache --force",
             2,
             "does not replace",
         ),
+        ("--to trl --dir nowhere -o x", 2, "no cache"),
         (
-            &["--to", "trl", "--dir", "nowhere", "-o", "x"],
-            2,
-            "no cache",
-        ),
-        (
-            &["--to", "trl", "--dir", "cache", "-o", "missing/x"],
+            "--to trl --dir cache -o missing/x",
             1,
             "could not write missing/x: the folder missing does not exist",
         ),
-        (
-            &["--to", "csv", "--dir", "cache", "-o", "x"],
-            2,
-            "possible values",
-        ),
+        ("--to csv --dir cache -o x", 2, "possible values"),
     ];
     let before = fs::read(dir.path().join("cache/responses.jsonl")).unwrap();
-    for (args, status, part) in cases {
-        let output = run(dir.path(), args);
+    for (arguments, status, part) in cases {
+        let words: Vec<&str> = arguments.split(' ').collect();
+        let output = run(dir.path(), &words);
         let errors = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(*status), "{args:?}: {errors}");
-        assert!(errors.contains(part), "{args:?}: {errors}");
+        assert_eq!(output.status.code(), Some(status), "{arguments}: {errors}");
+        assert!(errors.contains(part), "{arguments}: {errors}");
     }
     assert_eq!(sorted_paths(dir.path()), [dir.path().join("cache")]);
     assert_eq!(

@@ -27,7 +27,7 @@ use distill::train::trainable::TrainableModel;
 use super::{VOCABULARY, difference, examples, joined};
 use crate::model::tiny;
 
-/// The variables of one attention layer with biases and a norm of the queries. Its window is a parameter of a run.
+/// The variables of one attention layer with biases and a norm of the queries. The window is a parameter of `run`.
 struct TinyGraphModel(Vec<Var>);
 
 impl TinyGraphModel {
@@ -191,7 +191,7 @@ fn train(backend: Backend) -> TrainingResult {
     };
     let losses = (1..=8).map(&mut step).collect();
 
-    // The state of the optimizer is the same after it was written and read.
+    // Writing and reading preserves the state of the optimizer.
     let dir = tempfile::tempdir().unwrap();
     let [path, restored_path] = ["a", "b"].map(|name| dir.path().join(name));
     weights::write(&path, optimizer.state().unwrap()).unwrap();

@@ -40,8 +40,8 @@ fn divergence_value(divergence: Divergence, logq_V: &[f64], target: PositionTarg
     };
     let scaled_logq = |tau: f64| teacher.iter().map(|(id, _)| logq_V[*id] / tau).collect();
     let renormalized: Vec<f64> = t.iter().map(|t| t / teacher_mass).collect();
-    // A distribution over all tokens has no tail. The student's is set to its lower bound in `divergence`, because some
-    // formulas take its logarithm.
+    // A distribution over all tokens has no tail. The student's tail is set to the lower bound of `divergence`, because
+    // some formulas take its logarithm.
     let is_complete = teacher.len() == logq_V.len();
     let (teacher_tail, student_tail) = if is_complete {
         (0.0, 1e-7)
@@ -139,7 +139,8 @@ pub fn hinton_loss(
     (1.0 - kd_weight) * ce + kd_weight * tau * tau * kl
 }
 
-/// Computes the loss of a position at the student's log-probabilities `logq_V`: cross-entropy and divergence, weighted.
+/// Computes the loss of a position, the weighted sum of cross-entropy and divergence. `logq_V` are the
+/// log-probabilities of the student.
 #[allow(non_snake_case, reason = "shapes as suffixes")]
 pub fn position_loss(
     logq_V: &[f64],

@@ -135,7 +135,7 @@ fn loss_gradients_with_full_teacher_distribution_agree_with_the_formula() {
                 label_smoothing: [0.0, 0.1][number % 2],
                 ..LossWeights::default()
             };
-            // Without a tail, these divergences are equal.
+            // Without a tail, these divergences equal `Tail`.
             let equivalent = match divergence {
                 Divergence::Damped(_) | Divergence::Renormalize | Divergence::RenormalizeBoth => {
                     Divergence::Tail
@@ -300,7 +300,7 @@ fn divergences_and_their_gradients_are_zero_at_a_match() {
 
 /// The mean of `damped` over all labels, weighted by the teacher's probabilities, is the divergence on the top-k and
 /// the tail, plus lambda times the tail mass times the divergence within the tail. With lambda = 1 (`unbiased`) it is
-/// the full divergence. The same holds for the gradients. At a match they are zero for every lambda.
+/// the full divergence. The same holds for the gradients. At a match the gradients are zero for every lambda.
 #[test]
 fn damped_divergence_is_head_plus_weighted_tail_on_average() {
     let mut random = fastrand::Rng::with_seed(14);

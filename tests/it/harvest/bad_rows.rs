@@ -104,7 +104,7 @@ async fn failing_first_rows_do_not_stop_every_run() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn forbidden_first_row_stops_one_run_after_one_request() {
+async fn unauthorized_first_row_stops_one_run_after_one_request() {
     let server = teacher(1, reply(401, error("no access", ""))).await;
     let run = run_with_two_requests_in_flight(&server, 6);
     let first = run.harvest().await;
