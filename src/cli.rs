@@ -16,7 +16,7 @@ Exit status:
   2    the command line, the config or the input files must be changed first
   3    done, but some rows failed: see failures.jsonl
   4    stopped by the budget, a deadline, a limit or an outage; rerun the command to resume
-  5    a cache or a checkpoint is damaged; continuing could lose data
+  5    a cache, ledger, journal or checkpoint is damaged or newer than this version; continuing could lose data
   129, 130, 143  stopped by a hang-up, Ctrl-C or SIGTERM; rerun the command to resume, `train` with --resume";
 
 /// Distill a hosted model into a small one that you own

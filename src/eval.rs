@@ -107,8 +107,10 @@ pub(crate) fn run(
         }
         None => None,
     };
-    if let Some(date) = config.student.template_date {
-        tokenizer.set_date(date.into());
+    // Recorded answers need the date of their record, not that of today.
+    match config.student.template_date {
+        Some(date) => tokenizer.set_date(date.into()),
+        None => tokenizer.clear_date(),
     }
     let load_teacher = || {
         let dir = config.teacher.local.as_ref();

@@ -15,7 +15,7 @@ step "kills, truncated files, flipped bits, failing disks, power losses, two pro
 NIGHTLY=1 cargo test --locked --test it -- --nocapture cache kills harvest::disk budget train::resume
 
 step "simulated overnight runs"
-DISTILL_NIGHTS=${NIGHTS:-2000} cargo test --locked --test it -- --nocapture simulated_nights | tail -n 5
+NIGHTS=${NIGHTS:-2000} cargo test --locked --test it -- --nocapture simulated_nights | tail -n 5
 
 step "soak test"
 cargo build --locked --release --quiet --bin distill

@@ -76,7 +76,7 @@ config killed prompt_logprobs 1 30
 "$distill" train -c whole.toml
 "$distill" train -c killed.toml > /dev/null 2>&1 &
 victim=$!
-until grep -q '"step":10,' killed/metrics.jsonl 2> /dev/null; do sleep 0.02; done
+until grep -q '"step":10,' killed/metrics.jsonl 2> /dev/null; do kill -0 "$victim"; sleep 0.02; done
 kill -9 "$victim"
 wait "$victim" 2> /dev/null || true
 "$distill" train -c killed.toml --resume
@@ -91,7 +91,7 @@ config stopped prompt_logprobs 1 30
 sed -i 's/^\[price\]/[limits]\nrequests_per_minute = 240\n[price]/' stopped.toml
 "$distill" train -c stopped.toml 2> stopped.err &
 victim=$!
-until grep -q '"step":2,' stopped/metrics.jsonl 2> /dev/null; do sleep 0.02; done
+until grep -q '"step":2,' stopped/metrics.jsonl 2> /dev/null; do kill -0 "$victim"; sleep 0.02; done
 kill -INT "$victim"
 code=0
 wait "$victim" || code=$?

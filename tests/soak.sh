@@ -5,6 +5,7 @@
 # usage: tests/soak.sh [REQUESTS] [SECONDS] [none|zstd]      (default: 100000 900 none)
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source tests/serving.sh
 requests=${1:-100000}
 seconds=${2:-900}
 compression=${3:-none}
@@ -25,14 +26,12 @@ kind = "reset in body"
 share = 0.005
 END
 seq "$requests" | sed 's/^/tell me about the number /' > prompts.txt
-"$distill" serve --mock mock.toml --port 0 > server.out 2> /dev/null &
-server=$!
-trap 'kill "$server" "${harvest:-}" 2> /dev/null || true; rm -rf "$scratch"' EXIT
-until grep -q listening server.out; do sleep 0.1; done
+trap 'kill "${server:-}" "${harvest:-}" 2> /dev/null || true; rm -rf "$scratch"' EXIT
+serve --mock mock.toml
 cat > run.toml << END
 run_dir = "run"
 [teacher]
-base_url = "$(sed -n 's/^listening on //p' server.out)"
+base_url = "$url"
 model = "mock"
 api_key_env = ""
 [prompts]

@@ -28,7 +28,7 @@ const MAX_LISTED_KEYS: usize = 5;
 /// Result of merging one source.
 #[derive(Debug, Default, PartialEq)]
 pub struct MergeReport {
-    /// Number of records in the source.
+    /// Number of records read from the source, including one that was refused.
     pub records: u64,
     /// Number of records whose key was not in the cache.
     pub added: u64,

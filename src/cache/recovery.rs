@@ -5,6 +5,7 @@
 //! may be cut off. Every other invalid line is *damage*, caused for example by a disk error or an edit by hand, and is
 //! always reported.
 
+use std::collections::VecDeque;
 use std::io::{self, BufRead};
 use std::ops::Range;
 
@@ -61,10 +62,10 @@ pub struct LineScan<R> {
     content_start: u64,
     /// Offset of the next line in bytes.
     next: u64,
-    /// First line of a possible torn tail.
-    torn: Option<BadLine>,
-    /// Result of checking the current line, while damage before it is reported first.
-    pending: Option<Result<(), BadLine>>,
+    /// Lines of a possible torn tail.
+    torn: Vec<BadLine>,
+    /// Damaged lines before the current line that are reported first, and the result of checking the current line.
+    pending: VecDeque<Result<(), BadLine>>,
 }
 
 impl<R: BufRead> LineScan<R> {
@@ -84,15 +85,15 @@ impl<R: BufRead> LineScan<R> {
             start: bytes,
             content_start: bytes,
             next: bytes,
-            torn: None,
-            pending: None,
+            torn: Vec::new(),
+            pending: VecDeque::new(),
         }
     }
 
     /// Advances to the next complete record; returns `false` at the end of the file. After a [`ScanError::Bad`], the
     /// next call continues after the damage.
     pub fn advance(&mut self) -> Result<bool, ScanError> {
-        if let Some(result) = self.pending.take() {
+        if let Some(result) = self.pending.pop_front() {
             return Ok(result.map(|()| true)?);
         }
         while self.read_line()? {
@@ -103,15 +104,15 @@ impl<R: BufRead> LineScan<R> {
             if let Err(bad) = &result
                 && self.may_be_torn(bad)
             {
-                self.torn.get_or_insert_with(|| bad.clone());
+                self.torn.push(bad.clone());
                 continue;
             }
             // This line follows the bad lines, so they are damage and not a torn tail.
-            if let Some(bad) = self.torn.take() {
-                self.pending = Some(result);
-                return Err(bad.into());
+            self.pending.extend(self.torn.drain(..).map(Err));
+            self.pending.push_back(result);
+            if let Some(result) = self.pending.pop_front() {
+                return Ok(result.map(|()| true)?);
             }
-            return Ok(result.map(|()| true)?);
         }
         Ok(false)
     }
@@ -149,7 +150,7 @@ impl<R: BufRead> LineScan<R> {
 
     /// Returns how the file ends; valid after [`LineScan::advance`] has returned `false`.
     pub fn ending(&self) -> FileEnding {
-        match &self.torn {
+        match self.torn.first() {
             Some(bad) => FileEnding::Torn(bad.clone()),
             None if self.is_terminated => FileEnding::Clean,
             None => FileEnding::Unterminated,

@@ -127,7 +127,8 @@ impl RowFailure {
 /// message is longer.
 pub(crate) fn shorten(message: &str) -> String {
     let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
-    let mut short: String = sanitise(&line).chars().take(MESSAGE_LENGTH).collect();
+    let line = sanitise(&line);
+    let mut short: String = line.chars().take(MESSAGE_LENGTH).collect();
     if short.len() < line.len() {
         short.push_str(" ...");
     }

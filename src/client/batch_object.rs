@@ -212,7 +212,8 @@ impl FileLines {
             if self.is_at_end {
                 let line = std::mem::take(&mut self.buffer);
                 self.searched = 0;
-                return Ok((!line.is_empty()).then(|| self.finish_line(line)));
+                let is_line = self.is_skipping || !line.is_empty();
+                return Ok(is_line.then(|| self.finish_line(line)));
             }
             match self.chunks.next().await {
                 Some(chunk) => self.buffer.extend_from_slice(&chunk?),

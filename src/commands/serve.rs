@@ -44,9 +44,11 @@ fn run_model(model: &Path, args: &ServeArgs, global: &GlobalArgs) -> Result<()> 
             args.host
         );
     }
-    announce(&server.base_url(), server.model_name(), global)?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    let signal = runtime.block_on(wait_and_shut_down(server))?;
+    // Listen before the announcement: a script may send a signal as soon as it has read the URL.
+    let signals = runtime.block_on(async { Signals::listen() })?;
+    announce(&server.base_url(), server.model_name(), global)?;
+    let signal = runtime.block_on(wait_and_shut_down(server, signals))?;
     // After a second signal, the shutdown task may still run: the runtime must not wait for it.
     runtime.shutdown_background();
     Err(Exit::Signal(signal).into())
@@ -58,7 +60,6 @@ fn run_mock(script: &Path, args: &ServeArgs, global: &GlobalArgs) -> Result<()> 
     let model = script.model_name().to_string();
     let server = crate::mock::server::start(script, args.host, args.port)?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    // Listen before the announcement: a script may send a signal as soon as it has read the URL.
     let mut signals = runtime.block_on(async { Signals::listen() })?;
     announce(&server.base_url(), &model, global)?;
     let signal = runtime
@@ -88,8 +89,7 @@ fn announce(base_url: &str, model: &str, global: &GlobalArgs) -> Result<()> {
 ///
 /// # Errors
 /// If a thread of the server ends before a signal, fails or panics.
-async fn wait_and_shut_down(server: Server) -> Result<u8> {
-    let mut signals = Signals::listen()?;
+async fn wait_and_shut_down(server: Server, mut signals: Signals) -> Result<u8> {
     let signal = tokio::select! {
         signal = signals.next() => signal.context("cannot wait for signals")?,
         () = server.ended() => {

@@ -96,9 +96,14 @@ pub(crate) fn without_slash(url: &str) -> &str {
 fn without_secrets(url: &str) -> String {
     let (url, _) = url.split_once(['?', '#']).unwrap_or((url, ""));
     let (scheme, after_scheme) = url.split_once("://").unwrap_or(("", url));
-    let host = after_scheme
-        .rsplit_once('@')
-        .map_or(after_scheme, |(_, host)| host);
+    // A password in an invalid address may contain a slash.
+    let authority_end = match Url::parse(url) {
+        Ok(_) => after_scheme.find('/'),
+        Err(_) => None,
+    };
+    let authority = &after_scheme[..authority_end.unwrap_or(after_scheme.len())];
+    let user_end = authority.rfind('@').map_or(0, |at| at + 1);
+    let host = &after_scheme[user_end..];
     if scheme.is_empty() {
         host.to_owned()
     } else {
@@ -220,6 +225,11 @@ mod tests {
                 "https://a.example/v1/chat/completions/",
                 "https://a.example/v1/chat/completions/",
                 "set it to \"https://a.example/v1\"",
+            ),
+            (
+                "https://secret@a.example/@team/v1/completions",
+                "https://secret@a.example/@team/v1/completions",
+                "set it to \"https://a.example/@team/v1\"",
             ),
             (
                 "${URL}",

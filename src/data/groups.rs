@@ -383,7 +383,9 @@ impl GroupCounts {
     /// Returns advice on how to use the groups that are left out, if there are any.
     pub fn advice(&self) -> Option<String> {
         if self.has_only_mocks() {
-            return Some("set `data.groups` to \"mock\" to use the answers of the mock".into());
+            let is_left_out = self.0.values().any(|count| !count.left_out.is_empty());
+            let advice = "set `data.groups` to \"mock\" to use the answers of the mock";
+            return is_left_out.then(|| advice.into());
         }
         let mut settings = Vec::new();
         for (is_mock, setting) in [(false, "\"all\""), (true, "\"mock\"")] {

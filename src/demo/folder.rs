@@ -94,12 +94,15 @@ impl DemoFolder {
                 earlier.steps
             )));
         }
-        let folder = Self {
+        let mut folder = Self {
             dir: dir.to_owned(),
             manifest,
         };
         for name in names {
             folder.check_is_own(name)?;
+        }
+        if folder.manifest.sizes.replace(sizes).is_none() {
+            folder.save_manifest()?;
         }
         Ok(folder)
     }
@@ -128,13 +131,17 @@ impl DemoFolder {
         let is_new = hashes.insert(hash(bytes));
         fs::create_dir_all(path.parent().unwrap_or(&self.dir))?;
         if is_new {
-            let manifest = serde_json::to_vec_pretty(&self.manifest)?;
-            fs::write_atomic(&self.dir.join(MANIFEST), &manifest)?;
+            self.save_manifest()?;
         }
         if existing.as_deref() != Some(bytes) {
             fs::write_atomic(&path, bytes)?;
         }
         Ok(())
+    }
+
+    fn save_manifest(&self) -> Result<()> {
+        let manifest = serde_json::to_vec_pretty(&self.manifest)?;
+        fs::write_atomic(&self.dir.join(MANIFEST), &manifest)
     }
 
     fn check_is_own(&self, name: &str) -> Result<()> {

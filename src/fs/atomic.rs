@@ -166,8 +166,17 @@ pub fn write_in(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
 /// removed if `fill` fails. The old folder is removed once the new one is durable. A kill between the two renames of a
 /// replacement leaves the old folder under the name `.NAME.old`; the next call restores it. A symbolic link to a folder
 /// stays, and its folder is replaced.
+///
+/// # Errors
+/// If `destination` is a file, or `fill` fails, or the folder cannot be written.
 pub fn write_dir_with<T>(destination: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     let destination = &follow_link(destination);
+    if destination.exists() && !destination.is_dir() {
+        bail!(
+            "could not write {}: it is not a folder",
+            destination.display()
+        );
+    }
     let parent = parent_of(destination);
     create_dir_all(parent)?;
     let beside = |suffix: &str| {

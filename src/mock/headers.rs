@@ -18,7 +18,12 @@ pub(crate) fn push_limits(
     limits: &LimitStatus,
     now: SystemTime,
 ) {
-    let mut push = |name: String, value: String| headers.push((name.into(), value.into()));
+    // A header that the script sets stays as it is.
+    let mut push = |name: String, value: String| {
+        if headers.iter().all(|(other_name, _)| *other_name != name) {
+            headers.push((name.into(), value.into()));
+        }
+    };
     let per_minute = [("requests", limits.requests), ("tokens", limits.tokens)];
     match dialect {
         HeaderDialect::None => {}

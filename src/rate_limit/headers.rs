@@ -288,7 +288,8 @@ impl Field {
             (_, true, ..) => Resource::Tokens,
             _ => Resource::Requests,
         };
-        let is_bare = !requests && (!tokens || counts_tokens) && period.is_none();
+        let names_resource = requests || input || output || (tokens && !counts_tokens);
+        let is_bare = !names_resource && period.is_none();
         if is_bare && is_bare_per_second {
             period = Some(SECOND);
         }

@@ -95,6 +95,9 @@ pub struct HarvestSummary {
     /// Number of answers of a mock teacher, which `distill train` uses only if `data.groups` selects them.
     #[serde(skip)]
     pub from_mock: u64,
+    /// Number of rows in `quarantined` that a content filter refused.
+    #[serde(skip)]
+    pub filtered_rows: u64,
     /// Rows that failed or were refused by a content filter, for `failures.jsonl`.
     #[serde(skip)]
     pub failed_rows: Vec<FailedRow>,
@@ -128,6 +131,9 @@ pub struct PastRun {
     pub at: String,
     pub ok: u64,
     pub quarantined: u64,
+    /// Number of rows in `quarantined` that a content filter refused: the cache has no record of them.
+    #[serde(default)]
+    pub filtered: u64,
     pub failed: u64,
     pub pending: u64,
     pub requests: u64,
@@ -142,6 +148,7 @@ impl PastRun {
             at: Timing::stamp(jiff::Timestamp::now()),
             ok: summary.ok,
             quarantined: summary.quarantined,
+            filtered: summary.filtered_rows,
             failed: summary.failed,
             pending: summary.pending,
             requests: summary.requests,
@@ -170,11 +177,11 @@ pub(crate) fn past_runs(run_dir: &Path) -> Vec<PastRun> {
     runs
 }
 
-/// Returns the number of answers that earlier runs in this folder recorded, according to `summary.json`. Rows that a
-/// content filter refused are included.
+/// Returns the number of answers that earlier runs in this folder recorded, according to `summary.json`.
 pub(crate) fn recorded_before(run_dir: &Path) -> u64 {
     let runs = past_runs(run_dir);
-    runs.iter().map(|run| run.ok + run.quarantined).sum()
+    let recorded = |run: &PastRun| run.ok + run.quarantined.saturating_sub(run.filtered);
+    runs.iter().map(recorded).sum()
 }
 
 /// Warns if the cache is empty although earlier runs have recorded answers: it may have been moved.
@@ -268,6 +275,7 @@ impl HarvestSummary {
 
     /// Counts a row that a content filter refused, as quarantined.
     pub fn filtered(&mut self, row: FailedRow) {
+        self.filtered_rows += 1;
         self.quarantined += 1;
         *self.quarantines.entry(row.class.clone()).or_default() += 1;
         self.failed_rows.push(row);

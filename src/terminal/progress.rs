@@ -132,7 +132,7 @@ impl ReadProgress {
         let progress = self
             .progress
             .get_or_insert_with(|| Progress::new(self.label, total / Self::MB, self.quiet));
-        progress.update(done / Self::MB, || "MB".to_owned());
+        progress.update(done / Self::MB, || "in MB".to_owned());
     }
 }
 

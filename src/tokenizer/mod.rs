@@ -106,6 +106,14 @@ impl Tokenizer {
         }
     }
 
+    /// Makes `strftime_now` fail, as it does before [`Self::set_date`].
+    pub(crate) fn clear_date(&mut self) {
+        self.date.clear();
+        if let Some(template) = &mut self.template {
+            template.clear_date();
+        }
+    }
+
     /// Makes `strftime_now` return the current local time.
     pub(crate) fn use_clock(&mut self) {
         self.set_date(TemplateClock::Clock(|| jiff::Zoned::now().datetime()));

@@ -155,8 +155,8 @@ pub(crate) struct StepMetrics {
     pub step: u64,
     pub split: &'static str,
     pub epoch: u64,
-    /// Minimised loss.
-    pub loss: f64,
+    /// Minimised loss; `None` if the step had no supervised positions.
+    pub loss: Option<f64>,
     pub ce: Option<f64>,
     pub kl: Option<f64>,
     /// Terms of soft labels and chunks, see [`MetricMeans`].
@@ -170,7 +170,7 @@ pub(crate) struct StepMetrics {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher_ce: Option<f64>,
     pub learning_rate: f64,
-    pub grad_norm: f64,
+    pub grad_norm: Option<f64>,
     /// Number of tokens since the start of the run, over all sessions.
     pub tokens: u64,
     /// Speed of this step; the only value that differs between equal runs.

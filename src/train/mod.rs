@@ -254,7 +254,7 @@ fn train(
         objective::evaluate(models, validation_examples, batch_size, || Ok(()))
     };
 
-    let mut last_loss = 0.0;
+    let mut last_loss = None;
     let mut last_validation = None;
     while training.optimizer.step() < total_steps && !early_stopping.is_exhausted(settings.patience)
     {
@@ -300,7 +300,7 @@ fn train(
 
         // Report.
         tokens += result.tokens;
-        last_loss = result.loss;
+        last_loss = result.loss.or(last_loss);
         let means = result.sums.means();
         metrics.step(&StepMetrics {
             step,
@@ -323,11 +323,13 @@ fn train(
             let remaining =
                 elapsed.div_f64((step - earlier_steps) as f64) * (total_steps - step) as u32;
             let tokens_per_s = (tokens - earlier_tokens) as f64 / elapsed.as_secs_f64();
-            let kl = means.kl.map_or(String::new(), |kl| format!(", KL {kl:.4}"));
+            let values = [("loss", result.loss), ("CE", means.ce), ("KL", means.kl)];
+            let values: String = values
+                .iter()
+                .filter_map(|(name, value)| Some(format!("{name} {:.4}, ", (*value)?)))
+                .collect();
             format!(
-                "loss {:.4}, CE {:.4}{kl}, lr {learning_rate:.1e}, {tokens_per_s:.0} tokens/s, {} left",
-                result.loss,
-                means.ce.unwrap_or_default(),
+                "{values}lr {learning_rate:.1e}, {tokens_per_s:.0} tokens/s, {} left",
                 format_duration(remaining),
             )
         });
@@ -386,7 +388,7 @@ fn train(
         tokens,
         seconds,
         tokens_per_s: (tokens - earlier_tokens) as f64 / seconds,
-        last_loss,
+        last_loss: last_loss.unwrap_or_default(),
         validation,
         loss: soft_labels.describe(&data.report, training.teacher.is_some()),
         changes: Vec::new(),
@@ -430,6 +432,7 @@ fn on_policy_generator<'a>(
             mapper: Mapper::new(tokenizer, config.data.top_logprobs),
             prompts: dataset::prompts(&config.data, &config.run_dir, selection)?,
             unaligned: 0,
+            last_reason: String::new(),
         })
     };
     let on_policy = OnPolicy::new(&config.on_policy, &config.train, tokenizer, remote);
@@ -489,10 +492,11 @@ fn total_steps(settings: &TrainConfig, examples: usize) -> u64 {
 }
 
 /// Describes a validation.
-fn validation_line(step: u64, loss: f64, means: &MetricMeans) -> String {
+fn validation_line(step: u64, loss: Option<f64>, means: &MetricMeans) -> String {
     let format_metric = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
     format!(
-        "step {step}: loss {loss:.4}; validation: CE {}, KL {}, token accuracy {}",
+        "step {step}: loss {}; validation: CE {}, KL {}, token accuracy {}",
+        format_metric(loss),
         format_metric(means.ce),
         format_metric(means.kl),
         format_metric(means.token_accuracy)

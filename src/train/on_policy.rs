@@ -72,6 +72,8 @@ pub(crate) struct RemoteTeacher<'a> {
     pub prompts: HashMap<String, Vec<Message>>,
     /// Number of answers that the teacher scored in this session, but for which it gave no soft labels.
     pub unaligned: u64,
+    /// Reason why the last answer in `unaligned` is not trained.
+    pub last_reason: String,
 }
 
 /// An answer that the student generated.
@@ -172,7 +174,7 @@ impl<'a> OnPolicy<'a> {
             && self.counts.scored == 0
             && remote.unaligned >= MAX_UNALIGNED
         {
-            return Err(no_soft_labels(remote.unaligned));
+            return Err(no_soft_labels(remote.unaligned, &remote.last_reason));
         }
         let mut batches = Vec::new();
         for start in (0..generated.len()).step_by(self.batch_size) {
@@ -253,14 +255,15 @@ impl RemoteTeacher<'_> {
             tracing::warn!("an answer of the student was scored but is not trained: {reason}");
         }
         self.unaligned += 1;
+        reason.clone_into(&mut self.last_reason);
     }
 }
 
 /// Returns the error for a teacher whose logprobs cannot be used.
-fn no_soft_labels(count: u64) -> anyhow::Error {
+fn no_soft_labels(count: u64, reason: &str) -> anyhow::Error {
     Exit::Usage(format!(
-        "the teacher scored {count} answers of the student, but none of them can be trained, because the teacher's \
-         tokens do not match their text: set `on_policy.tokenizer` to the folder of the teacher's tokenizer"
+        "the teacher scored {count} answers of the student, but none of them can be trained ({reason}): if the \
+         teacher's tokens do not match the text, set `on_policy.tokenizer` to the folder of the teacher's tokenizer"
     ))
     .into()
 }

@@ -69,14 +69,14 @@ impl<'a> StepBatch<'a> {
 /// Loss, metrics and size of one step.
 #[derive(Debug, Default)]
 pub struct StepResult {
-    /// The minimised loss, computed before the update.
-    pub loss: f64,
+    /// The minimised loss, computed before the update; `None` if the step had no supervised positions.
+    pub loss: Option<f64>,
     /// Sums over the examples of the data set.
     pub sums: MetricSums,
     /// Sums over the answers that the student generated.
     pub on_policy_sums: MetricSums,
-    /// Global norm of the gradient before clipping.
-    pub gradient_norm: f64,
+    /// Global norm of the gradient before clipping; `None` if the step had no supervised positions.
+    pub gradient_norm: Option<f64>,
     /// Number of tokens in the step, supervised or not.
     pub tokens: u64,
 }
@@ -157,7 +157,7 @@ impl Stepper {
                 if !loss.is_finite() {
                     bail!(not_finite("loss", step, &micro_batch.keys_B));
                 }
-                result.loss += loss;
+                *result.loss.get_or_insert_default() += loss;
                 result.tokens += micro_batch.input_ids_T.len() as u64;
                 sums.add(&rows);
                 Ok(())
@@ -176,7 +176,7 @@ impl Stepper {
         if !norm.is_finite() {
             bail!(not_finite("gradient", step, &batch.keys()));
         }
-        result.gradient_norm = norm;
+        result.gradient_norm = Some(norm);
         optimizer.update(&self.settings, learning_rate, norm, &self.gradients)?;
         self.gradients.clear();
         Ok(result)

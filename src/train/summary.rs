@@ -26,7 +26,7 @@ pub struct TrainSummary {
     pub seconds: f64,
     /// Speed of this session.
     pub tokens_per_s: f64,
-    /// Loss of the last step; 0 if this session ran no step, or if that step had no supervised positions.
+    /// Loss of the last step with supervised positions; 0 if this session ran none.
     pub last_loss: f64,
     /// Metrics of the student on the held-out examples.
     pub validation: MetricMeans,

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use distill::cache::record::{Answer, Record, SCHEMA};
-use distill::cache::recovery::FileEnding;
+use distill::cache::recovery::{FileEnding, LineScan, ScanError};
 use distill::cache::usage::Usage;
 use distill::cache::writer::Cache;
 use distill::cache::{self, line, reader};
@@ -131,6 +131,24 @@ fn flipped_bits_are_damage_and_not_a_torn_tail() {
         }
         start += original.len();
     }
+}
+
+#[test]
+fn each_damaged_line_is_reported() {
+    let [one, two] = [0, 1].map(|number| encode([sample(number)]));
+    let file = [&one[..], &[0; 64], b"\n", &[0; 9], b"\n", &two].concat();
+    let mut lines = LineScan::new(&file[..]);
+    let mut damaged = Vec::new();
+    let mut records = 0;
+    loop {
+        match lines.advance() {
+            Ok(true) => records += 1,
+            Ok(false) => break,
+            Err(ScanError::Bad(bad)) => damaged.push(bad.line),
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+    assert_eq!((damaged, records), (vec![2, 3], 2));
 }
 
 #[test]

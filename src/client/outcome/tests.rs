@@ -373,6 +373,8 @@ fn messages_are_shortened_to_one_sanitised_line() {
         "{short}"
     );
     assert!(short.len() < 320);
+    // Sanitising makes a text longer.
+    assert!(shorten(&"\u{1b}".repeat(60)).ends_with(" ..."));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use brotli_decompressor::DecompressorWriter;
 use bytes::Bytes;
 use flate2::write::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 use reqwest::header::{CONTENT_ENCODING, HeaderMap};
+use zstd::stream::raw;
 
 /// Value of `Accept-Encoding`.
 pub(crate) const ACCEPTED: &str = "zstd, gzip, br, deflate";
@@ -45,9 +46,12 @@ enum DecoderState {
     Gzip(MultiGzDecoder<Sink>),
     Zlib(ZlibDecoder<Sink>),
     Deflate(DeflateDecoder<Sink>),
-    Zstd(zstd::stream::write::Decoder<'static, Sink>),
+    Zstd(ZstdDecoder),
     Brotli(Box<DecompressorWriter<Sink>>),
 }
+
+/// Unlike `zstd::stream::write::Decoder`, it tells a complete frame from a truncated one.
+type ZstdDecoder = zstd::stream::zio::Writer<Sink, raw::Decoder<'static>>;
 
 /// Output of a decoder: decoded bytes that [`DecoderState::feed`] has not returned yet.
 #[derive(Default)]
@@ -144,7 +148,7 @@ impl ContentDecoder {
             None => DecoderState::Plain,
             Some(Encoding::Gzip) => DecoderState::Gzip(MultiGzDecoder::new(Sink::default())),
             Some(Encoding::Zstd) => {
-                DecoderState::Zstd(zstd::stream::write::Decoder::new(Sink::default())?)
+                DecoderState::Zstd(ZstdDecoder::new(Sink::default(), raw::Decoder::new()?))
             }
             Some(Encoding::Brotli) => {
                 let writer = DecompressorWriter::new(Sink::default(), BROTLI_BUFFER);
@@ -167,7 +171,7 @@ impl DecoderState {
             DecoderState::Gzip(decoder) => decode(decoder, chunk, MultiGzDecoder::get_mut),
             DecoderState::Zlib(decoder) => decode(decoder, chunk, ZlibDecoder::get_mut),
             DecoderState::Deflate(decoder) => decode(decoder, chunk, DeflateDecoder::get_mut),
-            DecoderState::Zstd(decoder) => decode(decoder, chunk, |zstd| zstd.get_mut()),
+            DecoderState::Zstd(decoder) => decode(decoder, chunk, ZstdDecoder::writer_mut),
             DecoderState::Brotli(decoder) => {
                 decode(&mut **decoder, chunk, |brotli| brotli.get_mut())
             }
@@ -181,8 +185,8 @@ impl DecoderState {
             DecoderState::Zlib(decoder) => decoder.finish()?,
             DecoderState::Deflate(decoder) => decoder.finish()?,
             DecoderState::Zstd(mut decoder) => {
-                decoder.flush()?;
-                decoder.into_inner()
+                decoder.finish()?;
+                decoder.into_inner().0
             }
             DecoderState::Brotli(mut decoder) => {
                 decoder.close()?;
@@ -383,8 +387,12 @@ mod tests {
     #[test]
     fn damaged_streams_and_decompression_bombs_are_errors() {
         let compressed = gzip(TEXT);
-        let truncated = &compressed[..compressed.len() - 9];
-        assert!(decode_in_steps("gzip", truncated, 1_000).is_err());
+        let frame = zstd::encode_all(TEXT, 3).unwrap();
+        for (name, whole) in [("gzip", &compressed), ("zstd", &frame)] {
+            assert!(decode_in_steps(name, whole, 1_000).is_ok());
+            let truncated = &whole[..whole.len() - 9];
+            assert!(decode_in_steps(name, truncated, 1_000).is_err(), "{name}");
+        }
         let mut broken = compressed.clone();
         broken[20] ^= 0x55;
         assert!(decode_in_steps("gzip", &broken, 1_000).is_err());

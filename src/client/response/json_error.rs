@@ -23,10 +23,12 @@ impl std::fmt::Display for JsonProblem {
 /// Returns the first characters of a body, for messages.
 pub(crate) fn beginning(body: &[u8]) -> String {
     const MAX_CHARS: usize = 120;
+    let body = body.trim_ascii();
     // A character has at most 4 bytes in UTF-8.
-    let text = String::from_utf8_lossy(&body[..body.len().min(4 * MAX_CHARS)]);
-    let mut short: String = text.trim().chars().take(MAX_CHARS).collect();
-    if short.len() < body.trim_ascii().len() {
+    let part = &body[..body.len().min(4 * MAX_CHARS)];
+    let text = String::from_utf8_lossy(part);
+    let mut short: String = text.chars().take(MAX_CHARS).collect();
+    if part.len() < body.len() || short.len() < text.len() {
         short.push_str(" ...");
     }
     short

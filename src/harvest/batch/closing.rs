@@ -71,7 +71,8 @@ impl BatchRun<'_> {
             let may_be_billed = match &outcome {
                 Some(outcome) => outcome.may_be_billed(),
                 // A row that the batch did not run is not billed; a row that it lost may be billed.
-                None => status != "expired" && status != "cancelled" && !unnamed_rows_not_run,
+                None if unnamed_rows_not_run => false,
+                None => may_be_unreadable || (status != "expired" && status != "cancelled"),
             };
             if may_be_billed {
                 closing.lost += 1;

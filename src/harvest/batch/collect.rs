@@ -332,7 +332,7 @@ impl BatchRun<'_> {
         let seconds = object
             .ended_at
             .zip(object.created_at)
-            .map_or(0, |(ended, created)| ended - created);
+            .map_or(0, |(ended, created)| ended.saturating_sub(created));
         Ok(PartCollection {
             index_by_key: members
                 .iter()
@@ -343,7 +343,7 @@ impl BatchRun<'_> {
             bodies: self.journal.bodies(nonce)?,
             timing: Timing {
                 sent_at: Timing::stamp(created.unwrap_or_else(|| self.clock.now())),
-                latency_ms: u64::try_from(seconds).unwrap_or(0) * 1_000,
+                latency_ms: u64::try_from(seconds).unwrap_or(0).saturating_mul(1_000),
                 attempts: 1,
             },
             ignored: 0,

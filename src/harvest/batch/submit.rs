@@ -210,7 +210,9 @@ impl BatchRun<'_> {
             "metadata": {"nonce": self.journal.parts[index].nonce},
         });
         // Until the reply arrives, the batch may or may not exist.
-        self.journal.parts[index].progress.is_creation_unconfirmed = true;
+        let progress = &mut self.journal.parts[index].progress;
+        progress.is_creation_unconfirmed = true;
+        progress.lookups = 0;
         let reply = batches(&transport)?.create(&body).await;
         let progress = &mut self.journal.parts[index].progress;
         let reply = match batch_object::check(reply, self.clock.now().into()) {
@@ -232,7 +234,6 @@ impl BatchRun<'_> {
                 return Ok(self.journal.set(index, state)?);
             }
             Err(error) => {
-                progress.lookups = 0;
                 // A refusal creates no batch. A connection may have broken after the batch was created.
                 progress.is_creation_unconfirmed = matches!(&error, AttemptError::Transient { failure, .. } if !failure.is_unreachable);
                 if !progress.is_creation_unconfirmed {
@@ -282,8 +283,12 @@ impl BatchRun<'_> {
                 )
             })?;
             self.upstreams[upstream].success();
-            after = objects.last().map(|object| object.id.clone());
+            let last_id = objects.last().map(|object| object.id.clone());
+            // An endpoint that ignores `after` returns the same page again and again.
+            let is_repeated = last_id == after;
+            after = last_id;
             let is_last = !has_more
+                || is_repeated
                 || objects
                     .last()
                     .is_none_or(|object| object.created_at.is_some_and(|at| at < oldest));

@@ -79,7 +79,7 @@ pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
         architecture: Architecture::Gpt2,
         vocab_size: fields.vocab_size,
         hidden_size: fields.n_embd,
-        intermediate_size: fields.n_inner.unwrap_or(4 * fields.n_embd),
+        intermediate_size: fields.n_inner.unwrap_or(fields.n_embd.saturating_mul(4)),
         num_hidden_layers: fields.n_layer,
         heads: Heads {
             query: fields.n_head,

@@ -189,6 +189,10 @@ impl ChatTemplate {
         self.date = Some(date);
     }
 
+    pub(crate) fn clear_date(&mut self) {
+        self.date = None;
+    }
+
     /// Returns the template with the date of a conversation: the fixed date, the current time, or `date`, the date of
     /// the conversation's record.
     pub(crate) fn with_date(&self, date: Option<DateTime>) -> Cow<'_, ChatTemplate> {

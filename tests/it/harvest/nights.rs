@@ -298,17 +298,16 @@ async fn simulate_night(seed: u64) {
     );
 }
 
-/// `DISTILL_NIGHTS=2000 cargo test nights` simulates more seeds.
+/// `NIGHTS=2000 cargo test nights` simulates more seeds.
 #[test]
 fn simulated_nights_keep_all_invariants() {
     for_each_seed(5, simulate_night);
 }
 
-/// Runs a simulation once per seed, each on a paused clock of its own: `DISTILL_NIGHTS` seeds, or `default_seeds` if
+/// Runs a simulation once per seed, each on a paused clock of its own: `NIGHTS` seeds, or `default_seeds` if
 /// the variable is unset.
 pub fn for_each_seed(default_seeds: u64, simulate: impl AsyncFn(u64)) {
-    let seeds =
-        std::env::var("DISTILL_NIGHTS").map_or(default_seeds, |seeds| seeds.parse().unwrap());
+    let seeds = std::env::var("NIGHTS").map_or(default_seeds, |seeds| seeds.parse().unwrap());
     for seed in 0..seeds {
         paused_runtime().block_on(simulate(seed));
     }

@@ -298,6 +298,38 @@ async fn batch_creation_without_reply_is_adopted() {
     assert_eq!(simulated.mock.stats().billed.answers, 50);
 }
 
+/// The endpoint ignores `after` and claims that more pages follow.
+#[tokio::test(start_paused = true)]
+async fn list_that_repeats_a_page_is_not_read_forever() {
+    let simulated = simulated_run("[batch]\nlost_creates = 1", 5, |_| {});
+    let teacher = SimulatedBatchTeacher {
+        change_page: |_| json!({"data": [{"id": "batch_other"}], "has_more": true}),
+        latency: Duration::from_millis(200),
+        ..SimulatedBatchTeacher::new(&simulated)
+    };
+    let day = Duration::from_secs(86_400 * 2);
+    let summary = tokio::time::timeout(day, harvest_over(&simulated, teacher)).await;
+    assert_eq!(summary.expect("the run ends").ok, 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn unreadable_row_of_an_expired_batch_may_be_billed() {
+    let simulated = simulated_run("", 5, |config| config.retry.max_attempts = 1);
+    let teacher = SimulatedBatchTeacher {
+        change_object: |mut object| {
+            if object["status"] == "completed" {
+                object["status"] = "expired".into();
+            }
+            object
+        },
+        change_file: |content| [b"x", &content[..]].concat().into(),
+        ..SimulatedBatchTeacher::new(&simulated)
+    };
+    let summary = harvest_over(&simulated, teacher).await;
+    assert_eq!((summary.ok, summary.failed), (4, 1), "{summary:?}");
+    assert_eq!(summary.attempts_lost, 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn batch_connection_faults_lose_nothing() {
     for (kind, path) in [

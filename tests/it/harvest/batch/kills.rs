@@ -91,7 +91,7 @@ async fn simulate_batches_with_kills(seed: u64) {
     );
 }
 
-/// `DISTILL_NIGHTS=2000 cargo test batch` runs more seeds.
+/// `NIGHTS=2000 cargo test batch` runs more seeds.
 #[test]
 fn batch_kills_lose_nothing_and_buy_nothing_twice() {
     for_each_seed(12, simulate_batches_with_kills);

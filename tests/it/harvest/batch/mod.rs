@@ -46,6 +46,8 @@ struct SimulatedBatchTeacher {
     change_file: fn(Bytes) -> Bytes,
     /// Changes batch objects in replies.
     change_object: fn(Value) -> Value,
+    /// Changes pages of the list of batches.
+    change_page: fn(Value) -> Value,
     /// Remaining number of calls for batch objects and files that are refused with 403.
     forbidden_calls: AtomicU32,
     /// Time of each download request.
@@ -71,6 +73,7 @@ impl SimulatedBatchTeacher {
             breaks_downloads: false,
             change_file: |content| content,
             change_object: |object| object,
+            change_page: |page| page,
             forbidden_calls: AtomicU32::new(0),
             downloads: Arc::default(),
         }
@@ -154,7 +157,11 @@ impl BatchApi for SimulatedBatchTeacher {
         async move {
             // Small pages, so that the list has several.
             let path = format!("/v1/batches?limit=2{after}");
-            self.call("GET", &path, b"").await
+            let mut reply = self.call("GET", &path, b"").await?;
+            if let Ok(page) = serde_json::from_slice(&reply.body) {
+                reply.body = (self.change_page)(page).to_string().into();
+            }
+            Ok(reply)
         }
         .boxed()
     }
