@@ -227,8 +227,8 @@ mod tests {
                 "set it to \"https://a.example/v1\"",
             ),
             (
-                "https://secret@a.example/@team/v1/completions",
-                "https://secret@a.example/@team/v1/completions",
+                "https://a.example/@team/v1/completions",
+                "https://a.example/@team/v1/completions",
                 "set it to \"https://a.example/@team/v1\"",
             ),
             (

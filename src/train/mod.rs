@@ -13,6 +13,7 @@
 //! | [`trainable`], [`optimizer`], [`ema`], `schedule`, `device` | weights, AdamW, moving average, learning rate, device |
 //! | [`checkpoint`], `early_stopping`, `metrics` | save and resume; the best validation; `metrics.jsonl` |
 //! | `folder`, `model_card`, [`summary`] | the student's folder; its README; start mode and result of a run |
+//! | `texts` | the lines that a run prints |
 //!
 //! Invariants:
 //! - A resumed run ends with the same bytes as an uninterrupted one.
@@ -36,6 +37,7 @@ pub(crate) mod schedule;
 pub mod soft_labels;
 pub(crate) mod step;
 pub mod summary;
+pub(crate) mod texts;
 pub mod trainable;
 
 use std::collections::BTreeMap;
@@ -54,18 +56,17 @@ use crate::fs;
 use crate::model::Model;
 use crate::signal::StopFlag;
 use crate::terminal::progress::{Progress, ReadProgress};
-use crate::terminal::{format_count, format_duration, sanitise};
+use crate::terminal::sanitise;
 use crate::tokenizer::Tokenizer;
 use checkpoint::{CheckpointState, TrainingState};
 use early_stopping::EarlyStopping;
 use ema::Ema;
 use local_teacher::LocalTeacher;
-use metrics::{MetricMeans, MetricsLog, StepMetrics};
+use metrics::{MetricsLog, StepMetrics};
 use objective::ModelPair;
 use on_policy::{OnPolicy, RemoteTeacher};
 use step::{StepBatch, Stepper};
 use summary::{StartMode, TrainSummary};
-use trainable::TrainableModel;
 
 /// Context of an error that stops the run after a checkpoint was written.
 const RESUME: &str = "the checkpoint is written: resume with --resume";
@@ -183,7 +184,7 @@ fn train(
     let inputs = config.checkpoint_inputs(total_steps);
     let fingerprint_inputs = checkpoint::fingerprint_inputs(inputs, data.fingerprint(), &training)?;
     let example_settings = config.example_settings();
-    let parameters = ParameterCounts::new(&training.student);
+    let parameters = texts::ParameterCounts::new(&training.student);
     let checkpoints = config.run_dir.join("checkpoints");
     let mut tokens = 0;
     let mut cursor = Cursor::default();
@@ -220,7 +221,7 @@ fn train(
     let mut metrics = MetricsLog::open(&config.run_dir.join("metrics.jsonl"), earlier_steps)?;
 
     let mut progress = Progress::new("train", total_steps, quiet);
-    progress.note(&opening_line(
+    progress.note(&texts::opening(
         parameters,
         train_examples.len(),
         total_steps,
@@ -323,15 +324,7 @@ fn train(
             let remaining =
                 elapsed.div_f64((step - earlier_steps) as f64) * (total_steps - step) as u32;
             let tokens_per_s = (tokens - earlier_tokens) as f64 / elapsed.as_secs_f64();
-            let values = [("loss", result.loss), ("CE", means.ce), ("KL", means.kl)];
-            let values: String = values
-                .iter()
-                .filter_map(|(name, value)| Some(format!("{name} {:.4}, ", (*value)?)))
-                .collect();
-            format!(
-                "{values}lr {learning_rate:.1e}, {tokens_per_s:.0} tokens/s, {} left",
-                format_duration(remaining),
-            )
+            texts::step(result.loss, &means, learning_rate, tokens_per_s, remaining)
         });
 
         // Validate and save.
@@ -341,7 +334,7 @@ fn train(
         if is_due(settings.eval_every) || step == total_steps {
             let means = evaluate(&training, training.eval_model())?;
             metrics.validation(step, &means)?;
-            progress.note(&validation_line(step, last_loss, &means));
+            progress.note(&texts::validation(step, last_loss, &means));
             is_best = early_stopping.record(settings.best, step, &means);
             last_validation = Some(means);
         }
@@ -426,61 +419,15 @@ fn on_policy_generator<'a>(
     let remote = if config.on_policy.judge == ScoredBy::Local {
         None
     } else {
-        Some(RemoteTeacher {
-            scorer: scorer
+        Some(RemoteTeacher::new(
+            scorer
                 .context("internal error: `train.on_policy` without a teacher to score answers")?,
-            mapper: Mapper::new(tokenizer, config.data.top_logprobs),
-            prompts: dataset::prompts(&config.data, &config.run_dir, selection)?,
-            unaligned: 0,
-            last_reason: String::new(),
-        })
+            Mapper::new(tokenizer, config.data.top_logprobs),
+            dataset::prompts(&config.data, &config.run_dir, selection)?,
+        ))
     };
     let on_policy = OnPolicy::new(&config.on_policy, &config.train, tokenizer, remote);
     Ok(Some(on_policy))
-}
-
-/// Numbers of parameters of a student.
-#[derive(Clone, Copy)]
-struct ParameterCounts {
-    all: usize,
-    /// Trained parameters, including adapters.
-    trained: usize,
-}
-
-impl ParameterCounts {
-    fn new(student: &TrainableModel) -> Self {
-        Self {
-            all: student.model.config().parameter_count(),
-            trained: student.vars.values().map(|var| var.elem_count()).sum(),
-        }
-    }
-}
-
-/// Describes the run at its start.
-fn opening_line(
-    parameters: ParameterCounts,
-    examples: usize,
-    total_steps: u64,
-    settings: &TrainConfig,
-    earlier_steps: u64,
-) -> String {
-    let resumed = match earlier_steps {
-        0 => String::new(),
-        step => format!(", from step {step}"),
-    };
-    let trained = if parameters.trained == parameters.all {
-        String::new()
-    } else {
-        format!(" ({} trained)", format_count(parameters.trained as u64))
-    };
-    format!(
-        "{} parameters{trained} in {}{}, {} examples, {total_steps} steps of {} examples{resumed}",
-        format_count(parameters.all as u64),
-        device::precision(settings).name(),
-        device::label(settings),
-        format_count(examples as u64),
-        settings.batch_size,
-    )
 }
 
 /// Returns the number of steps: `train.steps` or, if it is not set, the number (at least 1) that `train.epochs` needs.
@@ -489,16 +436,4 @@ fn total_steps(settings: &TrainConfig, examples: usize) -> u64 {
         let steps = settings.epochs * examples as f64 / settings.batch_size as f64;
         (steps.ceil() as u64).max(1)
     })
-}
-
-/// Describes a validation.
-fn validation_line(step: u64, loss: Option<f64>, means: &MetricMeans) -> String {
-    let format_metric = |value: Option<f64>| value.map_or("-".into(), |v| format!("{v:.4}"));
-    format!(
-        "step {step}: loss {}; validation: CE {}, KL {}, token accuracy {}",
-        format_metric(loss),
-        format_metric(means.ce),
-        format_metric(means.kl),
-        format_metric(means.token_accuracy)
-    )
 }

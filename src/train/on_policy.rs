@@ -66,14 +66,14 @@ pub struct OnPolicyCounts {
 
 /// A teacher behind an API.
 pub(crate) struct RemoteTeacher<'a> {
-    pub scorer: &'a mut dyn TextScorer,
-    pub mapper: Mapper<'a>,
+    scorer: &'a mut dyn TextScorer,
+    mapper: Mapper<'a>,
     /// Prompts by the keys of the examples.
-    pub prompts: HashMap<String, Vec<Message>>,
+    prompts: HashMap<String, Vec<Message>>,
     /// Number of answers that the teacher scored in this session, but for which it gave no soft labels.
-    pub unaligned: u64,
+    unaligned: u64,
     /// Reason why the last answer in `unaligned` is not trained.
-    pub last_reason: String,
+    last_reason: String,
 }
 
 /// An answer that the student generated.
@@ -197,7 +197,22 @@ impl<'a> OnPolicy<'a> {
     }
 }
 
-impl RemoteTeacher<'_> {
+impl<'a> RemoteTeacher<'a> {
+    /// Creates the teacher. `prompts` holds the prompts by the keys of the examples.
+    pub(crate) fn new(
+        scorer: &'a mut dyn TextScorer,
+        mapper: Mapper<'a>,
+        prompts: HashMap<String, Vec<Message>>,
+    ) -> Self {
+        Self {
+            scorer,
+            mapper,
+            prompts,
+            unaligned: 0,
+            last_reason: String::new(),
+        }
+    }
+
     /// Returns the soft labels of each answer; None for an answer without soft labels.
     ///
     /// # Errors

@@ -322,7 +322,10 @@ async fn unreadable_row_of_an_expired_batch_may_be_billed() {
             }
             object
         },
-        change_file: |content| [b"x", &content[..]].concat().into(),
+        change_file: |content| {
+            let line_end = content.iter().position(|&byte| byte == b'\n').unwrap();
+            [b"not a row", &content[line_end..]].concat().into()
+        },
         ..SimulatedBatchTeacher::new(&simulated)
     };
     let summary = harvest_over(&simulated, teacher).await;
