@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::budget::dollars::Dollars;
 use crate::cache::usage::Usage;
@@ -203,9 +204,36 @@ pub(crate) fn read_only(run_dir: &Path) -> Result<(Ledger, bool)> {
 
 /// Version of a ledger file, which is read before its other fields.
 #[derive(Deserialize)]
+#[serde(expecting = "the budget account of a run folder")]
 struct LedgerVersion {
-    #[serde(default)]
     version: u32,
+}
+
+/// Fields that every ledger of a version has. Without them, the amount spent would be read as zero.
+const REQUIRED_FIELDS: [(u32, &str); 3] =
+    [(1, "estimated_usd"), (1, "in_flight"), (2, "measured_usd")];
+
+/// A line of the log. Unlike in [`Spent`], the amounts are required.
+#[derive(Deserialize)]
+#[serde(expecting = "an amount of the budget")]
+struct LogLine {
+    measured_usd: Dollars,
+    estimated_usd: Dollars,
+    #[serde(default)]
+    measured_tokens: UnpricedTokens,
+    #[serde(default)]
+    estimated_tokens: UnpricedTokens,
+}
+
+impl From<LogLine> for Spent {
+    fn from(line: LogLine) -> Spent {
+        Spent {
+            measured_usd: line.measured_usd,
+            estimated_usd: line.estimated_usd,
+            measured_tokens: line.measured_tokens,
+            estimated_tokens: line.estimated_tokens,
+        }
+    }
 }
 
 impl LedgerFiles {
@@ -236,14 +264,14 @@ fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
         return Ok((Ledger::default(), false));
     }
     let text = crate::fs::read_to_string(&path)?;
-    let damaged = |error: serde_json::Error| {
+    let damaged = |problem: &dyn std::fmt::Display| {
         Exit::Damaged(format!(
-            "{} is damaged ({error}): restore it from a backup, or delete it if only the answers in the cache \
+            "{} is damaged ({problem}): restore it from a backup, or delete it if only the answers in the cache \
              need to count against the budget and the daily limit",
             path.display()
         ))
     };
-    let LedgerVersion { version } = serde_json::from_str(&text).map_err(damaged)?;
+    let LedgerVersion { version } = serde_json::from_str(&text).map_err(|error| damaged(&error))?;
     if version > VERSION {
         return Err(Exit::Damaged(format!(
             "{} has version {version}, which a newer distill wrote: update distill",
@@ -251,7 +279,14 @@ fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
         ))
         .into());
     }
-    let ledger: Ledger = serde_json::from_str(&text).map_err(damaged)?;
+    let fields: Map<String, Value> =
+        serde_json::from_str(&text).map_err(|error| damaged(&error))?;
+    for (since, name) in REQUIRED_FIELDS {
+        if version >= since && !fields.contains_key(name) {
+            return Err(damaged(&format_args!("missing field `{name}`")).into());
+        }
+    }
+    let ledger: Ledger = serde_json::from_str(&text).map_err(|error| damaged(&error))?;
     Ok((ledger, version == VERSION))
 }
 
@@ -264,7 +299,8 @@ fn read_log(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
     let text = crate::fs::read(&path)?;
     let lines = text.split_inclusive(|byte| *byte == b'\n');
     let complete_lines = lines.filter(|line| line.ends_with(b"\n"));
-    let entries: Result<Vec<Spent>, _> = complete_lines.map(serde_json::from_slice).collect();
+    let entries: Result<Vec<LogLine>, _> = complete_lines.map(serde_json::from_slice).collect();
+    let entries = entries.map(|lines| lines.into_iter().map(Spent::from).collect());
     entries.map_err(|error| {
         let message = format!(
             "{} is damaged ({error}): restore it from a backup, or delete it if its amounts need not count against \
@@ -342,157 +378,4 @@ impl LedgerStore for LedgerFiles {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::budget::account::Account;
-    use crate::config::Price;
-
-    fn usd(usd: f64) -> Dollars {
-        Dollars::at_least(usd)
-    }
-
-    fn measured(amount: f64) -> Spent {
-        Spent {
-            measured_usd: usd(amount),
-            ..Spent::default()
-        }
-    }
-
-    #[test]
-    fn log_entries_count_once_after_a_kill_at_any_point() {
-        let dir = tempfile::tempdir().unwrap();
-        let open = || LedgerFiles::open(dir.path()).unwrap();
-        let (mut files, ledger, has_measured_cost) = open();
-        assert_eq!((ledger.spent, has_measured_cost), (Spent::default(), false));
-        files.append(&measured(0.25)).unwrap();
-        files.append(&measured(0.5)).unwrap();
-        drop(files);
-
-        let (mut files, mut ledger, _) = open();
-        assert_eq!(ledger.spent.measured_usd, usd(0.75));
-        files.save(&ledger).unwrap();
-        files.append(&measured(1.0)).unwrap();
-        ledger.spent.add(&measured(1.0));
-        drop(files);
-        // A kill during `append` leaves an incomplete line.
-        crate::fs::append(&log_path(dir.path(), 1), b"{\"measured_usd\":0.").unwrap();
-        let (_files, reopened, has_measured_cost) = open();
-        assert_eq!((reopened.spent, has_measured_cost), (ledger.spent, true));
-        assert!(!log_path(dir.path(), 0).exists());
-    }
-
-    #[test]
-    fn removed_or_replaced_ledger_files_are_written_again() {
-        type Tamper = fn(&Path);
-        let cases: [Tamper; 3] = [
-            |dir| std::fs::remove_file(log_path(dir, 1)).unwrap(),
-            |dir| std::fs::remove_file(ledger_path(dir)).unwrap(),
-            |dir| {
-                let path = log_path(dir, 1);
-                std::fs::rename(&path, dir.join("mine")).unwrap();
-                std::fs::write(&path, "").unwrap();
-            },
-        ];
-        for tamper in cases {
-            let dir = tempfile::tempdir().unwrap();
-            let (files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
-            let floor = Spent::default();
-            let opened = Account::open(files, ledger, None, &Price::default(), &floor);
-            let mut account = opened.unwrap().0;
-            account.add_spent(&measured(0.5)).unwrap();
-            assert!(account.store().is_in_place());
-            tamper(dir.path());
-            assert!(!account.store().is_in_place());
-            account.tick().unwrap();
-            account.add_spent(&measured(0.25)).unwrap();
-            drop(account);
-            let (_files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
-            assert_eq!(ledger.spent.measured_usd, usd(0.75));
-        }
-    }
-
-    #[test]
-    fn log_of_a_deleted_ledger_is_not_counted() {
-        let dir = tempfile::tempdir().unwrap();
-        let (mut files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
-        files.save(&ledger).unwrap();
-        files.append(&measured(5.0)).unwrap();
-        drop(files);
-        std::fs::remove_file(ledger_path(dir.path())).unwrap();
-        let (mut files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
-        files.save(&ledger).unwrap();
-        files.append(&measured(0.5)).unwrap();
-        drop(files);
-        let (_files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
-        assert_eq!(ledger.spent.measured_usd, usd(0.5));
-    }
-
-    #[test]
-    fn ledger_lock_admits_one_process() {
-        let dir = tempfile::tempdir().unwrap();
-        let first = LedgerFiles::open(dir.path()).unwrap();
-        let error = LedgerFiles::open(dir.path()).err().unwrap();
-        assert!(error.to_string().contains("another process"), "{error}");
-        drop(first);
-        assert!(LedgerFiles::open(dir.path()).is_ok());
-    }
-
-    #[test]
-    fn settle_kill_counts_the_bound_in_flight_up_to_the_budget() {
-        let mut ledger = Ledger {
-            in_flight: InFlight {
-                requests: 32,
-                usd: usd(0.5),
-                budget_usd: Some(usd(2.0)),
-                ..InFlight::default()
-            },
-            spent: measured(1.0),
-            ..Ledger::default()
-        };
-        let mut near_cap = ledger.clone();
-        assert_eq!(ledger.settle_kill().requests, 32);
-        assert_eq!(
-            (ledger.spent.estimated_usd, ledger.attempts_lost),
-            (usd(0.5), 32)
-        );
-        assert_eq!(ledger.settle_kill(), InFlight::default());
-        near_cap.spent = measured(1.7);
-        assert_eq!(near_cap.settle_kill().usd, usd(2.0).minus(usd(1.7)));
-    }
-
-    #[test]
-    fn older_ledger_is_read_and_damaged_or_newer_ledger_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let write = |text: &str| std::fs::write(ledger_path(dir.path()), text).unwrap();
-        write(
-            r#"{"version":1,"in_flight":{"requests":3,"usd":0.5,"budget_usd":null},"estimated_usd":0.25,"attempts_lost":4,"day":{}}"#,
-        );
-        let (files, ledger, has_measured_cost) = LedgerFiles::open(dir.path()).unwrap();
-        assert_eq!(
-            (
-                ledger.spent.estimated_usd,
-                ledger.in_flight.requests,
-                has_measured_cost
-            ),
-            (usd(0.25), 3, false)
-        );
-        drop(files);
-        for (text, part) in [
-            ("{\"version\":", "damaged"),
-            (r#"{"version":2,"estimated_usd":-5.0}"#, "negative"),
-            (r#"{"version":2,"in_flight":{"usd":-5.0}}"#, "negative"),
-            (
-                r#"{"version":2,"in_flight":{"budget_usd":-5.0}}"#,
-                "negative",
-            ),
-            ("[]", "damaged"),
-            ("", "damaged"),
-            (r#"{"version":9}"#, "update distill"),
-        ] {
-            write(text);
-            let error = LedgerFiles::open(dir.path()).err().unwrap();
-            assert_eq!(Exit::code_of(&error), 5, "{text}");
-            assert!(error.to_string().contains(part), "{error}");
-        }
-    }
-}
+mod tests;

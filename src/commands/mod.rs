@@ -67,7 +67,12 @@ fn print_if_open(text: &str) -> Result<bool> {
         .and_then(|()| stdout.flush());
     match written {
         Ok(()) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        // A closed terminal gives EIO.
+        Err(error)
+            if error.kind() == ErrorKind::BrokenPipe || error.raw_os_error() == Some(libc::EIO) =>
+        {
+            Ok(false)
+        }
         Err(error) => Err(error).context("cannot write to stdout"),
     }
 }

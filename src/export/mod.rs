@@ -14,8 +14,8 @@
 //! | `parquet` | one Parquet file with all training data of each record | pyarrow, pandas, DuckDB |
 //!
 //! Invariants: records are streamed, so memory holds one record, or for Parquet one row group. A row that a format
-//! cannot represent is left out and counted with the reason. OUT replaces a file or a folder only with `--force`, and
-//! a folder only if it is empty or an earlier `hf` export. A pipe or a character device is written to directly.
+//! cannot represent is left out and counted with the reason. OUT replaces something only with `--force`, and only an
+//! export of the same format. A pipe or a character device is written to directly.
 //!
 //! # How to add an export format
 //!
@@ -37,15 +37,22 @@ pub(crate) mod parquet;
 pub mod rows;
 pub(crate) mod trl;
 
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use crate::cache::record::Record;
 use crate::data::groups::GroupCounts;
 use crate::exit::Exit;
 use crate::export::rows::{ExportReport, ExportRows, ExportSettings, write_lines};
 use crate::fs::is_stream;
+
+/// Number of bytes read of the first line of a file that an export may replace.
+const MAX_FIRST_LINE: u64 = 64 << 20;
 
 /// Format of an export.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,8 +97,8 @@ pub fn write(
     }
 }
 
-/// Refuses to replace anything without `force`. With `force`, an `hf` export may replace a folder for which
-/// [`hf::is_export`] returns true; the other formats may replace a file. Pipes and character devices are written to.
+/// Refuses to replace anything without `force`, and with `force` anything but an export of the same format. Pipes and
+/// character devices are written to.
 fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
     let path = out.display();
     if out.symlink_metadata().is_err() {
@@ -107,7 +114,8 @@ fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
     }
     let is_replaceable = match format {
         Format::Hf => out.is_dir() && hf::is_export(out)?,
-        _ => !out.is_dir(),
+        _ if !out.exists() => true,
+        _ => out.is_file() && is_export_file(out, format)?,
     };
     if !is_replaceable {
         bail!(Exit::Usage(format!(
@@ -115,4 +123,33 @@ fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+/// Returns true if the file `out` is empty or begins like an export: with the magic number of Parquet, or with a row
+/// that has the fields of the format.
+fn is_export_file(out: &Path, format: Format) -> Result<bool> {
+    let could_not_read = || format!("could not read {}", out.display());
+    let file = File::open(out).with_context(could_not_read)?;
+    let mut line = Vec::new();
+    let mut beginning = BufReader::new(file.take(MAX_FIRST_LINE));
+    beginning
+        .read_until(b'\n', &mut line)
+        .with_context(could_not_read)?;
+    let fields: &[&str] = match format {
+        _ if line.is_empty() => return Ok(true),
+        Format::Parquet => return Ok(line.starts_with(b"PAR1")),
+        Format::Hf => return Ok(false),
+        Format::OpenaiFt => &["messages"],
+        Format::Trl => &["completion", "prompt"],
+        Format::Axolotl => &["logprobs", "messages", "target_token_ids"],
+    };
+    // A file of prompts may have the field `messages` too, but without an answer at the end.
+    let ends_with_answer = |row: &BTreeMap<String, Value>| {
+        let last = row
+            .get("messages")
+            .and_then(|messages| messages.as_array()?.last());
+        last.is_none_or(|message| message["role"] == "assistant")
+    };
+    let row: Result<BTreeMap<String, Value>, _> = serde_json::from_slice(&line);
+    Ok(row.is_ok_and(|row| row.keys().eq(fields) && ends_with_answer(&row)))
 }

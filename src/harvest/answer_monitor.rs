@@ -13,6 +13,7 @@ use crate::harvest::run_error;
 use crate::plan::run_settings::RunSettings;
 use crate::report::answer_facts::AnswerFacts;
 use crate::report::summary::HarvestSummary;
+use crate::terminal::sanitise;
 
 /// Number of consecutive answers with the same fault after which a note is shown.
 const NOTE_AFTER: u32 = 20;
@@ -61,6 +62,10 @@ pub(crate) struct AnswerMonitor {
     unusable: u32,
     /// Number of consecutive answers that `max_tokens` cut off.
     cut_off: u32,
+    /// `data.keep_finish_reasons`; empty if the answers are not for training.
+    keep_finish_reasons: Vec<String>,
+    /// Number of consecutive complete answers whose finish reason is not in this list.
+    not_kept: u32,
     /// Number of consecutive answers without a plausible usage.
     without_usage: u32,
     repeated_text: RepeatedText,
@@ -96,6 +101,7 @@ impl AnswerMonitor {
     ) -> AnswerMonitor {
         let has_budget = run.budget_usd.is_some();
         let mut monitor = AnswerMonitor::new(settings, run.on_missing_logprobs, has_budget);
+        monitor.keep_finish_reasons = run.keep_finish_reasons.clone();
         if run.has_teacher_tokenizer {
             monitor.token_ids_note = None;
         }
@@ -121,6 +127,8 @@ impl AnswerMonitor {
             without_logprobs: 0,
             unusable: 0,
             cut_off: 0,
+            keep_finish_reasons: Vec::new(),
+            not_kept: 0,
             without_usage: 0,
             repeated_text: RepeatedText::default(),
             models: HashSet::new(),
@@ -137,6 +145,7 @@ impl AnswerMonitor {
         summary: &mut HarvestSummary,
     ) -> Option<anyhow::Error> {
         let mut stop = None;
+        summary.not_kept += u64::from(self.is_left_out(facts));
         for alert in self.check(facts) {
             match alert {
                 MonitorAlert::Note(text) => summary.warn(text),
@@ -158,6 +167,7 @@ impl AnswerMonitor {
             self.check_logprobs(facts),
             self.check_token_ids(facts),
             self.check_cut_off(facts),
+            self.check_finish_reason(facts),
             self.check_repeated_text(facts),
             self.check_samples(facts),
         ];
@@ -258,6 +268,26 @@ impl AnswerMonitor {
                 "{NOTE_AFTER} answers in a row were cut off at {} tokens: raise `sampling.max_tokens`; the \
                  next run then requests only these answers again",
                 facts.max_tokens
+            ))
+        })
+    }
+
+    /// Returns true if training leaves out the answer only because of its finish reason. Other checks cover truncated
+    /// answers.
+    fn is_left_out(&self, facts: &AnswerFacts) -> bool {
+        facts.status == Status::Ok
+            && !facts.is_cut_off
+            && !self.keep_finish_reasons.is_empty()
+            && !self.keep_finish_reasons.contains(&facts.finish_reason)
+    }
+
+    fn check_finish_reason(&mut self, facts: &AnswerFacts) -> Option<MonitorAlert> {
+        let is_left_out = self.is_left_out(facts);
+        (count_in_a_row(&mut self.not_kept, is_left_out) == NOTE_AFTER).then(|| {
+            MonitorAlert::Note(format!(
+                "{NOTE_AFTER} answers in a row have the finish reason `{}`, and `distill train` leaves them out: if they \
+                 are complete, add it to `data.keep_finish_reasons`",
+                sanitise(&facts.finish_reason)
             ))
         })
     }

@@ -20,7 +20,7 @@ pub(crate) fn is_full(error: &anyhow::Error) -> bool {
     causes.any(|error: &std::io::Error| {
         matches!(
             error.kind(),
-            ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge
         )
     })
 }

@@ -420,6 +420,7 @@ pub async fn probe(config: &Config) -> Result<ProbedEndpoints> {
     let (mut run_files, left_in_flight) =
         RunFiles::open(settings, cached_usd, Unanswered::default(), clock.clone())?;
     left_in_flight.warn();
+    run_files.hold_for_batches(journal::reserved_usd(&settings.run_dir)?);
     let mut endpoints = Vec::new();
     for (teacher, upstream) in upstreams {
         let findings =

@@ -55,6 +55,11 @@ impl RunFiles {
         Ok((run_files, left_in_flight))
     }
 
+    /// Reserves the cost of batches under way, which a command outside batch mode must leave in the budget.
+    pub(crate) fn hold_for_batches(&mut self, usd: f64) {
+        self.account.hold_for_batch(Dollars::at_least(usd));
+    }
+
     /// Returns the daily limit of the endpoint, with the requests that earlier runs sent.
     pub(crate) fn daily_limit(&mut self, upstream: &config::EndpointConfig) -> DailyLimit {
         daily_limit(&mut self.account, upstream, self.clock.now())

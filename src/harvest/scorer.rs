@@ -27,6 +27,7 @@ use crate::config;
 use crate::config::{Assignment, Compression, Config, PromptOrder, ScoredBy};
 use crate::data::text_scorer::TextScorer;
 use crate::exit::Exit;
+use crate::harvest::batch::journal;
 use crate::harvest::dispatch::Dispatcher;
 use crate::harvest::dispatch::ending::DispatchEnd;
 use crate::harvest::run_files::RunFiles;
@@ -139,9 +140,10 @@ impl EndpointScorer {
         // Harvest and scoring share one budget account.
         let cached_usd = harvest_cache.cost_when_opened() + lookup.cost_usd();
         let unanswered = Unanswered::load(&settings.run_dir)?;
-        let (run_files, left_in_flight) =
+        let (mut run_files, left_in_flight) =
             RunFiles::open(&harvest_settings, cached_usd, unanswered, clock)?;
         left_in_flight.warn();
+        run_files.hold_for_batches(journal::reserved_usd(&harvest_settings.run_dir)?);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()

@@ -89,7 +89,9 @@ pub(crate) fn is_signal_ignored(signal: i32) -> bool {
     }
 }
 
-/// Configures the process for training. Call it first in `main`, before any thread is started.
+/// Configures the process. Call it first in `main`, before any thread is started.
+///
+/// Ignores SIGXFSZ, so that a write beyond the limit of `ulimit -f` is an error, as on a full disk, and not a kill.
 ///
 /// Makes glibc keep large free blocks. Training takes its memory from an arena, but candle allocates
 /// from glibc: weights while they load, and everything that its own operations compute. Without this
@@ -104,6 +106,11 @@ pub fn configure() {
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+    }
+    // SAFETY: no other thread exists yet that could handle the signal.
+    #[cfg(unix)]
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
     const CANDLE_THREADS: &str = "CANDLE_NUM_THREADS";
     if std::env::var_os(CANDLE_THREADS).is_none() {

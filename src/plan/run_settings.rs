@@ -36,6 +36,8 @@ pub(crate) struct RunSettings {
     pub on_missing_logprobs: OnMissingLogprobs,
     /// True if `data.teacher_tokenizer` is set, so that logprobs whose tokens are given by id can be used.
     pub has_teacher_tokenizer: bool,
+    /// `data.keep_finish_reasons`; empty if the answers are not for training.
+    pub keep_finish_reasons: Vec<String>,
     /// Command-line flags that select this config, for commands that messages recommend.
     pub arguments: String,
     /// Reason why `distill train` with this config would not train on the answers; `None` if it would.
@@ -73,6 +75,7 @@ impl RunSettings {
             schedule: config.schedule.clone(),
             batch: config.batch.clone(),
             on_missing_logprobs: config.harvest.on_missing_logprobs,
+            keep_finish_reasons: config.data.keep_finish_reasons.clone(),
             has_teacher_tokenizer: config.data.teacher_tokenizer.is_some(),
             arguments: config.arguments(),
             before_training,
@@ -85,6 +88,7 @@ impl RunSettings {
             cache_dir: config::cache_dir(&run_dir),
             run_dir,
             cache,
+            keep_finish_reasons: Vec::new(),
             ..self.clone()
         }
     }

@@ -15,6 +15,7 @@ pub(crate) const ENDPOINT_VERSION: u32 = 1;
 
 /// `endpoint.json` in the run folder: the findings about every endpoint of the config.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(expecting = "the findings of `distill probe`")]
 pub struct ProbedEndpoints {
     pub version: u32,
     pub endpoints: Vec<ProbedEndpoint>,

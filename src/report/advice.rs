@@ -65,6 +65,20 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
         ),
     );
     step(
+        summary.not_kept * MIN_ANSWERS_PER_PROBLEM > answers,
+        format!(
+            "training leaves out {} of the answers because of their finish reason: add it to \
+             `data.keep_finish_reasons` if they are complete",
+            format_share(summary.not_kept, answers)
+        ),
+    );
+    step(
+        summary.ok + summary.cached == 0 && summary.quarantined > 0,
+        format!(
+            "none of the answers can be used for training: `distill cache show{config}` shows them"
+        ),
+    );
+    step(
         summary.without_logprobs * MIN_ANSWERS_PER_PROBLEM > answers,
         format!(
             "{} of the answers have no usable logprobs: `distill probe{config}` shows what the endpoint \

@@ -16,6 +16,7 @@ pub struct AnswerFacts {
     /// Quarantine reason; empty if the answer is ok.
     pub reason: String,
     pub is_cut_off: bool,
+    pub finish_reason: String,
     /// Name of the model in the reply.
     pub model: String,
     pub text_hash: u64,
@@ -54,6 +55,7 @@ impl AnswerFacts {
             is_cut_off: is_truncated(&record.answer.finish_reason),
             usage: record.usage,
             reason: record.reason,
+            finish_reason: record.answer.finish_reason,
             model: record.model,
             max_tokens,
             is_mock: is_mock(&record.fingerprint),

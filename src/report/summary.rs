@@ -66,6 +66,9 @@ pub struct HarvestSummary {
     pub without_logprobs_because: BTreeMap<String, u64>,
     /// Number of answers that `sampling.max_tokens` cut off.
     pub cut_off: u64,
+    /// Number of complete answers that training leaves out, because their finish reason is not in
+    /// `data.keep_finish_reasons`.
+    pub not_kept: u64,
     pub quarantines: BTreeMap<String, u64>,
     pub failures: BTreeMap<String, u64>,
     /// Use of the rate limits, by teacher.

@@ -219,6 +219,7 @@ fn messages_of_request(request: &Value) -> Option<Vec<Message>> {
 
 /// Line of a file of conversations. Unknown fields are ignored unless [`check_fields`] refuses them.
 #[derive(Deserialize)]
+#[serde(expecting = "a conversation: an object with `messages`")]
 struct ConversationLine {
     id: Option<Value>,
     messages: Vec<MessageLine>,

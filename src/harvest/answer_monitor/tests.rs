@@ -22,6 +22,7 @@ fn good(prompt: u32) -> AnswerFacts {
         status: Status::Ok,
         reason: String::new(),
         is_cut_off: false,
+        finish_reason: "stop".into(),
         model: "m".into(),
         text_hash: prompt.into(),
         text_bytes: 100,
@@ -122,6 +123,21 @@ fn unusable_answers_are_noted_and_stop_the_run() {
     };
     let alerts = alerts_of(monitor(OnMissingLogprobs::Stop), empty);
     check(alerts, &[(20, "empty: stop"), (30, "stop: 30 answers")]);
+}
+
+#[test]
+fn finish_reason_that_training_leaves_out_is_noted() {
+    let mut config = crate::config::Config::default();
+    config.teacher.model = "m".into();
+    let settings = RunSettings::new(&config).unwrap();
+    for (finish_reason, expected) in [("stop", &[][..]), ("", &[(20, "finish reason ``")])] {
+        let monitor = AnswerMonitor::from_settings(&upstream(), &settings);
+        let facts = |number| AnswerFacts {
+            finish_reason: finish_reason.into(),
+            ..good(number)
+        };
+        check(alerts_of(monitor, facts), expected);
+    }
 }
 
 #[test]

@@ -219,6 +219,16 @@ pub(crate) fn check_none_under_way(run_dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Returns the upper bound of the cost of the batches that have not ended, in US dollars.
+///
+/// # Errors
+/// If the journal is damaged.
+pub(crate) fn reserved_usd(run_dir: &Path) -> Result<f64> {
+    let journal = BatchJournal::load(run_dir)?;
+    let unfinished = journal.parts.iter().filter(|part| !part.is_done());
+    Ok(unfinished.map(|part| part.reserved_usd).sum())
+}
+
 /// Ends the parts whose batch was not created, so that their rows are sent in real time.
 pub(crate) fn drop_uncreated(run_dir: &Path) -> Result<()> {
     let mut journal = BatchJournal::load(run_dir)?;
@@ -246,7 +256,19 @@ impl BatchJournal {
     /// [`Exit::Damaged`] if the file cannot be parsed: the batches under way are unknown.
     pub(crate) fn load(run_dir: &Path) -> Result<BatchJournal> {
         let path = file(run_dir);
-        let mut journal = BatchJournal::default();
+        let mut journal = BatchJournal {
+            run_dir: run_dir.to_owned(),
+            ..BatchJournal::default()
+        };
+        if !path.exists() && journal.has_files() {
+            return Err(Exit::Damaged(format!(
+                "{} is missing, but {} holds the rows of batches that may be under way, and their answers would be \
+                 bought twice: restore {0}, or remove {1} if no batch is under way at the endpoint",
+                path.display(),
+                journal.folder().display()
+            ))
+            .into());
+        }
         if path.exists() {
             let text = crate::fs::read_to_string(&path)?;
             journal = serde_json::from_str(&text).map_err(|error| {
@@ -293,15 +315,25 @@ impl BatchJournal {
         self.run_dir.join("batches")
     }
 
+    /// Returns true if a folder of rows exists that is not empty.
+    fn has_files(&self) -> bool {
+        let folder = self.folder().read_dir();
+        folder.is_ok_and(|mut folder| folder.next().is_some())
+    }
+
     /// Writes the two files of a new part: the requests to upload, and a [`PartRow`] for each request. `entries` are
     /// the rows, each with its reserved budget in US dollars.
     pub(crate) fn write_rows(
-        &self,
+        &mut self,
         nonce: &str,
         plan: &Plan,
         upstream: usize,
         entries: &[(QueuedRow, f64)],
     ) -> Result<()> {
+        // Rows without a journal mean that the journal was lost.
+        if !file(&self.run_dir).exists() {
+            self.save()?;
+        }
         crate::fs::create_dir_all(&self.folder())?;
         let mut members = Vec::with_capacity(entries.len());
         crate::fs::write_with(&self.requests(nonce), |file| {
@@ -432,5 +464,10 @@ mod tests {
         let journal = r#"{"version":1,"parts":[{"nonce":"n","teacher":"t","endpoint":"e","rows":1,"tokens":2,"reserved_usd":0.5,"planned_at":3,"state":"created","batch":"b"},{"nonce":"n","teacher":"t","endpoint":"e","rows":1,"tokens":2,"reserved_usd":0.5,"planned_at":3,"state":"done","status":"completed"}]}"#;
         let parsed: BatchJournal = serde_json::from_str(journal).unwrap();
         assert_eq!(serde_json::to_string(&parsed).unwrap(), journal);
+
+        let run = tempfile::tempdir().unwrap();
+        assert_eq!(reserved_usd(run.path()).unwrap(), 0.0);
+        std::fs::write(file(run.path()), journal).unwrap();
+        assert_eq!(reserved_usd(run.path()).unwrap(), 0.5);
     }
 }

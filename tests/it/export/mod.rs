@@ -273,7 +273,14 @@ fn existing_export_is_replaced_only_with_force() {
         assert_eq!(report.rows, 2);
         assert_eq!(sorted_paths(dir.path()), std::slice::from_ref(&out));
 
-        // A folder that was not written by an export is not replaced, even with `force`.
+        // A file or a folder that was not written by an export is not replaced, even with `force`.
+        let notes = dir.path().join("notes");
+        for text in ["run_dir = 1\n", "{\"messages\":[{\"role\":\"user\"}]}\n"] {
+            fs::write(&notes, text).unwrap();
+            let error = write([Ok(sample(1))].into_iter(), format, &notes, &settings).unwrap_err();
+            assert_usage_error(&error, &["another path"]);
+            assert_eq!(fs::read_to_string(&notes).unwrap(), text);
+        }
         let folder = dir.path().join("folder");
         fs::create_dir(&folder).unwrap();
         fs::write(folder.join("thesis.tex"), "years of work").unwrap();
@@ -415,6 +422,26 @@ fn export_command_refuses_bad_arguments_before_writing() {
     );
 }
 
+/// A shell's `ulimit -f` sends SIGXFSZ, which would end the process.
+#[cfg(unix)]
+#[test]
+fn export_beyond_the_limit_of_file_sizes_is_an_error() {
+    let dir = write_cache((0..200).map(sample).collect());
+    let output = std::process::Command::new("sh")
+        .args([
+            "-c",
+            "ulimit -f 8; exec \"$0\" cache export --to trl --dir cache -o a.jsonl",
+        ])
+        .arg(env!("CARGO_BIN_EXE_distill"))
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(errors.contains("could not write a.jsonl"), "{errors}");
+    assert_eq!(sorted_paths(dir.path()).len(), 1);
+}
+
 #[cfg(unix)]
 #[test]
 fn export_writes_to_a_pipe_and_reports_on_stderr() {
@@ -445,7 +472,7 @@ fn export_follows_links_but_not_into_the_cache() {
     let dir = write_cache(vec![sample(0)]);
     let [target, link, into_cache] =
         ["target", "link", "into-cache"].map(|name| dir.path().join(name));
-    fs::write(&target, "old").unwrap();
+    fs::write(&target, "{\"prompt\":[],\"completion\":[]}\n").unwrap();
     symlink(&target, &link).unwrap();
     symlink(dir.path().join("cache/responses.jsonl"), &into_cache).unwrap();
     let export = |out| {
@@ -456,7 +483,8 @@ fn export_follows_links_but_not_into_the_cache() {
     };
     assert!(export("link").status.success());
     assert!(link.is_symlink());
-    assert!(fs::read_to_string(&target).unwrap().contains("completion"));
+    let exported = fs::read_to_string(&target).unwrap();
+    assert!(exported.contains("assistant"), "{exported}");
     let output = export("into-cache");
     assert_eq!(output.status.code(), Some(2));
     let errors = String::from_utf8(output.stderr).unwrap();

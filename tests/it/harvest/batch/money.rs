@@ -118,6 +118,34 @@ async fn batch_size_is_reduced_to_fit_the_budget() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn lost_journal_of_a_batch_under_way_stops_the_run() {
+    let mut simulated = simulated_run("[answers]\ntokens = 16", 20, priced);
+    let (_sender, receiver) = unbounded_channel();
+    let kill_after = Some(Duration::from_secs(100));
+    let killed = harvest_with(&simulated, Duration::ZERO, kill_after, receiver).await;
+    assert!(killed.unwrap().is_none());
+    let run_dir = simulated.run.config.run_dir.clone();
+    let journal = run_dir.join("batches.json");
+    let content = std::fs::read(&journal).unwrap();
+    std::fs::remove_file(&journal).unwrap();
+    for mode in [RequestMode::Batch, RequestMode::Realtime] {
+        simulated.run.config.schedule.mode = mode;
+        let (_sender, receiver) = unbounded_channel();
+        let result = harvest_with(&simulated, Duration::ZERO, None, receiver).await;
+        let error = result.unwrap_err();
+        assert_eq!(distill::exit::Exit::code_of(&error), 5, "{error}");
+        assert!(
+            error.to_string().contains("batches.json is missing"),
+            "{error}"
+        );
+    }
+    std::fs::write(&journal, content).unwrap();
+    simulated.run.config.schedule.mode = RequestMode::Batch;
+    assert_eq!(harvest(&simulated).await.ok, 20);
+    assert_eq!(simulated.mock.stats().billed.answers, 20);
+}
+
+#[tokio::test(start_paused = true)]
 async fn batch_reservation_survives_a_kill() {
     // Every answer costs as much as is reserved for it, and the budget covers 30 answers.
     let budget_usd = 30.5 * 16.0 * 4.0 / 1e6 / 2.0;
