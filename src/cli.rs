@@ -259,7 +259,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "name", "batch_size", "queue"])]
     pub mock: Option<PathBuf>,
     /// Address to listen on; the server does not authenticate clients
-    #[arg(long, default_value_t = Ipv4Addr::LOCALHOST.into())]
+    #[arg(long, default_value_t = Ipv4Addr::LOCALHOST.into(), value_parser = parse_host)]
     pub host: IpAddr,
     /// Port to listen on; 0 selects a free port
     #[arg(long, default_value_t = 8000)]
@@ -273,6 +273,15 @@ pub struct ServeArgs {
     /// Maximum number of waiting answers; further requests get 503
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub queue: usize,
+}
+
+/// Parses an IP address or `localhost`.
+fn parse_host(text: &str) -> Result<IpAddr, String> {
+    if text == "localhost" {
+        return Ok(Ipv4Addr::LOCALHOST.into());
+    }
+    let invalid = |_| "expected an IP address of this machine, such as 127.0.0.1".to_owned();
+    text.parse().map_err(invalid)
 }
 
 #[derive(Debug, Clone, Args)]

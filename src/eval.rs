@@ -84,6 +84,14 @@ pub(crate) fn run(
             dir.display()
         )));
     }
+    if let Some(cache) = &config.eval.teacher_cache
+        && !crate::cache::exists(cache)
+    {
+        bail!(Exit::Usage(format!(
+            "`eval.teacher_cache` = {} holds no cache: set it to the cache folder of a harvest of held-out prompts",
+            cache.display()
+        )));
+    }
     let model = Model::load(&dir)?;
     let mut tokenizer = Tokenizer::load(&dir)?;
     // The rows of `eval.source` have no record, so without a fixed date their prompts are dated today.

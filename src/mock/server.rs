@@ -29,7 +29,7 @@ pub struct MockServer {
 pub fn start(script: Script, host: IpAddr, port: u16) -> Result<MockServer> {
     let address = SocketAddr::new(host, port);
     let listener = TcpListener::bind(address)
-        .with_context(|| format!("cannot listen on {address}; choose another port"))?;
+        .with_context(|| format!("cannot listen on {address}; choose another --port or --host"))?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     let mut runtime = match script.threads {

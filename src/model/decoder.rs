@@ -204,6 +204,12 @@ pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
             dir.display()
         )));
     }
+    if !dir.join("config.json").exists() {
+        bail!(Exit::Usage(format!(
+            "{} has no config.json: give the path of a Hugging Face model folder",
+            dir.display()
+        )));
+    }
     let config = ModelConfig::load(dir)?;
     let load_tensors = || {
         let stored_names = config.stored_names();

@@ -164,7 +164,7 @@ impl HarvestSummary {
     /// Formats the cost, as in `$1.20 measured + at most $0.03 estimated`, and the use of the budget.
     fn cost_text(&self) -> String {
         let Some(measured) = self.cost_usd else {
-            return "no price is set".into();
+            return "no price is set (`price.input` and `price.output`)".into();
         };
         let mut text = format!("{} measured", format_dollars(measured));
         if let Some(estimated) = self.estimated_usd.filter(|estimated| *estimated > 0.0) {
@@ -193,7 +193,7 @@ fn estimate_rows(summary: &HarvestSummary, estimate: &Estimate) -> Vec<[String; 
             format_dollars(max),
             likely(estimate.likely_cost_usd.map(format_dollars))
         ),
-        None => "no price is set".into(),
+        None => "no price is set (`price.input` and `price.output`)".into(),
     };
     let time = match (&estimate.batches, estimate.minutes) {
         (Some(batches), _) => batch_time(batches),

@@ -117,7 +117,7 @@ pub fn start(model_dir: &Path, options: ServeOptions) -> Result<Server> {
     let address = SocketAddr::new(options.host, options.port);
     // Bind before loading the model: loading is slow, and a port in use is a common error.
     let listener = TcpListener::bind(address)
-        .with_context(|| format!("cannot listen on {address}; choose another port"))?;
+        .with_context(|| format!("cannot listen on {address}; choose another --port or --host"))?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     let model = Model::load(model_dir)?;

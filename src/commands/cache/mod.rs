@@ -305,10 +305,11 @@ pub fn show(dir: &Path, selector: Option<&str>, limit: usize, json: bool) -> Res
         && shown.is_empty()
         && limit > 0
     {
-        return Err(anyhow!(
+        let message = format!(
             "no record has the prompt id `{}` or a key that starts with it",
             sanitise(selector)
-        ));
+        );
+        return Err(Exit::Usage(message).into());
     }
     if json {
         return print_json(&json!({ "version": VERSION, "records": shown }));
