@@ -33,7 +33,7 @@ pub(crate) struct OpenFile {
 pub(crate) enum FileChange {
     /// The file was moved to this path.
     Moved(PathBuf),
-    /// The file was deleted; `is_replaced` is true if another file is at its path.
+    /// The file was deleted, or moved to an unknown path; `is_replaced` is true if another file is at its path.
     Removed { is_replaced: bool },
     /// The file was truncated to a length of `bytes`.
     Truncated { bytes: u64 },
@@ -80,8 +80,8 @@ impl OpenFile {
         }
     }
 
-    /// Determines where lines are appended after `change` of a file of `length` bytes. For a moved file, writes a note
-    /// of the new path; after any other change, creates a rescue file, with the content of the file if it was removed.
+    /// Handles `change`, made to the file when it had `length` bytes. For a moved file, writes a note of the new path;
+    /// after any other change, creates a rescue file, with the content of the file if it was removed.
     ///
     /// Returns the error to report, and the rescue file: `None` if appending continues in the moved file, or `Err` if
     /// the rescue file could not be written.
@@ -110,7 +110,17 @@ impl OpenFile {
         match rescue(self, rescued_bytes, &rescue_dir) {
             Ok(rescue_file) => (displaced, Ok(Some(rescue_file))),
             Err(error) => {
-                let text = format!("{displaced}; but writing the rescue file failed: {error:#}");
+                let event = match change {
+                    FileChange::Truncated { .. } => "was truncated",
+                    FileChange::Extended { .. } => "was extended by another program",
+                    FileChange::Moved(_) | FileChange::Removed { .. } => "was removed or replaced",
+                };
+                let text = format!(
+                    "{} {event} during this run, and its answers could not be written to {}: {error:#}; no further \
+                     request is sent",
+                    self.path.display(),
+                    rescue_dir.display()
+                );
                 (DisplacedFile(text), Err(()))
             }
         }

@@ -28,7 +28,7 @@ pub(crate) fn run(args: &ExportArgs, global: &GlobalArgs) -> Result<()> {
     let format = export_format(args.to);
     if args.tokenizer.is_some() && format != Format::Axolotl {
         bail!(Exit::Usage(
-            "--tokenizer is only for `--to axolotl`, because the other formats contain text: omit --tokenizer"
+            "--tokenizer is only for `--to axolotl`, the only format with token ids: omit --tokenizer"
                 .into()
         ));
     }
@@ -114,8 +114,7 @@ fn load_source(
 fn check_outside(out: &Path, cache: &Path) -> Result<()> {
     let absolute = std::path::absolute(crate::fs::follow_link(out))?;
     let parent = absolute.parent().unwrap_or(&absolute);
-    // If one of the folders does not exist, no file of the cache can be replaced: most exports fail later, and `hf`
-    // creates a new folder.
+    // If one of the two folders does not exist, the export cannot replace a file of the cache.
     let (Ok(parent), Ok(cache)) = (parent.canonicalize(), cache.canonicalize()) else {
         return Ok(());
     };

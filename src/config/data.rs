@@ -113,7 +113,7 @@ pub fn cache_dir(run_dir: &Path) -> PathBuf {
     run_dir.join("cache")
 }
 
-/// Returns the folder in `run_dir` in which the endpoint's scores of the student's answers are stored.
+/// Returns the folder in `run_dir` with the teacher's logprobs of answers that the student wrote in on-policy training.
 pub fn scores_dir(run_dir: &Path) -> PathBuf {
     run_dir.join("judged")
 }

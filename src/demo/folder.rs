@@ -1,5 +1,6 @@
-//! The run folder of the demo. The demo overwrites only files that it wrote itself. In the folder of an earlier
-//! version, which has no `demo.json`, it first copies a file that it cannot recognise.
+//! The run folder of the demo. The demo overwrites only files that it wrote itself. There is one exception: the folders
+//! of the first versions have no `demo.json`, so a file with unknown content is copied to `NAME.previous` before it is
+//! replaced.
 //!
 //! `demo.json` holds the hash of every content that the demo has written to each file. It is updated before the file,
 //! so that a demo that was killed at any moment recognises its own files and resumes.
@@ -34,7 +35,7 @@ pub(super) struct Sizes {
 #[derive(Serialize, Deserialize)]
 struct Manifest {
     version: u32,
-    /// `None` if an earlier version wrote the manifest.
+    /// `None` in the manifests of versions that did not record the sizes.
     #[serde(default)]
     sizes: Option<Sizes>,
     /// Hashes of all contents that the demo has written, by file.
@@ -62,7 +63,7 @@ impl DemoFolder {
             };
             let mut files = BTreeMap::new();
             if shipped.iter().all(is_shipped) {
-                // Earlier versions wrote no manifest. `write` keeps a copy of what it replaces.
+                // The first versions wrote no manifest. `write` keeps a copy of what it replaces.
                 files = shipped_hashes(shipped);
             } else {
                 check_is_empty(dir)?;
@@ -129,10 +130,12 @@ impl DemoFolder {
             );
         }
         let is_new = hashes.insert(hash(bytes));
-        fs::create_dir_all(path.parent().unwrap_or(&self.dir))?;
+        // The manifest first: a folder without it is refused.
+        fs::create_dir_all(&self.dir)?;
         if is_new {
             self.save_manifest()?;
         }
+        fs::create_dir_all(path.parent().unwrap_or(&self.dir))?;
         if existing.as_deref() != Some(bytes) {
             fs::write_atomic(&path, bytes)?;
         }

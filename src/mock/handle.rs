@@ -127,7 +127,7 @@ impl Mock {
         let response = match faults::error_response(fault, self.wall_now()) {
             Some(response) => response,
             None => {
-                // There is no response, so the request is billed before the client gives up.
+                // The next line never ends, so this request is billed here and not below.
                 guard.bill(billed);
                 std::future::pending().await
             }

@@ -46,8 +46,8 @@ impl Decoder {
     /// Builds a decoder from `tensors`. Tensors that are variables are trainable.
     ///
     /// # Errors
-    /// Where a tensor is missing or its shape does not match `config` (the error names the first such tensor), or one
-    /// of the two weights of an adapter is missing.
+    /// Where a tensor is missing or its shape does not match `config`; the error names the first such tensor. Where a
+    /// LoRA adapter has only one of its two weights.
     pub(crate) fn new(config: &ModelConfig, tensors: &Tensors) -> Result<Self> {
         let weights = CheckedWeights::new(config, tensors)?;
         let new_layer = |index| {
@@ -182,7 +182,7 @@ impl ModelConfig {
     /// Converts weights from the layout in memory to the layout of the files.
     ///
     /// # Errors
-    /// Where a weight that the files combine with others is missing.
+    /// Where one of several weights that the files store as one tensor is missing, such as queries, keys and values.
     pub fn to_file_layout(&self, tensors: &Tensors) -> Result<Tensors> {
         match self.architecture {
             Architecture::Llama(_) => Ok(tensors.clone()),
@@ -225,7 +225,7 @@ pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
         weights::check_layers(&loaded.unused, config.num_hidden_layers)?;
         if !loaded.unused.is_empty() {
             tracing::warn!(
-                "unused tensors in {} (a {} model does not have them): {}",
+                "unused tensors in {} (a {} model with this config.json does not have them): {}",
                 dir.display(),
                 config.model_type(),
                 weights::name_patterns(&loaded.unused).join(", ")

@@ -16,9 +16,10 @@ impl MappedFile {
     /// # Errors
     /// If the system cannot map it.
     pub(crate) fn new(file: &File) -> io::Result<Self> {
-        // SAFETY: the bytes behind the slice do not change, because our own files are written
-        // under a temporary name and renamed (`crate::fs`). If another program truncates the file,
-        // this process is terminated by a signal, as with any program that maps files.
+        // SAFETY: the bytes behind the slice must not change. Our own files are replaced by renames
+        // (`crate::fs`); for the model folders of others, this relies on no program overwriting them
+        // in place meanwhile. If another program truncates the file, this process is terminated by
+        // a signal, as with any program that maps files.
         let map = unsafe { memmap2::Mmap::map(file)? };
         Ok(Self(map))
     }

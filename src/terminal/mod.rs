@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sanitise_escapes_control_characters_only() {
+    fn sanitise_escapes_only_control_and_direction_characters() {
         let cases = [
             (
                 "plain text,\n\ttab, ä 日本 🦀",

@@ -43,7 +43,7 @@ pub mod trainable;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::config::{Config, ScoredBy, TrainConfig};
 use crate::data::align::Mapper;
@@ -235,9 +235,21 @@ fn train(
     }
     let session_start = Instant::now();
     let earlier_tokens = tokens;
-    // The cast shortens the lifetime of the trait object to that of the tokenizer.
-    let scorer = scorer.map(|scorer| scorer as &mut dyn TextScorer);
-    let mut on_policy = on_policy_generator(config, &selection, &tokenizer, scorer)?;
+    let needs_scorer = settings.on_policy && config.on_policy.judge != ScoredBy::Local;
+    let remote = match scorer.filter(|_| needs_scorer) {
+        Some(scorer) => Some(RemoteTeacher::new(
+            scorer,
+            Mapper::new(&tokenizer, config.data.top_logprobs),
+            dataset::prompts(&config.data, &config.run_dir, &selection)?,
+        )),
+        None if needs_scorer => {
+            bail!("internal error: `train.on_policy` without a teacher to score answers")
+        }
+        None => None,
+    };
+    let mut on_policy = settings
+        .on_policy
+        .then(|| OnPolicy::new(&config.on_policy, settings, &tokenizer, remote));
     let mut stepper = Stepper::new(
         settings,
         &config.loss,
@@ -404,30 +416,6 @@ fn train(
         teacher.save(&config.run_dir, config.student.save_dtype, &tokenizer)?;
     }
     Ok(summary)
-}
-
-/// Creates the generator of the student's answers; None without `train.on_policy`.
-fn on_policy_generator<'a>(
-    config: &'a Config,
-    selection: &Selection,
-    tokenizer: &'a Tokenizer,
-    scorer: Option<&'a mut dyn TextScorer>,
-) -> Result<Option<OnPolicy<'a>>> {
-    if !config.train.on_policy {
-        return Ok(None);
-    }
-    let remote = if config.on_policy.judge == ScoredBy::Local {
-        None
-    } else {
-        Some(RemoteTeacher::new(
-            scorer
-                .context("internal error: `train.on_policy` without a teacher to score answers")?,
-            Mapper::new(tokenizer, config.data.top_logprobs),
-            dataset::prompts(&config.data, &config.run_dir, selection)?,
-        ))
-    };
-    let on_policy = OnPolicy::new(&config.on_policy, &config.train, tokenizer, remote);
-    Ok(Some(on_policy))
 }
 
 /// Returns the number of steps: `train.steps` or, if it is not set, the number (at least 1) that `train.epochs` needs.

@@ -21,7 +21,7 @@ pub struct SoftLabelChoice {
     ///
     /// [`is_exact_sample`]: crate::train::loss::position::PositionTarget::is_exact_sample
     pub terms: Option<[SoftTerm; 2]>,
-    /// The token that ends an answer, which may have no logprobs; None with a local teacher.
+    /// The token that ends an answer. The teacher's logprobs may not include it. None with a local teacher.
     pub end: Option<EndToken>,
     /// Notes for the user.
     pub notes: Vec<String>,
@@ -43,13 +43,13 @@ pub(crate) fn check_tokenizer(tokenizer: &Tokenizer) -> Result<()> {
     )))
 }
 
-/// Returns the weight of a term if `loss.kd_weight` is not set: the best weight in the measurements of
-/// `tests/bench/softlabels.sh`.
+/// Returns the weight of a term if `loss.kd_weight` is not set. For the damped and the tail term it is the best weight
+/// in the measurements of `tests/bench/softlabels.sh`.
 pub(crate) fn default_weight(divergence: Divergence) -> f32 {
     match divergence {
-        // The damped term already contains the cross-entropy on the emitted token.
+        // The damped term already trains emitted tokens outside the top-k.
         Divergence::Damped(_) => 1.0,
-        // Only cross-entropy distinguishes the tokens of the tail.
+        // This term treats all tokens outside the top-k as one; only the cross-entropy distinguishes them.
         Divergence::Tail => 0.8,
         _ => 0.5,
     }
@@ -114,8 +114,8 @@ pub fn choose(
     }
     if report.ends_listed < report.ends {
         choice.notes.push(format!(
-            "{} of {} end tokens of answers have no logprobs: they are trained by cross-entropy, and excluded from the \
-             soft labels of their answers",
+            "{} of {} end tokens of answers have no logprobs: they are trained by cross-entropy, and the soft \
+             labels of other positions are compared without them",
             format_count(report.ends - report.ends_listed),
             format_count(report.ends)
         ));
@@ -176,14 +176,14 @@ pub fn choose(
             format_count(with_soft_labels)
         ))?,
         KdMode::Unbiased | KdMode::Damped if is_too_sharp => refuse(format!(
-            "`loss.kd = \"{name}\"` needs exact samples of the logprobs, but these answers were sampled at a lower \
-             temperature: {}. Set `loss.kd` to \"tail\"",
+            "`loss.kd = \"{name}\"` needs exact samples of the logprobs, but these answers were sampled from a sharper \
+             distribution, at a lower temperature or with a top_p: {}. Set `loss.kd` to \"tail\"",
             top1_evidence(&report.logprob_check.exact)
         ))?,
         KdMode::Unbiased | KdMode::Damped if misses_tail => refuse(format!(
             "`loss.kd = \"{name}\"` needs answers with tokens from outside the top-k, and these are missing: {}. \
-             The server truncates its sampling (top_k, top_p, min_p), or lists the emitted token in place of \
-             another one. Set `loss.kd` to \"tail\"",
+             The server truncates its sampling (top_k, top_p, min_p), or replaces a token of the top-k by the \
+             emitted token. Set `loss.kd` to \"tail\"",
             tail_evidence(&report.logprob_check.in_top_k)
         ))?,
         _ => {}
@@ -250,13 +250,16 @@ impl SoftLabelChoice {
         } else {
             "top-k"
         };
+        if has_local_teacher && inexact_term.weight == 1.0 {
+            return format!("the teacher's {labels} ({terms})");
+        }
         format!("cross-entropy and the teacher's {labels} ({terms})")
     }
 }
 
 fn tail_evidence(in_top_k: &Agreement) -> String {
     format!(
-        "{:.2} % of {} emitted tokens are outside the top-k, which has {:.2} % of the probability",
+        "{:.2} % of {} emitted tokens are outside the top-k, where {:.2} % are expected",
         100.0 * (1.0 - in_top_k.rate()),
         format_count(in_top_k.positions),
         100.0 * (1.0 - in_top_k.expected())

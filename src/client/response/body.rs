@@ -55,7 +55,8 @@ fn completion<L>(
     let choice = first_with_content(body.choices.unwrap_or_default());
     let error = is_error(&body.error).then(|| ApiError::from_value(&body.error));
     let is_filtered = error.as_ref().is_some_and(ApiError::is_content_filter);
-    // Text is an answer even if the body also contains an error.
+    // Despite an error, text is an answer unless its finish reason is `error`. With the error of a content filter, any
+    // choice is an answer.
     let is_answer = choice.as_ref().is_some_and(|choice| {
         is_filtered || has_content(choice) && reason(&choice.finish_reason) != "error"
     });
@@ -219,7 +220,8 @@ fn take_usage(usage: Value, extra: &mut Map<String, Value>) -> Value {
     alternatives.unwrap_or(usage)
 }
 
-/// Returns true if a content filter of Azure or Google refused the prompt. Such a body has no choices.
+/// Returns true if a body without choices has a field in which Azure or Google reports that a content filter refused
+/// the prompt. Bodies with choices may have the field too.
 fn is_blocked(extra: &Map<String, Value>) -> bool {
     let names = ["prompt_filter_results", "promptFeedback", "prompt_feedback"];
     names.iter().any(|name| extra.contains_key(*name))

@@ -136,7 +136,7 @@ fn largest_counts(value: &Value) -> Usage {
 
 /// Raises the counts of `usage` to the largest counts in `extra`, the remaining fields of a body.
 pub(crate) fn raise_to_counts_in(usage: &mut Usage, extra: &Map<String, Value>) {
-    // An answer, or the request, may contain an example of token counts.
+    // The text in these fields may contain JSON that looks like token counts.
     let other_fields = extra
         .iter()
         .filter(|(name, _)| !["message", "choice", "request"].contains(&name.as_str()));
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn usage_is_parsed_in_every_spelling() {
+    fn usage_is_parsed_in_the_spellings_of_providers() {
         let cases = [
             (
                 json!({"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}),

@@ -1,8 +1,8 @@
 //! OpenAI's file and batch API, on a virtual clock.
 //!
 //! Nothing runs in the background: the state of a batch is a function of time, which is computed when a request
-//! arrives. A batch that has ended is billed at the next request other than a chat completion, or when the counts are
-//! read.
+//! arrives. A batch that has ended is billed when the mock's statistics are read, or at the next request that is not a
+//! chat completion.
 //!
 //! | file | content |
 //! |---|---|
@@ -182,6 +182,7 @@ impl BatchStore {
         let endpoint = required("endpoint")?;
         let completion_window = required("completion_window")?;
         let window_s = parse_window(&completion_window).ok_or_else(|| {
+            // The message of OpenAI. The mock accepts other windows too.
             let message =
                 format!("Invalid value: '{completion_window}'. Supported values are: '24h'.");
             MockReply::bad_field("completion_window", &message, "invalid_value")

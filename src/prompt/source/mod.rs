@@ -1,12 +1,13 @@
 //! Reads the rows of a prompt file of any supported format.
 //!
-//! | file | content |
+//! | module | reads |
 //! |---|---|
 //! | `text` | one row per line: plain text or a JSON object |
 //! | `json` | an array of JSON objects, or one object per line |
 //! | `table` | CSV and TSV |
 //! | `parquet` | Parquet, with the feature `parquet` |
-//! | `rows` | the callback for each row |
+//!
+//! `rows` has the type of the callback for each row.
 
 pub(crate) mod json;
 #[cfg(feature = "parquet")]
@@ -27,8 +28,8 @@ use crate::prompt::source::rows::{OnRow, usage};
 /// except Parquet may be compressed with gzip; their names have `.gz` after the suffix.
 ///
 /// # Errors
-/// [`Exit::Usage`](crate::exit::Exit::Usage) if the file cannot be read or does not match the format, with the line
-/// where it is known; and the errors of `on_row`.
+/// [`Exit::Usage`](crate::exit::Exit::Usage) if the file cannot be read or does not match the format; the message names
+/// the line if it is known. The errors of `on_row` as well.
 pub(crate) fn read(path: &Path, on_row: OnRow<'_>) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let name = name.to_lowercase();

@@ -13,8 +13,8 @@ use crate::rate_limit::redis::rules::{Arguments, KEY_COUNT, REPLY_LENGTH};
 /// Timeout for connecting, and for a reply.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-const ADDRESS_HINT: &str = "write it as \"redis://user:password@host:6379/0\" (`rediss` for TLS), with \
-                            special characters of the password percent-encoded, such as %40";
+const ADDRESS_HINT: &str = "write it as \"redis://user:password@host:6379/0\" (`rediss` for TLS), and \
+                            percent-encode special characters of the password, such as @ as %40";
 
 /// Connection that is opened again after an error.
 pub(crate) struct Connection {

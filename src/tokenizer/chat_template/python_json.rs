@@ -10,8 +10,8 @@ use serde_json::ser::Formatter;
 /// Maximum indent, which limits the size of the result.
 const MAX_INDENT: usize = 16;
 
-/// Filter `tojson(value, ensure_ascii=False, indent=None, separators=None, *, sort_keys=False)`, with the arguments and
-/// the output of `transformers`.
+/// Filter `tojson(value, ensure_ascii=False, indent=None, separators=None, *, sort_keys=False)`, with the output of
+/// `transformers`. Unlike there, `sort_keys` must be named, and the indent is at most [`MAX_INDENT`].
 pub(crate) fn tojson(args: &[Value]) -> Result<Value, Error> {
     type Arguments<'a> = (
         &'a Value,

@@ -246,7 +246,7 @@ fn several_rows_on_one_line_are_split() {
 }
 
 #[test]
-fn truncated_line_fails_only_its_own_row() {
+fn truncated_row_does_not_affect_the_next_row_on_its_line() {
     let complete = r#"{"id":"x","custom_id":"b","response":{"status_code":200,"body":{"id":"y","choices":[{"message":{"content":"b"}}]}}}"#;
     for broken in [
         r#"{"id":"x","custom_id":"a","response":{"status_code":200,"body":{"choices":[{"mess"#,
