@@ -6,6 +6,7 @@
 //! last upper bound, which the next run counts as spent.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -54,18 +55,19 @@ impl From<Usage> for UnpricedTokens {
     }
 }
 
-/// Dollars spent, and tokens used while no price was set.
+/// Dollars spent, and tokens used while no price was set. A line of the log has the same fields. The dollars are required:
+/// without them a damaged file would read as zero.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(expecting = "an amount of the budget")]
 pub struct Spent {
     /// Cost of the usage that endpoints reported.
     pub measured_usd: Dollars,
     /// Upper bounds of the cost of attempts that may have been billed, of answers without usage, and of requests in
     /// flight at a kill.
     pub estimated_usd: Dollars,
-    #[serde(skip_serializing_if = "UnpricedTokens::is_none")]
+    #[serde(default, skip_serializing_if = "UnpricedTokens::is_none")]
     pub measured_tokens: UnpricedTokens,
-    #[serde(skip_serializing_if = "UnpricedTokens::is_none")]
+    #[serde(default, skip_serializing_if = "UnpricedTokens::is_none")]
     pub estimated_tokens: UnpricedTokens,
 }
 
@@ -89,7 +91,6 @@ impl Spent {
 
 /// Content of `ledger.json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
 pub struct Ledger {
     version: u32,
     #[serde(flatten)]
@@ -97,13 +98,17 @@ pub struct Ledger {
     /// Upper bound for the requests in flight; zero after a clean end of a run.
     pub in_flight: InFlight,
     /// Number of attempts that may have been billed without an answer, including the requests in flight at a kill.
+    #[serde(default)]
     pub attempts_lost: u64,
     /// Largest ratio of the cost of an answer to its upper bound, or 0 if no answer has cost more than its bound.
+    #[serde(default)]
     pub excess: f64,
     /// Numbers of requests of the last day by endpoint, as pairs of the start of a time slot and the number of requests
     /// in it.
+    #[serde(default)]
     pub day: BTreeMap<String, Vec<(Timestamp, u64)>>,
     /// Number of the log with the amounts spent after this ledger was written.
+    #[serde(default)]
     pub log: u64,
 }
 
@@ -202,40 +207,6 @@ pub(crate) fn read_only(run_dir: &Path) -> Result<(Ledger, bool)> {
     Ok((ledger, has_measured_cost))
 }
 
-/// Version of a ledger file, which is read before its other fields.
-#[derive(Deserialize)]
-#[serde(expecting = "the budget account of a run folder")]
-struct LedgerVersion {
-    version: u32,
-}
-
-/// Fields that every ledger of a version has. Without them, the amount spent would be read as zero.
-const REQUIRED_FIELDS: [(u32, &str); 3] =
-    [(1, "estimated_usd"), (1, "in_flight"), (2, "measured_usd")];
-
-/// A line of the log. Unlike in [`Spent`], the amounts are required.
-#[derive(Deserialize)]
-#[serde(expecting = "an amount of the budget")]
-struct LogLine {
-    measured_usd: Dollars,
-    estimated_usd: Dollars,
-    #[serde(default)]
-    measured_tokens: UnpricedTokens,
-    #[serde(default)]
-    estimated_tokens: UnpricedTokens,
-}
-
-impl From<LogLine> for Spent {
-    fn from(line: LogLine) -> Spent {
-        Spent {
-            measured_usd: line.measured_usd,
-            estimated_usd: line.estimated_usd,
-            measured_tokens: line.measured_tokens,
-            estimated_tokens: line.estimated_tokens,
-        }
-    }
-}
-
 impl LedgerFiles {
     /// Opens and locks the account of the run folder. The flag has the same meaning as in `read_only`.
     ///
@@ -264,30 +235,30 @@ fn load(run_dir: &Path) -> Result<(Ledger, bool)> {
         return Ok((Ledger::default(), false));
     }
     let text = crate::fs::read_to_string(&path)?;
-    let damaged = |problem: &dyn std::fmt::Display| {
+    let damaged = |problem: &dyn Display| {
         Exit::Damaged(format!(
             "{} is damaged ({problem}): restore it from a backup, or delete it if only the answers in the cache \
              need to count against the budget and the daily limit",
             path.display()
         ))
     };
-    let LedgerVersion { version } = serde_json::from_str(&text).map_err(|error| damaged(&error))?;
-    if version > VERSION {
+    let mut fields: Map<String, Value> =
+        serde_json::from_str(&text).map_err(|error| damaged(&error))?;
+    let version = fields.get("version").and_then(Value::as_u64);
+    let version = version.ok_or_else(|| damaged(&"it has no version"))?;
+    if version > u64::from(VERSION) {
         return Err(Exit::Damaged(format!(
             "{} has version {version}, which a newer distill wrote: update distill",
             path.display()
         ))
         .into());
     }
-    let fields: Map<String, Value> =
-        serde_json::from_str(&text).map_err(|error| damaged(&error))?;
-    for (since, name) in REQUIRED_FIELDS {
-        if version >= since && !fields.contains_key(name) {
-            return Err(damaged(&format_args!("missing field `{name}`")).into());
-        }
+    let has_measured_cost = version == u64::from(VERSION);
+    if !has_measured_cost {
+        fields.insert("measured_usd".into(), 0.into());
     }
-    let ledger: Ledger = serde_json::from_str(&text).map_err(|error| damaged(&error))?;
-    Ok((ledger, version == VERSION))
+    let ledger = serde_json::from_value(Value::Object(fields)).map_err(|error| damaged(&error))?;
+    Ok((ledger, has_measured_cost))
 }
 
 /// Reads the entries of a log. Skips an incomplete last line, which a kill during `append` leaves.
@@ -299,8 +270,7 @@ fn read_log(run_dir: &Path, number: u64) -> Result<Vec<Spent>> {
     let text = crate::fs::read(&path)?;
     let lines = text.split_inclusive(|byte| *byte == b'\n');
     let complete_lines = lines.filter(|line| line.ends_with(b"\n"));
-    let entries: Result<Vec<LogLine>, _> = complete_lines.map(serde_json::from_slice).collect();
-    let entries = entries.map(|lines| lines.into_iter().map(Spent::from).collect());
+    let entries: Result<Vec<Spent>, _> = complete_lines.map(serde_json::from_slice).collect();
     entries.map_err(|error| {
         let message = format!(
             "{} is damaged ({error}): restore it from a backup, or delete it if its amounts need not count against \

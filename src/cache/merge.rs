@@ -109,11 +109,7 @@ fn check_source(into: &Path, source: &Path) -> Result<()> {
     if !exists(source) {
         return Err(super::not_found(source));
     }
-    let is_same = match (into.canonicalize(), source.canonicalize()) {
-        (Ok(into), Ok(source)) => into == source,
-        _ => false,
-    };
-    if is_same {
+    if crate::fs::is_same(into, source) {
         let message = format!("{} cannot be merged into itself", source.display());
         return Err(Exit::Usage(message).into());
     }

@@ -1,5 +1,6 @@
 //! `distill cache export`: writes the cache in the format of another trainer.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -62,7 +63,8 @@ pub(crate) fn run(args: &ExportArgs, global: &GlobalArgs) -> Result<()> {
     };
     // A program that reads the export from a pipe must not read the counts as well.
     if crate::fs::is_stream(&args.out) {
-        eprint!("{text}");
+        // `eprint!` would panic if stderr is closed.
+        let _ = write!(std::io::stderr(), "{text}");
         return Ok(());
     }
     print(&text)

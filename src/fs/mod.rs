@@ -24,6 +24,6 @@ pub(crate) use atomic::{create_with, follow_link, is_stream, write_with};
 pub use lines::{LogFile, append};
 pub use lock::FileLock;
 pub use paths::{copy_foreign_entries, create_dir_all, identity, remove_dir_all, remove_file};
-pub(crate) use paths::{has_name, is_not_found, remove_if_empty, sync_folder};
+pub(crate) use paths::{has_name, is_not_found, is_same, remove_if_empty, sync_folder};
 pub(crate) use read::{check_is_file, open_data};
 pub use read::{read, read_to_string};

@@ -93,6 +93,12 @@ pub(crate) fn has_name(file: &File, path: &Path) -> bool {
     }
 }
 
+/// Returns true if both paths exist and lead to the same file or folder.
+pub(crate) fn is_same(first: &Path, second: &Path) -> bool {
+    let canonical = |path: &Path| path.canonicalize().ok();
+    canonical(first).is_some_and(|first| canonical(second) == Some(first))
+}
+
 /// Returns true if the error means that the path does not exist.
 pub(crate) fn is_not_found(error: &std::io::Error) -> bool {
     matches!(

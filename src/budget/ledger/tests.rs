@@ -8,6 +8,11 @@ fn usd(usd: f64) -> Dollars {
     Dollars::at_least(usd)
 }
 
+fn open(dir: &tempfile::TempDir) -> (LedgerFiles, Ledger) {
+    let (files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
+    (files, ledger)
+}
+
 fn measured(amount: f64) -> Spent {
     Spent {
         measured_usd: usd(amount),
@@ -52,7 +57,7 @@ fn removed_or_replaced_ledger_files_are_written_again() {
     ];
     for tamper in cases {
         let dir = tempfile::tempdir().unwrap();
-        let (files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
+        let (files, ledger) = open(&dir);
         let floor = Spent::default();
         let opened = Account::open(files, ledger, None, &Price::default(), &floor);
         let mut account = opened.unwrap().0;
@@ -63,7 +68,7 @@ fn removed_or_replaced_ledger_files_are_written_again() {
         account.tick().unwrap();
         account.add_spent(&measured(0.25)).unwrap();
         drop(account);
-        let (_files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
+        let (_files, ledger) = open(&dir);
         assert_eq!(ledger.spent.measured_usd, usd(0.75));
     }
 }
@@ -71,16 +76,16 @@ fn removed_or_replaced_ledger_files_are_written_again() {
 #[test]
 fn log_of_a_deleted_ledger_is_not_counted() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
+    let (mut files, ledger) = open(&dir);
     files.save(&ledger).unwrap();
     files.append(&measured(5.0)).unwrap();
     drop(files);
     std::fs::remove_file(ledger_path(dir.path())).unwrap();
-    let (mut files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
+    let (mut files, ledger) = open(&dir);
     files.save(&ledger).unwrap();
     files.append(&measured(0.5)).unwrap();
     drop(files);
-    let (_files, ledger, _) = LedgerFiles::open(dir.path()).unwrap();
+    let (_files, ledger) = open(&dir);
     assert_eq!(ledger.spent.measured_usd, usd(0.5));
 }
 
@@ -148,11 +153,19 @@ fn older_ledger_is_read_and_damaged_or_newer_ledger_refused() {
             r#"{"version":2,"measured_usd":1.0,"estimated_usd":0.0,"in_flight":{"budget_usd":-5.0}}"#,
             "negative",
         ),
-        ("{}", "missing field `version`"),
-        (r#"{"version":2}"#, "missing field `estimated_usd`"),
+        ("{}", "it has no version"),
+        (r#"{"version":2}"#, "missing field"),
+        (
+            r#"{"version":2,"measured_usd":1.0,"in_flight":{}}"#,
+            "missing field `estimated_usd`",
+        ),
         (
             r#"{"version":2,"estimated_usd":0.0,"in_flight":{}}"#,
             "missing field `measured_usd`",
+        ),
+        (
+            r#"{"version":2,"measured_usd":1.0,"estimated_usd":0.0}"#,
+            "missing field `in_flight`",
         ),
         ("[]", "damaged"),
         ("", "damaged"),
@@ -162,5 +175,19 @@ fn older_ledger_is_read_and_damaged_or_newer_ledger_refused() {
         let error = LedgerFiles::open(dir.path()).err().unwrap();
         assert_eq!(Exit::code_of(&error), 5, "{text}");
         assert!(error.to_string().contains(part), "{error}");
+    }
+}
+
+#[test]
+fn log_line_without_amounts_is_damage() {
+    for line in ["{}", "[]", r#"{"measured_usd":1.0}"#] {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut files, ledger) = open(&dir);
+        files.save(&ledger).unwrap();
+        files.append(&measured(0.5)).unwrap();
+        drop(files);
+        crate::fs::append(&log_path(dir.path(), 1), format!("{line}\n").as_bytes()).unwrap();
+        let error = LedgerFiles::open(dir.path()).err().unwrap();
+        assert_eq!(Exit::code_of(&error), 5, "{line}: {error}");
     }
 }

@@ -6,8 +6,9 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::cache::merge::{self, MergeReport};
+use crate::cache::open_file::rescue_dir;
 use crate::cache::usage::Usage;
-use crate::cache::{self, conflicts_file, quarantine_file, repair};
+use crate::cache::{conflicts_file, quarantine_file, repair};
 use crate::commands::{print, print_json};
 use crate::config::{self, Price};
 use crate::harvest::run_files::MergeAccount;
@@ -79,7 +80,7 @@ pub(crate) fn merge(
     drop(progress);
     // Also after an error: the account must include the answers of the completed merges. It already includes rescued
     // answers, which this run folder paid for.
-    let is_rescue = |source: &Path| is_same_dir(source, &cache::open_file::rescue_dir(dir));
+    let is_rescue = |source: &Path| crate::fs::is_same(source, &rescue_dir(dir));
     let mut cost_usd = 0.0;
     let mut unpriced = Usage::default();
     for (source, report) in sources.iter().zip(&reports) {
@@ -131,12 +132,6 @@ pub(crate) fn merge(
         }
     }
     print(&sanitise(&text))
-}
-
-/// Returns true if both paths lead to the same existing folder.
-fn is_same_dir(first: &Path, second: &Path) -> bool {
-    let canonical = |path: &Path| path.canonicalize().ok();
-    canonical(first).is_some_and(|first| canonical(second) == Some(first))
 }
 
 /// Formats the counts of one merged cache.
