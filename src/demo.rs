@@ -8,12 +8,13 @@ mod folder;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use serde::Serialize;
 
 use crate::config::load;
 use crate::eval;
 use crate::eval::EvalReport;
+use crate::exit::Exit;
 use crate::harvest;
 use crate::harvest::options::HarvestOptions;
 use crate::serve::{self, ServeOptions, Server};
@@ -188,7 +189,11 @@ pub(crate) fn run(options: &DemoOptions, quiet: bool) -> Result<DemoSummary> {
             selection: crate::plan::questions::selection(&config)?,
             ..start.into()
         };
-        train::run(&config, options)?;
+        train::run(&config, options).map_err(|error| match Exit::signal_of(&error) {
+            // The advice of `distill train` names a flag that the demo does not have.
+            Some(number) => anyhow!(Exit::Signal(number)).context("rerun the command to resume"),
+            None => error,
+        })?;
     }
     let mut models = Vec::new();
     let students = STUDENTS.map(|student| (student.name, student.title));

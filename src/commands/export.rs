@@ -1,6 +1,6 @@
 //! `distill cache export`: writes the cache in the format of another trainer.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -13,6 +13,7 @@ use crate::data::groups::Selection;
 use crate::exit::Exit;
 use crate::export::rows::{ExportReport, ExportSettings};
 use crate::export::{self, Format};
+use crate::fs::{follow_link, is_same, is_stream};
 use crate::terminal::{format_count, sanitise};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat_template::TemplateClock;
@@ -48,8 +49,22 @@ pub(crate) fn run(args: &ExportArgs, global: &GlobalArgs) -> Result<()> {
         tokenizer: tokenizer.as_ref(),
         force: args.force,
     };
+    if data
+        .source
+        .as_deref()
+        .is_some_and(|source| is_same(source, &args.out))
+    {
+        bail!(Exit::Usage(format!(
+            "{} is `data.source` of the config: choose another path",
+            args.out.display()
+        )));
+    }
     let records = crate::cache::reader::read(&folder)?;
-    let report = export::write(records, format, &args.out, &settings)?;
+    let report = match export::write(records, format, &args.out, &settings) {
+        // The reader of a pipe has enough rows, as in `-o /dev/stdout | head`.
+        Err(error) if is_stream(&args.out) && is_broken_pipe(&error) => return Ok(()),
+        report => report?,
+    };
     let text = if global.json {
         json_line(&json!({
             "version": VERSION,
@@ -62,12 +77,17 @@ pub(crate) fn run(args: &ExportArgs, global: &GlobalArgs) -> Result<()> {
         report_text(&report, &args.out)
     };
     // A program that reads the export from a pipe must not read the counts as well.
-    if crate::fs::is_stream(&args.out) {
+    if is_stream(&args.out) {
         // `eprint!` would panic if stderr is closed.
         let _ = write!(std::io::stderr(), "{text}");
         return Ok(());
     }
     print(&text)
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
+    causes.any(|cause: &std::io::Error| cause.kind() == ErrorKind::BrokenPipe)
 }
 
 fn export_format(format: ExportFormat) -> Format {
@@ -114,7 +134,7 @@ fn load_source(
 
 /// Refuses an export into the cache folder, where it could replace paid answers.
 fn check_outside(out: &Path, cache: &Path) -> Result<()> {
-    let absolute = std::path::absolute(crate::fs::follow_link(out))?;
+    let absolute = std::path::absolute(follow_link(out))?;
     let parent = absolute.parent().unwrap_or(&absolute);
     // If one of the two folders does not exist, the export cannot replace a file of the cache.
     let (Ok(parent), Ok(cache)) = (parent.canonicalize(), cache.canonicalize()) else {

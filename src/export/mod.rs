@@ -104,8 +104,13 @@ fn check_replaceable(out: &Path, format: Format, force: bool) -> Result<()> {
     if out.symlink_metadata().is_err() {
         return Ok(());
     }
-    if is_stream(out) && format != Format::Hf {
-        return Ok(());
+    if is_stream(out) {
+        return match format {
+            Format::Hf => bail!(Exit::Usage(format!(
+                "{path} is not a folder, which an `hf` export writes: choose another path"
+            ))),
+            _ => Ok(()),
+        };
     }
     if !force {
         bail!(Exit::Usage(format!(

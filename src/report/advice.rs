@@ -75,7 +75,8 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
     step(
         summary.ok + summary.cached == 0 && summary.quarantined > 0,
         format!(
-            "none of the answers can be used for training: `distill cache show{config}` shows them"
+            "none of the answers can be used for training: `distill cache show --dir {}` shows them",
+            failures.with_file_name("cache").display()
         ),
     );
     step(
@@ -119,12 +120,14 @@ pub(crate) fn next_steps(summary: &HarvestSummary, failures: &Path) -> Vec<Strin
             Some(TrainingObstacle::NoStudent) => "set `student.path` to a model folder, and then ",
             None => "",
         };
-        let (flag, setting) = match summary.from_mock {
-            0 => ("", ""),
-            _ => (
+        // With other answers beside those of a mock, the training uses the other ones.
+        let (flag, setting) = if summary.from_mock > 0 && summary.from_mock == answers {
+            (
                 " --set data.groups=mock",
                 ", and with `data.groups` = \"mock\" to use the answers of the mock",
-            ),
+            )
+        } else {
+            ("", "")
         };
         let train = match config.as_str() {
             "" => format!("`distill train` with the same config{setting}"),

@@ -46,6 +46,7 @@ use tokio::runtime::Builder;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::exit::Exit;
 use crate::model::Model;
 use crate::serve::state::AppState;
 use crate::tokenizer::Tokenizer;
@@ -255,9 +256,12 @@ async fn serve_http(
 
 /// Returns the last component of the model folder's path.
 fn folder_name(model_dir: &Path) -> Result<String> {
-    let path = model_dir
-        .canonicalize()
-        .with_context(|| format!("cannot open the model folder {}", model_dir.display()))?;
+    let path = model_dir.canonicalize().map_err(|error| {
+        Exit::Usage(format!(
+            "cannot open the model folder {}: {error}",
+            model_dir.display()
+        ))
+    })?;
     let name = path.file_name().unwrap_or(path.as_os_str());
     Ok(name.to_string_lossy().into_owned())
 }

@@ -68,3 +68,23 @@ fn export_follows_links_but_not_into_the_cache() {
     let errors = String::from_utf8(output.stderr).unwrap();
     assert!(errors.contains("cache folder"), "{errors}");
 }
+
+#[test]
+fn export_ends_when_the_reader_of_its_pipe_does() {
+    let dir = write_cache((0..2_000).map(sample).collect());
+    let pipe = dir.path().join("pipe");
+    let status = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(status.unwrap().success());
+    let path = pipe.clone();
+    let reader = std::thread::spawn(move || drop(fs::File::open(path).unwrap()));
+    let output = run(dir.path(), &["--to", "trl", "--dir", "cache", "-o", "pipe"]);
+    reader.join().unwrap();
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{errors}");
+    assert!(!errors.contains("Broken pipe"), "{errors}");
+
+    let output = run(dir.path(), &["--to", "hf", "--dir", "cache", "-o", "pipe"]);
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{errors}");
+    assert!(errors.contains("not a folder"), "{errors}");
+}
