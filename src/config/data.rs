@@ -16,8 +16,11 @@ pub struct DataConfig {
     pub groups: Groups,
     /// Share of the prompts held out for the validation loss.
     pub validation_share: f64,
-    /// Maximum length of an example in tokens; longer examples are skipped and counted.
+    /// Maximum length of an example in tokens; longer examples are skipped and counted. For an encoder-decoder, the
+    /// maximum length of the answer.
     pub max_length: usize,
+    /// Maximum length of the source of an encoder-decoder in tokens; longer examples are skipped and counted.
+    pub max_source_length: usize,
     /// True to merge the answers to a prompt into a prefix trie. For answers without logprobs, the frequencies of the
     /// next tokens in the trie become soft labels.
     pub sample_trie: bool,
@@ -125,10 +128,11 @@ impl DataConfig {
         self.cache.clone().unwrap_or_else(default)
     }
 
-    /// Returns the same settings with `max_length` limited to `context_length`, a number of tokens.
+    /// Returns the same settings with the maximum lengths limited to `context_length`, a number of tokens.
     pub fn within(&self, context_length: usize) -> DataConfig {
         DataConfig {
             max_length: self.max_length.min(context_length),
+            max_source_length: self.max_source_length.min(context_length),
             ..self.clone()
         }
     }
@@ -142,6 +146,7 @@ impl Default for DataConfig {
             groups: Groups::Asked,
             validation_share: 0.02,
             max_length: 1024,
+            max_source_length: 1024,
             sample_trie: false,
             top_logprobs: None,
             teacher_tokenizer: None,

@@ -13,9 +13,19 @@ use super::parsed::Parsed;
 #[serde(default, deny_unknown_fields)]
 pub struct StudentConfig {
     pub init: StudentInit,
+    /// With `init = "layers"`: number or indices of the layers to keep, of the encoder of an encoder-decoder; `None` for
+    /// all.
+    pub encoder_layers: Option<LayerChoice>,
+    /// The same for the decoder.
+    pub decoder_layers: Option<LayerChoice>,
     /// Hugging Face model folder. With `init = "random"` only its tokenizer and chat template are used; the fields from
     /// `hidden_size` to `max_position_embeddings` then set the shape of the model.
     pub path: PathBuf,
+    /// Architecture of a student with `init = "random"`.
+    pub model_type: StudentType,
+    /// Jinja template of the text that the encoder of an encoder-decoder reads, with `messages` as in a chat template;
+    /// `None` for the contents of all messages, one per line.
+    pub source_template: Option<String>,
     /// Variables of the chat template, such as `enable_thinking`.
     pub template_args: BTreeMap<String, serde_json::Value>,
     /// Date that `strftime_now` returns in the chat template. Training with a template that calls it needs
@@ -24,6 +34,8 @@ pub struct StudentConfig {
     pub hidden_size: usize,
     pub intermediate_size: usize,
     pub num_hidden_layers: usize,
+    /// Layers of the encoder of an encoder-decoder with random weights; `None` for `num_hidden_layers`.
+    pub num_encoder_layers: Option<usize>,
     pub num_attention_heads: usize,
     pub num_key_value_heads: usize,
     pub tie_word_embeddings: bool,
@@ -37,12 +49,17 @@ impl Default for StudentConfig {
     fn default() -> Self {
         Self {
             init: StudentInit::Pretrained,
+            encoder_layers: None,
+            decoder_layers: None,
             path: "student".into(),
+            model_type: StudentType::Llama,
+            source_template: None,
             template_args: BTreeMap::new(),
             template_date: None,
             hidden_size: 256,
             intermediate_size: 688,
             num_hidden_layers: 4,
+            num_encoder_layers: None,
             num_attention_heads: 4,
             num_key_value_heads: 2,
             tie_word_embeddings: true,
@@ -98,8 +115,31 @@ pub enum SaveDtype {
 pub enum StudentInit {
     /// Weights from `student.path`.
     Pretrained,
+    /// Some layers of the model in `student.path`.
+    Layers,
     /// Random weights.
     Random,
+}
+
+/// Layers to keep: their number, or their indices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "expected a number of layers, or a list of layer indices"
+)]
+pub enum LayerChoice {
+    Count(usize),
+    Indices(Vec<usize>),
+}
+
+/// Architecture of a student with random weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StudentType {
+    /// A decoder.
+    Llama,
+    /// An encoder-decoder: T5 v1.1, with a gated feed-forward network.
+    T5,
 }
 
 /// Weights and parameters of the loss terms.

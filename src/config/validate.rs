@@ -49,6 +49,11 @@ impl Config {
             "must be at least 1",
         )?;
         check(
+            self.data.max_source_length > 0,
+            "data.max_source_length",
+            "must be at least 1",
+        )?;
+        check(
             self.data.top_logprobs != Some(0),
             "data.top_logprobs",
             "must be at least 1; `loss.kd = \"none\"` trains without soft labels",
@@ -270,13 +275,19 @@ impl Config {
             "must be at least 1; omit it to use all rows",
         )?;
         let student = &self.student;
+        let keeps_layers = student.encoder_layers.is_some() || student.decoder_layers.is_some();
+        check(
+            student.init == StudentInit::Layers || !keeps_layers,
+            "student.init",
+            "must be \"layers\" if `student.encoder_layers` or `student.decoder_layers` is set",
+        )?;
         check(
             student.rope_theta.is_finite() && student.rope_theta > 0.0,
             "student.rope_theta",
             "must be finite and above 0",
         )?;
         check(
-            student.init == StudentInit::Pretrained
+            student.init != StudentInit::Random
                 || (student.num_attention_heads > 0
                     && student
                         .hidden_size

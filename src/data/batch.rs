@@ -18,10 +18,14 @@ use crate::data::prepared::shard::ExampleView;
 /// on its neighbours.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
-    /// Token ids.
+    /// Token ids; of an encoder-decoder, the input of the decoder.
     pub input_ids_T: Vec<u32>,
     /// Range of each example in `input_ids_T`.
     pub segments_B: Vec<Range<usize>>,
+    /// Token ids of the sources of an encoder-decoder (U in total), end to end; else empty.
+    pub source_ids_U: Vec<u32>,
+    /// Range of each example's source in `source_ids_U`; empty without sources.
+    pub source_segments_B: Vec<Range<usize>>,
     /// Index in `input_ids_T` of each supervised position.
     pub positions_N: Vec<u32>,
     /// Token that each position must predict.
@@ -63,6 +67,7 @@ impl Batch {
             batch.input_ids_T.extend(example.input_ids());
             batch.segments_B.push(start..batch.input_ids_T.len());
             batch.keys_B.push(example.key().to_owned());
+            batch.push_source(example.source_ids());
             for position in example.positions() {
                 let index = start + position as usize;
                 batch.positions_N.push(index as u32);
@@ -83,11 +88,25 @@ impl Batch {
         }
         batch
     }
+
+    /// Appends the source of the next example, if it has one.
+    pub(crate) fn push_source(&mut self, ids: impl ExactSizeIterator<Item = u32>) {
+        if ids.len() > 0 {
+            let start = self.source_ids_U.len();
+            self.source_ids_U.extend(ids);
+            self.source_segments_B.push(start..self.source_ids_U.len());
+        }
+    }
+
+    /// Returns the number of tokens, those of the sources included.
+    pub(crate) fn tokens(&self) -> usize {
+        self.input_ids_T.len() + self.source_ids_U.len()
+    }
 }
 
 /// Splits the examples of a step into micro-batches. If `train.micro_batch_tokens` is 0, each but the last has
 /// `train.micro_batch_size` examples, in order. Else the examples are packed: each micro-batch has at most
-/// `train.micro_batch_tokens` tokens, and a longer example is alone in its micro-batch.
+/// `train.micro_batch_tokens` tokens, those of the sources included, and a longer example is alone in its micro-batch.
 ///
 /// Packing is first-fit decreasing: long examples come first and short ones fill the gaps. The order within a step
 /// affects only the rounding, because gradients are sums over the step.

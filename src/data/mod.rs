@@ -13,7 +13,7 @@
 //! | `batch` | examples laid end to end, and their order |
 //! | `text_scorer` | interface to a teacher that scores given texts |
 //!
-//! Shapes, as suffixes of arrays: B examples, T tokens, N supervised positions, N1 one more than N, K top-k, C chunks.
+//! Shapes, as suffixes of arrays: B examples, T tokens, U source tokens of an encoder-decoder, N supervised positions, N1 one more than N, K top-k, C chunks.
 //! Arrays of shape NK are flat, and the number of labels (K) may differ between positions: the labels of the first
 //! position, then those of the second, and so on. A separate array has the end or the offset of each position's labels.
 //!

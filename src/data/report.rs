@@ -56,6 +56,13 @@ pub struct DataReport {
     /// Number of positions at which the teacher's probabilities sum to more than 1. They have no soft labels.
     #[serde(default)]
     pub positions_over_one: u64,
+    /// Number of supervised positions whose label is the unknown token: text that the vocabulary cannot spell. They have
+    /// no soft labels.
+    #[serde(default)]
+    pub unknown_labels: u64,
+    /// Number of unknown tokens in the sources of an encoder-decoder.
+    #[serde(default)]
+    pub unknown_source_tokens: u64,
     /// Number of tokens in the kept examples.
     pub tokens: u64,
     /// Number of supervised positions.
@@ -95,6 +102,8 @@ impl DataReport {
         self.without_end += other.without_end;
         self.split += other.split;
         self.positions_over_one += other.positions_over_one;
+        self.unknown_labels += other.unknown_labels;
+        self.unknown_source_tokens += other.unknown_source_tokens;
         self.tokens += other.tokens;
         self.positions += other.positions;
         self.soft_positions += other.soft_positions;
@@ -228,6 +237,21 @@ impl fmt::Display for DataReport {
                 f,
                 "\n{} positions without soft labels: the teacher's probabilities there sum to more than 1",
                 self.positions_over_one
+            )?;
+        }
+        if self.unknown_labels > 0 {
+            write!(
+                f,
+                "\n{} labels are the unknown token, because the student's vocabulary cannot spell the text: they train on \
+                 cross-entropy",
+                self.unknown_labels
+            )?;
+        }
+        if self.unknown_source_tokens > 0 {
+            write!(
+                f,
+                "\n{} tokens of the sources are the unknown token: the student cannot read the text there",
+                self.unknown_source_tokens
             )?;
         }
         if !self.ce_only.is_empty() {

@@ -220,7 +220,7 @@ pub(crate) fn check_student(student: &StudentConfig, config_file: Option<&Path>)
         return Ok(());
     }
     let mut files = vec!["tokenizer.json"];
-    if student.init == StudentInit::Pretrained {
+    if student.init != StudentInit::Random {
         files.push("config.json");
     }
     match files.iter().find(|file| !student.path.join(file).exists()) {

@@ -76,9 +76,13 @@ pub struct TokenUpdate {
 /// A running answer.
 struct Sequence {
     id: u64,
+    /// The prompt of an encoder-decoder, until the encoder has read it.
+    source: Option<Vec<u32>>,
     cache: KvCache,
     /// Tokens that are not in the cache yet: the unprocessed end of the prompt, or the last sampled token.
     pending: Vec<u32>,
+    /// True if a token was sampled.
+    has_tokens: bool,
     /// Number of tokens that may still be sampled.
     remaining: usize,
     sampler: Sampler,
@@ -137,20 +141,28 @@ impl<'a> Batcher<'a> {
     /// # Errors
     /// If the prompt is empty, or leaves no room for an answer in the model's context.
     pub(crate) fn submit(&mut self, prompt: Vec<u32>, options: &GenerateOptions) -> Result<u64> {
-        let context = self.model.config().max_position_embeddings;
+        let config = self.model.config();
         ensure!(!prompt.is_empty(), "the prompt is empty");
         ensure!(
-            prompt.len() < context,
-            "the prompt has {} tokens, which leaves no room for an answer in the model's context of {context} tokens",
-            prompt.len()
+            config.fits_prompt(prompt.len()),
+            "the prompt has {} tokens, which leaves no room for an answer in the model's context of {} tokens",
+            prompt.len(),
+            config.max_position_embeddings
         );
+        let room = config.room_for_answer(prompt.len());
+        let (source, pending) = match config.decoder_start() {
+            Some(start) => (Some(prompt), vec![start]),
+            None => (None, prompt),
+        };
         let id = self.next_id;
         self.next_id += 1;
         self.sequences.push(Sequence {
             id,
+            source,
             cache: self.model.new_cache(),
-            remaining: options.max_tokens.clamp(1, context - prompt.len()),
-            pending: prompt,
+            has_tokens: false,
+            remaining: options.max_tokens.clamp(1, room),
+            pending,
             sampler: Sampler::new(&options.sampling),
             top_logprobs: options.top_logprobs,
             text: TextStream::new(&options.stop),
@@ -176,9 +188,10 @@ impl<'a> Batcher<'a> {
     /// the caller must [`clear`](Self::clear) them.
     pub fn step(&mut self) -> Result<Vec<TokenUpdate>> {
         let mut budget = PROMPT_TOKENS_PER_STEP;
+        self.encode_sources(&mut budget)?;
         // Running answers that take part in this step, each with the tokens to process.
         let mut active: Vec<(&mut Sequence, Vec<u32>)> = Vec::new();
-        for sequence in &mut self.sequences {
+        for sequence in self.sequences.iter_mut().filter(|s| s.source.is_none()) {
             let tokens = sequence.next_tokens(&mut budget);
             if !tokens.is_empty() {
                 active.push((sequence, tokens));
@@ -209,6 +222,34 @@ impl<'a> Batcher<'a> {
     }
 }
 
+impl Batcher<'_> {
+    /// Runs the encoder over the sources of new answers, until `budget` tokens are read: at least one source, because an
+    /// encoder cannot read a part of it. Subtracts the tokens from `budget`.
+    fn encode_sources(&mut self, budget: &mut usize) -> Result<()> {
+        let mut waiting: Vec<(&mut Sequence, Vec<u32>)> = Vec::new();
+        for sequence in &mut self.sequences {
+            if *budget > 0
+                && let Some(source) = sequence.source.take()
+            {
+                *budget = budget.saturating_sub(source.len());
+                waiting.push((sequence, source));
+            }
+        }
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        let sources: Vec<&[u32]> = waiting
+            .iter()
+            .map(|(_, source)| source.as_slice())
+            .collect();
+        let caches = self.model.encode_sources(&sources)?;
+        for ((sequence, _), cache) in waiting.into_iter().zip(caches) {
+            sequence.cache = cache;
+        }
+        Ok(())
+    }
+}
+
 impl Sequence {
     /// Takes the tokens for this step: the last sampled token, or as many prompt tokens as `budget` allows. Subtracts
     /// the prompt tokens from `budget`. A single pending token is always taken and does not count.
@@ -230,10 +271,13 @@ impl Sequence {
         let token = self.sampler.sample(logits_V);
         self.remaining -= 1;
         let begin = self.text.received();
+        let is_first = !self.has_tokens;
+        self.has_tokens = true;
         let finish_reason = if tokenizer.stop_ids().contains(&token) {
             Some(FinishReason::Stop)
         } else {
-            let is_stopped = self.text.push(tokenizer.token_bytes(token).unwrap_or(&[]));
+            let bytes = tokenizer.answer_bytes(token, is_first);
+            let is_stopped = self.text.push(bytes.unwrap_or(&[]));
             self.pending.push(token);
             if is_stopped {
                 Some(FinishReason::Stop)
@@ -248,7 +292,10 @@ impl Sequence {
             self.unreported.push_back(UnreportedToken {
                 begin,
                 end: self.text.received(),
-                logprobs: TokenLogprobs::from_logits(logits_V, token, k),
+                logprobs: TokenLogprobs {
+                    is_first,
+                    ..TokenLogprobs::from_logits(logits_V, token, k)
+                },
             });
         }
         let text = match finish_reason {

@@ -8,13 +8,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 
 use crate::model::candle_graph::{CandleGraph, head};
 use crate::model::gradients::Gradients;
+use crate::model::graph::Segments;
 use crate::model::tape::{Activations, KeyValueSource, Tape};
-use crate::model::{Backend, Model, ModelInput};
+use crate::model::{Backend, Model, ModelInput, SourceInput};
 use crate::ops::CpuValues;
 use crate::ops::arena::Buffer;
 use crate::ops::head_loss::{HeadGradients, LogitsVisitor, PositionGroups, chunk_rows, head_loss};
@@ -51,20 +52,18 @@ impl Model {
         self.check_segments(&input)?;
         let mut tape = Tape::new(
             self.tape_settings(),
-            input.segments_B,
+            input.segments(),
             KeyValueSource::Batch,
             activations,
         );
-        let root = self
-            .decoder
-            .hidden(&mut tape, input.input_ids_T, input.positions_N)?;
+        let root = self.network.hidden(&mut tape, input)?;
         let hidden_ND = tape.value(&root)?;
         let head = self.head_layer();
         let mut dhidden_ND = self.arena.take(hidden_ND.len())?;
         let outputs = {
             let mut logits_chunk = self.logits_chunk(input.positions_N.len())?;
-            let dweight_VD = gradients.accumulator(self.decoder.head())?;
-            let weight_VD = CpuValues::new(self.decoder.head())?;
+            let dweight_VD = gradients.accumulator(self.network.head())?;
+            let weight_VD = CpuValues::new(self.network.head())?;
             head_loss(
                 head,
                 &hidden_ND,
@@ -94,13 +93,11 @@ impl Model {
             self.check_segments(&input)?;
             let mut tape = Tape::new(
                 self.tape_settings(),
-                input.segments_B,
+                input.segments(),
                 KeyValueSource::Batch,
                 Activations::Discard,
             );
-            let root = self
-                .decoder
-                .hidden(&mut tape, input.input_ids_T, input.positions_N)?;
+            let root = self.network.hidden(&mut tape, input)?;
             HiddenData::Tape(tape.value(&root)?)
         };
         Ok(HiddenStates { model: self, data })
@@ -161,12 +158,11 @@ impl Model {
         let mut graph = CandleGraph::new(
             self.config.heads,
             self.rope.as_ref(),
-            input.segments_B,
+            input.segments(),
             dtype,
             self.head().device(),
         )?;
-        self.decoder
-            .hidden(&mut graph, input.input_ids_T, input.positions_N)
+        self.network.hidden(&mut graph, input)
     }
 
     /// Allocates the logits of one chunk of `positions`.
@@ -176,25 +172,53 @@ impl Model {
         Ok(self.arena.take(rows * vocabulary)?)
     }
 
-    /// Checks that the segments cover all tokens in order and fit the model's context.
+    /// Checks that the segments cover all tokens in order and fit the model's context, and that an encoder-decoder has
+    /// one source per segment.
     fn check_segments(&self, input: &ModelInput) -> Result<()> {
         let context = self.config.max_position_embeddings;
-        let mut covered = 0;
-        for segment in input.segments_B {
-            if segment.start != covered || segment.len() > context {
-                bail!(
-                    "segment {segment:?} must begin at {covered} and fit the model's context of {context} tokens"
-                );
-            }
-            covered = segment.end;
-        }
-        if covered != input.input_ids_T.len() {
+        check_covered(input.segments_B, input.input_ids_T.len(), context)?;
+        let SourceInput { ids_U, segments_B } = input.source;
+        check_covered(segments_B, ids_U.len(), context)?;
+        let expected = if self.config.is_encoder_decoder() {
+            input.segments_B.len()
+        } else {
+            0
+        };
+        ensure!(
+            segments_B.len() == expected && segments_B.iter().all(|source| !source.is_empty()),
+            "internal error: {} sources for {} sequences of a {} model",
+            segments_B.len(),
+            input.segments_B.len(),
+            self.config.model_type()
+        );
+        Ok(())
+    }
+}
+
+/// Checks that `segments` cover `tokens` tokens in order and have at most `context` tokens each.
+fn check_covered(segments: &[Range<usize>], tokens: usize, context: usize) -> Result<()> {
+    let mut covered = 0;
+    for segment in segments {
+        if segment.start != covered || segment.len() > context {
             bail!(
-                "segments cover {covered} of {} tokens",
-                input.input_ids_T.len()
+                "segment {segment:?} must begin at {covered} and fit the model's context of {context} tokens"
             );
         }
-        Ok(())
+        covered = segment.end;
+    }
+    ensure!(
+        covered == tokens,
+        "segments cover {covered} of {tokens} tokens"
+    );
+    Ok(())
+}
+
+impl<'a> ModelInput<'a> {
+    fn segments(&self) -> Segments<'a> {
+        Segments {
+            decoder: self.segments_B,
+            source: self.source.segments_B,
+        }
     }
 }
 

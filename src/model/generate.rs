@@ -51,11 +51,11 @@ pub fn batch(
         token_logprobs: Vec::new(),
     };
     let mut answers = vec![empty; prompts.len()];
-    let context = model.config().max_position_embeddings;
+    let config = model.config();
     let mut waiting = prompts
         .iter()
         .enumerate()
-        .filter(|(_, prompt)| prompt.len() < context);
+        .filter(|(_, prompt)| config.fits_prompt(prompt.len()));
     let mut batcher = Batcher::new(model, tokenizer, batch_size);
     // The batcher numbers its answers from 0 in the order of submission: this maps its ids to prompts.
     let mut prompt_indices = Vec::new();

@@ -13,7 +13,7 @@
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::graph::Graph;
+use super::graph::{AttentionKind, AttentionLayer, Graph};
 use super::norm::Norm;
 use super::parameters::{CheckedWeights, ParameterList};
 use super::projection::Projection;
@@ -45,7 +45,7 @@ const TRANSPOSED: [&str; 3] = [
 
 /// The weights of a layer.
 pub(crate) struct Gpt2Layer {
-    index: usize,
+    attention: AttentionLayer,
     ln_1: Norm,
     q: Projection,
     k: Projection,
@@ -143,7 +143,11 @@ impl Gpt2Layer {
         let norm = |module: &str| weights.norm(&module_name(index, module), true);
         let projection = |module: &str| weights.projection(&module_name(index, module), true);
         Ok(Self {
-            index,
+            attention: AttentionLayer {
+                index,
+                kind: AttentionKind::Causal { window: None },
+                bias: None,
+            },
             ln_1: norm("ln_1")?,
             q: projection("attn.q")?,
             k: projection("attn.k")?,
@@ -165,7 +169,7 @@ impl Gpt2Layer {
         let k_THC = graph.linear(&normed_TD, &self.k)?;
         let v_THC = graph.linear(&normed_TD, &self.v)?;
         drop(normed_TD);
-        let heads_THC = graph.attention(self.index, [q_THC, k_THC, v_THC], None)?;
+        let heads_THC = graph.attention(&self.attention, q_THC, Some([k_THC, v_THC]))?;
         let x_TD = graph.add_linear(x_TD, &heads_THC, &self.o)?;
         drop(heads_THC);
         let normed_TD = self.ln_2.forward(graph, &x_TD)?;

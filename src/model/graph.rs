@@ -1,4 +1,4 @@
-//! The operations of a decoder. An architecture is written once, over [`Graph`], and runs on every
+//! The operations of a model. An architecture is written once, over [`Graph`], and runs on every
 //! implementation of it.
 //!
 //! | graph | runs on | used for |
@@ -6,13 +6,58 @@
 //! | [`Tape`](super::tape::Tape) | CPU, fused operations | training and generation |
 //! | [`CandleGraph`](crate::model::candle_graph::CandleGraph) | every device, candle's autograd | training on other devices; reference of the tests |
 
+use std::ops::Range;
+
 use anyhow::Result;
 use candle_core::Tensor;
 
+use super::position_bias::PositionBias;
 use super::projection::Projection;
 
 /// Error if [`Graph::rope`] is called for a model whose config has no rotary embedding.
 pub(super) const NO_ROPE: &str = "this architecture has no rotary embedding";
+
+/// The sequences of a batch, as ranges that cover all rows in order.
+#[derive(Debug, Clone, Copy)]
+pub struct Segments<'a> {
+    /// The sequences of the decoder.
+    pub decoder: &'a [Range<usize>],
+    /// The source of each of these sequences, in an encoder-decoder; else empty.
+    pub source: &'a [Range<usize>],
+}
+
+/// The queries and keys of an attention layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttentionKind {
+    /// Self-attention of a decoder: a query sees its own position and the positions before it, at most `window` of
+    /// them. None: no window.
+    Causal { window: Option<usize> },
+    /// Self-attention of an encoder: a query sees its whole source.
+    Encoder,
+    /// Attention of a decoder over its source.
+    Cross,
+}
+
+impl<'a> Segments<'a> {
+    /// Returns the segments of the queries and those of the keys.
+    pub(super) fn of_attention(self, kind: AttentionKind) -> [&'a [Range<usize>]; 2] {
+        match kind {
+            AttentionKind::Causal { .. } => [self.decoder; 2],
+            AttentionKind::Encoder => [self.source; 2],
+            AttentionKind::Cross => [self.decoder, self.source],
+        }
+    }
+}
+
+/// The properties of an attention layer, without its projections.
+#[derive(Clone)]
+pub struct AttentionLayer {
+    /// Selects the layer's part of the cache in incremental decoding.
+    pub index: usize,
+    pub kind: AttentionKind,
+    /// Bias of the scores by relative position.
+    pub bias: Option<PositionBias>,
+}
 
 /// The operations that architectures call, over activations of (T x width).
 ///
@@ -58,8 +103,17 @@ pub trait Graph {
     /// GELU, in the tanh approximation.
     fn gelu(&mut self, x: Self::Value) -> Result<Self::Value>;
 
+    /// `max(x, 0)`.
+    fn relu(&mut self, x: Self::Value) -> Result<Self::Value>;
+
     /// `silu(gate) * up`.
     fn swiglu(&mut self, gate: Self::Value, up: Self::Value) -> Result<Self::Value>;
+
+    /// `gelu(gate) * up`, with the GELU of [`Graph::gelu`].
+    fn geglu(&mut self, gate: Self::Value, up: Self::Value) -> Result<Self::Value>;
+
+    /// `factor * x`.
+    fn scale(&mut self, x: Self::Value, factor: f32) -> Result<Self::Value>;
 
     /// Adds to each row of `x` the row of `table` (positions x D) for its position in the sequence.
     fn add_positions(&mut self, x: Self::Value, table: &Tensor) -> Result<Self::Value>;
@@ -67,13 +121,13 @@ pub trait Graph {
     /// Applies the rotary embedding to every head in `x`.
     fn rope(&mut self, x: Self::Value) -> Result<Self::Value>;
 
-    /// Causal attention of q (T x H C) over k and v (T x G C). A query sees at most `window` keys. `layer`
-    /// selects the layer's part of the cache in incremental decoding.
+    /// Attention of q (T x H C) over k and v (rows x G C). Without k and v, they are the keys and values of the source in
+    /// the cache, which only [`AttentionKind::Cross`] in incremental decoding has.
     fn attention(
         &mut self,
-        layer: usize,
-        qkv: [Self::Value; 3],
-        window: Option<usize>,
+        layer: &AttentionLayer,
+        q: Self::Value,
+        kv: Option<[Self::Value; 2]>,
     ) -> Result<Self::Value>;
 
     /// Marks `x`, the input of a layer: activation checkpointing keeps it and recomputes other activations.

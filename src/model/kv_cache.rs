@@ -4,6 +4,8 @@
 #[derive(Default)]
 pub struct KvCache {
     pub(super) layers: Vec<LayerCache>,
+    /// Keys and values of the source for the cross-attention of each layer, in an encoder-decoder; else empty.
+    pub(super) source_layers: Vec<LayerCache>,
     /// S. While a step runs, the layers may already contain its tokens.
     pub(super) len: usize,
 }

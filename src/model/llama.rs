@@ -11,7 +11,7 @@
 
 use anyhow::Result;
 
-use super::graph::Graph;
+use super::graph::{AttentionKind, AttentionLayer, Graph};
 use super::norm::Norm;
 use super::parameters::{CheckedWeights, ParameterList};
 use super::projection::Projection;
@@ -28,7 +28,7 @@ pub(super) const NAMES: WeightNames = WeightNames {
 
 /// The weights of a layer.
 pub(crate) struct LlamaLayer {
-    index: usize,
+    attention: AttentionLayer,
     input_norm: Norm,
     q: Projection,
     k: Projection,
@@ -40,8 +40,6 @@ pub(crate) struct LlamaLayer {
     gate: Projection,
     up: Projection,
     down: Projection,
-    /// Sliding window: the maximum number of keys that a query sees, including its own. None: no window.
-    window: Option<usize>,
 }
 
 /// Adds the weights of a layer, in the order of the forward pass.
@@ -95,7 +93,13 @@ impl LlamaLayer {
         let qk_norm =
             || -> Result<[Norm; 2]> { Ok([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]) };
         Ok(Self {
-            index,
+            attention: AttentionLayer {
+                index,
+                kind: AttentionKind::Causal {
+                    window: variant.windows[index],
+                },
+                bias: None,
+            },
             input_norm: norm("input_layernorm")?,
             q: projection("self_attn.q_proj", variant.qkv_bias)?,
             k: projection("self_attn.k_proj", variant.qkv_bias)?,
@@ -106,7 +110,6 @@ impl LlamaLayer {
             gate: projection("mlp.gate_proj", variant.mlp_bias)?,
             up: projection("mlp.up_proj", variant.mlp_bias)?,
             down: projection("mlp.down_proj", variant.mlp_bias)?,
-            window: variant.windows[index],
         })
     }
 
@@ -126,7 +129,7 @@ impl LlamaLayer {
         }
         let q_THC = graph.rope(q_THC)?;
         let k_TGC = graph.rope(k_TGC)?;
-        let heads_THC = graph.attention(self.index, [q_THC, k_TGC, v_TGC], self.window)?;
+        let heads_THC = graph.attention(&self.attention, q_THC, Some([k_TGC, v_TGC]))?;
         let x_TD = graph.add_linear(x_TD, &heads_THC, &self.o)?;
         drop(heads_THC);
         let normed_TD = self.post_attention_norm.forward(graph, &x_TD)?;

@@ -1,14 +1,16 @@
-//! Decoders that train and generate.
+//! Models that train and generate: decoders, and encoder-decoders.
 //!
 //! A [`Model`] is a Hugging Face folder in memory. An architecture is written once, over the operations
 //! of a [`graph`]. [`tape`] runs them on the CPU, [`candle_graph`] on every device.
 //!
 //! | file | content |
 //! |---|---|
-//! | `config/` | the shape of a decoder, read from `config.json` |
+//! | `config/` | the shape of a model, read from `config.json` |
 //! | `weights`, `parameters`, `lora` | safetensors files; names, shapes and initial values; adapters |
+//! | `network`, `layer_selection` | the weights of any architecture, loading of a model folder; a smaller model from some of its layers |
 //! | `llama`, `gpt2`, `decoder` | the layers of each architecture; the decoder around them |
-//! | `projection`, `norm` | the weights of a linear layer; the weights of a norm |
+//! | `t5` | an encoder-decoder |
+//! | `projection`, `norm`, `position_bias` | the weights of a linear layer, of a norm, of a relative position bias |
 //! | `graph`, `tape/`, `candle_graph/`, `gradients` | the operations, their two implementations, the gradients |
 //! | `forward`, `decoding`, `kv_cache` | passes over whole sequences; incremental decoding |
 //! | `batcher`, `sampling`, `text_stream`, `generate`, `score` | continuous batching, sampling, answers, scores |
@@ -22,7 +24,7 @@
 //! 2. `config/shape.rs`: add a variant to [`Architecture`](config::shape::Architecture), or a field to
 //!    [`LlamaVariant`](config::LlamaVariant) for a small difference from llama.
 //! 3. `<name>.rs`: the weight names (`NAMES`), `add_layer_parameters`, and the layer with `new` and
-//!    `forward` over [`Graph`](graph::Graph). Add them to each `match` in `decoder.rs`.
+//!    `forward` over [`Graph`](graph::Graph). Add them to each `match` in `decoder.rs` and `network.rs`.
 //! 4. A new operation: a method of `Graph`, an `Op` in `tape/` (forward and backward), its
 //!    arithmetic in `ops/`, and the same operation with candle in `candle_graph/mod.rs`.
 //! 5. If the files have another layout: `to_memory_layout` and `to_file_layout`, as in `gpt2.rs`.
@@ -31,7 +33,8 @@
 //!
 //! Tensor names end in their shape: B batch, T tokens (all segments of a batch, end to end), S tokens of one
 //! sequence, D model width, H heads, G key/value heads, C head width, F feed-forward width, N supervised
-//! positions, V vocabulary, K top-k, L layers; I and O are the inputs and outputs of a linear layer, R the rank
+//! positions, V vocabulary, K top-k, L layers, U source tokens (all sources of a batch, end to end), E buckets of
+//! relative positions; I and O are the inputs and outputs of a linear layer, R the rank
 //! of its adapter. W is any width of a row: D, F, H C or G C. A lower-case letter is a part of its dimension:
 //! `logits_nV` are n of N rows, c is C / 2. The prefix `d` marks the gradient of the loss with respect to a
 //! tensor: `dy_TW` for `y_TW`.
@@ -39,7 +42,7 @@
 pub mod batcher;
 pub mod candle_graph;
 pub mod config;
-pub mod decoder;
+pub(crate) mod decoder;
 pub(crate) mod decoding;
 pub(crate) mod forward;
 pub mod generate;
@@ -47,13 +50,17 @@ pub(crate) mod gpt2;
 pub mod gradients;
 pub mod graph;
 pub(crate) mod kv_cache;
+pub mod layer_selection;
 pub(crate) mod llama;
 pub mod lora;
+pub mod network;
 pub(crate) mod norm;
 pub mod parameters;
+pub mod position_bias;
 pub mod projection;
 pub mod sampling;
 pub(crate) mod score;
+pub(crate) mod t5;
 pub mod tape;
 pub(crate) mod text_stream;
 pub mod weights;
@@ -67,7 +74,7 @@ use candle_core::Tensor;
 pub use crate::model::config::shape::ModelConfig;
 pub use crate::model::forward::HiddenStates;
 pub use crate::model::kv_cache::KvCache;
-use decoder::Decoder;
+use network::Network;
 use tape::TapeSettings;
 use weights::Tensors;
 
@@ -76,23 +83,36 @@ use crate::ops::linear::Linear;
 use crate::ops::matmul::Precision;
 use crate::ops::rope::RopeTable;
 
-/// A decoder with its weights.
+/// A model with its weights.
 pub struct Model {
     config: ModelConfig,
-    decoder: Decoder,
+    network: Network,
     rope: Option<RopeTable>,
     arena: Arena,
     precision: Precision,
     backend: Backend,
 }
 
-/// The implementation that runs the operations of a decoder.
+/// The implementation that runs the operations of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
     /// The fused operations of [`tape`], on the CPU only.
     CpuTape,
     /// The candle operations of [`candle_graph`], on every device.
     Candle,
+}
+
+/// Sources of an encoder-decoder, end to end: one per sequence of the decoder. Empty for a decoder.
+#[allow(
+    non_snake_case,
+    reason = "tensor names end in their shape: see the legend above"
+)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SourceInput<'a> {
+    /// Token ids.
+    pub ids_U: &'a [u32],
+    /// Ranges of the sources, which cover `ids_U` in order.
+    pub segments_B: &'a [Range<usize>],
 }
 
 /// Tokens of one or more sequences, end to end, and the positions whose outputs are needed.
@@ -108,6 +128,7 @@ pub struct ModelInput<'a> {
     pub segments_B: &'a [Range<usize>],
     /// Indices in `input_ids_T` of the positions whose outputs are needed.
     pub positions_N: &'a [u32],
+    pub source: SourceInput<'a>,
 }
 
 impl Model {
@@ -116,29 +137,29 @@ impl Model {
     /// # Errors
     /// Where a file is missing or malformed, or the tensors do not match `config.json`.
     pub fn load(dir: &Path) -> Result<Self> {
-        let (config, tensors) = decoder::load(dir)?;
+        let (config, tensors) = network::load(dir)?;
         Self::new(config, &tensors).with_context(|| format!("cannot load {}", dir.display()))
     }
 
-    /// Builds a decoder from `tensors`, on their device. Tensors that are variables are trainable.
+    /// Builds a model from `tensors`, on their device. Tensors that are variables are trainable.
     ///
     /// # Errors
     /// Where tensors are missing or their shapes do not match `config`.
     pub fn new(config: ModelConfig, tensors: &Tensors) -> Result<Self> {
         // Built first, because it checks the sizes in `config` against the weights: a wrong size would
         // allocate a wrong table below.
-        let decoder = Decoder::new(&config, tensors)?;
+        let network = Network::new(&config, tensors)?;
         let rope = config.rope().map(|rope| {
             let frequencies = rope.inverse_frequencies(config.heads.head_dim);
             RopeTable::new(&frequencies, config.max_position_embeddings)
         });
         Ok(Self {
-            backend: if decoder.head().device().is_cpu() {
+            backend: if network.head().device().is_cpu() {
                 Backend::CpuTape
             } else {
                 Backend::Candle
             },
-            decoder,
+            network,
             rope,
             arena: Arena::default(),
             precision: Precision::F32,
@@ -146,7 +167,7 @@ impl Model {
         })
     }
 
-    /// Builds a decoder of the same shape from `tensors`, which are copied to this model's device.
+    /// Builds a model of the same shape from `tensors`, which are copied to this model's device.
     ///
     /// # Errors
     /// As [`Model::new`].
@@ -154,7 +175,7 @@ impl Model {
         let tensors = weights::to_device(tensors, self.head().device())?;
         Ok(Self {
             config: self.config.clone(),
-            decoder: Decoder::new(&self.config, &tensors)?,
+            network: Network::new(&self.config, &tensors)?,
             rope: self.rope.clone(),
             arena: self.arena.clone(),
             precision: self.precision,
@@ -177,14 +198,14 @@ impl Model {
         self.precision = precision;
     }
 
-    /// Returns the shape of the decoder.
+    /// Returns the shape of the model.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
     /// Returns the weight of the LM head (V x D).
     pub fn head(&self) -> &Tensor {
-        self.decoder.head()
+        self.network.head()
     }
 
     /// Returns the settings of a tape over this model.

@@ -1,4 +1,4 @@
-//! The norms of a decoder.
+//! The norms of a model.
 
 use anyhow::Result;
 use candle_core::Tensor;

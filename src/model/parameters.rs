@@ -1,4 +1,4 @@
-//! The parameters of a decoder (names, shapes and roles of its weights), random initial weights, and access
+//! The parameters of a model (names, shapes and roles of its weights), random initial weights, and access
 //! to weights whose shapes were checked.
 
 use anyhow::{Context, Result, bail};
@@ -9,7 +9,7 @@ use super::projection::{LoraAdapter, Projection};
 use super::weights::Tensors;
 use crate::model::config::shape::ModelConfig;
 
-/// The name, shape and role of a weight of a decoder.
+/// The name, shape and role of a weight.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParameterSpec {
     pub name: String,
@@ -76,8 +76,8 @@ impl ParameterList {
     }
 }
 
-/// Creates initial weights. Tables and projections are normally distributed with mean 0 and standard
-/// deviation `initializer_range`; norms are one and biases zero.
+/// Creates initial weights. Tables and projections are normally distributed with mean 0 and the standard deviation
+/// that [`ModelConfig::initial_deviation`] returns; norms are one and biases zero.
 ///
 /// # Errors
 /// Where a tensor cannot be allocated.
@@ -90,7 +90,8 @@ pub fn random_weights(config: &ModelConfig, seed: u64) -> Result<Tensors> {
             ParameterRole::Norm => vec![1.0; count],
             ParameterRole::Bias => vec![0.0; count],
             ParameterRole::Table | ParameterRole::Projection => {
-                let normal = |_| normal(&mut random) * config.initializer_range;
+                let deviation = config.initial_deviation(&parameter.name);
+                let normal = |_| normal(&mut random) * deviation;
                 (0..count).map(normal).map(|v| v as f32).collect()
             }
         };

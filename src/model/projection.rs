@@ -1,4 +1,4 @@
-//! A linear layer of a decoder: I inputs, O outputs, and an adapter of rank R.
+//! A linear layer of a model: I inputs, O outputs, and an adapter of rank R.
 
 use candle_core::Tensor;
 

@@ -71,6 +71,8 @@ pub struct TokenLogprobs {
     pub logprob: f32,
     /// The K most likely tokens with their logprobs, most likely first.
     pub top: Vec<(u32, f32)>,
+    /// True for the first token of an answer, whose bytes may differ: see `Tokenizer::answer_bytes`.
+    pub is_first: bool,
 }
 
 impl TokenLogprobs {
@@ -86,6 +88,7 @@ impl TokenLogprobs {
                 .into_iter()
                 .map(|(id, logit)| (id, logprob(logit)))
                 .collect(),
+            is_first: false,
         }
     }
 }

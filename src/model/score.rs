@@ -10,7 +10,7 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 
 use super::sampling::TokenLogprobs;
-use super::{Model, ModelInput};
+use super::{Model, ModelInput, SourceInput};
 
 /// A text to score.
 #[derive(Debug, Clone, Copy)]
@@ -66,6 +66,7 @@ pub(crate) fn score(
         input_ids_T: &input_ids_T,
         segments_B: &segments_B,
         positions_N: &positions_N,
+        source: SourceInput::default(),
     };
     let logprobs = model.map_logits(input, |index, logits_V| {
         let ScoredToken { id, top_k } = scored_tokens[index];

@@ -64,6 +64,20 @@ pub fn load(dir: &Path, full_name: impl Fn(&str) -> Option<String>) -> Result<Lo
     Ok(loaded)
 }
 
+/// Returns true if the weights of a model folder include the tensor `name`.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn contains(dir: &Path, name: &str) -> Result<bool> {
+    for path in weight_files(dir)? {
+        let is_found = with_safetensors(&path, |file| Ok(file.tensors.names().contains(&name)))?;
+        if is_found {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Groups names that differ only in numbers. Returns one text per group: the name with `*` for the numbers,
 /// and the size of the group if it is not 1, as in `model.layers.*.bias (12)`.
 pub(crate) fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
@@ -83,18 +97,23 @@ pub(crate) fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
     texts.collect()
 }
 
-/// Checks that no unused tensor belongs to a layer that the decoder, with `layers` layers, does not have.
+/// Checks that no unused tensor belongs to a layer that the model does not have. The names of the layers' tensors begin
+/// with `prefix`, whose first part is optional, and the index of the layer. There are `layers` layers, as `field` of
+/// `config.json` says.
 ///
 /// # Errors
 /// Where the index of a tensor's layer is `layers` or more.
-pub fn check_layers(unused: &BTreeSet<String>, layers: usize) -> Result<()> {
+pub fn check_layers(
+    unused: &BTreeSet<String>,
+    prefix: &str,
+    layers: usize,
+    field: &str,
+) -> Result<()> {
+    let without_first_part = prefix.split_once('.').map_or(prefix, |parts| parts.1);
     let layer_index = |name: &str| -> Option<usize> {
-        let prefixes = ["model.", "transformer."];
-        let name = prefixes
-            .iter()
-            .find_map(|prefix| name.strip_prefix(prefix))
-            .unwrap_or(name);
-        let name = name.strip_prefix("layers.").or(name.strip_prefix("h."))?;
+        let name = name
+            .strip_prefix(prefix)
+            .or_else(|| name.strip_prefix(without_first_part))?;
         name.split('.').next()?.parse().ok()
     };
     match unused
@@ -103,8 +122,8 @@ pub fn check_layers(unused: &BTreeSet<String>, layers: usize) -> Result<()> {
     {
         None => Ok(()),
         Some(name) => bail!(
-            "config.json has `num_hidden_layers` = {layers} (`n_layer` in gpt2), but the weights contain {name}: set it \
-             to the number of layers in the weights"
+            "config.json has `{field}` = {layers}, but the weights contain {name}: set it to the number of layers in the \
+             weights"
         ),
     }
 }

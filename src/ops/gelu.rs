@@ -17,6 +17,21 @@ const SLOPE: f32 = 1.595_769;
 /// The coefficient of x^3 in the parentheses of u.
 const CUBIC: f32 = 0.044_715;
 
+/// Returns GELU(x).
+#[inline(always)]
+pub(super) fn gelu(x: f32) -> f32 {
+    x * sigmoid(SLOPE * x * (1.0 + CUBIC * x * x))
+}
+
+/// Returns the derivative of GELU at x: s (1 + x (1 - s) 2u') with s = sigmoid(2u).
+#[inline(always)]
+pub(super) fn derivative(x: f32) -> f32 {
+    let square = x * x;
+    let s = sigmoid(SLOPE * x * (1.0 + CUBIC * square));
+    let slope = SLOPE * (1.0 + 3.0 * CUBIC * square);
+    s * (1.0 + x * (1.0 - s) * slope)
+}
+
 /// Computes `y_TF` from `x_TF`.
 pub(crate) fn forward(x_TF: &[f32], y_TF: &mut [f32]) {
     y_TF.par_chunks_mut(VALUES_PER_TASK)
@@ -24,24 +39,20 @@ pub(crate) fn forward(x_TF: &[f32], y_TF: &mut [f32]) {
         .for_each(|(y, x)| {
             simd!(|y: &mut [f32], x: &[f32]| {
                 for (y, x) in y.iter_mut().zip(x) {
-                    *y = x * sigmoid(SLOPE * x * (1.0 + CUBIC * x * x));
+                    *y = gelu(*x);
                 }
             });
         });
 }
 
-/// Overwrites `x_TF` with its gradient: dx = dy s (1 + x (1 - s) 2u') with s = sigmoid(2u).
+/// Overwrites `x_TF` with its gradient.
 pub(crate) fn backward(x_TF: &mut [f32], dy_TF: &[f32]) {
     x_TF.par_chunks_mut(VALUES_PER_TASK)
         .zip(dy_TF.par_chunks(VALUES_PER_TASK))
         .for_each(|(x, dy)| {
             simd!(|x: &mut [f32], dy: &[f32]| {
                 for (x, dy) in x.iter_mut().zip(dy) {
-                    let z = *x;
-                    let square = z * z;
-                    let s = sigmoid(SLOPE * z * (1.0 + CUBIC * square));
-                    let slope = SLOPE * (1.0 + 3.0 * CUBIC * square);
-                    *x = dy * s * (1.0 + z * (1.0 - s) * slope);
+                    *x = dy * derivative(*x);
                 }
             });
         });

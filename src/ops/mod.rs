@@ -7,8 +7,8 @@
 //! | file | content |
 //! |---|---|
 //! | `linear`, `lora`, `matmul` | linear layers, adapters, and the matrix products behind them |
-//! | `attention`, `rope` | causal grouped-query attention, rotary position embedding |
-//! | `rms_norm`, `layer_norm`, `gelu`, `swiglu`, `embedding` | the other layers of a decoder |
+//! | `attention/`, `rope` | grouped-query attention, within a sequence or over another one; rotary position embedding |
+//! | `rms_norm`, `layer_norm`, `gelu`, `relu`, `swiglu`, `geglu`, `embedding` | the other layers of a model |
 //! | `head_loss` | the LM head and the loss, chunked over positions |
 //! | `adamw`, `ema` | updates of the weights |
 //! | `math` | scalar functions and reductions |
@@ -29,6 +29,7 @@ pub mod arena;
 pub mod attention;
 pub(crate) mod ema;
 pub(crate) mod embedding;
+pub(crate) mod geglu;
 pub(crate) mod gelu;
 pub(crate) mod head_loss;
 pub(crate) mod layer_norm;
@@ -38,6 +39,7 @@ pub(crate) mod mapped_file;
 pub(crate) mod math;
 pub mod matmul;
 pub mod process;
+pub(crate) mod relu;
 pub(crate) mod rms_norm;
 pub mod rope;
 pub(crate) mod swiglu;

@@ -33,6 +33,7 @@ pub(crate) async fn completions(
     let body = body.map_err(|error| ErrorResponse::http(error.status(), error.body_text()))?;
     let request = ChatRequest::parse(&body)?;
     app.check_model(&request.model)?;
+    app.check_scores_prompts("prompt_logprobs", request.prompt_logprobs.is_some())?;
     let prompt = if request.continue_final {
         let encoded = app.tokenizer.encode_continued(&request.messages);
         encoded.map(|(ids, _)| ids)

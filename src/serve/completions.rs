@@ -101,7 +101,7 @@ impl CompletionRequest {
                 PromptInput::Ids(ids) => ids.clone(),
                 PromptInput::Text(text) => app
                     .tokenizer
-                    .encode_text(text)
+                    .encode_text_prompt(text)
                     .map_err(|error| bad_prompt(format!("{error:#}")))?,
             };
             if ids.is_empty() {
@@ -134,6 +134,8 @@ pub(crate) async fn completions(
     let body = body.map_err(|error| ErrorResponse::http(error.status(), error.body_text()))?;
     let request = CompletionRequest::parse(&body)?;
     app.check_model(&request.model)?;
+    app.check_scores_prompts("prompt_logprobs", request.prompt_logprobs.is_some())?;
+    app.check_scores_prompts("echo", request.echo)?;
     let prompts = request.encode(&app)?;
     let (answers, completion_tokens) = if request.options.max_tokens == 0 {
         (Vec::new(), 0)

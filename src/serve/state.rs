@@ -39,8 +39,8 @@ impl AppState {
         }
     }
 
-    /// Checks that a prompt of `tokens` tokens fits the context. If `is_answered` is true, the context must have room
-    /// for one more token.
+    /// Checks that a prompt of `tokens` tokens fits the context. If `is_answered` is true, the context of a decoder must
+    /// have room for one more token.
     ///
     /// # Errors
     /// 400 that names `field`.
@@ -50,12 +50,32 @@ impl AppState {
         tokens: usize,
         is_answered: bool,
     ) -> Result<(), ErrorResponse> {
-        if tokens + usize::from(is_answered) > self.context {
+        let shares_context = is_answered && !self.tokenizer.is_encoder_decoder();
+        if tokens + usize::from(shares_context) > self.context {
             return Err(ErrorResponse::context_length_exceeded(
                 field,
                 tokens,
                 self.context,
             ));
+        }
+        Ok(())
+    }
+
+    /// Checks that the model can compute the logprobs of a prompt, if `field` of the request needs them.
+    ///
+    /// # Errors
+    /// 400 that names `field`, for an encoder-decoder.
+    pub(crate) fn check_scores_prompts(
+        &self,
+        field: &'static str,
+        is_needed: bool,
+    ) -> Result<(), ErrorResponse> {
+        if is_needed && self.tokenizer.is_encoder_decoder() {
+            let message = format!(
+                "`{field}` needs the logprobs of the prompt, and this model is an encoder-decoder, which reads the prompt \
+                 without predicting it: omit `{field}`"
+            );
+            return Err(ErrorResponse::bad_field(field, message));
         }
         Ok(())
     }

@@ -121,18 +121,18 @@ struct TokenLogprob<'a> {
 impl<'a> ChatLogprobs<'a> {
     /// Converts the logprobs of an answer, or of a part of it.
     pub(crate) fn new(token_logprobs: &[TokenLogprobs], tokenizer: &'a Tokenizer) -> Self {
-        let token = |id, logprob| TokenLogprob::new(id, logprob, tokenizer);
-        let content = token_logprobs
-            .iter()
-            .map(|position| TokenPosition {
+        let position = |position: &TokenLogprobs| {
+            let token = |id, logprob| TokenLogprob::new(id, logprob, position.is_first, tokenizer);
+            TokenPosition {
                 chosen: token(position.id, position.logprob),
                 top_logprobs: position
                     .top
                     .iter()
                     .map(|&(id, logprob)| token(id, logprob))
                     .collect(),
-            })
-            .collect();
+            }
+        };
+        let content = token_logprobs.iter().map(position).collect();
         Self {
             content,
             refusal: None,
@@ -141,8 +141,9 @@ impl<'a> ChatLogprobs<'a> {
 }
 
 impl<'a> TokenLogprob<'a> {
-    fn new(id: u32, logprob: f32, tokenizer: &'a Tokenizer) -> Self {
-        let (token, bytes) = match tokenizer.token_bytes(id) {
+    /// Converts a token. `is_first` is true at the start of an answer.
+    fn new(id: u32, logprob: f32, is_first: bool, tokenizer: &'a Tokenizer) -> Self {
+        let (token, bytes) = match tokenizer.answer_bytes(id, is_first) {
             Some(bytes) => (String::from_utf8_lossy(bytes), bytes),
             None => (tokenizer.token_name(id).into(), [].as_slice()),
         };
@@ -201,7 +202,8 @@ impl<'a> PromptLogprobs<'a> {
                 .copied();
             let tokens = std::iter::once((prompt_token.id, prompt_token.logprob)).chain(others);
             let tokens = tokens.map(|(id, logprob)| {
-                let TokenLogprob { token, logprob, .. } = TokenLogprob::new(id, logprob, tokenizer);
+                let TokenLogprob { token, logprob, .. } =
+                    TokenLogprob::new(id, logprob, false, tokenizer);
                 let token = PromptToken {
                     logprob,
                     rank: rank(id),
@@ -273,37 +275,41 @@ impl<'a> TextLogprobs<'a> {
         tokenizer: &'a Tokenizer,
         as_ids: bool,
     ) -> Self {
-        let name = |id: u32| {
+        let name = |id: u32, is_first: bool| {
             if as_ids {
                 Cow::Owned(format!("token_id:{id}"))
             } else {
-                TokenLogprob::new(id, 0.0, tokenizer).token
+                TokenLogprob::new(id, 0.0, is_first, tokenizer).token
             }
         };
         let mut columns = Self::default();
         let mut characters = CharacterCounter::default();
-        let mut push = |id: u32, logprob: Option<f32>, top: Option<TopLogprobs<'a>>| {
-            columns.token_logprobs.push(logprob);
-            columns.tokens.push(name(id));
-            columns.top_logprobs.push(top);
-            columns.text_offset.push(match tokenizer.token_bytes(id) {
-                Some(bytes) => characters.add(bytes),
-                None => characters.add(tokenizer.token_name(id).as_bytes()),
-            });
-        };
+        let mut push =
+            |id: u32, is_first: bool, logprob: Option<f32>, top: Option<TopLogprobs<'a>>| {
+                columns.token_logprobs.push(logprob);
+                columns.tokens.push(name(id, is_first));
+                columns.top_logprobs.push(top);
+                columns
+                    .text_offset
+                    .push(match tokenizer.answer_bytes(id, is_first) {
+                        Some(bytes) => characters.add(bytes),
+                        None => characters.add(tokenizer.token_name(id).as_bytes()),
+                    });
+            };
         if let Some(id) = first_id {
-            push(id, None, None);
+            push(id, false, None, None);
         }
         for token in token_logprobs {
             let mut top: Vec<(Cow<str>, f32)> = Vec::with_capacity(token.top.len());
             for &(id, logprob) in token.top.iter().take(top_k) {
-                let name = name(id);
+                let name = name(id, token.is_first);
                 if top.iter().all(|entry| entry.0 != name) {
                     top.push((name, logprob.max(MISSING_LOGPROB)));
                 }
             }
             push(
                 token.id,
+                token.is_first,
                 Some(token.logprob.max(MISSING_LOGPROB)),
                 Some(TopLogprobs(top)),
             );

@@ -8,8 +8,10 @@ use serde::Serialize;
 /// A conversation of T tokens.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EncodedConversation {
-    /// Token ids (T).
+    /// Token ids (T); of an encoder-decoder, the input of the decoder.
     pub ids: Vec<u32>,
+    /// Token ids of the source, which the encoder of an encoder-decoder reads; else empty.
+    pub source_ids: Vec<u32>,
     /// The assistant's messages, in order.
     pub answers: Vec<AnswerTokens>,
     /// Set if the generation prompt differs from the text before the last answer in the rendered conversation. In that
@@ -31,6 +33,8 @@ pub struct AnswerTokens {
     pub supervised: Range<usize>,
     /// Tokens of the content only.
     pub content: Range<usize>,
+    /// End of each of `tokens`, in bytes of the content; None if the bytes of the tokens spell the content.
+    pub token_ends: Option<Vec<usize>>,
     /// First token after the thinking, or the first of `tokens` in an answer without thinking.
     pub after_thinking: usize,
     /// True if the ids before `tokens` equal the generation prompt, and the template renders the answer in the same way
@@ -49,6 +53,7 @@ impl AnswerTokens {
             content: 0..0,
             tokens: 0..0,
             supervised: 0..0,
+            token_ends: None,
             after_thinking: 0,
             follows_generation_prompt: false,
             thinking: None,

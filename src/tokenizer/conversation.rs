@@ -24,6 +24,9 @@ impl Tokenizer {
     /// including the first control token that is a stop token, or, without one, the first control token. None without a
     /// chat template, or if it rejects the test conversation or writes no control token after the answer.
     pub(super) fn find_end_of_turn(&mut self) -> Option<Box<[u32]>> {
+        if let Some(tokens) = self.seq2seq {
+            return Some([tokens.end].into());
+        }
         let template = self.template.clone()?;
         // The end of turn does not depend on the date.
         self.set_date(TemplateClock::Fixed(DateTime::constant(
@@ -41,20 +44,27 @@ impl Tokenizer {
         Some(following_ids[..=end].into())
     }
 
-    /// Ids of a conversation with its generation prompt.
+    /// Ids of a conversation with its generation prompt; of an encoder-decoder, the ids of the source.
     ///
     /// # Errors
     /// If there is no chat template, or it rejects these messages.
     pub fn encode_prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        encode_prompt(self, &self.template()?.with_date(None), messages)
+        let template = self.template()?.with_date(None);
+        match self.seq2seq {
+            Some(tokens) => self.encode_source(tokens, &template, messages),
+            None => encode_template(self, &template, messages),
+        }
     }
 
     /// Ids of a conversation that ends inside its last message, an answer that the model will continue. Also returns
     /// the range of the ids that spell this answer.
     ///
     /// # Errors
-    /// As [`Self::encode_prompt`], and if the last message is not the assistant's.
+    /// As [`Self::encode_prompt`], if the last message is not the assistant's, and for an encoder-decoder.
     pub fn encode_continued(&self, messages: &[Message]) -> Result<(Vec<u32>, Range<usize>)> {
+        if self.is_encoder_decoder() {
+            bail!("an encoder-decoder cannot continue an answer");
+        }
         let EncodedConversation {
             mut ids, answers, ..
         } = self.last_answer(messages)?;
@@ -111,12 +121,15 @@ impl Tokenizer {
         date: Option<DateTime>,
     ) -> Result<EncodedConversation> {
         let template = self.template()?.with_date(date);
-        encode(self, &template, messages, every_answer)
+        match self.seq2seq {
+            Some(tokens) => self.encode_seq2seq(tokens, &template, messages),
+            None => encode(self, &template, messages, every_answer),
+        }
     }
 }
 
-/// Encodes the generation prompt of these messages.
-pub(crate) fn encode_prompt(
+/// Encodes the text that the template renders as the generation prompt of these messages.
+pub(crate) fn encode_template(
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     messages: &[Message],

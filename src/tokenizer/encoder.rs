@@ -159,6 +159,7 @@ impl<'a> ConversationEncoder<'a> {
                 reply => start_of_last(text.end - text.end.min(reply.max(text.start))),
             },
             text,
+            token_ends: None,
             supervised: tokens.clone(),
             tokens,
             follows_generation_prompt: true,

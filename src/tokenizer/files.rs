@@ -10,7 +10,7 @@ pub(crate) struct TokenizerFiles {
     tokenizer_config: Value,
     special_tokens_map: Value,
     generation_config: Value,
-    config: Value,
+    pub config: Value,
     /// `added_tokens.json` of older folders.
     added_tokens: Value,
     /// The chat template, if the folder has one.

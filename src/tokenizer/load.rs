@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tokenizers::Model;
 
-use crate::config;
+use crate::config::{self, StudentInit, StudentType};
 use crate::exit::Exit;
 use crate::ops::process;
 use crate::prompt::control_tokens::is_control_name;
@@ -15,6 +15,7 @@ use crate::tokenizer::added::{self, AddedTokenSearch};
 use crate::tokenizer::chat_template::{TOKEN_VARIABLES, with_arguments};
 use crate::tokenizer::files::TokenizerFiles;
 use crate::tokenizer::pieces::PieceCache;
+use crate::tokenizer::seq2seq::{self, Seq2SeqTokens};
 use crate::tokenizer::source::{self, TokenizerJson};
 use crate::tokenizer::token_bytes::{TokenByteMap, has_part};
 use crate::tokenizer::{ChatTemplate, Tokenizer};
@@ -30,7 +31,7 @@ impl Tokenizer {
     /// If `tokenizer.json` is missing, or it or another of these files is damaged. A missing chat template is an error
     /// only once a conversation is encoded.
     pub fn load(dir: &Path) -> Result<Self> {
-        load(dir, &BTreeMap::new())
+        load(dir, &LoadOptions::default())
     }
 
     /// Loads the tokenizer of a student with the variables and the date of its chat template.
@@ -44,7 +45,15 @@ impl Tokenizer {
                 settings.path.display()
             )));
         }
-        let mut tokenizer = load(&settings.path, &settings.template_args)?;
+        let options = LoadOptions {
+            template_args: settings.template_args.clone(),
+            source_template: settings.source_template.clone(),
+            is_encoder_decoder: match settings.init {
+                StudentInit::Random => Some(settings.model_type == StudentType::T5),
+                StudentInit::Pretrained | StudentInit::Layers => None,
+            },
+        };
+        let mut tokenizer = load(&settings.path, &options)?;
         if let Some(date) = settings.template_date {
             tokenizer.set_date(date.into());
         }
@@ -52,15 +61,26 @@ impl Tokenizer {
     }
 }
 
-/// Loads a folder. `arguments` are default values of variables of the chat template.
-pub(crate) fn load(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
-    let tokenizer = read(dir, arguments);
+/// Settings of the student that apply to its tokenizer.
+#[derive(Debug, Default)]
+pub(crate) struct LoadOptions {
+    /// Default values of variables of the chat template.
+    pub template_args: BTreeMap<String, Value>,
+    /// `student.source_template`.
+    pub source_template: Option<String>,
+    /// Whether the model is an encoder-decoder; None if `config.json` decides.
+    pub is_encoder_decoder: Option<bool>,
+}
+
+/// Loads a folder.
+pub(crate) fn load(dir: &Path, options: &LoadOptions) -> Result<Tokenizer> {
+    let tokenizer = read(dir, options);
     // Reading allocates two strings per merge, more than a million for a large vocabulary.
     process::trim_memory();
     tokenizer
 }
 
-fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
+fn read(dir: &Path, options: &LoadOptions) -> Result<Tokenizer> {
     let path = dir.join("tokenizer.json");
     let json_text = match std::fs::read_to_string(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => bail!(Exit::Usage(format!(
@@ -72,9 +92,8 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
     let invalid = || format!("{} is not a valid tokenizer", path.display());
     let mut tokenizer = TokenizerJson::parse(&json_text).with_context(invalid)?;
     let mut files = TokenizerFiles::read(dir)?;
-    if let Some(template) = &mut files.chat_template {
-        *template = with_arguments(template, arguments)?;
-    }
+    let seq2seq = seq2seq_tokens(&files, &tokenizer, options.is_encoder_decoder)?;
+    set_template(&mut files.chat_template, seq2seq, options, dir)?;
     let fingerprint = files.fingerprint(&json_text)?;
     drop(json_text);
 
@@ -172,7 +191,9 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         fingerprint,
         date: String::new(),
         pieces: PieceCache::new(&json),
-        template_args: arguments.clone(),
+        template_args: options.template_args.clone(),
+        seq2seq,
+        source_template: options.source_template.clone(),
     };
     // The eos token of a base model may differ from the end-of-turn token of its template.
     tokenizer.end_of_turn = tokenizer.find_end_of_turn().unwrap_or_default();
@@ -182,6 +203,69 @@ fn read(dir: &Path, arguments: &BTreeMap<String, Value>) -> Result<Tokenizer> {
         tokenizer.stop_ids.push(end);
     }
     Ok(tokenizer)
+}
+
+/// Returns the tokens around the answers of an encoder-decoder; None for a decoder. `is_encoder_decoder` is None if
+/// `config.json` decides.
+fn seq2seq_tokens(
+    files: &TokenizerFiles,
+    tokenizer: &TokenizerJson,
+    is_encoder_decoder: Option<bool>,
+) -> Result<Option<Seq2SeqTokens>> {
+    let from_config = Seq2SeqTokens::from_config(&files.config);
+    if is_encoder_decoder == Some(false) {
+        return Ok(None);
+    }
+    if is_encoder_decoder.is_none() || from_config.is_some() {
+        return Ok(from_config);
+    }
+    let id = |role: &str, default: &str| {
+        let name = files.token(role).unwrap_or(default);
+        tokenizer.id(name).ok_or_else(|| {
+            Exit::Usage(format!(
+                "the tokenizer of an encoder-decoder needs {role}, and its vocabulary has no {name:?}: set {role} in \
+                 tokenizer_config.json"
+            ))
+        })
+    };
+    Ok(Some(Seq2SeqTokens {
+        start: id("pad_token", "<pad>")?,
+        end: id("eos_token", "</s>")?,
+    }))
+}
+
+/// Sets the template of the messages: the chat template with its arguments, or the source template of an
+/// encoder-decoder.
+fn set_template(
+    template: &mut Option<String>,
+    seq2seq: Option<Seq2SeqTokens>,
+    options: &LoadOptions,
+    dir: &Path,
+) -> Result<()> {
+    if options.source_template.is_some() && seq2seq.is_none() {
+        bail!(Exit::Usage(format!(
+            "`student.source_template` is for an encoder-decoder such as T5, and {} is a decoder with a chat template: \
+             remove it",
+            dir.display()
+        )));
+    }
+    if seq2seq.is_some() {
+        if !options.template_args.is_empty() {
+            bail!(Exit::Usage(format!(
+                "`student.template_args` are variables of a chat template, and {} is an encoder-decoder: write their \
+                 values into `student.source_template`",
+                dir.display()
+            )));
+        }
+        if let Some(source) = &options.source_template {
+            *template = Some(source.clone());
+        }
+        template.get_or_insert_with(|| seq2seq::DEFAULT_TEMPLATE.to_owned());
+    }
+    if let Some(template) = template {
+        *template = with_arguments(template, &options.template_args)?;
+    }
+    Ok(())
 }
 
 /// Marks the control tokens in `added_tokens` as special, and adds entries for control tokens that only the other files

@@ -8,6 +8,7 @@
 //! | `token_bytes` | the exact bytes of each token |
 //! | `chat_template` | renders conversations, in a sandbox |
 //! | `conversation`, `encoder` | encode conversations, and find the tokens of their answers |
+//! | `seq2seq` | sources and answers of an encoder-decoder |
 //! | `answer_tokens` | the result: ids and the ranges of the answers |
 //!
 //! Invariants:
@@ -24,6 +25,7 @@ pub(crate) mod encoder;
 pub(crate) mod files;
 pub(crate) mod load;
 pub(crate) mod pieces;
+pub(crate) mod seq2seq;
 pub(crate) mod source;
 pub(crate) mod token_bytes;
 
@@ -44,6 +46,7 @@ pub use crate::tokenizer::answer_tokens::{
 };
 use crate::tokenizer::chat_template::{ChatTemplate, TemplateClock};
 use crate::tokenizer::pieces::{BYTES_PER_TOKEN, PieceCache};
+use crate::tokenizer::seq2seq::Seq2SeqTokens;
 use crate::tokenizer::token_bytes::TokenByteMap;
 
 /// A tokenizer with its chat template.
@@ -77,11 +80,16 @@ pub struct Tokenizer {
     /// See [`Self::find_end_of_turn`]. Empty if the template does not end turns.
     end_of_turn: Box<[u32]>,
     vocab_size: usize,
+    /// The chat template, or the source template of an encoder-decoder.
     template: Option<ChatTemplate>,
+    /// Set for an encoder-decoder.
+    seq2seq: Option<Seq2SeqTokens>,
     fingerprint: blake3::Hash,
     /// Name of the template's date, for the fingerprint.
     date: String,
     template_args: BTreeMap<String, Value>,
+    /// `student.source_template` of an encoder-decoder.
+    source_template: Option<String>,
     /// Cache of encoded pieces of text. None if texts cannot be cut into pieces.
     pieces: Option<PieceCache>,
 }
@@ -122,6 +130,11 @@ impl Tokenizer {
     /// Default values of variables of the chat template.
     pub fn template_args(&self) -> &BTreeMap<String, Value> {
         &self.template_args
+    }
+
+    /// Source template that the user has set, for an encoder-decoder.
+    pub(crate) fn source_template(&self) -> Option<&str> {
+        self.source_template.as_deref()
     }
 
     /// Folder that the tokenizer was loaded from.
@@ -236,6 +249,10 @@ impl Tokenizer {
         let mut hash = blake3::Hasher::new();
         hash.update(self.fingerprint.as_bytes());
         hash.update(self.date.as_bytes());
+        if let Some(Seq2SeqTokens { start, end }) = self.seq2seq {
+            hash.update(&start.to_le_bytes());
+            hash.update(&end.to_le_bytes());
+        }
         hash.finalize()
     }
 

@@ -67,6 +67,13 @@ pub(crate) fn files(
             "{GENERATION_CONFIG}: eos_token_id lists every token that ends an answer"
         ));
     }
+    if dir == tokenizer.dir()
+        && let Some(template) = tokenizer.source_template()
+    {
+        files.retain(|(name, _)| *name != CHAT_TEMPLATE);
+        files.push((CHAT_TEMPLATE, template.into()));
+        changes.push("chat template: `student.source_template`".into());
+    }
     if dir == tokenizer.dir() && !tokenizer.template_args().is_empty() {
         set_template_args(&mut files, tokenizer.template_args())?;
         changes.push("chat template: `student.template_args` are its defaults".into());

@@ -12,7 +12,7 @@ use crate::data::prepared::shard::ExampleView;
 use crate::exit::Exit;
 use crate::model::weights;
 use crate::model::weights::Tensors;
-use crate::model::{Model, decoder};
+use crate::model::{Model, network};
 use crate::tokenizer::Tokenizer;
 use crate::train::optimizer::Optimizer;
 use crate::train::soft_labels::SoftLabelChoice;
@@ -56,7 +56,7 @@ impl LocalTeacher {
         };
         let cotrain = settings.cotrain;
         check_tokenizer(dir, tokenizer)?;
-        let (shape, tensors) = decoder::load(dir)?;
+        let (shape, tensors) = network::load(dir)?;
         let hash = weights::hash(&tensors)?;
         let tensors = weights::to_device(&tensors, &device::open(train)?)?;
         let mut trainable = TrainableModel::new(shape, tensors, Tensors::new(), |_| !cotrain)
@@ -159,6 +159,20 @@ fn check_tokenizer(dir: &Path, student: &Tokenizer) -> Result<()> {
     }
     let teacher = Tokenizer::load(dir)
         .with_context(|| format!("cannot load `teacher.local` {}", dir.display()))?;
+    if teacher.decoder_start() != student.decoder_start() {
+        let kind = |tokenizer: &Tokenizer| match tokenizer.decoder_start() {
+            Some(start) => format!("an encoder-decoder that starts with token {start}"),
+            None => "a decoder".into(),
+        };
+        bail!(Exit::Usage(format!(
+            "`teacher.local` {} is {}, and the student is {}: their inputs differ. To distill between them, harvest \
+             answers from `distill serve --model {}`",
+            dir.display(),
+            kind(&teacher),
+            kind(student),
+            dir.display()
+        )));
+    }
     let Some(id) = teacher.first_difference(student) else {
         return Ok(());
     };

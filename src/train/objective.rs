@@ -16,7 +16,7 @@ use crate::data::dataset::Examples;
 use crate::model::forward::HiddenStates;
 use crate::model::gradients::Gradients;
 use crate::model::tape::Activations;
-use crate::model::{Model, ModelInput};
+use crate::model::{Model, ModelInput, SourceInput};
 use crate::ops::head_loss::{LogitsVisitor, PositionGroups, chunk_rows};
 use crate::train::loss::position::{LossWeights, PositionLoss, PositionTarget};
 
@@ -166,6 +166,10 @@ fn input(batch: &Batch) -> ModelInput<'_> {
         input_ids_T: &batch.input_ids_T,
         segments_B: &batch.segments_B,
         positions_N: &batch.positions_N,
+        source: SourceInput {
+            ids_U: &batch.source_ids_U,
+            segments_B: &batch.source_segments_B,
+        },
     }
 }
 

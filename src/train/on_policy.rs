@@ -80,9 +80,17 @@ pub(crate) struct RemoteTeacher<'a> {
 struct GeneratedAnswer<'a> {
     /// Key of the example with the same prompt.
     key: &'a str,
-    prompt: &'a [u32],
+    prompt: &'a PromptTokens,
     /// Token ids, including the end of the turn if it was reached.
     ids: &'a [u32],
+}
+
+/// The tokens before an answer.
+struct PromptTokens {
+    /// Source of an encoder-decoder; else empty.
+    source: Vec<u32>,
+    /// Tokens before the answer in the input of the decoder.
+    decoder: Vec<u32>,
 }
 
 impl<'a> OnPolicy<'a> {
@@ -138,7 +146,14 @@ impl<'a> OnPolicy<'a> {
         examples: &[ExampleView],
         stop: &StopFlag,
     ) -> Result<Vec<Batch>> {
-        let prompts: Vec<Vec<u32>> = examples.iter().map(|example| prompt(*example)).collect();
+        let prompts: Vec<PromptTokens> = examples.iter().map(|example| prompt(*example)).collect();
+        let generation_prompts: Vec<Vec<u32>> = prompts
+            .iter()
+            .map(|prompt| match prompt.source.as_slice() {
+                [] => prompt.decoder.clone(),
+                source => source.to_vec(),
+            })
+            .collect();
         let options = GenerateOptions {
             max_tokens: self.settings.max_tokens as usize,
             sampling: SamplingParams {
@@ -148,8 +163,13 @@ impl<'a> OnPolicy<'a> {
             },
             ..GenerateOptions::default()
         };
-        let answers =
-            generate::batch(student, self.tokenizer, &prompts, &options, self.batch_size)?;
+        let answers = generate::batch(
+            student,
+            self.tokenizer,
+            &generation_prompts,
+            &options,
+            self.batch_size,
+        )?;
         let answers = answers.iter().zip(&prompts).zip(examples);
         let generated: Vec<GeneratedAnswer> = answers
             .filter(|((answer, _), _)| !answer.ids.is_empty())
@@ -250,9 +270,9 @@ impl<'a> RemoteTeacher<'a> {
         let scored = self.scorer.score(texts, stop)?;
         for ((index, text, ids), logprobs) in requests.into_iter().zip(scored) {
             let Some(logprobs) = logprobs else { continue };
-            let aligned = self
-                .mapper
-                .align(&logprobs, text.as_bytes(), 0..text.len(), ids, None);
+            let aligned =
+                self.mapper
+                    .align(&logprobs, text.as_bytes(), 0..text.len(), ids.into(), None);
             let has_soft_labels = |labels: &Aligned| (0..labels.len()).any(|at| labels.is_soft(at));
             match aligned {
                 Ok(labels) if has_soft_labels(&labels) => soft_labels[index] = Some(labels),
@@ -290,8 +310,9 @@ fn text_prefix<'a>(tokenizer: &Tokenizer, ids: &'a [u32]) -> (String, &'a [u32])
     let mut text = String::new();
     let mut count = 0;
     for (at, &id) in ids.iter().enumerate() {
-        match tokenizer.token_bytes(id) {
-            Some(token) if !token.is_empty() => bytes.extend(token),
+        match tokenizer.answer_bytes(id, at == 0) {
+            // The first token may be only the space that the tokenizer writes before a text.
+            Some(token) if !token.is_empty() || at == 0 => bytes.extend(token),
             _ => break,
         }
         if let Ok(characters) = std::str::from_utf8(&bytes) {
@@ -304,7 +325,7 @@ fn text_prefix<'a>(tokenizer: &Tokenizer, ids: &'a [u32]) -> (String, &'a [u32])
 }
 
 /// Returns the tokens before the last answer of an example.
-fn prompt(example: ExampleView) -> Vec<u32> {
+fn prompt(example: ExampleView) -> PromptTokens {
     let mut start = 0;
     let mut previous = None;
     for position in example.positions() {
@@ -313,18 +334,22 @@ fn prompt(example: ExampleView) -> Vec<u32> {
         }
         previous = Some(position);
     }
-    example.input_ids().take(start + 1).collect()
+    PromptTokens {
+        source: example.source_ids().collect(),
+        decoder: example.input_ids().take(start + 1).collect(),
+    }
 }
 
 /// Appends a prompt and its answer to the batch. The supervised positions are those with soft labels, or all tokens of
 /// the answer if `soft_labels` is None (local teacher).
 fn push_answer(batch: &mut Batch, answer: &GeneratedAnswer, soft_labels: Option<&Aligned>) {
     let first = batch.input_ids_T.len();
-    batch.input_ids_T.extend(answer.prompt);
+    batch.input_ids_T.extend(&answer.prompt.decoder);
     batch.input_ids_T.extend(answer.ids);
     let end = batch.input_ids_T.len();
     batch.segments_B.push(Range { start: first, end });
     batch.keys_B.push(answer.key.to_owned());
+    batch.push_source(answer.prompt.source.iter().copied());
     for (at, token) in answer.ids.iter().enumerate() {
         if let Some(labels) = soft_labels {
             if !labels.is_soft(at) {
@@ -335,7 +360,7 @@ fn push_answer(batch: &mut Batch, answer: &GeneratedAnswer, soft_labels: Option<
             batch.soft_logprobs_NK.extend(logprobs);
             batch.sampled_logprobs_N.push(labels.sampled_logprob(at));
         }
-        let position = first + answer.prompt.len() + at - 1;
+        let position = first + answer.prompt.decoder.len() + at - 1;
         batch.positions_N.push(position as u32);
         batch.labels_N.push(*token);
         batch.soft_offsets_N1.push(batch.soft_ids_NK.len());

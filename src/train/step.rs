@@ -158,7 +158,7 @@ impl Stepper {
                     bail!(not_finite("loss", step, &micro_batch.keys_B));
                 }
                 *result.loss.get_or_insert_default() += loss;
-                result.tokens += micro_batch.input_ids_T.len() as u64;
+                result.tokens += micro_batch.tokens() as u64;
                 sums.add(&rows);
                 Ok(())
             };

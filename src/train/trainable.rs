@@ -12,9 +12,10 @@ use crate::config::{LoraConfig, SaveDtype, StudentConfig, StudentInit, TrainConf
 use crate::exit::Exit;
 use crate::fs;
 use crate::model::config::shape::ModelConfig;
+use crate::model::layer_selection::{KeptLayers, keep_layers};
 use crate::model::parameters::random_weights;
 use crate::model::weights::{self, Tensors};
-use crate::model::{Model, decoder, lora};
+use crate::model::{Model, lora, network};
 use crate::tokenizer::Tokenizer;
 
 /// A model, its trained parameters (all weights, or only the adapters) and its frozen parameters.
@@ -24,6 +25,8 @@ pub struct TrainableModel {
     pub vars: BTreeMap<String, Var>,
     /// Parameters that are not trained, by name.
     frozen: Tensors,
+    /// Layers of the folder's model that a student with `init = "layers"` was made of.
+    pub(super) kept_layers: Option<KeptLayers>,
 }
 
 impl TrainableModel {
@@ -38,12 +41,20 @@ impl TrainableModel {
         train: &TrainConfig,
         tokenizer: &Tokenizer,
     ) -> Result<Self> {
+        let mut kept_layers = None;
         let (mut shape, weights) = match settings.init {
-            StudentInit::Pretrained => decoder::load(&settings.path)?,
+            StudentInit::Pretrained => network::load(&settings.path)?,
+            StudentInit::Layers => {
+                let (shape, weights) = network::load(&settings.path)?;
+                let (shape, weights, kept) = keep_layers(&shape, weights, settings)?;
+                kept_layers = Some(kept);
+                (shape, weights)
+            }
             StudentInit::Random => {
                 let size = tokenizer.vocab_size();
                 let stop = tokenizer.stop_ids();
-                let shape = ModelConfig::from_student(settings, size, stop)?;
+                let start = tokenizer.decoder_start();
+                let shape = ModelConfig::from_student(settings, size, stop, start)?;
                 let weights = random_weights(&shape, train.seed)?;
                 (shape, weights)
             }
@@ -84,6 +95,7 @@ impl TrainableModel {
             ));
         }
         student.model.set_precision(device::precision(train));
+        student.kept_layers = kept_layers;
         Ok(student)
     }
 
@@ -124,6 +136,7 @@ impl TrainableModel {
             model: Model::new(config, &all)?,
             vars,
             frozen,
+            kept_layers: None,
         })
     }
 

@@ -155,7 +155,7 @@ impl Case {
 }
 
 fn time(case: &Case) -> Result<()> {
-    let config = ModelConfig::from_student(&case.shape, case.vocabulary, &[])?;
+    let config = ModelConfig::from_student(&case.shape, case.vocabulary, &[], None)?;
     let adapters = match case.lora {
         0 => Tensors::new(),
         rank => lora::new_adapters(&config, rank, &[], 0)?,

@@ -8,7 +8,7 @@ use distill::cache::line;
 use distill::cache::recovery::{FileEnding, LineScan, ScanError};
 use distill::config::{self, Config};
 use distill::harvest::fuzz;
-use distill::model::{Model, ModelInput};
+use distill::model::{Model, ModelInput, SourceInput};
 use distill::prompt;
 
 /// Runs the target with this name, which is also the name of its corpus folder.
@@ -159,6 +159,7 @@ fn model(bytes: &[u8]) {
         input_ids_T: &ids,
         segments_B: std::slice::from_ref(&segment),
         positions_N: &[0],
+        source: SourceInput::default(),
     };
     let logits = model.map_logits(input, |_, logits| logits.len()).unwrap();
     assert_eq!(logits, [vocabulary]);

@@ -10,7 +10,7 @@ use distill::config::{Config, KdMode, StudentConfig, StudentInit};
 use distill::exit::Exit;
 use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Model, ModelInput, decoder};
+use distill::model::{Model, ModelInput, SourceInput, network};
 use distill::train;
 use distill::train::summary::StartMode;
 use serde_json::{Value, json};
@@ -45,6 +45,7 @@ fn logits(model: &Model) -> Vec<f32> {
         input_ids_T: &ids,
         segments_B: std::slice::from_ref(&(0..20)),
         positions_N: &[19],
+        source: SourceInput::default(),
     };
     let rows = model.map_logits(input, |_, row| row.to_vec()).unwrap();
     rows.into_iter().next().unwrap()
@@ -116,7 +117,7 @@ fn null_settings_equal_missing_settings() {
 fn adapter_beside_the_weights_is_refused() {
     let dir = folder();
     fs::write(dir.path().join("adapter_config.json"), "{}").unwrap();
-    let error = decoder::load(dir.path()).unwrap_err();
+    let error = network::load(dir.path()).unwrap_err();
     assert_eq!(Exit::code_of(&error), 2);
     let message = error.to_string();
     assert!(
@@ -309,7 +310,7 @@ fn contradictory_or_unsupported_settings_are_refused() {
     for (change, expected) in cases {
         let dir = folder();
         change(dir.path());
-        let error = decoder::load(dir.path()).unwrap_err();
+        let error = network::load(dir.path()).unwrap_err();
         let message = format!("{error:#}");
         assert!(message.contains(expected), "{message}");
         assert_eq!(Exit::code_of(&error), 2, "{message}");

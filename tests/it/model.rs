@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use distill::config::StudentConfig;
 use distill::model::config::shape::ModelConfig;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Model, ModelInput, parameters};
+use distill::model::{Model, ModelInput, SourceInput, parameters};
 
 /// Returns a small decoder with grouped-query attention: hidden size 32, 2 layers, 4 query and 2 key/value heads, and a
 /// vocabulary of 61.
@@ -19,7 +19,7 @@ pub fn tiny(tied: bool) -> (ModelConfig, Tensors) {
         max_position_embeddings: 256,
         ..StudentConfig::default()
     };
-    let config = ModelConfig::from_student(&student, 61, &[0]).unwrap();
+    let config = ModelConfig::from_student(&student, 61, &[0], None).unwrap();
     let mut tensors = parameters::random_weights(&config, 7).unwrap();
     // Enlarged, so that attention is far from uniform.
     for (name, tensor) in &mut tensors {
@@ -51,6 +51,7 @@ fn logits_at(
         input_ids_T: input_ids,
         segments_B: segments,
         positions_N: positions,
+        source: SourceInput::default(),
     };
     model
         .map_logits(input, |_, logits| logits.to_vec())
@@ -114,13 +115,13 @@ fn weights_that_do_not_match_the_config_are_named() {
     );
     // The weights have more layers than the config.
     let names = tensors.keys().cloned().collect();
-    let error = weights::check_layers(&names, 1);
+    let error = weights::check_layers(&names, "model.layers.", 1, "num_hidden_layers");
     let error = error.err().unwrap().to_string();
     assert!(
         error.contains("model.layers.1.") && error.contains("= 1"),
         "{error}"
     );
-    weights::check_layers(&names, 2).unwrap();
+    weights::check_layers(&names, "model.layers.", 2, "num_hidden_layers").unwrap();
     let (_, mut tensors) = tiny(true);
     let wrong = Tensor::zeros((3, 3), DType::F32, &Device::Cpu).unwrap();
     tensors.insert("model.layers.0.self_attn.q_proj.weight".into(), wrong);

@@ -45,7 +45,8 @@ pub fn write_model(dir: &Path, seed: u64, context: usize) {
         ..StudentConfig::default()
     };
     let end_of_turn = VOCABULARY as u32 - 1;
-    let config = ModelConfig::from_student(&student, PADDED_VOCABULARY, &[end_of_turn]).unwrap();
+    let config =
+        ModelConfig::from_student(&student, PADDED_VOCABULARY, &[end_of_turn], None).unwrap();
     let mut weights = parameters::random_weights(&config, seed).unwrap();
     for (name, tensor) in &mut weights {
         // Enlarged, because the distribution of the next token would be almost uniform with initial weights.

@@ -63,6 +63,21 @@ pub enum Mismatch {
     TokenIds,
 }
 
+/// The tokens of an answer (N), and how they divide its text.
+#[derive(Debug, Clone, Copy)]
+pub struct StudentAnswer<'a> {
+    pub ids: &'a [u32],
+    /// End of each token of the text in bytes of the answer, where normalisation or unknown tokens hide the bytes of
+    /// the tokens. None if the bytes of the tokens spell the answer.
+    pub ends: Option<&'a [usize]>,
+}
+
+impl<'a> From<&'a [u32]> for StudentAnswer<'a> {
+    fn from(ids: &'a [u32]) -> Self {
+        Self { ids, ends: None }
+    }
+}
+
 /// Maps the teacher's tokens to the student's. Caches look-ups, so reuse one mapper for many answers.
 pub struct Mapper<'a> {
     tokenizer: &'a Tokenizer,
@@ -103,9 +118,10 @@ impl<'a> Mapper<'a> {
         teacher: &LogprobsView,
         answer: &[u8],
         kept_bytes: Range<usize>,
-        student: &[u32],
+        answer_tokens: StudentAnswer,
         top_logprobs: Option<usize>,
     ) -> Result<Aligned, Mismatch> {
+        let StudentAnswer { ids: student, ends } = answer_tokens;
         let decoded;
         let teacher = if token_ids::are_ids(&teacher.token) {
             decoded = token_ids::decode_ids(teacher, self.teacher.ok_or(Mismatch::TokenIds)?);
@@ -117,7 +133,12 @@ impl<'a> Mapper<'a> {
         let (spans, teacher) =
             teacher_spans(teacher, answer, &kept_bytes, is_stop).ok_or(Mismatch::Teacher)?;
         let teacher = teacher.as_ref();
-        let (end, student_ends) = self.split_end(student, answer, kept_bytes.clone())?;
+        let (end, student_ends) = match ends {
+            Some(ends) if ends.len() <= student.len() => {
+                (student.get(ends.len()).copied(), ends.to_vec())
+            }
+            _ => self.split_end(student, answer, kept_bytes.clone())?,
+        };
         let text = &student[..student_ends.len()];
         // Teacher tokens of text that the template removes and student tokens of text that it adds have no counterpart.
         let skipped = spans.partition_point(|span| span.end <= kept_bytes.start);
@@ -149,7 +170,14 @@ impl<'a> Mapper<'a> {
                 continue;
             }
             let bytes = &*teacher.token[position];
-            if !self.spells(labels, bytes) {
+            let first_end = student_ends[start];
+            let text_start = start.checked_sub(1).map_or(kept_bytes.start, |before| {
+                student_ends[before].max(kept_bytes.start)
+            });
+            let lead = self.lead(labels[0], &answer[text_start..first_end]);
+            let is_unknown = |id: &u32| self.tokenizer.is_unknown(*id);
+            let spells = || self.spells(labels, &[lead, bytes].concat());
+            if labels.iter().any(is_unknown) || ends.is_none() && !spells() {
                 continue;
             }
             aligned.fill(start);
@@ -163,15 +191,14 @@ impl<'a> Mapper<'a> {
                 &listed,
                 candidates,
                 bytes,
-                labels[0],
+                (labels[0], lead),
                 is_split,
                 &mut aligned,
             );
-            let mut spelled_bytes = self.tokenizer.token_bytes(labels[0]).map_or(0, <[u8]>::len);
-            for &label in &labels[1..] {
+            for (index, &label) in labels.iter().enumerate().skip(1) {
                 let unlisted = 1.0 - candidates.mass;
+                let spelled_bytes = student_ends[start + index - 1] - text_start;
                 self.push_later(&listed, unlisted, bytes, spelled_bytes, label, &mut aligned);
-                spelled_bytes += self.tokenizer.token_bytes(label).map_or(0, <[u8]>::len);
             }
         }
         aligned.fill(text.len());
@@ -185,7 +212,8 @@ impl<'a> Mapper<'a> {
                 && let Some(candidates) =
                     self.candidates_at(teacher, position, top_logprobs, &mut listed, &mut aligned)
             {
-                self.push_first(&listed, candidates, bytes, end, false, &mut aligned);
+                let label = (end, &[][..]);
+                self.push_first(&listed, candidates, bytes, label, false, &mut aligned);
             }
             aligned.lists_end = Some(aligned.is_soft(text.len()));
             aligned.fill(student.len());
@@ -260,14 +288,24 @@ impl<'a> Mapper<'a> {
         }) && remaining.is_empty()
     }
 
-    /// Appends the soft labels of `label`, the first student token of an emitted teacher token. `is_split` is true if
-    /// the student spells the teacher token with several tokens.
+    /// Returns the bytes of the student token `label` before `text`, its part of the answer: the space that some
+    /// tokenizers write before a text.
+    fn lead(&self, label: u32, text: &[u8]) -> &'a [u8] {
+        let bytes = self.tokenizer.token_bytes(label).unwrap_or_default();
+        match bytes.strip_suffix(text) {
+            Some(lead) if !text.is_empty() => lead,
+            _ => &[],
+        }
+    }
+
+    /// Appends the soft labels of `label`, the first student token of an emitted teacher token, and the bytes that it has
+    /// before the text. `is_split` is true if the student spells the teacher token with several tokens.
     fn push_first(
         &mut self,
         listed: &[(&[u8], f32)],
         candidates: Candidates,
         emitted: &[u8],
-        label: u32,
+        label: (u32, &[u8]),
         is_split: bool,
         aligned: &mut Aligned,
     ) {
@@ -313,6 +351,7 @@ impl<'a> Mapper<'a> {
             .collect();
         let mass = mass(extending.iter().map(|&(_, logprob)| logprob)).min(1.0);
         let start = aligned.ids_NK.len();
+        let label = (label, &[][..]);
         let mapped = self.push_mapped(&extending, mass, &emitted[spelled_bytes..], label, aligned);
         let is_unreliable = mapped * listed_share < MIN_SHARE;
         aligned.finish_position(start, f32::NAN, mapped, is_unreliable);
@@ -377,14 +416,14 @@ impl<'a> Mapper<'a> {
     }
 
     /// Appends the candidates at a position as student tokens, best first. `emitted` is the teacher's token at this
-    /// position, and `label` its student token. `mass` is the probability of the candidates and of an emitted token
+    /// position, and `label` its student token, with the bytes that this token has before the text. `mass` is the probability of the candidates and of an emitted token
     /// from outside the top-k. Returns `mass` minus the probabilities of the candidates that have no student token.
     fn push_mapped(
         &mut self,
         candidates: &[(&[u8], f32)],
         mass: f64,
         emitted: &[u8],
-        label: u32,
+        (label, lead): (u32, &[u8]),
         aligned: &mut Aligned,
     ) -> f64 {
         let start = aligned.ids_NK.len();
@@ -395,8 +434,11 @@ impl<'a> Mapper<'a> {
         candidate_ids.extend(candidates.iter().map(|&(bytes, _)| {
             if bytes == emitted {
                 Some(label)
-            } else {
+            } else if lead.is_empty() || bytes.starts_with(lead) || is_stop(self.tokenizer, bytes) {
                 self.tokens.student_id(bytes)
+            } else {
+                // Another token at this position has the same bytes before its text.
+                self.tokens.student_id(&[lead, bytes].concat())
             }
         }));
         for (&(_, logprob), id) in candidates.iter().zip(&candidate_ids) {

@@ -9,8 +9,8 @@ use anyhow::Result;
 use super::rows::{SkippedRow, TrainingRow};
 use super::source::{DataSource, prompt_hash};
 use crate::config::{self, Thinking};
-use crate::data::align::Mapper;
 use crate::data::align::aligned::Aligned;
+use crate::data::align::{Mapper, StudentAnswer};
 use crate::data::prepared::columns::Example;
 use crate::data::prepared::writer::ShardWriter;
 use crate::data::report;
@@ -43,6 +43,8 @@ const SEPARATE_REASONING: &str =
 /// A row as token ids, with the tokens to predict and their soft labels.
 pub(super) struct TokenizedRow {
     pub(super) input_ids: Vec<u32>,
+    /// Source of an encoder-decoder; else empty.
+    pub(super) source_ids: Vec<u32>,
     /// Ranges of `input_ids` that are predicted.
     pub(super) labels: Vec<Range<usize>>,
     /// Soft labels of the last answer.
@@ -112,6 +114,7 @@ impl<'a> ExampleBuilder<'a> {
         let example = Example {
             key: &row.key,
             input_ids_T: &tokenized.input_ids,
+            source_ids_U: &tokenized.source_ids,
             labels: &tokenized.labels,
             soft: &tokenized.soft,
             answer: tokenized.answer,
@@ -142,11 +145,20 @@ impl<'a> ExampleBuilder<'a> {
             report.groups.count_used(group);
         }
         report.kept += 1;
-        report.tokens += tokenized.input_ids.len() as u64;
+        report.tokens += (tokenized.input_ids.len() + tokenized.source_ids.len()) as u64;
         report.positions += tokenized.labels.iter().map(|l| l.len() as u64).sum::<u64>();
         if let Some(reason) = &tokenized.ce_only {
             increment(&mut report.ce_only, reason.clone());
         }
+        let is_unknown = |ids: &[u32]| {
+            let unknown = ids.iter().filter(|&&id| self.tokenizer.is_unknown(id));
+            unknown.count() as u64
+        };
+        report.unknown_source_tokens += is_unknown(&tokenized.source_ids);
+        let labels = tokenized.labels.iter();
+        report.unknown_labels += labels
+            .map(|range| is_unknown(&tokenized.input_ids[range.clone()]))
+            .sum::<u64>();
         report.answers += tokenized.answers;
         report.without_end += tokenized.without_end;
         if row.has_reasoning && self.settings.thinking != Thinking::Drop {
@@ -246,6 +258,13 @@ impl<'a> ExampleBuilder<'a> {
                 "longer than {max_length} tokens (`data.max_length`, or the context of the model)"
             ));
         }
+        let max_source_length = self.settings.max_source_length;
+        if conversation.source_ids.len() > max_source_length {
+            return Err(format!(
+                "its source is longer than {max_source_length} tokens (`data.max_source_length`, or the context of the \
+                 model)"
+            ));
+        }
         let answers = labels.len() as u64;
         let supervised_earlier = earlier
             .iter()
@@ -286,7 +305,13 @@ impl<'a> ExampleBuilder<'a> {
                     logprobs,
                     content.as_bytes(),
                     kept_text,
-                    &input_ids[answer..teacher_end],
+                    StudentAnswer {
+                        ids: &input_ids[answer..teacher_end],
+                        ends: last
+                            .token_ends
+                            .as_deref()
+                            .map(|ends| &ends[answer - last.tokens.start..]),
+                    },
                     row.top_logprobs,
                 )
                 .map_err(|mismatch| mismatch.to_string()),
@@ -313,6 +338,7 @@ impl<'a> ExampleBuilder<'a> {
         };
         Ok(TokenizedRow {
             input_ids,
+            source_ids: conversation.source_ids,
             labels,
             soft,
             answer,

@@ -17,6 +17,8 @@ pub(crate) struct Example<'a> {
     /// Name of the example in errors: the cache key, or the line number in a file of conversations.
     pub key: &'a str,
     pub input_ids_T: &'a [u32],
+    /// Token ids of the source, for an encoder-decoder; else empty.
+    pub source_ids_U: &'a [u32],
     /// Ranges of `input_ids_T` to predict, in order: the answers with their end-of-turn tokens. No range starts at 0,
     /// because no token predicts the first one.
     pub labels: &'a [Range<usize>],
@@ -35,6 +37,10 @@ pub(crate) struct ExampleColumns {
     input_ids_T: Vec<u32>,
     /// End of each example in `input_ids_T`.
     input_ends_B: Vec<u32>,
+    /// Token ids of the sources of an encoder-decoder.
+    source_ids_U: Vec<u32>,
+    /// End of each example in `source_ids_U`.
+    source_ends_B: Vec<u32>,
     /// Index of each supervised position in the tokens of its example. The label is the next token.
     positions_N: Vec<u32>,
     /// End of each example in `positions_N`.
@@ -67,6 +73,8 @@ pub(crate) struct ExampleColumns {
 pub(crate) mod name {
     pub(crate) const INPUT_IDS: &str = "input_ids";
     pub(crate) const INPUT_ENDS: &str = "input_ends";
+    pub(crate) const SOURCE_IDS: &str = "source_ids";
+    pub(crate) const SOURCE_ENDS: &str = "source_ends";
     pub(crate) const POSITIONS: &str = "positions";
     pub(crate) const TARGET_ENDS: &str = "target_ends";
     pub(crate) const SOFT_IDS: &str = "soft_ids";
@@ -92,8 +100,10 @@ impl ExampleColumns {
     /// Returns the approximate size of the file in bytes. Counts only the columns of 32-bit words per token, position
     /// or soft label, and the keys.
     pub(crate) fn bytes(&self) -> usize {
-        let words =
-            self.input_ids_T.len() + 3 * self.positions_N.len() + 2 * self.soft_ids_NK.len();
+        let words = self.input_ids_T.len()
+            + self.source_ids_U.len()
+            + 3 * self.positions_N.len()
+            + 2 * self.soft_ids_NK.len();
         4 * words + self.keys.len()
     }
 
@@ -101,6 +111,8 @@ impl ExampleColumns {
     pub(crate) fn clear(&mut self) {
         self.input_ids_T.clear();
         self.input_ends_B.clear();
+        self.source_ids_U.clear();
+        self.source_ends_B.clear();
         self.positions_N.clear();
         self.target_ends_B.clear();
         self.soft_ids_NK.clear();
@@ -125,6 +137,8 @@ impl ExampleColumns {
         self.key_ends_B.push(self.keys.len() as u32);
         self.input_ids_T.extend_from_slice(example.input_ids_T);
         self.input_ends_B.push(self.input_ids_T.len() as u32);
+        self.source_ids_U.extend_from_slice(example.source_ids_U);
+        self.source_ends_B.push(self.source_ids_U.len() as u32);
         let first_chunk = self.chunk_starts_C.len();
         let mut chunks = example.soft.chunks().iter().peekable();
         for label_index in example.labels.iter().cloned().flatten() {
@@ -176,6 +190,10 @@ impl ExampleColumns {
         hash.words(self.chunk_lens_C[first_chunk..].iter().copied());
         hash.words(self.chunk_nlls_C[first_chunk..].iter().map(|l| l.to_bits()));
         hash.bytes(&[example.is_exact_sample.into(), lists_end]);
+        // Examples without a source keep the hash that earlier versions computed.
+        if !example.source_ids_U.is_empty() {
+            hash.words(example.source_ids_U.iter().copied());
+        }
         hash.0.finalize()
     }
 
@@ -187,6 +205,7 @@ impl ExampleColumns {
         // Wider numbers come first, so that each column is aligned.
         let words = [
             (name::INPUT_ENDS, &self.input_ends_B),
+            (name::SOURCE_ENDS, &self.source_ends_B),
             (name::POSITIONS, &self.positions_N),
             (name::TARGET_ENDS, &self.target_ends_B),
             (name::SOFT_ENDS, &self.soft_ends_N),
@@ -197,6 +216,7 @@ impl ExampleColumns {
         ];
         let ids = [
             (name::INPUT_IDS, &self.input_ids_T),
+            (name::SOURCE_IDS, &self.source_ids_U),
             (name::SOFT_IDS, &self.soft_ids_NK),
         ];
         let (id_type, id_width) = if uses_u16_ids { ("U16", 2) } else { ("U32", 4) };

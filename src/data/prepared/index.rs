@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::report::DataReport;
 
 /// Version of the file format and of the conversion of records to examples. Increase it if either changes.
-pub(crate) const VERSION: u32 = 5;
+pub(crate) const VERSION: u32 = 6;
 
 /// Name of the index file.
 pub(super) const INDEX: &str = "index.json";

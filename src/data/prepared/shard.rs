@@ -101,6 +101,8 @@ pub(crate) struct PreparedShard {
     bytes: ShardBytes,
     input_ids_T: ColumnView,
     input_ends_B: ColumnView,
+    source_ids_U: ColumnView,
+    source_ends_B: ColumnView,
     positions_N: ColumnView,
     target_ends_B: ColumnView,
     soft_ids_NK: ColumnView,
@@ -132,6 +134,8 @@ impl PreparedShard {
         let shard = Self {
             input_ids_T: ids(name::INPUT_IDS)?,
             input_ends_B: words(name::INPUT_ENDS)?,
+            source_ids_U: ids(name::SOURCE_IDS)?,
+            source_ends_B: words(name::SOURCE_ENDS)?,
             positions_N: words(name::POSITIONS)?,
             target_ends_B: words(name::TARGET_ENDS)?,
             soft_ids_NK: ids(name::SOFT_IDS)?,
@@ -149,6 +153,7 @@ impl PreparedShard {
             bytes,
         };
         let examples = [
+            &shard.source_ends_B,
             &shard.target_ends_B,
             &shard.key_ends_B,
             &shard.chunk_ends_B,
@@ -212,9 +217,19 @@ impl<'a> ExampleView<'a> {
         std::str::from_utf8(shard.keys.part(bytes, range)).unwrap_or_default()
     }
 
-    /// T, the number of tokens.
+    /// Number of tokens (T), the source included.
     pub fn tokens(self) -> usize {
-        self.shard.input_ends_B.span(self.bytes(), self.index).len()
+        let input = self.shard.input_ends_B.span(self.bytes(), self.index);
+        input.len() + self.source().len()
+    }
+
+    fn source(self) -> Range<usize> {
+        self.shard.source_ends_B.span(self.bytes(), self.index)
+    }
+
+    /// Token ids of the source, for an encoder-decoder; else empty.
+    pub fn source_ids(self) -> impl ExactSizeIterator<Item = u32> + use<'a> {
+        self.shard.source_ids_U.values(self.bytes(), self.source())
     }
 
     /// N, the number of supervised positions.

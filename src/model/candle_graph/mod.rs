@@ -24,7 +24,8 @@ use anyhow::{Context, Result};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
 
-use crate::model::graph::{Graph, NO_ROPE};
+use crate::model::graph::{AttentionKind, AttentionLayer, Graph, NO_ROPE, Segments};
+use crate::model::position_bias::PositionBias;
 use crate::model::projection::{LoraAdapter, Projection};
 use crate::ops::attention::Heads;
 use crate::ops::rope::RopeTable;
@@ -32,10 +33,9 @@ use crate::ops::rope::RopeTable;
 /// A graph over candle tensors.
 pub struct CandleGraph<'a> {
     heads: Heads,
-    /// The sequences, as ranges that cover all rows in order.
-    segments: &'a [Range<usize>],
+    segments: Segments<'a>,
     dtype: DType,
-    /// The position of each row in its sequence.
+    /// The position of each row of the decoder in its sequence.
     positions_T: Tensor,
     /// cos and sin of each row's angles, in models with a rotary embedding.
     cos_sin_T1c: Option<[Tensor; 2]>,
@@ -49,11 +49,11 @@ impl<'a> CandleGraph<'a> {
     pub fn new(
         heads: Heads,
         rope: Option<&RopeTable>,
-        segments: &'a [Range<usize>],
+        segments: Segments<'a>,
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let positions = || segments.iter().flat_map(|segment| 0..segment.len());
+        let positions = || segments.decoder.iter().flat_map(|segment| 0..segment.len());
         let cos_sin = |rope: &RopeTable| -> Result<[Tensor; 2]> {
             let (cos, sin): (Vec<&[f32]>, Vec<&[f32]>) =
                 positions().map(|position| rope.cos_sin(position)).unzip();
@@ -72,9 +72,9 @@ impl<'a> CandleGraph<'a> {
         })
     }
 
-    /// Returns the attention mask (1 x t x t): 0 where row i sees key j, minus infinity elsewhere. It has
-    /// the device and data type of `scores_Htt`.
-    fn mask(rows: usize, window: Option<usize>, scores_Htt: &Tensor) -> Result<Tensor> {
+    /// Returns the mask of causal attention (1 x t x t): 0 where row i sees key j, minus infinity elsewhere. It has the
+    /// device and data type of `scores_Htt`.
+    fn causal_mask(rows: usize, window: Option<usize>, scores_Htt: &Tensor) -> Result<Tensor> {
         let is_visible = |i: usize, j: usize| j <= i && window.is_none_or(|w| i - j < w);
         let values: Vec<f32> = (0..rows * rows)
             .map(|index| {
@@ -87,6 +87,18 @@ impl<'a> CandleGraph<'a> {
             .collect();
         let mask_1tt = Tensor::from_vec(values, (1, rows, rows), scores_Htt.device())?;
         Ok(mask_1tt.to_dtype(scores_Htt.dtype())?)
+    }
+
+    /// Returns the bias of t queries over as many keys (H x t x t).
+    fn bias_Htt(&self, bias: &PositionBias, rows: usize) -> Result<Tensor> {
+        let buckets = (0..rows * rows).map(|index| {
+            let relative = (index % rows) as isize - (index / rows) as isize;
+            bias.buckets.bucket(relative) as u32
+        });
+        let buckets = Tensor::from_iter(buckets, bias.table_EH.device())?;
+        let bias_ttH = bias.table_EH.index_select(&buckets, 0)?;
+        let bias_ttH = bias_ttH.to_dtype(self.dtype)?.reshape((rows, rows, ()))?;
+        Ok(bias_ttH.permute((2, 0, 1))?.contiguous()?)
     }
 }
 
@@ -149,8 +161,20 @@ impl Graph for CandleGraph<'_> {
         Ok(x.gelu()?)
     }
 
+    fn relu(&mut self, x: Tensor) -> Result<Tensor> {
+        Ok(x.relu()?)
+    }
+
     fn swiglu(&mut self, gate: Tensor, up: Tensor) -> Result<Tensor> {
         Ok(((&gate * sigmoid(&gate)?)? * up)?)
+    }
+
+    fn geglu(&mut self, gate: Tensor, up: Tensor) -> Result<Tensor> {
+        Ok((gate.gelu()? * up)?)
+    }
+
+    fn scale(&mut self, x: Tensor, factor: f32) -> Result<Tensor> {
+        Ok((x * f64::from(factor))?)
     }
 
     fn add_positions(&mut self, x: Tensor, table: &Tensor) -> Result<Tensor> {
@@ -173,39 +197,48 @@ impl Graph for CandleGraph<'_> {
 
     fn attention(
         &mut self,
-        _layer: usize,
-        [q_THC, k_TGC, v_TGC]: [Tensor; 3],
-        window: Option<usize>,
+        layer: &AttentionLayer,
+        q_THC: Tensor,
+        kv: Option<[Tensor; 2]>,
     ) -> Result<Tensor> {
         let Heads {
             query,
             key_value,
             head_dim,
+            scale,
         } = self.heads;
-        let mut outputs = Vec::with_capacity(self.segments.len());
-        for segment in self.segments {
-            let rows = segment.len();
+        let [k_TGC, v_TGC] = kv.context("internal error: this graph has no cache")?;
+        let [query_segments, key_segments] = self.segments.of_attention(layer.kind);
+        let mut outputs = Vec::with_capacity(query_segments.len());
+        for (queries, keys) in query_segments.iter().zip(key_segments) {
             // (count x t x C), where `count` is the number of heads in `x`.
-            let heads_first = |x: &Tensor, count: usize| -> Result<Tensor> {
-                let x = x.narrow(0, segment.start, rows)?;
-                Ok(x.reshape((rows, count, head_dim))?
-                    .transpose(0, 1)?
-                    .contiguous()?)
-            };
-            // (H x t x C): each key/value head is repeated for the query heads that share it.
+            let heads_first =
+                |x: &Tensor, segment: &Range<usize>, count: usize| -> Result<Tensor> {
+                    let x = x.narrow(0, segment.start, segment.len())?;
+                    Ok(x.reshape((segment.len(), count, head_dim))?
+                        .transpose(0, 1)?
+                        .contiguous()?)
+                };
+            // (H x s x C): each key/value head is repeated for the query heads that share it.
             let repeat_heads = |x: &Tensor| -> Result<Tensor> {
-                let x = heads_first(x, key_value)?.unsqueeze(1)?;
-                let x = x.broadcast_as((key_value, self.heads.group(), rows, head_dim))?;
-                Ok(x.contiguous()?.reshape((query, rows, head_dim))?)
+                let x = heads_first(x, keys, key_value)?.unsqueeze(1)?;
+                let x = x.broadcast_as((key_value, self.heads.group(), keys.len(), head_dim))?;
+                Ok(x.contiguous()?.reshape((query, keys.len(), head_dim))?)
             };
-            let q_HtC = heads_first(&q_THC, query)?;
-            let k_HtC = repeat_heads(&k_TGC)?;
-            let v_HtC = repeat_heads(&v_TGC)?;
-            let scores_Htt = (q_HtC.matmul(&k_HtC.t()?)? * f64::from(self.heads.scale()))?;
-            let mask_1tt = Self::mask(rows, window, &scores_Htt)?;
-            let scores_Htt = scores_Htt.broadcast_add(&mask_1tt)?;
-            let out_HtC = softmax(&scores_Htt, D::Minus1)?.matmul(&v_HtC)?;
-            outputs.push(out_HtC.transpose(0, 1)?.reshape((rows, query * head_dim))?);
+            let q_HtC = heads_first(&q_THC, queries, query)?;
+            let k_HsC = repeat_heads(&k_TGC)?;
+            let v_HsC = repeat_heads(&v_TGC)?;
+            let mut scores_Hts = (q_HtC.matmul(&k_HsC.t()?)? * f64::from(scale))?;
+            if let Some(bias) = &layer.bias {
+                scores_Hts = (scores_Hts + self.bias_Htt(bias, queries.len())?)?;
+            }
+            if let AttentionKind::Causal { window } = layer.kind {
+                let mask_1tt = Self::causal_mask(queries.len(), window, &scores_Hts)?;
+                scores_Hts = scores_Hts.broadcast_add(&mask_1tt)?;
+            }
+            let out_HtC = softmax(&scores_Hts, D::Minus1)?.matmul(&v_HsC)?;
+            let out_tHC = out_HtC.transpose(0, 1)?;
+            outputs.push(out_tHC.reshape((queries.len(), query * head_dim))?);
         }
         Tensor::cat(&outputs, 0).context("attention needs at least one segment")
     }

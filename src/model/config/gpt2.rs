@@ -81,11 +81,7 @@ pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
         hidden_size: fields.n_embd,
         intermediate_size: fields.n_inner.unwrap_or(fields.n_embd.saturating_mul(4)),
         num_hidden_layers: fields.n_layer,
-        heads: Heads {
-            query: fields.n_head,
-            key_value: fields.n_head,
-            head_dim: fields.n_embd / fields.n_head,
-        },
+        heads: Heads::new(fields.n_head, fields.n_head, fields.n_embd / fields.n_head),
         norm_eps: fields.layer_norm_epsilon,
         max_position_embeddings: fields.n_positions,
         tie_word_embeddings: fields.tie_word_embeddings,

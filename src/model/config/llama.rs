@@ -118,11 +118,7 @@ fn heads(fields: &LlamaFields) -> Result<Heads> {
              hidden_size or num_attention_heads"
         ));
     }
-    Ok(Heads {
-        query,
-        key_value,
-        head_dim,
-    })
+    Ok(Heads::new(query, key_value, head_dim))
 }
 
 /// Returns the sliding window of each layer, by the rules of transformers. All layers of mistral have the window. In

@@ -1,9 +1,9 @@
-//! Reads the shape of a decoder from `config.json` of a Hugging Face folder, and writes it back.
+//! Reads the shape of a model from `config.json` of a Hugging Face folder, and writes it back.
 //!
 //! | file | content |
 //! |---|---|
 //! | `shape` | the shape, independent of how `config.json` spells it |
-//! | `llama`, `gpt2` | the fields of `config.json`, by family of architectures |
+//! | `llama`, `gpt2`, `t5` | the fields of `config.json`, by family of architectures |
 //! | `rope` | settings and frequencies of the rotary embedding |
 //! | `fields` | checks and errors that the readers share |
 //!
@@ -16,13 +16,14 @@ pub(crate) mod gpt2;
 pub(crate) mod llama;
 pub(crate) mod rope;
 pub mod shape;
+pub(crate) mod t5;
 
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
-use crate::config::StudentConfig;
+use crate::config::{StudentConfig, StudentType};
 use crate::model::config::fields::{check_layer_count, config_error, default_range};
 pub use crate::model::config::shape::LlamaVariant;
 use crate::model::config::shape::{Architecture, ModelConfig};
@@ -54,7 +55,7 @@ impl ModelConfig {
     }
 
     /// Builds the shape of a student with `init = "random"` from `[student]`, for a tokenizer of
-    /// `vocab_size` ids.
+    /// `vocab_size` ids. The decoder of an encoder-decoder begins with `decoder_start`.
     ///
     /// # Errors
     /// Where the sizes do not fit each other.
@@ -62,8 +63,18 @@ impl ModelConfig {
         student: &StudentConfig,
         vocab_size: usize,
         stop_ids: &[u32],
+        decoder_start: Option<u32>,
     ) -> Result<Self> {
-        let json = json!({
+        let json = match student.model_type {
+            StudentType::Llama => Self::llama_json(student, vocab_size, stop_ids),
+            StudentType::T5 => t5::student_json(student, vocab_size, stop_ids, decoder_start),
+        };
+        let read = || Self::from_json(serde_json::from_value(json)?);
+        read().context("the sizes in [student] do not fit each other")
+    }
+
+    fn llama_json(student: &StudentConfig, vocab_size: usize, stop_ids: &[u32]) -> Value {
+        json!({
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "vocab_size": vocab_size,
@@ -82,20 +93,19 @@ impl ModelConfig {
             "tie_word_embeddings": student.tie_word_embeddings,
             "initializer_range": default_range(),
             "eos_token_id": stop_ids.first(),
-        });
-        let read = || Self::from_json(serde_json::from_value(json)?);
-        read().context("the sizes in [student] do not fit each other")
+        })
     }
 
     /// Parses `config.json` and checks the sizes.
-    fn from_json(json: Map<String, Value>) -> Result<Self> {
+    pub(super) fn from_json(json: Map<String, Value>) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str);
         let mut config = match model_type {
             Some("llama" | "mistral" | "qwen2" | "qwen3") => llama::parse(json),
             Some("gpt2") => gpt2::parse(json),
+            Some("t5" | "mt5") => t5::parse(json),
             Some(other) => config_error(format!(
                 "model_type {other:?} is not supported; expected \"llama\" (SmolLM2, Llama 3, \
-                 TinyLlama), \"mistral\", \"qwen2\", \"qwen3\" or \"gpt2\""
+                 TinyLlama), \"mistral\", \"qwen2\", \"qwen3\", \"gpt2\", \"t5\" or \"mt5\""
             )),
             None => config_error("model_type is missing".into()),
         }?;
@@ -150,6 +160,9 @@ impl ModelConfig {
         if json.remove("quantization_config").is_some() {
             changes.push("without quantization_config");
         }
+        if let Architecture::T5(variant) = &self.architecture {
+            t5::write(&mut json, variant, self.tie_word_embeddings, &mut changes);
+        }
         if let Some(rope) = self.rope()
             && rope.write(&mut json)
         {
@@ -168,7 +181,7 @@ impl ModelConfig {
     pub fn rope(&self) -> Option<&Rope> {
         match &self.architecture {
             Architecture::Llama(variant) => Some(&variant.rope),
-            Architecture::Gpt2 => None,
+            Architecture::Gpt2 | Architecture::T5(_) => None,
         }
     }
 }

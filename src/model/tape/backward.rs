@@ -12,15 +12,17 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 
+use super::forward::scale;
 use super::{Activations, NodeHandle, Op, Tape, TapeSettings, linear_layer, lora_layer};
 use crate::model::gradients::Gradients;
+use crate::model::position_bias::PositionBias;
 use crate::model::projection::Projection;
 use crate::ops::arena::Buffer;
 use crate::ops::attention::AttentionForward;
 use crate::ops::rope::Rotation;
 use crate::ops::{
-    CpuValues, GradientMut, VALUES_PER_TASK, embedding, gelu, layer_norm, rms_norm, sum_rows,
-    swiglu,
+    CpuValues, GradientMut, VALUES_PER_TASK, embedding, geglu, gelu, layer_norm, relu, rms_norm,
+    sum_rows, swiglu,
 };
 
 impl Tape<'_, '_> {
@@ -62,9 +64,8 @@ impl Tape<'_, '_> {
                     embedding::backward(&dy_TW, ids, width, dtable_VD);
                 }
             }
-            Op::SelectRows { x, positions } => {
+            Op::SelectRows { x, rows, positions } => {
                 // Rows that were not selected have a zero gradient.
-                let rows = self.segments.last().map_or(0, |last| last.end);
                 self.accumulate_gradient_with(*x, rows * width, |dx_TD| {
                     embedding::backward(&dy_TW, positions, width, dx_TD);
                 })?;
@@ -114,7 +115,15 @@ impl Tape<'_, '_> {
                 gelu::backward(&mut dx_TF, &dy_TW);
                 self.accumulate_gradient(*x, dx_TF);
             }
-            Op::SwiGlu { gate, up } => {
+            Op::Relu { x } => {
+                let x_TF = self.value_or_recompute(*x)?;
+                // As above.
+                self.nodes[*x].value = None;
+                let mut dx_TF = self.make_writable(x_TF)?;
+                relu::backward(&mut dx_TF, &dy_TW);
+                self.accumulate_gradient(*x, dx_TF);
+            }
+            Op::SwiGlu { gate, up } | Op::GeGlu { gate, up } => {
                 let gate_TF = self.value_or_recompute(*gate)?;
                 let up_TF = self.value_or_recompute(*up)?;
                 // No other operation needs the inputs: their buffers are overwritten with the gradients.
@@ -122,9 +131,17 @@ impl Tape<'_, '_> {
                 self.nodes[*up].value = None;
                 let mut dgate_TF = self.make_writable(gate_TF)?;
                 let mut dup_TF = self.make_writable(up_TF)?;
-                swiglu::backward(&mut dgate_TF, &mut dup_TF, &dy_TW);
+                match &*op {
+                    Op::SwiGlu { .. } => swiglu::backward(&mut dgate_TF, &mut dup_TF, &dy_TW),
+                    _ => geglu::backward(&mut dgate_TF, &mut dup_TF, &dy_TW),
+                }
                 self.accumulate_gradient(*gate, dgate_TF);
                 self.accumulate_gradient(*up, dup_TF);
+            }
+            Op::Scale { x, factor, .. } => {
+                let mut dx_TW = dy_TW;
+                scale(&mut dx_TW, *factor);
+                self.accumulate_gradient(*x, dx_TW);
             }
             Op::AddPositions { x, table, .. } => {
                 if let Some(dtable_SD) = gradients.accumulator(table)? {
@@ -137,14 +154,16 @@ impl Tape<'_, '_> {
                 self.rotate(&mut dx_TW, width, Rotation::Backward)?;
                 self.accumulate_gradient(*x, dx_TW);
             }
-            Op::Attention { qkv, window, .. } => {
-                let [q, k, v] = *qkv;
+            Op::Attention { layer, q, kv } => {
+                let q = *q;
+                let [k, v] = kv.context("internal error: cross-attention without a source")?;
                 let out_THC = self.value_or_recompute(id)?;
                 let lse_TH = self.saved_values(id)?;
                 let q_THC = self.value_or_recompute(q)?;
                 let k_TGC = self.value_or_recompute(k)?;
                 let v_TGC = self.value_or_recompute(v)?;
-                let attention = self.attention_layer(*window);
+                let bias = self.bias_values(layer)?;
+                let attention = self.attention_op(layer.kind, bias.as_ref());
                 let mut scratch = arena.take(attention.scratch_len())?;
                 let mut dq_THC = arena.take(q_THC.len())?;
                 let mut dk_TGC = arena.take(k_TGC.len())?;
@@ -158,7 +177,13 @@ impl Tape<'_, '_> {
                 };
                 let dqkv = [&mut dq_THC, &mut dk_TGC, &mut dv_TGC]
                     .map(|values| GradientMut { values, add: false });
-                attention.backward(forward, &dy_TW, &mut scratch, dqkv);
+                let dbias_HJ = attention.backward(forward, &dy_TW, &mut scratch, dqkv);
+                if let (Some(values), Some(PositionBias { table_EH, buckets })) =
+                    (&bias, &layer.bias)
+                    && let Some(dtable_EH) = gradients.accumulator(table_EH)?
+                {
+                    values.backward(&dbias_HJ, *buckets, dtable_EH);
+                }
                 for (input, gradient) in [(q, dq_THC), (k, dk_TGC), (v, dv_TGC)] {
                     self.accumulate_gradient(input, gradient);
                 }

@@ -5,20 +5,22 @@
     reason = "tensor names end in their shape: see the legend in `model`"
 )]
 
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 
 use super::{Activations, KeyValueSource, Op, Tape, TapeSettings, linear_layer, lora_layer};
-use crate::model::graph::NO_ROPE;
+use crate::model::graph::{AttentionKind, AttentionLayer, NO_ROPE};
 use crate::model::kv_cache::{KvCache, LayerCache};
 use crate::ops::arena::Buffer;
-use crate::ops::attention::{Attention, CachedAttention};
+use crate::ops::attention::{Attention, CachedAttention, Mask, RelativeBias};
 use crate::ops::rope::Rotation;
 use crate::ops::{
-    CpuValues, embedding, gelu, layer_norm, rms_norm, segment_rows, split_segments, swiglu,
+    CpuValues, VALUES_PER_TASK, embedding, geglu, gelu, layer_norm, relu, rms_norm, segment_rows,
+    split_segments, swiglu,
 };
 
 impl<'a> Tape<'a, '_> {
@@ -36,7 +38,7 @@ impl<'a> Tape<'a, '_> {
                 embedding::forward(&CpuValues::new(table)?, ids, width, &mut y_TD);
                 y_TD
             }
-            Op::SelectRows { x, positions } => {
+            Op::SelectRows { x, positions, .. } => {
                 let mut y_ND = arena.take(positions.len() * width)?;
                 embedding::forward(&self.node_value(*x)?, positions, width, &mut y_ND);
                 y_ND
@@ -104,12 +106,30 @@ impl<'a> Tape<'a, '_> {
                 gelu::forward(&x_TF, &mut y_TF);
                 y_TF
             }
-            Op::SwiGlu { gate, up } => {
+            Op::Relu { x } => {
+                let x_TF = self.node_value(*x)?;
+                let mut y_TF = arena.take(x_TF.len())?;
+                relu::forward(&x_TF, &mut y_TF);
+                y_TF
+            }
+            Op::SwiGlu { gate, up } | Op::GeGlu { gate, up } => {
                 let gate_TF = self.node_value(*gate)?;
                 let up_TF = self.node_value(*up)?;
                 let mut y_TF = arena.take(gate_TF.len())?;
-                swiglu::forward(&gate_TF, &up_TF, &mut y_TF);
+                match &*op {
+                    Op::SwiGlu { .. } => swiglu::forward(&gate_TF, &up_TF, &mut y_TF),
+                    _ => geglu::forward(&gate_TF, &up_TF, &mut y_TF),
+                }
                 y_TF
+            }
+            Op::Scale {
+                x,
+                factor,
+                in_place,
+            } => {
+                let mut y_TW = self.take_input(*x, *in_place)?;
+                scale(&mut y_TW, *factor);
+                y_TW
             }
             Op::AddPositions { x, table, in_place } => {
                 let mut y_TD = self.take_input(*x, *in_place)?;
@@ -122,20 +142,30 @@ impl<'a> Tape<'a, '_> {
                 self.rotate(&mut y_TW, width, Rotation::Forward)?;
                 y_TW
             }
-            Op::Attention { layer, qkv, window } => {
-                let [q, k, v] = *qkv;
-                let q_THC = self.node_value(q)?;
-                let k_TGC = self.node_value(k)?;
-                let v_TGC = self.node_value(v)?;
+            Op::Attention { layer, q, kv } => {
+                let q_THC = self.node_value(*q)?;
+                let kv_values = kv.map(|[k, v]| {
+                    Ok::<_, anyhow::Error>([self.node_value(k)?, self.node_value(v)?])
+                });
+                let kv_values = kv_values.transpose()?;
+                let kv = kv_values
+                    .as_ref()
+                    .map(|kv| kv.each_ref().map(|values| &***values));
                 let mut out_THC = arena.take(q_THC.len())?;
-                let attention = self.attention_layer(*window);
-                if let KeyValueSource::Caches(caches) = &mut self.key_value_source {
-                    let qkv = [&**q_THC, &**k_TGC, &**v_TGC];
-                    attend_caches(attention, *layer, qkv, caches, &mut out_THC);
-                } else {
-                    let mut lse_TH = arena.take(q_THC.len() / self.settings.heads.head_dim)?;
-                    attention.forward(&q_THC, &k_TGC, &v_TGC, &mut out_THC, &mut lse_TH);
-                    saved = Some(lse_TH);
+                let bias = self.bias_values(layer)?;
+                let attention = self.attention_op(layer.kind, bias.as_ref());
+                match (&mut self.key_value_source, kv) {
+                    (KeyValueSource::Caches(caches), kv) => {
+                        attend_caches(attention, layer.index, &q_THC, kv, caches, &mut out_THC);
+                    }
+                    (KeyValueSource::Batch, Some([k_TGC, v_TGC])) => {
+                        let mut lse_TH = arena.take(q_THC.len() / self.settings.heads.head_dim)?;
+                        attention.forward(&q_THC, k_TGC, v_TGC, &mut out_THC, &mut lse_TH);
+                        saved = Some(lse_TH);
+                    }
+                    (KeyValueSource::Batch, None) => {
+                        bail!("internal error: cross-attention without a source")
+                    }
                 }
                 out_THC
             }
@@ -158,23 +188,54 @@ impl<'a> Tape<'a, '_> {
         self.make_writable(values)
     }
 
-    /// Returns the attention operation over the segments.
-    pub(super) fn attention_layer(&self, window: Option<usize>) -> Attention<'a> {
+    /// Returns the attention operation of a layer of this kind, with its bias.
+    pub(super) fn attention_op<'b>(
+        &self,
+        kind: AttentionKind,
+        bias: Option<&'b RelativeBias>,
+    ) -> Attention<'b>
+    where
+        'a: 'b,
+    {
+        let [query_segments, key_segments] = self.segments.of_attention(kind);
         Attention {
             heads: self.settings.heads,
-            segments: self.segments,
-            window,
+            query_segments,
+            key_segments,
+            mask: mask(kind),
+            bias,
             precision: self.settings.precision,
         }
+    }
+
+    /// Computes the bias of a layer for the longest sequence of the batch; None if it has none.
+    pub(super) fn bias_values(&self, layer: &AttentionLayer) -> Result<Option<RelativeBias>> {
+        let Some(bias) = &layer.bias else {
+            return Ok(None);
+        };
+        let [query_segments, _] = self.segments.of_attention(layer.kind);
+        let positions = match &self.key_value_source {
+            KeyValueSource::Caches(caches) => {
+                let segments = query_segments.iter().zip(caches.iter());
+                segments
+                    .map(|(segment, cache)| cache.len() + segment.len())
+                    .max()
+            }
+            KeyValueSource::Batch => query_segments.iter().map(Range::len).max(),
+        };
+        let values = bias.values(mask(layer.kind), positions.unwrap_or_default())?;
+        Ok(Some(values))
     }
 
     /// Applies the rotary embedding to `x_TW`, rows of `width` channels, in place.
     pub(super) fn rotate(&self, x_TW: &mut [f32], width: usize, rotation: Rotation) -> Result<()> {
         let rope = self.settings.rope.context(NO_ROPE)?;
         match &self.key_value_source {
-            KeyValueSource::Batch => rope.rotate_segments(x_TW, width, self.segments, rotation),
+            KeyValueSource::Batch => {
+                rope.rotate_segments(x_TW, width, self.segments.decoder, rotation)
+            }
             KeyValueSource::Caches(caches) => {
-                for (segment, cache) in self.segments.iter().zip(caches.iter()) {
+                for (segment, cache) in self.segments.decoder.iter().zip(caches.iter()) {
                     let x_tW = &mut x_TW[segment.start * width..segment.end * width];
                     rope.rotate_rows(x_tW, width, cache.len(), rotation);
                 }
@@ -184,20 +245,39 @@ impl<'a> Tape<'a, '_> {
     }
 }
 
-/// Appends the keys and values of each segment to its cache, and computes the attention of the segment's
-/// rows over that cache.
+/// Returns the mask of an attention layer of this kind.
+fn mask(kind: AttentionKind) -> Mask {
+    match kind {
+        AttentionKind::Causal { window } => Mask::Causal { window },
+        AttentionKind::Encoder | AttentionKind::Cross => Mask::Full,
+    }
+}
+
+/// Multiplies the values by `factor`.
+pub(super) fn scale(values: &mut [f32], factor: f32) {
+    values
+        .par_iter_mut()
+        .with_min_len(VALUES_PER_TASK)
+        .for_each(|value| *value *= factor);
+}
+
+/// Computes the attention of each segment's rows over its cache. With k and v, appends them to the cache first; without,
+/// the keys and values are those of the source.
 fn attend_caches(
     attention: Attention,
     layer: usize,
-    [q_THC, k_TGC, v_TGC]: [&[f32]; 3],
+    q_THC: &[f32],
+    kv_TGC: Option<[&[f32]; 2]>,
     caches: &mut [&mut KvCache],
     out_THC: &mut [f32],
 ) {
     let Attention {
         heads,
-        segments,
-        window,
+        query_segments: segments,
+        mask,
+        bias,
         precision,
+        ..
     } = attention;
     let q_width = heads.query_width();
     let kv_width = heads.key_value_width();
@@ -207,12 +287,23 @@ fn attend_caches(
         .zip(caches.par_iter_mut())
         .zip(segment_outputs)
         .for_each(|((segment, cache), out_tHC)| {
-            let LayerCache { k_SGC, v_SGC } = &mut cache.layers[layer];
-            k_SGC.extend_from_slice(segment_rows(k_TGC, segment, kv_width));
-            v_SGC.extend_from_slice(segment_rows(v_TGC, segment, kv_width));
+            let LayerCache { k_SGC, v_SGC } = match kv_TGC {
+                Some([k_TGC, v_TGC]) => {
+                    let cached = &mut cache.layers[layer];
+                    cached
+                        .k_SGC
+                        .extend_from_slice(segment_rows(k_TGC, segment, kv_width));
+                    cached
+                        .v_SGC
+                        .extend_from_slice(segment_rows(v_TGC, segment, kv_width));
+                    cached
+                }
+                None => &mut cache.source_layers[layer],
+            };
             let attention = CachedAttention {
                 heads,
-                window,
+                mask,
+                bias,
                 precision,
                 k_SGC,
                 v_SGC,

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 
-use super::graph::Graph;
+use super::graph::{AttentionLayer, Graph, Segments};
 use super::projection::{LoraAdapter, Projection};
 use crate::model::kv_cache::KvCache;
 use crate::ops::arena::{Arena, Buffer};
@@ -47,7 +47,8 @@ pub struct TapeSettings<'a> {
 pub enum KeyValueSource<'a, 'c> {
     /// The keys and values of the batch only.
     Batch,
-    /// Caches of earlier tokens, one per segment. The keys and values of the batch are appended to them.
+    /// Caches of earlier tokens, one per sequence of the decoder. The keys and values of the batch are appended to
+    /// them. Cross-attention reads the keys and values of the source from them.
     Caches(&'a mut [&'c mut KvCache]),
 }
 
@@ -65,8 +66,7 @@ pub enum Activations {
 /// A graph that runs each operation immediately and records it.
 pub struct Tape<'a, 'c> {
     settings: TapeSettings<'a>,
-    /// The sequences, as ranges that cover all rows in order.
-    segments: &'a [Range<usize>],
+    segments: Segments<'a>,
     key_value_source: KeyValueSource<'a, 'c>,
     activations: Activations,
     nodes: Vec<Node>,
@@ -100,6 +100,8 @@ enum Op {
     },
     SelectRows {
         x: usize,
+        /// Number of rows of x.
+        rows: usize,
         positions: Vec<u32>,
     },
     RmsNorm {
@@ -121,25 +123,39 @@ enum Op {
     Gelu {
         x: usize,
     },
+    Relu {
+        x: usize,
+    },
     SwiGlu {
         gate: usize,
         up: usize,
     },
+    GeGlu {
+        gate: usize,
+        up: usize,
+    },
+    Scale {
+        x: usize,
+        factor: f32,
+        /// True if no other operation needs x, so that it can be overwritten.
+        in_place: bool,
+    },
     AddPositions {
         x: usize,
         table: Tensor,
-        /// True if no other operation needs x, so that it can be overwritten.
+        /// As in `Scale`.
         in_place: bool,
     },
     Rope {
         x: usize,
-        /// As in `AddPositions`.
+        /// As in `Scale`.
         in_place: bool,
     },
     Attention {
-        layer: usize,
-        qkv: [usize; 3],
-        window: Option<usize>,
+        layer: AttentionLayer,
+        q: usize,
+        /// None for the keys and values of the source in the caches.
+        kv: Option<[usize; 2]>,
     },
 }
 
@@ -147,7 +163,7 @@ impl<'a, 'c> Tape<'a, 'c> {
     /// Creates an empty tape.
     pub fn new(
         settings: TapeSettings<'a>,
-        segments: &'a [Range<usize>],
+        segments: Segments<'a>,
         key_value_source: KeyValueSource<'a, 'c>,
         activations: Activations,
     ) -> Self {
@@ -198,16 +214,17 @@ impl<'a, 'c> Tape<'a, 'c> {
         })
     }
 
-    /// Returns the position of each row in its sequence.
+    /// Returns the position of each row of the decoder in its sequence.
     fn positions(&self) -> Vec<u32> {
         let starts: Vec<usize> = match &self.key_value_source {
-            KeyValueSource::Batch => vec![0; self.segments.len()],
+            KeyValueSource::Batch => vec![0; self.segments.decoder.len()],
             KeyValueSource::Caches(caches) => caches.iter().map(|cache| cache.len()).collect(),
         };
         let segment_positions = |(segment, start): (&Range<usize>, usize)| {
             (start..start + segment.len()).map(|position| position as u32)
         };
         self.segments
+            .decoder
             .iter()
             .zip(starts)
             .flat_map(segment_positions)
@@ -257,11 +274,15 @@ impl Op {
             | Op::RmsNorm { x, .. }
             | Op::LayerNorm { x, .. }
             | Op::Gelu { x }
+            | Op::Relu { x }
+            | Op::Scale { x, .. }
             | Op::AddPositions { x, .. }
             | Op::Rope { x, .. } => vec![x],
             Op::Linear { x, residual, .. } => [Some(x), residual].into_iter().flatten().collect(),
-            Op::SwiGlu { gate, up } => vec![gate, up],
-            Op::Attention { qkv, .. } => qkv.to_vec(),
+            Op::SwiGlu { gate, up } | Op::GeGlu { gate, up } => vec![gate, up],
+            Op::Attention { q, kv, .. } => {
+                [q].into_iter().chain(kv.into_iter().flatten()).collect()
+            }
         }
     }
 
@@ -272,11 +293,17 @@ impl Op {
             Op::RmsNorm { weight, .. } => weight.is_variable(),
             Op::LayerNorm { weight, bias, .. } => weight.is_variable() || bias.is_variable(),
             Op::Linear { layer, .. } => layer.requires_grad(),
+            Op::Attention { layer, .. } => {
+                let bias = layer.bias.as_ref();
+                bias.is_some_and(|bias| bias.table_EH.is_variable())
+            }
             Op::SelectRows { .. }
             | Op::Gelu { .. }
+            | Op::Relu { .. }
             | Op::SwiGlu { .. }
-            | Op::Rope { .. }
-            | Op::Attention { .. } => false,
+            | Op::GeGlu { .. }
+            | Op::Scale { .. }
+            | Op::Rope { .. } => false,
         }
     }
 }
@@ -300,6 +327,7 @@ impl Graph for Tape<'_, '_> {
         let width = self.width(&x);
         let op = Op::SelectRows {
             x: *x.0,
+            rows: self.value(&x)?.len() / width,
             positions: positions.to_vec(),
         };
         self.push(op, width, false)
@@ -357,12 +385,33 @@ impl Graph for Tape<'_, '_> {
         self.push(Op::Gelu { x: *x.0 }, self.width(&x), true)
     }
 
+    fn relu(&mut self, x: NodeHandle) -> Result<NodeHandle> {
+        self.push(Op::Relu { x: *x.0 }, self.width(&x), true)
+    }
+
     fn swiglu(&mut self, gate: NodeHandle, up: NodeHandle) -> Result<NodeHandle> {
         let op = Op::SwiGlu {
             gate: *gate.0,
             up: *up.0,
         };
         self.push(op, self.width(&gate), true)
+    }
+
+    fn geglu(&mut self, gate: NodeHandle, up: NodeHandle) -> Result<NodeHandle> {
+        let op = Op::GeGlu {
+            gate: *gate.0,
+            up: *up.0,
+        };
+        self.push(op, self.width(&gate), true)
+    }
+
+    fn scale(&mut self, x: NodeHandle, factor: f32) -> Result<NodeHandle> {
+        let op = Op::Scale {
+            x: *x.0,
+            factor,
+            in_place: self.is_last_handle(&x),
+        };
+        self.push(op, self.width(&x), false)
     }
 
     fn add_positions(&mut self, x: NodeHandle, table: &Tensor) -> Result<NodeHandle> {
@@ -384,14 +433,14 @@ impl Graph for Tape<'_, '_> {
 
     fn attention(
         &mut self,
-        layer: usize,
-        [q, k, v]: [NodeHandle; 3],
-        window: Option<usize>,
+        layer: &AttentionLayer,
+        q: NodeHandle,
+        kv: Option<[NodeHandle; 2]>,
     ) -> Result<NodeHandle> {
         let op = Op::Attention {
-            layer,
-            qkv: [*q.0, *k.0, *v.0],
-            window,
+            layer: layer.clone(),
+            q: *q.0,
+            kv: kv.map(|kv| kv.map(|handle| *handle.0)),
         };
         self.push(op, self.width(&q), false)
     }

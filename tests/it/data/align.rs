@@ -62,7 +62,7 @@ pub fn align(
         &teacher.into(),
         answer.as_bytes(),
         0..answer.len(),
-        ids,
+        ids.into(),
         None,
     )
 }
@@ -141,7 +141,13 @@ fn same_tokenizer_maps_to_itself() {
         }
         let mut mapper = Mapper::new(&tokenizer, None);
         let aligned = mapper
-            .align(&(&teacher).into(), answer.as_bytes(), range.text, ids, None)
+            .align(
+                &(&teacher).into(),
+                answer.as_bytes(),
+                range.text,
+                ids.into(),
+                None,
+            )
             .unwrap();
         let soft = soft_labels(&aligned);
         assert_eq!(soft.len(), ids.len());
@@ -338,7 +344,7 @@ fn answers_trimmed_by_the_template_keep_their_soft_labels() {
             &(&teacher).into(),
             answer.as_bytes(),
             range.text.clone(),
-            ids,
+            ids.into(),
             None,
         )
         .unwrap();
@@ -374,7 +380,7 @@ fn split_token_parts_get_renormalised_continuations() {
     let mut align = |teacher: &Logprobs| {
         let text = "The answer is two".as_bytes();
         mapper
-            .align(&teacher.into(), text, 0..text.len(), &ids, None)
+            .align(&teacher.into(), text, 0..text.len(), ids[..].into(), None)
             .unwrap()
     };
     let aligned = align(&split(0.2));
@@ -419,7 +425,7 @@ fn alignment_speed() {
                 &(&teacher).into(),
                 answer.as_bytes(),
                 0..answer.len(),
-                &ids,
+                ids[..].into(),
                 None,
             )
             .unwrap();

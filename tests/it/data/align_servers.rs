@@ -17,7 +17,13 @@ fn top_k_membership_follows_the_rank() {
     let align_with = |top: &[Alternative], top_logprobs: usize| {
         let teacher = logprobs(&[("T", -4.0, top)]);
         let aligned = Mapper::new(&tokenizer, None)
-            .align(&(&teacher).into(), b"T", 0..1, &ids, Some(top_logprobs))
+            .align(
+                &(&teacher).into(),
+                b"T",
+                0..1,
+                ids[..].into(),
+                Some(top_logprobs),
+            )
             .unwrap();
         (
             aligned.sampled_logprob(0),
@@ -179,7 +185,13 @@ fn token_ids_are_decoded_with_the_teacher_tokenizer() {
     let align = |teacher_tokenizer, logprobs: &Logprobs| {
         let mut mapper = Mapper::new(&student, None).with_teacher(teacher_tokenizer);
         let range = 0..answer.len();
-        mapper.align(&logprobs.into(), answer.as_bytes(), range, &ids, Some(2))
+        mapper.align(
+            &logprobs.into(),
+            answer.as_bytes(),
+            range,
+            ids[..].into(),
+            Some(2),
+        )
     };
     let aligned = align(Some(&teacher), &by_id).unwrap();
     assert!((0..aligned.len()).any(|at| aligned.is_soft(at)));

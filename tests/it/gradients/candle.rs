@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use distill::config::TrainConfig;
 use distill::model::candle_graph::CandleGraph;
 use distill::model::gradients::Gradients;
-use distill::model::graph::Graph;
+use distill::model::graph::{AttentionKind, AttentionLayer, Graph, Segments};
 use distill::model::projection::Projection;
 use distill::model::tape::{Activations, KeyValueSource, Tape, TapeSettings};
 use distill::model::weights::{self, Tensors};
@@ -77,7 +77,12 @@ impl TinyGraphModel {
         let k = graph.linear(&x, &Projection::new(k)).unwrap();
         let v = graph.linear(&x, &Projection::new(v)).unwrap();
         let (q, k) = (graph.rope(q).unwrap(), graph.rope(k).unwrap());
-        let heads = graph.attention(0, [q, k, v], window).unwrap();
+        let layer = AttentionLayer {
+            index: 0,
+            kind: AttentionKind::Causal { window },
+            bias: None,
+        };
+        let heads = graph.attention(&layer, q, Some([k, v])).unwrap();
         let y = graph.add_linear(x, &heads, &with_bias(o, o_bias)).unwrap();
         graph.select_rows(y, positions).unwrap()
     }
@@ -85,20 +90,20 @@ impl TinyGraphModel {
 
 #[test]
 fn windows_biases_and_qk_norms_agree_with_candle() {
-    let heads = Heads {
-        query: 6,
-        key_value: 2,
-        head_dim: 8,
-    };
+    let heads = Heads::new(6, 2, 8);
     let tiny_model = TinyGraphModel::new(heads);
     let rope = RopeTable::new(&[1.0, 0.3, 0.1, 0.01], 200);
-    let segments: [Range<usize>; 4] = [0..150, 150..151, 151..214, 214..280];
+    let ranges: [Range<usize>; 4] = [0..150, 150..151, 151..214, 214..280];
+    let segments = Segments {
+        decoder: &ranges,
+        source: &[],
+    };
     let ids: Vec<u32> = (0..280).map(|i| (i * 17 + 5) % VOCABULARY).collect();
     let positions: Vec<u32> = (3..280).step_by(2).collect();
     let arena = Arena::default();
     for window in [None, Some(2), Some(5), Some(70), Some(1000)] {
         let mut candle =
-            CandleGraph::new(heads, Some(&rope), &segments, DType::F32, &Device::Cpu).unwrap();
+            CandleGraph::new(heads, Some(&rope), segments, DType::F32, &Device::Cpu).unwrap();
         let expected = tiny_model.run(&mut candle, &ids, &positions, window);
         let store = expected
             .sin()
@@ -115,7 +120,7 @@ fn windows_biases_and_qk_norms_agree_with_candle() {
                 rope: Some(&rope),
                 precision: Precision::F32,
             };
-            let mut tape = Tape::new(settings, &segments, KeyValueSource::Batch, activations);
+            let mut tape = Tape::new(settings, segments, KeyValueSource::Batch, activations);
             let root = tiny_model.run(&mut tape, &ids, &positions, window);
             let values = tape.value(&root).unwrap();
             assert!(difference(&values, &expected) < 1e-5, "window {window:?}");

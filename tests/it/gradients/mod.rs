@@ -21,7 +21,7 @@ use distill::model::config::shape::ModelConfig;
 use distill::model::gradients::Gradients;
 use distill::model::tape::Activations;
 use distill::model::weights::Tensors;
-use distill::model::{Model, ModelInput};
+use distill::model::{Model, ModelInput, SourceInput};
 use distill::train::loss::divergence::Divergence;
 use distill::train::loss::position::{LossWeights, SoftTerm};
 use distill::train::objective;
@@ -117,6 +117,10 @@ impl Trainable {
             input_ids_T: &batch.input_ids_T,
             segments_B: &batch.segments_B,
             positions_N: &batch.positions_N,
+            source: SourceInput {
+                ids_U: &batch.source_ids_U,
+                segments_B: &batch.source_segments_B,
+            },
         };
         let hidden = self.model.candle_hidden(input).unwrap();
         let logits = hidden.matmul(&self.model.head().t().unwrap()).unwrap();

@@ -1,5 +1,5 @@
-//! Logits, loss and the gradient of every parameter, compared with PyTorch. `tests/python/make_gradient_golden.py` made
-//! the golden files.
+//! Logits, loss and the gradient of every parameter, compared with PyTorch. `tests/python/make_gradient_golden.py` and
+//! `tests/python/make_t5_golden.py` made the golden files.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use distill::data::batch::Batch;
 use distill::model::config::shape::ModelConfig;
 use distill::model::tape::Activations;
 use distill::model::weights::{self, Tensors};
-use distill::model::{Backend, ModelInput};
+use distill::model::{Backend, ModelInput, SourceInput};
 use serde_json::Value;
 
 use super::{Trainable, assert_same, difference};
@@ -23,7 +23,13 @@ struct Golden {
 
 impl Golden {
     fn load(name: &str) -> Self {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden/gradients");
+        let folder = if T5_CASES.contains(&name) {
+            "t5"
+        } else {
+            "gradients"
+        };
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden");
+        let folder = golden.join(folder);
         let text = std::fs::read_to_string(folder.join(format!("{name}.json"))).unwrap();
         let json: Value = serde_json::from_str(&text).unwrap();
         let tensors = weights::load_file(&folder.join(format!("{name}.safetensors"))).unwrap();
@@ -70,6 +76,14 @@ impl Golden {
             batch.input_ids_T.extend(&ids[..ids.len() - 1]);
             batch.segments_B.push(start..batch.input_ids_T.len());
             batch.keys_B.push(String::new());
+            if !sequence["source"].is_null() {
+                let source: Vec<u32> = serde_json::from_value(sequence["source"].clone()).unwrap();
+                let start = batch.source_ids_U.len();
+                batch.source_ids_U.extend(source);
+                batch
+                    .source_segments_B
+                    .push(start..batch.source_ids_U.len());
+            }
             let first = sequence["first"].as_u64().unwrap() as usize;
             for (index, soft) in sequence["soft"].as_array().unwrap().iter().enumerate() {
                 let position = first + index;
@@ -89,10 +103,17 @@ impl Golden {
     }
 }
 
-/// Golden cases: every architecture, tied and untied embeddings, biases and LoRA.
-const CASES: [&str; 8] = [
+/// Encoder-decoders: ReLU and a tied head, GEGLU and an untied head.
+const T5_CASES: [&str; 3] = ["t5", "t5_v1_1", "mt5"];
+
+/// Golden cases of decoders: every architecture, tied and untied embeddings, biases and LoRA.
+const DECODER_CASES: [&str; 8] = [
     "tied", "untied", "biases", "mistral", "qwen2", "qwen3", "gpt2", "lora",
 ];
+
+fn all_cases() -> impl Iterator<Item = &'static str> {
+    DECODER_CASES.into_iter().chain(T5_CASES)
+}
 
 /// Returns the largest absolute difference of two values at the same index.
 fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
@@ -103,7 +124,7 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn logits_loss_and_gradients_agree_with_pytorch() {
-    for name in CASES {
+    for name in all_cases() {
         let golden = Golden::load(name);
         let batch = golden.batch();
         let positions: Vec<u32> = (0..batch.input_ids_T.len() as u32).collect();
@@ -111,6 +132,10 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
             input_ids_T: &batch.input_ids_T,
             segments_B: &batch.segments_B,
             positions_N: &positions,
+            source: SourceInput {
+                ids_U: &batch.source_ids_U,
+                segments_B: &batch.source_segments_B,
+            },
         };
         let model = &golden.student.model;
         let logits = model.map_logits(input, |_, row| row.to_vec()).unwrap();
@@ -149,7 +174,7 @@ fn logits_loss_and_gradients_agree_with_pytorch() {
 
 #[test]
 fn candle_graph_agrees_with_tape_in_every_architecture() {
-    for name in CASES {
+    for name in all_cases() {
         let mut golden = Golden::load(name);
         let batch = golden.batch();
         let (loss, expected) = golden.student.reference(&batch, golden.kd_weight());
@@ -182,7 +207,7 @@ fn candle_graph_agrees_with_tape_in_every_architecture() {
 
 #[test]
 fn kv_cache_gives_the_logits_of_one_pass_in_every_architecture() {
-    for name in CASES {
+    for name in DECODER_CASES {
         let golden = Golden::load(name);
         let model = &golden.student.model;
         let batch = golden.batch();

@@ -12,7 +12,7 @@ use distill::harvest;
 use distill::model::config::shape::ModelConfig;
 use distill::model::tape::Activations;
 use distill::model::weights::Tensors;
-use distill::model::{Model, decoder, parameters};
+use distill::model::{Model, network, parameters};
 use distill::ops::matmul::Precision;
 use distill::serve::{self, ServeOptions};
 use distill::signal::Signals;
@@ -252,7 +252,7 @@ async fn student_distilled_from_itself_has_zero_gradient() {
             "{name}: only {ended} answers have an end token"
         );
         let mut teacher = Model::load(dir.path()).unwrap();
-        let (shape, weights) = decoder::load(dir.path()).unwrap();
+        let (shape, weights) = network::load(dir.path()).unwrap();
         let mut student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
         for (precision, max_gradient) in [
             (Precision::F32, MAX_GRADIENT),
@@ -322,7 +322,7 @@ async fn trained_model_distilled_from_itself_has_a_tiny_gradient() {
     let config = harvest_model(&dir, &example_dir.join("prompts.jsonl"), run.path()).await;
     let tokenizer = Tokenizer::for_student(&config.student).unwrap();
     let data = dataset::load(&config, &tokenizer).unwrap();
-    let (shape, weights) = decoder::load(&dir).unwrap();
+    let (shape, weights) = network::load(&dir).unwrap();
     let student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
     let inputs = GradientInputs {
         student: &student,
@@ -355,7 +355,7 @@ async fn student_distilled_from_itself_without_end_logprobs_has_no_bias() {
         report.ends
     );
     assert!(choice.notes.join("\n").contains(&note), "{choice:?}");
-    let (shape, weights) = decoder::load(dir.path()).unwrap();
+    let (shape, weights) = network::load(dir.path()).unwrap();
     let student = TrainableModel::new(shape, weights, Tensors::new(), |_| false).unwrap();
     let deviation_of = |divergence, end| {
         let inputs = GradientInputs {

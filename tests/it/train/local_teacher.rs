@@ -3,7 +3,7 @@
 use anyhow::bail;
 use distill::config::{ComputeDtype, KdMode, StudentInit};
 use distill::exit::Exit;
-use distill::model::{Model, ModelInput};
+use distill::model::{Model, ModelInput, SourceInput};
 use distill::train;
 use distill::train::objective;
 use distill::train::summary::StartMode;
@@ -67,6 +67,10 @@ fn reported_kl_equals_the_kl_of_both_models() {
             input_ids_T: &batch.input_ids_T,
             segments_B: &batch.segments_B,
             positions_N: &batch.positions_N,
+            source: SourceInput {
+                ids_U: &batch.source_ids_U,
+                segments_B: &batch.source_segments_B,
+            },
         };
         let logits = |model: &Model| model.map_logits(input, |_, row| row.to_vec()).unwrap();
         for (student, teacher) in logits(&student).iter().zip(&logits(&teacher)) {

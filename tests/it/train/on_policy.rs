@@ -11,7 +11,7 @@ use distill::exit::Exit;
 use distill::harvest;
 use distill::harvest::options::HarvestOptions;
 use distill::harvest::scorer::{EndpointScorer, ScoringStats};
-use distill::model::{Model, ModelInput};
+use distill::model::{Model, ModelInput, SourceInput};
 use distill::prompt::Prompt;
 use distill::prompt::message::Message;
 use distill::serve::{self, ServeOptions, Server};
@@ -197,6 +197,7 @@ fn expected_kd(config: &Config, teacher: &Path) -> f64 {
             input_ids_T: &ids,
             segments_B: std::slice::from_ref(&segment),
             positions_N: &positions,
+            source: SourceInput::default(),
         };
         let logprobs =
             |model: &Model| model.map_logits(input, |_, row| log_softmax(&row[..vocabulary]));

@@ -1,0 +1,157 @@
+//! Prompts and answers of an encoder-decoder, such as T5: the encoder reads the prompt as a source text, and the decoder
+//! begins the answer with a token of its own.
+//!
+//! ```text
+//! source: the messages before the answer, by the source template, then the end token
+//! decoder: the start token, the answer, the end token
+//! ```
+//!
+//! The source template is the chat template of the folder, or [`DEFAULT_TEMPLATE`].
+
+use anyhow::{Result, anyhow, bail};
+use serde_json::Value;
+
+use crate::prompt::message::Message;
+use crate::tokenizer::answer_tokens::{AnswerTokens, EncodedConversation};
+use crate::tokenizer::chat_template::{ChatTemplate, answer_start};
+use crate::tokenizer::conversation;
+use crate::tokenizer::{TextPosition, Tokenizer};
+
+/// Source template of a folder without a chat template: the contents of all messages, one per line.
+pub(crate) const DEFAULT_TEMPLATE: &str = "{% for message in messages %}{{ message['content'] }}\
+    {% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}";
+
+/// Tokens around the answer of an encoder-decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Seq2SeqTokens {
+    /// First token of the decoder's input.
+    pub start: u32,
+    /// Token that ends the source and the answer.
+    pub end: u32,
+}
+
+impl Seq2SeqTokens {
+    /// Returns the tokens of the model that `config`, the content of `config.json`, describes; None if it is not an
+    /// encoder-decoder.
+    pub(crate) fn from_config(config: &Value) -> Option<Self> {
+        let is_t5 = matches!(config["model_type"].as_str(), Some("t5" | "mt5"));
+        if !is_t5 {
+            return None;
+        }
+        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        let start = id(&config["decoder_start_token_id"]).or_else(|| id(&config["pad_token_id"]));
+        let end = match &config["eos_token_id"] {
+            Value::Array(ids) => ids.first().and_then(id),
+            value => id(value),
+        };
+        Some(Self {
+            start: start.unwrap_or(0),
+            end: end.unwrap_or(1),
+        })
+    }
+}
+
+impl Tokenizer {
+    /// Returns true for the tokenizer of an encoder-decoder.
+    pub fn is_encoder_decoder(&self) -> bool {
+        self.seq2seq.is_some()
+    }
+
+    /// First token of the decoder's input, of an encoder-decoder.
+    pub fn decoder_start(&self) -> Option<u32> {
+        self.seq2seq.map(|tokens| tokens.start)
+    }
+
+    /// Ids of a prompt that is a text, not a conversation. The source of an encoder-decoder ends with the end token.
+    ///
+    /// # Errors
+    /// As [`Self::encode_text`].
+    pub fn encode_text_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode_text(text)?;
+        ids.extend(self.seq2seq.map(|tokens| tokens.end));
+        Ok(ids)
+    }
+
+    /// Bytes that a token adds to an answer. The tokenizer of an encoder-decoder writes a space before each text, which
+    /// is not part of the answer: it is removed from the first token.
+    pub fn answer_bytes(&self, id: u32, is_first: bool) -> Option<&[u8]> {
+        let bytes = self.token_bytes(id)?;
+        match bytes {
+            [b' ', rest @ ..] if is_first && self.seq2seq.is_some() => Some(rest),
+            _ => Some(bytes),
+        }
+    }
+
+    /// Encodes the source of `messages`.
+    pub(super) fn encode_source(
+        &self,
+        tokens: Seq2SeqTokens,
+        template: &ChatTemplate,
+        messages: &[Message],
+    ) -> Result<Vec<u32>> {
+        let mut ids = conversation::encode_template(self, template, messages)?;
+        if ids.last() != Some(&tokens.end) {
+            ids.push(tokens.end);
+        }
+        Ok(ids)
+    }
+
+    /// Encodes the last answer of a conversation after its source. Earlier answers are part of the source.
+    pub(super) fn encode_seq2seq(
+        &self,
+        tokens: Seq2SeqTokens,
+        template: &ChatTemplate,
+        messages: &[Message],
+    ) -> Result<EncodedConversation> {
+        let answers = messages.iter().enumerate();
+        let answers = answers.filter(|(_, message)| message.role == "assistant");
+        let mut answers: Vec<AnswerTokens> = answers
+            .map(|(index, _)| AnswerTokens::without_tokens(index))
+            .collect();
+        let Some(last) = answers.last_mut() else {
+            bail!("the conversation has no message of the role `assistant`");
+        };
+        let source_ids = self.encode_source(tokens, template, &messages[..last.message])?;
+        let content = &messages[last.message].content;
+        let (answer_ids, ends) = self.encode_with_ends(content)?;
+        let ids = [&[tokens.start], answer_ids.as_slice(), &[tokens.end]].concat();
+        let text = 1..1 + answer_ids.len();
+        let thinking = answer_start(content);
+        *last = AnswerTokens {
+            message: last.message,
+            text: 0..content.len(),
+            content: text.clone(),
+            supervised: text.start..text.end + 1,
+            after_thinking: match &ends {
+                Some(ends) => text.start + ends.partition_point(|&end| end <= thinking),
+                None => text.start,
+            },
+            tokens: text,
+            token_ends: ends,
+            follows_generation_prompt: true,
+            thinking: None,
+        };
+        Ok(EncodedConversation {
+            ids,
+            source_ids,
+            answers,
+            difference: None,
+        })
+    }
+
+    /// Ids of a text, and the end of each token in bytes of the text. The ends are None if the text contains the name of
+    /// a control token, which is encoded in parts.
+    fn encode_with_ends(&self, text: &str) -> Result<(Vec<u32>, Option<Vec<usize>>)> {
+        let ids = self.encode_at(text, TextPosition::First)?;
+        let encoding = self.text.encode(text, false);
+        let encoding = encoding.map_err(|e| anyhow!(e).context("the tokenizer failed"))?;
+        let ends = encoding.get_offsets().iter().map(|offsets| offsets.1);
+        let is_same = encoding.get_ids() == ids;
+        Ok((ids, is_same.then(|| ends.collect())))
+    }
+
+    /// Returns true for the token that stands for characters that the vocabulary cannot spell.
+    pub fn is_unknown(&self, id: u32) -> bool {
+        self.unknown == Some(id)
+    }
+}
