@@ -399,20 +399,23 @@ impl Tokenizer {
             .encode_fast(text, false)
             .map_err(|e| anyhow!(e).context("the tokenizer failed"))?;
         let ids = encoding.get_ids();
-        let Some(special) = ids.iter().copied().find(|&id| self.is_special(id)) else {
+        // The unknown token also stands for characters that are not in the vocabulary.
+        let is_name = |id: u32| {
+            self.is_special(id) && (self.unknown != Some(id) || text.contains(&self.token_name(id)))
+        };
+        let Some(special) = ids.iter().copied().find(|&id| is_name(id)) else {
             return Ok(ids.to_vec());
         };
-        self.encode_without_control(text, position, special, ids)
+        self.encode_without_control(text, position, special)
     }
 
     /// Encodes a text that contains the name of the control token `special` in the model's own vocabulary. Cuts the
-    /// name into two parts, which are encoded separately. `ids` is the encoding with the control token.
+    /// name into two parts, which are encoded separately.
     fn encode_without_control(
         &self,
         text: &str,
         position: TextPosition,
         special: u32,
-        ids: &[u32],
     ) -> Result<Vec<u32>> {
         let name = self.text.id_to_token(special).unwrap_or_default();
         let first_length = name.chars().next().map_or(0, char::len_utf8);
@@ -423,8 +426,6 @@ impl Tokenizer {
                 ids.extend(self.encode_at(right, TextPosition::AfterText)?);
                 Ok(ids)
             }
-            // The unknown token stands for characters that are not in the vocabulary.
-            None if Some(special) == self.unknown => Ok(ids.to_vec()),
             _ => bail!(Exit::Usage(format!(
                 "a text contains the token {name:?} (id {special}), which the model in {} declares as a control token \
                  (special, or listed in `eos_token_id` of generation_config.json or config.json): remove it there",

@@ -129,7 +129,7 @@ impl LocalTeacher {
             &self.trainable.with(self.trainable.trained()?),
             dtype,
             (&self.dir, tokenizer),
-            &model_card::teacher_card(&self.dir, self.trainable.model.config().model_type()),
+            &model_card::teacher_card(&self.dir, self.trainable.model.config()),
         )?;
         Ok(())
     }

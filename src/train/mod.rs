@@ -408,7 +408,10 @@ fn train(
         &model_card::student_card(
             training.teacher.as_ref().map(LocalTeacher::dir),
             settings.batch_size,
-            training.student.model.config().model_type(),
+            (
+                training.student.model.config(),
+                training.student.initial_weights(&config.student.path),
+            ),
             &summary,
         ),
     )?;

@@ -3,18 +3,26 @@
 use std::path::Path;
 
 use crate::data::groups::GroupCounts;
+use crate::model::config::shape::ModelConfig;
 use crate::terminal::format_count;
 use crate::train::summary::TrainSummary;
 
-/// Metadata of the card, in YAML.
-const HEAD: &str = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- distillation\n---\n\n";
+/// Returns the metadata of the card, in YAML.
+fn head(model: &ModelConfig) -> String {
+    let task = if model.is_encoder_decoder() {
+        "text2text-generation"
+    } else {
+        "text-generation"
+    };
+    format!("---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- distillation\n---\n\n")
+}
 
-/// Returns the Hugging Face model card of the student. `local_teacher` is the folder of the local teacher that was used
-/// in training, if there was one.
+/// Returns the Hugging Face model card of the student `model`. `local_teacher` is the folder of the local teacher that was
+/// used in training, if there was one; `initial_weights` describes weights that were taken from a bigger model.
 pub(crate) fn student_card(
     local_teacher: Option<&Path>,
     batch_size: usize,
-    architecture: &str,
+    (model, initial_weights): (&ModelConfig, Option<String>),
     summary: &TrainSummary,
 ) -> String {
     let line = |name: &str, value: Option<f64>| {
@@ -28,9 +36,13 @@ pub(crate) fn student_card(
             .into_owned(),
         None => teachers(&summary.data.groups),
     };
+    let initial_weights =
+        initial_weights.map_or(String::new(), |text| format!("- initial weights: {text}\n"));
     format!(
-        "{HEAD}A {architecture} model of {} parameters, trained with `distill train`.\n\n\
+        "{}A {} model of {} parameters, trained with `distill train`.\n\n{initial_weights}\
          - teacher: {teacher}\n- loss: {}\n- steps: {} of {} examples, {} tokens in all\n{}{}",
+        head(model),
+        model.model_type(),
         format_count(summary.parameters as u64),
         summary.loss,
         summary.steps,
@@ -68,11 +80,13 @@ fn teachers(groups: &GroupCounts) -> String {
 }
 
 /// Returns the model card of a co-trained teacher that was loaded from `dir`.
-pub(crate) fn teacher_card(dir: &Path, architecture: &str) -> String {
+pub(crate) fn teacher_card(dir: &Path, model: &ModelConfig) -> String {
     let source_name = dir.file_name();
     format!(
-        "{HEAD}A {architecture} model, trained from {} by `distill train` as the teacher of the student \
+        "{}A {} model, trained from {} by `distill train` as the teacher of the student \
          beside it, by cross-entropy on the same answers.\n",
+        head(model),
+        model.model_type(),
         source_name.unwrap_or_default().to_string_lossy()
     )
 }

@@ -155,6 +155,14 @@ impl TrainableModel {
         all
     }
 
+    /// Describes the initial weights of a student that was made of some layers of the model in `dir`; None for another
+    /// student.
+    pub(super) fn initial_weights(&self, dir: &Path) -> Option<String> {
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        let kept = self.kept_layers.as_ref();
+        kept.map(|kept| format!("{kept} of {name}"))
+    }
+
     /// Returns the hash of the frozen weights.
     ///
     /// # Errors

@@ -36,6 +36,7 @@ mod mock;
 mod model;
 mod moved;
 mod serve;
+mod t5;
 mod tiny;
 mod train;
 

@@ -1,0 +1,279 @@
+//! Sources, labels and soft labels of examples for an encoder-decoder.
+
+use std::path::Path;
+
+use distill::cache::record::Logprobs;
+use distill::config::Config;
+use distill::data::align::{Mapper, StudentAnswer};
+use distill::prompt::message::Message;
+use distill::tokenizer::Tokenizer;
+use serde_json::json;
+
+use super::{id, write_json, write_tokenizer};
+
+/// Returns a folder with the tokenizer of a T5.
+fn folder() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    write_tokenizer(dir.path());
+    let config = json!({"model_type": "t5", "decoder_start_token_id": 0, "eos_token_id": 1});
+    write_json(&dir.path().join("config.json"), &config);
+    dir
+}
+
+fn conversation() -> [Message; 3] {
+    [
+        Message::new("system", "question"),
+        Message::new("user", "the red cat"),
+        Message::new("assistant", "on the mat"),
+    ]
+}
+
+/// A token of a teacher with its alternatives, the first of which is the token itself.
+type Row<'a> = (&'a str, &'a [(&'a str, f32)]);
+
+/// Returns the teacher's logprobs of an answer.
+fn logprobs(rows: &[Row]) -> Logprobs {
+    let top = |row: &Row| row.1.iter().map(|(token, _)| (*token).into()).collect();
+    Logprobs {
+        token: rows.iter().map(|row| row.0.into()).collect(),
+        logprob: rows.iter().map(|row| Some(row.1[0].1)).collect(),
+        top: rows.iter().map(top).collect(),
+        top_logprob: rows
+            .iter()
+            .map(|row| row.1.iter().map(|(_, logprob)| Some(*logprob)).collect())
+            .collect(),
+        raw: Vec::new(),
+        matches_text: true,
+    }
+}
+
+fn ids(tokens: &[&str]) -> Vec<u32> {
+    tokens.iter().map(|token| id(token)).collect()
+}
+
+#[test]
+fn source_is_the_messages_and_the_labels_are_the_answer_with_its_end() {
+    let dir = folder();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let encoded = tokenizer.conversation(&conversation()).unwrap();
+    let source = ["▁question", "▁the", "▁red", "▁cat", "</s>"];
+    assert_eq!(encoded.source_ids, ids(&source));
+    let decoder = ["<pad>", "▁on", "▁the", "▁mat", "</s>"];
+    assert_eq!(encoded.ids, ids(&decoder));
+    let answer = &encoded.answers[0];
+    assert_eq!(answer.tokens, 1..4);
+    assert_eq!(answer.supervised, 1..5);
+    // The space that the tokenizer writes before the text belongs to no byte of the answer.
+    assert_eq!(answer.token_ends, Some(vec![2, 6, 10]));
+    let prompt = tokenizer.encode_prompt(&conversation()[..2]).unwrap();
+    assert_eq!(prompt, encoded.source_ids);
+}
+
+/// A name of a control token in a message is text, as in a decoder.
+#[test]
+fn control_tokens_in_messages_are_text() {
+    let dir = folder();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let messages = [
+        Message::new("user", "the </s> cat <extra_id_0>"),
+        Message::new("assistant", "</s>"),
+    ];
+    let encoded = tokenizer.conversation(&messages).unwrap();
+    let count = |ids: &[u32], token| ids.iter().filter(|i| **i == id(token)).count();
+    let names: Vec<String> = encoded
+        .source_ids
+        .iter()
+        .map(|id| tokenizer.token_name(*id))
+        .collect();
+    assert_eq!(count(&encoded.source_ids, "</s>"), 1, "{names:?}");
+    assert_eq!(count(&encoded.source_ids, "<extra_id_0>"), 0, "{names:?}");
+    assert_eq!(count(&encoded.ids, "</s>"), 1);
+}
+
+/// `<`, `/` and `>` are not in the vocabulary, and `{` is not either.
+#[test]
+fn unknown_text_keeps_its_place_and_has_no_soft_labels() {
+    let dir = folder();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let answer = "the {} cat";
+    let encoded = tokenizer
+        .conversation(&[Message::new("user", "a"), Message::new("assistant", answer)])
+        .unwrap();
+    let tokens = &encoded.answers[0];
+    let answer_ids = &encoded.ids[tokens.supervised.clone()];
+    let expected = ids(&["▁the", "▁", "<unk>", "▁cat", "</s>"]);
+    assert_eq!(answer_ids, expected);
+    let ends = tokens.token_ends.as_deref();
+    assert_eq!(ends, Some(&[3, 4, 6, 10][..]));
+    // The teacher is a decoder with other tokens: its first token has no space before it.
+    let teacher = logprobs(&[
+        ("the", &[("the", -0.1), ("cat", -3.0)]),
+        (" ", &[(" ", -0.2), (" cat", -2.5)]),
+        ("{}", &[("{}", -0.3), ("on", -2.0)]),
+        (" cat", &[(" cat", -0.1), (" mat", -2.7)]),
+        ("<|im_end|>", &[("<|im_end|>", -0.1)]),
+    ]);
+    let aligned = Mapper::new(&tokenizer, None)
+        .align(
+            &(&teacher).into(),
+            answer.as_bytes(),
+            0..answer.len(),
+            StudentAnswer {
+                ids: answer_ids,
+                ends,
+            },
+            None,
+        )
+        .unwrap();
+    let soft: Vec<Vec<u32>> = (0..5).map(|at| aligned.soft(at).0.to_vec()).collect();
+    // At the first position, candidates get the space that the student's tokenizer writes.
+    assert_eq!(soft[0], ids(&["▁the", "▁cat"]));
+    assert_eq!(soft[1], ids(&["▁", "▁cat"]));
+    assert!(soft[2].is_empty());
+    assert_eq!(soft[3], ids(&["▁cat", "▁mat"]));
+    assert_eq!(soft[4], ids(&["</s>"]));
+}
+
+/// The vocabulary has no line break: the tokenizer reads it as a space.
+#[test]
+fn normalised_text_is_aligned_by_its_offsets() {
+    let dir = folder();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let answer = "the\n\ncat";
+    let encoded = tokenizer
+        .conversation(&[Message::new("user", "a"), Message::new("assistant", answer)])
+        .unwrap();
+    let tokens = &encoded.answers[0];
+    let answer_ids = &encoded.ids[tokens.tokens.clone()];
+    assert_eq!(answer_ids, ids(&["▁the", "▁cat"]));
+    let teacher = logprobs(&[
+        ("the", &[("the", -0.1), ("cat", -3.0)]),
+        ("\n\ncat", &[("\n\ncat", -0.3), (" mat", -2.0)]),
+    ]);
+    let aligned = Mapper::new(&tokenizer, None)
+        .align(
+            &(&teacher).into(),
+            answer.as_bytes(),
+            0..answer.len(),
+            StudentAnswer {
+                ids: answer_ids,
+                ends: tokens.token_ends.as_deref(),
+            },
+            None,
+        )
+        .unwrap();
+    assert_eq!(aligned.soft(1).0, ids(&["▁cat", "▁mat"]));
+}
+
+/// Returns a config of rows with sources and answers of growing length.
+fn config(dir: &Path) -> Config {
+    let rows: String = (1..=20)
+        .map(|i| {
+            let [source, answer] =
+                ["the cat sat", "on the mat"].map(|text| vec![text; i].join(" "));
+            let row = json!({"messages": [
+                {"role": "user", "content": source},
+                {"role": "assistant", "content": answer},
+            ]});
+            format!("{row}\n")
+        })
+        .collect();
+    std::fs::write(dir.join("rows.jsonl"), rows).unwrap();
+    let mut config = Config {
+        run_dir: dir.join("run"),
+        ..Config::default()
+    };
+    config.data.source = Some(dir.join("rows.jsonl"));
+    config.data.validation_share = 0.0;
+    config.student.path = dir.to_owned();
+    config
+}
+
+#[test]
+fn source_and_answer_have_separate_limits_and_longer_rows_are_counted() {
+    let dir = folder();
+    let mut config = config(dir.path());
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    // A source of i repetitions has 3 i + 1 tokens, and so has the answer with its end; the decoder's input has one more.
+    config.data.max_source_length = 31;
+    config.data.max_length = 20;
+    let data = crate::data::dataset::load(&config, &tokenizer).unwrap();
+    assert_eq!(data.train().len(), 6);
+    let dropped: Vec<(&String, &u64)> = data.report.dropped.iter().collect();
+    assert_eq!(dropped.len(), 1, "{dropped:?}");
+    config.data.max_length = 1000;
+    let data = crate::data::dataset::load(&config, &tokenizer).unwrap();
+    assert_eq!(data.train().len(), 10);
+    let dropped: Vec<(&String, &u64)> = data.report.dropped.iter().collect();
+    assert_eq!(*dropped[0].1, 10);
+    assert!(
+        dropped[0].0.contains("`data.max_source_length`"),
+        "{dropped:?}"
+    );
+    for example in data.train().iter() {
+        let source = example.source_ids().len();
+        assert_eq!(example.tokens(), 2 * source + 1);
+        assert_eq!(example.supervised(), source);
+    }
+}
+
+#[test]
+fn earlier_answers_become_examples_with_their_own_sources() {
+    let dir = folder();
+    let config = config(dir.path());
+    let row = json!({"messages": [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "cat"},
+        {"role": "user", "content": "red"},
+        {"role": "assistant", "content": "mat"},
+    ]});
+    std::fs::write(dir.path().join("rows.jsonl"), format!("{row}\n")).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let data = crate::data::dataset::load(&config, &tokenizer).unwrap();
+    let sources: Vec<Vec<u32>> = data
+        .train()
+        .iter()
+        .map(|e| e.source_ids().collect())
+        .collect();
+    let expected = [
+        ids(&["▁one", "▁cat", "▁red", "</s>"]),
+        ids(&["▁one", "</s>"]),
+    ];
+    assert_eq!(sources, expected);
+}
+
+#[test]
+fn unknown_tokens_are_counted_and_reported() {
+    let dir = folder();
+    let config = config(dir.path());
+    let row = json!({"messages": [
+        {"role": "user", "content": "one {x} ~"},
+        {"role": "assistant", "content": "cat {y}"},
+    ]});
+    std::fs::write(dir.path().join("rows.jsonl"), format!("{row}\n")).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let report = crate::data::dataset::load(&config, &tokenizer)
+        .unwrap()
+        .report;
+    assert_eq!(
+        (report.unknown_source_tokens, report.unknown_labels),
+        (3, 2)
+    );
+    let text = report.to_string();
+    assert!(text.contains("2 labels are the unknown token"), "{text}");
+    assert!(text.contains("3 tokens of the sources"), "{text}");
+}
+
+#[test]
+fn source_template_of_the_student_replaces_the_default() {
+    let dir = folder();
+    let mut config = config(dir.path());
+    config.student.source_template =
+        Some("answer: {{ messages[-1]['content'] }}</s>".replace(": ", " "));
+    let tokenizer = Tokenizer::for_student(&config.student).unwrap();
+    let source = tokenizer.encode_prompt(&conversation()[..2]).unwrap();
+    // The template writes the end itself, which is not repeated.
+    assert_eq!(source, ids(&["▁answer", "▁the", "▁red", "▁cat", "</s>"]));
+    let default = Tokenizer::load(dir.path()).unwrap();
+    assert_ne!(default.fingerprint(), tokenizer.fingerprint());
+}

@@ -1,0 +1,315 @@
+//! Folders as both versions of transformers and older programs write them, and folders that are refused.
+
+use std::fs;
+
+use candle_core::Tensor;
+use distill::config::{Config, KdMode, LayerChoice, StudentInit};
+use distill::model::layer_selection::keep_layers;
+use distill::model::{Model, network};
+use distill::tokenizer::Tokenizer;
+use distill::train;
+use distill::train::summary::StartMode;
+use serde_json::{Value, json};
+
+use super::training::run_folder;
+use super::{student, write_json, write_model};
+use crate::tiny;
+
+/// A folder whose `config.json` and weights tests change.
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        write_model(dir.path(), 5);
+        Self(dir)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Value)) {
+        let path = self.0.path().join("config.json");
+        let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        change(&mut config);
+        write_json(&path, &config);
+    }
+
+    fn change_weights(&self, change: impl FnOnce(&mut distill::model::weights::Tensors)) {
+        let path = self.0.path().join("model.safetensors");
+        let mut tensors = distill::model::weights::load_file(&path).unwrap();
+        change(&mut tensors);
+        tiny::write_weights(self.0.path(), &tensors);
+    }
+
+    /// Returns the first logits of the answer to a source.
+    fn logits(&self) -> Vec<f32> {
+        let model = Model::load(self.0.path()).unwrap();
+        let mut caches = model.encode_sources(&[&[3, 9, 20, 1]]).unwrap();
+        model.step(&[&[0]], &mut [&mut caches[0]]).unwrap()
+    }
+
+    fn error(&self) -> String {
+        format!("{:#}", Model::load(self.0.path()).err().unwrap())
+    }
+}
+
+fn scaled(logits: &[f32], factor: f32) -> Vec<f32> {
+    logits.iter().map(|logit| logit * factor).collect()
+}
+
+/// transformers 4 has `tie_word_embeddings`. Version 5 writes it as true always, and `scale_decoder_outputs` beside it.
+#[test]
+fn head_is_scaled_and_tied_as_each_version_of_transformers_means() {
+    let folder = Folder::new();
+    let tied = folder.logits();
+    folder.change(|config| {
+        config
+            .as_object_mut()
+            .unwrap()
+            .remove("tie_word_embeddings");
+    });
+    assert_eq!(folder.logits(), tied);
+    folder.change(|config| {
+        config["tie_word_embeddings"] = true.into();
+        config["scale_decoder_outputs"] = false.into();
+    });
+    crate::model::assert_close(&folder.logits(), &scaled(&tied, 4.0), 1e-4);
+    // An untied model that version 5 has saved: its own head, not scaled.
+    folder.change_weights(|tensors| {
+        let head = (&tensors["shared.weight"] * 2.0).unwrap();
+        tensors.insert("lm_head.weight".into(), head);
+    });
+    crate::model::assert_close(&folder.logits(), &scaled(&tied, 8.0), 1e-4);
+    let (config, tensors) = network::load(folder.0.path()).unwrap();
+    assert!(!config.tie_word_embeddings && tensors.contains_key("lm_head.weight"));
+    // It is written so that both versions read it.
+    let (json, changes) = config.to_json("float32");
+    assert_eq!(json["tie_word_embeddings"], false);
+    assert_eq!(changes.len(), 1);
+    // Version 4 ties by the flag alone.
+    folder.change(|config| {
+        config
+            .as_object_mut()
+            .unwrap()
+            .remove("scale_decoder_outputs");
+    });
+    assert_eq!(folder.logits(), tied);
+}
+
+/// mT5: version 4 unties by default and scales a tied head, version 5 never scales.
+#[test]
+fn mt5_head_depends_on_the_version_that_wrote_the_folder() {
+    let folder = Folder::new();
+    let tied = folder.logits();
+    folder.change(|config| config["model_type"] = "mt5".into());
+    assert_eq!(folder.logits(), tied);
+    folder.change(|config| config["transformers_version"] = "5.24.0".into());
+    crate::model::assert_close(&folder.logits(), &scaled(&tied, 4.0), 1e-4);
+    folder.change(|config| {
+        config
+            .as_object_mut()
+            .unwrap()
+            .remove("tie_word_embeddings");
+    });
+    assert!(
+        folder.error().contains("lm_head.weight"),
+        "{}",
+        folder.error()
+    );
+}
+
+#[test]
+fn old_files_with_copies_of_the_embedding_and_an_extra_bias_load() {
+    let folder = Folder::new();
+    let expected = folder.logits();
+    folder.change_weights(|tensors| {
+        let shared = tensors["shared.weight"].clone();
+        tensors.insert("encoder.embed_tokens.weight".into(), shared.clone());
+        tensors.insert("decoder.embed_tokens.weight".into(), shared.clone());
+        tensors.insert("lm_head.weight".into(), shared);
+        let bias =
+            tensors["decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].clone();
+        let name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight";
+        tensors.insert(name.into(), bias);
+    });
+    assert_eq!(folder.logits(), expected);
+    folder.change_weights(|tensors| {
+        tensors.remove("shared.weight");
+    });
+    assert_eq!(folder.logits(), expected);
+    // The command says what it does not use, and nothing about the copies.
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_distill"))
+        .args(["generate", "--max-tokens", "1", "--model"])
+        .arg(folder.0.path())
+        .arg("the cat")
+        .output()
+        .unwrap();
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{errors}");
+    assert!(
+        errors.contains("EncDecAttention.relative_attention_bias"),
+        "{errors}"
+    );
+    assert!(!errors.contains("embed_tokens"), "{errors}");
+}
+
+#[test]
+fn sizes_and_settings_that_cannot_work_are_refused() {
+    for (field, value, expected) in [
+        ("feed_forward_proj", json!("gated-silu"), "gated-silu"),
+        ("relative_attention_num_buckets", json!(6), "multiple of 4"),
+        ("relative_attention_num_buckets", json!(0), "multiple of 4"),
+        (
+            "relative_attention_max_distance",
+            json!(16),
+            "more than half",
+        ),
+        ("num_layers", json!(0), "number of layers"),
+        ("num_layers", json!(1u64 << 50), "number of layers"),
+        ("num_layers", json!(2), "`num_layers` = 2"),
+        ("num_decoder_layers", json!(1), "`num_decoder_layers` = 1"),
+        ("num_heads", json!(0), "attention width"),
+        ("d_kv", json!(9), "requires [18, 16]"),
+        (
+            "decoder_start_token_id",
+            json!(5000),
+            "decoder_start_token_id",
+        ),
+    ] {
+        let folder = Folder::new();
+        folder.change(|config| config[field] = value.clone());
+        let error = folder.error();
+        assert!(error.contains(expected), "{field} = {value}: {error}");
+    }
+}
+
+/// A student with the same layers in another folder keeps the position bias of layer 0, although layer 0 is dropped.
+#[test]
+fn kept_layers_have_their_weights_and_the_shared_position_bias() {
+    let folder = Folder::new();
+    let (config, tensors) = network::load(folder.0.path()).unwrap();
+    let mut settings = student();
+    settings.init = StudentInit::Layers;
+    settings.encoder_layers = Some(LayerChoice::Indices(vec![1, 2]));
+    settings.decoder_layers = Some(LayerChoice::Count(1));
+    let (kept_config, kept, layers) = keep_layers(&config, tensors.clone(), &settings).unwrap();
+    assert_eq!(
+        layers.to_string(),
+        "encoder layers 1, 2 of 3; decoder layers 0 of 2"
+    );
+    let json = kept_config.to_json("float32").0;
+    assert_eq!(
+        (&json["num_layers"], &json["num_decoder_layers"]),
+        (&json!(2), &json!(1))
+    );
+    let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for (new, old) in [
+        (
+            "encoder.block.0.layer.0.SelfAttention.q.weight",
+            "encoder.block.1.layer.0.SelfAttention.q.weight",
+        ),
+        (
+            "encoder.block.1.layer.1.DenseReluDense.wo.weight",
+            "encoder.block.2.layer.1.DenseReluDense.wo.weight",
+        ),
+        (
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        ),
+        ("shared.weight", "shared.weight"),
+    ] {
+        assert_eq!(values(&kept[new]), values(&tensors[old]), "{new}");
+    }
+    assert!(!kept.keys().any(|name| name.contains("block.2.")));
+    Model::new(kept_config, &kept).unwrap();
+}
+
+fn train_error(config: &Config) -> String {
+    format!(
+        "{:#}",
+        train::run(config, StartMode::Fresh.into()).unwrap_err()
+    )
+}
+
+#[test]
+fn settings_that_do_not_fit_an_encoder_decoder_are_refused() {
+    let (_dir, config) = run_folder();
+    let with = |change: &dyn Fn(&mut Config)| {
+        let mut config = config.clone();
+        change(&mut config);
+        config
+    };
+    let decoder = tempfile::tempdir().unwrap();
+    tiny::write_model(decoder.path(), 1, 64);
+    for (config, expected) in [
+        (
+            with(&|c| {
+                c.student
+                    .template_args
+                    .insert("enable_thinking".into(), json!(true));
+            }),
+            "`student.template_args` are variables of a chat template",
+        ),
+        (
+            // A llama with the tokenizer of a T5 has no chat template.
+            with(&|c| {
+                c.student.init = StudentInit::Random;
+                c.student.num_key_value_heads = 2;
+            }),
+            "has no chat template",
+        ),
+        (
+            with(&|c| {
+                c.student.path = decoder.path().to_owned();
+                c.student.source_template = Some("x".into());
+            }),
+            "`student.source_template` is for an encoder-decoder",
+        ),
+        (
+            with(&|c| {
+                c.student.init = StudentInit::Layers;
+                c.student.decoder_layers = Some(LayerChoice::Indices(vec![0, 2]));
+            }),
+            "layer 2, which does not exist",
+        ),
+        (
+            with(&|c| c.student.init = StudentInit::Layers),
+            "set `student.decoder_layers`",
+        ),
+        (
+            with(&|c| {
+                c.teacher.local = Some(decoder.path().to_owned());
+                c.loss.kd = KdMode::Tail;
+            }),
+            "is a decoder, and the student is an encoder-decoder",
+        ),
+        (
+            with(&|c| c.data.max_source_length = 2),
+            "`data.max_source_length`",
+        ),
+    ] {
+        let error = train_error(&config);
+        assert!(error.contains(expected), "{expected}: {error}");
+    }
+    let mut settings = config.student.clone();
+    settings.path = decoder.path().to_owned();
+    settings.init = StudentInit::Layers;
+    settings.encoder_layers = Some(LayerChoice::Count(1));
+    let (shape, tensors) = network::load(decoder.path()).unwrap();
+    let error = keep_layers(&shape, tensors, &settings)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("has no encoder"), "{error}");
+}
+
+#[test]
+fn tokenizer_without_pad_token_cannot_start_a_random_encoder_decoder() {
+    let (dir, config) = run_folder();
+    let path = dir.path().join("model/tokenizer.json");
+    let text = fs::read_to_string(&path).unwrap().replace("<pad>", "<p>");
+    fs::write(&path, text).unwrap();
+    fs::remove_file(dir.path().join("model/config.json")).unwrap();
+    let mut settings = config.student.clone();
+    settings.init = StudentInit::Random;
+    settings.model_type = distill::config::StudentType::T5;
+    let error = Tokenizer::for_student(&settings).unwrap_err().to_string();
+    assert!(error.contains("needs pad_token"), "{error}");
+}
