@@ -6,7 +6,7 @@
 //! | file | content |
 //! |---|---|
 //! | `load` | merging of the sources, and the origin of each value |
-//! | `validate` | checks beyond the types of the values |
+//! | `validate`, `validate_student`, `check` | checks beyond the types of the values |
 //! | `error` | messages about mistakes, with file, line, column and the nearest key |
 //! | `settings` | [`Config`], and values derived from several sections |
 //! | `teacher` | `[teacher]`: the endpoint and its API key |
@@ -23,6 +23,7 @@
 //! the checkpoint fingerprint; no message repeats an API key.
 
 pub(crate) mod address;
+pub(crate) mod check;
 pub(crate) mod data;
 pub(crate) mod error;
 pub(crate) mod harvest;
@@ -34,6 +35,7 @@ pub(crate) mod settings;
 pub(crate) mod student;
 pub(crate) mod teacher;
 pub(crate) mod validate;
+pub(crate) mod validate_student;
 
 pub use data::*;
 pub use harvest::*;

@@ -125,7 +125,7 @@ impl Config {
             tokenizer: None,
             ..self.on_policy.clone()
         };
-        json!({
+        let mut inputs = json!({
             "train": settings,
             "loss": &self.loss,
             "lora": &self.lora,
@@ -133,7 +133,24 @@ impl Config {
             "teacher": { "cotrain": teacher.cotrain, "cotrain_rate": teacher.cotrain_rate },
             "on_policy": on_policy,
             "judge": judge,
-        })
+        });
+        remove_defaults(
+            &mut inputs["student"],
+            &StudentConfig::default(),
+            &[
+                "encoder_layers",
+                "decoder_layers",
+                "model_type",
+                "source_template",
+                "num_encoder_layers",
+            ],
+        );
+        remove_defaults(
+            &mut inputs["train"],
+            &TrainConfig::default(),
+            &["scale_parameter"],
+        );
+        inputs
     }
 
     /// Returns the settings that select the examples, as JSON, without the paths of the data, the teacher's tokenizer
@@ -154,6 +171,8 @@ impl Config {
         ] {
             settings[section][file] = Value::Null;
         }
+        let default = DataConfig::default();
+        remove_defaults(&mut settings["data"], &default, &["max_source_length"]);
         settings
     }
 
@@ -161,6 +180,16 @@ impl Config {
     pub fn uses_cached_soft_labels(&self) -> bool {
         let is_from_cache = self.data.source.is_none() && self.teacher.local.is_none();
         self.loss.kd != KdMode::None && is_from_cache
+    }
+}
+
+/// Removes the fields `names` of `settings` that have the value of `default`. Checkpoints of versions before these
+/// fields can then be resumed.
+fn remove_defaults<T: Serialize>(settings: &mut Value, default: &T, names: &[&str]) {
+    let default = serde_json::to_value(default).unwrap_or_default();
+    if let Some(fields) = settings.as_object_mut() {
+        // `retain` keeps the order of the other fields, which the fingerprint depends on.
+        fields.retain(|name, value| !names.contains(&name.as_str()) || *value != default[name]);
     }
 }
 

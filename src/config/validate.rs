@@ -3,32 +3,16 @@
 use std::time::Duration;
 
 use super::address;
+use super::check::{check, check_with};
 use super::data::Thinking;
 use super::error::Mistake;
 use super::harvest::BatchConfig;
 use super::redis_url::CANNOT_SHARE;
 use super::request_fields::check_extra;
 use super::settings::Config;
-use super::student::{BestMetric, KdMode, ScoredBy, StudentInit, TemplateDate};
+use super::student::{BestMetric, KdMode, ScoredBy, TemplateDate};
 use super::teacher::EndpointConfig;
-
-/// Returns a mistake unless `is_valid`; its message is the name of the key, followed by `problem`.
-fn check(is_valid: bool, key: &'static str, problem: &str) -> Result<(), Mistake> {
-    check_with(is_valid, key, || format!("`{key}` {problem}"))
-}
-
-/// Returns a mistake with this message unless `is_valid`.
-fn check_with(
-    is_valid: bool,
-    key: &'static str,
-    message: impl FnOnce() -> String,
-) -> Result<(), Mistake> {
-    if is_valid {
-        Ok(())
-    } else {
-        Err(Mistake::new(key, message()))
-    }
-}
+use super::validate_student::validate_student;
 
 impl Config {
     /// Checks the ranges of the values, and combinations of settings.
@@ -274,27 +258,7 @@ impl Config {
             "eval.limit",
             "must be at least 1; omit it to use all rows",
         )?;
-        let student = &self.student;
-        let keeps_layers = student.encoder_layers.is_some() || student.decoder_layers.is_some();
-        check(
-            student.init == StudentInit::Layers || !keeps_layers,
-            "student.init",
-            "must be \"layers\" if `student.encoder_layers` or `student.decoder_layers` is set",
-        )?;
-        check(
-            student.rope_theta.is_finite() && student.rope_theta > 0.0,
-            "student.rope_theta",
-            "must be finite and above 0",
-        )?;
-        check(
-            student.init != StudentInit::Random
-                || (student.num_attention_heads > 0
-                    && student
-                        .hidden_size
-                        .is_multiple_of(student.num_attention_heads)),
-            "student.hidden_size",
-            "must be a multiple of `student.num_attention_heads`",
-        )
+        validate_student(&self.student)
     }
 }
 

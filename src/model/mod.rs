@@ -12,7 +12,7 @@
 //! | `t5` | an encoder-decoder |
 //! | `projection`, `norm`, `position_bias` | the weights of a linear layer, of a norm, of a relative position bias |
 //! | `graph`, `tape/`, `candle_graph/`, `gradients` | the operations, their two implementations, the gradients |
-//! | `forward`, `decoding`, `kv_cache` | passes over whole sequences; incremental decoding |
+//! | `input`, `forward`, `decoding`, `kv_cache` | the input of a pass; passes over whole sequences; incremental decoding |
 //! | `batcher`, `sampling`, `text_stream`, `generate`, `score` | continuous batching, sampling, answers, scores |
 //!
 //! Invariants: both graphs compute the same function, which the tests in `tests/it/gradients` check.
@@ -49,6 +49,7 @@ pub mod generate;
 pub(crate) mod gpt2;
 pub mod gradients;
 pub mod graph;
+pub mod input;
 pub(crate) mod kv_cache;
 pub mod layer_selection;
 pub(crate) mod llama;
@@ -65,7 +66,6 @@ pub mod tape;
 pub(crate) mod text_stream;
 pub mod weights;
 
-use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -73,6 +73,7 @@ use candle_core::Tensor;
 
 pub use crate::model::config::shape::ModelConfig;
 pub use crate::model::forward::HiddenStates;
+pub use crate::model::input::{ModelInput, SourceInput};
 pub use crate::model::kv_cache::KvCache;
 use network::Network;
 use tape::TapeSettings;
@@ -100,35 +101,6 @@ pub enum Backend {
     CpuTape,
     /// The candle operations of [`candle_graph`], on every device.
     Candle,
-}
-
-/// Sources of an encoder-decoder, end to end: one per sequence of the decoder. Empty for a decoder.
-#[allow(
-    non_snake_case,
-    reason = "tensor names end in their shape: see the legend above"
-)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct SourceInput<'a> {
-    /// Token ids.
-    pub ids_U: &'a [u32],
-    /// Ranges of the sources, which cover `ids_U` in order.
-    pub segments_B: &'a [Range<usize>],
-}
-
-/// Tokens of one or more sequences, end to end, and the positions whose outputs are needed.
-#[allow(
-    non_snake_case,
-    reason = "tensor names end in their shape: see the legend above"
-)]
-#[derive(Debug, Clone, Copy)]
-pub struct ModelInput<'a> {
-    /// Token ids.
-    pub input_ids_T: &'a [u32],
-    /// Ranges of the sequences, which cover `input_ids_T` in order. Attention does not cross their bounds.
-    pub segments_B: &'a [Range<usize>],
-    /// Indices in `input_ids_T` of the positions whose outputs are needed.
-    pub positions_N: &'a [u32],
-    pub source: SourceInput<'a>,
 }
 
 impl Model {

@@ -14,12 +14,13 @@ use candle_core::Tensor;
 
 use super::decoder::{Decoder, DecoderKind};
 use super::graph::Graph;
+use super::input::ModelInput;
 use super::parameters::{
     CheckedWeights, LM_HEAD, ParameterList, ParameterRole, ParameterSpec, WeightNames,
 };
 use super::t5::T5;
 use super::weights::{self, Tensors};
-use super::{ModelInput, gpt2, t5};
+use super::{gpt2, t5};
 use crate::exit::Exit;
 use crate::model::config::shape::{Architecture, ModelConfig};
 

@@ -14,8 +14,8 @@ use std::path::Path;
 use anyhow::Result;
 use candle_core::Tensor;
 
-use super::ModelInput;
 use super::graph::{AttentionKind, AttentionLayer, Graph};
+use super::input::ModelInput;
 use super::norm::Norm;
 use super::parameters::{CheckedWeights, LM_HEAD, ParameterList, ParameterRole, WeightNames};
 use super::position_bias::PositionBias;

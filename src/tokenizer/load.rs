@@ -15,7 +15,7 @@ use crate::tokenizer::added::{self, AddedTokenSearch};
 use crate::tokenizer::chat_template::{TOKEN_VARIABLES, with_arguments};
 use crate::tokenizer::files::TokenizerFiles;
 use crate::tokenizer::pieces::PieceCache;
-use crate::tokenizer::seq2seq::{self, Seq2SeqTokens};
+use crate::tokenizer::seq2seq_tokens::{DEFAULT_TEMPLATE, Seq2SeqTokens};
 use crate::tokenizer::source::{self, TokenizerJson};
 use crate::tokenizer::token_bytes::{TokenByteMap, has_part};
 use crate::tokenizer::{ChatTemplate, Tokenizer};
@@ -260,7 +260,7 @@ fn set_template(
         if let Some(source) = &options.source_template {
             *template = Some(source.clone());
         }
-        template.get_or_insert_with(|| seq2seq::DEFAULT_TEMPLATE.to_owned());
+        template.get_or_insert_with(|| DEFAULT_TEMPLATE.to_owned());
     }
     if let Some(template) = template {
         *template = with_arguments(template, &options.template_args)?;

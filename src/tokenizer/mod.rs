@@ -8,7 +8,7 @@
 //! | `token_bytes` | the exact bytes of each token |
 //! | `chat_template` | renders conversations, in a sandbox |
 //! | `conversation`, `encoder` | encode conversations, and find the tokens of their answers |
-//! | `seq2seq` | sources and answers of an encoder-decoder |
+//! | `seq2seq`, `seq2seq_tokens` | sources and answers of an encoder-decoder |
 //! | `answer_tokens` | the result: ids and the ranges of the answers |
 //!
 //! Invariants:
@@ -26,6 +26,7 @@ pub(crate) mod files;
 pub(crate) mod load;
 pub(crate) mod pieces;
 pub(crate) mod seq2seq;
+pub(crate) mod seq2seq_tokens;
 pub(crate) mod source;
 pub(crate) mod token_bytes;
 
@@ -46,7 +47,7 @@ pub use crate::tokenizer::answer_tokens::{
 };
 use crate::tokenizer::chat_template::{ChatTemplate, TemplateClock};
 use crate::tokenizer::pieces::{BYTES_PER_TOKEN, PieceCache};
-use crate::tokenizer::seq2seq::Seq2SeqTokens;
+use crate::tokenizer::seq2seq_tokens::Seq2SeqTokens;
 use crate::tokenizer::token_bytes::TokenByteMap;
 
 /// A tokenizer with its chat template.

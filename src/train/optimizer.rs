@@ -17,6 +17,9 @@ use crate::model::weights::{SafetensorsFile, TensorEntry};
 use crate::ops::arena::{Arena, Buffer};
 use crate::ops::{CpuValues, adamw};
 
+/// Minimum factor of the learning rate with `train.scale_parameter`, so that parameters near 0 can grow.
+const MIN_SCALE: f64 = 1e-3;
+
 /// Prefixes of the names of the moments in a checkpoint.
 const FIRST_MOMENT: &str = "first_moment";
 const SECOND_MOMENT: &str = "second_moment";
@@ -93,11 +96,7 @@ impl Optimizer {
         let mut sum = 0.0;
         for parameter in &self.parameters {
             sum += match parameter.gradient(gradients)? {
-                GradientRef::Tape(values) => {
-                    let blocks = values.par_chunks(VALUES_PER_BLOCK);
-                    let blocks = blocks.map(adamw::sum_of_squares);
-                    blocks.collect::<Vec<f64>>().iter().sum::<f64>()
-                }
+                GradientRef::Tape(values) => sum_of_squares(values),
                 GradientRef::Candle(tensor) => {
                     f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?)
                 }
@@ -131,9 +130,14 @@ impl Optimizer {
             1.0
         };
         for parameter in &mut self.parameters {
+            let scale = if train.scale_parameter {
+                parameter.root_mean_square()?.max(MIN_SCALE)
+            } else {
+                1.0
+            };
             let step = adamw::AdamWStep {
                 number: self.step,
-                learning_rate: learning_rate as f32,
+                learning_rate: (learning_rate * scale) as f32,
                 beta1: train.beta1 as f32,
                 beta2: train.beta2 as f32,
                 epsilon: train.epsilon as f32,
@@ -201,12 +205,28 @@ impl Optimizer {
     }
 }
 
+/// Returns the sum of the squares of `values`. It does not depend on the number of threads.
+fn sum_of_squares(values: &[f32]) -> f64 {
+    let blocks = values.par_chunks(VALUES_PER_BLOCK);
+    let blocks = blocks.map(adamw::sum_of_squares);
+    blocks.collect::<Vec<f64>>().iter().sum()
+}
+
 impl Parameter {
     fn gradient<'a>(&self, gradients: &'a Gradients) -> Result<GradientRef<'a>> {
         let tape_gradient = gradients.get_tape(&self.var).map(GradientRef::Tape);
         tape_gradient
             .or_else(|| gradients.get_candle(&self.var).map(GradientRef::Candle))
             .with_context(|| format!("parameter {} received no gradient", self.name))
+    }
+
+    /// Returns the root mean square of the values.
+    fn root_mean_square(&self) -> Result<f64> {
+        let sum = match &self.moments {
+            Moments::Tape(_) => sum_of_squares(&CpuValues::new(&self.var)?),
+            Moments::Candle(_) => f64::from(self.var.sqr()?.sum_all()?.to_scalar::<f32>()?),
+        };
+        Ok((sum / self.var.elem_count() as f64).sqrt())
     }
 
     fn update(&mut self, gradients: &Gradients, step: adamw::AdamWStep) -> Result<()> {

@@ -11,7 +11,7 @@ use super::{device, folder};
 use crate::config::{LoraConfig, SaveDtype, StudentConfig, StudentInit, TrainConfig};
 use crate::exit::Exit;
 use crate::fs;
-use crate::model::config::shape::ModelConfig;
+use crate::model::config::shape::{Architecture, ModelConfig};
 use crate::model::layer_selection::{KeptLayers, keep_layers};
 use crate::model::parameters::random_weights;
 use crate::model::weights::{self, Tensors};
@@ -60,6 +60,16 @@ impl TrainableModel {
             }
         };
         tokenizer.check_fits(shape.vocab_size)?;
+        if let Architecture::T5(variant) = &shape.architecture
+            && shape.num_hidden_layers > variant.encoder_layers
+        {
+            tracing::warn!(
+                "the student's decoder has more layers ({}) than its encoder ({}): transformers 4 and 5 generate with such \
+                 a model only with `use_cache=False`",
+                shape.num_hidden_layers,
+                variant.encoder_layers
+            );
+        }
         let device = device::open(train)?;
         let new_adapters = match adapters.rank {
             0 => Tensors::new(),
@@ -193,8 +203,15 @@ impl TrainableModel {
             SaveDtype::Bf16 => (DType::BF16, "bfloat16"),
         };
         let shape = self.model.config();
-        let folder::StudentFiles { files, changes } =
+        let folder::StudentFiles { files, mut changes } =
             folder::files(shape, name, (tokenizer_dir, tokenizer), card)?;
+        if shape.is_encoder_decoder() && dtype == DType::F16 {
+            changes.push(
+                "model.safetensors: f16, in which the feed-forward networks of T5 overflow; load it as f32 or bf16, or \
+                 set `student.save_dtype` to \"bf16\""
+                    .into(),
+            );
+        }
         let weights = weights::to_device(weights, &Device::Cpu)?;
         let weights = shape.to_file_layout(&lora::merge(shape, &weights)?)?;
         fs::write_dir_with(dir, |folder| {

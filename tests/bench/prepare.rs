@@ -254,7 +254,8 @@ fn align(dir: &Path) -> anyhow::Result<()> {
             started = Instant::now();
         }
         for ((text, ids, _), view) in answers.iter().zip(&views) {
-            let aligned = mapper.align(view, text.as_bytes(), 0..text.len(), ids.into(), None)?;
+            let aligned =
+                mapper.align(view, text.as_bytes(), 0..text.len(), ids[..].into(), None)?;
             tokens += ids.len();
             soft += (0..ids.len())
                 .filter(|&at| !aligned.soft(at).0.is_empty())

@@ -18,6 +18,8 @@ SHAPES = {
                  num_key_value_heads=3, vocab_size=49152, batch=4),
     "tiny": dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=8192, batch=8),
+    "t5-small": dict(d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, vocab_size=32128, batch=8,
+                     dropout_rate=0.0, decoder_start_token_id=0),
 }
 
 
@@ -31,7 +33,7 @@ def step(options):
 
     import torch
     import torch.nn.functional as F
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
     imports = peak_mib()
     torch.set_num_threads(options.threads)
@@ -41,10 +43,16 @@ def step(options):
     shape.pop("batch", None)
     if options.vocabulary:
         shape["vocab_size"] = options.vocabulary
-    length, k = options.length, options.k
-    config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=length, use_cache=False)
-    config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config).to(options.device)
+    is_t5 = options.shape.startswith("t5")
+    length, k = options.length or (64 if is_t5 else 256), options.k
+    if is_t5:
+        config = T5Config(**shape, use_cache=False)
+        config._attn_implementation = "sdpa"
+        model = T5ForConditionalGeneration(config).to(options.device)
+    else:
+        config = LlamaConfig(**shape, tie_word_embeddings=True, max_position_embeddings=length, use_cache=False)
+        config._attn_implementation = "sdpa"
+        model = LlamaForCausalLM(config).to(options.device)
     if options.lora:
         from peft import LoraConfig, get_peft_model
 
@@ -57,6 +65,7 @@ def step(options):
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     vocabulary = config.vocab_size
     ids = torch.randint(vocabulary, (batch, length), device=options.device)
+    sources = torch.randint(vocabulary, (batch, options.source), device=options.device) if is_t5 else None
     first = int(options.prompt * length)
     answers = length - first
     labels = torch.randint(vocabulary, (batch, answers), device=options.device)
@@ -67,6 +76,8 @@ def step(options):
         if options.skip_prompt:
             hidden = model.model(input_ids=ids).last_hidden_state[:, first:]
             logits = model.lm_head(hidden)
+        elif is_t5:
+            logits = model(input_ids=sources, decoder_input_ids=ids).logits[:, first:]
         else:
             logits = model(input_ids=ids).logits[:, first:]
         logq = F.log_softmax(logits.float(), -1)
@@ -98,7 +109,7 @@ def step(options):
             seconds.append(time.perf_counter() - began)
     print(json.dumps({
         "parameters": sum(p.numel() for p in parameters),
-        "tokens_per_s": [batch * length / s for s in seconds],
+        "tokens_per_s": [batch * (length + (options.source if is_t5 else 0)) / s for s in seconds],
         "losses": losses,
         "peak_mib": peak_mib(),
         "imports_mib": imports,
@@ -114,12 +125,14 @@ CASES = [
     ("tiny, f32", ["--shape", "tiny"], [([], 1.2, 0.3)]),
     ("tiny, f32, compiled peer", ["--shape", "tiny"], [(["--compile"], None, None)]),
     ("135M, f32, LoRA 16", ["--shape", "135m", "--lora", "16"], [([], None, None)]),
+    ("t5-small, f32", ["--shape", "t5-small"], [([], 1.25, 0.6)]),
     ("135M, f32, 1 x 1024", ["--shape", "135m", "--batch", "1", "--length", "1024"], [([], None, None)]),
 ]
 BF16_CASES = [
     ("135M, bf16", ["--shape", "135m", "--dtype", "bf16"], [([], 1.4, 0.68)]),
     ("135M, bf16, half prompt", ["--shape", "135m", "--dtype", "bf16", "--prompt", "0.5"],
      [([], 1.5, 0.68), (["--skip-prompt"], None, None)]),
+    ("t5-small, bf16", ["--shape", "t5-small", "--dtype", "bf16"], [([], 1.5, None)]),
     ("tiny, bf16", ["--shape", "tiny", "--dtype", "bf16"], [([], 1.2, 0.3), (["--compile"], None, None)]),
 ]
 # Growth of the cost of distill: each series varies one dimension of a shape.
@@ -196,7 +209,7 @@ def main():
     peer.add_argument("--shape", default="135m", choices=SHAPES)
     peer.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
     peer.add_argument("--device", default="cpu")
-    for name, default in [("batch", 0), ("length", 256), ("vocabulary", 0), ("k", 20), ("steps", 5),
+    for name, default in [("batch", 0), ("length", 0), ("source", 512), ("vocabulary", 0), ("k", 20), ("steps", 5),
                           ("threads", 2), ("lora", 0)]:
         peer.add_argument(f"--{name}", type=int, default=default)
     peer.add_argument("--prompt", type=float, default=0)

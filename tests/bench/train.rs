@@ -1,6 +1,6 @@
 //! Times training steps on random tokens; see `tests/bench/train.sh`. `train.py` does the same with PyTorch.
 //!
-//! `train [--shape NAME] [--batch N] [--length N] [--vocabulary N] [--prompt SHARE] [--k N] [--steps N] [--threads N]
+//! `train [--shape NAME] [--batch N] [--length N] [--source N] [--vocabulary N] [--prompt SHARE] [--k N] [--steps N] [--threads N]
 //! [--dtype f32|bf16] [--lora RANK] [--checkpoint]` prints a line of JSON.
 
 use std::collections::HashMap;
@@ -24,10 +24,12 @@ use serde_json::json;
 
 /// Settings of the timed steps.
 struct Case {
-    shape: config::StudentConfig,
+    shape: ModelShape,
     vocabulary: usize,
     batch: usize,
     length: usize,
+    /// Length of each source of an encoder-decoder.
+    source: usize,
     /// Share of each sequence that is a prompt, without supervised positions.
     prompt: f64,
     k: usize,
@@ -37,6 +39,11 @@ struct Case {
     precision: Precision,
     /// Rank of the adapters; 0 for a full fine-tune.
     lora: usize,
+}
+
+enum ModelShape {
+    Llama(config::StudentConfig),
+    T5Small,
 }
 
 fn main() -> Result<()> {
@@ -67,7 +74,8 @@ impl Case {
             given.map_or(Ok(default), |text| text.parse().context("not a number"))
         };
         let batch = number("--batch", 0)?;
-        let length = number("--length", 256)?;
+        let length = number("--length", 0)?;
+        let source = number("--source", 512)?;
         let k = number("--k", 20)?;
         let steps = number("--steps", 5)?;
         let threads = number("--threads", 2)?;
@@ -89,27 +97,37 @@ impl Case {
             num_hidden_layers: layers,
             num_attention_heads: heads,
             num_key_value_heads: key_value,
-            max_position_embeddings: length,
+            max_position_embeddings: length.max(256),
             ..config::StudentConfig::default()
         };
         let name = options.remove("--shape").unwrap_or("135m".into());
-        let (shape, own_vocabulary, own_batch) = match name.as_str() {
-            "135m" => (shape(576, 1536, 30, 9, 3), 49_152, 4),
-            "tiny" => (shape(256, 704, 6, 4, 2), 8_192, 8),
-            _ => bail!("--shape must be 135m or tiny"),
+        let (shape, own_vocabulary, own_batch, own_length) = match name.as_str() {
+            "135m" => (
+                ModelShape::Llama(shape(576, 1536, 30, 9, 3)),
+                49_152,
+                4,
+                256,
+            ),
+            "tiny" => (ModelShape::Llama(shape(256, 704, 6, 4, 2)), 8_192, 8, 256),
+            "t5-small" => (ModelShape::T5Small, 32_128, 8, 64),
+            _ => bail!("--shape must be 135m, tiny or t5-small"),
         };
         if let Some(name) = options.keys().next() {
             bail!("{name} is not an option");
         }
         Ok(Self {
-            shape,
             vocabulary: if vocabulary > 0 {
                 vocabulary
             } else {
                 own_vocabulary
             },
             batch: if batch > 0 { batch } else { own_batch },
-            length,
+            length: if length > 0 { length } else { own_length },
+            source: match shape {
+                ModelShape::Llama(_) => 0,
+                ModelShape::T5Small => source,
+            },
+            shape,
             prompt,
             k,
             steps,
@@ -118,6 +136,23 @@ impl Case {
             precision,
             lora,
         })
+    }
+
+    fn config(&self) -> Result<ModelConfig> {
+        match &self.shape {
+            ModelShape::Llama(shape) => {
+                ModelConfig::from_student(shape, self.vocabulary, &[], None)
+            }
+            ModelShape::T5Small => {
+                let dir = tempfile::tempdir()?;
+                let json = json!({
+                    "model_type": "t5", "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8,
+                    "vocab_size": self.vocabulary, "decoder_start_token_id": 0,
+                });
+                std::fs::write(dir.path().join("config.json"), json.to_string())?;
+                ModelConfig::load(dir.path())
+            }
+        }
     }
 
     /// Returns a batch of random tokens. In each sequence, the tokens after the prompt are supervised.
@@ -132,6 +167,12 @@ impl Case {
             let start = sequence * self.length;
             batch.segments_B.push(start..start + self.length);
             batch.keys_B.push(sequence.to_string());
+            if self.source > 0 {
+                let start = batch.source_ids_U.len();
+                let ids = (0..self.source).map(|_| random.u32(0..self.vocabulary as u32));
+                batch.source_ids_U.extend(ids);
+                batch.source_segments_B.push(start..start + self.source);
+            }
             for at in 0..self.length {
                 batch
                     .input_ids_T
@@ -155,7 +196,7 @@ impl Case {
 }
 
 fn time(case: &Case) -> Result<()> {
-    let config = ModelConfig::from_student(&case.shape, case.vocabulary, &[], None)?;
+    let config = case.config()?;
     let adapters = match case.lora {
         0 => Tensors::new(),
         rank => lora::new_adapters(&config, rank, &[], 0)?,
@@ -199,7 +240,7 @@ fn time(case: &Case) -> Result<()> {
             seconds.push(began.elapsed().as_secs_f64());
         }
     }
-    let tokens = (case.batch * case.length) as f64;
+    let tokens = (case.batch * (case.source + case.length)) as f64;
     println!(
         "{}",
         json!({

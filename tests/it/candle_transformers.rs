@@ -1,9 +1,14 @@
-//! The llama decoder, compared with candle-transformers. Compiled only with the feature `candle-transformers`.
+//! The llama decoder and T5, compared with candle-transformers. Compiled only with the feature `candle-transformers`.
+
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::llama as reference;
-use distill::model::Model;
+use candle_transformers::models::{llama as reference, t5};
+use distill::model::config::shape::ModelConfig;
+use distill::model::weights::{self, Tensors};
+use distill::model::{Model, ModelInput, SourceInput};
+use serde_json::Value;
 
 use crate::model::{all_logits, assert_close, tiny};
 
@@ -39,5 +44,67 @@ fn llama_logits_agree_with_candle_transformers() {
         let last: Vec<f32> = last.flatten_all().unwrap().to_vec1().unwrap();
         let ours = all_logits(&model, &ids);
         assert_close(&ours[99], &last, 1e-4);
+    }
+}
+
+/// candle-transformers 0.11 uses the buckets of the encoder in the decoder too, which are right only for short distances,
+/// and multiplies the hidden states before a tied head by sqrt(D) instead of dividing them. `distance` is the number of
+/// positions with equal buckets.
+#[test]
+fn t5_logits_agree_with_candle_transformers() {
+    for (name, distance) in [("t5", 8), ("t5_v1_1", 2)] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/golden/t5");
+        let text = std::fs::read_to_string(folder.join(format!("{name}.json"))).unwrap();
+        let json: Value = serde_json::from_str(&text).unwrap();
+        let tensors = weights::load_file(&folder.join(format!("{name}.safetensors"))).unwrap();
+        let weight = |(name, tensor): (&String, &Tensor)| {
+            Some((name.strip_prefix("weight.")?.to_owned(), tensor.clone()))
+        };
+        let tensors: Tensors = tensors.iter().filter_map(weight).collect();
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), json["config"].to_string()).unwrap();
+        let config = ModelConfig::load(dir.path()).unwrap();
+        let scale = if config.tie_word_embeddings {
+            config.hidden_size as f64
+        } else {
+            1.0
+        };
+        let model = Model::new(config, &tensors).unwrap();
+        let builder =
+            VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
+        let mut settings = json["config"].clone();
+        settings["use_cache"] = false.into();
+        let settings: t5::Config = serde_json::from_value(settings).unwrap();
+        for sequence in json["sequences"].as_array().unwrap() {
+            let ids = |field: &str| -> Vec<u32> {
+                serde_json::from_value(sequence[field].clone()).unwrap()
+            };
+            let (source, decoder) = (ids("source"), ids("ids"));
+            let decoder = &decoder[..distance.min(decoder.len() - 1)];
+            let tensor = |ids: &[u32]| {
+                Tensor::new(ids, &Device::Cpu)
+                    .unwrap()
+                    .unsqueeze(0)
+                    .unwrap()
+            };
+            let mut reference =
+                t5::T5ForConditionalGeneration::load(builder.clone(), &settings).unwrap();
+            let expected = reference
+                .forward(&tensor(&source), &tensor(decoder))
+                .unwrap();
+            let expected = (expected / scale).unwrap();
+            let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
+            let input = ModelInput {
+                input_ids_T: decoder,
+                segments_B: std::slice::from_ref(&(0..decoder.len())),
+                positions_N: &[decoder.len() as u32 - 1],
+                source: SourceInput {
+                    ids_U: &source,
+                    segments_B: std::slice::from_ref(&(0..source.len())),
+                },
+            };
+            let ours = model.map_logits(input, |_, row| row.to_vec()).unwrap();
+            assert_close(&ours[0], &expected, 1e-4);
+        }
     }
 }

@@ -11,6 +11,7 @@
 # 2. datasets and jq read the cache directly.
 # 3. datasets, openai, TRL, axolotl, pyarrow, pandas and duckdb read the files of `distill cache export`.
 # 4. The official openai client uses `distill serve`.
+# 5. transformers 5 and 4 load encoder-decoders of distill: equal tensors, logits, greedy texts and logprobs.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 demo=${1:-demo}
@@ -50,6 +51,20 @@ for student in "$students"/*/{full,lora}/student; do
         echo "-- $student"
         "$python" tests/python/transformers_check.py "$distill" "$student" "$demo/test.jsonl" 5
     fi
+done
+
+echo "== transformers 5 and 4: encoder-decoders"
+# Version 4 uses the environment's PyTorch. These are its packages of other versions, and those that version 5 dropped.
+transformers4=target/transformers4
+wanted4="transformers==4.57.6 tokenizers>=0.22,<=0.23 huggingface_hub>=0.34,<1 requests charset_normalizer idna urllib3 certifi"
+if [ "$(cat "$transformers4/ready" 2> /dev/null)" != "$wanted4" ]; then
+    rm -rf "$transformers4"
+    # shellcheck disable=SC2086 # one argument per package
+    "$environment/bin/pip" install --quiet --target "$transformers4" --no-deps $wanted4
+    printf '%s' "$wanted4" > "$transformers4/ready"
+fi
+for path in "" "$transformers4"; do
+    PYTHONPATH="$path" "$python" tests/python/t5.py "$distill" target/t5
 done
 
 echo "== datasets: reads the cache directly"

@@ -16,6 +16,7 @@
 //! | `aligned` | the result: soft labels of an answer |
 //! | `candidates` | the tokens that a teacher lists at a position |
 //! | `run`, `teacher` | the teacher tokens that spell the answer |
+//! | `student` | the student tokens that spell the answer |
 //! | `token_ids` | tokens that are named by id |
 //! | `tokens` | the student's token for the bytes of a teacher's token |
 
@@ -27,6 +28,7 @@
 pub mod aligned;
 pub(crate) mod candidates;
 pub(crate) mod run;
+pub(crate) mod student;
 pub(crate) mod teacher;
 pub(crate) mod token_ids;
 pub(crate) mod tokens;
@@ -41,6 +43,7 @@ pub use aligned::{Aligned, Chunk};
 pub use candidates::{Candidates, EXCESS, SampledToken, is_usable, list_candidates};
 use candidates::{agreement, mass};
 use run::SpanKind;
+pub use student::StudentAnswer;
 pub use teacher::spells;
 use teacher::teacher_spans;
 pub use tokens::is_stop;
@@ -61,21 +64,6 @@ pub enum Mismatch {
     Student,
     #[error("the teacher's tokens are ids (`token_id:N`): set `data.teacher_tokenizer`")]
     TokenIds,
-}
-
-/// The tokens of an answer (N), and how they divide its text.
-#[derive(Debug, Clone, Copy)]
-pub struct StudentAnswer<'a> {
-    pub ids: &'a [u32],
-    /// End of each token of the text in bytes of the answer, where normalisation or unknown tokens hide the bytes of
-    /// the tokens. None if the bytes of the tokens spell the answer.
-    pub ends: Option<&'a [usize]>,
-}
-
-impl<'a> From<&'a [u32]> for StudentAnswer<'a> {
-    fn from(ids: &'a [u32]) -> Self {
-        Self { ids, ends: None }
-    }
 }
 
 /// Maps the teacher's tokens to the student's. Caches look-ups, so reuse one mapper for many answers.
@@ -288,16 +276,6 @@ impl<'a> Mapper<'a> {
         }) && remaining.is_empty()
     }
 
-    /// Returns the bytes of the student token `label` before `text`, its part of the answer: the space that some
-    /// tokenizers write before a text.
-    fn lead(&self, label: u32, text: &[u8]) -> &'a [u8] {
-        let bytes = self.tokenizer.token_bytes(label).unwrap_or_default();
-        match bytes.strip_suffix(text) {
-            Some(lead) if !text.is_empty() => lead,
-            _ => &[],
-        }
-    }
-
     /// Appends the soft labels of `label`, the first student token of an emitted teacher token, and the bytes that it has
     /// before the text. `is_split` is true if the student spells the teacher token with several tokens.
     fn push_first(
@@ -355,64 +333,6 @@ impl<'a> Mapper<'a> {
         let mapped = self.push_mapped(&extending, mass, &emitted[spelled_bytes..], label, aligned);
         let is_unreliable = mapped * listed_share < MIN_SHARE;
         aligned.finish_position(start, f32::NAN, mapped, is_unreliable);
-    }
-
-    /// Splits off the token that ends the answer. Returns this token, if there is one, and the ends of the other
-    /// tokens, as [`Self::student_token_ends`] computes them.
-    fn split_end(
-        &self,
-        student: &[u32],
-        answer: &[u8],
-        kept_bytes: Range<usize>,
-    ) -> Result<(Option<u32>, Vec<usize>), Mismatch> {
-        let Some((&last, text)) = student.split_last() else {
-            return Ok((None, self.student_token_ends(student, answer, kept_bytes)?));
-        };
-        if self.tokenizer.is_special(last) && self.tokenizer.stop_ids().contains(&last) {
-            return Ok((
-                Some(last),
-                self.student_token_ends(text, answer, kept_bytes)?,
-            ));
-        }
-        let ends = self.student_token_ends(student, answer, kept_bytes.clone());
-        // The last token may be text that the template writes before the end of the turn.
-        if ends.is_err() && Some(last) == self.tokenizer.end_of_answer() {
-            return Ok((
-                Some(last),
-                self.student_token_ends(text, answer, kept_bytes)?,
-            ));
-        }
-        Ok((None, ends?))
-    }
-
-    /// Returns the end of each token of `student`, in bytes of the answer (N). The tokens spell the kept bytes of the
-    /// answer; template text may come before.
-    ///
-    /// # Errors
-    /// If the bytes of the tokens do not end with the kept bytes.
-    fn student_token_ends(
-        &self,
-        student: &[u32],
-        answer: &[u8],
-        kept_bytes: Range<usize>,
-    ) -> Result<Vec<usize>, Mismatch> {
-        let spellings: Option<Vec<Cow<'_, [u8]>>> = student
-            .iter()
-            .map(|&id| self.tokenizer.spelling(id))
-            .collect();
-        let spellings = spellings.ok_or(Mismatch::Student)?;
-        let student_bytes = spellings.concat();
-        let template_bytes = student_bytes
-            .strip_suffix(&answer[kept_bytes.clone()])
-            .ok_or(Mismatch::Student)?
-            .len();
-        let mut end = 0;
-        let ends = spellings.iter().map(|bytes| {
-            end += bytes.len();
-            // Template text ends at the start of the answer.
-            kept_bytes.start + end.saturating_sub(template_bytes)
-        });
-        Ok(ends.collect())
     }
 
     /// Appends the candidates at a position as student tokens, best first. `emitted` is the teacher's token at this

@@ -1,6 +1,7 @@
 //! Converts a row to an example: tokenises the conversation, decides which tokens are supervised, and aligns the
 //! teacher's logprobs with them.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -91,7 +92,7 @@ impl<'a> ExampleBuilder<'a> {
     ) {
         if let Ok((_, tokenized)) = row.and_then(|row| self.tokenize(row)) {
             let (prompt, answer) = tokenized.input_ids.split_at(tokenized.answer);
-            samples.add(prompt, answer);
+            samples.add(&sample_prompt(&tokenized.source_ids, prompt), answer);
         }
     }
 
@@ -326,7 +327,8 @@ impl<'a> ExampleBuilder<'a> {
             }
             Err(reason) => {
                 let (prompt, answer_ids) = input_ids.split_at(answer);
-                match self.samples.soft_labels(prompt, answer_ids) {
+                let prompt = sample_prompt(&conversation.source_ids, prompt);
+                match self.samples.soft_labels(&prompt, answer_ids) {
                     Some(mut soft_labels) => {
                         // The trie contains the tokens that end the answers.
                         soft_labels.lists_end = Some(true);
@@ -349,6 +351,16 @@ impl<'a> ExampleBuilder<'a> {
             difference: conversation.difference,
             separate_answers,
         })
+    }
+}
+
+/// Returns the tokens by which samples of one prompt are found: the source of an encoder-decoder, and the tokens before
+/// the answer.
+fn sample_prompt<'a>(source_ids: &[u32], prompt: &'a [u32]) -> Cow<'a, [u32]> {
+    if source_ids.is_empty() {
+        Cow::Borrowed(prompt)
+    } else {
+        Cow::Owned([source_ids, prompt].concat())
     }
 }
 

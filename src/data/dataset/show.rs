@@ -165,20 +165,21 @@ fn left_out(skipped: SkippedRow) -> ShownExample {
 }
 
 fn shown_example(row: TrainingRow, tokenized: TokenizedRow, tokenizer: &Tokenizer) -> ShownExample {
-    let mut tokens: Vec<ShownToken> = tokenized
-        .input_ids
-        .iter()
-        .map(|&id| ShownToken {
-            id,
-            text: text_of(tokenizer, id),
-            is_special: tokenizer.is_special(id),
-            is_supervised: false,
-            soft_labels: Vec::new(),
-            tail: None,
-            emitted: None,
-            chunk: None,
-        })
-        .collect();
+    let shown_tokens = |ids: &[u32]| -> Vec<ShownToken> {
+        ids.iter()
+            .map(|&id| ShownToken {
+                id,
+                text: text_of(tokenizer, id),
+                is_special: tokenizer.is_special(id),
+                is_supervised: false,
+                soft_labels: Vec::new(),
+                tail: None,
+                emitted: None,
+                chunk: None,
+            })
+            .collect()
+    };
+    let mut tokens = shown_tokens(&tokenized.input_ids);
     for index in tokenized.labels.iter().cloned().flatten() {
         tokens[index].is_supervised = true;
     }
@@ -211,6 +212,8 @@ fn shown_example(row: TrainingRow, tokenized: TokenizedRow, tokenizer: &Tokenize
             token.chunk = Some((f64::from(-chunk.nll).exp(), chunk.len));
         }
     }
+    // The source of an encoder-decoder comes before the input of its decoder.
+    tokens.splice(0..0, shown_tokens(&tokenized.source_ids));
     ShownExample {
         key: row.key,
         prompt_id: row.prompt_id,

@@ -313,3 +313,37 @@ fn tokenizer_without_pad_token_cannot_start_a_random_encoder_decoder() {
     let error = Tokenizer::for_student(&settings).unwrap_err().to_string();
     assert!(error.contains("needs pad_token"), "{error}");
 }
+
+/// The settings of a student with random weights, and number types.
+#[test]
+fn settings_of_another_architecture_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.toml");
+    for (student, expected) in [
+        ("num_encoder_layers = 3", "a llama has no encoder"),
+        (
+            "model_type = \"t5\"\nnum_key_value_heads = 4",
+            "student.num_key_value_heads",
+        ),
+        (
+            "model_type = \"t5\"\nrope_theta = 500.0",
+            "student.rope_theta",
+        ),
+        ("decoder_layers = 2", "must be \"layers\""),
+        (
+            "decoder_layers = \"two\"",
+            "a number of layers, or a list of layer indices",
+        ),
+        ("[train]\ndtype = \"f16\"", "`auto`, `f32`, `bf16`"),
+    ] {
+        fs::write(&path, format!("[student]\ninit = \"random\"\n{student}\n")).unwrap();
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_distill"))
+            .args(["train", "-c"])
+            .arg(&path)
+            .output()
+            .unwrap();
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{errors}");
+        assert!(errors.contains(expected), "{student}: {errors}");
+    }
+}

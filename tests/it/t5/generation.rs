@@ -88,11 +88,11 @@ fn decoding_step_by_step_gives_the_logits_of_one_pass() {
         let positions: Vec<u32> = (0..ids.len() as u32).collect();
         let input = ModelInput {
             input_ids_T: &ids,
-            segments_B: &[0..ids.len()],
+            segments_B: std::slice::from_ref(&(0..ids.len())),
             positions_N: &positions,
             source: SourceInput {
                 ids_U: source,
-                segments_B: &[0..source.len()],
+                segments_B: std::slice::from_ref(&(0..source.len())),
             },
         };
         let expected = model.map_logits(input, |_, row| row.to_vec()).unwrap();
