@@ -94,13 +94,14 @@ fn t5_logits_agree_with_candle_transformers() {
                 .unwrap();
             let expected = (expected / scale).unwrap();
             let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
+            let (decoder_segment, source_segment) = (0..decoder.len(), 0..source.len());
             let input = ModelInput {
                 input_ids_T: decoder,
-                segments_B: std::slice::from_ref(&(0..decoder.len())),
+                segments_B: std::slice::from_ref(&decoder_segment),
                 positions_N: &[decoder.len() as u32 - 1],
                 source: SourceInput {
                     ids_U: &source,
-                    segments_B: std::slice::from_ref(&(0..source.len())),
+                    segments_B: std::slice::from_ref(&source_segment),
                 },
             };
             let ours = model.map_logits(input, |_, row| row.to_vec()).unwrap();

@@ -86,13 +86,14 @@ fn decoding_step_by_step_gives_the_logits_of_one_pass() {
     for (source, answer) in golden.sources.iter().zip(&golden.answers) {
         let ids: Vec<u32> = [0].into_iter().chain(answer.iter().copied()).collect();
         let positions: Vec<u32> = (0..ids.len() as u32).collect();
+        let (decoder_segment, source_segment) = (0..ids.len(), 0..source.len());
         let input = ModelInput {
             input_ids_T: &ids,
-            segments_B: std::slice::from_ref(&(0..ids.len())),
+            segments_B: std::slice::from_ref(&decoder_segment),
             positions_N: &positions,
             source: SourceInput {
                 ids_U: source,
-                segments_B: std::slice::from_ref(&(0..source.len())),
+                segments_B: std::slice::from_ref(&source_segment),
             },
         };
         let expected = model.map_logits(input, |_, row| row.to_vec()).unwrap();
