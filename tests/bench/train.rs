@@ -42,7 +42,7 @@ struct Case {
 }
 
 enum ModelShape {
-    Llama(config::StudentConfig),
+    Llama(Box<config::StudentConfig>),
     T5Small,
 }
 
@@ -103,12 +103,17 @@ impl Case {
         let name = options.remove("--shape").unwrap_or("135m".into());
         let (shape, own_vocabulary, own_batch, own_length) = match name.as_str() {
             "135m" => (
-                ModelShape::Llama(shape(576, 1536, 30, 9, 3)),
+                ModelShape::Llama(Box::new(shape(576, 1536, 30, 9, 3))),
                 49_152,
                 4,
                 256,
             ),
-            "tiny" => (ModelShape::Llama(shape(256, 704, 6, 4, 2)), 8_192, 8, 256),
+            "tiny" => (
+                ModelShape::Llama(Box::new(shape(256, 704, 6, 4, 2))),
+                8_192,
+                8,
+                256,
+            ),
             "t5-small" => (ModelShape::T5Small, 32_128, 8, 64),
             _ => bail!("--shape must be 135m, tiny or t5-small"),
         };

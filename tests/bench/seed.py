@@ -1,0 +1,230 @@
+"""Trains the teacher and the students of seed.sh, asks all of them over HTTP, and prints the table.
+
+    seed.py DISTILL [--quick] [--check] [--seeds N] [--dir DIR]
+
+Every model is served by `distill serve` and answers the test questions through `distill harvest`, so that answers per
+second and memory are those of a server.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import seed_score
+
+CONFIGS = Path("datasets/squad")
+# Rows of the table: name, settings of student.toml, and the data.
+TRUTH, ANSWERS, LOGPROBS = "data.source", "answers", "logprobs"
+ROWS = [
+    ("CE on the truth", TRUTH, ["loss.kd=none"]),
+    ("KL + CE, T = 1", TRUTH, ["loss.temperature=1.0"]),
+    ("KL + CE, T = 2", TRUTH, ["loss.temperature=2.0"]),
+    ("KL + CE, T = 4", TRUTH, ["loss.temperature=4.0"]),
+    ("KL + CE, T = 2, cotrain", TRUTH, ["loss.temperature=2.0", "teacher.cotrain=true", "teacher.cotrain_rate=0.2"]),
+    ("black-box: CE on the teacher's answers", ANSWERS, ["loss.kd=none"]),
+    ("black-box: KL + CE on its top-20 logprobs", LOGPROBS, ["loss.kd=tail"]),
+]
+HALF_WIDTH = ["student.init=random", "student.model_type=t5", "student.hidden_size=128",
+              "student.intermediate_size=384", "student.num_hidden_layers=3", "student.num_encoder_layers=4",
+              "student.num_attention_heads=4"]
+SENTENCE = re.compile(r"[^.]+\.( |$)")
+
+
+class Bench:
+    def __init__(self, options):
+        self.distill, self.dir, self.options = str(Path(options.distill).resolve()), options.dir, options
+        self.data = options.dir / "data"
+        self.test = seed_score.read_lines(self.data / "test.jsonl") if self.data.exists() else []
+
+    def run(self, *arguments):
+        done = subprocess.run([self.distill, *map(str, arguments)], capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(map(str, arguments))}\n{done.stderr[-3000:]}")
+
+    def generate_data(self):
+        sizes = ["--train", "1500", "--test", "100", "--pieces", "1500"] if self.options.quick else []
+        script = Path(__file__).with_name("seed_data.py")
+        subprocess.run([sys.executable, "-B", script, self.data, *sizes], check=True, stdout=subprocess.DEVNULL)
+        self.test = seed_score.read_lines(self.data / "test.jsonl")
+        write_teacher_data(self.data)
+
+    def train(self, name, config, settings):
+        """Trains a model unless an earlier run did. Returns its folder."""
+        run = self.dir / name
+        if not (run / "student/config.json").exists():
+            shutil.rmtree(run, ignore_errors=True)
+            settings = [f"run_dir={run.resolve()}", *settings]
+            flags = [flag for setting in settings for flag in ("--set", setting)]
+            self.run("train", "-c", CONFIGS / config, *flags)
+        return run / "student"
+
+    def harvest(self, model, name, prompts, settings=()):
+        """Serves a model and asks it the prompts. Returns the cache folder, the seconds and the server's memory."""
+        run = self.dir / name
+        shutil.rmtree(run, ignore_errors=True)
+        command = [self.distill, "serve", "--model", str(model), "--port", "0", "--name", "model", "--batch-size", "16"]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            address = server.stdout.readline().removeprefix("listening on ").strip()
+            config = self.dir / f"{name}.toml"
+            config.write_text(f"""run_dir = {json.dumps(str(run.resolve()))}
+[teacher]
+base_url = {json.dumps(address)}
+model = "model"
+api_key_env = ""
+[prompts]
+source = {json.dumps(str(prompts.resolve()))}
+[sampling]
+temperature = 0
+max_tokens = 32
+[limits]
+concurrency = 16
+""")
+            began = time.perf_counter()
+            flags = [flag for setting in settings for flag in ("--set", setting)]
+            self.run("harvest", "-c", config, *flags)
+            seconds = time.perf_counter() - began
+            status = Path(f"/proc/{server.pid}/status").read_text()
+            memory = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+        return run / "cache", seconds, memory
+
+    def score(self, model, name):
+        cache, seconds, memory = self.harvest(model, f"{name}-test", self.data / "test-prompts.jsonl")
+        records = (json.loads(line) for line in open(cache / "responses.jsonl"))
+        answers = {record["prompt_id"]: record["answer"]["text"] for record in records if "answer" in record}
+        size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+        return seed_score.summary(self.test, answers) | {
+            "parameters": parameters(model), "mb": size / 1e6, "answers_per_s": len(answers) / seconds, "mib": memory}
+
+
+def write_teacher_data(data):
+    """Writes the training data of the teacher: the questions, the same questions with the sentence that answers them,
+    and the sentences with their answer replaced by `what`. Answers alone are three tokens each, from which a T5 with
+    random weights does not learn to copy in this time."""
+    rows = []
+    for row in seed_score.read_lines(data / "train.jsonl"):
+        context, question = row["context"], row["question"]
+        answer, start = row["answers"]["text"][0], row["answers"]["answer_start"][0]
+        sentence = next(m for m in SENTENCE.finditer(context) if m.start() <= start < m.end() or m.end() == len(context))
+        blank = (context[sentence.start():start] + "what" + context[start + len(answer):sentence.end()]).strip(" .")
+        rows += [(row["id"], "Answer a question", question, answer),
+                 (row["id"], "Find the sentence", question, sentence.group().strip()),
+                 (row["id"], "Answer a question", blank + "?", answer)]
+        rows[-3:] = [(identity, f"{task} about this article:\n{context}\nQ:{asked}A:", told)
+                     for identity, task, asked, told in rows[-3:]]
+    with open(data / "teacher.jsonl", "w") as file:
+        for identity, prompt, answer in rows:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"id": identity, "messages": messages}) + "\n")
+
+
+def parameters(model):
+    with open(Path(model) / "model.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    shapes = [tensor["shape"] for name, tensor in header.items() if name != "__metadata__"]
+    total = 0
+    for shape in shapes:
+        count = 1
+        for size in shape:
+            count *= size
+        total += count
+    return total
+
+
+def print_row(name, results):
+    def interval(key):
+        low, high = (statistics.mean(r[f"{key}_interval"][side] for r in results) for side in (0, 1))
+        return f"{100 * mean(key):5.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+    def mean(key):
+        return statistics.mean(result[key] for result in results)
+
+    f1 = [100 * result["f1"] for result in results]
+    spread = f"{max(f1) - min(f1):.1f}" if len(f1) > 1 else "-"
+    print(f"| {name} | {mean('parameters') / 1e6:.2f} | {mean('mb'):.0f} | {interval('exact')} | {interval('f1')} | {spread} "
+          f"| {interval('rouge_l')} | {mean('answers_per_s'):.0f} | {mean('mib'):.0f} |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("distill")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dir", type=Path, default=Path("target/seed"))
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.dir = 1, options.dir / "quick"
+    bench = Bench(options)
+    bench.generate_data()
+    data = bench.data
+    teacher_steps, steps, wide_steps = (20, 5, 5) if options.quick else (1400, 120, 300)
+    teacher = bench.train("teacher", "teacher.toml", [
+        f"data.source={(data / 'teacher.jsonl').resolve()}", f"student.path={(data / 'tokenizer').resolve()}",
+        f"train.steps={teacher_steps}"])
+    print("| model | M parameters | MB | exact match | F1 | F1 over seeds | ROUGE-L | answers/s | MiB |\n"
+          "|---|---|---|---|---|---|---|---|---|")
+    scores = {"teacher": [bench.score(teacher, "teacher")]}
+    print_row("teacher", scores["teacher"])
+    cache, _, _ = bench.harvest(teacher, "black-box", data / "train-prompts.jsonl", ["sampling.top_logprobs=20"])
+    sources = {
+        TRUTH: [f"data.source={(data / 'train-truth.jsonl').resolve()}"],
+        ANSWERS: [f"data.cache={cache.resolve()}", "data.groups=all"],
+        LOGPROBS: [f"data.cache={cache.resolve()}", "data.groups=all"],
+    }
+
+    def train_row(name, source, settings, row_steps, seeds):
+        results = []
+        for seed in range(seeds):
+            local = [] if source == LOGPROBS or "loss.kd=none" in settings else [f"teacher.local={teacher.resolve()}"]
+            run = re.sub(r"\W+", "-", f"{name}-{seed}")
+            student = bench.train(run, "student.toml", [
+                *sources[source], f"student.path={teacher.resolve()}", *settings, *local, f"train.seed={seed}",
+                f"train.steps={row_steps}"])
+            results.append(bench.score(student, run))
+        scores[name] = results
+        print_row(name, results)
+
+    train_row("student untrained", TRUTH, ["loss.kd=none"], 0, 1)
+    for name, source, settings in ROWS:
+        train_row(name, source, settings, steps, options.seeds)
+    for name, settings in [("half width: CE on the truth", ["loss.kd=none"]), ("half width: KL + CE, T = 2", [])]:
+        wide = [*settings, *HALF_WIDTH, f"student.path={(data / 'tokenizer').resolve()}"]
+        train_row(name, TRUTH, wide, wide_steps, 1)
+    return check(scores) if options.check else 0
+
+
+def check(scores):
+    """Names each aim that is missed. Returns the exit status."""
+    def f1(name):
+        return [result["f1"] for result in scores[name]]
+
+    names = [name for name in scores if name not in ("teacher", "student untrained")]
+    best = max(names, key=lambda name: statistics.mean(f1(name)))
+    share = statistics.mean(f1(best)) / f1("teacher")[0]
+    size = scores[best][0]["parameters"] / scores["teacher"][0]["parameters"]
+    kd = max((name for name in names if name.startswith("KL")), key=lambda name: statistics.mean(f1(name)))
+    gain = statistics.mean(f1(kd)) - statistics.mean(f1("CE on the truth"))
+    spread = max(max(f1(name)) - min(f1(name)) for name in (kd, "CE on the truth"))
+    print(f"best student: {best}: {100 * share:.1f} % of the teacher's F1 with {100 * size:.1f} % of its parameters")
+    print(f"{kd} ahead of CE on the truth by {100 * gain:.1f} points of F1; the spread over seeds is {100 * spread:.1f}")
+    missed = [text for is_met, text in [
+        (share >= 0.95 and size <= 0.5, "95 % of the teacher's F1 with 50 % of its parameters"),
+        (gain > spread, "KL + CE ahead of CE by more than the spread over seeds"),
+    ] if not is_met]
+    for text in missed:
+        print(f"missed: {text}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
