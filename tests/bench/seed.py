@@ -2,8 +2,7 @@
 
     seed.py DISTILL [--quick] [--check] [--seeds N] [--dir DIR]
 
-Every model is served by `distill serve` and answers the test questions through `distill harvest`, so that answers per
-second and memory are those of a server.
+Every model is served by `distill serve`, so answers per second and memory are those of a server.
 """
 
 import argparse
@@ -14,11 +13,16 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import seed_score
 
 CONFIGS = Path("datasets/squad")
+# Requests in flight.
+CONCURRENCY = 16
 # Rows of the table: name, settings of student.toml, and the data.
 TRUTH, ANSWERS, LOGPROBS = "data.source", "answers", "logprobs"
 ROWS = [
@@ -64,15 +68,12 @@ class Bench:
             self.run("train", "-c", CONFIGS / config, *flags)
         return run / "student"
 
-    def harvest(self, model, name, prompts, settings=()):
-        """Serves a model and asks it the prompts. Returns the cache folder, the seconds and the server's memory."""
+    def harvest(self, model, name, prompts):
+        """Asks a served model the prompts with `distill harvest`. Returns the cache folder."""
         run = self.dir / name
         shutil.rmtree(run, ignore_errors=True)
-        command = [self.distill, "serve", "--model", str(model), "--port", "0", "--name", "model", "--batch-size", "16"]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        try:
-            address = server.stdout.readline().removeprefix("listening on ").strip()
-            config = self.dir / f"{name}.toml"
+        config = self.dir / f"{name}.toml"
+        with self.served(model) as (address, _):
             config.write_text(f"""run_dir = {json.dumps(str(run.resolve()))}
 [teacher]
 base_url = {json.dumps(address)}
@@ -81,29 +82,50 @@ api_key_env = ""
 [prompts]
 source = {json.dumps(str(prompts.resolve()))}
 [sampling]
-temperature = 0
+temperature = {1.0 if self.options.quick else 0.0}
 max_tokens = 32
+top_logprobs = 20
 [limits]
-concurrency = 16
+concurrency = {CONCURRENCY}
 """)
-            began = time.perf_counter()
-            flags = [flag for setting in settings for flag in ("--set", setting)]
-            self.run("harvest", "-c", config, *flags)
-            seconds = time.perf_counter() - began
+            self.run("harvest", "-c", config)
+        return run / "cache"
+
+    @contextmanager
+    def served(self, model):
+        """Serves the model while the block runs. Yields the base URL and a function for the peak memory in MiB."""
+        command = [self.distill, "serve", "--model", str(model), "--port", "0", "--name", "model"]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+        def peak_mib():
             status = Path(f"/proc/{server.pid}/status").read_text()
-            memory = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+            return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+
+        try:
+            yield server.stdout.readline().removeprefix("listening on ").strip(), peak_mib
         finally:
             server.terminate()
             server.wait(timeout=30)
-        return run / "cache", seconds, memory
 
-    def score(self, model, name):
-        cache, seconds, memory = self.harvest(model, f"{name}-test", self.data / "test-prompts.jsonl")
-        records = (json.loads(line) for line in open(cache / "responses.jsonl"))
-        answers = {record["prompt_id"]: record["answer"]["text"] for record in records if "answer" in record}
+    def score(self, model):
+        """Asks a served model the test questions. `distill harvest` would stop at the empty answers of a bad model."""
+        with self.served(model) as (address, peak_mib), ThreadPoolExecutor(CONCURRENCY) as pool:
+            began = time.perf_counter()
+            rows = seed_score.read_lines(self.data / "test-prompts.jsonl")
+            answers = dict(pool.map(lambda row: (row["id"], ask(address, row["messages"])), rows))
+            seconds = time.perf_counter() - began
+            memory = peak_mib()
         size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
         return seed_score.summary(self.test, answers) | {
             "parameters": parameters(model), "mb": size / 1e6, "answers_per_s": len(answers) / seconds, "mib": memory}
+
+
+def ask(address, messages):
+    body = {"model": "model", "messages": messages, "temperature": 0, "max_tokens": 32}
+    request = urllib.request.Request(f"{address}/chat/completions", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)["choices"][0]["message"]["content"]
 
 
 def write_teacher_data(data):
@@ -173,9 +195,9 @@ def main():
         f"train.steps={teacher_steps}"])
     print("| model | M parameters | MB | exact match | F1 | F1 over seeds | ROUGE-L | answers/s | MiB |\n"
           "|---|---|---|---|---|---|---|---|---|")
-    scores = {"teacher": [bench.score(teacher, "teacher")]}
+    scores = {"teacher": [bench.score(teacher)]}
     print_row("teacher", scores["teacher"])
-    cache, _, _ = bench.harvest(teacher, "black-box", data / "train-prompts.jsonl", ["sampling.top_logprobs=20"])
+    cache = bench.harvest(teacher, "black-box", data / "train-prompts.jsonl")
     sources = {
         TRUTH: [f"data.source={(data / 'train-truth.jsonl').resolve()}"],
         ANSWERS: [f"data.cache={cache.resolve()}", "data.groups=all"],
@@ -190,7 +212,7 @@ def main():
             student = bench.train(run, "student.toml", [
                 *sources[source], f"student.path={teacher.resolve()}", *settings, *local, f"train.seed={seed}",
                 f"train.steps={row_steps}"])
-            results.append(bench.score(student, run))
+            results.append(bench.score(student))
         scores[name] = results
         print_row(name, results)
 

@@ -193,7 +193,9 @@ async fn retry_after_of_a_day_on_server_error_is_ignored() {
 async fn rows_failed_in_earlier_run_are_sent_last() {
     for status in [403, 404] {
         let reaction = reply(status, error("not this one", ""));
-        let server = teacher_with_bad_rows(10..40, reaction, Duration::ZERO).await;
+        // With a latency, the replies to the two requests in flight arrive in the order in which they were sent.
+        let latency = Duration::from_millis(5);
+        let server = teacher_with_bad_rows(10..40, reaction, latency).await;
         let run = run_with_two_requests_in_flight(&server, 60);
         let first = run.harvest().await;
         assert_eq!((first.ok, first.failed), (30, 30), "{status}: {first:?}");
