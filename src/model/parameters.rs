@@ -77,7 +77,7 @@ impl ParameterList {
 }
 
 /// Creates initial weights. Tables and projections are normally distributed with mean 0 and the standard deviation
-/// that [`ModelConfig::initial_deviation`] returns; norms are one and biases zero.
+/// `initializer_range`, or in T5 one that depends on their inputs; norms are one and biases zero.
 ///
 /// # Errors
 /// Where a tensor cannot be allocated.
