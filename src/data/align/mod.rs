@@ -158,13 +158,23 @@ impl<'a> Mapper<'a> {
                 continue;
             }
             let bytes = &*teacher.token[position];
-            let first_end = student_ends[start];
             let text_start = start.checked_sub(1).map_or(kept_bytes.start, |before| {
                 student_ends[before].max(kept_bytes.start)
             });
-            let lead = self.lead(labels[0], &answer[text_start..first_end]);
+            // Only the first token of the answer can have bytes before it.
+            let lead = if student_group.start == 0 {
+                self.lead(labels[0], &answer[text_start..student_ends[start]])
+            } else {
+                &[]
+            };
+            let spells = || {
+                if lead.is_empty() {
+                    self.spells(labels, bytes)
+                } else {
+                    self.spells(labels, &[lead, bytes].concat())
+                }
+            };
             let is_unknown = |id: &u32| self.tokenizer.is_unknown(*id);
-            let spells = || self.spells(labels, &[lead, bytes].concat());
             if labels.iter().any(is_unknown) || ends.is_none() && !spells() {
                 continue;
             }
