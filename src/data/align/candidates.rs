@@ -93,11 +93,19 @@ pub fn list_candidates<'t>(
     })
 }
 
-/// Counts how often the emitted token is the most likely one.
-pub(super) fn agreement(teacher: &LogprobsView, spans: &[TeacherSpan]) -> Agreement {
+/// Counts how often the emitted token is the most likely one. `end` is the position of the token that ends the turn, if
+/// the teacher lists it. Without it, positions whose most likely token ends the turn are not counted: the text of an
+/// answer has only the positions at which the turn did not end, so they would never be hits.
+pub(super) fn agreement(
+    teacher: &LogprobsView,
+    spans: &[TeacherSpan],
+    end: Option<usize>,
+    ends_turn: impl Fn(&[u8]) -> bool,
+) -> Agreement {
     let mut agreement = Agreement::default();
     let tokens = spans.iter().filter(|span| span.kind != SpanKind::Unknown);
-    for position in tokens.map(|span| span.tokens.start) {
+    let positions = tokens.map(|span| span.tokens.start).chain(end);
+    for position in positions {
         let top = teacher.top.get(position);
         let logprobs = teacher.top_logprob.get(position);
         let mut best: Option<(f32, &[u8])> = None;
@@ -107,7 +115,9 @@ pub(super) fn agreement(teacher: &LogprobsView, spans: &[TeacherSpan]) -> Agreem
                 best = Some((logprob, bytes));
             }
         }
-        if let Some((logprob, bytes)) = best {
+        if let Some((logprob, bytes)) = best
+            && (end.is_some() || !ends_turn(bytes))
+        {
             let is_hit = *bytes == *teacher.token[position];
             agreement.count(position, f64::from(logprob).exp(), is_hit);
         }

@@ -135,7 +135,14 @@ impl<'a> Mapper<'a> {
 
         let capacity = teacher.top.total() + student.len();
         let mut aligned = Aligned::with_capacity(capacity, student.len());
-        aligned.agreement = agreement(teacher, &spans);
+        let ends_turn = |bytes: &[u8]| ends_turn(self.tokenizer, bytes);
+        // If the last token extends past the answer, the logprobs after it belong to a longer text.
+        let last_span = spans.last().filter(|span| span.kind != SpanKind::Partial);
+        let after_text = last_span.map_or(usize::MAX, |span| span.tokens.end);
+        let bytes_after_text = teacher.token.get(after_text).map_or(&[][..], Cow::as_ref);
+        // Servers such as vLLM report the end of the turn after the tokens of the text.
+        let listed_end = Some(after_text).filter(|_| ends_turn(bytes_after_text));
+        aligned.agreement = agreement(teacher, &spans, listed_end, ends_turn);
         let mut listed = Vec::new();
         for (teacher_group, student_group) in
             common_groups(&teacher_ends[skipped..], &student_ends[template_tokens..])
@@ -201,17 +208,19 @@ impl<'a> Mapper<'a> {
         }
         aligned.fill(text.len());
         if let Some(end) = end {
-            // If the last token extends past the answer, the logprobs after it belong to a longer text.
-            let last = spans.last().filter(|span| span.kind != SpanKind::Partial);
-            let position = last.map_or(usize::MAX, |span| span.tokens.end);
-            let bytes = teacher.token.get(position).map_or(&[][..], Cow::as_ref);
-            // Servers such as vLLM report the end of the turn after the tokens of the text.
-            if ends_turn(self.tokenizer, bytes)
+            if let Some(position) = listed_end
                 && let Some(candidates) =
                     self.candidates_at(teacher, position, top_logprobs, &mut listed, &mut aligned)
             {
                 let label = (end, &[][..]);
-                self.push_first(&listed, candidates, bytes, label, false, &mut aligned);
+                self.push_first(
+                    &listed,
+                    candidates,
+                    bytes_after_text,
+                    label,
+                    false,
+                    &mut aligned,
+                );
             }
             aligned.lists_end = Some(aligned.is_soft(text.len()));
             aligned.fill(student.len());

@@ -434,3 +434,21 @@ fn alignment_speed() {
     println!("aligned {speed:.0} teacher tokens/s at k = 20");
     assert!(speed > 20_000.0, "{speed:.0} tokens/s");
 }
+
+/// A model that often prefers to end a short answer: the positions of the text alone would say that its most likely token
+/// is never emitted.
+#[test]
+fn end_of_the_turn_counts_in_the_agreement_only_with_its_logprobs() {
+    let tokenizer = tokenizer("bytelevel");
+    let ids = tokenizer.encode_text("a").unwrap();
+    let end: &[Alternative] = &[("<|im_end|>", Some(-0.5)), ("a", Some(-1.2))];
+    let text = ("a", -1.2, end);
+    let with_end = logprobs(&[text, ("<|im_end|>", -0.5, end)]);
+    let agreement = align(&tokenizer, &with_end, "a", &ids).unwrap().agreement;
+    assert_eq!((agreement.positions, agreement.rate()), (2, 0.5));
+    let without_end = logprobs(&[text]);
+    let agreement = align(&tokenizer, &without_end, "a", &ids)
+        .unwrap()
+        .agreement;
+    assert_eq!(agreement.positions, 0);
+}
