@@ -20,6 +20,7 @@ use super::projection::Projection;
 use super::weights::Tensors;
 use crate::model::config::shape::ModelConfig;
 use crate::model::parameters::WeightNames;
+use crate::ops::activation::Activation;
 
 const PREFIX: &str = "transformer.";
 
@@ -175,7 +176,7 @@ impl Gpt2Layer {
         let normed_TD = self.ln_2.forward(graph, &x_TD)?;
         let inner_TF = graph.linear(&normed_TD, &self.fc)?;
         drop(normed_TD);
-        let inner_TF = graph.gelu(inner_TF)?;
+        let inner_TF = graph.activate(Activation::Gelu, inner_TF)?;
         graph.add_linear(x_TD, &inner_TF, &self.proj)
     }
 }

@@ -13,6 +13,7 @@ use candle_core::Tensor;
 
 use super::position_bias::PositionBias;
 use super::projection::Projection;
+use crate::ops::activation::Activation;
 
 /// Error if [`Graph::rope`] is called for a model whose config has no rotary embedding.
 pub(super) const NO_ROPE: &str = "this architecture has no rotary embedding";
@@ -100,17 +101,16 @@ pub trait Graph {
         layer: &Projection,
     ) -> Result<Self::Value>;
 
-    /// GELU, in the tanh approximation.
-    fn gelu(&mut self, x: Self::Value) -> Result<Self::Value>;
+    /// `f(x)`, with the function `activation`.
+    fn activate(&mut self, activation: Activation, x: Self::Value) -> Result<Self::Value>;
 
-    /// `max(x, 0)`.
-    fn relu(&mut self, x: Self::Value) -> Result<Self::Value>;
-
-    /// `silu(gate) * up`.
-    fn swiglu(&mut self, gate: Self::Value, up: Self::Value) -> Result<Self::Value>;
-
-    /// `gelu(gate) * up`, with the GELU of [`Graph::gelu`].
-    fn geglu(&mut self, gate: Self::Value, up: Self::Value) -> Result<Self::Value>;
+    /// `f(gate) * up`, with the function `activation`.
+    fn activate_gated(
+        &mut self,
+        activation: Activation,
+        gate: Self::Value,
+        up: Self::Value,
+    ) -> Result<Self::Value>;
 
     /// `factor * x`.
     fn scale(&mut self, x: Self::Value, factor: f32) -> Result<Self::Value>;

@@ -17,6 +17,7 @@ use super::parameters::{CheckedWeights, ParameterList};
 use super::projection::Projection;
 use crate::model::config::shape::{LlamaVariant, ModelConfig};
 use crate::model::parameters::WeightNames;
+use crate::ops::activation::Activation;
 
 pub(super) const NAMES: WeightNames = WeightNames {
     prefix: "model.",
@@ -136,7 +137,7 @@ impl LlamaLayer {
         let gate_TF = graph.linear(&normed_TD, &self.gate)?;
         let up_TF = graph.linear(&normed_TD, &self.up)?;
         drop(normed_TD);
-        let inner_TF = graph.swiglu(gate_TF, up_TF)?;
+        let inner_TF = graph.activate_gated(Activation::Silu, gate_TF, up_TF)?;
         graph.add_linear(x_TD, &inner_TF, &self.down)
     }
 }

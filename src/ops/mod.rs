@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `linear`, `lora`, `matmul` | linear layers, adapters, and the matrix products behind them |
 //! | `attention/`, `rope` | grouped-query attention, within a sequence or over another one; rotary position embedding |
-//! | `rms_norm`, `layer_norm`, `gelu`, `relu`, `swiglu`, `geglu`, `embedding` | the other layers of a model |
+//! | `rms_norm`, `layer_norm`, `activation`, `embedding` | the other layers of a model |
 //! | `head_loss` | the LM head and the loss, chunked over positions |
 //! | `adamw`, `ema` | updates of the weights |
 //! | `math` | scalar functions and reductions |
@@ -24,13 +24,12 @@
 //! are n of N rows. The prefix `d` marks the gradient of the loss with respect to a tensor: `dy_TO` for
 //! `y_TO`. Element-wise code on parts of flattened tensors has names without a shape.
 
+pub mod activation;
 pub mod adamw;
 pub mod arena;
 pub mod attention;
 pub(crate) mod ema;
 pub(crate) mod embedding;
-pub(crate) mod geglu;
-pub(crate) mod gelu;
 pub(crate) mod head_loss;
 pub(crate) mod layer_norm;
 pub(crate) mod linear;
@@ -39,10 +38,8 @@ pub(crate) mod mapped_file;
 pub(crate) mod math;
 pub mod matmul;
 pub mod process;
-pub(crate) mod relu;
 pub(crate) mod rms_norm;
 pub mod rope;
-pub(crate) mod swiglu;
 
 use std::ops::{Deref, Range};
 use std::sync::Mutex;
@@ -150,7 +147,22 @@ pub(crate) fn sum_rows(dy_TO: &[f32], width: usize, dbias_O: GradientMut) {
 ///
 /// `pulp` also takes closures, but a closure that the compiler does not inline is silently compiled
 /// without these instructions. `#[inline(always)]` on the body prevents that.
+///
+/// A type parameter of the surrounding function is named first: `simd!(<F: Function> |...| {...})`.
 macro_rules! simd {
+    (<$function:ident: $bound:path> |$($variable:ident: $type:ty),*| $body:block) => {{
+        struct SimdLoop<T, $function>(T, std::marker::PhantomData<$function>);
+        impl<$function: $bound> pulp::WithSimd for SimdLoop<($($type,)*), $function> {
+            type Output = ();
+            #[inline(always)]
+            fn with_simd<S: pulp::Simd>(self, _: S) {
+                let ($($variable,)*) = self.0;
+                $body
+            }
+        }
+        let marker = std::marker::PhantomData::<$function>;
+        pulp::Arch::new().dispatch(SimdLoop(($($variable,)*), marker))
+    }};
     (|$($variable:ident: $type:ty),*| $body:block) => {
         $crate::ops::simd!(|$($variable: $type),*| -> () $body)
     };
@@ -168,6 +180,14 @@ macro_rules! simd {
     }};
 }
 use simd;
+
+/// Multiplies the values by `factor`.
+pub(crate) fn scale(values: &mut [f32], factor: f32) {
+    values
+        .par_iter_mut()
+        .with_min_len(VALUES_PER_TASK)
+        .for_each(|value| *value *= factor);
+}
 
 /// Read access to the values of a contiguous f32 tensor on the CPU.
 pub(crate) struct CpuValues<'a> {

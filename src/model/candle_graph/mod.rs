@@ -27,6 +27,7 @@ use candle_nn::ops::{sigmoid, softmax};
 use crate::model::graph::{AttentionKind, AttentionLayer, Graph, NO_ROPE, Segments};
 use crate::model::position_bias::PositionBias;
 use crate::model::projection::{LoraAdapter, Projection};
+use crate::ops::activation::Activation;
 use crate::ops::attention::Heads;
 use crate::ops::rope::RopeTable;
 
@@ -157,20 +158,21 @@ impl Graph for CandleGraph<'_> {
         Ok((residual + self.linear(x, layer)?)?)
     }
 
-    fn gelu(&mut self, x: Tensor) -> Result<Tensor> {
-        Ok(x.gelu()?)
+    fn activate(&mut self, activation: Activation, x: Tensor) -> Result<Tensor> {
+        Ok(match activation {
+            Activation::Relu => x.relu()?,
+            Activation::Silu => (&x * sigmoid(&x)?)?,
+            Activation::Gelu => x.gelu()?,
+        })
     }
 
-    fn relu(&mut self, x: Tensor) -> Result<Tensor> {
-        Ok(x.relu()?)
-    }
-
-    fn swiglu(&mut self, gate: Tensor, up: Tensor) -> Result<Tensor> {
-        Ok(((&gate * sigmoid(&gate)?)? * up)?)
-    }
-
-    fn geglu(&mut self, gate: Tensor, up: Tensor) -> Result<Tensor> {
-        Ok((gate.gelu()? * up)?)
+    fn activate_gated(
+        &mut self,
+        activation: Activation,
+        gate: Tensor,
+        up: Tensor,
+    ) -> Result<Tensor> {
+        Ok((self.activate(activation, gate)? * up)?)
     }
 
     fn scale(&mut self, x: Tensor, factor: f32) -> Result<Tensor> {

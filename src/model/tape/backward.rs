@@ -12,7 +12,6 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 
-use super::forward::scale;
 use super::{Activations, NodeHandle, Op, Tape, TapeSettings, linear_layer, lora_layer};
 use crate::model::gradients::Gradients;
 use crate::model::position_bias::PositionBias;
@@ -21,8 +20,8 @@ use crate::ops::arena::Buffer;
 use crate::ops::attention::AttentionForward;
 use crate::ops::rope::Rotation;
 use crate::ops::{
-    CpuValues, GradientMut, VALUES_PER_TASK, embedding, geglu, gelu, layer_norm, relu, rms_norm,
-    sum_rows, swiglu,
+    CpuValues, GradientMut, VALUES_PER_TASK, activation, embedding, layer_norm, rms_norm, scale,
+    sum_rows,
 };
 
 impl Tape<'_, '_> {
@@ -107,23 +106,19 @@ impl Tape<'_, '_> {
                     self.accumulate_gradient(*residual, dy_TW);
                 }
             }
-            Op::Gelu { x } => {
+            Op::Activate { activation, x } => {
                 let x_TF = self.value_or_recompute(*x)?;
                 // No other operation needs the input: its buffer is overwritten with the gradient.
                 self.nodes[*x].value = None;
                 let mut dx_TF = self.make_writable(x_TF)?;
-                gelu::backward(&mut dx_TF, &dy_TW);
+                activation::backward(*activation, &mut dx_TF, &dy_TW);
                 self.accumulate_gradient(*x, dx_TF);
             }
-            Op::Relu { x } => {
-                let x_TF = self.value_or_recompute(*x)?;
-                // As above.
-                self.nodes[*x].value = None;
-                let mut dx_TF = self.make_writable(x_TF)?;
-                relu::backward(&mut dx_TF, &dy_TW);
-                self.accumulate_gradient(*x, dx_TF);
-            }
-            Op::SwiGlu { gate, up } | Op::GeGlu { gate, up } => {
+            Op::ActivateGated {
+                activation,
+                gate,
+                up,
+            } => {
                 let gate_TF = self.value_or_recompute(*gate)?;
                 let up_TF = self.value_or_recompute(*up)?;
                 // No other operation needs the inputs: their buffers are overwritten with the gradients.
@@ -131,10 +126,7 @@ impl Tape<'_, '_> {
                 self.nodes[*up].value = None;
                 let mut dgate_TF = self.make_writable(gate_TF)?;
                 let mut dup_TF = self.make_writable(up_TF)?;
-                match &*op {
-                    Op::SwiGlu { .. } => swiglu::backward(&mut dgate_TF, &mut dup_TF, &dy_TW),
-                    _ => geglu::backward(&mut dgate_TF, &mut dup_TF, &dy_TW),
-                }
+                activation::gated_backward(*activation, &mut dgate_TF, &mut dup_TF, &dy_TW);
                 self.accumulate_gradient(*gate, dgate_TF);
                 self.accumulate_gradient(*up, dup_TF);
             }

@@ -19,8 +19,7 @@ use crate::ops::arena::Buffer;
 use crate::ops::attention::{Attention, CachedAttention, Mask, RelativeBias};
 use crate::ops::rope::Rotation;
 use crate::ops::{
-    CpuValues, VALUES_PER_TASK, embedding, geglu, gelu, layer_norm, relu, rms_norm, segment_rows,
-    split_segments, swiglu,
+    CpuValues, activation, embedding, layer_norm, rms_norm, scale, segment_rows, split_segments,
 };
 
 impl<'a> Tape<'a, '_> {
@@ -100,26 +99,21 @@ impl<'a> Tape<'a, '_> {
                 }
                 y_TO
             }
-            Op::Gelu { x } => {
+            Op::Activate { activation, x } => {
                 let x_TF = self.node_value(*x)?;
                 let mut y_TF = arena.take(x_TF.len())?;
-                gelu::forward(&x_TF, &mut y_TF);
+                activation::forward(*activation, &x_TF, &mut y_TF);
                 y_TF
             }
-            Op::Relu { x } => {
-                let x_TF = self.node_value(*x)?;
-                let mut y_TF = arena.take(x_TF.len())?;
-                relu::forward(&x_TF, &mut y_TF);
-                y_TF
-            }
-            Op::SwiGlu { gate, up } | Op::GeGlu { gate, up } => {
+            Op::ActivateGated {
+                activation,
+                gate,
+                up,
+            } => {
                 let gate_TF = self.node_value(*gate)?;
                 let up_TF = self.node_value(*up)?;
                 let mut y_TF = arena.take(gate_TF.len())?;
-                match &*op {
-                    Op::SwiGlu { .. } => swiglu::forward(&gate_TF, &up_TF, &mut y_TF),
-                    _ => geglu::forward(&gate_TF, &up_TF, &mut y_TF),
-                }
+                activation::gated_forward(*activation, &gate_TF, &up_TF, &mut y_TF);
                 y_TF
             }
             Op::Scale {
@@ -251,14 +245,6 @@ fn mask(kind: AttentionKind) -> Mask {
         AttentionKind::Causal { window } => Mask::Causal { window },
         AttentionKind::Encoder | AttentionKind::Cross => Mask::Full,
     }
-}
-
-/// Multiplies the values by `factor`.
-pub(super) fn scale(values: &mut [f32], factor: f32) {
-    values
-        .par_iter_mut()
-        .with_min_len(VALUES_PER_TASK)
-        .for_each(|value| *value *= factor);
 }
 
 /// Computes the attention of each segment's rows over its cache. With k and v, appends them to the cache first; without,

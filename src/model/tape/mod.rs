@@ -27,6 +27,7 @@ use candle_core::Tensor;
 use super::graph::{AttentionLayer, Graph, Segments};
 use super::projection::{LoraAdapter, Projection};
 use crate::model::kv_cache::KvCache;
+use crate::ops::activation::Activation;
 use crate::ops::arena::{Arena, Buffer};
 use crate::ops::attention::Heads;
 use crate::ops::linear::Linear;
@@ -120,17 +121,12 @@ enum Op {
         layer: Projection,
         residual: Option<usize>,
     },
-    Gelu {
+    Activate {
+        activation: Activation,
         x: usize,
     },
-    Relu {
-        x: usize,
-    },
-    SwiGlu {
-        gate: usize,
-        up: usize,
-    },
-    GeGlu {
+    ActivateGated {
+        activation: Activation,
         gate: usize,
         up: usize,
     },
@@ -273,13 +269,12 @@ impl Op {
             Op::SelectRows { x, .. }
             | Op::RmsNorm { x, .. }
             | Op::LayerNorm { x, .. }
-            | Op::Gelu { x }
-            | Op::Relu { x }
+            | Op::Activate { x, .. }
             | Op::Scale { x, .. }
             | Op::AddPositions { x, .. }
             | Op::Rope { x, .. } => vec![x],
             Op::Linear { x, residual, .. } => [Some(x), residual].into_iter().flatten().collect(),
-            Op::SwiGlu { gate, up } | Op::GeGlu { gate, up } => vec![gate, up],
+            Op::ActivateGated { gate, up, .. } => vec![gate, up],
             Op::Attention { q, kv, .. } => {
                 [q].into_iter().chain(kv.into_iter().flatten()).collect()
             }
@@ -298,10 +293,8 @@ impl Op {
                 bias.is_some_and(|bias| bias.table_EH.is_variable())
             }
             Op::SelectRows { .. }
-            | Op::Gelu { .. }
-            | Op::Relu { .. }
-            | Op::SwiGlu { .. }
-            | Op::GeGlu { .. }
+            | Op::Activate { .. }
+            | Op::ActivateGated { .. }
             | Op::Scale { .. }
             | Op::Rope { .. } => false,
         }
@@ -381,24 +374,22 @@ impl Graph for Tape<'_, '_> {
         self.push(op, layer.weight.dim(0)?, false)
     }
 
-    fn gelu(&mut self, x: NodeHandle) -> Result<NodeHandle> {
-        self.push(Op::Gelu { x: *x.0 }, self.width(&x), true)
-    }
-
-    fn relu(&mut self, x: NodeHandle) -> Result<NodeHandle> {
-        self.push(Op::Relu { x: *x.0 }, self.width(&x), true)
-    }
-
-    fn swiglu(&mut self, gate: NodeHandle, up: NodeHandle) -> Result<NodeHandle> {
-        let op = Op::SwiGlu {
-            gate: *gate.0,
-            up: *up.0,
+    fn activate(&mut self, activation: Activation, x: NodeHandle) -> Result<NodeHandle> {
+        let op = Op::Activate {
+            activation,
+            x: *x.0,
         };
-        self.push(op, self.width(&gate), true)
+        self.push(op, self.width(&x), true)
     }
 
-    fn geglu(&mut self, gate: NodeHandle, up: NodeHandle) -> Result<NodeHandle> {
-        let op = Op::GeGlu {
+    fn activate_gated(
+        &mut self,
+        activation: Activation,
+        gate: NodeHandle,
+        up: NodeHandle,
+    ) -> Result<NodeHandle> {
+        let op = Op::ActivateGated {
+            activation,
             gate: *gate.0,
             up: *up.0,
         };
