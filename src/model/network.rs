@@ -19,7 +19,7 @@ use super::parameters::{
     CheckedWeights, LM_HEAD, ParameterList, ParameterRole, ParameterSpec, WeightNames,
 };
 use super::t5::T5;
-use super::weights::{self, Tensors};
+use super::weights::{self, LoadedTensors, Tensors};
 use super::{gpt2, t5};
 use crate::exit::Exit;
 use crate::model::config::shape::{Architecture, ModelConfig};
@@ -137,16 +137,6 @@ impl ModelConfig {
         }
     }
 
-    /// Returns true if the tensor `name` of the files is a copy of the token embedding.
-    fn is_duplicate(&self, name: &str) -> bool {
-        match &self.architecture {
-            Architecture::Llama(_) | Architecture::Gpt2 => false,
-            Architecture::T5(_) => {
-                t5::EMBEDDING_COPIES.contains(&name) || name == LM_HEAD && self.tie_word_embeddings
-            }
-        }
-    }
-
     /// Returns the number of elements of all weights. A tied LM head is not counted again.
     pub(crate) fn parameter_count(&self) -> usize {
         self.parameters()
@@ -155,14 +145,15 @@ impl ModelConfig {
             .sum()
     }
 
-    /// Returns the names of the weights in the files.
+    /// Returns the names that the weights may have in the files.
     fn stored_names(&self) -> BTreeSet<String> {
         let names = self
             .parameters()
             .into_iter()
             .map(|parameter| parameter.name);
         match self.architecture {
-            Architecture::Llama(_) | Architecture::T5(_) => names.collect(),
+            Architecture::Llama(_) => names.collect(),
+            Architecture::T5(_) => names.chain(t5::TABLES.map(String::from)).collect(),
             Architecture::Gpt2 => names.map(gpt2::stored_name).collect(),
         }
     }
@@ -211,33 +202,22 @@ pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
         )));
     }
     let mut config = ModelConfig::load(dir)?;
-    t5::set_own_head(&mut config, dir)?;
-    let config = config;
-    let load_tensors = || {
+    let mut load_tensors = || {
         let stored_names = config.stored_names();
         // transformers accepts weight names with and without the prefix.
-        let has_embedding = weights::contains(dir, config.names().embedding)?;
         let full_name = |name: &str| {
-            if !has_embedding && t5::EMBEDDING_COPIES.first() == Some(&name) {
-                return Some(config.names().embedding.to_owned())
-                    .filter(|_| config.is_encoder_decoder());
-            }
             let with_prefix = format!("{}{name}", config.names().prefix);
             let candidates = [name.to_owned(), with_prefix];
             candidates
                 .into_iter()
                 .find(|name| stored_names.contains(name))
         };
-        let loaded = weights::load(dir, full_name)?;
+        let LoadedTensors {
+            mut tensors,
+            unused,
+        } = weights::load(dir, full_name)?;
         for stack in config.layer_stacks() {
-            weights::check_layers(&loaded.unused, stack.prefix, stack.layers, stack.field)?;
-        }
-        let (duplicates, unused) = loaded
-            .unused
-            .into_iter()
-            .partition::<BTreeSet<String>, _>(|name| config.is_duplicate(name));
-        if !duplicates.is_empty() {
-            tracing::debug!("copies of the token embedding are not read: {duplicates:?}");
+            weights::check_layers(&unused, stack.prefix, stack.layers, stack.field)?;
         }
         if !unused.is_empty() {
             tracing::warn!(
@@ -247,7 +227,10 @@ pub fn load(dir: &Path) -> Result<(ModelConfig, Tensors)> {
                 weights::name_patterns(&unused).join(", ")
             );
         }
-        config.to_memory_layout(loaded.tensors)
+        if config.is_encoder_decoder() {
+            t5::resolve_tables(&mut config, &mut tensors)?;
+        }
+        config.to_memory_layout(tensors)
     };
     let tensors = load_tensors().with_context(|| format!("cannot load {}", dir.display()))?;
     Ok((config, tensors))

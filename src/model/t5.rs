@@ -9,8 +9,6 @@
     reason = "tensor names end in their shape: see the legend in `model`"
 )]
 
-use std::path::Path;
-
 use anyhow::Result;
 use candle_core::Tensor;
 
@@ -20,9 +18,10 @@ use super::norm::Norm;
 use super::parameters::{CheckedWeights, LM_HEAD, ParameterList, ParameterRole, WeightNames};
 use super::position_bias::PositionBias;
 use super::projection::Projection;
-use super::weights;
+use super::weights::Tensors;
 use crate::model::config::shape::{Architecture, ModelConfig, T5Variant};
 use crate::ops::CpuValues;
+use crate::ops::activation::Activation;
 use crate::ops::attention::RelativeBuckets;
 
 const SHARED: &str = "shared.weight";
@@ -33,9 +32,10 @@ const POSITION_BIAS: &str = "layer.0.SelfAttention.relative_attention_bias.weigh
 const ENCODER_NORM: &str = "encoder.final_layer_norm";
 const DECODER_NORM: &str = "decoder.final_layer_norm";
 
-/// Names of copies of the token embedding in older files. transformers uses `shared.weight`, or else the first of them.
-pub(super) const EMBEDDING_COPIES: [&str; 2] =
-    ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
+/// Copies of the token embedding in older files. transformers uses `shared.weight`, or else the first of them.
+const EMBEDDING_COPIES: [&str; 2] = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
+/// All tables of the vocabulary that files may have.
+pub(super) const TABLES: [&str; 4] = [SHARED, EMBEDDING_COPIES[0], EMBEDDING_COPIES[1], LM_HEAD];
 
 pub(super) const NAMES: WeightNames = WeightNames {
     prefix: "",
@@ -156,25 +156,53 @@ pub(super) fn add_parameters(list: &mut ParameterList, config: &ModelConfig, var
     list.add_norm(DECODER_NORM, hidden, false);
 }
 
-/// Unties the head of an encoder-decoder if the weights in `dir` have one that differs from the token embedding, and
-/// `config.json` is of a version of transformers that ties in name only.
+/// Removes the copies of the token embedding from `tensors`, and unties the head of `config` if the weights have one of
+/// their own. transformers 5 writes `tie_word_embeddings = true` for such weights too, and version 4 ignores their head.
+/// Warns about copies that differ from the embedding.
 ///
 /// # Errors
-/// Where the weights cannot be read.
-pub(super) fn set_own_head(config: &mut ModelConfig, dir: &Path) -> Result<()> {
-    let Architecture::T5(variant) = &config.architecture else {
+/// Where a table is not a contiguous f32 tensor on the CPU.
+pub(super) fn resolve_tables(config: &mut ModelConfig, tensors: &mut Tensors) -> Result<()> {
+    let Architecture::T5(T5Variant {
+        allows_own_head, ..
+    }) = config.architecture
+    else {
         return Ok(());
     };
-    if !config.tie_word_embeddings || !variant.allows_own_head {
-        return Ok(());
+    if !tensors.contains_key(SHARED)
+        && let Some(copy) = tensors.remove(EMBEDDING_COPIES[0])
+    {
+        tensors.insert(SHARED.into(), copy);
     }
-    let names = [SHARED, LM_HEAD];
-    let full_name =
-        |name: &str| Some(name.to_owned()).filter(|name| names.contains(&name.as_str()));
-    let tables = weights::load(dir, full_name)?.tensors;
-    if let (Some(shared), Some(head)) = (tables.get(SHARED), tables.get(LM_HEAD)) {
-        config.tie_word_embeddings =
-            shared.dims() == head.dims() && *CpuValues::new(shared)? == *CpuValues::new(head)?;
+    let Some(shared) = tensors.get(SHARED).cloned() else {
+        // `Network::new` names the missing embedding.
+        return Ok(());
+    };
+    let mut differing = Vec::new();
+    for name in &TABLES[1..] {
+        let is_head = *name == LM_HEAD;
+        if is_head && !config.tie_word_embeddings {
+            continue;
+        }
+        let Some(copy) = tensors.get(*name) else {
+            continue;
+        };
+        let is_equal =
+            copy.dims() == shared.dims() && *CpuValues::new(copy)? == *CpuValues::new(&shared)?;
+        if is_head && !is_equal && allows_own_head {
+            config.tie_word_embeddings = false;
+            continue;
+        }
+        tensors.remove(*name);
+        if !is_equal {
+            differing.push(*name);
+        }
+    }
+    if !differing.is_empty() {
+        tracing::warn!(
+            "not used, because the embeddings are tied, although they differ from {SHARED}: {}",
+            differing.join(", ")
+        );
     }
     Ok(())
 }
@@ -409,13 +437,13 @@ impl FeedForward {
             InnerProjection::Relu { wi } => {
                 let inner_TF = graph.linear(&normed_TD, wi)?;
                 drop(normed_TD);
-                graph.relu(inner_TF)?
+                graph.activate(Activation::Relu, inner_TF)?
             }
             InnerProjection::GatedGelu { wi_0, wi_1 } => {
                 let gate_TF = graph.linear(&normed_TD, wi_0)?;
                 let up_TF = graph.linear(&normed_TD, wi_1)?;
                 drop(normed_TD);
-                graph.geglu(gate_TF, up_TF)?
+                graph.activate_gated(Activation::Gelu, gate_TF, up_TF)?
             }
         };
         graph.add_linear(x_TD, &inner_TF, &self.wo)

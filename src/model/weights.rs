@@ -64,20 +64,6 @@ pub fn load(dir: &Path, full_name: impl Fn(&str) -> Option<String>) -> Result<Lo
     Ok(loaded)
 }
 
-/// Returns true if the weights of a model folder include the tensor `name`.
-///
-/// # Errors
-/// As [`load`].
-pub(crate) fn contains(dir: &Path, name: &str) -> Result<bool> {
-    for path in weight_files(dir)? {
-        let is_found = with_safetensors(&path, |file| Ok(file.tensors.names().contains(&name)))?;
-        if is_found {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
 /// Groups names that differ only in numbers. Returns one text per group: the name with `*` for the numbers,
 /// and the size of the group if it is not 1, as in `model.layers.*.bias (12)`.
 pub(crate) fn name_patterns(names: &BTreeSet<String>) -> Vec<String> {
