@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -48,6 +47,8 @@ def make(name, kind, settings, folder):
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config)
     if name == "lora":
+        from peft import LoraConfig, get_peft_model
+
         model = get_peft_model(model, LoraConfig(**LORA))
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -65,23 +66,8 @@ def make(name, kind, settings, folder):
         output = model(input_ids=ids[None, :-1]).logits[0]
         logits[f"logits.{index}"] = output.detach().float()
         logq = output.log_softmax(-1)
-        soft = []
-        for position in range(first, length):
-            ce = -logq[position, ids[position + 1]]
-            if position % 4 == 3:
-                soft.append(None)
-                terms.append(ce)
-                continue
-            chosen = torch.randperm(61)[:K]
-            p = torch.rand(K).double() * 0.9 / K
-            # The Rust test reads logprobs in single precision.
-            logprobs = p.log().float()
-            p = logprobs.double().exp()
-            kept = logq[position, chosen]
-            tail = 1 - p.sum()
-            kd = (p * (p.log() - kept)).sum() + tail * (tail.log() - torch.log1p(-kept.exp().sum()))
-            terms.append((1 - LAMBDA) * ce + LAMBDA * kd)
-            soft.append({"ids": chosen.tolist(), "logprobs": logprobs.tolist()})
+        soft, sequence_terms = random_targets(logq, ids, range(first, length))
+        terms += sequence_terms
         sequences.append({"ids": ids.tolist(), "first": first, "soft": soft})
     loss = torch.stack(terms).mean()
     loss.backward()
@@ -90,6 +76,28 @@ def make(name, kind, settings, folder):
     save_file(tensors | logits, folder / f"{name}.safetensors")
     rest = {"config": config.to_dict(), "adapter_scale": LORA["lora_alpha"] / LORA["r"], "lambda": LAMBDA, "loss": loss.item(), "sequences": sequences}
     (folder / f"{name}.json").write_text(json.dumps(rest) + "\n")
+
+
+def random_targets(logq, ids, positions):
+    """Draws the soft labels of `positions`. Returns them, None at a position without any, and the loss of each."""
+    soft, terms = [], []
+    for position in positions:
+        ce = -logq[position, ids[position + 1]]
+        if position % 4 == 3:
+            soft.append(None)
+            terms.append(ce)
+            continue
+        chosen = torch.randperm(logq.shape[-1])[:K]
+        p = torch.rand(K).double() * 0.9 / K
+        # The Rust test reads logprobs in single precision.
+        logprobs = p.log().float()
+        p = logprobs.double().exp()
+        kept = logq[position, chosen]
+        tail = 1 - p.sum()
+        kd = (p * (p.log() - kept)).sum() + tail * (tail.log() - torch.log1p(-kept.exp().sum()))
+        terms.append((1 - LAMBDA) * ce + LAMBDA * kd)
+        soft.append({"ids": chosen.tolist(), "logprobs": logprobs.tolist()})
+    return soft, terms
 
 
 def plain(name):

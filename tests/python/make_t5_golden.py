@@ -3,10 +3,11 @@
 usage: make_t5_golden.py OUTPUT_DIR [--only NAME ...]
 
 NAME is a case (t5, t5_v1_1, mt5), `buckets` or `generate`. transformers 5 always ties the embeddings of T5, so
-transformers 4.57 made the untied cases t5_v1_1 and mt5. transformers 5.24 made the rest:
+transformers 4.57 made the untied cases t5_v1_1 and mt5. transformers 5.24 made the rest (check.sh installs both):
 
     target/python/bin/python tests/python/make_t5_golden.py tests/it/golden/t5 --only t5 buckets generate
-    target/python4/bin/python tests/python/make_t5_golden.py tests/it/golden/t5 --only t5_v1_1 mt5
+    PYTHONPATH=target/transformers4 target/python/bin/python tests/python/make_t5_golden.py tests/it/golden/t5 \\
+        --only t5_v1_1 mt5
 
 The cases are small models with random weights, in double precision, although transformers computes the variance of
 T5LayerNorm (and transformers 4.57 the softmax) in single precision. Each sequence is a batch of its own, without
@@ -35,13 +36,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from make_gradient_golden import LAMBDA, random_targets
+
 SOURCE_LENGTHS = [41, 1, 17, 150]
 TARGET_LENGTHS = [9, 12, 1, 40]
 VOCABULARY = 61
 START, END = 0, 1
 FIRST_TOKEN = 3
-K = 5
-LAMBDA = 0.3
 T5_LIKE = dict(vocab_size=VOCABULARY, d_model=32, d_kv=6, num_heads=4, d_ff=48, dropout_rate=0.0,
                decoder_start_token_id=START)
 CASES = {
@@ -92,23 +93,8 @@ def make_case(name, folder):
         output = model(input_ids=source[None], decoder_input_ids=ids[None, :-1]).logits[0]
         logits[f"logits.{index}"] = output.detach().float()
         logq = output.log_softmax(-1)
-        soft = []
-        for position in range(target_length):
-            ce = -logq[position, ids[position + 1]]
-            if position % 4 == 3:
-                soft.append(None)
-                terms.append(ce)
-                continue
-            chosen = torch.randperm(VOCABULARY)[:K]
-            p = torch.rand(K).double() * 0.9 / K
-            # The Rust test reads logprobs in single precision.
-            logprobs = p.log().float()
-            p = logprobs.double().exp()
-            kept = logq[position, chosen]
-            tail = 1 - p.sum()
-            kd = (p * (p.log() - kept)).sum() + tail * (tail.log() - torch.log1p(-kept.exp().sum()))
-            terms.append((1 - LAMBDA) * ce + LAMBDA * kd)
-            soft.append({"ids": chosen.tolist(), "logprobs": logprobs.tolist()})
+        soft, sequence_terms = random_targets(logq, ids, range(target_length))
+        terms += sequence_terms
         sequences.append({"source": source.tolist(), "ids": ids.tolist(), "first": 0, "soft": soft})
     loss = torch.stack(terms).mean()
     loss.backward()

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use distill::cache::record::Logprobs;
 use distill::config::Config;
+use distill::data::align::aligned::Aligned;
 use distill::data::align::{Mapper, StudentAnswer};
 use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
@@ -47,6 +48,25 @@ fn logprobs(rows: &[Row]) -> Logprobs {
     }
 }
 
+/// Aligns a teacher's logprobs with the tokens of an answer.
+fn align(
+    tokenizer: &Tokenizer,
+    teacher: &Logprobs,
+    answer: &str,
+    tokens: StudentAnswer,
+) -> Aligned {
+    Mapper::new(tokenizer, None)
+        .align(
+            &teacher.into(),
+            answer.as_bytes(),
+            0..answer.len(),
+            tokens,
+            None,
+        )
+        .unwrap()
+}
+
+/// Returns the ids of tokens of the tiny vocabulary.
 fn ids(tokens: &[&str]) -> Vec<u32> {
     tokens.iter().map(|token| id(token)).collect()
 }
@@ -113,18 +133,11 @@ fn unknown_text_keeps_its_place_and_has_no_soft_labels() {
         (" cat", &[(" cat", -0.1), (" mat", -2.7)]),
         ("<|im_end|>", &[("<|im_end|>", -0.1)]),
     ]);
-    let aligned = Mapper::new(&tokenizer, None)
-        .align(
-            &(&teacher).into(),
-            answer.as_bytes(),
-            0..answer.len(),
-            StudentAnswer {
-                ids: answer_ids,
-                ends,
-            },
-            None,
-        )
-        .unwrap();
+    let tokens = StudentAnswer {
+        ids: answer_ids,
+        ends,
+    };
+    let aligned = align(&tokenizer, &teacher, answer, tokens);
     let soft: Vec<Vec<u32>> = (0..5).map(|at| aligned.soft(at).0.to_vec()).collect();
     // At the first position, candidates get the space that the student's tokenizer writes.
     assert_eq!(soft[0], ids(&["▁the", "▁cat"]));
@@ -150,18 +163,11 @@ fn normalised_text_is_aligned_by_its_offsets() {
         ("the", &[("the", -0.1), ("cat", -3.0)]),
         ("\n\ncat", &[("\n\ncat", -0.3), (" mat", -2.0)]),
     ]);
-    let aligned = Mapper::new(&tokenizer, None)
-        .align(
-            &(&teacher).into(),
-            answer.as_bytes(),
-            0..answer.len(),
-            StudentAnswer {
-                ids: answer_ids,
-                ends: tokens.token_ends.as_deref(),
-            },
-            None,
-        )
-        .unwrap();
+    let tokens = StudentAnswer {
+        ids: answer_ids,
+        ends: tokens.token_ends.as_deref(),
+    };
+    let aligned = align(&tokenizer, &teacher, answer, tokens);
     assert_eq!(aligned.soft(1).0, ids(&["▁cat", "▁mat"]));
 }
 

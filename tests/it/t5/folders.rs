@@ -46,6 +46,19 @@ impl Folder {
         model.step(&[&[0]], &mut [&mut caches[0]]).unwrap()
     }
 
+    /// Generates a token with the command. Returns what it prints to stderr.
+    fn generate(&self) -> String {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_distill"))
+            .args(["generate", "--max-tokens", "1", "--model"])
+            .arg(self.0.path())
+            .arg("the cat")
+            .output()
+            .unwrap();
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{errors}");
+        errors
+    }
+
     fn error(&self) -> String {
         format!("{:#}", Model::load(self.0.path()).err().unwrap())
     }
@@ -136,19 +149,25 @@ fn old_files_with_copies_of_the_embedding_and_an_extra_bias_load() {
     });
     assert_eq!(folder.logits(), expected);
     // The command says what it does not use, and nothing about the copies.
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_distill"))
-        .args(["generate", "--max-tokens", "1", "--model"])
-        .arg(folder.0.path())
-        .arg("the cat")
-        .output()
-        .unwrap();
-    let errors = String::from_utf8(output.stderr).unwrap();
-    assert!(output.status.success(), "{errors}");
+    let errors = folder.generate();
     assert!(
         errors.contains("EncDecAttention.relative_attention_bias"),
         "{errors}"
     );
     assert!(!errors.contains("embed_tokens"), "{errors}");
+    // A copy that differs is named.
+    folder.change_weights(|tensors| {
+        let other = (&tensors["decoder.embed_tokens.weight"] * 3.0).unwrap();
+        tensors.insert("decoder.embed_tokens.weight".into(), other);
+        let first = tensors["encoder.embed_tokens.weight"].clone();
+        tensors.insert("shared.weight".into(), first);
+    });
+    assert_eq!(folder.logits(), expected);
+    let errors = folder.generate();
+    assert!(
+        errors.contains("differ from shared.weight: decoder.embed_tokens.weight"),
+        "{errors}"
+    );
 }
 
 #[test]

@@ -13,6 +13,7 @@ use distill::train::{self, objective};
 use serde_json::json;
 
 use super::write_model;
+use crate::train::small_config;
 
 /// Creates a run folder with a tiny T5, and conversations in which the source determines the answer.
 pub(super) fn run_folder() -> (tempfile::TempDir, Config) {
@@ -31,22 +32,8 @@ pub(super) fn run_folder() -> (tempfile::TempDir, Config) {
         })
         .collect();
     std::fs::write(dir.path().join("rows.jsonl"), rows).unwrap();
-    let mut config = Config {
-        run_dir: dir.path().join("run"),
-        ..Config::default()
-    };
-    config.data.source = Some(dir.path().join("rows.jsonl"));
-    config.data.validation_share = 0.2;
-    config.student.path = model;
-    config.loss.kd = KdMode::None;
-    config.train.steps = Some(12);
-    config.train.batch_size = 6;
-    config.train.micro_batch_size = 6;
-    config.train.warmup_steps = 2;
+    let mut config = small_config(dir.path());
     config.train.learning_rate = 1e-2;
-    config.train.eval_every = 0;
-    config.train.checkpoint_every = 0;
-    config.train.threads = 2;
     (dir, config)
 }
 

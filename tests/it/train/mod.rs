@@ -40,29 +40,35 @@ fn run_folder() -> (tempfile::TempDir, Config) {
         })
         .collect();
     std::fs::write(dir.path().join("rows.jsonl"), rows).unwrap();
-    let mut config = Config {
-        run_dir: dir.path().join("run"),
-        ..Config::default()
-    };
-    config.data.source = Some(dir.path().join("rows.jsonl"));
-    config.data.validation_share = 0.2;
+    let mut config = small_config(dir.path());
     config.student.init = StudentInit::Random;
-    config.student.path = model;
     config.student.hidden_size = 16;
     config.student.intermediate_size = 32;
     config.student.num_hidden_layers = 2;
     config.student.num_attention_heads = 2;
     config.student.num_key_value_heads = 1;
+    config.train.learning_rate = 2e-2;
+    (dir, config)
+}
+
+/// Returns the config of a short run in `dir`, on the conversations in `rows.jsonl` and the model in `model`.
+pub fn small_config(dir: &Path) -> Config {
+    let mut config = Config {
+        run_dir: dir.join("run"),
+        ..Config::default()
+    };
+    config.data.source = Some(dir.join("rows.jsonl"));
+    config.data.validation_share = 0.2;
+    config.student.path = dir.join("model");
     config.loss.kd = KdMode::None;
     config.train.steps = Some(12);
     config.train.batch_size = 6;
     config.train.micro_batch_size = 6;
     config.train.warmup_steps = 2;
-    config.train.learning_rate = 2e-2;
     config.train.eval_every = 0;
     config.train.checkpoint_every = 0;
     config.train.threads = 2;
-    (dir, config)
+    config
 }
 
 fn weights(config: &Config) -> Vec<u8> {
