@@ -122,10 +122,8 @@ impl<'a> Mapper<'a> {
             teacher_spans(teacher, answer, &kept_bytes, is_stop).ok_or(Mismatch::Teacher)?;
         let teacher = teacher.as_ref();
         let (end, student_ends) = match ends {
-            Some(ends) if ends.len() <= student.len() => {
-                (student.get(ends.len()).copied(), ends.to_vec())
-            }
-            _ => self.split_end(student, answer, kept_bytes.clone())?,
+            Some(ends) => (student.get(ends.len()).copied(), ends.to_vec()),
+            None => self.split_end(student, answer, kept_bytes.clone())?,
         };
         let text = &student[..student_ends.len()];
         // Teacher tokens of text that the template removes and student tokens of text that it adds have no counterpart.
@@ -415,7 +413,8 @@ impl<'a> Mapper<'a> {
 }
 
 /// Cuts two tokenisations of the same text at their common boundaries. `a` and `b` are the ends of their tokens in
-/// the text. Returns minimal ranges of tokens on both sides that spell the same bytes.
+/// the text. Returns minimal ranges of tokens on both sides that spell the same bytes. Several tokens of `b` with the same
+/// end, which normalisation makes of one character, stay together.
 ///
 /// Tokens after the last common boundary are left out: one side may end early, because its text was trimmed.
 pub fn common_groups(a: &[usize], b: &[usize]) -> Vec<(Range<usize>, Range<usize>)> {
@@ -430,7 +429,8 @@ pub fn common_groups(a: &[usize], b: &[usize]) -> Vec<(Range<usize>, Range<usize
             std::cmp::Ordering::Greater => at_b += 1,
             std::cmp::Ordering::Equal => {
                 at_a += 1;
-                at_b += 1;
+                let end = b[at_b];
+                at_b += b[at_b..].iter().take_while(|&&other| other == end).count();
                 groups.push((start_a..at_a, start_b..at_b));
                 start_a = at_a;
                 start_b = at_b;

@@ -9,7 +9,7 @@ use super::{Mapper, Mismatch};
 #[derive(Debug, Clone, Copy)]
 pub struct StudentAnswer<'a> {
     pub ids: &'a [u32],
-    /// End of each token of the text in bytes of the answer, where normalisation or unknown tokens hide the bytes of
+    /// End of each token of the text in bytes of the answer; a token after these ends the answer. Set where normalisation or unknown tokens hide the bytes of
     /// the tokens. None if the bytes of the tokens spell the answer.
     pub ends: Option<&'a [usize]>,
 }

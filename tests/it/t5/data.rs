@@ -171,6 +171,35 @@ fn normalised_text_is_aligned_by_its_offsets() {
     assert_eq!(aligned.soft(1).0, ids(&["▁cat", "▁mat"]));
 }
 
+/// NFKC writes one character as two letters: both tokens belong to the teacher's token, and the next one is not shifted.
+#[test]
+fn character_that_becomes_two_tokens_does_not_shift_soft_labels() {
+    let dir = folder();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let answer = "\u{fb01} on";
+    let encoded = tokenizer
+        .conversation(&[Message::new("user", "a"), Message::new("assistant", answer)])
+        .unwrap();
+    let tokens = &encoded.answers[0];
+    let answer_ids = &encoded.ids[tokens.supervised.clone()];
+    assert_eq!(answer_ids, ids(&["▁", "f", "i", "▁on", "</s>"]));
+    let teacher = logprobs(&[
+        ("\u{fb01}", &[("\u{fb01}", -0.1), ("cat", -3.0)]),
+        (" on", &[(" on", -0.3), (" in", -2.0)]),
+        ("</s>", &[("</s>", -0.2)]),
+    ]);
+    let tokens = StudentAnswer {
+        ids: answer_ids,
+        ends: tokens.token_ends.as_deref(),
+    };
+    let aligned = align(&tokenizer, &teacher, answer, tokens);
+    assert_eq!(aligned.soft(3).0, ids(&["▁on", "▁in"]));
+    assert_eq!(aligned.soft(4).0, ids(&["</s>"]));
+    // No soft label of a position contains a token of another one.
+    let at = |position| aligned.soft(position).0.to_vec();
+    assert!(!at(0).contains(&id("▁on")) && !at(1).contains(&id("▁on")) && at(2).is_empty());
+}
+
 /// Returns a config of rows with sources and answers of growing length.
 fn config(dir: &Path) -> Config {
     let rows: String = (1..=20)
