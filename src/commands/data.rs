@@ -154,6 +154,11 @@ fn format_example(example: &ShownExample, style: ColourStyle) -> String {
     if example.tokens.is_empty() {
         return text;
     }
+    if !example.source.is_empty() {
+        let source = example.source.iter().map(|token| style.token(token));
+        let source: Vec<String> = source.collect();
+        text.push_str(&format!("source: {}\ndecoder: ", source.join("|")));
+    }
     // The text, with `|` between tokens, and `>>>` and `<<<` around each run of supervised tokens.
     let mut is_supervised = false;
     for (position, token) in example.tokens.iter().enumerate() {

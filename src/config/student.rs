@@ -24,7 +24,7 @@ pub struct StudentConfig {
     /// Architecture of a student with `init = "random"`.
     pub model_type: StudentType,
     /// Jinja template of the text that the encoder of an encoder-decoder reads, with `messages` as in a chat template;
-    /// `None` for the contents of all messages, one per line.
+    /// `None` for the chat template of the folder, or without one the contents of all messages, one per line.
     pub source_template: Option<String>,
     /// Variables of the chat template, such as `enable_thinking`.
     pub template_args: BTreeMap<String, serde_json::Value>,

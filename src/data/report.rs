@@ -208,8 +208,8 @@ impl fmt::Display for DataReport {
         if self.split > 0 {
             write!(
                 f,
-                "\n{} answers inside conversations became separate examples: the template renders them differently from what \
-                 a model generates",
+                "\n{} earlier answers of conversations became separate examples, each after the prompt that a model would \
+                 answer",
                 self.split
             )?;
         }

@@ -117,6 +117,13 @@ impl EndpointScorer {
             if let Some(date) = config.student.template_date {
                 tokenizer.set_date(date.into());
             }
+            if tokenizer.is_encoder_decoder() {
+                bail!(Exit::Usage(format!(
+                    "`on_policy.tokenizer` {} is of an encoder-decoder, which cannot score a given text over an API: set \
+                     `teacher.local` to the folder of the model, and `on_policy.judge` = \"local\"",
+                    dir.display()
+                )));
+            }
             anyhow::Ok(tokenizer)
         });
         let (path, scoring) = match (method, tokenizer.transpose()?) {

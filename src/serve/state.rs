@@ -61,7 +61,7 @@ impl AppState {
         Ok(())
     }
 
-    /// Checks that the model can compute the logprobs of a prompt, if `field` of the request needs them.
+    /// Checks that the model can repeat or score a prompt, if `field` of the request needs it.
     ///
     /// # Errors
     /// 400 that names `field`, for an encoder-decoder.
@@ -72,8 +72,9 @@ impl AppState {
     ) -> Result<(), ErrorResponse> {
         if is_needed && self.tokenizer.is_encoder_decoder() {
             let message = format!(
-                "`{field}` needs the logprobs of the prompt, and this model is an encoder-decoder, which reads the prompt \
-                 without predicting it: omit `{field}`"
+                "`{field}` is not possible with this model, an encoder-decoder, which reads the prompt without predicting \
+                 it: omit `{field}`; to score answers of a student with this model as its teacher, set `teacher.local` to \
+                 its folder"
             );
             return Err(ErrorResponse::bad_field(field, message));
         }

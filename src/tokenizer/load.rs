@@ -40,9 +40,11 @@ impl Tokenizer {
     /// As [`Self::load`], and [`Exit::Usage`] if `student.path` has no `tokenizer.json`.
     pub fn for_student(settings: &config::StudentConfig) -> Result<Self> {
         if !settings.path.join("tokenizer.json").exists() {
+            let advice = missing_tokenizer_advice(&settings.path);
             bail!(Exit::Usage(format!(
-                "`student.path` = {} has no tokenizer.json: set it to the student's Hugging Face folder",
-                settings.path.display()
+                "`student.path` = {} has no tokenizer.json: {}",
+                settings.path.display(),
+                advice.unwrap_or("set it to the student's Hugging Face folder".into())
             )));
         }
         let options = LoadOptions {
@@ -57,8 +59,19 @@ impl Tokenizer {
         if let Some(date) = settings.template_date {
             tokenizer.set_date(date.into());
         }
+        tokenizer.check_source_template()?;
         Ok(tokenizer)
     }
+}
+
+/// Returns the advice for a folder without tokenizer.json that has the tokenizer in SentencePiece's format, as older
+/// folders of T5 and llama do.
+fn missing_tokenizer_advice(dir: &Path) -> Option<String> {
+    let files = ["spiece.model", "tokenizer.model"];
+    let file = files.iter().find(|file| dir.join(file).exists())?;
+    Some(format!(
+        "convert its {file} with transformers: `AutoTokenizer.from_pretrained({dir:?}).save_pretrained({dir:?})`"
+    ))
 }
 
 /// Settings of the student that apply to its tokenizer.
@@ -83,10 +96,14 @@ pub(crate) fn load(dir: &Path, options: &LoadOptions) -> Result<Tokenizer> {
 fn read(dir: &Path, options: &LoadOptions) -> Result<Tokenizer> {
     let path = dir.join("tokenizer.json");
     let json_text = match std::fs::read_to_string(&path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => bail!(Exit::Usage(format!(
-            "{} does not exist; a model folder needs a tokenizer.json",
-            path.display()
-        ))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let advice = missing_tokenizer_advice(dir);
+            bail!(Exit::Usage(format!(
+                "{} does not exist: {}",
+                path.display(),
+                advice.unwrap_or("a model folder needs a tokenizer.json".into())
+            )))
+        }
         json_text => json_text.with_context(|| format!("cannot read {}", path.display()))?,
     };
     let invalid = || format!("{} is not a valid tokenizer", path.display());

@@ -10,6 +10,7 @@
 
 use anyhow::{Result, anyhow, bail};
 
+use crate::exit::Exit;
 use crate::prompt::message::Message;
 use crate::tokenizer::answer_tokens::{AnswerTokens, EncodedConversation};
 use crate::tokenizer::chat_template::{ChatTemplate, answer_start};
@@ -46,6 +47,41 @@ impl Tokenizer {
             [b' ', rest @ ..] if is_first && self.seq2seq.is_some() => Some(rest),
             _ => Some(bytes),
         }
+    }
+
+    /// Checks that `student.source_template` prints the contents of a conversation.
+    ///
+    /// # Errors
+    /// [`Exit::Usage`] if it fails for every conversation that is tried, or prints the same text for two of them.
+    pub(super) fn check_source_template(&self) -> Result<()> {
+        let Some(source) = self.source_template() else {
+            return Ok(());
+        };
+        let template = self.template()?.with_date(None);
+        let roles: [&[&str]; 3] = [
+            &["user"],
+            &["system", "user"],
+            &["user", "assistant", "user"],
+        ];
+        let render = |roles: &[&str], word: &str| {
+            let messages = roles.iter().map(|role| Message::new(*role, word));
+            template.render_text(&messages.collect::<Vec<_>>(), true)
+        };
+        let mut last_error = None;
+        for roles in roles {
+            match (render(roles, "first"), render(roles, "second")) {
+                (Ok(first), Ok(second)) if first != second => return Ok(()),
+                (Err(error), _) => last_error = Some(format!("{error:#}")),
+                _ => {}
+            }
+        }
+        let problem = last_error.map_or_else(
+            || "prints the same text for all messages: use the variable `messages`, as in {{ messages[-1]['content'] }}".into(),
+            |error| format!("fails: {error}"),
+        );
+        bail!(Exit::Usage(format!(
+            "`student.source_template` {source:?} {problem}"
+        )))
     }
 
     /// Encodes the source of `messages`.

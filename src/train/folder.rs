@@ -67,6 +67,9 @@ pub(crate) fn files(
             "{GENERATION_CONFIG}: eos_token_id lists every token that ends an answer"
         ));
     }
+    if let Some(start) = tokenizer.decoder_start() {
+        changes.extend(set_decoder_start(&mut files, start)?);
+    }
     if dir == tokenizer.dir()
         && let Some(template) = tokenizer.source_template()
     {
@@ -154,6 +157,25 @@ fn set_template_args(
         }
     }
     Ok(())
+}
+
+/// Adds the first token of the decoder to `generation_config.json`, which is that of a decoder if the tokenizer is from
+/// the folder of one. transformers does not generate without it. Returns a description of the change, or None if the
+/// file has such a token.
+fn set_decoder_start(files: &mut [(&str, Vec<u8>)], start: u32) -> Result<Option<String>> {
+    const START: &str = "decoder_start_token_id";
+    for (name, bytes) in files.iter_mut() {
+        if *name == GENERATION_CONFIG {
+            let mut settings = object(GENERATION_CONFIG, bytes)?;
+            if settings.get(START).is_some_and(|id| !id.is_null()) {
+                return Ok(None);
+            }
+            settings.insert(START.into(), start.into());
+            *bytes = serde_json::to_vec_pretty(&settings)?;
+            return Ok(Some(format!("{GENERATION_CONFIG}: {START} = {start}")));
+        }
+    }
+    Ok(None)
 }
 
 /// Adds all stop ids to `eos_token_id` in `generation_config.json`. Returns true if the file was changed or

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::config::{LossConfig, SaveDtype, TeacherConfig, TrainConfig};
+use crate::config::{KdMode, LossConfig, SaveDtype, TeacherConfig, TrainConfig};
 use crate::data::prepared::shard::ExampleView;
 use crate::exit::Exit;
 use crate::model::weights;
 use crate::model::weights::Tensors;
 use crate::model::{Model, network};
+use crate::prompt::message::Message;
 use crate::tokenizer::Tokenizer;
 use crate::train::optimizer::Optimizer;
 use crate::train::soft_labels::SoftLabelChoice;
@@ -56,6 +57,9 @@ impl LocalTeacher {
         };
         let cotrain = settings.cotrain;
         check_tokenizer(dir, tokenizer)?;
+        if loss.kd == KdMode::None && !cotrain {
+            tracing::warn!("`teacher.local` is not used, because `loss.kd` is \"none\"");
+        }
         let (shape, tensors) = network::load(dir)?;
         let hash = weights::hash(&tensors)?;
         let tensors = weights::to_device(&tensors, &device::open(train)?)?;
@@ -147,6 +151,19 @@ pub(crate) fn load_frozen(dir: &Path, tokenizer: &Tokenizer, train: &TrainConfig
     Ok(model)
 }
 
+/// Warns if teacher and student, two encoder-decoders, read different source texts.
+fn warn_about_source(dir: &Path, teacher: &Tokenizer, student: &Tokenizer) {
+    let messages = [Message::new("system", "a"), Message::new("user", "b")];
+    let source = |tokenizer: &Tokenizer| tokenizer.encode_prompt(&messages).ok();
+    if student.is_encoder_decoder() && source(teacher) != source(student) {
+        tracing::warn!(
+            "`teacher.local` {} has another source template than the student, and reads the student's source text: set \
+             `student.source_template` to the teacher's",
+            dir.display()
+        );
+    }
+}
+
 /// Checks that `dir` is a model folder, and that teacher and student have the same tokens: otherwise their
 /// distributions cannot be compared.
 fn check_tokenizer(dir: &Path, student: &Tokenizer) -> Result<()> {
@@ -174,6 +191,7 @@ fn check_tokenizer(dir: &Path, student: &Tokenizer) -> Result<()> {
         )));
     }
     let Some(id) = teacher.first_difference(student) else {
+        warn_about_source(dir, &teacher, student);
         return Ok(());
     };
     let name = |tokenizer: &Tokenizer| match tokenizer.token_name(id) {

@@ -23,6 +23,7 @@ pub(crate) fn student_card(
     local_teacher: Option<&Path>,
     batch_size: usize,
     (model, initial_weights): (&ModelConfig, Option<String>),
+    source_template: Option<&str>,
     summary: &TrainSummary,
 ) -> String {
     let line = |name: &str, value: Option<f64>| {
@@ -40,7 +41,7 @@ pub(crate) fn student_card(
         initial_weights.map_or(String::new(), |text| format!("- initial weights: {text}\n"));
     format!(
         "{}A {} model of {} parameters, trained with `distill train`.\n\n{initial_weights}\
-         - teacher: {teacher}\n- loss: {}\n- steps: {} of {} examples, {} tokens in all\n{}{}",
+         - teacher: {teacher}\n- loss: {}\n- steps: {} of {} examples, {} tokens in all\n{}{}{}",
         head(model),
         model.model_type(),
         format_count(summary.parameters as u64),
@@ -50,6 +51,18 @@ pub(crate) fn student_card(
         format_count(summary.tokens),
         line("cross-entropy", summary.validation.ce),
         line("KL to the teacher", summary.validation.kl),
+        source_template.map_or(String::new(), usage_with_template),
+    )
+}
+
+/// Returns the section of the card that shows how an encoder-decoder with a source template is called: transformers'
+/// `apply_chat_template` alone does not add the token that ends the source.
+fn usage_with_template(template: &str) -> String {
+    format!(
+        "\n## Source text\n\nThe encoder reads the text of this template, which `chat_template.jinja` holds, and then the \
+         token that ends it:\n\n```jinja\n{template}\n```\n\n```python\n\
+         text = tokenizer.apply_chat_template(messages, tokenize=False)\n\
+         answer = model.generate(**tokenizer(text, return_tensors=\"pt\"))\n```\n"
     )
 }
 

@@ -93,9 +93,11 @@ impl TrainableModel {
         };
         for pattern in &train.freeze {
             if !matches_parameter(pattern) {
+                let mut names = student.vars.keys().chain(student.frozen.keys());
                 bail!(Exit::Usage(format!(
-                    "`train.freeze`: {:?} matches no parameter",
-                    pattern.as_str()
+                    "`train.freeze`: {:?} matches no parameter; the student's parameters are named like {}",
+                    pattern.as_str(),
+                    names.next().map_or("", String::as_str)
                 )));
             }
         }

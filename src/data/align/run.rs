@@ -56,7 +56,8 @@ pub(crate) fn find(
         .or_else(|| match_around_unknown(tokens, answer, &is_stop))
 }
 
-/// Matches the whole answer, from the first token on. Only stop tokens may follow.
+/// Matches the whole answer, from the first token on. Only stop tokens may follow. Control tokens inside the answer, such
+/// as a sampled `<unk>`, have no text and no span.
 fn match_whole_answer(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],
@@ -64,11 +65,17 @@ fn match_whole_answer(
 ) -> Option<Vec<TeacherSpan>> {
     let mut spans = Vec::with_capacity(tokens.len());
     let mut offset = 0;
+    let mut without_text = 0;
     for (index, bytes) in tokens.iter().enumerate() {
         if offset == answer.len() && is_stop(bytes) {
             continue;
         }
-        if spans.len() != index || !answer[offset..].starts_with(bytes) {
+        let is_text = answer[offset..].starts_with(bytes);
+        if !is_text && is_stop(bytes) {
+            without_text += 1;
+            continue;
+        }
+        if spans.len() + without_text != index || !is_text {
             return None;
         }
         offset += bytes.len();
@@ -240,6 +247,12 @@ mod tests {
         assert_eq!(cut(&["4", "\n\n", "Step", " ", "4", ":"], "4"), one(0));
         assert_eq!(cut(&["<think>", "4", "</think>", "4", "</s>"], "4"), one(3));
         assert_eq!(cut(&["a", " c"], "a b"), None);
+        // A control token inside the answer has no text.
+        let around_control = vec![(0..1, 1, Token), (2..3, 3, Token)];
+        assert_eq!(
+            cut(&["a", "</s>", " b", "</s>"], "a b"),
+            Some(around_control)
+        );
         assert_eq!(
             cut(&["xa bx"], "a b"),
             None,

@@ -262,7 +262,7 @@ impl<'a> ExampleBuilder<'a> {
         let max_source_length = self.settings.max_source_length;
         if conversation.source_ids.len() > max_source_length {
             return Err(format!(
-                "its source is longer than {max_source_length} tokens (`data.max_source_length`, or the context of the \
+                "with a source of more than {max_source_length} tokens (`data.max_source_length`, or the context of the \
                  model)"
             ));
         }

@@ -32,6 +32,10 @@ pub struct ShownExample {
     pub ce_only: Option<String>,
     /// Set if the generation prompt differs from the prefix of the answer in the rendered conversation.
     pub difference: Option<PromptDifference>,
+    /// Source of an encoder-decoder; else empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub source: Vec<ShownToken>,
+    /// Tokens of the example; of an encoder-decoder, the input of the decoder.
     pub tokens: Vec<ShownToken>,
 }
 
@@ -160,6 +164,7 @@ fn left_out(skipped: SkippedRow) -> ShownExample {
         group: skipped.group.as_ref().map(group_text),
         ce_only: None,
         difference: None,
+        source: Vec::new(),
         tokens: Vec::new(),
     }
 }
@@ -212,8 +217,6 @@ fn shown_example(row: TrainingRow, tokenized: TokenizedRow, tokenizer: &Tokenize
             token.chunk = Some((f64::from(-chunk.nll).exp(), chunk.len));
         }
     }
-    // The source of an encoder-decoder comes before the input of its decoder.
-    tokens.splice(0..0, shown_tokens(&tokenized.source_ids));
     ShownExample {
         key: row.key,
         prompt_id: row.prompt_id,
@@ -221,6 +224,7 @@ fn shown_example(row: TrainingRow, tokenized: TokenizedRow, tokenizer: &Tokenize
         left_out: None,
         ce_only: tokenized.ce_only,
         difference: tokenized.difference,
+        source: shown_tokens(&tokenized.source_ids),
         tokens,
     }
 }

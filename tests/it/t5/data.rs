@@ -312,3 +312,29 @@ fn source_template_of_the_student_replaces_the_default() {
     let default = Tokenizer::load(dir.path()).unwrap();
     assert_ne!(default.fingerprint(), tokenizer.fingerprint());
 }
+
+/// A sampled `<unk>` or `<pad>` of a teacher has no text. The other positions keep their soft labels.
+#[test]
+fn control_token_inside_a_teacher_answer_costs_no_other_position() {
+    let dir = folder();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let answer = "the cat";
+    let encoded = tokenizer
+        .conversation(&[Message::new("user", "a"), Message::new("assistant", answer)])
+        .unwrap();
+    let tokens = &encoded.answers[0];
+    let teacher = logprobs(&[
+        ("the", &[("the", -0.1), ("cat", -3.0)]),
+        ("<unk>", &[("<unk>", -1.0), (" cat", -1.0)]),
+        (" cat", &[(" cat", -0.3), (" mat", -2.0)]),
+        ("</s>", &[("</s>", -0.2)]),
+    ]);
+    let student = StudentAnswer {
+        ids: &encoded.ids[tokens.supervised.clone()],
+        ends: tokens.token_ends.as_deref(),
+    };
+    let aligned = align(&tokenizer, &teacher, answer, student);
+    assert_eq!(aligned.soft(0).0, ids(&["▁the", "▁cat"]));
+    assert_eq!(aligned.soft(1).0, ids(&["▁cat", "▁mat"]));
+    assert_eq!(aligned.soft(2).0, ids(&["</s>"]));
+}

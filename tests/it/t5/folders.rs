@@ -301,6 +301,22 @@ fn settings_that_do_not_fit_an_encoder_decoder_are_refused() {
             "is a decoder, and the student is an encoder-decoder",
         ),
         (
+            with(&|c| c.student.source_template = Some("x {{ messages[-1]".into())),
+            "`student.source_template` \"x {{ messages[-1]\" fails",
+        ),
+        (
+            with(&|c| c.student.source_template = Some("x {{ nosuch }}".into())),
+            "prints the same text for all messages",
+        ),
+        (
+            with(&|c| c.student.source_template = Some(String::new())),
+            "prints the same text for all messages",
+        ),
+        (
+            with(&|c| c.train.freeze = vec!["embed_tokens".parse().unwrap()]),
+            "the student's parameters are named like decoder.block.0",
+        ),
+        (
             with(&|c| c.data.max_source_length = 2),
             "`data.max_source_length`",
         ),
@@ -365,4 +381,30 @@ fn settings_of_another_architecture_are_refused_by_name() {
         assert_eq!(output.status.code(), Some(2), "{errors}");
         assert!(errors.contains(expected), "{student}: {errors}");
     }
+}
+
+#[test]
+fn folder_with_a_sentencepiece_file_alone_says_how_to_convert_it() {
+    let (dir, config) = run_folder();
+    let model = dir.path().join("model");
+    fs::rename(model.join("tokenizer.json"), model.join("spiece.model")).unwrap();
+    let error = train_error(&config);
+    assert!(error.contains("convert its spiece.model"), "{error}");
+    let error = Tokenizer::load(&model).unwrap_err().to_string();
+    assert!(error.contains("convert its spiece.model"), "{error}");
+}
+
+/// The tokenizer's folder may be that of a decoder, whose `generation_config.json` has no such token.
+#[test]
+fn generation_config_names_the_first_token_of_the_decoder() {
+    let (dir, config) = run_folder();
+    let path = dir.path().join("model/generation_config.json");
+    write_json(&path, &json!({"eos_token_id": 1, "max_length": 20}));
+    train::run(&config, StartMode::Fresh.into()).unwrap();
+    let text = fs::read_to_string(config.student_dir().join("generation_config.json")).unwrap();
+    let saved: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        saved,
+        json!({"eos_token_id": 1, "max_length": 20, "decoder_start_token_id": 0})
+    );
 }

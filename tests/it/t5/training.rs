@@ -267,4 +267,9 @@ fn source_template_is_saved_with_the_student() {
         .encode_prompt(&[Message::new("user", "the")])
         .unwrap();
     assert_eq!(source, ["▁answer", "▁the", "</s>"].map(super::id));
+    let card = card(&config);
+    assert!(
+        card.contains("answer {{ messages[-1]['content'] }}"),
+        "{card}"
+    );
 }
