@@ -82,6 +82,11 @@ impl Config {
             "lora.alpha",
             "must be finite and above 0",
         )?;
+        check(
+            self.lora.rank == 0 || !self.train.scale_parameter,
+            "train.scale_parameter",
+            "does not work with `lora.rank`: half of LoRA's weights start at 0, so their learning rate would stay near 0",
+        )?;
         let teacher = &self.teacher;
         check(
             teacher.local.is_some() || !teacher.cotrain,

@@ -63,6 +63,9 @@ pub struct DataReport {
     /// Number of unknown tokens in the sources of an encoder-decoder.
     #[serde(default)]
     pub unknown_source_tokens: u64,
+    /// Number of tokens in the sources of an encoder-decoder.
+    #[serde(default)]
+    pub source_tokens: u64,
     /// Number of tokens in the kept examples.
     pub tokens: u64,
     /// Number of supervised positions.
@@ -104,6 +107,7 @@ impl DataReport {
         self.positions_over_one += other.positions_over_one;
         self.unknown_labels += other.unknown_labels;
         self.unknown_source_tokens += other.unknown_source_tokens;
+        self.source_tokens += other.source_tokens;
         self.tokens += other.tokens;
         self.positions += other.positions;
         self.soft_positions += other.soft_positions;
@@ -130,6 +134,11 @@ impl DataReport {
     /// that token. Most endpoints return no logprobs for it.
     pub fn misses_ends(&self) -> bool {
         2 * self.ends_listed < self.ends
+    }
+
+    /// Returns true if no example has logprobs.
+    fn has_no_logprobs(&self) -> bool {
+        self.kept > 0 && self.ce_only.get(NO_LOGPROBS) == Some(&self.kept)
     }
 
     /// Counts answers with this pair of prompt endings. After [`MAX_ENDINGS`] distinct pairs all others share one
@@ -180,14 +189,18 @@ impl fmt::Display for DataReport {
         if !self.dropped.is_empty() {
             write!(f, "\ndropped: {}", by_reason(&self.dropped))?;
         }
-        write!(
-            f,
-            "\n{} tokens, {} supervised, {} with soft labels ({:.1} %)",
-            self.tokens,
-            self.positions,
-            self.soft_positions,
-            100.0 * self.soft_positions as f64 / self.positions.max(1) as f64
-        )?;
+        write!(f, "\n{} tokens, {} supervised", self.tokens, self.positions)?;
+        if self.has_no_logprobs() {
+            // Soft labels may come from a local teacher.
+            write!(f, ", no logprobs in the data")?;
+        } else {
+            let share = 100.0 * self.soft_positions as f64 / self.positions.max(1) as f64;
+            write!(
+                f,
+                ", {} with soft labels ({share:.1} %)",
+                self.soft_positions
+            )?;
+        }
         if self.soft_positions > 0 {
             write!(
                 f,
@@ -242,19 +255,19 @@ impl fmt::Display for DataReport {
         if self.unknown_labels > 0 {
             write!(
                 f,
-                "\n{} labels are the unknown token, because the student's vocabulary cannot spell the text: they train on \
-                 cross-entropy",
-                self.unknown_labels
+                "\n{} of {} labels are the unknown token, because the student's vocabulary cannot spell the text: they \
+                 train on cross-entropy",
+                self.unknown_labels, self.positions
             )?;
         }
         if self.unknown_source_tokens > 0 {
             write!(
                 f,
-                "\n{} tokens of the sources are the unknown token: the student cannot read the text there",
-                self.unknown_source_tokens
+                "\n{} of {} tokens of the sources are the unknown token: the student cannot read the text there",
+                self.unknown_source_tokens, self.source_tokens
             )?;
         }
-        if !self.ce_only.is_empty() {
+        if !self.ce_only.is_empty() && !self.has_no_logprobs() {
             write!(f, "\ncross-entropy only: {}", by_reason(&self.ce_only))?;
         }
         Ok(())

@@ -69,6 +69,13 @@ pub(super) fn write(
                 .into()
         ));
     };
+    if tokenizer.is_encoder_decoder() {
+        bail!(Exit::Usage(
+            "axolotl trains decoders only, and --tokenizer is of an encoder-decoder: train it with `distill train`, or \
+             export the answers with `--to hf`"
+                .into()
+        ));
+    }
     let mut dropped = 0;
     let mut report = write_lines(rows, out, settings.force, |row| {
         line(row, tokenizer, &mut dropped)

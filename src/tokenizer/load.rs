@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Value, json};
 use tokenizers::Model;
 
 use crate::config::{self, StudentInit, StudentType};
@@ -110,6 +110,7 @@ fn read(dir: &Path, options: &LoadOptions) -> Result<Tokenizer> {
     let mut tokenizer = TokenizerJson::parse(&json_text).with_context(invalid)?;
     let mut files = TokenizerFiles::read(dir)?;
     let seq2seq = seq2seq_tokens(&files, &tokenizer, options.is_encoder_decoder)?;
+    let has_own_template = files.chat_template.is_some() || options.source_template.is_some();
     set_template(&mut files.chat_template, seq2seq, options, dir)?;
     let fingerprint = files.fingerprint(&json_text)?;
     drop(json_text);
@@ -123,6 +124,7 @@ fn read(dir: &Path, options: &LoadOptions) -> Result<Tokenizer> {
         .map(|json| build(&json, model.clone()))
         .transpose()?;
     let text_tokenizer = build(&json, model)?;
+    let added_around = added_around(&text_tokenizer)?;
     let mut control = text_tokenizer.get_added_vocabulary().clone();
     control.set_encode_special_tokens(false);
 
@@ -210,6 +212,8 @@ fn read(dir: &Path, options: &LoadOptions) -> Result<Tokenizer> {
         pieces: PieceCache::new(&json),
         template_args: options.template_args.clone(),
         seq2seq,
+        added_around,
+        has_own_template,
         source_template: options.source_template.clone(),
     };
     // The eos token of a base model may differ from the end-of-turn token of its template.
@@ -220,6 +224,24 @@ fn read(dir: &Path, options: &LoadOptions) -> Result<Tokenizer> {
         tokenizer.stop_ids.push(end);
     }
     Ok(tokenizer)
+}
+
+/// Returns the tokens that the tokenizer adds before and after a text.
+fn added_around(tokenizer: &tokenizers::Tokenizer) -> Result<[Vec<u32>; 2]> {
+    let encode = |add_special| {
+        let encoding = tokenizer.encode("a", add_special);
+        let encoding = encoding.map_err(|e| anyhow!(e).context("the tokenizer failed"))?;
+        anyhow::Ok(encoding.get_ids().to_vec())
+    };
+    let (text, with_added) = (encode(false)?, encode(true)?);
+    let mut windows = with_added.windows(text.len().max(1));
+    Ok(match windows.position(|window| window == text) {
+        Some(start) if !text.is_empty() => [
+            with_added[..start].to_vec(),
+            with_added[start + text.len()..].to_vec(),
+        ],
+        _ => Default::default(),
+    })
 }
 
 /// Returns the tokens around the answers of an encoder-decoder; None for a decoder. `is_encoder_decoder` is None if
@@ -327,6 +349,7 @@ fn mark_control_tokens(tokenizer: &mut TokenizerJson, files: &TokenizerFiles) ->
 fn without_prefix_space(tokenizer: &Value) -> Option<Value> {
     let mut changed = tokenizer.clone();
     let mut is_removed = false;
+    keep_spaces_between_words(&mut changed);
     for part in ["normalizer", "pre_tokenizer"] {
         remove_prefix_space(&mut changed[part], &mut is_removed);
     }
@@ -334,6 +357,38 @@ fn without_prefix_space(tokenizer: &Value) -> Option<Value> {
         added.retain(|token| token["special"] == true);
     }
     is_removed.then_some(changed)
+}
+
+/// Replaces the pre-tokenizers of T5, `WhitespaceSplit` and a `Metaspace` that adds a space to each word: without the
+/// latter, the former would drop all spaces. The replacement drops the same white space, but keeps one space between two
+/// words and before a text that begins with white space.
+fn keep_spaces_between_words(tokenizer: &mut Value) {
+    let steps = tokenizer.pointer_mut("/pre_tokenizer/pretokenizers");
+    let Some(steps) = steps.and_then(Value::as_array_mut) else {
+        return;
+    };
+    let splits_first = steps
+        .first()
+        .is_some_and(|step| step["type"] == "WhitespaceSplit");
+    let adds_to_words = steps
+        .get(1)
+        .is_some_and(|step| match step["prepend_scheme"].as_str() {
+            Some(scheme) => step["type"] == "Metaspace" && scheme == "always",
+            None => step["type"] == "Metaspace" && step["add_prefix_space"] != false,
+        });
+    if !splits_first || !adds_to_words {
+        return;
+    }
+    steps.remove(0);
+    let normalizer = tokenizer["normalizer"].take();
+    let before = (!normalizer.is_null()).then_some(normalizer);
+    let one_space = json!({"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "});
+    let no_space_at_end = json!({"type": "Strip", "strip_left": false, "strip_right": true});
+    let normalizers: Vec<Value> = before
+        .into_iter()
+        .chain([one_space, no_space_at_end])
+        .collect();
+    tokenizer["normalizer"] = json!({"type": "Sequence", "normalizers": normalizers});
 }
 
 /// Removes the step that adds a space before a text, and sets `is_removed` if there was one.

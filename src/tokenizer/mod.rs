@@ -85,6 +85,10 @@ pub struct Tokenizer {
     template: Option<ChatTemplate>,
     /// Set for an encoder-decoder.
     seq2seq: Option<Seq2SeqTokens>,
+    /// Tokens that the tokenizer itself adds to a text: before it and after it.
+    added_around: [Vec<u32>; 2],
+    /// False if `template` is the default template of an encoder-decoder, or there is none.
+    has_own_template: bool,
     fingerprint: blake3::Hash,
     /// Name of the template's date, for the fingerprint.
     date: String,
@@ -136,6 +140,11 @@ impl Tokenizer {
     /// Source template that the user has set, for an encoder-decoder.
     pub(crate) fn source_template(&self) -> Option<&str> {
         self.source_template.as_deref()
+    }
+
+    /// Returns true if the folder or the user gives the template of the messages.
+    pub(crate) fn has_own_template(&self) -> bool {
+        self.has_own_template
     }
 
     /// Folder that the tokenizer was loaded from.
@@ -410,8 +419,8 @@ impl Tokenizer {
         self.encode_without_control(text, position, special)
     }
 
-    /// Encodes a text that contains the name of the control token `special` in the model's own vocabulary. Cuts the
-    /// name into two parts, which are encoded separately.
+    /// Encodes a text that contains the name of the control token `special` in the model's own vocabulary. Cuts each
+    /// occurrence of the name after its first character, and encodes the parts separately.
     fn encode_without_control(
         &self,
         text: &str,
@@ -420,18 +429,28 @@ impl Tokenizer {
     ) -> Result<Vec<u32>> {
         let name = self.text.id_to_token(special).unwrap_or_default();
         let first_length = name.chars().next().map_or(0, char::len_utf8);
-        match text.find(&name) {
-            Some(start) if first_length > 0 && first_length < name.len() => {
-                let (left, right) = text.split_at(start + first_length);
-                let mut ids = self.encode_at(left, position)?;
-                ids.extend(self.encode_at(right, TextPosition::AfterText)?);
-                Ok(ids)
-            }
-            _ => bail!(Exit::Usage(format!(
+        let occurrences = text.match_indices(&name);
+        let cuts: Vec<usize> = match first_length {
+            0 => Vec::new(),
+            length if length == name.len() => Vec::new(),
+            length => occurrences.map(|(start, _)| start + length).collect(),
+        };
+        if cuts.is_empty() {
+            bail!(Exit::Usage(format!(
                 "a text contains the token {name:?} (id {special}), which the model in {} declares as a control token \
                  (special, or listed in `eos_token_id` of generation_config.json or config.json): remove it there",
                 self.dir.display()
-            ))),
+            )));
         }
+        let mut ids = Vec::new();
+        let mut start = 0;
+        let mut position = position;
+        for end in cuts.into_iter().chain([text.len()]) {
+            // A part may still contain the name, if occurrences overlap, or the name of another control token.
+            ids.extend(self.encode_at(&text[start..end], position)?);
+            start = end;
+            position = TextPosition::AfterText;
+        }
+        Ok(ids)
     }
 }

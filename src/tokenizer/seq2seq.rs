@@ -2,7 +2,8 @@
 //! begins the answer with a token of its own.
 //!
 //! ```text
-//! source: the messages before the answer, by the source template, then the end token
+//! source: the tokens that the tokenizer itself adds to a text, the messages before the answer, by the source template,
+//!         the end token
 //! decoder: the start token, the answer, the end token
 //! ```
 //!
@@ -34,9 +35,11 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode_text`].
     pub fn encode_text_prompt(&self, text: &str) -> Result<Vec<u32>> {
-        let mut ids = self.encode_text(text)?;
-        ids.extend(self.seq2seq.map(|tokens| tokens.end));
-        Ok(ids)
+        let ids = self.encode_text(text)?;
+        Ok(match self.seq2seq {
+            Some(tokens) => self.source(tokens, ids),
+            None => ids,
+        })
     }
 
     /// Bytes that a token adds to an answer. The tokenizer of an encoder-decoder writes a space before each text, which
@@ -91,11 +94,35 @@ impl Tokenizer {
         template: &ChatTemplate,
         messages: &[Message],
     ) -> Result<Vec<u32>> {
-        let mut ids = conversation::encode_template(self, template, messages)?;
+        let ids = conversation::encode_template(self, template, messages)?;
+        Ok(self.source(tokens, ids))
+    }
+
+    /// Adds the tokens around the text of a source, unless a template has written them.
+    fn source(&self, tokens: Seq2SeqTokens, text: Vec<u32>) -> Vec<u32> {
+        let [before, _] = &self.added_around;
+        let mut ids = if text.starts_with(before) {
+            text
+        } else {
+            [before.as_slice(), &text].concat()
+        };
         if ids.last() != Some(&tokens.end) {
             ids.push(tokens.end);
         }
-        Ok(ids)
+        ids
+    }
+
+    /// Returns true for the source of messages without any text.
+    pub(crate) fn is_empty_source(&self, source: &[u32]) -> bool {
+        source
+            .iter()
+            .all(|&id| self.is_special(id) && !self.is_unknown(id))
+    }
+
+    /// Returns true if the tokenizer itself, as transformers calls it, adds the end token to a source.
+    pub(crate) fn ends_sources(&self) -> bool {
+        let [_, after] = &self.added_around;
+        after.last().copied() == self.seq2seq.map(|tokens| tokens.end)
     }
 
     /// Encodes the last answer of a conversation after its source. Earlier answers are part of the source.
@@ -147,7 +174,13 @@ impl Tokenizer {
         let ids = self.encode_at(text, TextPosition::First)?;
         let encoding = self.text.encode(text, false);
         let encoding = encoding.map_err(|e| anyhow!(e).context("the tokenizer failed"))?;
-        let ends = encoding.get_offsets().iter().map(|offsets| offsets.1);
+        let ends = encoding.get_ids().iter().zip(encoding.get_offsets());
+        let ends = ends.map(|(&id, &(start, end))| {
+            // The space that the tokenizer writes before a word has the offsets of the word's first character.
+            let is_space = self.token_bytes(id) == Some(b" ");
+            let is_before_word = is_space && !text[start..end].trim_start().is_empty();
+            if is_before_word { start } else { end }
+        });
         let is_same = encoding.get_ids() == ids;
         Ok((ids, is_same.then(|| ends.collect())))
     }

@@ -18,6 +18,9 @@ use tokenizers::{AddedToken, Model, ModelWrapper};
 /// this, rare words would be encoded again each time.
 const WORD_CACHE: usize = 1 << 16;
 
+/// Maximum length of a piece of a Unigram vocabulary.
+const MAX_PIECE_BYTES: usize = 4096;
+
 /// A parsed `tokenizer.json`.
 pub(crate) struct TokenizerJson {
     /// The file, with only the [`MODEL_SETTINGS`] under `model`.
@@ -72,6 +75,12 @@ impl TokenizerJson {
             // Avoids a JSON value of the vocabulary.
             BPE::deserialize(MapDeserializer::new(bpe_fields)).map(ModelWrapper::BPE)
         } else {
+            if let Some(vocabulary) = fields
+                .get("vocab")
+                .filter(|_| json["model"]["type"] == "Unigram")
+            {
+                check_piece_lengths(vocabulary.get())?;
+            }
             serde_json::from_str(model.get())
         }
         .context("in its model")?;
@@ -117,6 +126,22 @@ pub(crate) fn build(json: &Value, model: ModelWrapper) -> Result<tokenizers::Tok
     tokenizer.with_padding(None);
     tokenizer.set_encode_special_tokens(true);
     Ok(tokenizer)
+}
+
+/// Checks the vocabulary of a Unigram model: the library recurses over the bytes of a piece.
+fn check_piece_lengths(vocabulary: &str) -> Result<()> {
+    let pieces: Vec<(Cow<'_, str>, f64)> =
+        serde_json::from_str(vocabulary).context("in its vocab")?;
+    match pieces
+        .iter()
+        .find(|(piece, _)| piece.len() > MAX_PIECE_BYTES)
+    {
+        Some((piece, _)) => bail!(
+            "its vocabulary has a piece of {} bytes; at most {MAX_PIECE_BYTES} are supported",
+            piece.len()
+        ),
+        None => Ok(()),
+    }
 }
 
 /// Splits a JSON object into its fields, without parsing their values. Of several fields with the same name, returns

@@ -412,7 +412,7 @@ fn train(
                 training.student.model.config(),
                 training.student.initial_weights(&config.student.path),
             ),
-            tokenizer.source_template(),
+            &tokenizer,
             &summary,
         ),
     )?;

@@ -1,10 +1,11 @@
 //! Model cards: the README of a saved model.
 
-use std::path::Path;
+use std::path::{Component, Path};
 
 use crate::data::groups::GroupCounts;
 use crate::model::config::shape::ModelConfig;
 use crate::terminal::format_count;
+use crate::tokenizer::Tokenizer;
 use crate::train::summary::TrainSummary;
 
 /// Returns the metadata of the card, in YAML.
@@ -23,18 +24,14 @@ pub(crate) fn student_card(
     local_teacher: Option<&Path>,
     batch_size: usize,
     (model, initial_weights): (&ModelConfig, Option<String>),
-    source_template: Option<&str>,
+    tokenizer: &Tokenizer,
     summary: &TrainSummary,
 ) -> String {
     let line = |name: &str, value: Option<f64>| {
         value.map_or(String::new(), |v| format!("- validation {name}: {v:.4}\n"))
     };
     let teacher = match local_teacher {
-        Some(dir) => dir
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
+        Some(dir) => model_name(dir),
         None => teachers(&summary.data.groups),
     };
     let initial_weights =
@@ -51,19 +48,47 @@ pub(crate) fn student_card(
         format_count(summary.tokens),
         line("cross-entropy", summary.validation.ce),
         line("KL to the teacher", summary.validation.kl),
-        source_template.map_or(String::new(), usage_with_template),
+        if tokenizer.is_encoder_decoder() {
+            usage(tokenizer)
+        } else {
+            String::new()
+        },
     )
 }
 
-/// Returns the section of the card that shows how an encoder-decoder with a source template is called: transformers'
-/// `apply_chat_template` alone does not add the token that ends the source.
-fn usage_with_template(template: &str) -> String {
+/// Returns the section of the card that shows how an encoder-decoder is called.
+fn usage(tokenizer: &Tokenizer) -> String {
+    let template = tokenizer.source_template();
+    let template = template.map_or(String::new(), |template| {
+        format!("The encoder reads the text of this template, which `chat_template.jinja` holds:\n\n```jinja\n{template}\n```\n\n")
+    });
+    let text = if tokenizer.has_own_template() {
+        "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+    } else {
+        "\"\\n\".join(message[\"content\"] for message in messages)"
+    };
+    // transformers' `apply_chat_template` alone does not add the token that ends the source.
+    let end = if tokenizer.ends_sources() {
+        ""
+    } else {
+        " + tokenizer.eos_token"
+    };
     format!(
-        "\n## Source text\n\nThe encoder reads the text of this template, which `chat_template.jinja` holds, and then the \
-         token that ends it:\n\n```jinja\n{template}\n```\n\n```python\n\
-         text = tokenizer.apply_chat_template(messages, tokenize=False)\n\
-         answer = model.generate(**tokenizer(text, return_tensors=\"pt\"))\n```\n"
+        "\n## Source text\n\n{template}```python\ntext = {text}\n\
+         answer = model.generate(**tokenizer(text{end}, return_tensors=\"pt\"))\n```\n"
     )
+}
+
+/// Returns the last two components of a model's folder, such as `google/flan-t5-small`.
+pub(crate) fn model_name(dir: &Path) -> String {
+    let names: Vec<_> = dir
+        .components()
+        .filter_map(|component| match component {
+            Component::Normal(name) => Some(name.to_string_lossy()),
+            _ => None,
+        })
+        .collect();
+    names[names.len().saturating_sub(2)..].join("/")
 }
 
 /// Names the models whose answers were used, with the number of answers.
@@ -94,12 +119,11 @@ fn teachers(groups: &GroupCounts) -> String {
 
 /// Returns the model card of a co-trained teacher that was loaded from `dir`.
 pub(crate) fn teacher_card(dir: &Path, model: &ModelConfig) -> String {
-    let source_name = dir.file_name();
     format!(
         "{}A {} model, trained from {} by `distill train` as the teacher of the student \
          beside it, by cross-entropy on the same answers.\n",
         head(model),
         model.model_type(),
-        source_name.unwrap_or_default().to_string_lossy()
+        model_name(dir)
     )
 }

@@ -17,6 +17,7 @@ use crate::model::parameters::random_weights;
 use crate::model::weights::{self, Tensors};
 use crate::model::{Model, lora, network};
 use crate::tokenizer::Tokenizer;
+use crate::train::model_card::model_name;
 
 /// A model, its trained parameters (all weights, or only the adapters) and its frozen parameters.
 pub struct TrainableModel {
@@ -170,9 +171,8 @@ impl TrainableModel {
     /// Describes the initial weights of a student that was made of some layers of the model in `dir`; None for another
     /// student.
     pub(super) fn initial_weights(&self, dir: &Path) -> Option<String> {
-        let name = dir.file_name().unwrap_or_default().to_string_lossy();
         let kept = self.kept_layers.as_ref();
-        kept.map(|kept| format!("{kept} of {name}"))
+        kept.map(|kept| format!("{kept} of {}", model_name(dir)))
     }
 
     /// Returns the hash of the frozen weights.

@@ -7,6 +7,7 @@ Every model is served by `distill serve`, so answers per second and memory are t
 
 import argparse
 import json
+import random
 import re
 import shutil
 import statistics
@@ -19,10 +20,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import seed_score
+import seed_text
 
 CONFIGS = Path("datasets/squad")
 # Requests in flight.
 CONCURRENCY = 16
+# Questions of the teacher's training data from which the students are distilled.
+STUDENT_ROWS = 6000
+# Words that the teacher repeats at most.
+MAX_COPY = 8
 # Rows of the table: name, settings of student.toml, and the data.
 TRUTH, ANSWERS, LOGPROBS = "data.source", "answers", "logprobs"
 ROWS = [
@@ -34,9 +40,8 @@ ROWS = [
     ("black-box: CE on the teacher's answers", ANSWERS, ["loss.kd=none"]),
     ("black-box: KL + CE on its top-20 logprobs", LOGPROBS, ["loss.kd=tail"]),
 ]
-HALF_WIDTH = ["student.init=random", "student.model_type=t5", "student.hidden_size=128",
-              "student.intermediate_size=384", "student.num_hidden_layers=3", "student.num_encoder_layers=4",
-              "student.num_attention_heads=4"]
+ALL_LAYERS = ["student.encoder_layers=4", "student.decoder_layers=3"]
+HALF_WIDTH = ["student.hidden_size=128", "student.intermediate_size=384"]
 SENTENCE = re.compile(r"[^.]+\.( |$)")
 
 
@@ -56,7 +61,7 @@ class Bench:
         script = Path(__file__).with_name("seed_data.py")
         subprocess.run([sys.executable, "-B", script, self.data, *sizes], check=True, stdout=subprocess.DEVNULL)
         self.test = seed_score.read_lines(self.data / "test.jsonl")
-        write_teacher_data(self.data)
+        write_training_data(self.data)
 
     def train(self, name, config, settings):
         """Trains a model unless an earlier run did. Returns its folder."""
@@ -81,6 +86,7 @@ model = "model"
 api_key_env = ""
 [prompts]
 source = {json.dumps(str(prompts.resolve()))}
+limit = {STUDENT_ROWS}
 [sampling]
 temperature = {1.0 if self.options.quick else 0.0}
 max_tokens = 32
@@ -128,25 +134,35 @@ def ask(address, messages):
         return json.load(response)["choices"][0]["message"]["content"]
 
 
-def write_teacher_data(data):
-    """Writes the training data of the teacher: the questions, the same questions with the sentence that answers them,
-    and the sentences with their answer replaced by `what`. Answers alone are three tokens each, from which a T5 with
-    random weights does not learn to copy in this time."""
-    rows = []
+def conversation(identity, prompt, answer):
+    """Returns a row of training data."""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return {"id": identity, "messages": messages}
+
+
+def write_training_data(data):
+    """Writes the training data of the teacher and of the students (student.jsonl, the first questions). A T5 with random weights cannot copy, and does not learn it from answers
+    of three tokens: it first repeats parts of passages (copy.jsonl). Then it answers questions (teacher.jsonl) about
+    passages, about the sentence that holds the answer, and about that sentence with `what` in place of the answer."""
+    source = random.Random(1)
+    copies, questions = [], []
     for row in seed_score.read_lines(data / "train.jsonl"):
-        context, question = row["context"], row["question"]
+        identity, context, question = row["id"], row["context"], row["question"]
         answer, start = row["answers"]["text"][0], row["answers"]["answer_start"][0]
         sentence = next(m for m in SENTENCE.finditer(context) if m.start() <= start < m.end() or m.end() == len(context))
-        blank = (context[sentence.start():start] + "what" + context[start + len(answer):sentence.end()]).strip(" .")
-        rows += [(row["id"], "Answer a question", question, answer),
-                 (row["id"], "Find the sentence", question, sentence.group().strip()),
-                 (row["id"], "Answer a question", blank + "?", answer)]
-        rows[-3:] = [(identity, f"{task} about this article:\n{context}\nQ:{asked}A:", told)
-                     for identity, task, asked, told in rows[-3:]]
-    with open(data / "teacher.jsonl", "w") as file:
-        for identity, prompt, answer in rows:
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"id": identity, "messages": messages}) + "\n")
+        blank = (context[sentence.start():start] + "what" + context[start + len(answer):sentence.end()]).strip(" .") + "?"
+        alone = sentence.group().strip()
+        for about, asked in [(context, question), (alone, question), (alone, blank)]:
+            prompt = seed_text.PROMPT.format(context=about, question=asked)
+            questions.append(conversation(identity, prompt, answer))
+        words = context.split()
+        length = source.randint(1, MAX_COPY)
+        first = source.randrange(max(1, len(words) - length))
+        part = " ".join(words[first:first + length])
+        copies.append(conversation(identity, f"Repeat: {part}", part))
+    students = seed_score.read_lines(data / "train-truth.jsonl")[:STUDENT_ROWS]
+    for name, rows in [("copy", copies), ("teacher", questions), ("student", students)]:
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def parameters(model):
@@ -189,9 +205,15 @@ def main():
     bench = Bench(options)
     bench.generate_data()
     data = bench.data
-    teacher_steps, steps, wide_steps = (20, 5, 5) if options.quick else (1400, 120, 300)
+    copy_steps, teacher_steps, steps = (20, 20, 5) if options.quick else (300, 1500, 200)
+
+    def pretrain(name, shape):
+        return bench.train(name, "pretrain.toml", [
+            f"data.source={(data / 'copy.jsonl').resolve()}", f"student.path={(data / 'tokenizer').resolve()}",
+            f"train.steps={copy_steps}", *shape])
+
     teacher = bench.train("teacher", "teacher.toml", [
-        f"data.source={(data / 'teacher.jsonl').resolve()}", f"student.path={(data / 'tokenizer').resolve()}",
+        f"data.source={(data / 'teacher.jsonl').resolve()}", f"student.path={pretrain('copier', []).resolve()}",
         f"train.steps={teacher_steps}"])
     print("| model | M parameters | MB | exact match | F1 | F1 over seeds | ROUGE-L | answers/s | MiB |\n"
           "|---|---|---|---|---|---|---|---|---|")
@@ -199,18 +221,18 @@ def main():
     print_row("teacher", scores["teacher"])
     cache = bench.harvest(teacher, "black-box", data / "train-prompts.jsonl")
     sources = {
-        TRUTH: [f"data.source={(data / 'train-truth.jsonl').resolve()}"],
+        TRUTH: [f"data.source={(data / 'student.jsonl').resolve()}"],
         ANSWERS: [f"data.cache={cache.resolve()}", "data.groups=all"],
         LOGPROBS: [f"data.cache={cache.resolve()}", "data.groups=all"],
     }
 
-    def train_row(name, source, settings, row_steps, seeds):
+    def train_row(name, source, settings, row_steps, seeds, path=teacher):
         results = []
         for seed in range(seeds):
             local = [] if source == LOGPROBS or "loss.kd=none" in settings else [f"teacher.local={teacher.resolve()}"]
             run = re.sub(r"\W+", "-", f"{name}-{seed}")
             student = bench.train(run, "student.toml", [
-                *sources[source], f"student.path={teacher.resolve()}", *settings, *local, f"train.seed={seed}",
+                *sources[source], f"student.path={path.resolve()}", *settings, *local, f"train.seed={seed}",
                 f"train.steps={row_steps}"])
             results.append(bench.score(student))
         scores[name] = results
@@ -219,9 +241,9 @@ def main():
     train_row("student untrained", TRUTH, ["loss.kd=none"], 0, 1)
     for name, source, settings in ROWS:
         train_row(name, source, settings, steps, options.seeds)
+    narrow = pretrain("narrow-copier", HALF_WIDTH)
     for name, settings in [("half width: CE on the truth", ["loss.kd=none"]), ("half width: KL + CE, T = 2", [])]:
-        wide = [*settings, *HALF_WIDTH, f"student.path={(data / 'tokenizer').resolve()}"]
-        train_row(name, TRUTH, wide, wide_steps, 1)
+        train_row(name, TRUTH, [*ALL_LAYERS, *settings], steps, options.seeds, narrow)
     return check(scores) if options.check else 0
 
 

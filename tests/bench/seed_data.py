@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Generates the question answering data of seed.sh in SQuAD's form, and its tokenizer.
 
-    seed_data.py OUT_DIR [--seed 1] [--train 12000] [--validation 300] [--test 600] [--pieces 4096] [--check]
+    seed_data.py OUT_DIR [--seed 1] [--train 30000] [--validation 300] [--test 600] [--pieces 4096] [--check]
 
 The answer to a question is a span of its passage. The passage contains at least one other span of the answer's type, so
-the question must be read. No passage is in two splits, and neither is an invented name. The same arguments write the
-same bytes; --check compares existing files with them. Prints a report as JSON.
+the question must be read. No passage is in two splits. The same arguments write the same bytes; --check compares
+existing files with them. Prints a report as JSON.
 """
 
 import argparse
@@ -15,20 +15,18 @@ import math
 import random
 import re
 import statistics
-import zlib
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import seed_text as text
 
-PROMPT = "Answer a question about this article:\n{context}\nQ:{question}A:"
 SPLITS = ["train", "validation", "test"]
 EXTRA_IDS = 10
 # Length of a piece of the tokenizer in characters.
 MAX_PIECE = 16
 # Length of a passage in words.
-MIN_WORDS, MAX_WORDS = 32, 70
+MIN_WORDS, MAX_WORDS = 14, 40
 # Slot types whose values ascend with the number of the slot: {year1} is before {year2}.
 ASCENDING = ["date", "distance", "minutes", "money", "number", "price", "weight", "year"]
 # Question types, and the slot types that can be their answers.
@@ -43,6 +41,17 @@ TYPE_OF_SLOT = {slot: name for name, slots in QUESTION_TYPES.items() for slot in
 
 Sentence = collections.namedtuple("Sentence", "position wordings questions")
 Row = collections.namedtuple("Row", "id context question answer start type first_of_type")
+
+
+def invent(endings, count):
+    """Invents different names with the given endings, the same ones in every run."""
+    source, names = random.Random(",".join(endings)), set()
+    while len(names) < count:
+        names.add(("".join(source.choices(text.SYLLABLES, k=2)) + source.choice(endings)).capitalize())
+    return sorted(names)
+
+
+SURNAMES, TOWNS, PEAKS = invent(text.SURNAMES, 300), invent(text.TOWNS, 240), invent(text.PEAKS, 40)
 
 
 def slot_type(slot):
@@ -84,7 +93,7 @@ def expand(pattern, source):
     """Replaces each choice of a pattern by one of its options."""
     while "(" in pattern:
         pattern = re.sub(r"\(([^()]*)\)", lambda choice: source.choice(choice.group(1).split("|")), pattern)
-    return pattern
+    return " ".join(pattern.split())
 
 
 def slots(pattern):
@@ -108,9 +117,9 @@ def check_scenes(scenes):
 class Values(dict):
     """The values of a passage's slots, drawn when they are first used."""
 
-    def __init__(self, source, split):
+    def __init__(self, source):
         super().__init__()
-        self.source, self.split = source, split
+        self.source = source
         self.currency = source.choice(["${}", "{} dollars", "{} pounds"])
         self.length = source.choice(["metres", "feet"])
         self.distance = source.choice(["miles", "kilometres"])
@@ -142,15 +151,6 @@ class Values(dict):
             return sorted(values, key=lambda date: (text.MONTHS.index(date.split()[1]), int(date.split()[0])))
         return sorted(values, key=lambda value: int(re.sub(r"\D", "", value)))
 
-    def invent(self, endings):
-        """Invents a name that belongs to this split alone."""
-        while True:
-            syllables = self.source.choices(text.SYLLABLES, k=2)
-            name = ("".join(syllables) + self.source.choice(endings)).capitalize()
-            bucket = zlib.crc32(name.encode()) % 10
-            if (SPLITS[bucket] if bucket < len(SPLITS) else "train") == self.split:
-                return name
-
     def draw(self, kind):
         """Draws a value of a slot type."""
         pick, below = self.source.choice, self.source.randint
@@ -158,15 +158,15 @@ class Values(dict):
             return pick(text.WORDS[kind])
         match kind:
             case "person":
-                return f"{pick(text.FIRST)} {self.invent(text.SURNAMES)}"
+                return f"{pick(text.FIRST)} {pick(SURNAMES)}"
             case "place":
-                return self.invent(text.TOWNS)
+                return pick(TOWNS)
             case "firm":
-                return f"{self.invent(text.SURNAMES)} {pick(text.FIRMS)}"
+                return f"{pick(SURNAMES)} {pick(text.FIRMS)}"
             case "team":
-                return f"{self.invent(text.TOWNS)} {pick(text.TEAMS)}"
+                return f"{pick(TOWNS)} {pick(text.TEAMS)}"
             case "peak":
-                return f"Mount {self.invent(text.PEAKS)}"
+                return f"Mount {pick(PEAKS)}"
             case "ship":
                 return f"{pick(text.ADJECTIVES)} {pick(text.NOUNS)}"
             case "title":
@@ -211,13 +211,13 @@ def find(value, context):
     return [match.start() for match in re.finditer(rf"(?<!\w){re.escape(value)}(?!\w)", context)]
 
 
-def passage(scene, source, split):
+def passage(scene, source):
     """Generates a passage; returns its text and its questions as rows without an id, or None if its length is out of
     bounds."""
-    chosen = source.sample(scene[1:], source.choice([1, 2, 2, 3]))
+    chosen = source.sample(scene[1:], source.choice([0, 1, 1, 2]))
     ordered = [scene[0]] + sorted(chosen, key=lambda sentence: sentence.position == "$")
     patterns = [expand(source.choice(sentence.wordings), source) for sentence in ordered]
-    values = Values(source, split)
+    values = Values(source)
     sentences = [fill(pattern, values) for pattern in patterns]
     context = " ".join(sentences)
     if not MIN_WORDS <= len(context.split()) <= MAX_WORDS:
@@ -245,7 +245,7 @@ def make_rows(scenes, seed, split, count):
         for scene in source.sample(scenes, len(scenes)):
             asked = None
             while not asked or asked[0].context in contexts:
-                asked = passage(scene, source, split)
+                asked = passage(scene, source)
             contexts.add(asked[0].context)
             rows += source.sample(asked, min(len(asked), source.randint(1, 3)))
     return [row._replace(id=f"{split}-{number:05}-{row.type}") for number, row in enumerate(rows[:count], 1)]
@@ -253,7 +253,7 @@ def make_rows(scenes, seed, split, count):
 
 def prompt(row):
     """Returns the user message of a row."""
-    return PROMPT.format(context=row.context, question=row.question)
+    return text.PROMPT.format(context=row.context, question=row.question)
 
 
 def lines(objects):
@@ -350,7 +350,7 @@ def train_tokenizer(rows, size):
     trainer, but its result varies between runs, and it splits frequent words."""
     texts = {row.context for row in rows}
     segments = collections.Counter()
-    for line in [*texts, *(PROMPT.format(context="", question=row.question) for row in rows), *(row.answer for row in rows)]:
+    for line in [*texts, *(text.PROMPT.format(context="", question=row.question) for row in rows), *(row.answer for row in rows)]:
         for word in line.split():
             segments.update(re.findall(r"\u2581?(?:[A-Za-z]+|[0-9]+|[^A-Za-z0-9\u2581]|$)", "\u2581" + word))
     vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
@@ -421,7 +421,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seed", type=int, default=1)
-    for split, count in zip(SPLITS, [12000, 300, 600]):
+    for split, count in zip(SPLITS, [30000, 300, 600]):
         parser.add_argument(f"--{split}", type=int, default=count, help="number of rows")
     parser.add_argument("--pieces", type=int, default=4096, help="size of the vocabulary, special tokens included")
     parser.add_argument("--check", action="store_true", help="compare the files in OUT_DIR instead of writing them")

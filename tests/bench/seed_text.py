@@ -1,5 +1,7 @@
 """The words and the sentences from which seed_data.py makes its passages and questions."""
 
+# The article's form of a prompt.
+PROMPT = "Answer a question about this article:\n{context}\nQ:{question}A:"
 # Words of a fixed list, by slot type.
 WORDS = {kind: words.split(", ") for kind, words in {
     "building": "town hall, library, theatre, railway station, concert hall, hospital, post office, courthouse, school",

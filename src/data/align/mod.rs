@@ -11,6 +11,10 @@
 //!
 //! With the same tokenizer on both sides, all groups have one token on each side, and every token maps to itself.
 //!
+//! SentencePiece writes a space before each text. At the first token of an answer, each side may have this space, and the
+//! candidates become student tokens with the student's space. A later position after the space alone has no soft labels:
+//! every candidate that begins a word extends a space.
+//!
 //! | file | content |
 //! |---|---|
 //! | `aligned` | the result: soft labels of an answer |
@@ -43,6 +47,7 @@ pub use aligned::{Aligned, Chunk};
 pub use candidates::{Candidates, EXCESS, SampledToken, is_usable, list_candidates};
 use candidates::{agreement, mass};
 use run::SpanKind;
+use student::Lead;
 pub use student::StudentAnswer;
 pub use teacher::spells;
 use teacher::teacher_spans;
@@ -127,9 +132,13 @@ impl<'a> Mapper<'a> {
         };
         let text = &student[..student_ends.len()];
         // Teacher tokens of text that the template removes and student tokens of text that it adds have no counterpart.
-        let skipped = spans.partition_point(|span| span.end <= kept_bytes.start);
+        let skipped = match kept_bytes.start {
+            // A token without text at the start is the space before the answer's first word.
+            0 => 0,
+            start => spans.partition_point(|span| span.end <= start),
+        };
         let teacher_ends: Vec<usize> = spans.iter().map(|span| span.end).collect();
-        let template_tokens = student_ends.partition_point(|&end| end <= kept_bytes.start);
+        let template_tokens = self.template_tokens(text, &student_ends, answer, kept_bytes.start);
 
         let capacity = teacher.top.total() + student.len();
         let mut aligned = Aligned::with_capacity(capacity, student.len());
@@ -155,30 +164,25 @@ impl<'a> Mapper<'a> {
                 continue;
             };
             let position = first.tokens.start;
-            if spelled_by.len() > 1 || first.kind == SpanKind::Unknown {
-                let has_known_bytes = spelled_by.iter().all(|span| span.kind == SpanKind::Token);
-                let tokens = position..last.tokens.end;
-                let chunk = self.chunk(teacher, tokens, start, labels, has_known_bytes);
-                aligned.chunks_C.extend(chunk);
-                continue;
-            }
             let bytes = &*teacher.token[position];
             let text_start = start.checked_sub(1).map_or(kept_bytes.start, |before| {
                 student_ends[before].max(kept_bytes.start)
             });
             // Only the first token of the answer can have bytes before it.
             let lead = if student_group.start == 0 {
-                self.lead(labels[0], &answer[text_start..student_ends[start]])
+                let text = &answer[text_start..student_ends[start].max(text_start)];
+                self.lead(labels[0], text, bytes, &answer[text_start..])
             } else {
-                &[]
+                Lead::default()
             };
-            let spells = || {
-                if lead.is_empty() {
-                    self.spells(labels, bytes)
-                } else {
-                    self.spells(labels, &[lead, bytes].concat())
-                }
-            };
+            if spelled_by.len() > 1 || first.kind == SpanKind::Unknown {
+                let has_known_bytes = spelled_by.iter().all(|span| span.kind == SpanKind::Token);
+                let tokens = position..last.tokens.end;
+                let chunk = self.chunk(teacher, tokens, (start, labels), lead, has_known_bytes);
+                aligned.chunks_C.extend(chunk);
+                continue;
+            }
+            let spells = || self.spells(labels, &lead.of_student(bytes));
             let is_unknown = |id: &u32| self.tokenizer.is_unknown(*id);
             if labels.iter().any(is_unknown) || ends.is_none() && !spells() {
                 continue;
@@ -200,7 +204,13 @@ impl<'a> Mapper<'a> {
             );
             for (index, &label) in labels.iter().enumerate().skip(1) {
                 let unlisted = 1.0 - candidates.mass;
-                let spelled_bytes = student_ends[start + index - 1] - text_start;
+                let spelled_bytes = student_ends[start + index - 1].saturating_sub(text_start)
+                    + lead.teacher_bytes();
+                // Nearly every candidate extends a space, and most of them are student tokens of their own.
+                if matches!(&bytes[..spelled_bytes], b"" | b" ") {
+                    aligned.fill(start + index + 1);
+                    continue;
+                }
                 self.push_later(&listed, unlisted, bytes, spelled_bytes, label, &mut aligned);
             }
         }
@@ -210,7 +220,7 @@ impl<'a> Mapper<'a> {
                 && let Some(candidates) =
                     self.candidates_at(teacher, position, top_logprobs, &mut listed, &mut aligned)
             {
-                let label = (end, &[][..]);
+                let label = (end, Lead::default());
                 self.push_first(
                     &listed,
                     candidates,
@@ -251,7 +261,7 @@ impl<'a> Mapper<'a> {
         Some(candidates)
     }
 
-    /// Returns the chunk of the teacher's `tokens` and the student tokens `labels`, the first of which is at `start`.
+    /// Returns the chunk of the teacher's `tokens` and the student tokens `labels`, which begin at `start` with `lead`.
     /// `has_known_bytes` is true if the bytes of all teacher tokens are known.
     ///
     /// Returns None if the logprob of a teacher token is missing, there are more than `MAX_CHUNK` student tokens, or
@@ -260,8 +270,8 @@ impl<'a> Mapper<'a> {
         &self,
         teacher: &LogprobsView,
         tokens: Range<usize>,
-        start: usize,
-        labels: &[u32],
+        (start, labels): (usize, &[u32]),
+        lead: Lead,
         has_known_bytes: bool,
     ) -> Option<Chunk> {
         let logprobs = teacher.logprob.get(tokens.clone())?;
@@ -269,7 +279,7 @@ impl<'a> Mapper<'a> {
             .iter()
             .map(|logprob| logprob.filter(is_usable).map(|logprob| -logprob))
             .sum::<Option<f32>>()?;
-        let spells = || self.spells(labels, &teacher.token[tokens].concat());
+        let spells = || self.spells(labels, &lead.of_student(&teacher.token[tokens].concat()));
         let fits = labels.len() <= MAX_CHUNK && (!has_known_bytes || spells());
         fits.then_some(Chunk {
             start,
@@ -293,14 +303,13 @@ impl<'a> Mapper<'a> {
         }) && remaining.is_empty()
     }
 
-    /// Appends the soft labels of `label`, the first student token of an emitted teacher token, and the bytes that it has
-    /// before the text. `is_split` is true if the student spells the teacher token with several tokens.
+    /// Appends the soft labels of `label`, the first student token of an emitted teacher token. `is_split` is true if the student spells the teacher token with several tokens.
     fn push_first(
         &mut self,
         listed: &[(&[u8], f32)],
         candidates: Candidates,
         emitted: &[u8],
-        label: (u32, &[u8]),
+        label: (u32, Lead),
         is_split: bool,
         aligned: &mut Aligned,
     ) {
@@ -346,21 +355,21 @@ impl<'a> Mapper<'a> {
             .collect();
         let mass = mass(extending.iter().map(|&(_, logprob)| logprob)).min(1.0);
         let start = aligned.ids_NK.len();
-        let label = (label, &[][..]);
+        let label = (label, Lead::default());
         let mapped = self.push_mapped(&extending, mass, &emitted[spelled_bytes..], label, aligned);
         let is_unreliable = mapped * listed_share < MIN_SHARE;
         aligned.finish_position(start, f32::NAN, mapped, is_unreliable);
     }
 
     /// Appends the candidates at a position as student tokens, best first. `emitted` is the teacher's token at this
-    /// position, and `label` its student token, with the bytes that this token has before the text. `mass` is the probability of the candidates and of an emitted token
-    /// from outside the top-k. Returns `mass` minus the probabilities of the candidates that have no student token.
+    /// position, and `label` its student token. `mass` is the probability of the candidates and of an emitted token from
+    /// outside the top-k. Returns `mass` minus the probabilities of the candidates that have no student token.
     fn push_mapped(
         &mut self,
         candidates: &[(&[u8], f32)],
         mass: f64,
         emitted: &[u8],
-        (label, lead): (u32, &[u8]),
+        (label, lead): (u32, Lead),
         aligned: &mut Aligned,
     ) -> f64 {
         let start = aligned.ids_NK.len();
@@ -371,11 +380,10 @@ impl<'a> Mapper<'a> {
         candidate_ids.extend(candidates.iter().map(|&(bytes, _)| {
             if bytes == emitted {
                 Some(label)
-            } else if lead.is_empty() || bytes.starts_with(lead) || is_stop(self.tokenizer, bytes) {
+            } else if lead.is_empty() || is_stop(self.tokenizer, bytes) {
                 self.tokens.student_id(bytes)
             } else {
-                // Another token at this position has the same bytes before its text.
-                self.tokens.student_id(&[lead, bytes].concat())
+                self.tokens.student_id(&lead.of_student(bytes))
             }
         }));
         for (&(_, logprob), id) in candidates.iter().zip(&candidate_ids) {

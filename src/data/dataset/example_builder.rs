@@ -155,6 +155,7 @@ impl<'a> ExampleBuilder<'a> {
             let unknown = ids.iter().filter(|&&id| self.tokenizer.is_unknown(id));
             unknown.count() as u64
         };
+        report.source_tokens += tokenized.source_ids.len() as u64;
         report.unknown_source_tokens += is_unknown(&tokenized.source_ids);
         let labels = tokenized.labels.iter();
         report.unknown_labels += labels
@@ -258,6 +259,11 @@ impl<'a> ExampleBuilder<'a> {
             return Err(format!(
                 "longer than {max_length} tokens (`data.max_length`, or the context of the model)"
             ));
+        }
+        if self.tokenizer.is_encoder_decoder()
+            && self.tokenizer.is_empty_source(&conversation.source_ids)
+        {
+            return Err("with an empty source: the template prints no text for them".into());
         }
         let max_source_length = self.settings.max_source_length;
         if conversation.source_ids.len() > max_source_length {

@@ -38,6 +38,9 @@ struct T5Fields {
     #[serde(default = "default_factor")]
     initializer_factor: f64,
     feed_forward_proj: Option<String>,
+    /// Parts of `feed_forward_proj`, which transformers writes beside it and prefers when it loads the folder.
+    dense_act_fn: Option<String>,
+    is_gated_act: Option<bool>,
     tie_word_embeddings: Option<bool>,
     /// Written by transformers 5, which ties always and uses this flag for what `tie_word_embeddings` meant.
     scale_decoder_outputs: Option<bool>,
@@ -114,6 +117,23 @@ pub(super) fn write(
     }
 }
 
+/// Checks that the parts of the feed-forward's name agree with the whole.
+fn check_feed_forward(fields: &T5Fields, is_gated: bool) -> Result<()> {
+    let expected = if is_gated { "gelu_new" } else { "relu" };
+    let activation = fields.dense_act_fn.as_deref();
+    if let Some(activation) = activation.filter(|name| *name != expected) {
+        return config_error(format!(
+            "dense_act_fn is {activation:?}; expected {expected:?}, as feed_forward_proj says"
+        ));
+    }
+    match fields.is_gated_act {
+        Some(value) if value != is_gated => config_error(format!(
+            "is_gated_act is {value}; expected {is_gated}, as feed_forward_proj says"
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Parses `config.json`.
 ///
 /// # Errors
@@ -133,6 +153,7 @@ pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
             ));
         }
     };
+    check_feed_forward(&fields, is_gated)?;
     let buckets = fields.relative_attention_num_buckets;
     let max_distance = fields.relative_attention_max_distance;
     // The encoder divides the buckets in two directions, and each direction in two halves.

@@ -153,6 +153,10 @@ fn mistakes_in_values_have_a_position_and_a_key() {
             "run.toml:2:18: `teacher.api_key_header`",
         ),
         (
+            "[lora]\nrank = 4\n[train]\nscale_parameter = true",
+            "run.toml:4:19: `train.scale_parameter` does not work with `lora.rank`",
+        ),
+        (
             "[lora]\ntargets = [\"a\", \"(\"]",
             "run.toml:2:11: `lora.targets`: \"(\" is not a valid regular",
         ),

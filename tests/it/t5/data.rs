@@ -6,6 +6,7 @@ use distill::cache::record::Logprobs;
 use distill::config::Config;
 use distill::data::align::aligned::Aligned;
 use distill::data::align::{Mapper, StudentAnswer};
+use distill::data::batch::Batch;
 use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
 use serde_json::json;
@@ -295,8 +296,46 @@ fn unknown_tokens_are_counted_and_reported() {
         (3, 2)
     );
     let text = report.to_string();
-    assert!(text.contains("2 labels are the unknown token"), "{text}");
-    assert!(text.contains("3 tokens of the sources"), "{text}");
+    assert!(
+        text.contains("2 of 6 labels are the unknown token"),
+        "{text}"
+    );
+    assert!(text.contains("3 of 8 tokens of the sources"), "{text}");
+}
+
+/// The prompt of an encoder-decoder is its source: the decoder's input is the same for all prompts.
+#[test]
+fn sampled_answers_to_different_sources_are_not_merged() {
+    let dir = folder();
+    let mut config = config(dir.path());
+    config.data.sample_trie = true;
+    let rows = [
+        ("one", "cat"),
+        ("one", "mat"),
+        ("red", "cat"),
+        ("red", "cat"),
+    ];
+    let rows: String = rows
+        .iter()
+        .map(|(source, answer)| {
+            let row = json!({"messages": [
+                {"role": "user", "content": source},
+                {"role": "assistant", "content": answer},
+            ]});
+            format!("{row}\n")
+        })
+        .collect();
+    std::fs::write(dir.path().join("rows.jsonl"), rows).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let data = crate::data::dataset::load(&config, &tokenizer).unwrap();
+    for example in data.train().iter() {
+        let batch = Batch::new([example]);
+        let first = &batch.soft_logprobs_NK[..batch.soft_offsets_N1[1]];
+        let is_one = example.source_ids().next() == Some(id("▁one"));
+        let expected: &[f32] = if is_one { &[0.5, 0.5] } else { &[1.0] };
+        let shares: Vec<f32> = first.iter().map(|logprob| logprob.exp()).collect();
+        crate::model::assert_close(&shares, expected, 1e-6);
+    }
 }
 
 #[test]
@@ -337,4 +376,193 @@ fn control_token_inside_a_teacher_answer_costs_no_other_position() {
     assert_eq!(aligned.soft(0).0, ids(&["▁the", "▁cat"]));
     assert_eq!(aligned.soft(1).0, ids(&["▁cat", "▁mat"]));
     assert_eq!(aligned.soft(2).0, ids(&["</s>"]));
+}
+
+/// Text after the name of a control token is encoded as elsewhere.
+#[test]
+fn names_of_control_tokens_keep_the_spaces_after_them() {
+    let dir = folder();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let words = |text: &str| {
+        let encoded = tokenizer.encode_text(text).unwrap();
+        let known = encoded.into_iter().filter(|&id| !tokenizer.is_unknown(id));
+        known.map(|id| tokenizer.token_name(id)).collect::<Vec<_>>()
+    };
+    for text in [
+        "the </s> cat sat",
+        "the </s>\n\n cat  sat ",
+        "the </s> </s> </s> cat sat",
+    ] {
+        let names = words(text);
+        assert_eq!(names[0], "▁the", "{text:?}: {names:?}");
+        let last = names.iter().rev().take(2).rev();
+        assert_eq!(last.collect::<Vec<_>>(), ["▁cat", "▁sat"], "{text:?}");
+    }
+}
+
+#[test]
+fn thousands_of_names_of_control_tokens_are_text() {
+    let dir = folder();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let text = "</s><pad> ".repeat(5000);
+    let ids = tokenizer.encode_text(&text).unwrap();
+    assert!(ids.len() > 5000);
+    assert!(ids.iter().all(|&id| id == 2 || !tokenizer.is_special(id)));
+}
+
+/// Aligns the logprobs of an answer with its tokens in the tiny vocabulary. Returns the ids and probabilities of each
+/// position, and the names of the tokens.
+fn soft_labels(answer: &str, rows: &[Row]) -> (Vec<String>, Vec<Vec<(String, f32)>>) {
+    let dir = folder();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let messages = [Message::new("user", "a"), Message::new("assistant", answer)];
+    let encoded = tokenizer.conversation(&messages).unwrap();
+    let tokens = &encoded.answers[0];
+    let student = StudentAnswer {
+        ids: &encoded.ids[tokens.supervised.clone()],
+        ends: tokens.token_ends.as_deref(),
+    };
+    let aligned = align(&tokenizer, &logprobs(rows), answer, student);
+    let name = |id: &u32| tokenizer.token_name(*id);
+    let labels = (0..aligned.len()).map(|at| {
+        let (ids, logprobs) = aligned.soft(at);
+        let shares = logprobs
+            .iter()
+            .map(|logprob| (logprob.exp() * 100.0).round() / 100.0);
+        ids.iter().map(name).zip(shares).collect()
+    });
+    (student.ids.iter().map(name).collect(), labels.collect())
+}
+
+fn shares(expected: &[(&str, f32)]) -> Vec<(String, f32)> {
+    let own = |(name, share): &(&str, f32)| ((*name).to_owned(), *share);
+    expected.iter().map(own).collect()
+}
+
+/// The student writes a space before the first word, whether or not the word is one token.
+#[test]
+fn alternatives_of_the_first_token_begin_a_word() {
+    let rows: [Row; 1] = [(
+        "who",
+        &[
+            ("who", 0.5f32.ln()),
+            ("the", 0.2f32.ln()),
+            ("cat", 0.15f32.ln()),
+            ("x", 0.1f32.ln()),
+        ],
+    )];
+    let (names, labels) = soft_labels("who", &rows);
+    assert_eq!(names[..2], ["▁", "w"]);
+    let expected = shares(&[("▁", 0.6), ("▁the", 0.2), ("▁cat", 0.15)]);
+    assert_eq!(labels[0], expected);
+    // After the space alone, the alternatives that are tokens of their own cannot follow.
+    assert!(labels[1].is_empty(), "{labels:?}");
+    // Normalisation changes the first word.
+    let rows: [Row; 1] = [("ｔhe", &[("ｔhe", 0.7f32.ln()), ("cat", 0.2f32.ln())])];
+    let (names, labels) = soft_labels("ｔhe", &rows);
+    assert_eq!(names, ["▁the", "</s>"]);
+    assert_eq!(labels[0], shares(&[("▁the", 0.7), ("▁cat", 0.2)]));
+}
+
+/// A teacher may report the space that SentencePiece writes before its first token, and not write it in the answer.
+#[test]
+fn space_of_the_first_teacher_token_is_not_part_of_the_answer() {
+    for mark in [" ", "▁"] {
+        let token = |text: &str| format!("{mark}{text}");
+        let (the, cat, sat) = (token("the"), token("cat"), token("sat"));
+        let rows: [Row; 2] = [
+            (
+                &the,
+                &[
+                    (&the, 0.5f32.ln()),
+                    (&cat, 0.3f32.ln()),
+                    // A token without the space is another token.
+                    ("c", 0.1f32.ln()),
+                ],
+            ),
+            (&cat, &[(&cat, 0.6f32.ln()), (&sat, 0.2f32.ln())]),
+        ];
+        let (names, labels) = soft_labels("the cat", &rows);
+        assert_eq!(names, ["▁the", "▁cat", "</s>"]);
+        let first = shares(&[("▁the", 0.5), ("▁cat", 0.3), ("c", 0.1)]);
+        assert_eq!(labels[0], first, "{mark:?}");
+        let second = shares(&[("▁cat", 0.6), ("▁sat", 0.2)]);
+        assert_eq!(labels[1], second, "{mark:?}");
+    }
+}
+
+/// A word that is several tokens of the student begins with the space.
+#[test]
+fn alternatives_inside_an_answer_keep_their_space() {
+    let rows: [Row; 2] = [
+        ("the", &[("the", 0.9f32.ln())]),
+        (
+            " who",
+            &[
+                (" who", 0.5f32.ln()),
+                (" why", 0.2f32.ln()),
+                (" cat", 0.1f32.ln()),
+            ],
+        ),
+    ];
+    let (names, labels) = soft_labels("the who", &rows);
+    assert_eq!(names, ["▁the", "▁", "w", "h", "o", "</s>"]);
+    assert_eq!(labels[1], shares(&[("▁", 0.7), ("▁cat", 0.1)]));
+    // Of the alternatives that begin with "w", both continue with "h"; then 0.5 of 0.7 continue with "o".
+    assert!(labels[2].is_empty());
+    assert_eq!(labels[3], shares(&[("h", 1.0)]));
+    assert_eq!(labels[4], shares(&[("o", 0.71), ("y", 0.29)]));
+}
+
+#[test]
+fn empty_sources_are_left_out_and_counted() {
+    let dir = folder();
+    let config = config(dir.path());
+    let rows = ["one", " "].map(|source| {
+        let row = json!({"messages": [
+            {"role": "user", "content": source},
+            {"role": "assistant", "content": "cat"},
+        ]});
+        format!("{row}\n")
+    });
+    std::fs::write(dir.path().join("rows.jsonl"), rows.concat()).unwrap();
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let report = crate::data::dataset::load(&config, &tokenizer)
+        .unwrap()
+        .report;
+    assert_eq!(report.kept, 1);
+    let dropped = report.dropped.keys().next().unwrap();
+    assert!(dropped.contains("empty source"), "{dropped}");
+}
+
+/// Tokens that the tokenizer itself adds before a text are part of the source.
+#[test]
+fn source_begins_as_the_tokenizer_begins_a_text() {
+    let dir = folder();
+    let path = dir.path().join("tokenizer.json");
+    let mut json: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let single = json["post_processor"]["single"].as_array_mut().unwrap();
+    single.insert(0, single[1].clone());
+    write_json(&path, &json);
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let source = tokenizer
+        .encode_prompt(&[Message::new("user", "the cat")])
+        .unwrap();
+    assert_eq!(source, ids(&["</s>", "▁the", "▁cat", "</s>"]));
+    assert_eq!(tokenizer.encode_text_prompt("the cat").unwrap(), source);
+}
+
+#[test]
+fn vocabulary_with_an_endless_piece_is_an_error() {
+    let dir = folder();
+    let path = dir.path().join("tokenizer.json");
+    let mut json: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let vocabulary = json["model"]["vocab"].as_array_mut().unwrap();
+    vocabulary.push(json!(["a".repeat(100_000), -9.0]));
+    write_json(&path, &json);
+    let error = Tokenizer::load(dir.path()).unwrap_err();
+    let error = format!("{error:#}");
+    assert!(error.contains("a piece of 100000 bytes"), "{error}");
 }

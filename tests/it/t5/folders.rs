@@ -174,6 +174,8 @@ fn old_files_with_copies_of_the_embedding_and_an_extra_bias_load() {
 fn sizes_and_settings_that_cannot_work_are_refused() {
     for (field, value, expected) in [
         ("feed_forward_proj", json!("gated-silu"), "gated-silu"),
+        ("dense_act_fn", json!("relu"), "dense_act_fn"),
+        ("is_gated_act", json!(false), "is_gated_act"),
         ("relative_attention_num_buckets", json!(6), "multiple of 4"),
         ("relative_attention_num_buckets", json!(0), "multiple of 4"),
         (

@@ -78,8 +78,23 @@ fn write_tokenizer(dir: &Path) {
             {"type": "NFKC"},
             {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "},
         ]},
-        "pre_tokenizer": metaspace,
-        "post_processor": null,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "WhitespaceSplit"}, metaspace,
+        ]},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "</s>", "type_id": 0}},
+            ],
+            "pair": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "</s>", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 0}},
+                {"SpecialToken": {"id": "</s>", "type_id": 0}},
+            ],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
         "decoder": metaspace,
         "model": {"type": "Unigram", "unk_id": 2, "byte_fallback": false, "vocab": vocabulary},
     });

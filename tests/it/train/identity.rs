@@ -43,7 +43,7 @@ const MAX_GRADIENT_BF16: f64 = 0.5;
 const MAX_DEVIATION: f64 = 3.0;
 
 /// Returns the name and the `config.json` of each architecture.
-fn architectures(vocab_size: usize) -> [(&'static str, Value); 5] {
+fn architectures(vocab_size: usize) -> [(&'static str, Value); 6] {
     let llama = |model_type: &str, other_fields: Value| {
         let mut config = json!({
             "model_type": model_type, "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48,
@@ -60,12 +60,18 @@ fn architectures(vocab_size: usize) -> [(&'static str, Value); 5] {
         "model_type": "gpt2", "vocab_size": vocab_size, "n_embd": 32, "n_layer": 2, "n_head": 4,
         "n_positions": CONTEXT, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
     });
+    let t5 = json!({
+        "model_type": "t5", "vocab_size": vocab_size, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2,
+        "num_decoder_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": false,
+        "decoder_start_token_id": vocab_size - 3, "eos_token_id": vocab_size - 1,
+    });
     [
         ("llama", llama("llama", json!({}))),
         ("mistral", llama("mistral", json!({"sliding_window": 16}))),
         ("qwen2", llama("qwen2", json!({}))),
         ("qwen3", llama("qwen3", json!({}))),
         ("gpt2", gpt2),
+        ("t5", t5),
     ]
 }
 
@@ -78,9 +84,14 @@ fn write_model(dir: &Path, config: &Value) {
     let mut weights = parameters::random_weights(&config, 3).unwrap();
     let is_head = |name: &str| name == "lm_head.weight" || name.ends_with("wte.weight");
     for (name, tensor) in &mut weights {
-        if !name.contains("norm") && !name.contains("ln_") {
-            *tensor = (&*tensor * 12.0).unwrap();
-        }
+        let is_norm = name.contains("norm") || name.contains("ln_");
+        // The initial weights of a T5 are large, above all those of its head.
+        let scale = match (config.is_encoder_decoder(), is_head(name)) {
+            (false, _) if !is_norm => 12.0,
+            (true, true) => 0.24,
+            _ => 1.0,
+        };
+        *tensor = (&*tensor * scale).unwrap();
         if is_head(name) {
             *tensor = with_likely_end(tensor);
         }
