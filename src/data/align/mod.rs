@@ -19,6 +19,7 @@
 //! |---|---|
 //! | `aligned` | the result: soft labels of an answer |
 //! | `candidates` | the tokens that a teacher lists at a position |
+//! | `lead` | the text before an answer in the first tokens of both sides |
 //! | `run`, `teacher` | the teacher tokens that spell the answer |
 //! | `student` | the student tokens that spell the answer |
 //! | `token_ids` | tokens that are named by id |
@@ -31,6 +32,7 @@
 
 pub mod aligned;
 pub(crate) mod candidates;
+pub(crate) mod lead;
 pub(crate) mod run;
 pub(crate) mod student;
 pub(crate) mod teacher;
@@ -46,8 +48,8 @@ use crate::tokenizer::Tokenizer;
 pub use aligned::{Aligned, Chunk};
 pub use candidates::{Candidates, EXCESS, SampledToken, is_usable, list_candidates};
 use candidates::{agreement, mass};
+use lead::Lead;
 use run::SpanKind;
-use student::Lead;
 pub use student::StudentAnswer;
 pub use teacher::spells;
 use teacher::teacher_spans;
@@ -171,7 +173,12 @@ impl<'a> Mapper<'a> {
             // Only the first token of the answer can have bytes before it.
             let lead = if student_group.start == 0 {
                 let text = &answer[text_start..student_ends[start].max(text_start)];
-                self.lead(labels[0], text, bytes, &answer[text_start..])
+                Lead::new(
+                    self.tokenizer,
+                    (labels[0], text),
+                    bytes,
+                    &answer[text_start..],
+                )
             } else {
                 Lead::default()
             };

@@ -41,7 +41,7 @@ fn local_teacher_training_halves_the_kl_divergence() {
     }
     assert!(last_kls[0] != last_kls[1]);
     let card = std::fs::read_to_string(config.student_dir().join("README.md")).unwrap();
-    assert!(card.contains("- teacher: model\n"), "{card}");
+    assert!(card.contains("/model\n- loss"), "{card}");
 }
 
 #[test]
