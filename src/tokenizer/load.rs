@@ -124,7 +124,10 @@ fn read(dir: &Path, options: &LoadOptions) -> Result<Tokenizer> {
         .map(|json| build(&json, model.clone()))
         .transpose()?;
     let text_tokenizer = build(&json, model)?;
-    let added_around = added_around(&text_tokenizer)?;
+    let added_around = match seq2seq {
+        Some(_) => added_around(&text_tokenizer)?,
+        None => Default::default(),
+    };
     let mut control = text_tokenizer.get_added_vocabulary().clone();
     control.set_encode_special_tokens(false);
 

@@ -85,7 +85,7 @@ pub struct Tokenizer {
     template: Option<ChatTemplate>,
     /// Set for an encoder-decoder.
     seq2seq: Option<Seq2SeqTokens>,
-    /// Tokens that the tokenizer itself adds to a text: before it and after it.
+    /// Tokens that the tokenizer of an encoder-decoder itself adds to a text: before it and after it.
     added_around: [Vec<u32>; 2],
     /// False if `template` is the default template of an encoder-decoder, or there is none.
     has_own_template: bool,

@@ -178,8 +178,15 @@ impl Tokenizer {
         let ends = ends.map(|(&id, &(start, end))| {
             // The space that the tokenizer writes before a word has the offsets of the word's first character.
             let is_space = self.token_bytes(id) == Some(b" ");
-            let is_before_word = is_space && !text[start..end].trim_start().is_empty();
-            if is_before_word { start } else { end }
+            let is_before_word = || {
+                text.get(start..end)
+                    .is_some_and(|part| !part.trim().is_empty())
+            };
+            if is_space && is_before_word() {
+                start
+            } else {
+                end
+            }
         });
         let is_same = encoding.get_ids() == ids;
         Ok((ids, is_same.then(|| ends.collect())))

@@ -60,7 +60,10 @@ pub(crate) fn student_card(
 fn usage(tokenizer: &Tokenizer) -> String {
     let template = tokenizer.source_template();
     let template = template.map_or(String::new(), |template| {
-        format!("The encoder reads the text of this template, which `chat_template.jinja` holds:\n\n```jinja\n{template}\n```\n\n")
+        format!(
+            "The encoder reads the text of this template, which `chat_template.jinja` holds:\n\n\
+             ```jinja\n{template}\n```\n\n"
+        )
     });
     let text = if tokenizer.has_own_template() {
         "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"

@@ -310,7 +310,8 @@ impl<'a> Mapper<'a> {
         }) && remaining.is_empty()
     }
 
-    /// Appends the soft labels of `label`, the first student token of an emitted teacher token. `is_split` is true if the student spells the teacher token with several tokens.
+    /// Appends the soft labels of `label`, the first student token of an emitted teacher token. `is_split` is true if the
+    /// student spells the teacher token with several tokens.
     fn push_first(
         &mut self,
         listed: &[(&[u8], f32)],
