@@ -8,9 +8,9 @@ use crate::tokenizer::Tokenizer;
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Lead<'a> {
     /// Bytes of the student's first token before its text.
-    pub student: &'a [u8],
+    student: &'a [u8],
     /// True if the teacher's first token has a space before its text.
-    pub has_teacher_space: bool,
+    has_teacher_space: bool,
 }
 
 impl<'a> Lead<'a> {

@@ -1,26 +1,14 @@
-//! Sources, labels and soft labels of examples for an encoder-decoder.
+//! Sources and labels of examples for an encoder-decoder.
 
 use std::path::Path;
 
-use distill::cache::record::Logprobs;
 use distill::config::Config;
-use distill::data::align::aligned::Aligned;
-use distill::data::align::{Mapper, StudentAnswer};
 use distill::data::batch::Batch;
 use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
 use serde_json::json;
 
-use super::{id, write_json, write_tokenizer};
-
-/// Returns a folder with the tokenizer of a T5.
-fn folder() -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    write_tokenizer(dir.path());
-    let config = json!({"model_type": "t5", "decoder_start_token_id": 0, "eos_token_id": 1});
-    write_json(&dir.path().join("config.json"), &config);
-    dir
-}
+use super::{folder, id, ids, write_json};
 
 fn conversation() -> [Message; 3] {
     [
@@ -28,48 +16,6 @@ fn conversation() -> [Message; 3] {
         Message::new("user", "the red cat"),
         Message::new("assistant", "on the mat"),
     ]
-}
-
-/// A token of a teacher with its alternatives, the first of which is the token itself.
-type Row<'a> = (&'a str, &'a [(&'a str, f32)]);
-
-/// Returns the teacher's logprobs of an answer.
-fn logprobs(rows: &[Row]) -> Logprobs {
-    let top = |row: &Row| row.1.iter().map(|(token, _)| (*token).into()).collect();
-    Logprobs {
-        token: rows.iter().map(|row| row.0.into()).collect(),
-        logprob: rows.iter().map(|row| Some(row.1[0].1)).collect(),
-        top: rows.iter().map(top).collect(),
-        top_logprob: rows
-            .iter()
-            .map(|row| row.1.iter().map(|(_, logprob)| Some(*logprob)).collect())
-            .collect(),
-        raw: Vec::new(),
-        matches_text: true,
-    }
-}
-
-/// Aligns a teacher's logprobs with the tokens of an answer.
-fn align(
-    tokenizer: &Tokenizer,
-    teacher: &Logprobs,
-    answer: &str,
-    tokens: StudentAnswer,
-) -> Aligned {
-    Mapper::new(tokenizer, None)
-        .align(
-            &teacher.into(),
-            answer.as_bytes(),
-            0..answer.len(),
-            tokens,
-            None,
-        )
-        .unwrap()
-}
-
-/// Returns the ids of tokens of the tiny vocabulary.
-fn ids(tokens: &[&str]) -> Vec<u32> {
-    tokens.iter().map(|token| id(token)).collect()
 }
 
 #[test]
@@ -109,96 +55,6 @@ fn control_tokens_in_messages_are_text() {
     assert_eq!(count(&encoded.source_ids, "</s>"), 1, "{names:?}");
     assert_eq!(count(&encoded.source_ids, "<extra_id_0>"), 0, "{names:?}");
     assert_eq!(count(&encoded.ids, "</s>"), 1);
-}
-
-/// `<`, `/` and `>` are not in the vocabulary, and `{` is not either.
-#[test]
-fn unknown_text_keeps_its_place_and_has_no_soft_labels() {
-    let dir = folder();
-    let tokenizer = Tokenizer::load(dir.path()).unwrap();
-    let answer = "the {} cat";
-    let encoded = tokenizer
-        .conversation(&[Message::new("user", "a"), Message::new("assistant", answer)])
-        .unwrap();
-    let tokens = &encoded.answers[0];
-    let answer_ids = &encoded.ids[tokens.supervised.clone()];
-    let expected = ids(&["▁the", "▁", "<unk>", "▁cat", "</s>"]);
-    assert_eq!(answer_ids, expected);
-    let ends = tokens.token_ends.as_deref();
-    assert_eq!(ends, Some(&[3, 4, 6, 10][..]));
-    // The teacher is a decoder with other tokens: its first token has no space before it.
-    let teacher = logprobs(&[
-        ("the", &[("the", -0.1), ("cat", -3.0)]),
-        (" ", &[(" ", -0.2), (" cat", -2.5)]),
-        ("{}", &[("{}", -0.3), ("on", -2.0)]),
-        (" cat", &[(" cat", -0.1), (" mat", -2.7)]),
-        ("<|im_end|>", &[("<|im_end|>", -0.1)]),
-    ]);
-    let tokens = StudentAnswer {
-        ids: answer_ids,
-        ends,
-    };
-    let aligned = align(&tokenizer, &teacher, answer, tokens);
-    let soft: Vec<Vec<u32>> = (0..5).map(|at| aligned.soft(at).0.to_vec()).collect();
-    // At the first position, candidates get the space that the student's tokenizer writes.
-    assert_eq!(soft[0], ids(&["▁the", "▁cat"]));
-    assert_eq!(soft[1], ids(&["▁", "▁cat"]));
-    assert!(soft[2].is_empty());
-    assert_eq!(soft[3], ids(&["▁cat", "▁mat"]));
-    assert_eq!(soft[4], ids(&["</s>"]));
-}
-
-/// The vocabulary has no line break: the tokenizer reads it as a space.
-#[test]
-fn normalised_text_is_aligned_by_its_offsets() {
-    let dir = folder();
-    let tokenizer = Tokenizer::load(dir.path()).unwrap();
-    let answer = "the\n\ncat";
-    let encoded = tokenizer
-        .conversation(&[Message::new("user", "a"), Message::new("assistant", answer)])
-        .unwrap();
-    let tokens = &encoded.answers[0];
-    let answer_ids = &encoded.ids[tokens.tokens.clone()];
-    assert_eq!(answer_ids, ids(&["▁the", "▁cat"]));
-    let teacher = logprobs(&[
-        ("the", &[("the", -0.1), ("cat", -3.0)]),
-        ("\n\ncat", &[("\n\ncat", -0.3), (" mat", -2.0)]),
-    ]);
-    let tokens = StudentAnswer {
-        ids: answer_ids,
-        ends: tokens.token_ends.as_deref(),
-    };
-    let aligned = align(&tokenizer, &teacher, answer, tokens);
-    assert_eq!(aligned.soft(1).0, ids(&["▁cat", "▁mat"]));
-}
-
-/// NFKC writes one character as two letters: both tokens belong to the teacher's token, and the next one is not shifted.
-#[test]
-fn character_that_becomes_two_tokens_does_not_shift_soft_labels() {
-    let dir = folder();
-    let tokenizer = Tokenizer::load(dir.path()).unwrap();
-    let answer = "\u{fb01} on";
-    let encoded = tokenizer
-        .conversation(&[Message::new("user", "a"), Message::new("assistant", answer)])
-        .unwrap();
-    let tokens = &encoded.answers[0];
-    let answer_ids = &encoded.ids[tokens.supervised.clone()];
-    assert_eq!(answer_ids, ids(&["▁", "f", "i", "▁on", "</s>"]));
-    let teacher = logprobs(&[
-        ("\u{fb01}", &[("\u{fb01}", -0.1), ("cat", -3.0)]),
-        (" on", &[(" on", -0.3), (" in", -2.0)]),
-        ("</s>", &[("</s>", -0.2)]),
-    ]);
-    let tokens = StudentAnswer {
-        ids: answer_ids,
-        ends: tokens.token_ends.as_deref(),
-    };
-    let aligned = align(&tokenizer, &teacher, answer, tokens);
-    assert_eq!(aligned.soft(3).0, ids(&["▁on", "▁in"]));
-    assert_eq!(aligned.soft(4).0, ids(&["</s>"]));
-    // No soft label of a position contains a token of another one.
-    let at = |position| aligned.soft(position).0.to_vec();
-    assert!(!at(0).contains(&id("▁on")) && !at(1).contains(&id("▁on")) && at(2).is_empty());
 }
 
 /// Returns a config of rows with sources and answers of growing length.
@@ -352,32 +208,6 @@ fn source_template_of_the_student_replaces_the_default() {
     assert_ne!(default.fingerprint(), tokenizer.fingerprint());
 }
 
-/// A sampled `<unk>` or `<pad>` of a teacher has no text. The other positions keep their soft labels.
-#[test]
-fn control_token_inside_a_teacher_answer_costs_no_other_position() {
-    let dir = folder();
-    let tokenizer = Tokenizer::load(dir.path()).unwrap();
-    let answer = "the cat";
-    let encoded = tokenizer
-        .conversation(&[Message::new("user", "a"), Message::new("assistant", answer)])
-        .unwrap();
-    let tokens = &encoded.answers[0];
-    let teacher = logprobs(&[
-        ("the", &[("the", -0.1), ("cat", -3.0)]),
-        ("<unk>", &[("<unk>", -1.0), (" cat", -1.0)]),
-        (" cat", &[(" cat", -0.3), (" mat", -2.0)]),
-        ("</s>", &[("</s>", -0.2)]),
-    ]);
-    let student = StudentAnswer {
-        ids: &encoded.ids[tokens.supervised.clone()],
-        ends: tokens.token_ends.as_deref(),
-    };
-    let aligned = align(&tokenizer, &teacher, answer, student);
-    assert_eq!(aligned.soft(0).0, ids(&["▁the", "▁cat"]));
-    assert_eq!(aligned.soft(1).0, ids(&["▁cat", "▁mat"]));
-    assert_eq!(aligned.soft(2).0, ids(&["</s>"]));
-}
-
 /// Text after the name of a control token is encoded as elsewhere.
 #[test]
 fn names_of_control_tokens_keep_the_spaces_after_them() {
@@ -408,110 +238,6 @@ fn thousands_of_names_of_control_tokens_are_text() {
     let ids = tokenizer.encode_text(&text).unwrap();
     assert!(ids.len() > 5000);
     assert!(ids.iter().all(|&id| id == 2 || !tokenizer.is_special(id)));
-}
-
-/// Aligns the logprobs of an answer with its tokens in the tiny vocabulary. Returns the ids and probabilities of each
-/// position, and the names of the tokens.
-fn soft_labels(answer: &str, rows: &[Row]) -> (Vec<String>, Vec<Vec<(String, f32)>>) {
-    let dir = folder();
-    let tokenizer = Tokenizer::load(dir.path()).unwrap();
-    let messages = [Message::new("user", "a"), Message::new("assistant", answer)];
-    let encoded = tokenizer.conversation(&messages).unwrap();
-    let tokens = &encoded.answers[0];
-    let student = StudentAnswer {
-        ids: &encoded.ids[tokens.supervised.clone()],
-        ends: tokens.token_ends.as_deref(),
-    };
-    let aligned = align(&tokenizer, &logprobs(rows), answer, student);
-    let name = |id: &u32| tokenizer.token_name(*id);
-    let labels = (0..aligned.len()).map(|at| {
-        let (ids, logprobs) = aligned.soft(at);
-        let shares = logprobs
-            .iter()
-            .map(|logprob| (logprob.exp() * 100.0).round() / 100.0);
-        ids.iter().map(name).zip(shares).collect()
-    });
-    (student.ids.iter().map(name).collect(), labels.collect())
-}
-
-fn shares(expected: &[(&str, f32)]) -> Vec<(String, f32)> {
-    let own = |(name, share): &(&str, f32)| ((*name).to_owned(), *share);
-    expected.iter().map(own).collect()
-}
-
-/// The student writes a space before the first word, whether or not the word is one token.
-#[test]
-fn alternatives_of_the_first_token_begin_a_word() {
-    let rows: [Row; 1] = [(
-        "who",
-        &[
-            ("who", 0.5f32.ln()),
-            ("the", 0.2f32.ln()),
-            ("cat", 0.15f32.ln()),
-            ("x", 0.1f32.ln()),
-        ],
-    )];
-    let (names, labels) = soft_labels("who", &rows);
-    assert_eq!(names[..2], ["▁", "w"]);
-    let expected = shares(&[("▁", 0.6), ("▁the", 0.2), ("▁cat", 0.15)]);
-    assert_eq!(labels[0], expected);
-    // After the space alone, the alternatives that are tokens of their own cannot follow.
-    assert!(labels[1].is_empty(), "{labels:?}");
-    // Normalisation changes the first word.
-    let rows: [Row; 1] = [("ｔhe", &[("ｔhe", 0.7f32.ln()), ("cat", 0.2f32.ln())])];
-    let (names, labels) = soft_labels("ｔhe", &rows);
-    assert_eq!(names, ["▁the", "</s>"]);
-    assert_eq!(labels[0], shares(&[("▁the", 0.7), ("▁cat", 0.2)]));
-}
-
-/// A teacher may report the space that SentencePiece writes before its first token, and not write it in the answer.
-#[test]
-fn space_of_the_first_teacher_token_is_not_part_of_the_answer() {
-    for mark in [" ", "▁"] {
-        let token = |text: &str| format!("{mark}{text}");
-        let (the, cat, sat) = (token("the"), token("cat"), token("sat"));
-        let rows: [Row; 2] = [
-            (
-                &the,
-                &[
-                    (&the, 0.5f32.ln()),
-                    (&cat, 0.3f32.ln()),
-                    // A token without the space is another token.
-                    ("c", 0.1f32.ln()),
-                ],
-            ),
-            (&cat, &[(&cat, 0.6f32.ln()), (&sat, 0.2f32.ln())]),
-        ];
-        let (names, labels) = soft_labels("the cat", &rows);
-        assert_eq!(names, ["▁the", "▁cat", "</s>"]);
-        let first = shares(&[("▁the", 0.5), ("▁cat", 0.3), ("c", 0.1)]);
-        assert_eq!(labels[0], first, "{mark:?}");
-        let second = shares(&[("▁cat", 0.6), ("▁sat", 0.2)]);
-        assert_eq!(labels[1], second, "{mark:?}");
-    }
-}
-
-/// A word that is several tokens of the student begins with the space.
-#[test]
-fn alternatives_inside_an_answer_keep_their_space() {
-    let rows: [Row; 2] = [
-        ("the", &[("the", 0.9f32.ln())]),
-        (
-            " who",
-            &[
-                (" who", 0.5f32.ln()),
-                (" why", 0.2f32.ln()),
-                (" cat", 0.1f32.ln()),
-            ],
-        ),
-    ];
-    let (names, labels) = soft_labels("the who", &rows);
-    assert_eq!(names, ["▁the", "▁", "w", "h", "o", "</s>"]);
-    assert_eq!(labels[1], shares(&[("▁", 0.7), ("▁cat", 0.1)]));
-    // Of the alternatives that begin with "w", both continue with "h"; then 0.5 of 0.7 continue with "o".
-    assert!(labels[2].is_empty());
-    assert_eq!(labels[3], shares(&[("h", 1.0)]));
-    assert_eq!(labels[4], shares(&[("o", 0.71), ("y", 0.29)]));
 }
 
 #[test]

@@ -9,6 +9,7 @@
 //! | `training.rs` | losses, resume, kept layers |
 //! | `serving.rs` | the OpenAI API over an encoder-decoder |
 
+mod align;
 mod buckets;
 mod data;
 mod folders;
@@ -145,4 +146,18 @@ fn read_golden(name: &str) -> Value {
 fn id(token: &str) -> u32 {
     let index = vocabulary().iter().position(|(name, _)| name == token);
     index.unwrap() as u32
+}
+
+/// Returns the ids of tokens of the tiny vocabulary.
+fn ids(tokens: &[&str]) -> Vec<u32> {
+    tokens.iter().map(|token| id(token)).collect()
+}
+
+/// Returns a folder with the tokenizer of a T5.
+fn folder() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    write_tokenizer(dir.path());
+    let config = json!({"model_type": "t5", "decoder_start_token_id": 0, "eos_token_id": 1});
+    write_json(&dir.path().join("config.json"), &config);
+    dir
 }
