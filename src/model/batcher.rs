@@ -82,7 +82,7 @@ struct Sequence {
     /// Tokens that are not in the cache yet: the unprocessed end of the prompt, or the last sampled token.
     pending: Vec<u32>,
     /// True if a token was sampled.
-    has_tokens: bool,
+    has_text_tokens: bool,
     /// Number of tokens that may still be sampled.
     remaining: usize,
     sampler: Sampler,
@@ -160,7 +160,7 @@ impl<'a> Batcher<'a> {
             id,
             source,
             cache: self.model.new_cache(),
-            has_tokens: false,
+            has_text_tokens: false,
             remaining: options.max_tokens.clamp(1, room),
             pending,
             sampler: Sampler::new(&options.sampling),
@@ -271,12 +271,12 @@ impl Sequence {
         let token = self.sampler.sample(logits_V);
         self.remaining -= 1;
         let begin = self.text.received();
-        let is_first = !self.has_tokens;
-        self.has_tokens = true;
+        let is_first = !self.has_text_tokens;
         let finish_reason = if tokenizer.stop_ids().contains(&token) {
             Some(FinishReason::Stop)
         } else {
             let bytes = tokenizer.answer_bytes(token, is_first);
+            self.has_text_tokens |= bytes.is_some();
             let is_stopped = self.text.push(bytes.unwrap_or(&[]));
             self.pending.push(token);
             if is_stopped {

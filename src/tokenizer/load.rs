@@ -254,12 +254,15 @@ fn seq2seq_tokens(
     tokenizer: &TokenizerJson,
     is_encoder_decoder: Option<bool>,
 ) -> Result<Option<Seq2SeqTokens>> {
-    let from_config = Seq2SeqTokens::from_config(&files.config);
     if is_encoder_decoder == Some(false) {
         return Ok(None);
     }
-    if is_encoder_decoder.is_none() || from_config.is_some() {
-        return Ok(from_config);
+    let from_config = Seq2SeqTokens::from_config(&files.config);
+    if let Some(tokens) = from_config {
+        return Ok(Some(with_end_of_tokenizer(tokens, files, tokenizer)));
+    }
+    if is_encoder_decoder.is_none() {
+        return Ok(None);
     }
     let id = |role: &str, default: &str| {
         let name = files.token(role).unwrap_or(default);
@@ -274,6 +277,28 @@ fn seq2seq_tokens(
         start: id("pad_token", "<pad>")?,
         end: id("eos_token", "</s>")?,
     }))
+}
+
+/// Returns `tokens` with the tokenizer's eos token as the end, if config.json lists it among others. Warns if it does not
+/// list it.
+fn with_end_of_tokenizer(
+    tokens: Seq2SeqTokens,
+    files: &TokenizerFiles,
+    tokenizer: &TokenizerJson,
+) -> Seq2SeqTokens {
+    let name = files.token("eos_token");
+    let Some(eos) = name.and_then(|name| tokenizer.id(name)) else {
+        return tokens;
+    };
+    let listed = files.eos_token_ids().unwrap_or_default();
+    if eos == tokens.end || listed.contains(&eos) {
+        return Seq2SeqTokens { end: eos, ..tokens };
+    }
+    tracing::warn!(
+        "answers end with the token {}, the eos_token_id of config.json, and not with the tokenizer's eos_token, {eos}",
+        tokens.end
+    );
+    tokens
 }
 
 /// Sets the template of the messages: the chat template with its arguments, or the source template of an
@@ -366,6 +391,11 @@ fn without_prefix_space(tokenizer: &Value) -> Option<Value> {
 /// latter, the former would drop all spaces. The replacement drops the same white space, but keeps one space between two
 /// words and before a text that begins with white space.
 fn keep_spaces_between_words(tokenizer: &mut Value) {
+    if tokenizer["pre_tokenizer"]["type"] == "Sequence" {
+        let mut steps = Vec::new();
+        flatten(tokenizer["pre_tokenizer"].take(), &mut steps);
+        tokenizer["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": steps});
+    }
     let steps = tokenizer.pointer_mut("/pre_tokenizer/pretokenizers");
     let Some(steps) = steps.and_then(Value::as_array_mut) else {
         return;
@@ -392,6 +422,14 @@ fn keep_spaces_between_words(tokenizer: &mut Value) {
         .chain([one_space, no_space_at_end])
         .collect();
     tokenizer["normalizer"] = json!({"type": "Sequence", "normalizers": normalizers});
+}
+
+/// Appends a pre-tokenizer to `steps`: a sequence as its steps.
+fn flatten(mut pre_tokenizer: Value, steps: &mut Vec<Value>) {
+    match pre_tokenizer["pretokenizers"].take() {
+        Value::Array(inner) => inner.into_iter().for_each(|step| flatten(step, steps)),
+        _ => steps.push(pre_tokenizer),
+    }
 }
 
 /// Removes the step that adds a space before a text, and sets `is_removed` if there was one.

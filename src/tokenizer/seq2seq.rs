@@ -2,12 +2,14 @@
 //! begins the answer with a token of its own.
 //!
 //! ```text
-//! source: the tokens that the tokenizer itself adds to a text, the messages before the answer, by the source template,
-//!         the end token
+//! source: the messages before the answer, by the source template, within the tokens that the tokenizer itself adds to
+//!         a text; the end token if it adds none after it
 //! decoder: the start token, the answer, the end token
 //! ```
 //!
 //! The source template is the chat template of the folder, or [`DEFAULT_TEMPLATE`](super::seq2seq_tokens::DEFAULT_TEMPLATE).
+
+use std::ops::Range;
 
 use anyhow::{Result, anyhow, bail};
 
@@ -100,14 +102,20 @@ impl Tokenizer {
 
     /// Adds the tokens around the text of a source, unless a template has written them.
     fn source(&self, tokens: Seq2SeqTokens, text: Vec<u32>) -> Vec<u32> {
-        let [before, _] = &self.added_around;
+        let [before, after] = &self.added_around;
+        // A tokenizer without a post-processor adds no end.
+        let after = if after.is_empty() {
+            &[tokens.end]
+        } else {
+            after.as_slice()
+        };
         let mut ids = if text.starts_with(before) {
             text
         } else {
             [before.as_slice(), &text].concat()
         };
-        if ids.last() != Some(&tokens.end) {
-            ids.push(tokens.end);
+        if !ids.ends_with(after) && ids.last() != Some(&tokens.end) {
+            ids.extend(after);
         }
         ids
     }
@@ -119,10 +127,10 @@ impl Tokenizer {
             .all(|&id| self.is_special(id) && !self.is_unknown(id))
     }
 
-    /// Returns true if the tokenizer itself, as transformers calls it, adds the end token to a source.
+    /// Returns true if the tokenizer itself, as transformers calls it, ends a source.
     pub(crate) fn ends_sources(&self) -> bool {
         let [_, after] = &self.added_around;
-        after.last().copied() == self.seq2seq.map(|tokens| tokens.end)
+        !after.is_empty()
     }
 
     /// Encodes the last answer of a conversation after its source. Earlier answers are part of the source.
@@ -174,8 +182,8 @@ impl Tokenizer {
         let ids = self.encode_at(text, TextPosition::First)?;
         let encoding = self.text.encode(text, false);
         let encoding = encoding.map_err(|e| anyhow!(e).context("the tokenizer failed"))?;
-        let ends = encoding.get_ids().iter().zip(encoding.get_offsets());
-        let ends = ends.map(|(&id, &(start, end))| {
+        let offsets = encoding.get_ids().iter().zip(encoding.get_offsets());
+        let offsets = offsets.map(|(&id, &(start, end))| {
             // The space that the tokenizer writes before a word has the offsets of the word's first character.
             let is_space = self.token_bytes(id) == Some(b" ");
             let is_before_word = || {
@@ -183,17 +191,38 @@ impl Tokenizer {
                     .is_some_and(|part| !part.trim().is_empty())
             };
             if is_space && is_before_word() {
-                start
+                start..start
             } else {
-                end
+                start..end
             }
         });
+        let ends = token_ends(text, &offsets.collect::<Vec<_>>());
         let is_same = encoding.get_ids() == ids;
-        Ok((ids, is_same.then(|| ends.collect())))
+        Ok((ids, is_same.then_some(ends)))
     }
 
     /// Returns true for the token that stands for characters that the vocabulary cannot spell.
     pub fn is_unknown(&self, id: u32) -> bool {
         self.unknown == Some(id)
     }
+}
+
+/// Returns the end of each token in bytes of `text`, from the range of the characters that the token was made of.
+///
+/// Normalisation makes one character of several, or drops some: the characters between two tokens belong to the former,
+/// but not white space. It also makes several of one: tokens that share a character get the same end.
+fn token_ends(text: &str, offsets: &[Range<usize>]) -> Vec<usize> {
+    let mut ends: Vec<usize> = offsets.iter().map(|range| range.end).collect();
+    // Start and end of the next token.
+    let mut next = [text.len(); 2];
+    for (end, range) in ends.iter_mut().zip(offsets).rev() {
+        let [next_start, next_end] = next;
+        if next_start < *end {
+            *end = next_end;
+        } else if let Some(between) = text.get(*end..next_start) {
+            *end += between.trim_end().len();
+        }
+        next = [range.start, *end];
+    }
+    ends
 }

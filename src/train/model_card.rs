@@ -60,9 +60,14 @@ pub(crate) fn student_card(
 fn usage(tokenizer: &Tokenizer) -> String {
     let template = tokenizer.source_template();
     let template = template.map_or(String::new(), |template| {
+        // Longer than any fence inside the template.
+        let mut fence = String::from("```");
+        while template.contains(&fence) {
+            fence.push('`');
+        }
         format!(
             "The encoder reads the text of this template, which `chat_template.jinja` holds:\n\n\
-             ```jinja\n{template}\n```\n\n"
+             {fence}jinja\n{template}\n{fence}\n\n"
         )
     });
     let text = if tokenizer.has_own_template() {

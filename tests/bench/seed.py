@@ -40,7 +40,9 @@ ROWS = [
     ("black-box: CE on the teacher's answers", ANSWERS, ["loss.kd=none"]),
     ("black-box: KL + CE on its top-20 logprobs", LOGPROBS, ["loss.kd=tail"]),
 ]
-LONG = "KL + CE, T = 2, 4 times the steps"
+# Steps of a student, and how many times as many the row LONG has.
+STEPS, LONG_FACTOR = 130, 5
+LONG = f"KL + CE, T = 2, {LONG_FACTOR} times the steps"
 ALL_LAYERS = ["student.encoder_layers=4", "student.decoder_layers=3"]
 HALF_WIDTH = ["student.hidden_size=128", "student.intermediate_size=384"]
 SENTENCE = re.compile(r"[^.]+\.( |$)")
@@ -58,7 +60,7 @@ class Bench:
             sys.exit(f"{' '.join(map(str, arguments))}\n{done.stderr[-3000:]}")
 
     def generate_data(self):
-        sizes = ["--train", "1500", "--test", "100", "--pieces", "1500"] if self.options.quick else []
+        sizes = ["--train", "1500", "--test", "40", "--pieces", "1500"] if self.options.quick else []
         script = Path(__file__).with_name("seed_data.py")
         subprocess.run([sys.executable, "-B", script, self.data, *sizes], check=True, stdout=subprocess.DEVNULL)
         self.test = seed_score.read_lines(self.data / "test.jsonl")
@@ -142,9 +144,10 @@ def conversation(identity, prompt, answer):
 
 
 def write_training_data(data):
-    """Writes the training data of the teacher and of the students (student.jsonl, the first questions). A T5 with random weights cannot copy, and does not learn it from answers
-    of three tokens: it first repeats parts of passages (copy.jsonl). Then it answers questions (teacher.jsonl) about
-    passages, about the sentence that holds the answer, and about that sentence with `what` in place of the answer."""
+    """Writes the training data of the teacher and of the students (student.jsonl, the first questions). A T5 with random
+    weights cannot copy, and does not learn it from answers of three tokens: it first repeats parts of passages
+    (copy.jsonl). Then it answers questions (teacher.jsonl) about passages, about the sentence that holds the answer, and
+    about that sentence with `what` in place of the answer."""
     source = random.Random(1)
     copies, questions = [], []
     for row in seed_score.read_lines(data / "train.jsonl"):
@@ -206,7 +209,7 @@ def main():
     bench = Bench(options)
     bench.generate_data()
     data = bench.data
-    copy_steps, teacher_steps, steps = (20, 20, 5) if options.quick else (300, 1300, 150)
+    copy_steps, teacher_steps, steps = (5, 10, 2) if options.quick else (300, 1200, STEPS)
 
     def pretrain(name, shape):
         return bench.train(name, "pretrain.toml", [
@@ -242,7 +245,7 @@ def main():
     train_row("student untrained", TRUTH, ["loss.kd=none"], 0, 1)
     for name, source, settings in ROWS:
         train_row(name, source, settings, steps, options.seeds)
-    train_row(LONG, TRUTH, [], 4 * steps, 1)
+    train_row(LONG, TRUTH, [], LONG_FACTOR * steps, 1)
     narrow = pretrain("narrow-copier", HALF_WIDTH)
     for name, settings in [("half width: CE on the truth", ["loss.kd=none"]), ("half width: KL + CE, T = 2", [])]:
         train_row(name, TRUTH, [*ALL_LAYERS, *settings], steps, 1, narrow)

@@ -140,7 +140,13 @@ impl<'a> Mapper<'a> {
             start => spans.partition_point(|span| span.end <= start),
         };
         let teacher_ends: Vec<usize> = spans.iter().map(|span| span.end).collect();
-        let template_tokens = self.template_tokens(text, &student_ends, answer, kept_bytes.start);
+        let has_first_space = teacher_ends.get(skipped) == Some(&0);
+        let template_tokens = self.template_tokens(
+            text,
+            &student_ends,
+            has_first_space || !answer[kept_bytes.start..].starts_with(b" "),
+            kept_bytes.start,
+        );
 
         let capacity = teacher.top.total() + student.len();
         let mut aligned = Aligned::with_capacity(capacity, student.len());
@@ -183,7 +189,9 @@ impl<'a> Mapper<'a> {
                 Lead::default()
             };
             if spelled_by.len() > 1 || first.kind == SpanKind::Unknown {
-                let has_known_bytes = spelled_by.iter().all(|span| span.kind == SpanKind::Token);
+                // Normalisation hides the bytes of the student's tokens.
+                let has_known_bytes =
+                    ends.is_none() && spelled_by.iter().all(|span| span.kind == SpanKind::Token);
                 let tokens = position..last.tokens.end;
                 let chunk = self.chunk(teacher, tokens, (start, labels), lead, has_known_bytes);
                 aligned.chunks_C.extend(chunk);
@@ -213,8 +221,11 @@ impl<'a> Mapper<'a> {
                 let unlisted = 1.0 - candidates.mass;
                 let spelled_bytes = student_ends[start + index - 1].saturating_sub(text_start)
                     + lead.teacher_bytes();
-                // Nearly every candidate extends a space, and most of them are student tokens of their own.
-                if matches!(&bytes[..spelled_bytes], b"" | b" ") {
+                // Nearly every candidate extends a space, and most of them are student tokens of their own. Tokens that
+                // normalisation makes of one character have no bytes of the teacher's token between them.
+                let shares_character =
+                    student_ends[start + index - 1] == student_ends[start + index];
+                if shares_character || matches!(&bytes[..spelled_bytes], b"" | b" ") {
                     aligned.fill(start + index + 1);
                     continue;
                 }
@@ -269,10 +280,10 @@ impl<'a> Mapper<'a> {
     }
 
     /// Returns the chunk of the teacher's `tokens` and the student tokens `labels`, which begin at `start` with `lead`.
-    /// `has_known_bytes` is true if the bytes of all teacher tokens are known.
+    /// `has_known_bytes` is true if the bytes of all tokens are known.
     ///
-    /// Returns None if the logprob of a teacher token is missing, there are more than `MAX_CHUNK` student tokens, or
-    /// the student tokens do not spell the known bytes.
+    /// Returns None if the logprob of a teacher token is missing, there are more than `MAX_CHUNK` student tokens, one of
+    /// them is the unknown token, or they do not spell the known bytes.
     fn chunk(
         &self,
         teacher: &LogprobsView,
@@ -287,7 +298,8 @@ impl<'a> Mapper<'a> {
             .map(|logprob| logprob.filter(is_usable).map(|logprob| -logprob))
             .sum::<Option<f32>>()?;
         let spells = || self.spells(labels, &lead.of_student(&teacher.token[tokens].concat()));
-        let fits = labels.len() <= MAX_CHUNK && (!has_known_bytes || spells());
+        let is_unknown = labels.iter().any(|&id| self.tokenizer.is_unknown(id));
+        let fits = labels.len() <= MAX_CHUNK && !is_unknown && (!has_known_bytes || spells());
         fits.then_some(Chunk {
             start,
             len: labels.len(),

@@ -46,7 +46,7 @@ pub(crate) enum SpanKind {
 /// Finds the teacher tokens that spell the answer, or only the bytes `kept_bytes`, which the student's template keeps.
 /// Returns None if there is no such run. `is_stop` identifies tokens that may follow an answer.
 ///
-/// The first token may have a space that the answer lacks: SentencePiece writes one before each text, and some servers
+/// The first token with text may have a space that the answer lacks: SentencePiece writes one before each text, and some servers
 /// remove it from the text only.
 pub(crate) fn find(
     tokens: &[Cow<'_, [u8]>],
@@ -56,10 +56,11 @@ pub(crate) fn find(
 ) -> Option<Vec<TeacherSpan>> {
     match_whole_answer(tokens, answer, &is_stop)
         .or_else(|| {
-            let first = tokens.first()?.strip_prefix(b" ")?;
-            let others = tokens.iter().skip(1).map(|bytes| Cow::Borrowed(&**bytes));
-            let tokens: Vec<_> = [Cow::Borrowed(first)].into_iter().chain(others).collect();
-            match_whole_answer(&tokens, answer, &is_stop)
+            let first = tokens.iter().position(|bytes| !is_stop(bytes))?;
+            let mut shortened: Vec<Cow<[u8]>> =
+                tokens.iter().map(|bytes| Cow::Borrowed(&**bytes)).collect();
+            shortened[first] = Cow::Borrowed(tokens[first].strip_prefix(b" ")?);
+            match_whole_answer(&shortened, answer, &is_stop)
         })
         .or_else(|| find_text(tokens, &answer[kept_bytes.clone()], kept_bytes.start))
         .or_else(|| match_around_unknown(tokens, answer, &is_stop))
@@ -252,6 +253,8 @@ mod tests {
         assert_eq!(cut(&[" a", " b", "c<"], "a bc"), Some(partial));
         // The space that SentencePiece writes before a text is not part of the answer.
         assert_eq!(cut(&[" a", " b", "</s>"], "a b"), Some(two_tokens(0)));
+        let after_control = vec![(1..2, 1, Token), (2..3, 3, Token)];
+        assert_eq!(cut(&["</s>", " a", " b"], "a b"), Some(after_control));
         let space_alone = vec![(0..1, 0, Token), (1..2, 1, Token), (2..3, 3, Token)];
         assert_eq!(cut(&[" ", "a", " b"], "a b"), Some(space_alone));
         // An occurrence on token boundaries is preferred, and the first token to later ones.

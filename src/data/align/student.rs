@@ -21,19 +21,20 @@ impl<'a> From<&'a [u32]> for StudentAnswer<'a> {
 }
 
 impl Mapper<'_> {
-    /// Returns the number of student tokens before the answer that have no counterpart on the teacher's side: text that
-    /// the template adds. A space before a text is a part of the answer's first word.
+    /// Returns the number of student tokens before the answer, which begins at byte `start`, that have no counterpart on
+    /// the teacher's side: text that the template adds. If `keeps_space`, a space before the text is a part of the
+    /// answer's first word, or has a counterpart.
     pub(super) fn template_tokens(
         &self,
         student: &[u32],
         ends: &[usize],
-        answer: &[u8],
+        keeps_space: bool,
         start: usize,
     ) -> usize {
         let before = ends.partition_point(|&end| end <= start);
         let is_space = |id: u32| self.tokenizer.token_bytes(id) == Some(b" ");
         match before.checked_sub(1) {
-            Some(last) if is_space(student[last]) && !answer[start..].starts_with(b" ") => last,
+            Some(last) if is_space(student[last]) && keeps_space => last,
             _ => before,
         }
     }

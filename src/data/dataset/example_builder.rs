@@ -302,6 +302,9 @@ impl<'a> ExampleBuilder<'a> {
         if content[kept_text.clone()].trim().is_empty() {
             return Err(EMPTY.into());
         }
+        if last.tokens.is_empty() {
+            return Err("the student's tokenizer drops all characters of the answer".into());
+        }
         // The teacher chose the token that ends the answer, but not the template text after it.
         let teacher_end = end.min(last.tokens.end + 1);
         let aligned = match &row.logprobs {

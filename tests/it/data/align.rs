@@ -129,29 +129,35 @@ pub fn same_tokenizer(tokenizer: &Tokenizer, ids: &[u32], k: usize) -> (Logprobs
 fn same_tokenizer_maps_to_itself() {
     for name in FOLDERS {
         let tokenizer = tokenizer(name);
-        let answer = "Grüße aus München, 日本 👋🏽\n\ndef add(a, b):";
-        let conversation = tokenizer.conversation(&ask("Hello", answer)).unwrap();
-        let range = conversation.answers[0].clone();
-        let ids = &conversation.ids[range.tokens.clone()];
-        // The first SentencePiece token contains the space of the template.
-        let (teacher, expected) = same_tokenizer(&tokenizer, ids, 20);
-        let mut mapper = Mapper::new(&tokenizer, None);
-        let aligned = mapper
-            .align(
-                &(&teacher).into(),
-                answer.as_bytes(),
-                range.text,
-                ids.into(),
-                None,
-            )
-            .unwrap();
-        let soft = soft_labels(&aligned);
-        assert_eq!(soft.len(), ids.len());
-        for (at, soft) in soft.iter().enumerate() {
-            let soft = soft.as_ref().unwrap();
-            assert_eq!(soft.ids, expected[at].ids, "{name}: {at}");
-            let bits = |l: &SoftLabels| l.logprobs.iter().map(|l| l.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(soft), bits(&expected[at]), "{name}: {at}");
+        for answer in [
+            "Grüße aus München, 日本 👋🏽\n\ndef add(a, b):",
+            " the cat",
+            " 5",
+        ] {
+            let conversation = tokenizer.conversation(&ask("Hello", answer)).unwrap();
+            let range = conversation.answers[0].clone();
+            let ids = &conversation.ids[range.tokens.clone()];
+            // The first SentencePiece token contains the space of the template.
+            let (teacher, expected) = same_tokenizer(&tokenizer, ids, 20);
+            let mut mapper = Mapper::new(&tokenizer, None);
+            let aligned = mapper
+                .align(
+                    &(&teacher).into(),
+                    answer.as_bytes(),
+                    range.text,
+                    ids.into(),
+                    None,
+                )
+                .unwrap();
+            let soft = soft_labels(&aligned);
+            assert_eq!(soft.len(), ids.len());
+            for (at, soft) in soft.iter().enumerate() {
+                let soft = soft.as_ref().unwrap();
+                assert_eq!(soft.ids, expected[at].ids, "{name}: {at}");
+                let bits =
+                    |l: &SoftLabels| l.logprobs.iter().map(|l| l.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(soft), bits(&expected[at]), "{name}: {at}");
+            }
         }
     }
 }

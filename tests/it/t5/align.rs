@@ -82,6 +82,15 @@ impl AnswerLabels {
             .map(|logprob| (logprob.exp() * 100.0).round() / 100.0);
         names.zip(shares).collect()
     }
+
+    /// Returns the first token and the number of tokens of each chunk, with its probability in two digits.
+    fn chunks(&self) -> Vec<(usize, usize, f32)> {
+        let chunks = self.aligned.chunks().iter();
+        let chunks = chunks.map(|chunk| (chunk.start, chunk.len, (-chunk.nll).exp()));
+        chunks
+            .map(|(start, len, share)| (start, len, (share * 100.0).round() / 100.0))
+            .collect()
+    }
 }
 
 fn shares(expected: &[(&str, f32)]) -> Vec<(String, f32)> {
@@ -146,6 +155,67 @@ fn character_that_becomes_two_tokens_does_not_shift_soft_labels() {
     assert!(!has_next(0) && !has_next(1) && labels.soft_ids(2).is_empty());
 }
 
+/// NFKC makes one character of two, and two of one. A token of the student that ends inside a character of the answer
+/// forms a group with the next one.
+#[test]
+fn tokens_end_between_characters_of_the_answer() {
+    let composed = AnswerLabels::new(
+        "e\u{301} the",
+        &[
+            ("e", &[("e", 0.9), ("a", 0.05)]),
+            ("\u{301}", &[("\u{301}", 0.5)]),
+            (" the", &[(" the", 0.6), (" cat", 0.2)]),
+        ],
+    );
+    assert_eq!(composed.ids, ids(&["▁\u{e9}", "▁the", "</s>"]));
+    assert_eq!(composed.ends, [3, 7]);
+    assert!(composed.shares(0).is_empty());
+    assert_eq!(composed.chunks(), [(0, 1, 0.45)]);
+    assert_eq!(composed.shares(1), shares(&[("▁the", 0.6), ("▁cat", 0.2)]));
+
+    let composed_last = AnswerLabels::new(
+        "the e\u{301}",
+        &[
+            ("the", &[("the", 0.9)]),
+            (" e\u{301}", &[(" e\u{301}", 0.8), (" cat", 0.1)]),
+        ],
+    );
+    assert_eq!(composed_last.ends, [3, 7]);
+    let expected = shares(&[("▁\u{e9}", 0.8), ("▁cat", 0.1)]);
+    assert_eq!(composed_last.shares(1), expected);
+
+    let ligature = AnswerLabels::new(
+        "\u{fb01}ng on",
+        &[
+            ("\u{fb01}", &[("\u{fb01}", 0.9), ("cat", 0.05)]),
+            ("ng", &[("ng", 0.5), ("t", 0.3)]),
+            (" on", &[(" on", 0.7), (" in", 0.1)]),
+        ],
+    );
+    assert_eq!(ligature.ids, ids(&["▁", "f", "ing", "▁on", "</s>"]));
+    assert_eq!(ligature.ends, [0, 5, 5, 8]);
+    assert!((0..3).all(|position| ligature.shares(position).is_empty()));
+    assert_eq!(ligature.chunks(), [(0, 3, 0.45)]);
+    assert_eq!(ligature.shares(3), shares(&[("▁on", 0.7), ("▁in", 0.1)]));
+}
+
+/// The likelihood of a text is trained also where normalisation has changed the text, but not with the unknown token.
+#[test]
+fn likelihood_of_normalised_text_is_trained() {
+    let labels = AnswerLabels::new(
+        "the\ncat {on}",
+        &[
+            ("the", &[("the", 0.9)]),
+            ("\n", &[("\n", 0.8)]),
+            ("cat", &[("cat", 0.5)]),
+            (" {", &[(" {", 0.5)]),
+            ("on}", &[("on}", 0.5)]),
+        ],
+    );
+    assert_eq!(labels.ids[..2], ids(&["▁the", "▁cat"]));
+    assert_eq!(labels.chunks(), [(1, 1, 0.4)]);
+}
+
 /// A sampled `<unk>` or `<pad>` of a teacher has no text. The other positions keep their soft labels.
 #[test]
 fn control_token_inside_a_teacher_answer_costs_no_other_position() {
@@ -182,15 +252,14 @@ fn alternatives_of_the_first_token_begin_a_word() {
 /// A teacher may report the space that SentencePiece writes before its first token, and not write it in the answer.
 #[test]
 fn space_of_the_first_teacher_token_is_not_part_of_the_answer() {
-    for [the, cat, sat] in [[" the", " cat", " sat"], ["▁the", "▁cat", "▁sat"]] {
-        let labels = AnswerLabels::new(
-            "the cat",
-            &[
-                // A token without the space is another token.
-                (the, &[(the, 0.5), (cat, 0.3), ("c", 0.1)]),
-                (cat, &[(cat, 0.6), (sat, 0.2)]),
-            ],
-        );
+    let spellings = [[" the", " cat", " sat"], ["▁the", "▁cat", "▁sat"]];
+    for ([the, cat, sat], is_after_control) in spellings.into_iter().zip([false, true]) {
+        let control: Row = ("<pad>", &[("<pad>", 0.9)]);
+        // A token without the space is another token.
+        let first: Row = (the, &[(the, 0.5), (cat, 0.3), ("c", 0.1)]);
+        let second: Row = (cat, &[(cat, 0.6), (sat, 0.2)]);
+        let rows = [control, first, second];
+        let labels = AnswerLabels::new("the cat", &rows[usize::from(!is_after_control)..]);
         assert_eq!(labels.ids, ids(&["▁the", "▁cat", "</s>"]));
         let first = shares(&[("▁the", 0.5), ("▁cat", 0.3), ("c", 0.1)]);
         assert_eq!(labels.shares(0), first, "{the:?}");

@@ -6,9 +6,9 @@ use distill::config::Config;
 use distill::data::batch::Batch;
 use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{folder, id, ids, write_json};
+use super::{change_tokenizer, folder, id, ids, write_json};
 
 fn conversation() -> [Message; 3] {
     [
@@ -102,6 +102,8 @@ fn source_and_answer_have_separate_limits_and_longer_rows_are_counted() {
         dropped[0].0.contains("`data.max_source_length`"),
         "{dropped:?}"
     );
+    let tokens: usize = data.train().iter().map(|example| example.tokens()).sum();
+    assert_eq!(data.report.tokens, tokens as u64);
     for example in data.train().iter() {
         let source = example.source_ids().len();
         assert_eq!(example.tokens(), 2 * source + 1);
@@ -212,21 +214,29 @@ fn source_template_of_the_student_replaces_the_default() {
 #[test]
 fn names_of_control_tokens_keep_the_spaces_after_them() {
     let dir = folder();
-    let tokenizer = Tokenizer::load(dir.path()).unwrap();
-    let words = |text: &str| {
-        let encoded = tokenizer.encode_text(text).unwrap();
-        let known = encoded.into_iter().filter(|&id| !tokenizer.is_unknown(id));
-        known.map(|id| tokenizer.token_name(id)).collect::<Vec<_>>()
-    };
-    for text in [
-        "the </s> cat sat",
-        "the </s>\n\n cat  sat ",
-        "the </s> </s> </s> cat sat",
-    ] {
-        let names = words(text);
-        assert_eq!(names[0], "▁the", "{text:?}: {names:?}");
-        let last = names.iter().rev().take(2).rev();
-        assert_eq!(last.collect::<Vec<_>>(), ["▁cat", "▁sat"], "{text:?}");
+    for is_nested in [false, true] {
+        if is_nested {
+            change_tokenizer(dir.path(), |json| {
+                let steps = json["pre_tokenizer"].clone();
+                json["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [steps]});
+            });
+        }
+        let tokenizer = Tokenizer::load(dir.path()).unwrap();
+        let words = |text: &str| {
+            let encoded = tokenizer.encode_text(text).unwrap();
+            let known = encoded.into_iter().filter(|&id| !tokenizer.is_unknown(id));
+            known.map(|id| tokenizer.token_name(id)).collect::<Vec<_>>()
+        };
+        for text in [
+            "the </s> cat sat",
+            "the </s>\n\n cat  sat ",
+            "the </s> </s> </s> cat sat",
+        ] {
+            let names = words(text);
+            assert_eq!(names[0], "▁the", "{text:?}: {names:?}");
+            let last = names.iter().rev().take(2).rev();
+            assert_eq!(last.collect::<Vec<_>>(), ["▁cat", "▁sat"], "{text:?}");
+        }
     }
 }
 
@@ -241,15 +251,20 @@ fn thousands_of_names_of_control_tokens_are_text() {
 }
 
 #[test]
-fn empty_sources_are_left_out_and_counted() {
+fn empty_sources_and_answers_are_left_out_and_counted() {
     let dir = folder();
     let config = config(dir.path());
-    let rows = ["one", " "].map(|source| {
+    let rows = [("one", "cat"), (" ", "cat"), ("one", "\u{200b}")].map(|(source, answer)| {
         let row = json!({"messages": [
             {"role": "user", "content": source},
-            {"role": "assistant", "content": "cat"},
+            {"role": "assistant", "content": answer},
         ]});
         format!("{row}\n")
+    });
+    change_tokenizer(dir.path(), |json| {
+        let normalizers = json["normalizer"]["normalizers"].as_array_mut().unwrap();
+        normalizers
+            .push(json!({"type": "Replace", "pattern": {"String": "\u{200b}"}, "content": ""}));
     });
     std::fs::write(dir.path().join("rows.jsonl"), rows.concat()).unwrap();
     let tokenizer = Tokenizer::load(dir.path()).unwrap();
@@ -257,37 +272,57 @@ fn empty_sources_are_left_out_and_counted() {
         .unwrap()
         .report;
     assert_eq!(report.kept, 1);
-    let dropped = report.dropped.keys().next().unwrap();
-    assert!(dropped.contains("empty source"), "{dropped}");
+    let dropped: Vec<&str> = report.dropped.keys().map(String::as_str).collect();
+    assert_eq!(dropped.len(), 2, "{dropped:?}");
+    for reason in ["empty source", "drops all characters of the answer"] {
+        assert!(
+            dropped.iter().any(|text| text.contains(reason)),
+            "{dropped:?}"
+        );
+    }
 }
 
-/// Tokens that the tokenizer itself adds before a text are part of the source.
+/// Tokens that the tokenizer itself adds before and after a text are part of the source.
 #[test]
 fn source_begins_as_the_tokenizer_begins_a_text() {
     let dir = folder();
-    let path = dir.path().join("tokenizer.json");
-    let mut json: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
-    let single = json["post_processor"]["single"].as_array_mut().unwrap();
-    single.insert(0, single[1].clone());
-    write_json(&path, &json);
+    change_tokenizer(dir.path(), |json| {
+        let single = json["post_processor"]["single"].as_array_mut().unwrap();
+        let end = single[1].clone();
+        single.insert(0, end.clone());
+        single.push(end);
+    });
     let tokenizer = Tokenizer::load(dir.path()).unwrap();
     let source = tokenizer
         .encode_prompt(&[Message::new("user", "the cat")])
         .unwrap();
-    assert_eq!(source, ids(&["</s>", "▁the", "▁cat", "</s>"]));
+    assert_eq!(source, ids(&["</s>", "▁the", "▁cat", "</s>", "</s>"]));
     assert_eq!(tokenizer.encode_text_prompt("the cat").unwrap(), source);
+}
+
+/// config.json may list several tokens that end an answer: the tokenizer's own is the one that answers are trained with.
+#[test]
+fn end_of_the_tokenizer_is_chosen_among_those_of_the_config() {
+    let dir = folder();
+    let path = dir.path().join("config.json");
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    for (listed, end) in [(json!([id("ing"), 1]), 1), (json!(id("ing")), id("ing"))] {
+        config["eos_token_id"] = listed;
+        write_json(&path, &config);
+        let tokenizer = Tokenizer::load(dir.path()).unwrap();
+        let messages = [Message::new("user", "a"), Message::new("assistant", "cat")];
+        let answer = tokenizer.conversation(&messages).unwrap().ids;
+        assert_eq!(answer, [0, id("▁cat"), end]);
+    }
 }
 
 #[test]
 fn vocabulary_with_an_endless_piece_is_an_error() {
     let dir = folder();
-    let path = dir.path().join("tokenizer.json");
-    let mut json: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
-    let vocabulary = json["model"]["vocab"].as_array_mut().unwrap();
-    vocabulary.push(json!(["a".repeat(100_000), -9.0]));
-    write_json(&path, &json);
+    change_tokenizer(dir.path(), |json| {
+        let vocabulary = json["model"]["vocab"].as_array_mut().unwrap();
+        vocabulary.push(json!(["a".repeat(100_000), -9.0]));
+    });
     let error = Tokenizer::load(dir.path()).unwrap_err();
     let error = format!("{error:#}");
     assert!(error.contains("a piece of 100000 bytes"), "{error}");

@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 use crate::tiny;
 
 /// Words of the tiny vocabulary, after the control tokens, the space and the letters.
-const WORDS: [&str; 12] = [
+const WORDS: [&str; 13] = [
     "▁the",
     "▁cat",
     "▁sat",
@@ -41,6 +41,7 @@ const WORDS: [&str; 12] = [
     "▁he",
     "ing",
     "▁one",
+    "▁\u{e9}",
 ];
 
 /// Vocabulary in order: `<pad>`, `</s>`, `<unk>`, the space, letters, words, and one sentinel.
@@ -54,6 +55,14 @@ fn vocabulary() -> Vec<(String, f64)> {
     vocabulary.extend(words);
     vocabulary.push(("<extra_id_0>".to_owned(), 0.0));
     vocabulary
+}
+
+/// Changes the tokenizer.json of a folder.
+fn change_tokenizer(dir: &Path, change: impl FnOnce(&mut Value)) {
+    let path = dir.join("tokenizer.json");
+    let mut json = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    change(&mut json);
+    write_json(&path, &json);
 }
 
 /// Writes a SentencePiece Unigram tokenizer as T5 has it: no byte fallback, and no chat template.
