@@ -52,6 +52,8 @@ pub(crate) struct AccuracyReport {
     pub malformed: usize,
     /// Number of answers that reached `eval.max_tokens`.
     pub cut_off: usize,
+    /// Number of prompts that leave no room for an answer in the model's context. Their answers are empty.
+    pub too_long: usize,
     /// Generated tokens per second, in batches of `eval.batch_size` answers.
     pub tokens_per_s: f64,
 }
@@ -121,7 +123,9 @@ pub(crate) fn run(
         None => tokenizer.clear_date(),
     }
     let load_teacher = || {
-        let dir = config.teacher.local.as_ref();
+        let cotrained = config.cotrained_teacher_dir();
+        let cotrained = Some(&cotrained).filter(|dir| config.teacher.cotrain && dir.exists());
+        let dir = cotrained.or(config.teacher.local.as_ref());
         dir.map(|dir| local_teacher::load_frozen(dir, &tokenizer, &config.train))
             .transpose()
     };
@@ -227,14 +231,17 @@ fn compare_with_truth(
         accuracy: 0.0,
         malformed: 0,
         cut_off: 0,
+        too_long: 0,
         tokens_per_s: tokens as f64 / seconds,
     };
-    for (answer, (_, expected)) in answers.iter().zip(rows) {
+    for ((answer, (_, expected)), prompt) in answers.iter().zip(rows).zip(&prompts) {
         report.correct += usize::from(is_correct(settings.matching, &answer.text, expected));
         report.malformed += usize::from(
             settings.matching == AnswerMatching::Json && parse_json(&answer.text).is_none(),
         );
-        report.cut_off += usize::from(answer.finish_reason == FinishReason::Length);
+        let fits = model.config().fits_prompt(prompt.len());
+        report.too_long += usize::from(!fits);
+        report.cut_off += usize::from(fits && answer.finish_reason == FinishReason::Length);
     }
     report.accuracy = report.correct as f64 / report.rows.max(1) as f64;
     Ok(report)

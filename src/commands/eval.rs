@@ -33,12 +33,18 @@ pub fn run(args: &EvalArgs, global: &GlobalArgs) -> Result<()> {
         );
         row("malformed answers", truth.malformed.to_string());
         row("cut off at `eval.max_tokens`", truth.cut_off.to_string());
+        if truth.too_long > 0 {
+            row(
+                "prompts longer than the context",
+                truth.too_long.to_string(),
+            );
+        }
         row("generated tokens/s", format!("{:.0}", truth.tokens_per_s));
     }
     if let Some(teacher) = &report.teacher {
         let number = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.4}"));
         row(
-            "perplexity on the teacher's answers",
+            "perplexity on the held-out answers",
             number(teacher.perplexity),
         );
         row(

@@ -89,6 +89,11 @@ impl Config {
     pub fn student_dir(&self) -> PathBuf {
         self.run_dir.join("student")
     }
+
+    /// Returns the folder of the local teacher after it was trained together with the student.
+    pub fn cotrained_teacher_dir(&self) -> PathBuf {
+        self.run_dir.join("teacher")
+    }
 }
 
 impl Config {

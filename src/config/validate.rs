@@ -239,6 +239,12 @@ impl Config {
             "must be at least 0 and below 1",
         )?;
         check(
+            train.best != BestMetric::Kl || !self.teacher.cotrain,
+            "train.best",
+            "must not be \"kl\" with `teacher.cotrain`, because the distance to a teacher that changes has no best step: \
+             set it to \"ce\" or \"token_accuracy\"",
+        )?;
+        check(
             train.patience == 0 || train.best != BestMetric::Last,
             "train.patience",
             "needs a metric: set `train.best` to \"ce\", \"kl\" or \"token_accuracy\"",

@@ -15,12 +15,12 @@ pub(super) fn validate_student(student: &StudentConfig) -> Result<(), Mistake> {
         "student.init",
         "must be \"layers\" if `student.encoder_layers` or `student.decoder_layers` is set",
     )?;
-    validate_shape(student)?;
     check(
         student.rope_theta.is_finite() && student.rope_theta > 0.0,
         "student.rope_theta",
         "must be finite and above 0",
     )?;
+    validate_shape(student)?;
     check(
         student.init != StudentInit::Random
             || (student.num_attention_heads > 0
@@ -32,10 +32,10 @@ pub(super) fn validate_student(student: &StudentConfig) -> Result<(), Mistake> {
     )
 }
 
-/// Checks that the shape of a student with random weights has only settings of its architecture.
+/// Checks that a shape is set only for a student with random weights, and has only settings of its architecture.
 fn validate_shape(student: &StudentConfig) -> Result<(), Mistake> {
     if student.init != StudentInit::Random {
-        return Ok(());
+        return validate_without_shape(student);
     }
     let is_llama = student.model_type == StudentType::Llama;
     check(
@@ -64,5 +64,32 @@ fn validate_shape(student: &StudentConfig) -> Result<(), Mistake> {
             "is for a llama: a t5 has as many key/value heads as heads, and relative positions; remove it",
         )?;
     }
+    Ok(())
+}
+
+/// Checks that no shape is set for a student whose weights are those of `student.path`.
+fn validate_without_shape(student: &StudentConfig) -> Result<(), Mistake> {
+    macro_rules! check_unset {
+        ($($field:ident),*) => {
+            $(check(
+                student.$field == StudentConfig::default().$field,
+                concat!("student.", stringify!($field)),
+                "is for a student with random weights (`student.init = \"random\"`): the model in `student.path` has its own \
+                 shape, of which `student.decoder_layers` keeps some layers; remove it",
+            )?;)*
+        };
+    }
+    check_unset!(
+        model_type,
+        hidden_size,
+        intermediate_size,
+        num_hidden_layers,
+        num_encoder_layers,
+        num_attention_heads,
+        num_key_value_heads,
+        tie_word_embeddings,
+        rope_theta,
+        max_position_embeddings
+    );
     Ok(())
 }

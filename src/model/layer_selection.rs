@@ -55,8 +55,8 @@ pub fn keep_layers(
     }
     if settings.encoder_layers.is_none() && settings.decoder_layers.is_none() {
         bail!(Exit::Usage(
-            "`student.init` = \"layers\" keeps some layers of the model: set `student.decoder_layers` to their number \
-             or their indices, as in [0, 2, 5]"
+            "`student.init` = \"layers\" keeps some layers of the model: set `student.decoder_layers` \
+             (and `student.encoder_layers`) to their number or their indices, as in [0, 2, 5]"
                 .into()
         ));
     }

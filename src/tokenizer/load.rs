@@ -311,8 +311,8 @@ fn set_template(
 ) -> Result<()> {
     if options.source_template.is_some() && seq2seq.is_none() {
         bail!(Exit::Usage(format!(
-            "`student.source_template` is for an encoder-decoder such as T5, and {} is a decoder with a chat template: \
-             remove it",
+            "`student.source_template` is for an encoder-decoder such as T5, and {} is a decoder, whose \
+             prompts its chat template formats: remove it",
             dir.display()
         )));
     }

@@ -120,20 +120,20 @@ impl LocalTeacher {
         result.context("cannot train the teacher").map(Some)
     }
 
-    /// Writes a co-trained teacher to the folder `teacher` in `run_dir`. Does nothing for a frozen teacher.
+    /// Writes a co-trained teacher to the folder `dir`. Does nothing for a frozen teacher.
     ///
     /// # Errors
     /// If a file cannot be read or written.
-    pub fn save(&self, run_dir: &Path, dtype: SaveDtype, tokenizer: &Tokenizer) -> Result<()> {
+    pub fn save(&self, dir: &Path, dtype: SaveDtype, tokenizer: &Tokenizer) -> Result<()> {
         if self.training.is_none() {
             return Ok(());
         }
         self.trainable.save(
-            &run_dir.join("teacher"),
+            dir,
             &self.trainable.with(self.trainable.trained()?),
             dtype,
             (&self.dir, tokenizer),
-            &model_card::teacher_card(&self.dir, self.trainable.model.config()),
+            &model_card::teacher_card(&self.dir, self.trainable.model.config(), tokenizer),
         )?;
         Ok(())
     }

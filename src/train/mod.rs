@@ -417,7 +417,11 @@ fn train(
         ),
     )?;
     if let Some(teacher) = &training.teacher {
-        teacher.save(&config.run_dir, config.student.save_dtype, &tokenizer)?;
+        teacher.save(
+            &config.cotrained_teacher_dir(),
+            config.student.save_dtype,
+            &tokenizer,
+        )?;
     }
     Ok(summary)
 }

@@ -48,16 +48,15 @@ pub(crate) fn student_card(
         format_count(summary.tokens),
         line("cross-entropy", summary.validation.ce),
         line("KL to the teacher", summary.validation.kl),
-        if tokenizer.is_encoder_decoder() {
-            usage(tokenizer)
-        } else {
-            String::new()
-        },
+        usage(tokenizer),
     )
 }
 
-/// Returns the section of the card that shows how an encoder-decoder is called.
+/// Returns the section of the card that shows how an encoder-decoder is called. It is empty for a decoder.
 fn usage(tokenizer: &Tokenizer) -> String {
+    if !tokenizer.is_encoder_decoder() {
+        return String::new();
+    }
     let template = tokenizer.source_template();
     let template = template.map_or(String::new(), |template| {
         // Longer than any fence inside the template.
@@ -126,12 +125,13 @@ fn teachers(groups: &GroupCounts) -> String {
 }
 
 /// Returns the model card of a co-trained teacher that was loaded from `dir`.
-pub(crate) fn teacher_card(dir: &Path, model: &ModelConfig) -> String {
+pub(crate) fn teacher_card(dir: &Path, model: &ModelConfig, tokenizer: &Tokenizer) -> String {
     format!(
         "{}A {} model, trained from {} by `distill train` as the teacher of the student \
-         beside it, by cross-entropy on the same answers.\n",
+         beside it, by cross-entropy on the same answers.\n{}",
         head(model),
         model.model_type(),
-        model_name(dir)
+        model_name(dir),
+        usage(tokenizer)
     )
 }

@@ -30,6 +30,27 @@ pub struct TrainableModel {
     pub(super) kept_layers: Option<KeptLayers>,
 }
 
+/// Minimum learning rate with `train.scale_parameter` that is not an obvious mistake: most parameters of a T5 are below 0.1.
+const MIN_SCALED_LEARNING_RATE: f64 = 1e-3;
+
+/// Warns about learning rates with which a T5 does not learn.
+fn warn_of_learning_rate(init: StudentInit, shape: &ModelConfig, train: &TrainConfig) {
+    if train.scale_parameter {
+        if train.learning_rate < MIN_SCALED_LEARNING_RATE {
+            tracing::warn!(
+                "`train.learning_rate` = {} is small with `train.scale_parameter`, which multiplies it by the size of each \
+                 parameter: rates of about 0.01 are usual",
+                train.learning_rate
+            );
+        }
+    } else if init == StudentInit::Random && shape.is_encoder_decoder() {
+        tracing::warn!(
+            "a T5 with random weights hardly learns without `train.scale_parameter` = true, and a `train.learning_rate` of \
+             about 0.01"
+        );
+    }
+}
+
 impl TrainableModel {
     /// Loads or initialises the student.
     ///
@@ -71,6 +92,7 @@ impl TrainableModel {
                 variant.encoder_layers
             );
         }
+        warn_of_learning_rate(settings.init, &shape, train);
         let device = device::open(train)?;
         let new_adapters = match adapters.rank {
             0 => Tensors::new(),

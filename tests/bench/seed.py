@@ -2,7 +2,7 @@
 
     seed.py DISTILL [--quick] [--check] [--seeds N] [--dir DIR]
 
-Every model is served by `distill serve`, so answers per second and memory are those of a server.
+Replaces DIR, target/seed by default. Every model is served by `distill serve`, so answers per second and memory are those of a server.
 """
 
 import argparse
@@ -51,8 +51,7 @@ SENTENCE = re.compile(r"[^.]+\.( |$)")
 class Bench:
     def __init__(self, options):
         self.distill, self.dir, self.options = str(Path(options.distill).resolve()), options.dir, options
-        self.data = options.dir / "data"
-        self.test = seed_score.read_lines(self.data / "test.jsonl") if self.data.exists() else []
+        self.data, self.test = options.dir / "data", []
 
     def run(self, *arguments):
         done = subprocess.run([self.distill, *map(str, arguments)], capture_output=True, text=True)
@@ -67,19 +66,16 @@ class Bench:
         write_training_data(self.data)
 
     def train(self, name, config, settings):
-        """Trains a model unless an earlier run did. Returns its folder."""
+        """Trains a model. Returns its folder."""
         run = self.dir / name
-        if not (run / "student/config.json").exists():
-            shutil.rmtree(run, ignore_errors=True)
-            settings = [f"run_dir={run.resolve()}", *settings]
-            flags = [flag for setting in settings for flag in ("--set", setting)]
-            self.run("train", "-c", CONFIGS / config, *flags)
+        settings = [f"run_dir={run.resolve()}", *settings]
+        flags = [flag for setting in settings for flag in ("--set", setting)]
+        self.run("train", "-c", CONFIGS / config, *flags)
         return run / "student"
 
     def harvest(self, model, name, prompts):
         """Asks a served model the prompts with `distill harvest`. Returns the cache folder."""
         run = self.dir / name
-        shutil.rmtree(run, ignore_errors=True)
         config = self.dir / f"{name}.toml"
         with self.served(model) as (address, _):
             config.write_text(f"""run_dir = {json.dumps(str(run.resolve()))}
@@ -205,7 +201,12 @@ def main():
     parser.add_argument("--dir", type=Path, default=Path("target/seed"))
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.dir = 1, options.dir / "quick"
+        options.seeds, options.dir = 1, options.dir.with_name(f"{options.dir.name}-quick")
+    if options.dir.exists():
+        # The models of an earlier run may have had other settings.
+        if not (options.dir / "data/test.jsonl").exists():
+            sys.exit(f"{options.dir} is not a folder of an earlier run: choose another --dir")
+        shutil.rmtree(options.dir)
     bench = Bench(options)
     bench.generate_data()
     data = bench.data

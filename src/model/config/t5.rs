@@ -177,6 +177,14 @@ pub(super) fn parse(json: Map<String, Value>) -> Result<ModelConfig> {
         .is_some_and(is_version_5);
     let scales_outputs = if is_mt5 {
         // transformers 5 never scales an mT5, and version 4 scales a tied one.
+        if tie_word_embeddings {
+            tracing::warn!(
+                "transformers 4 and 5 read an mT5 with tied embeddings differently: read as by version {}, because \
+                 `transformers_version` in config.json is {}",
+                if is_version_5 { 5 } else { 4 },
+                fields.transformers_version.as_deref().unwrap_or("missing")
+            );
+        }
         tie_word_embeddings && !is_version_5
     } else {
         fields.scale_decoder_outputs.unwrap_or(tie_word_embeddings)

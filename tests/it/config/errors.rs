@@ -331,6 +331,15 @@ fn local_teacher_and_on_policy_settings_are_validated() {
             "loss.kd",
         ),
         ("[teacher]\ncotrain_rate = 0.0\n", "teacher.cotrain_rate"),
+        (
+            "[teacher]\nlocal = \"model\"\ncotrain = true\n[train]\nbest = \"kl\"\n",
+            "train.best",
+        ),
+        ("[student]\nhidden_size = 64\n", "init = \"random\""),
+        (
+            "[student]\ninit = \"layers\"\ndecoder_layers = 2\nnum_hidden_layers = 2\n",
+            "student.num_hidden_layers",
+        ),
         ("[data]\ntop_logprobs = 0\n", "data.top_logprobs"),
         ("[loss]\nbeta = 1.0\n", "loss.beta"),
         ("[on_policy]\nshare = 1.5\n", "on_policy.share"),
