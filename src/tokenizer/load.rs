@@ -231,14 +231,21 @@ fn read(dir: &Path, options: &LoadOptions) -> Result<Tokenizer> {
 
 /// Returns the tokens that the tokenizer adds before and after a text.
 fn added_around(tokenizer: &tokenizers::Tokenizer) -> Result<[Vec<u32>; 2]> {
-    let encode = |add_special| {
-        let encoding = tokenizer.encode("a", add_special);
+    let encode = |text, add_special| {
+        let encoding = tokenizer.encode(text, add_special);
         let encoding = encoding.map_err(|e| anyhow!(e).context("the tokenizer failed"))?;
         anyhow::Ok(encoding.get_ids().to_vec())
     };
-    let (text, with_added) = (encode(false)?, encode(true)?);
-    let mut windows = with_added.windows(text.len().max(1));
-    Ok(match windows.position(|window| window == text) {
+    let (text, with_added) = (encode("a", false)?, encode("a", true)?);
+    // A second text, because an added token may be one of the first.
+    let (other, other_with_added) = (encode("b", false)?, encode("b", true)?);
+    let start = (0..with_added.len()).find(|&start| {
+        with_added[start..].starts_with(&text)
+            && other_with_added
+                .get(start..)
+                .is_some_and(|ids| ids.starts_with(&other))
+    });
+    Ok(match start {
         Some(start) if !text.is_empty() => [
             with_added[..start].to_vec(),
             with_added[start + text.len()..].to_vec(),

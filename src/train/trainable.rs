@@ -30,7 +30,7 @@ pub struct TrainableModel {
     pub(super) kept_layers: Option<KeptLayers>,
 }
 
-/// Minimum learning rate with `train.scale_parameter` that is not an obvious mistake: most parameters of a T5 are below 0.1.
+/// Minimum learning rate with `train.scale_parameter` that is not an obvious mistake: most weights of a T5 are below 0.1.
 const MIN_SCALED_LEARNING_RATE: f64 = 1e-3;
 
 /// Warns about learning rates with which a T5 does not learn.

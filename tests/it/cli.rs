@@ -134,6 +134,46 @@ fn trained_teacher(dir: &Path) -> std::path::PathBuf {
 }
 
 #[test]
+fn eval_compares_with_the_cotrained_teacher_and_counts_prompts_that_are_too_long() {
+    let dir = tempfile::tempdir().unwrap();
+    let teacher = trained_teacher(dir.path());
+    let row = serde_json::json!({
+        "id": "1", "answer": "yes",
+        "messages": [{"role": "user", "content": "x y z ".repeat(5000)}],
+    });
+    std::fs::write(dir.path().join("eval.jsonl"), format!("{row}\n")).unwrap();
+    let config = dir.path().join("teacher.toml");
+    let run_json = |command: &str| -> serde_json::Value {
+        let output = run(&[
+            "--json",
+            command,
+            "-c",
+            config.to_str().unwrap(),
+            "--set",
+            "run_dir=second",
+            "--set",
+            &format!("teacher.local={}", teacher.display()),
+            "--set",
+            "teacher.cotrain=true",
+            "--set",
+            "loss.kd=temperature",
+            "--set",
+            "data.validation_share=0.3",
+            "--set",
+            "eval.source=eval.jsonl",
+        ]);
+        serde_json::from_str(&stdout(&output)).unwrap()
+    };
+    let trained = run_json("train");
+    let report = run_json("eval");
+    assert!(report["teacher"]["kl"].as_f64().unwrap() > 0.0, "{report}");
+    let validation = &trained["summary"]["validation"];
+    assert_eq!(report["teacher"]["kl"], validation["kl"], "{report}");
+    assert_eq!(report["truth"]["too_long"], 1, "{report}");
+    assert_eq!(report["truth"]["cut_off"], 0, "{report}");
+}
+
+#[test]
 fn harvest_train_and_eval_from_one_config() {
     let teacher_dir = tempfile::tempdir().unwrap();
     let teacher_model = trained_teacher(teacher_dir.path());

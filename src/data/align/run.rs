@@ -46,8 +46,8 @@ pub(crate) enum SpanKind {
 /// Finds the teacher tokens that spell the answer, or only the bytes `kept_bytes`, which the student's template keeps.
 /// Returns None if there is no such run. `is_stop` identifies tokens that may follow an answer.
 ///
-/// The first token with text may have a space that the answer lacks: SentencePiece writes one before each text, and some servers
-/// remove it from the text only.
+/// The first token with text may have a space that the answer lacks: SentencePiece writes one before each text, and some
+/// servers remove it from the text only.
 pub(crate) fn find(
     tokens: &[Cow<'_, [u8]>],
     answer: &[u8],

@@ -300,6 +300,28 @@ fn source_begins_as_the_tokenizer_begins_a_text() {
     assert_eq!(tokenizer.encode_text_prompt("the cat").unwrap(), source);
 }
 
+/// The token before a text may also be one of the text.
+#[test]
+fn source_may_begin_with_an_ordinary_token() {
+    let dir = folder();
+    let mut first = 0;
+    change_tokenizer(dir.path(), |json| {
+        let vocabulary = json["model"]["vocab"].as_array_mut().unwrap();
+        first = vocabulary.len() as u32;
+        vocabulary.push(json!(["▁a", -1.0]));
+        let processor = &mut json["post_processor"];
+        processor["special_tokens"]["▁a"] = json!({"id": "▁a", "ids": [first], "tokens": ["▁a"]});
+        let single = processor["single"].as_array_mut().unwrap();
+        single.insert(0, json!({"SpecialToken": {"id": "▁a", "type_id": 0}}));
+    });
+    let tokenizer = Tokenizer::load(dir.path()).unwrap();
+    let source = tokenizer.encode_text_prompt("the cat").unwrap();
+    assert_eq!(
+        source,
+        [&[first], &ids(&["▁the", "▁cat", "</s>"])[..]].concat()
+    );
+}
+
 /// config.json may list several tokens that end an answer: the tokenizer's own is the one that answers are trained with.
 #[test]
 fn end_of_the_tokenizer_is_chosen_among_those_of_the_config() {
