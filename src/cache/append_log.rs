@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache::open_file::{DisplacedFile, OpenFile};
+use crate::cache::open_file::{DisplacedFile, FileChange, OpenFile};
 use crate::cache::storage;
 use crate::cache::storage::{Storage, SyncJob};
 
@@ -75,6 +75,15 @@ impl AppendLog {
         self.check_writable()?;
         self.check_file();
         self.check_writable()?;
+        self.write(text, lines)?;
+        // Another program may have appended after the check: the lines then continue its last line.
+        if self.check_file() {
+            self.write(text, lines)?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, text: &[u8], lines: usize) -> Result<()> {
         if let Err(error) = storage::write_all(&mut *self.storage, text) {
             return Err(self.roll_back(error));
         }
@@ -154,28 +163,37 @@ impl AppendLog {
 
     /// Detects that another program has moved or changed the file. Lines can still be appended, to the moved file or to
     /// a rescue file, but [`AppendLog::check`] fails from then on. If the rescue fails, appends are refused as well.
-    pub(crate) fn check_file(&mut self) {
+    ///
+    /// Returns true if the file has changed now, and the rescue file does not contain its lines.
+    pub(crate) fn check_file(&mut self) -> bool {
         // After a failed write the length of the file may differ from `self.length`.
         if self.displaced.is_some() || self.health != LogHealth::Good {
-            return;
+            return false;
         }
         let Some(open_file) = &self.open_file else {
-            return;
+            return false;
         };
         let Err(change) = open_file.check(self.length) else {
-            return;
+            return false;
         };
         let (displaced, rescue) = open_file.handle_change(&change, self.length);
         self.set_displaced(displaced);
         match rescue {
-            Ok(None) => {}
+            Ok(None) => false,
             Ok(Some(rescue)) => {
                 self.path = rescue.path;
                 self.length = rescue.length;
                 self.storage = Box::new(rescue.file);
                 self.take_unsynced();
+                matches!(
+                    change,
+                    FileChange::Truncated { .. } | FileChange::Extended { .. }
+                )
             }
-            Err(()) => self.mark_lost(),
+            Err(()) => {
+                self.mark_lost();
+                false
+            }
         }
     }
 

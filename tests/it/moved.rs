@@ -1,13 +1,17 @@
 //! A running harvest whose files another program moves, removes or changes, and one that receives SIGHUP.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
+use std::{fs, io};
 
 use distill::budget::ledger::{LedgerFiles, Spent};
 use distill::cache;
+use distill::cache::storage::{Storage, WrapFile};
+use distill::cache::writer::Cache;
+use distill::config::CacheConfig;
 
+use crate::cache_samples::sample;
 use crate::harvest_process::{HarvestFixture, ignores_hang_ups, signal, wait_for_end};
 
 const PROMPTS: usize = 400;
@@ -181,6 +185,56 @@ fn truncated_or_extended_cache_stops_run_and_loses_only_truncated_records() {
         },
         |bought_twice| bought_twice == 0,
     );
+}
+
+/// A file to which another program appends part of a line just before a write, after the cache has checked the file.
+struct RacingFile {
+    file: fs::File,
+    /// Number of writes before the race.
+    writes_before: usize,
+}
+
+impl Storage for RacingFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.writes_before == 0 {
+            io::Write::write_all(&mut self.file, b"a line of another program")?;
+        }
+        self.writes_before = self.writes_before.wrapping_sub(1);
+        io::Write::write(&mut self.file, bytes)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn truncate(&mut self, length: u64) -> io::Result<()> {
+        self.file.set_len(length)
+    }
+
+    fn file(&self) -> Option<&fs::File> {
+        Some(&self.file)
+    }
+}
+
+#[test]
+fn record_written_after_part_of_a_foreign_line_is_rescued() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("cache");
+    let wrap: WrapFile = Box::new(|file| {
+        Box::new(RacingFile {
+            file,
+            writes_before: 3,
+        })
+    });
+    let settings = CacheConfig::default();
+    let cache = Cache::open_with(&dir, &settings, wrap, &mut |_, _| Ok(())).unwrap();
+    let appended = (0..4).map(|number| cache.append(&sample(number)));
+    assert!(appended.take_while(Result::is_ok).count() >= 3);
+    assert!(cache.check().is_err());
+    drop(cache);
+    let rescued = cache::reader::read(&folder.path().join("cache.rescued")).unwrap();
+    let keys: Vec<String> = rescued.map(|record| record.unwrap().key).collect();
+    assert_eq!(keys, [sample(3).key]);
 }
 
 #[test]
