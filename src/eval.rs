@@ -123,11 +123,22 @@ pub(crate) fn run(
         None => tokenizer.clear_date(),
     }
     let load_teacher = || {
+        let Some(local) = &config.teacher.local else {
+            return Ok(None);
+        };
         let cotrained = config.cotrained_teacher_dir();
-        let cotrained = Some(&cotrained).filter(|dir| config.teacher.cotrain && dir.exists());
-        let dir = cotrained.or(config.teacher.local.as_ref());
-        dir.map(|dir| local_teacher::load_frozen(dir, &tokenizer, &config.train))
-            .transpose()
+        let dir = match config.teacher.cotrain {
+            true if cotrained.exists() => &cotrained,
+            true => {
+                tracing::warn!(
+                    "{} does not exist: compared with `teacher.local` as it was before training",
+                    cotrained.display()
+                );
+                local
+            }
+            false => local,
+        };
+        local_teacher::load_frozen(dir, &tokenizer, &config.train).map(Some)
     };
     let load_answers = |context| {
         let settings = config.data.within(context);

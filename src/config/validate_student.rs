@@ -32,34 +32,31 @@ pub(super) fn validate_student(student: &StudentConfig) -> Result<(), Mistake> {
     )
 }
 
+/// Keys of a shape that only a llama has.
+const LLAMA_KEYS: [&str; 3] = [
+    "student.num_key_value_heads",
+    "student.rope_theta",
+    "student.max_position_embeddings",
+];
+
 /// Checks that a shape is set only for a student with random weights, and has only settings of its architecture.
 fn validate_shape(student: &StudentConfig) -> Result<(), Mistake> {
-    if student.init != StudentInit::Random {
-        return validate_without_shape(student);
-    }
+    let is_random = student.init == StudentInit::Random;
     let is_llama = student.model_type == StudentType::Llama;
-    check(
-        !is_llama || student.num_encoder_layers.is_none(),
-        "student.num_encoder_layers",
-        "is for `student.model_type = \"t5\"`: a llama has no encoder",
-    )?;
-    let default = StudentConfig::default();
-    for (key, is_default) in [
-        (
-            "student.num_key_value_heads",
-            student.num_key_value_heads == default.num_key_value_heads,
-        ),
-        (
-            "student.rope_theta",
-            student.rope_theta == default.rope_theta,
-        ),
-        (
-            "student.max_position_embeddings",
-            student.max_position_embeddings == default.max_position_embeddings,
-        ),
-    ] {
+    for key in shape_keys(student) {
         check(
-            is_llama || is_default,
+            is_random,
+            key,
+            "is for a student with random weights (`student.init = \"random\"`): the model in `student.path` has its own \
+             shape, of which `student.decoder_layers` keeps some layers; remove it",
+        )?;
+        check(
+            !is_llama || key != "student.num_encoder_layers",
+            key,
+            "is for `student.model_type = \"t5\"`: a llama has no encoder",
+        )?;
+        check(
+            is_llama || !LLAMA_KEYS.contains(&key),
             key,
             "is for a llama: a t5 has as many key/value heads as heads, and relative positions; remove it",
         )?;
@@ -67,19 +64,15 @@ fn validate_shape(student: &StudentConfig) -> Result<(), Mistake> {
     Ok(())
 }
 
-/// Checks that no shape is set for a student whose weights are those of `student.path`.
-fn validate_without_shape(student: &StudentConfig) -> Result<(), Mistake> {
-    macro_rules! check_unset {
+/// Returns the keys of a shape that are set to other values than the default.
+fn shape_keys(student: &StudentConfig) -> impl Iterator<Item = &'static str> {
+    let default = StudentConfig::default();
+    macro_rules! keys {
         ($($field:ident),*) => {
-            $(check(
-                student.$field == StudentConfig::default().$field,
-                concat!("student.", stringify!($field)),
-                "is for a student with random weights (`student.init = \"random\"`): the model in `student.path` has its own \
-                 shape, of which `student.decoder_layers` keeps some layers; remove it",
-            )?;)*
+            [$((concat!("student.", stringify!($field)), student.$field != default.$field)),*]
         };
     }
-    check_unset!(
+    let keys = keys!(
         model_type,
         hidden_size,
         intermediate_size,
@@ -91,5 +84,6 @@ fn validate_without_shape(student: &StudentConfig) -> Result<(), Mistake> {
         rope_theta,
         max_position_embeddings
     );
-    Ok(())
+    keys.into_iter()
+        .filter_map(|(key, is_set)| is_set.then_some(key))
 }

@@ -114,7 +114,7 @@ impl Tokenizer {
         } else {
             [before.as_slice(), &text].concat()
         };
-        if !ids.ends_with(after) && ids.last() != Some(&tokens.end) {
+        if !ids.ends_with(after) {
             ids.extend(after);
         }
         ids

@@ -178,15 +178,12 @@ pub fn save(
         fs::write_in(folder, STATE, &serde_json::to_vec_pretty(&state)?)
     })?;
     let best = state.early_stopping.best.map(|(step, _)| step);
-    // A folder without a state was being removed when the process was killed.
-    let (steps, incomplete): (Vec<_>, Vec<_>) = list(dir)?
+    // An older folder without a state was being removed when the process was killed.
+    let (incomplete, complete): (Vec<_>, Vec<_>) = list(dir)?
         .into_iter()
-        .partition(|(_, path)| path.join(STATE).exists());
-    for (_, path) in &incomplete {
-        fs::remove_dir_all(path)?;
-    }
-    let old_count = steps.len().saturating_sub(keep.max(1));
-    let old = steps[..old_count].iter();
+        .partition(|(step, path)| *step < state.step && !path.join(STATE).exists());
+    let old_count = complete.len().saturating_sub(keep.max(1));
+    let old = complete[..old_count].iter().chain(&incomplete);
     for (_, path) in old.filter(|(step, _)| Some(*step) != best) {
         fs::remove_dir_all(path)?;
     }

@@ -2,7 +2,8 @@
 
     seed.py DISTILL [--quick] [--check] [--seeds N] [--dir DIR]
 
-Replaces DIR, target/seed by default. Every model is served by `distill serve`, so answers per second and memory are those of a server.
+Replaces DIR, target/seed by default. Every model is served by `distill serve`, so answers per second and memory are those
+of a server.
 """
 
 import argparse

@@ -6,9 +6,9 @@ use distill::config::Config;
 use distill::data::batch::Batch;
 use distill::prompt::message::Message;
 use distill::tokenizer::Tokenizer;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::{change_tokenizer, folder, id, ids, write_json};
+use super::{change_json, change_tokenizer, folder, id, ids};
 
 fn conversation() -> [Message; 3] {
     [
@@ -326,11 +326,10 @@ fn source_may_begin_with_an_ordinary_token() {
 #[test]
 fn end_of_the_tokenizer_is_chosen_among_those_of_the_config() {
     let dir = folder();
-    let path = dir.path().join("config.json");
-    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
     for (listed, end) in [(json!([id("ing"), 1]), 1), (json!(id("ing")), id("ing"))] {
-        config["eos_token_id"] = listed;
-        write_json(&path, &config);
+        change_json(&dir.path().join("config.json"), |config| {
+            config["eos_token_id"] = listed;
+        });
         let tokenizer = Tokenizer::load(dir.path()).unwrap();
         let messages = [Message::new("user", "a"), Message::new("assistant", "cat")];
         let answer = tokenizer.conversation(&messages).unwrap().ids;

@@ -12,7 +12,7 @@ use distill::train::summary::StartMode;
 use serde_json::{Value, json};
 
 use super::training::run_folder;
-use super::{student, write_json, write_model};
+use super::{change_json, student, write_json, write_model};
 use crate::tiny;
 
 /// A folder whose `config.json` and weights tests change.
@@ -26,10 +26,7 @@ impl Folder {
     }
 
     fn change(&self, change: impl FnOnce(&mut Value)) {
-        let path = self.0.path().join("config.json");
-        let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
-        change(&mut config);
-        write_json(&path, &config);
+        change_json(&self.0.path().join("config.json"), change);
     }
 
     fn change_weights(&self, change: impl FnOnce(&mut distill::model::weights::Tensors)) {

@@ -57,12 +57,16 @@ fn vocabulary() -> Vec<(String, f64)> {
     vocabulary
 }
 
+/// Changes a JSON file.
+fn change_json(path: &Path, change: impl FnOnce(&mut Value)) {
+    let mut json = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    change(&mut json);
+    write_json(path, &json);
+}
+
 /// Changes the tokenizer.json of a folder.
 fn change_tokenizer(dir: &Path, change: impl FnOnce(&mut Value)) {
-    let path = dir.join("tokenizer.json");
-    let mut json = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
-    change(&mut json);
-    write_json(&path, &json);
+    change_json(&dir.join("tokenizer.json"), change);
 }
 
 /// Writes a SentencePiece Unigram tokenizer as T5 has it: no byte fallback, and no chat template.
