@@ -109,8 +109,11 @@ fn head_is_scaled_and_tied_as_each_version_of_transformers_means() {
 fn mt5_head_depends_on_the_version_that_wrote_the_folder() {
     let folder = Folder::new();
     let tied = folder.logits();
+    assert!(!folder.generate().contains("read as by version"));
     folder.change(|config| config["model_type"] = "mt5".into());
     assert_eq!(folder.logits(), tied);
+    let errors = folder.generate();
+    assert!(errors.contains("read as by version 4"), "{errors}");
     folder.change(|config| config["transformers_version"] = "5.24.0".into());
     crate::model::assert_close(&folder.logits(), &scaled(&tied, 4.0), 1e-4);
     folder.change(|config| {
@@ -124,6 +127,53 @@ fn mt5_head_depends_on_the_version_that_wrote_the_folder() {
         "{}",
         folder.error()
     );
+}
+
+#[test]
+fn end_token_that_is_not_the_tokenizers_is_named() {
+    let folder = Folder::new();
+    assert!(!folder.generate().contains("eos_token"));
+    folder.change(|config| config["eos_token_id"] = 5.into());
+    let errors = folder.generate();
+    assert!(errors.contains("answers end with the token 5"), "{errors}");
+}
+
+/// A T5 with random weights hardly learns without `train.scale_parameter`, and with it needs a high learning rate.
+#[test]
+fn learning_rates_that_do_not_fit_are_named() {
+    let (dir, config) = run_folder();
+    let rows = dir.path().join("rows.jsonl");
+    for (settings, expected) in [
+        ("learning_rate = 3e-4", Some("hardly learns")),
+        (
+            "learning_rate = 3e-4\nscale_parameter = true",
+            Some("is small with"),
+        ),
+        ("learning_rate = 1e-2\nscale_parameter = true", None),
+    ] {
+        let path = dir.path().join("run.toml");
+        let text = format!(
+            "run_dir = {:?}\n[data]\nsource = {rows:?}\n[student]\ninit = \"random\"\nmodel_type = \"t5\"\npath = {:?}\n\
+             hidden_size = 16\nintermediate_size = 32\nnum_hidden_layers = 1\nnum_attention_heads = 2\n[loss]\n\
+             kd = \"none\"\n[train]\nsteps = 1\n{settings}\n",
+            config.run_dir, config.student.path,
+        );
+        fs::write(&path, text).unwrap();
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_distill"))
+            .args(["train", "--fresh", "-c"])
+            .arg(&path)
+            .output()
+            .unwrap();
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{errors}");
+        for warning in ["hardly learns", "is small with"] {
+            assert_eq!(
+                errors.contains(warning),
+                expected == Some(warning),
+                "{errors}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -148,6 +148,21 @@ fn resume_ignores_paths_and_reports_changed_settings() {
 }
 
 #[test]
+fn partly_removed_checkpoint_is_removed() {
+    let (_dir, uninterrupted) = uninterrupted_run();
+    let config = killed_after(&uninterrupted, 7);
+    let checkpoints = config.run_dir.join("checkpoints");
+    let partly_removed = checkpoints.join("step-000000");
+    std::fs::create_dir(&partly_removed).unwrap();
+    std::fs::write(partly_removed.join("model.safetensors"), "").unwrap();
+    // It does not count as one of the checkpoints to keep.
+    assert!(checkpoints.join("step-000007").exists());
+    train::run(&config, StartMode::Resume.into()).unwrap();
+    assert!(!partly_removed.exists());
+    assert_same_outcome(&config, &uninterrupted, "partly removed checkpoint");
+}
+
+#[test]
 fn resume_ignores_a_partly_written_checkpoint() {
     let (_dir, uninterrupted) = uninterrupted_run();
     let next = uninterrupted.run_dir.join("checkpoints/step-000008");
